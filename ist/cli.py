@@ -1,0 +1,281 @@
+"""The command line: parse, build, hand over.
+
+Only this file prints errors and sets exit codes: 1 for a run that failed, 2 for input that cannot be run,
+130 for an interrupt. Progress goes to stderr, results to stdout.
+Not here: algorithms. torch is imported by the commands that need it, so that `--help` is quick.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ist._version import VERSION
+from ist.config import Config
+from ist.config_file import config_for_method, describe_keys, load_config, with_methods
+from ist.errors import ConfigError, DataError, ISTError, ModelError
+
+if TYPE_CHECKING:
+    from ist.job import Job
+    from ist.run_folder import RunFolder
+
+app = typer.Typer(
+    help="Independent Subnet Training: train a network over slow links by splitting its hidden neurons.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run; see 'ist keys' for what it may hold.")]
+Overrides = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as --set train.local_steps=20; repeatable."),
+]
+Workers = Annotated[Optional[int], typer.Option("--workers", min=1, help="Number of workers (train.workers).")]
+PoolKind = Annotated[
+    Optional[str],
+    typer.Option("--pool", metavar="inline|torchrun", help="Who carries subnets to workers (pool.kind)."),
+]
+RunDir = Annotated[
+    Optional[Path],
+    typer.Option("--run-dir", help="Write the run here; default: a new folder under 'output'."),
+]
+
+
+@app.command()
+def train(
+    config_file: Annotated[Optional[Path], typer.Argument(metavar="CONFIG", help="YAML file of the run.")] = None,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    pool: PoolKind = None,
+    method: Annotated[Optional[str], typer.Option(help="'ist' or another method, such as 'ddp'.")] = None,
+    run_dir: RunDir = None,
+    resume: Annotated[Optional[Path], typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
+) -> None:
+    """Train a network by independent subnets.
+
+    Starts the processes itself; under torchrun it joins those that torchrun started. 'ist keys' explains
+    every key of CONFIG.
+    """
+    if (config_file is None) == (resume is None):
+        raise ConfigError("give either a CONFIG, or --resume RUN")
+    if resume is not None:
+        if overrides or workers or pool or method or run_dir:
+            raise ConfigError("--resume goes on with the run as it was configured: no other option goes with it")
+        _resume(resume)
+        return
+    assert config_file is not None
+    config = load_config(config_file, [*(overrides or []), *_flags(workers, pool, method)])
+
+    from ist.job import build_job
+    from ist.pool.torchrun import is_launched
+    from ist.run import check_method
+    from ist.run_folder import RunFolder, create_run_folder
+
+    if is_launched():
+        config = config.model_copy(update={"pool": config.pool.model_copy(update={"kind": "torchrun"})})
+    check_method(config)
+    job = build_job(config)
+    folder: RunFolder | None = None
+    if not is_launched() or os.environ["RANK"] == "0":
+        folder = create_run_folder(config, run_dir)
+    if config.pool.kind == "inline" or is_launched():
+        _run_here(job, folder, resume=False)
+    else:
+        _launch(config, folder, resume=False)
+    _print_result(folder)
+
+
+@app.command()
+def compare(
+    config_file: ConfigFile,
+    methods: Annotated[
+        Optional[str], typer.Option(metavar="NAME,NAME", help="Methods, in order (compare.methods).")
+    ] = None,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    run_dir: RunDir = None,
+) -> None:
+    """Train the same network by several methods, side by side, and write a report.
+
+    Each method runs in the same number of worker processes, on the same data in the same order, from the
+    same initial weights.
+    """
+    config = load_config(config_file, [*(overrides or []), *_flags(workers, None, None)])
+    if methods:
+        config = with_methods(config, methods.split(","), "--methods")
+
+    from ist.job import build_job
+    from ist.pool.torchrun import is_launched
+    from ist.report import check_installed
+    from ist.report.page import write_report
+    from ist.run import check_method
+    from ist.run_folder import create_run_folder, new_folder
+
+    if is_launched():
+        raise ConfigError(
+            "'ist compare' starts its own processes: under torchrun, run 'ist train --method NAME' for each method and "
+            "then 'ist report RUN...'"
+        )
+    check_installed()
+    runs = {method: config_for_method(config, method, str(config_file)) for method in config.compare.methods}
+    for method_config in runs.values():
+        check_method(method_config)
+        build_job(method_config)  # whatever is wrong ends here, before any process starts
+    parent = run_dir or new_folder(config.output, config.name)
+    folders = {method: create_run_folder(runs[method], parent / method) for method in runs}
+    for method, folder in folders.items():
+        if runs[method].pool.kind == "inline":
+            _run_here(build_job(runs[method]), folder, resume=False)
+        else:
+            _launch(runs[method], folder, resume=False)
+    page = write_report(list(folders.values()), parent / "report.html")
+    _print_table(list(folders.values()))
+    typer.echo(f"report: {page}")
+
+
+@app.command()
+def inspect(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show the neuron groups, what each worker gets, and the bytes of a round."""
+    config = load_config(config_file, [*(overrides or []), *_flags(workers, None, "ist")])
+
+    from ist.inspection import inspect_job, print_inspection
+    from ist.job import build_job
+
+    found = inspect_job(build_job(config))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_inspection(found, Console())
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, or folders that hold such folders.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write a page of tables and plots about finished runs, and print the table."""
+    from ist.report import check_installed
+    from ist.report.page import find_runs, write_report
+
+    check_installed()
+    folders = find_runs(runs)
+    page = write_report(folders, output)
+    _print_table(folders)
+    typer.echo(f"report: {page}")
+
+
+@app.command()
+def keys() -> None:
+    """Explain every key of a configuration file."""
+    from rich.table import Table
+
+    table = Table("key", "type", "default", "meaning", box=None, pad_edge=False)
+    for row in describe_keys():
+        table.add_row(*(escape(cell) for cell in row))
+    Console().print(table)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(VERSION)
+
+
+@app.command(hidden=True)
+def process(folder: Path, resume: bool = False) -> None:
+    """Be one of the processes of a run that `ist` started."""
+    from ist.job import build_job
+    from ist.run_folder import RunFolder
+
+    run_folder = RunFolder(folder)
+    _run_here(build_job(run_folder.load_config()), run_folder, resume)
+
+
+def main() -> None:
+    """Run the command line; the entry point of `ist` and `python -m ist`."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except ISTError as error:
+        _fail(error)
+
+
+def _fail(error: ISTError) -> NoReturn:
+    told_elsewhere = False
+    if "torch" in sys.modules:
+        from ist.launch import report_to_launcher
+
+        told_elsewhere = report_to_launcher(error)
+    if not told_elsewhere:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+    sys.exit(2 if isinstance(error, ConfigError | DataError | ModelError) else 1)
+
+
+def _run_here(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
+    """Take this process's part in a run."""
+    from ist.coordinator import follow_rounds, run_rounds
+    from ist.run import Following, open_run
+
+    with open_run(job, folder, resume) as run:
+        if isinstance(run, Following):
+            follow_rounds(run.job, run.follower, run.first_round)
+        else:
+            run_rounds(run.job, run.method, run.recorder, run.first_round, run.device)
+            run.recorder.finish(run.method.model)
+
+
+def _launch(config: Config, folder: "RunFolder | None", resume: bool) -> None:
+    from ist.launch import launch
+
+    assert folder is not None
+    launch(config, folder.path, resume)
+
+
+def _resume(path: Path) -> None:
+    from ist.job import build_job
+    from ist.pool.torchrun import is_launched
+    from ist.run_folder import RunFolder
+
+    folder = RunFolder(path)
+    config = folder.load_config()
+    if folder.is_finished():
+        typer.echo(f"{path}: this run has finished already", err=True)
+    elif config.pool.kind == "inline" or is_launched():
+        _run_here(build_job(config), folder, resume=True)
+    else:
+        build_job(config)
+        folder.check_checkpoint()
+        _launch(config, folder, resume=True)
+    _print_result(folder)
+
+
+def _print_result(folder: "RunFolder | None") -> None:
+    if folder is not None and folder.is_finished():
+        _print_table([folder])
+        typer.echo(f"run folder: {folder.path}")
+
+
+def _print_table(folders: "list[RunFolder]") -> None:
+    from ist.report.table import rich_table
+
+    Console().print(rich_table([folder.result() for folder in folders]))
+
+
+def _flags(workers: int | None, pool: str | None, method: str | None) -> list[str]:
+    """Spell the options that stand for a configuration key as overrides."""
+    values = {"train.workers": workers, "pool.kind": pool, "method": method}
+    return [f"{key}={value}" for key, value in values.items() if value is not None]

@@ -1,0 +1,143 @@
+"""The configuration of a run: frozen, typed, complete.
+
+Where it sits: `ist/config_file.py` reads YAML and overrides into these classes; everything
+else receives them. A key that is not declared here does not exist.
+Not here: torch, ray, or anything that would have to be imported to check a value against
+a model or a data set (that is `ist/job.py`).
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+TOTAL_STEPS = "total_steps"
+"""Where an argument of a schedule has this value, the run's number of local steps is put."""
+
+
+class Section(BaseModel):
+    """A mapping of the YAML file: unknown keys and wrong types are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Component(Section):
+    """Something named, with its arguments."""
+
+    name: str = Field(description="short name, or import path 'package.module:Name'")
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for it")
+
+
+class Data(Component):
+    """The data set."""
+
+    root: str | None = Field(None, description="folder that holds the files; default: where the package puts them")
+
+
+class Train(Section):
+    """How the network is trained."""
+
+    workers: PositiveInt = Field(description="number of workers, each training one subnet a round")
+    epochs: PositiveInt | None = Field(None, description="passes over the data; give this or 'rounds'")
+    rounds: PositiveInt | None = Field(None, description="number of rounds; give this or 'epochs'")
+    local_steps: PositiveInt = Field(description="optimiser steps a worker makes in a round (tau)")
+    batch_size: PositiveInt = Field(description="samples of one worker's step")
+    loss: str = Field("cross_entropy", description="function of torch.nn.functional, or import path")
+    optimizer: Component = Field(description="class of torch.optim and its arguments")
+    schedule: Component | None = Field(
+        None,
+        description="class of torch.optim.lr_scheduler, advanced every local step; an argument "
+        f"'{TOTAL_STEPS}' stands for the run's number of steps",
+    )
+    optimizer_state: Literal["reset", "carried"] = Field(
+        "reset", description="'reset' each round, or 'carried' with its neurons (costs bytes)"
+    )
+    activation_scale: Literal["none", "width"] = Field(
+        "none",
+        description="'width': a subnet multiplies hidden activations by full width / own width, as inverted "
+        "dropout does; for networks without batch norm",
+    )
+    running_statistics: Literal["reestimate", "carried"] = Field(
+        "reestimate",
+        description="batch norm's running statistics: re-estimated before each evaluation, or carried with "
+        "their neurons (exact only for one worker)",
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Train":
+        if (self.epochs is None) == (self.rounds is None):
+            raise ValueError("give exactly one of 'epochs' and 'rounds'")
+        return self
+
+
+class Evaluate(Section):
+    """How the whole network is evaluated."""
+
+    every: PositiveInt = Field(1, description="rounds between evaluations; the last round is always evaluated")
+    batch_size: PositiveInt = Field(1024, description="samples of one evaluation batch")
+    metric: Literal["accuracy", "none"] = Field("accuracy", description="what to report beside the loss")
+    statistics_batches: PositiveInt = Field(
+        16, description="training batches for re-estimating batch norm's running statistics"
+    )
+
+
+class Checkpoint(Section):
+    """When the run is saved."""
+
+    every: PositiveInt = Field(50, description="rounds between checkpoints; the last round is always saved")
+    keep: PositiveInt = Field(2, description="how many of the newest checkpoints to keep")
+
+
+class Pool(Section):
+    """Who carries subnets to workers."""
+
+    kind: Literal["inline", "torchrun"] = Field("torchrun", description="'inline': all workers in this process")
+    coordinator: Literal["trains", "dedicated"] = Field(
+        "trains", description="whether rank 0 is a worker too, or only coordinates (one process more)"
+    )
+    backend: Literal["auto", "gloo", "nccl"] = Field(
+        "auto", description="auto: nccl where every process has its own GPU, else gloo"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where workers compute")
+    threads: PositiveInt = Field(1, description="torch threads of each process")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        0, description="rendezvous port when ist starts the processes itself; 0 picks a free one"
+    )
+    timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for a peer before giving it up")
+
+
+class Compare(Section):
+    """What `ist compare` runs."""
+
+    methods: list[str] = Field(default_factory=lambda: ["ist", "ddp"], min_length=1, description="methods in order")
+    overrides: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="per method: dotted keys of this file and the values that it gets"
+    )
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = Field(description="name of the run")
+    seed: NonNegativeInt = Field(0, description="seed of everything random")
+    method: str = Field("ist", description="'ist', or a method of ist/methods/ to compare with")
+    model: Component = Field(description="the network")
+    data: Data = Field(description="the data set")
+    train: Train = Field(description="how the network is trained")
+    evaluate: Evaluate = Field(default_factory=Evaluate, description="how the whole network is evaluated")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="when the run is saved")
+    pool: Pool = Field(default_factory=Pool, description="who carries subnets to workers")
+    compare: Compare = Field(default_factory=Compare, description="what `ist compare` runs")
+    output: str = Field("runs", description="folder in which run folders are made")
+
+
+def num_processes(config: Config) -> int:
+    """Return how many processes the torchrun pool needs: the workers, and a coordinator that only coordinates.
+
+    Data-parallel methods have no coordinator: their ranks are all workers.
+    """
+    dedicated = config.method == "ist" and config.pool.coordinator == "dedicated"
+    return config.train.workers + (1 if dedicated else 0)

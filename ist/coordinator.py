@@ -1,0 +1,315 @@
+"""The round loop, and what the coordinator does in a round.
+
+Where it sits: `ist/run.py` builds what is needed and calls `run_rounds`; a `Method` is what differs
+between IST and the methods that it is compared with.
+Not here: gloo, nccl, ray; files; printing.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ist import optim
+from ist.errors import DivergedError, WorkerLostError
+from ist.evaluate import Metrics, evaluate, reestimate_statistics, statistics_batches
+from ist.job import Job
+from ist.meter import Meter
+from ist.pool import Lost, Subnet, WorkerPool
+from ist.pool.wire import Header, Message, layout_of
+from ist.subnet import Cut, cut_specs, extract, reassemble
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What a round did.
+
+    Attributes:
+        steps: Local steps of each worker.
+        samples: Samples of all workers together.
+        loss: Mean training loss over those samples.
+        compute_s: Mean seconds of a worker's local steps.
+        exchange_s: Seconds of the round in which subnets or gradients were on their way and nobody computed.
+        idle_s: Mean seconds that a worker waited for others.
+        cut_s: Seconds of cutting subnets.
+        merge_s: Seconds of merging them.
+        memory_bytes: Largest peak memory of a worker so far.
+        lost: Workers that did not come back.
+    """
+
+    steps: int
+    samples: int
+    loss: float
+    compute_s: float
+    exchange_s: float
+    idle_s: float
+    cut_s: float
+    merge_s: float
+    memory_bytes: int
+    lost: tuple[Lost, ...] = ()
+
+
+class Method(Protocol):
+    """A way to train the whole network, a round at a time."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole network as it is now."""
+        ...
+
+    def train_round(self, round_number: int) -> RoundReport:
+        """Train for one round."""
+        ...
+
+    def checkpoint_state(self) -> Mapping[str, Tensor]:
+        """Return every tensor that the method needs to go on: the network's, and optimiser state."""
+        ...
+
+    def bytes_sent(self) -> int:
+        """Return the payload bytes that all processes have sent so far."""
+        ...
+
+    def close(self) -> None:
+        """Let the workers go."""
+        ...
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Wall-clock seconds of a round: `train` is the method's own; evaluation is a measuring instrument, kept apart."""
+
+    train: float
+    evaluate: float
+
+
+class Follower(Protocol):
+    """A rank's part in a `Method` that another rank coordinates."""
+
+    def train_round(self, round_number: int) -> object:
+        """Take part in a round."""
+        ...
+
+    def close(self) -> None:
+        """Leave."""
+        ...
+
+
+class Recorder(Protocol):
+    """Who is told what happened: the run folder, the progress display, or a list."""
+
+    def round_done(self, round_number: int, report: RoundReport, metrics: Metrics | None, seconds: Seconds, sent_bytes: int) -> None:
+        """Take note of a round; `metrics` where it was evaluated."""
+        ...
+
+    def save(self, rounds_done: int, state: Mapping[str, Tensor]) -> None:
+        """Save a checkpoint."""
+        ...
+
+
+def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, device: torch.device) -> None:
+    """Train for the rounds of a run that are left: the one round loop.
+
+    Args:
+        job: The run.
+        method: How to train.
+        recorder: Who is told.
+        first_round: Rounds that were done before.
+        device: Where the method's whole network is.
+
+    Raises:
+        DivergedError: A worker returned a loss or a weight that is not finite; nothing is saved after it.
+        WorkerLostError: Too few workers came back.
+    """
+    config = job.config
+    for round_number in range(first_round, job.num_rounds):
+        started = time.perf_counter()
+        report = method.train_round(round_number)
+        trained = time.perf_counter()
+        rounds_done = round_number + 1
+        last = rounds_done == job.num_rounds
+        metrics = None
+        if job.test_data is not None and (last or rounds_done % config.evaluate.every == 0):
+            metrics = evaluate_whole(job, method.model, device)
+        seconds = Seconds(trained - started, time.perf_counter() - trained)
+        recorder.round_done(round_number, report, metrics, seconds, method.bytes_sent())
+        if last or rounds_done % config.checkpoint.every == 0:
+            recorder.save(rounds_done, method.checkpoint_state())
+
+
+def follow_rounds(job: Job, follower: Follower, first_round: int) -> None:
+    """Take part in every round that is left, on a rank that does not coordinate."""
+    for round_number in range(first_round, job.num_rounds):
+        follower.train_round(round_number)
+
+
+def evaluate_whole(job: Job, model: nn.Module, device: torch.device) -> Metrics:
+    """Evaluate the whole network on the test data, with fresh batch norm statistics if they do not travel."""
+    config = job.config
+    assert job.test_data is not None
+    if config.train.running_statistics == "reestimate":
+        batches = statistics_batches(
+            job.train_data, config.evaluate.batch_size, config.evaluate.statistics_batches, config.seed, device
+        )
+        reestimate_statistics(model, batches)
+    return evaluate(
+        model, job.test_data, job.loss, config.evaluate.batch_size, device, config.evaluate.metric == "accuracy"
+    )
+
+
+class Coordinator:
+    """Independent Subnet Training, as the coordinator sees it; a `Method`.
+
+    Args:
+        job: The run.
+        pool: Carries subnets to workers and back.
+        model: The whole network, trained in place.
+        meter: Counts what the pool sends.
+        carried: Optimiser state to go on with, where it is carried and the run is resumed.
+        min_workers: A round in which fewer come back ends the run; default: all workers.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        pool: WorkerPool,
+        model: nn.Module,
+        meter: Meter,
+        carried: Mapping[str, Tensor] | None = None,
+        min_workers: int | None = None,
+    ) -> None:
+        self.job = job
+        self._model = model
+        self._pool = pool
+        self._meter = meter
+        self._min_workers = job.config.train.workers if min_workers is None else min_workers
+        device = next(model.parameters()).device
+        self._device = device
+        for parameter in model.parameters():
+            parameter.data = parameter.data.contiguous()
+        tensors = model.state_dict()
+        fresh = optim.initial_state(job.state_slots, job.state_specs, device)
+        self._state: dict[str, Tensor] = {name: tensors[name] for name in job.model_specs} | fresh
+        for name, tensor in (carried or {}).items():
+            self._state[name].copy_(tensor)
+        self._messages: list[Message] = []
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole network; merging writes into it."""
+        return self._model
+
+    def train_round(self, round_number: int) -> RoundReport:
+        """Cut subnets, have them trained, and merge what comes back.
+
+        Raises:
+            DivergedError: A worker returned something that is not finite.
+            WorkerLostError: Fewer than `min_workers` came back.
+
+        Reference: Yuan et al., arXiv 1910.02120, Algorithm 1.
+        """
+        before = dict(self._meter.seconds)
+        with self._meter.phase("round"):
+            with self._meter.phase("cut"):
+                cuts = self.job.cuts(round_number)
+                subnets = self._cut(round_number, cuts)
+            headers: list[Header] = []
+            lost: list[Lost] = []
+            with self._meter.phase("merge"):
+                reassemble(self._state, cuts, self._accept(round_number, subnets, headers, lost), self.job.exclusive)
+        spent = {phase: seconds - before.get(phase, 0.0) for phase, seconds in self._meter.seconds.items()}
+        return _report(headers, lost, spent, self._pool.parallel)
+
+    def checkpoint_state(self) -> Mapping[str, Tensor]:
+        """Return the whole network's tensors and carried optimiser state."""
+        return {**self._model.state_dict(), **{name: self._state[name] for name in self.job.state_specs}}
+
+    def bytes_sent(self) -> int:
+        """Return the bytes of all messages so far, both ways."""
+        return self._meter.total_bytes
+
+    def close(self) -> None:
+        """Let the workers go."""
+        self._pool.close()
+
+    def _cut(self, round_number: int, cuts: Sequence[Cut]) -> list[Subnet]:
+        layouts = [layout_of(cut_specs(self.job.specs, cut)) for cut in cuts]
+        if [message.layout for message in self._messages] != layouts:
+            self._messages = [Message(layout, self._device) for layout in layouts]
+        names = self.job.sent_names(round_number)
+        subnets = []
+        for worker, (message, cut) in enumerate(zip(self._messages, cuts, strict=True)):
+            extract(self._state, cut, into={name: message.tensors[name] for name in names})
+            message.write_header(Header(round_number, worker))
+            subnets.append(Subnet(worker, message, message.layout.end_of(names)))
+        return subnets
+
+    def _accept(
+        self, round_number: int, subnets: Sequence[Subnet], headers: list[Header], lost: list[Lost]
+    ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
+        """Yield what workers return, checked, as it arrives; note headers and losses."""
+        results = iter(self._pool.train(round_number, subnets))
+        while True:
+            with self._meter.phase("train"):
+                result = next(results, None)
+            if result is None:
+                break
+            if isinstance(result, Lost):
+                lost.append(result)
+                if len(subnets) - len(lost) < self._min_workers:
+                    raise WorkerLostError(
+                        f"worker {lost[0].worker} was lost in round {round_number} ({lost[0].reason}); "
+                        f"{self._min_workers} of {len(subnets)} workers are needed"
+                    )
+                continue
+            header = result.message.read_header(round_number, result.worker)
+            _check_finite(header, result.message.tensors)
+            headers.append(header)
+            yield result.worker, result.message.tensors
+        if not headers:
+            raise WorkerLostError(f"no worker came back in round {round_number}: nothing was trained")
+
+
+def _check_finite(header: Header, tensors: Mapping[str, Tensor]) -> None:
+    if not math.isfinite(header.loss_sum):
+        what = f"a loss of {header.loss_sum}"
+    else:
+        bad = next((name for name, t in tensors.items() if t.is_floating_point() and not _is_finite(t)), None)
+        if bad is None:
+            return
+        what = f"values in '{bad}' that are not finite"
+    raise DivergedError(
+        f"worker {header.worker} returned {what} in round {header.round_number}: training has diverged. "
+        "Lower the learning rate (train.optimizer.args.lr); checkpoints of earlier rounds are as they were"
+    )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # aminmax carries NaN along and needs one pass and no temporary, unlike isfinite().all().
+    low, high = tensor.aminmax()
+    return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def _report(
+    headers: Sequence[Header], lost: Sequence[Lost], spent: Mapping[str, float], parallel: bool
+) -> RoundReport:
+    computes = [header.compute_s for header in headers]
+    critical = max(computes) if parallel else sum(computes)
+    exchange = max(0.0, spent["train"] - critical)
+    mean = sum(computes) / len(computes)
+    samples = sum(header.samples for header in headers)
+    return RoundReport(
+        steps=max(header.steps for header in headers),
+        samples=samples,
+        loss=sum(header.loss_sum for header in headers) / samples,
+        compute_s=mean,
+        exchange_s=exchange,
+        idle_s=max(0.0, spent["round"] - exchange - (mean if parallel else critical)),
+        cut_s=spent["cut"],
+        merge_s=spent["merge"] - spent["train"],
+        memory_bytes=max(header.memory_bytes for header in headers),
+        lost=tuple(lost),
+    )

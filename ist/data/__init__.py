@@ -1,0 +1,22 @@
+"""The shipped data sets, and how any data set is dealt to workers.
+
+`DATASETS` maps short names, as used in a configuration's `data.name`, to import paths of
+loaders: functions of (root, **args) that return `Splits`. A loader downloads nothing; where
+files are missing it says which package provides them.
+"""
+
+from typing import Any, NamedTuple
+
+from torch.utils.data import Dataset
+
+DATASETS = {
+    "digits": "ist.data.digits:digits",
+    "fashion_mnist": "ist.data.fashion_mnist:fashion_mnist",
+}
+
+
+class Splits(NamedTuple):
+    """A data set in two parts; each item is a pair (input, target)."""
+
+    train: Dataset[Any]
+    test: Dataset[Any]

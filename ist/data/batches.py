@@ -1,0 +1,91 @@
+"""Deal a data set to workers and cut it into batches.
+
+Each worker owns a fixed shard (its own data never moves). An epoch is one shuffled pass of
+every worker over its shard, in the same number of batches for all; batches of an epoch differ
+in size by at most one, so there is no runt batch to upset batch norm. Which samples a step
+uses is a pure function of (seed, worker, step): a resumed run needs no saved position.
+
+Not here: which data set, what is done with a batch.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+
+from ist.errors import DataError
+from ist.rng import Indices, Purpose, permutation
+
+
+@dataclass(frozen=True)
+class Dealing:
+    """How `num_samples` samples are dealt to `num_workers` workers in batches of at most `batch_size`.
+
+    Raises:
+        DataError: There are fewer samples than workers.
+    """
+
+    num_samples: int
+    num_workers: int
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.num_samples < self.num_workers:
+            raise DataError(f"{self.num_samples} training samples cannot be dealt to {self.num_workers} workers")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of every worker in an epoch: enough for the largest shard."""
+        largest_shard = -(-self.num_samples // self.num_workers)
+        # A shard one sample smaller must still give every step a sample.
+        return min(-(-largest_shard // self.batch_size), self.num_samples // self.num_workers)
+
+    def shard(self, worker: int) -> Indices:
+        """Return the sample numbers that worker `worker` owns: int64, sorted, disjoint and complete over workers."""
+        return np.sort(permutation(self.num_samples, self.seed, Purpose.SHARD)[worker :: self.num_workers])
+
+    def batch(self, worker: int, step: int) -> Indices:
+        """Return the positions, within the worker's shard, of the samples of its local step `step` (from 0)."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        order = _epoch_order(len(range(worker, self.num_samples, self.num_workers)), self.seed, epoch, worker)
+        return np.array_split(order, self.steps_per_epoch)[position]
+
+
+@lru_cache(maxsize=64)
+def _epoch_order(shard_size: int, seed: int, epoch: int, worker: int) -> Indices:
+    return permutation(shard_size, seed, Purpose.ORDER, epoch, worker)
+
+
+def length(dataset: Dataset[Any]) -> int:
+    """Return the number of samples.
+
+    Raises:
+        DataError: The data set has no length (a stream cannot be dealt).
+    """
+    try:
+        return len(dataset)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise DataError(f"{type(dataset).__name__} has no length: IST deals map-style data sets") from error
+
+
+def take_shard(dataset: Dataset[Any], indices: Indices) -> Dataset[Any]:
+    """Return the part of a data set that one worker needs, without keeping the rest of a `TensorDataset` alive."""
+    if isinstance(dataset, TensorDataset):
+        rows = torch.from_numpy(indices)
+        return TensorDataset(*(tensor[rows] for tensor in dataset.tensors))
+    return Subset(dataset, indices.tolist())
+
+
+def fetch(dataset: Dataset[Any], indices: Indices, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the samples at `indices` as one batch (inputs, targets) on `device`."""
+    if isinstance(dataset, TensorDataset):
+        rows = torch.from_numpy(indices)
+        inputs, targets = (tensor[rows] for tensor in dataset.tensors)
+    else:
+        inputs, targets = default_collate([dataset[int(index)] for index in indices])
+    return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)

@@ -1,0 +1,47 @@
+"""Fashion-MNIST: 60,000 + 10,000 grey images of 28x28 pixels, 10 classes (Zalando Research, MIT licence)."""
+
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from ist.data import Splits
+from ist.data.idx import read_idx
+from ist.errors import DataError
+
+DEBIAN_ROOT = Path("/usr/share/datasets/fashion-mnist")
+
+_MEAN, _STD = 0.2860, 0.3530  # of the training pixels scaled to [0, 1]
+
+
+def fashion_mnist(root: Path | None = None) -> Splits:
+    """Load Fashion-MNIST as standardised float32 of shape (784,) and int64 targets in 0..9.
+
+    Args:
+        root: Folder with the four standard IDX files, gzipped or not; default: where Debian's
+            package puts them.
+
+    Raises:
+        DataError: A file is missing or malformed.
+    """
+    folder = root or DEBIAN_ROOT
+    return Splits(_part(folder, "train"), _part(folder, "t10k"))
+
+
+def _part(folder: Path, name: str) -> TensorDataset:
+    pixels = read_idx(_find(folder, f"{name}-images-idx3-ubyte"))
+    labels = read_idx(_find(folder, f"{name}-labels-idx1-ubyte"))
+    if pixels.ndim != 3 or labels.ndim != 1 or len(pixels) != len(labels):
+        raise DataError(f"{folder}: {name} images {tuple(pixels.shape)} do not match labels {tuple(labels.shape)}")
+    inputs: Tensor = (pixels.flatten(1).float() / 255 - _MEAN) / _STD
+    return TensorDataset(inputs, labels.long())
+
+
+def _find(folder: Path, stem: str) -> Path:
+    for candidate in (folder / f"{stem}.gz", folder / stem):
+        if candidate.exists():
+            return candidate
+    raise DataError(
+        f"{folder}: no '{stem}.gz' or '{stem}'. On Debian: apt-get install dataset-fashion-mnist; "
+        "elsewhere set data.root to a folder with the four standard IDX files"
+    )

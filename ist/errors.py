@@ -1,0 +1,42 @@
+"""What can go wrong, as exceptions a caller can tell apart.
+
+Every class takes exactly one string, so that an error survives pickling and a
+trip through another process. The string says what was found, where, what was
+expected, and what to do. Only `ist/cli.py` prints them and sets exit codes.
+"""
+
+
+class ISTError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(ISTError):
+    """A configuration, an override or a command line that cannot be run as it stands."""
+
+
+class DataError(ISTError):
+    """A data set that is missing, malformed, or too small for the number of workers."""
+
+
+class ModelError(ISTError):
+    """A network whose hidden neurons cannot be split."""
+
+
+class PoolError(ISTError):
+    """Worker processes that could not be started or joined."""
+
+
+class WorkerLostError(PoolError):
+    """A worker that was lost while fewer than the required number remained."""
+
+
+class DivergedError(ISTError):
+    """A worker returned a loss or a weight that is not finite."""
+
+
+class RunFolderError(ISTError):
+    """A run folder that cannot be created, written or read."""
+
+
+class CheckpointError(RunFolderError):
+    """A checkpoint that is missing, truncated or altered."""

@@ -1,0 +1,101 @@
+"""Metrics of the whole network.
+
+Batch norm's running statistics are meaningless after a merge: no subnet ever saw the activations of
+the whole network. They are re-estimated by a forward pass over training batches before evaluation.
+A network whose batch norm keeps no running statistics uses batch statistics here, and its accuracy then
+depends on the batch size of the evaluation.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ist.data.batches import fetch, length
+from ist.rng import Purpose, permutation
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Mean loss, and accuracy in [0, 1] where asked for, over `samples` samples."""
+
+    loss: float
+    accuracy: float | None
+    samples: int
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    batch_size: int,
+    device: torch.device,
+    with_accuracy: bool,
+) -> Metrics:
+    """Evaluate a network on a data set.
+
+    Args:
+        model: The whole network, on `device`; left in training mode.
+        dataset: Pairs (input, target).
+        loss: Mean loss of (outputs, targets).
+        batch_size: Samples of a batch.
+        device: Where the network is.
+        with_accuracy: Whether outputs are (batch, classes) scores and targets class numbers.
+    """
+    model.eval()
+    count, loss_sum, correct = length(dataset), 0.0, 0
+    with torch.no_grad():
+        for start in range(0, count, batch_size):
+            batch = np.arange(start, min(start + batch_size, count), dtype=np.int64)
+            inputs, targets = fetch(dataset, batch, device)
+            outputs = model(inputs)
+            loss_sum += float(loss(outputs, targets)) * len(batch)
+            if with_accuracy:
+                correct += int((outputs.argmax(dim=1) == targets).sum())
+    model.train()
+    return Metrics(loss_sum / count, correct / count if with_accuracy else None, count)
+
+
+def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace batch norm's running statistics by their mean over the given batches.
+
+    Like `torch.optim.swa_utils.update_bn`, but with everything else in evaluation mode: dropout must be
+    off while the statistics of the network as evaluated are taken.
+
+    Args:
+        model: The whole network; left in training mode.
+        batches: Training inputs, each (batch, ...), on the network's device.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+    ]
+    momenta = [norm.momentum for norm in norms]
+    if norms:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over the batches
+            norm.train()
+        with torch.no_grad():
+            for inputs in batches:
+                model(inputs)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+    model.train()
+
+
+def statistics_batches(
+    dataset: Dataset[Any], batch_size: int, num_batches: int, seed: int, device: torch.device
+) -> Iterable[Tensor]:
+    """Yield the inputs of up to `num_batches` batches, drawn once for the run without replacement."""
+    order = permutation(length(dataset), seed, Purpose.STATISTICS)
+    # At most as many batches as are full: a runt batch would weigh as much as a full one.
+    full = max(1, min(num_batches, len(order) // batch_size))
+    for number in range(full):
+        yield fetch(dataset, order[number * batch_size : (number + 1) * batch_size], device)[0]

@@ -1,0 +1,148 @@
+"""Start a run's processes on this machine, with torch's elastic agent (what torchrun is made of).
+
+Where it sits: `ist train` and `ist compare` come here when no launcher has started them; the children
+run `ist process`, and find everything else in the run folder.
+Not here: several machines (use torchrun), what the processes do (`ist/run.py`).
+"""
+
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from ist.config import Config, num_processes
+from ist.errors import ISTError, PoolError, WorkerLostError
+
+LAUNCHED_BY_IST = "IST_LAUNCHED"
+"""Set in children: the parent reports their errors."""
+
+_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+
+
+def launch(config: Config, folder: Path, resume: bool) -> None:
+    """Run a job's processes until they are done.
+
+    Args:
+        config: The run's configuration, as written in `folder`.
+        folder: The run folder.
+        resume: Go on from the newest checkpoint.
+
+    Raises:
+        PoolError: The port is in use.
+        WorkerLostError: A process died; the message names its rank.
+        ISTError: A process stopped with an error; the message is its own.
+        KeyboardInterrupt: The user interrupted it, or it was told to end.
+    """
+    port = config.pool.port or _free_port()
+    if config.pool.port:
+        _check_port(port)
+    arguments = ["-m", "ist", "process", str(folder), *(["--resume"] if resume else [])]
+    launch_config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_processes(config),
+        run_id=folder.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"localhost:{port}",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    with _environment(_child_environment(config)):
+        try:
+            elastic_launch(launch_config, sys.executable)(*arguments)
+        except ChildFailedError as error:
+            raise _explain(error, config, folder) from error
+        except SignalException as error:
+            raise KeyboardInterrupt from error
+
+
+def report_to_launcher(error: BaseException) -> bool:
+    """Leave an error where a torchrun-like launcher looks for it.
+
+    Returns:
+        Whether `ist` itself is that launcher and will print the error.
+    """
+    if _ERROR_FILE in os.environ:
+        ErrorHandler().record_exception(error)
+    return LAUNCHED_BY_IST in os.environ
+
+
+def _child_environment(config: Config) -> dict[str, str]:
+    environment = {LAUNCHED_BY_IST: "1", "OMP_NUM_THREADS": str(config.pool.threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if loopback:
+        # All peers are on this machine, whatever its host name resolves to, and nobody else is let in.
+        environment["GLOO_SOCKET_IFNAME"] = loopback
+    return environment
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Set variables that are not set already, for a while."""
+    added = {key: value for key, value in values.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            del os.environ[key]
+
+
+def _check_port(port: int) -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("localhost", port))
+        except OSError as error:
+            raise PoolError(
+                f"pool.port is {port}, which another program uses ({error.strerror}): give another one, or 0 for a "
+                "free one"
+            ) from error
+
+
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
+
+
+def _explain(error: ChildFailedError, config: Config, folder: Path) -> ISTError:
+    """Turn the agent's report into the one cause: what died by itself, before what failed because of it."""
+    failures: list[tuple[int, ProcessFailure]] = sorted(error.failures.items())
+    killed = [(rank, f) for rank, f in failures if f.exitcode < 0 and f.signal_name() != "SIGTERM"]
+    told = [(rank, f) for rank, f in failures if f.error_file_data and f.exitcode > 0]
+    go_on = f"Go on from the last checkpoint with: ist train --resume {folder}"
+    if killed:
+        rank, failure = killed[0]
+        return WorkerLostError(f"{_who(rank, config)} was killed ({failure.signal_name()}). {go_on}")
+    if told:
+        rank, failure = min(told, key=lambda item: item[1].timestamp)
+        return ISTError(f"{_message(failure)} [{_who(rank, config)}] {go_on}")
+    rank, failure = min(failures, key=lambda item: item[1].timestamp)
+    return WorkerLostError(f"{_who(rank, config)} ended with exit code {failure.exitcode}, see above. {go_on}")
+
+
+def _who(rank: int, config: Config) -> str:
+    worker = rank - (num_processes(config) - config.train.workers)
+    return f"rank {rank} (worker {worker})" if worker >= 0 else f"rank {rank} (the coordinator)"
+
+
+def _message(failure: ProcessFailure) -> str:
+    """The first line of what the process said, without the name of the exception's class."""
+    message = failure.error_file_data["message"]
+    text = str(message["message"] if isinstance(message, dict) else message)
+    try:
+        text = str(json.loads(text))
+    except ValueError:
+        pass
+    name, colon, rest = text.partition(": ")
+    return rest if colon and name.isidentifier() else text

@@ -1,0 +1,187 @@
+"""Any `torch.optim` optimiser and schedule by name, and the optimiser's state as named tensors.
+
+A worker makes a new optimiser each round, for the subnet it holds then. The schedule belongs to the
+whole run, so it is played once on a stand-in parameter, and every step's settings are read off.
+
+State is either reset each round, or carried: then each state tensor that is shaped like its parameter
+(momentum, second moments) is cut, sent and merged as the parameter is, and scalars (step counts) are
+shared. Names: `momentum_buffer@linear_1.weight`.
+Not here: moving anything (subnet.py, pool/).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ist.config import TOTAL_STEPS, Component
+from ist.errors import ConfigError
+from ist.groups import Group, Slot, TensorSpec
+from ist.registry import call, resolve
+
+Settings = Mapping[str, Any]
+"""What a schedule sets for one step, such as {'lr': 0.1}."""
+
+_SAMPLE_SHAPE = (2, 3)
+
+
+@dataclass(frozen=True)
+class StateSlot:
+    """One entry of an optimiser's per-parameter state."""
+
+    key: str
+    like_parameter: bool
+    dtype: torch.dtype | None
+    initial: float
+
+
+def build_optimizer(spec: Component, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Make an optimiser.
+
+    Raises:
+        ConfigError: It is not known, refuses its arguments, or needs a closure.
+    """
+    cls = resolve(spec.name, "train.optimizer.name", {}, torch.optim)
+    if cls is torch.optim.LBFGS:
+        raise ConfigError("'train.optimizer.name' is 'LBFGS', which evaluates the loss several times a step: not supported")
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ConfigError(f"'train.optimizer.name' is '{spec.name}', which is not a torch.optim.Optimizer")
+    made = call(cls, {"params": parameters, **spec.args}, "train.optimizer.args")
+    assert isinstance(made, torch.optim.Optimizer)
+    return made
+
+
+def schedule_settings(optimizer: Component, schedule: Component | None, total_steps: int) -> list[Settings]:
+    """Return what the schedule sets at each local step of the run.
+
+    Args:
+        optimizer: The optimiser, whose arguments give the base settings.
+        schedule: Class of torch.optim.lr_scheduler and its arguments, or None.
+        total_steps: Local steps of the run.
+
+    Returns:
+        For every step, the settings that differ from the optimiser's own somewhere in the run; an empty
+        list without a schedule.
+
+    Raises:
+        ConfigError: The schedule is not known, refuses its arguments, or needs a metric.
+    """
+    if schedule is None:
+        return []
+    stand_in = build_optimizer(optimizer, _stand_in())
+    cls = resolve(schedule.name, "train.schedule.name", {}, torch.optim.lr_scheduler)
+    if cls is torch.optim.lr_scheduler.ReduceLROnPlateau:
+        raise ConfigError("'train.schedule.name' is 'ReduceLROnPlateau', which needs a metric each step: not supported")
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.lr_scheduler.LRScheduler)):
+        raise ConfigError(f"'train.schedule.name' is '{schedule.name}', which is not an LRScheduler")
+    args = {key: total_steps if value == TOTAL_STEPS else value for key, value in schedule.args.items()}
+    scheduler = call(cls, {"optimizer": stand_in, **args}, "train.schedule.args")
+    settings: list[dict[str, Any]] = []
+    for step in range(total_steps):
+        settings.append({k: v for k, v in stand_in.param_groups[0].items() if k not in ("params", "initial_lr")})
+        if step + 1 < total_steps:
+            stand_in.step()
+            scheduler.step()
+    varying = {key for key in settings[0] if any(entry[key] != settings[0][key] for entry in settings)} | {"lr"}
+    return [{key: entry[key] for key in varying} for entry in settings]
+
+
+def state_slots(spec: Component) -> tuple[StateSlot, ...]:
+    """Return what state an optimiser keeps for a parameter, found by making one step on a small one.
+
+    Raises:
+        ConfigError: The state cannot be carried with neurons: a tensor of another shape than its
+            parameter, or one that starts from the parameter's values.
+    """
+    (parameter,) = _stand_in()
+    parameter.data.uniform_(1, 2, generator=torch.Generator().manual_seed(0))
+    parameter.grad = torch.zeros_like(parameter)
+    optimizer = build_optimizer(spec, [parameter])
+    optimizer.param_groups[0]["weight_decay"] = 0.0  # state from gradients alone, which are zero
+    optimizer.step()
+    slots = []
+    for key, value in optimizer.state[parameter].items():
+        if value is None:
+            continue
+        tensor = torch.as_tensor(value)
+        like = tuple(tensor.shape) == _SAMPLE_SHAPE
+        if not isinstance(value, Tensor) or not (like or tensor.ndim == 0) or (tensor != tensor.flatten()[0]).any():
+            raise ConfigError(
+                f"'train.optimizer_state' is 'carried', but {spec.name} keeps '{key}', which cannot be cut along "
+                "with its parameter: use 'reset'"
+            )
+        same_dtype = like and tensor.dtype == parameter.dtype
+        slots.append(StateSlot(key, like, None if same_dtype else tensor.dtype, float(tensor.flatten()[0])))
+    return tuple(slots)
+
+
+def state_name(key: str, parameter: str) -> str:
+    """Return the name under which a parameter's state tensor travels and is saved."""
+    return f"{key}@{parameter}"
+
+
+def carried_specs(slots: Sequence[StateSlot], parameters: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Return the specs of all state tensors of the given parameters."""
+    return {
+        state_name(slot.key, name): TensorSpec(spec.shape if slot.like_parameter else (), slot.dtype or spec.dtype)
+        for name, spec in parameters.items()
+        for slot in slots
+    }
+
+
+def carried_groups(slots: Sequence[StateSlot], groups: Sequence[Group], parameters: Mapping[str, TensorSpec]) -> tuple[Group, ...]:
+    """Return groups whose neurons take their optimiser state with them."""
+    return tuple(
+        Group(
+            group.name,
+            group.size,
+            group.slots
+            + tuple(
+                Slot(state_name(state.key, slot.tensor), slot.dim, slot.block, slot.offset)
+                for slot in group.slots
+                if slot.tensor in parameters
+                for state in slots
+                if state.like_parameter
+            ),
+        )
+        for group in groups
+    )
+
+
+def initial_state(
+    slots: Sequence[StateSlot], specs: Mapping[str, TensorSpec], device: torch.device
+) -> dict[str, Tensor]:
+    """Return whole state tensors as they are before any step, for the names in `specs`."""
+    values = {slot.key: slot.initial for slot in slots}
+    return {
+        name: torch.full(spec.shape, values[name.partition("@")[0]], dtype=spec.dtype, device=device)
+        for name, spec in specs.items()
+    }
+
+
+def load_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], slots: Sequence[StateSlot], state: Mapping[str, Tensor]
+) -> None:
+    """Give an optimiser the state in `state`; tensors shaped like their parameter are used in place, not copied."""
+    for name, parameter in named.items():
+        for slot in slots:
+            tensor = state[state_name(slot.key, name)]
+            # A step count lives on the CPU unless the optimiser is capturable, whatever the parameter's device.
+            optimizer.state[parameter][slot.key] = tensor if slot.like_parameter else tensor.cpu().clone()
+
+
+def store_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], slots: Sequence[StateSlot], state: Mapping[str, Tensor]
+) -> None:
+    """Write an optimiser's state into the tensors of `state`, the inverse of `load_state`."""
+    for name, parameter in named.items():
+        for slot in slots:
+            target, source = state[state_name(slot.key, name)], optimizer.state[parameter][slot.key]
+            if target.data_ptr() != source.data_ptr():
+                target.copy_(source)
+
+
+def _stand_in() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.zeros(_SAMPLE_SHAPE))]

@@ -1,0 +1,256 @@
+"""Workers as the ranks of a torch.distributed job, however it was started.
+
+Rank 0 coordinates. It is worker 0 as well, unless the coordinator is dedicated: then rank r is worker
+r - 1. In a round every worker gets one message and gives one back.
+Not here: starting processes (`ist/launch.py`, or torchrun itself).
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ist.config import Pool, num_processes
+from ist.errors import ConfigError, PoolError
+from ist.job import Job
+from ist.meter import Meter
+from ist.pool import Lost, Subnet
+from ist.pool.wire import Message
+from ist.worker import Worker
+
+
+@dataclass(frozen=True)
+class Membership:
+    """This process's place in the job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    backend: str
+
+
+def is_launched() -> bool:
+    """Return whether a launcher (torchrun, Slurm, ...) gave this process a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def check_world_size(job: Job) -> None:
+    """Check that as many processes were started as the configuration calls for.
+
+    Raises:
+        ConfigError: The numbers differ; the message names both.
+    """
+    world_size, needed = int(os.environ["WORLD_SIZE"]), num_processes(job.config)
+    if world_size != needed:
+        spare = needed - job.config.train.workers
+        raise ConfigError(
+            f"{world_size} processes were started (WORLD_SIZE), but train.workers is {job.config.train.workers} and "
+            f"pool.coordinator is '{job.config.pool.coordinator}', which makes {needed}: start {needed} processes, or "
+            f"give --workers {world_size - spare}"
+        )
+
+
+def compute_device(settings: Pool) -> torch.device:
+    """Return where this process computes.
+
+    Raises:
+        ConfigError: CUDA is asked for and not there.
+    """
+    available = torch.cuda.is_available()
+    if settings.device == "cuda" and not available:
+        raise ConfigError("pool.device is 'cuda', but torch finds no CUDA device: use 'cpu' or 'auto'")
+    if settings.device == "cpu" or not available:
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def join(settings: Pool) -> Membership:
+    """Join the process group that the launcher's environment describes.
+
+    Raises:
+        ConfigError: The backend does not fit the devices.
+        PoolError: The group could not be formed: the port is in use, or a peer did not come.
+    """
+    device = compute_device(settings)
+    own_gpu = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
+    if settings.backend == "nccl" and not own_gpu:
+        raise ConfigError("pool.backend is 'nccl', which needs a GPU for every process: use 'gloo' or 'auto'")
+    backend = ("nccl" if own_gpu else "gloo") if settings.backend == "auto" else settings.backend
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    try:
+        dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout_s))
+    except (RuntimeError, ValueError, OSError) as error:
+        text = str(error)
+        if "EADDRINUSE" in text or "address already in use" in text.lower():
+            raise PoolError(f"{address} is in use by another program: give another port (pool.port)") from error
+        raise PoolError(f"could not join the process group at {address}: {text.splitlines()[0]}") from error
+    return Membership(dist.get_rank(), dist.get_world_size(), device, backend)
+
+
+def agree_on_start(membership: Membership, first_round: int, fingerprint: int) -> int:
+    """Return the first round as rank 0 knows it, after checking that all ranks run the same configuration.
+
+    Args:
+        membership: This process.
+        first_round: Where rank 0 begins; other ranks' value does not matter.
+        fingerprint: A number made of the configuration.
+
+    Raises:
+        PoolError: This rank's configuration is not rank 0's.
+    """
+    where = membership.device if membership.backend == "nccl" else torch.device("cpu")
+    said = torch.tensor([first_round, fingerprint], dtype=torch.int64, device=where)
+    dist.broadcast(said, src=0)
+    first, theirs = said.tolist()
+    if theirs != fingerprint:
+        raise PoolError(f"rank {membership.rank} runs another configuration than rank 0: give all nodes the same file")
+    return int(first)
+
+
+class Channel:
+    """Sends and receives flat buffers, and counts them.
+
+    Gloo carries CPU memory only, so CUDA buffers are staged through pinned memory for it.
+    """
+
+    def __init__(self, membership: Membership, meter: Meter) -> None:
+        self._membership = membership
+        self._meter = meter
+        self._stages: dict[int, Tensor] = {}
+
+    def send(self, flats: Sequence[tuple[int, int, Tensor]]) -> list[dist.Work]:
+        """Begin to send (rank, worker, flat) buffers; they must not change until the works are waited for."""
+        operations = []
+        for rank, worker, flat in flats:
+            staged = self._staged(flat)
+            if staged is not flat:
+                staged.copy_(flat)
+            operations.append(dist.P2POp(dist.isend, staged, rank))
+            self._meter.sent[worker] += flat.nbytes
+        return dist.batch_isend_irecv(operations) if operations else []
+
+    def receive(self, flats: Sequence[tuple[int, int, Tensor]]) -> list[dist.Work]:
+        """Begin to receive (rank, worker, flat) buffers; `finish` each after waiting for its work."""
+        operations = [dist.P2POp(dist.irecv, self._staged(flat), rank) for rank, _, flat in flats]
+        return dist.batch_isend_irecv(operations) if operations else []
+
+    def finish(self, worker: int, flat: Tensor) -> None:
+        """Count a received buffer, and bring it to the GPU if it was staged."""
+        staged = self._staged(flat)
+        if staged is not flat:
+            flat.copy_(staged)
+        self._meter.received[worker] += flat.nbytes
+
+    def _staged(self, flat: Tensor) -> Tensor:
+        if flat.device.type == "cpu" or self._membership.backend == "nccl":
+            return flat
+        stage = self._stages.get(flat.data_ptr())
+        if stage is None or stage.nbytes < flat.nbytes:
+            stage = torch.empty(flat.nbytes, dtype=torch.uint8, pin_memory=True)
+            self._stages[flat.data_ptr()] = stage
+        return stage[: flat.nbytes]
+
+
+class TorchrunPool:
+    """The coordinator's side: rank 0."""
+
+    parallel = True
+
+    def __init__(self, job: Job, membership: Membership, meter: Meter) -> None:
+        self._channel = Channel(membership, meter)
+        self._early = membership.backend == "gloo"
+        self._first_rank = membership.world_size - job.config.train.workers
+        self._local = Worker(job, 0, membership.device) if self._first_rank == 0 else None
+
+    def train(self, round_number: int, subnets: Sequence[Subnet]) -> Iterator[Subnet | Lost]:
+        """Send all subnets, train worker 0's here if rank 0 is a worker, and yield each as it comes back."""
+        remote = [subnet for subnet in subnets if self._rank(subnet.worker) != 0]
+        sends = self._channel.send(
+            [(self._rank(s.worker), s.worker, s.message.flat[: s.sent_bytes]) for s in remote]
+        )
+        back = [(self._rank(s.worker), s.worker, s.message.flat) for s in remote]
+        # A trained subnet is received over the one that was sent: it cannot come before the other has arrived.
+        # With gloo the receives are posted now, so that data flow while this rank trains; a waiting NCCL receive
+        # would take the GPU's time.
+        receives = self._channel.receive(back) if self._early else []
+        if self._local is not None:
+            self._local.train(round_number, subnets[0].message)
+            yield subnets[0]
+        receives = receives or self._channel.receive(back)
+        # NCCL coalesces a batch into one work.
+        waits = [[work] for work in receives] if len(receives) == len(back) else [receives] + [[]] * (len(back) - 1)
+        for subnet, works in zip(remote, waits, strict=True):
+            try:
+                _wait(works, f"rank {self._rank(subnet.worker)}")
+            except PoolError as error:
+                yield Lost(subnet.worker, str(error))
+                continue
+            self._channel.finish(subnet.worker, subnet.message.flat)
+            yield subnet
+        _wait(sends, "sending subnets")
+
+    def close(self) -> None:
+        """Leave the process group."""
+        dist.destroy_process_group()
+
+    def _rank(self, worker: int) -> int:
+        return worker + self._first_rank
+
+
+class RankWorker:
+    """The worker's side: every rank that does not coordinate.
+
+    Args:
+        job: The run.
+        membership: This rank.
+    """
+
+    def __init__(self, job: Job, membership: Membership) -> None:
+        self._job = job
+        self._number = membership.rank - (membership.world_size - job.config.train.workers)
+        self._worker = Worker(job, self._number, membership.device)
+        self._channel = Channel(membership, Meter())
+        self._message = Message(job.layout(self._number), membership.device)
+
+    def train_round(self, round_number: int) -> None:
+        """Receive a subnet, train it, send it back.
+
+        Raises:
+            PoolError: The coordinator is gone, or sent something else than this round's subnet.
+        """
+        message = self._message
+        incoming = message.flat[: message.layout.end_of(self._job.sent_names(round_number))]
+        gone = f"worker {self._number} lost the coordinator (rank 0) in round {round_number}"
+        _wait(self._channel.receive([(0, self._number, incoming)]), gone)
+        self._channel.finish(self._number, incoming)
+        message.read_header(round_number, self._number)
+        self._worker.train(round_number, message)
+        _wait(self._channel.send([(0, self._number, message.flat)]), gone)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        dist.destroy_process_group()
+
+
+def is_peer_failure(error: RuntimeError) -> bool:
+    """Return whether an error of a collective means that a peer is gone, rather than a fault in this process."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "Gloo", "NCCL", "onnection"))
+
+
+def _wait(works: Sequence[dist.Work], what: str) -> None:
+    try:
+        for work in works:
+            work.wait()
+    except RuntimeError as error:
+        raise PoolError(f"{what}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,19 @@
+"""Tables, plots and the HTML page about finished runs.
+
+Not here: running anything. Needs the extra `report`.
+"""
+
+from importlib.util import find_spec
+
+from ist.errors import ConfigError
+
+
+def check_installed() -> None:
+    """Check that the libraries of the extra `report` are there.
+
+    Raises:
+        ConfigError: One is missing.
+    """
+    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"a report needs {' and '.join(missing)}: pip install 'ist[report]'")

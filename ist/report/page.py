@@ -1,0 +1,74 @@
+"""The HTML page about finished runs: one file, everything inside it, readable without a network."""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from ist._version import VERSION
+from ist.checkpoint import write_atomically
+from ist.config_file import dump_config
+from ist.errors import RunFolderError
+from ist.report.plots import AXES, curve_plot, phase_plot
+from ist.report.table import COLUMNS, table_rows
+from ist.run_folder import RunFolder
+
+
+def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
+    """Return the run folders among `paths` and directly under them, in order.
+
+    Raises:
+        RunFolderError: A path holds none.
+    """
+    found: list[RunFolder] = []
+    for path in paths:
+        inside = [path] if (path / "config.yaml").is_file() else sorted(p.parent for p in path.glob("*/config.yaml"))
+        if not inside:
+            raise RunFolderError(f"{path}: is no run folder and holds none (no config.yaml)")
+        found += [RunFolder(folder) for folder in inside]
+    return found
+
+
+def write_report(runs: Sequence[RunFolder], path: Path) -> Path:
+    """Write the page.
+
+    Args:
+        runs: Finished runs.
+        path: The file to write.
+
+    Returns:
+        `path`.
+
+    Raises:
+        RunFolderError: A run has not finished, or the file cannot be written.
+    """
+    results = [run.result() for run in runs]
+    rows = table_rows(results)
+    labels = [row[0] for row in rows]
+    if len(set(labels)) < len(labels):
+        labels = [f"{label}: {run.path.name}" for label, run in zip(labels, runs, strict=True)]
+    curves = {label: run.records() for label, run in zip(labels, runs, strict=True)}
+    configs = [run.load_config() for run in runs]
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        files("ist.report").joinpath("page.html").read_text(encoding="utf-8")
+    )
+    page = template.render(
+        title=configs[0].name,
+        version=VERSION,
+        columns=COLUMNS,
+        rows=rows,
+        results=results,
+        model=yaml.safe_dump(configs[0].model.model_dump(), default_flow_style=True, width=1000).strip(),
+        data=configs[0].data.name,
+        plots=[Markup(curve_plot(curves, *axis)) for axis in AXES],
+        phases=Markup(phase_plot(curves)),
+        configs=[(label, dump_config(config)) for label, config in zip(labels, configs, strict=True)],
+    )
+    try:
+        write_atomically(path, page.encode())
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
+    return path

@@ -1,0 +1,75 @@
+"""Curves of finished runs, as SVG text that can stand in an HTML page."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+AXES = (
+    ("sent_bytes", "bytes sent by all processes", "log"),
+    ("train_s", "seconds of training", "linear"),
+    ("samples", "samples seen by all workers", "linear"),
+)
+
+Curves = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def curve_plot(curves: Curves, x: str, x_label: str, x_scale: str) -> str:
+    """Draw test accuracy (test loss where there is none) against a counter.
+
+    Args:
+        curves: Label to the records of a run; records without an evaluation are left out.
+        x: The counter's key in a record.
+        x_label: What the axis says.
+        x_scale: 'linear' or 'log'.
+
+    Returns:
+        An `<svg>` element. It refers to nothing outside itself.
+    """
+    evaluated = {label: [r for r in records if r.get("test_loss") is not None] for label, records in curves.items()}
+    y = "accuracy" if any(r.get("accuracy") is not None for rs in evaluated.values() for r in rs) else "test_loss"
+    figure = Figure(figsize=(5.6, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for label, records in evaluated.items():
+        points = [(record[x], record[y]) for record in records if record.get(y) is not None]
+        axes.plot([p[0] for p in points], [p[1] for p in points], label=label, linewidth=1.6)
+    axes.set_xscale(x_scale)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel("test accuracy" if y == "accuracy" else "test loss")
+    axes.grid(visible=True, alpha=0.3)
+    axes.legend()
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "ist"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def phase_plot(curves: Curves) -> str:
+    """Draw where the seconds of each run went, as stacked bars; returns an `<svg>` element."""
+    phases = {
+        "compute_s": "local steps",
+        "exchange_s": "exchange",
+        "cut_s": "cut",
+        "merge_s": "merge",
+        "idle_s": "waiting",
+    }
+    figure = Figure(figsize=(8.4, 0.7 + 0.5 * len(curves)), layout="constrained")
+    axes = figure.subplots()
+    left = [0.0] * len(curves)
+    for key, label in phases.items():
+        widths = [sum(record[key] for record in records) for records in curves.values()]
+        axes.barh(list(curves), widths, left=left, label=label, height=0.6)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.set_xlabel("seconds (mean of the workers)")
+    axes.invert_yaxis()
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "ist"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,47 @@
+"""The table that sets finished runs beside each other."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from ist.display import format_bytes
+
+Result = Mapping[str, Any]
+
+COLUMNS = ("method", "accuracy", "bytes sent", "ratio", "seconds", "memory a worker")
+
+
+def table_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+    """Return a row of text for every result.
+
+    The ratio is the bytes of the costliest run over a run's own: how many times fewer it sends. A run's
+    label carries the seed where a method stands more than once.
+    """
+    most = max((result["sent_bytes"] for result in results), default=0)
+    methods = [result["method"] for result in results]
+    rows = []
+    for result in results:
+        several = methods.count(result["method"]) > 1
+        accuracy, sent = result["accuracy"], result["sent_bytes"]
+        rows.append(
+            (
+                f"{result['method']} (seed {result['seed']})" if several else str(result["method"]),
+                f"{accuracy:.2%}" if accuracy is not None else f"loss {result['test_loss'] or result['loss']:.4f}",
+                format_bytes(sent),
+                f"{most / sent:.3g}x fewer" if sent and sent < most else "1x",
+                f"{result['train_s']:.1f}",
+                format_bytes(result["memory_bytes"]),
+            )
+        )
+    return rows
+
+
+def rich_table(results: Sequence[Result]) -> Table:
+    """Return the table for a terminal."""
+    table = Table(*(COLUMNS[:1]), title=None)
+    for column in COLUMNS[1:]:
+        table.add_column(column, justify="right")
+    for row in table_rows(results):
+        table.add_row(*row)
+    return table

@@ -1,0 +1,104 @@
+"""Local steps on a narrow network: the innermost loop of the system.
+
+Where it sits: a pool hands a message in; this file trains the tensors in it, in place; the pool takes
+it back.
+Not here: how the message got here, whose neurons they are, what happens to them next.
+"""
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from ist import optim
+from ist.data.batches import fetch, take_shard
+from ist.job import Job
+from ist.meter import MemoryGauge
+from ist.narrow import bind, input_scales, narrow_module
+from ist.pool.wire import Header, Message
+from ist.rng import Purpose, torch_seed
+
+
+class Worker:
+    """One worker: its shard of the data, its narrow network, and the loop that trains it.
+
+    Args:
+        job: The run.
+        number: Which worker this is, from 0.
+        device: Where it computes.
+    """
+
+    def __init__(self, job: Job, number: int, device: torch.device) -> None:
+        self.job = job
+        self.number = number
+        self.device = device
+        self.shard: Dataset[Any] = take_shard(job.train_data, job.dealing.shard(number))
+        specs = job.narrow_specs(number)
+        scaled = job.config.train.activation_scale == "width"
+        scales = input_scales(job.groups, job.template, specs) if scaled else {}
+        self.gauge = MemoryGauge(device)
+        self.module = narrow_module(job.template, specs, device, scales)
+
+    def train(self, round_number: int, message: Message) -> None:
+        """Make a round's local steps on the subnet in `message`, in place, and write the header that goes back.
+
+        Args:
+            round_number: The round, from 0.
+            message: On this worker's device; the parameters are its tensors while this runs.
+        """
+        started = time.perf_counter()
+        job, module = self.job, self.module
+        bind(module, message.tensors)
+        named = dict(module.named_parameters())
+        optimizer = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
+        if job.state_slots and round_number > 0:
+            optim.load_state(optimizer, named, job.state_slots, message.tensors)
+        total, samples = local_steps(job, self.number, self.shard, module, optimizer, round_number, self.device)
+        optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the subnet travels
+        if job.state_slots:
+            optim.store_state(optimizer, named, job.state_slots, message.tensors)
+        elapsed = time.perf_counter() - started
+        message.write_header(
+            Header(round_number, self.number, len(job.steps(round_number)), samples, total, elapsed, self.gauge.peak_bytes())
+        )
+
+
+def local_steps(
+    job: Job,
+    worker: int,
+    shard: Dataset[Any],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    round_number: int,
+    device: torch.device,
+) -> tuple[float, int]:
+    """Make a round's optimiser steps on one worker's data: the local training step.
+
+    Args:
+        job: The run.
+        worker: Whose data and random numbers to use.
+        shard: The worker's data.
+        module: What to train: a narrow network, or a whole one that averages its gradients.
+        optimizer: Over the module's parameters.
+        round_number: The round, from 0.
+        device: Where the module is.
+
+    Returns:
+        The sum of the samples' losses, and the number of samples. The device is done when it returns.
+    """
+    loss_sum, samples = torch.zeros((), device=device), 0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(torch_seed(job.config.seed, Purpose.TRAINING, round_number, worker))
+        for step in job.steps(round_number):
+            if job.settings:
+                optimizer.param_groups[0].update(job.settings[step])
+            inputs, targets = fetch(shard, job.dealing.batch(worker, step), device)
+            optimizer.zero_grad(set_to_none=True)
+            loss = job.loss(module(inputs), targets)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            loss_sum += loss.detach() * len(targets)
+            samples += len(targets)
+    return float(loss_sum), samples
