@@ -8,11 +8,13 @@ The command line is `ist` (see `ist --help`); how a run goes is told in README.m
 
 from typing import TYPE_CHECKING, Any
 
-from ist._version import VERSION as __version__
+from ist._version import VERSION
 from ist.errors import ISTError
 
 if TYPE_CHECKING:
     from ist.api import TrainResult, train
+
+__version__ = VERSION
 
 __all__ = ["ISTError", "TrainResult", "__version__", "train"]
 

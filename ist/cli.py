@@ -6,7 +6,6 @@ Not here: algorithms. torch is imported by the commands that need it, so that `-
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
@@ -26,8 +25,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     help="Independent Subnet Training: train a network over slow links by splitting its hidden neurons.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
-)  # fmt: skip
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run; see 'ist keys' for what it may hold.")]
 Overrides = Annotated[
@@ -71,17 +73,15 @@ def train(
     config = load_config(config_file, [*(overrides or []), *_flags(workers, pool, method)])
 
     from ist.job import build_job
-    from ist.pool.torchrun import is_launched
+    from ist.pool.torchrun import is_launched, is_rank_zero
     from ist.run import check_method
-    from ist.run_folder import RunFolder, create_run_folder
+    from ist.run_folder import create_run_folder
 
     if is_launched():
         config = config.model_copy(update={"pool": config.pool.model_copy(update={"kind": "torchrun"})})
     check_method(config)
     job = build_job(config)
-    folder: RunFolder | None = None
-    if not is_launched() or os.environ["RANK"] == "0":
-        folder = create_run_folder(config, run_dir)
+    folder = create_run_folder(config, run_dir) if is_rank_zero() else None
     if config.pool.kind == "inline" or is_launched():
         _run_here(job, folder, resume=False)
     else:

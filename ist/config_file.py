@@ -71,7 +71,7 @@ def parse_yaml(text: str, source: str) -> Any:
         ConfigError: The text is not YAML; the message names `source`, line and column.
     """
     try:
-        return yaml.load(text, Loader=_Yaml12Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Yaml12Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
@@ -126,7 +126,9 @@ def with_methods(config: Config, methods: Sequence[str], source: str) -> Config:
     Raises:
         ConfigError: An override does not fit.
     """
-    changed = validate({**config.model_dump(), "compare": {**config.compare.model_dump(), "methods": list(methods)}}, source)
+    changed = validate(
+        {**config.model_dump(), "compare": {**config.compare.model_dump(), "methods": list(methods)}}, source
+    )
     for method in methods:
         config_for_method(changed, method, source)
     return changed

@@ -101,7 +101,14 @@ class Follower(Protocol):
 class Recorder(Protocol):
     """Who is told what happened: the run folder, the progress display, or a list."""
 
-    def round_done(self, round_number: int, report: RoundReport, metrics: Metrics | None, seconds: Seconds, sent_bytes: int) -> None:
+    def round_done(
+        self,
+        round_number: int,
+        report: RoundReport,
+        metrics: Metrics | None,
+        seconds: Seconds,
+        sent_bytes: int,
+    ) -> None:
         """Take note of a round; `metrics` where it was evaluated."""
         ...
 
@@ -152,11 +159,20 @@ def evaluate_whole(job: Job, model: nn.Module, device: torch.device) -> Metrics:
     assert job.test_data is not None
     if config.train.running_statistics == "reestimate":
         batches = statistics_batches(
-            job.train_data, config.evaluate.batch_size, config.evaluate.statistics_batches, config.seed, device
+            job.train_data,
+            config.evaluate.batch_size,
+            config.evaluate.statistics_batches,
+            config.seed,
+            device,
         )
         reestimate_statistics(model, batches)
     return evaluate(
-        model, job.test_data, job.loss, config.evaluate.batch_size, device, config.evaluate.metric == "accuracy"
+        model,
+        job.test_data,
+        job.loss,
+        config.evaluate.batch_size,
+        device,
+        config.evaluate.metric == "accuracy",
     )
 
 
@@ -293,9 +309,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
-def _report(
-    headers: Sequence[Header], lost: Sequence[Lost], spent: Mapping[str, float], parallel: bool
-) -> RoundReport:
+def _report(headers: Sequence[Header], lost: Sequence[Lost], spent: Mapping[str, float], parallel: bool) -> RoundReport:
     computes = [header.compute_s for header in headers]
     critical = max(computes) if parallel else sum(computes)
     exchange = max(0.0, spent["train"] - critical)

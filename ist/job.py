@@ -191,8 +191,8 @@ def loss_function(name: str) -> LossFunction:
         ConfigError: It is not known.
     """
     found = resolve(name, "train.loss", {}, functional)
-    made = found() if isinstance(found, type) else found
-    return made  # type: ignore[no-any-return]
+    function: LossFunction = found() if isinstance(found, type) else found
+    return function
 
 
 def _load_data(config: Config) -> Splits:

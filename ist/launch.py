@@ -11,7 +11,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -77,7 +77,11 @@ def report_to_launcher(error: BaseException) -> bool:
 
 
 def _child_environment(config: Config) -> dict[str, str]:
-    environment = {LAUNCHED_BY_IST: "1", "OMP_NUM_THREADS": str(config.pool.threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment = {
+        LAUNCHED_BY_IST: "1",
+        "OMP_NUM_THREADS": str(config.pool.threads),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if loopback:
         # All peers are on this machine, whatever its host name resolves to, and nobody else is let in.
@@ -140,9 +144,7 @@ def _message(failure: ProcessFailure) -> str:
     """The first line of what the process said, without the name of the exception's class."""
     message = failure.error_file_data["message"]
     text = str(message["message"] if isinstance(message, dict) else message)
-    try:
+    with suppress(ValueError):
         text = str(json.loads(text))
-    except ValueError:
-        pass
     name, colon, rest = text.partition(": ")
     return rest if colon and name.isidentifier() else text

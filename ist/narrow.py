@@ -78,9 +78,7 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 child._buffers[name] = tensors[path]
 
 
-def input_scales(
-    groups: Sequence[Group], template: nn.Module, specs: Mapping[str, TensorSpec]
-) -> dict[str, float]:
+def input_scales(groups: Sequence[Group], template: nn.Module, specs: Mapping[str, TensorSpec]) -> dict[str, float]:
     """Return, for every linear layer fed by hidden neurons, full width / narrow width.
 
     Multiplying a subnet's hidden activations by it keeps the scale of what the next layer sees, as

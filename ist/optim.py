@@ -45,7 +45,9 @@ def build_optimizer(spec: Component, parameters: Sequence[nn.Parameter]) -> torc
     """
     cls = resolve(spec.name, "train.optimizer.name", {}, torch.optim)
     if cls is torch.optim.LBFGS:
-        raise ConfigError("'train.optimizer.name' is 'LBFGS', which evaluates the loss several times a step: not supported")
+        raise ConfigError(
+            "'train.optimizer.name' is 'LBFGS', which evaluates the loss several times a step: not supported"
+        )
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ConfigError(f"'train.optimizer.name' is '{spec.name}', which is not a torch.optim.Optimizer")
     made = call(cls, {"params": parameters, **spec.args}, "train.optimizer.args")
@@ -131,7 +133,9 @@ def carried_specs(slots: Sequence[StateSlot], parameters: Mapping[str, TensorSpe
     }
 
 
-def carried_groups(slots: Sequence[StateSlot], groups: Sequence[Group], parameters: Mapping[str, TensorSpec]) -> tuple[Group, ...]:
+def carried_groups(
+    slots: Sequence[StateSlot], groups: Sequence[Group], parameters: Mapping[str, TensorSpec]
+) -> tuple[Group, ...]:
     """Return groups whose neurons take their optimiser state with them."""
     return tuple(
         Group(
@@ -162,7 +166,10 @@ def initial_state(
 
 
 def load_state(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], slots: Sequence[StateSlot], state: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    slots: Sequence[StateSlot],
+    state: Mapping[str, Tensor],
 ) -> None:
     """Give an optimiser the state in `state`; tensors shaped like their parameter are used in place, not copied."""
     for name, parameter in named.items():
@@ -173,7 +180,10 @@ def load_state(
 
 
 def store_state(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], slots: Sequence[StateSlot], state: Mapping[str, Tensor]
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    slots: Sequence[StateSlot],
+    state: Mapping[str, Tensor],
 ) -> None:
     """Write an optimiser's state into the tensors of `state`, the inverse of `load_state`."""
     for name, parameter in named.items():

@@ -40,7 +40,12 @@ class RunRecorder:
         self.history: list[dict[str, Any]] = folder.records() if folder else []
 
     def round_done(
-        self, round_number: int, report: RoundReport, metrics: Metrics | None, seconds: Seconds, sent_bytes: int
+        self,
+        round_number: int,
+        report: RoundReport,
+        metrics: Metrics | None,
+        seconds: Seconds,
+        sent_bytes: int,
     ) -> None:
         """Note a round.
 
@@ -81,7 +86,9 @@ class RunRecorder:
             RunFolderError: It cannot be written.
         """
         if self._folder:
-            self._folder.save_checkpoint(state, Progress(rounds_done, dict(self._totals)), self._job.config.checkpoint.keep)
+            self._folder.save_checkpoint(
+                state, Progress(rounds_done, dict(self._totals)), self._job.config.checkpoint.keep
+            )
 
     def finish(self, model: nn.Module) -> None:
         """Write the trained network and the final numbers, if there is a run folder.

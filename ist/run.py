@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from ist.coordinator import Coordinator, Follower, Method
 from ist.display import Display
 from ist.errors import CheckpointError, ConfigError
 from ist.job import Job
-from ist.methods import METHODS
 from ist.meter import Meter
+from ist.methods import METHODS
 from ist.pool import WorkerPool
 from ist.pool.inline import InlinePool
 from ist.pool.torchrun import (
@@ -153,6 +154,13 @@ def _restored(job: Job, tensors: Mapping[str, Tensor]) -> tuple[torch.nn.Module,
 
 def _fingerprint(config: Config) -> int:
     """A number that differs when two processes would not train the same thing the same way."""
-    local = {"output": True, "name": True, "compare": True, "checkpoint": True, "data": {"root"}, "pool": {"port"}}
+    local: dict[str, Any] = {
+        "output": True,
+        "name": True,
+        "compare": True,
+        "checkpoint": True,
+        "data": {"root"},
+        "pool": {"port"},
+    }
     tree = config.model_dump(exclude=local)
     return zlib.crc32(json.dumps(tree, sort_keys=True, default=str).encode())

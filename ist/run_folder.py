@@ -18,7 +18,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ist.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint, write_atomically, write_tensors
+from ist.checkpoint import (
+    Progress,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+    write_tensors,
+)
 from ist.config import Config
 from ist.config_file import dump_config, load_config
 from ist.errors import RunFolderError
@@ -167,7 +174,9 @@ def create_run_folder(config: Config, path: Path | None = None) -> RunFolder:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise RunFolderError(f"{folder}: is not empty: give a new folder, or go on with: ist train --resume {folder}")
+            raise RunFolderError(
+                f"{folder}: is not empty: give a new folder, or go on with: ist train --resume {folder}"
+            )
         write_atomically(folder / "config.yaml", dump_config(config).encode())
     except OSError as error:
         raise RunFolderError(f"{folder}: cannot be made or written: {error.strerror or error}") from error

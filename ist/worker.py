@@ -61,7 +61,15 @@ class Worker:
             optim.store_state(optimizer, named, job.state_slots, message.tensors)
         elapsed = time.perf_counter() - started
         message.write_header(
-            Header(round_number, self.number, len(job.steps(round_number)), samples, total, elapsed, self.gauge.peak_bytes())
+            Header(
+                round_number,
+                self.number,
+                len(job.steps(round_number)),
+                samples,
+                total,
+                elapsed,
+                self.gauge.peak_bytes(),
+            )
         )
 
 

@@ -30,7 +30,8 @@ def digits(root: Path | None = None, test_fraction: float = 0.2) -> Splits:
     inputs, targets = table[:, :-1] / 8 - 1, table[:, -1].long()
     held_out = torch.arange(len(targets)) % round(1 / test_fraction) == 0
     return Splits(
-        TensorDataset(inputs[~held_out], targets[~held_out]), TensorDataset(inputs[held_out], targets[held_out])
+        TensorDataset(inputs[~held_out], targets[~held_out]),
+        TensorDataset(inputs[held_out], targets[held_out]),
     )
 
 

@@ -11,21 +11,31 @@ from ist.errors import DataError
 
 DEBIAN_ROOT = Path("/usr/share/datasets/fashion-mnist")
 
+NUM_VALIDATION = 10_000
+
 _MEAN, _STD = 0.2860, 0.3530  # of the training pixels scaled to [0, 1]
 
 
-def fashion_mnist(root: Path | None = None) -> Splits:
+def fashion_mnist(root: Path | None = None, validation: bool = False) -> Splits:
     """Load Fashion-MNIST as standardised float32 of shape (784,) and int64 targets in 0..9.
 
     Args:
         root: Folder with the four standard IDX files, gzipped or not; default: where Debian's
             package puts them.
+        validation: Hold out the last 10,000 training images instead of the test images: for tuning.
 
     Raises:
         DataError: A file is missing or malformed.
     """
     folder = root or DEBIAN_ROOT
-    return Splits(_part(folder, "train"), _part(folder, "t10k"))
+    train = _part(folder, "train")
+    if validation:
+        inputs, targets = train.tensors
+        return Splits(
+            TensorDataset(inputs[:-NUM_VALIDATION], targets[:-NUM_VALIDATION]),
+            TensorDataset(inputs[-NUM_VALIDATION:], targets[-NUM_VALIDATION:]),
+        )
+    return Splits(train, _part(folder, "t10k"))
 
 
 def _part(folder: Path, name: str) -> TensorDataset:

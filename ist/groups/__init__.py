@@ -107,5 +107,7 @@ def check_groups(groups: Sequence[Group], tensors: Mapping[str, TensorSpec | Ten
             spans = taken.setdefault((slot.tensor, slot.dim), [])
             for start, stop, other in spans:
                 if slot.offset < stop and start < end:
-                    raise ModelError(f"groups '{other}' and '{group.name}' overlap in dim {slot.dim} of '{slot.tensor}'")
+                    raise ModelError(
+                        f"groups '{other}' and '{group.name}' overlap in dim {slot.dim} of '{slot.tensor}'"
+                    )
             spans.append((slot.offset, end, group.name))

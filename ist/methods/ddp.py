@@ -45,7 +45,7 @@ class AllReduceCounter:
         self.sent_bytes = 0.0
         self.seconds = 0.0
 
-    def hook(self, group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def hook(self, group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
         """All-reduce a bucket; a communication hook of DDP."""
         self.sent_bytes += self._share * bucket.buffer().nbytes
         with self._lock:
@@ -88,7 +88,8 @@ class DataParallel:
         # Newer versions of torch have renamed the option that says so.
         names = inspect.signature(DistributedDataParallel).parameters
         option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        self._ddp = DistributedDataParallel(self._model, gradient_as_bucket_view=True, **{option: False})
+        options: dict[str, Any] = {option: False}
+        self._ddp = DistributedDataParallel(self._model, gradient_as_bucket_view=True, **options)
         self._counter = AllReduceCounter(membership.world_size)
         self._ddp.register_comm_hook(None, self._counter.hook)
         self._named = dict(self._model.named_parameters())

@@ -5,11 +5,17 @@ Not here: how it is split (`ist/groups/sequential.py` reads any `nn.Sequential`)
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 from torch import nn
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "silu": nn.SiLU}
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "tanh": nn.Tanh,
+    "silu": nn.SiLU,
+}
 
 
 class MLP(nn.Sequential):
@@ -48,7 +54,7 @@ class MLP(nn.Sequential):
         if activation not in _ACTIVATIONS:
             raise ValueError(f"activation '{activation}': expected one of {', '.join(_ACTIVATIONS)}")
         layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
-        for number, (fan_in, width) in enumerate(zip(widths[:-2], widths[1:-1], strict=True), start=1):
+        for number, (fan_in, width) in enumerate(pairwise(widths[:-1]), start=1):
             layers[f"linear_{number}"] = nn.Linear(fan_in, width, bias=bias)
             if batch_norm:
                 layers[f"norm_{number}"] = nn.BatchNorm1d(width, track_running_stats=track_running_stats)
@@ -57,7 +63,5 @@ class MLP(nn.Sequential):
                 layers[f"dropout_{number}"] = nn.Dropout(dropout)
         layers["output"] = nn.Linear(widths[-2], widths[-1], bias=bias)
         if output_norm:
-            layers["output_norm"] = nn.BatchNorm1d(
-                widths[-1], affine=False, track_running_stats=track_running_stats
-            )
+            layers["output_norm"] = nn.BatchNorm1d(widths[-1], affine=False, track_running_stats=track_running_stats)
         super().__init__(layers)

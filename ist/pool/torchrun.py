@@ -38,6 +38,11 @@ def is_launched() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def is_rank_zero() -> bool:
+    """Return whether this process coordinates: rank 0 of a launched job, or the only process."""
+    return not is_launched() or os.environ["RANK"] == "0"
+
+
 def check_world_size(job: Job) -> None:
     """Check that as many processes were started as the configuration calls for.
 
@@ -171,9 +176,7 @@ class TorchrunPool:
     def train(self, round_number: int, subnets: Sequence[Subnet]) -> Iterator[Subnet | Lost]:
         """Send all subnets, train worker 0's here if rank 0 is a worker, and yield each as it comes back."""
         remote = [subnet for subnet in subnets if self._rank(subnet.worker) != 0]
-        sends = self._channel.send(
-            [(self._rank(s.worker), s.worker, s.message.flat[: s.sent_bytes]) for s in remote]
-        )
+        sends = self._channel.send([(self._rank(s.worker), s.worker, s.message.flat[: s.sent_bytes]) for s in remote])
         back = [(self._rank(s.worker), s.worker, s.message.flat) for s in remote]
         # A trained subnet is received over the one that was sent: it cannot come before the other has arrived.
         # With gloo the receives are posted now, so that data flow while this rank trains; a waiting NCCL receive

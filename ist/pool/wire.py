@@ -109,7 +109,8 @@ class Message:
             PoolError: The message belongs to something else.
         """
         found, *numbers = self._header().tolist()
-        header = Header(*map(int, numbers[:4]), *numbers[4:6], int(numbers[6]))
+        round_sent, sender, steps, samples, loss_sum, compute_s, memory = numbers
+        header = Header(int(round_sent), int(sender), int(steps), int(samples), loss_sum, compute_s, int(memory))
         expected = (self.layout.fingerprint, round_number, worker)
         if (found, header.round_number, header.worker) != expected:
             raise PoolError(

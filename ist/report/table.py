@@ -20,7 +20,7 @@ def table_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     """
     most = max((result["sent_bytes"] for result in results), default=0)
     methods = [result["method"] for result in results]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for result in results:
         several = methods.count(result["method"]) > 1
         accuracy, sent = result["accuracy"], result["sent_bytes"]

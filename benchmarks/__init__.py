@@ -1,0 +1,1 @@
+"""Benchmarks: each prints one table and writes one JSON; see README.md for what each claims."""

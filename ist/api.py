@@ -1,0 +1,153 @@
+"""The Python entry point: `ist.train` on a user's own network and data.
+
+Not here: the command line (`ist/cli.py`), which builds the same job from a file.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ist.config_file import validate
+from ist.coordinator import follow_rounds, run_rounds
+from ist.job import loss_function, make_job
+from ist.pool.torchrun import is_launched, is_rank_zero
+from ist.run import Following, open_run
+from ist.run_folder import RunFolder, create_run_folder
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training gave.
+
+    Attributes:
+        model: The network that was passed in, trained; on a rank that does not coordinate, left as it was.
+        history: One record a round, as in metrics.jsonl; empty on a rank that does not coordinate.
+        is_coordinator: Whether this process holds the trained network.
+    """
+
+    model: nn.Module
+    history: list[dict[str, Any]]
+    is_coordinator: bool
+
+
+def train(
+    model: nn.Module,
+    data: Dataset[Any],
+    *,
+    loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+    workers: int,
+    local_steps: int = 50,
+    rounds: int | None = None,
+    epochs: int | None = None,
+    batch_size: int = 32,
+    optimizer: str = "SGD",
+    optimizer_args: Mapping[str, Any] | None = None,
+    schedule: str | None = None,
+    schedule_args: Mapping[str, Any] | None = None,
+    test_data: Dataset[Any] | None = None,
+    pool: Literal["auto", "inline", "torchrun"] = "auto",
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+    train_options: Mapping[str, Any] | None = None,
+    evaluate_options: Mapping[str, Any] | None = None,
+    pool_options: Mapping[str, Any] | None = None,
+) -> TrainResult:
+    """Train a network by independent subnets.
+
+    Run as a plain script, all workers train in this process, one after the other. Run under torchrun,
+    every process calls this function and is one of the workers; rank 0 ends up with the network.
+
+    Args:
+        model: An `nn.Sequential` of Linear, BatchNorm1d, activations and Dropout; trained in place.
+        data: Pairs (input, target); dealt to the workers.
+        loss: Name of a function of torch.nn.functional, or any mean loss of (outputs, targets).
+        workers: How many subnets a round; at most the width of the narrowest hidden layer.
+        local_steps: Optimiser steps of a worker in a round.
+        rounds: Length of the run; give this or `epochs`.
+        epochs: Length of the run in passes over the data.
+        batch_size: Samples of one worker's step.
+        optimizer: Class of torch.optim.
+        optimizer_args: Its arguments; default: lr 0.1 for SGD, torch's own for others.
+        schedule: Class of torch.optim.lr_scheduler, advanced every local step.
+        schedule_args: Its arguments; the value 'total_steps' stands for the run's number of steps.
+        test_data: Evaluated every round, if given; accuracy is reported where targets are class numbers.
+        pool: 'auto' is 'torchrun' under torchrun and 'inline' otherwise.
+        run_dir: Where to write metrics, checkpoints and the trained network; default: nowhere.
+        resume: Go on from the newest checkpoint in `run_dir`, with the same arguments as before.
+        seed: Seed of everything random but the network's initial weights, which are `model`'s.
+        progress: Whether to show progress on stderr.
+        train_options: Further keys of the section `train` of a configuration, see `ist keys`.
+        evaluate_options: Keys of the section `evaluate`.
+        pool_options: Keys of the section `pool`.
+
+    Returns:
+        The trained network and the history.
+
+    Raises:
+        ConfigError: An argument is wrong.
+        DataError: The data cannot be dealt to the workers.
+        ModelError: The network cannot be split among that many workers.
+        DivergedError: A worker returned a loss or weight that is not finite.
+        RunFolderError: `run_dir` cannot be written, or (with `resume`) holds no run.
+
+    Example:
+        >>> result = ist.train(model, dataset, workers=4, local_steps=50, rounds=200)
+    """
+    if optimizer_args is None:
+        optimizer_args = {"lr": 0.1} if optimizer == "SGD" else {}
+    config = validate(
+        {
+            "name": "api",
+            "seed": seed,
+            "model": {"name": type(model).__name__},
+            "data": {"name": type(data).__name__},
+            "train": {
+                "workers": workers,
+                "rounds": rounds,
+                "epochs": epochs,
+                "local_steps": local_steps,
+                "batch_size": batch_size,
+                "loss": loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__),
+                "optimizer": {"name": optimizer, "args": dict(optimizer_args)},
+                "schedule": {"name": schedule, "args": dict(schedule_args or {})} if schedule else None,
+                **(train_options or {}),
+            },
+            "evaluate": {"metric": _metric(test_data), **(evaluate_options or {})},
+            "pool": {
+                "kind": ("torchrun" if is_launched() else "inline") if pool == "auto" else pool,
+                **(pool_options or {}),
+            },
+        },
+        "ist.train",
+    )
+    template = copy.deepcopy(model).to("meta")
+    function = loss_function(loss) if isinstance(loss, str) else loss
+    job = make_job(config, template, lambda: model, data, test_data, function)
+    folder: RunFolder | None = None
+    if run_dir is not None and is_rank_zero():
+        folder = RunFolder(Path(run_dir)) if resume else create_run_folder(config, Path(run_dir))
+    with open_run(job, folder, resume, progress) as run:
+        if isinstance(run, Following):
+            follow_rounds(run.job, run.follower, run.first_round)
+            return TrainResult(model, [], is_coordinator=False)
+        run_rounds(run.job, run.method, run.recorder, run.first_round, run.device)
+        run.recorder.finish(run.method.model)
+        return TrainResult(model, run.recorder.history, is_coordinator=True)
+
+
+def _metric(test_data: Dataset[Any] | None) -> str:
+    """Accuracy where the targets are class numbers."""
+    if test_data is None:
+        return "none"
+    target = test_data[0][1]
+    is_class = isinstance(target, int) or (
+        isinstance(target, Tensor) and target.ndim == 0 and not target.is_floating_point()
+    )
+    return "accuracy" if is_class else "none"
