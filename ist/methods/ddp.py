@@ -45,7 +45,11 @@ class AllReduceCounter:
         self.sent_bytes = 0.0
         self.seconds = 0.0
 
-    def hook(self, group: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+    def hook(
+        self,
+        group: Any,
+        bucket: dist.GradBucket,  # type: ignore[name-defined]
+    ) -> torch.futures.Future[Tensor]:
         """All-reduce a bucket; a communication hook of DDP."""
         self.sent_bytes += self._share * bucket.buffer().nbytes
         with self._lock:
