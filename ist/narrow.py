@@ -75,7 +75,9 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for name in list(child._buffers):
             path = _join(prefix, name)
             if path in tensors:
-                child._buffers[name] = tensors[path]
+                # .data: views of one message share a version counter, and updating one buffer in the forward
+                # would make autograd believe that all the others were changed.
+                child._buffers[name] = tensors[path].data
 
 
 def input_scales(groups: Sequence[Group], template: nn.Module, specs: Mapping[str, TensorSpec]) -> dict[str, float]:

@@ -5,6 +5,7 @@ r - 1. In a round every worker gets one message and gives one back.
 Not here: starting processes (`ist/launch.py`, or torchrun itself).
 """
 
+import atexit
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def compute_device(settings: Pool) -> torch.device:
 
 
 def join(settings: Pool) -> Membership:
-    """Join the process group that the launcher's environment describes.
+    """Join the process group that the launcher's environment describes, or use the one that is there.
 
     Raises:
         ConfigError: The backend does not fit the devices.
@@ -88,6 +89,8 @@ def join(settings: Pool) -> Membership:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    if dist.is_initialized():  # by an earlier run of this process, or by the user's own program
+        return Membership(dist.get_rank(), dist.get_world_size(), device, dist.get_backend())
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout_s))
     except (RuntimeError, ValueError, OSError) as error:
@@ -95,6 +98,8 @@ def join(settings: Pool) -> Membership:
         if "EADDRINUSE" in text or "address already in use" in text.lower():
             raise PoolError(f"{address} is in use by another program: give another port (pool.port)") from error
         raise PoolError(f"could not join the process group at {address}: {text.splitlines()[0]}") from error
+    # Not when the run ends: a process that runs another one needs the group, and cannot form it twice.
+    atexit.register(_leave)
     return Membership(dist.get_rank(), dist.get_world_size(), device, backend)
 
 
@@ -199,8 +204,7 @@ class TorchrunPool:
         _wait(sends, "sending subnets")
 
     def close(self) -> None:
-        """Leave the process group."""
-        dist.destroy_process_group()
+        """Nothing to let go: the process group outlives the run."""
 
     def _rank(self, worker: int) -> int:
         return worker + self._first_rank
@@ -237,7 +241,11 @@ class RankWorker:
         _wait(self._channel.send([(0, self._number, message.flat)]), gone)
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Nothing to let go: the process group outlives the run."""
+
+
+def _leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

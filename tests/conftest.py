@@ -1,0 +1,146 @@
+"""What the tests share: small jobs, a quiet torch, and no leftover child processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from ist.config import Config
+from ist.config_file import validate
+from ist.job import Job, make_job
+
+ROOT = Path(__file__).parent.parent
+
+Tree = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "IST_LAUNCHED", "TORCHELASTIC_ERROR_FILE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def no_leftover_children() -> Iterator[None]:
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    _, alive = psutil.wait_procs(left, timeout=5)
+    for child in alive:
+        child.kill()
+    assert not alive, f"left running: {alive}"
+
+
+def config_tree(**changes: Any) -> Tree:
+    """A small valid configuration; `changes` are dotted keys with `__` for the dot."""
+    tree: Tree = {
+        "name": "small",
+        "seed": 3,
+        "model": {"name": "mlp", "args": {"widths": [64, 24, 20, 10]}},
+        "data": {"name": "digits"},
+        "train": {
+            "workers": 4,
+            "rounds": 4,
+            "local_steps": 3,
+            "batch_size": 16,
+            "optimizer": {"name": "SGD", "args": {"lr": 0.1, "momentum": 0.9}},
+        },
+        "checkpoint": {"every": 2},
+        "pool": {"kind": "inline", "device": "cpu"},
+    }
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def small_config(**changes: Any) -> Config:
+    return validate(config_tree(**changes), "test")
+
+
+def data(size: int = 100, features: int = 12, classes: int = 5, seed: int = 0) -> TensorDataset:
+    """Random inputs whose class is decided by a random linear map: learnable."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(size, features, generator=generator)
+    teacher = torch.randn(features, classes, generator=torch.Generator().manual_seed(99))
+    return TensorDataset(inputs, (inputs @ teacher).argmax(dim=1))
+
+
+def job_for(model: nn.Module, dataset: TensorDataset | None = None, test: Any = None, **changes: Any) -> Job:
+    """A job around a network that is at hand."""
+    return make_job(
+        small_config(**changes), model, lambda: model, dataset or data(), test, nn.functional.cross_entropy
+    )
+
+
+def whole_state(job: Job, model: nn.Module) -> dict[str, Tensor]:
+    tensors = model.state_dict()
+    return {name: tensors[name] for name in job.model_specs}
+
+
+def clone(state: Any) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """Bit for bit."""
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+Done = subprocess.CompletedProcess[str]
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def ist_command() -> Run:
+    """Run `python -m ist ...` as a user would, and reap whatever it starts."""
+
+    def run(*arguments: str | Path, cwd: Path = ROOT, env: dict[str, str] | None = None, timeout: float = 100) -> Any:
+        command = [sys.executable, "-m", "ist", *map(str, arguments)]
+        return run_group(command, cwd, {**os.environ, **(env or {})}, timeout)
+
+    return run
+
+
+def run_group(command: Sequence[str], cwd: Path, env: dict[str, str], timeout: float) -> Done:
+    """Run a command in a process group of its own, and kill the group if it takes too long."""
+    with subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """Wait until `condition` is true, and return it."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"waited {seconds} s in vain for {what}")

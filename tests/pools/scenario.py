@@ -1,0 +1,71 @@
+"""Runs that every pool must agree on; under torchrun this file is the processes' program.
+
+    torchrun --nproc-per-node N tests/pools/scenario.py OUT NAME...
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ist.checkpoint import write_tensors
+from ist.coordinator import follow_rounds, run_rounds
+from ist.job import Job
+from ist.run import Following, open_run
+from tests.conftest import data, job_for
+from tests.networks import NETWORKS, seeded
+
+WORKERS = 3
+
+SCENARIOS: dict[str, dict[str, Any]] = {
+    "batch norm, reset": {"network": "two hidden layers, batch norm"},
+    "carried Adam, uneven": {
+        "network": "uneven widths",
+        "train__optimizer": {"name": "Adam", "args": {"lr": 0.01}},
+        "train__optimizer_state": "carried",
+    },
+    "scaled, scheduled, last round short": {
+        "network": "no batch norm",
+        "train__activation_scale": "width",
+        "train__rounds": None,
+        "train__epochs": 2,
+        "train__local_steps": 2,
+        "train__schedule": {"name": "CosineAnnealingLR", "args": {"T_max": "total_steps"}},
+    },
+    "dropout": {"network": "dropout"},
+}
+
+EXTRA = {
+    "dropout": lambda: nn.Sequential(nn.Linear(12, 18), nn.ReLU(), nn.Dropout(0.5), nn.Linear(18, 5)),
+}
+
+
+def job(name: str, **changes: Any) -> tuple[Job, nn.Module]:
+    settings = {**SCENARIOS[name], **changes}
+    build = {**NETWORKS, **EXTRA}[settings.pop("network")]
+    model = seeded(build)
+    made = job_for(model, data(), data(40, seed=4), train__workers=WORKERS, **settings)
+    return replace(made, build=lambda: model), model
+
+
+def run(name: str, out: Path, **changes: Any) -> None:
+    made, model = job(name, **changes)
+    with open_run(made, None, resume=False, progress=False) as part:
+        if isinstance(part, Following):
+            follow_rounds(part.job, part.follower, part.first_round)
+            return
+        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+        slug = name.replace(" ", "-").replace(",", "")
+        write_tensors(out / f"{slug}.safetensors", model.state_dict(), {})
+        (out / f"{slug}.json").write_text(json.dumps(part.recorder.history))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    coordinator = sys.argv[2]
+    for scenario in SCENARIOS:
+        run(scenario, Path(sys.argv[1]), pool__kind="torchrun", pool__coordinator=coordinator)

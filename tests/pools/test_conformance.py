@@ -1,0 +1,104 @@
+"""Identities 5 and 6 on every pool: the same weights, and the bytes that the formula says."""
+
+import json
+import os
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from ist.checkpoint import read_tensors
+from ist.inspection import inspect_job
+from tests.conftest import ROOT, assert_same, run_group
+from tests.pools.scenario import SCENARIOS, WORKERS, job, run
+
+Outcome = tuple[dict[str, Tensor], list[dict[str, Any]]]
+
+
+def outcome(folder: Path, name: str) -> Outcome:
+    slug = name.replace(" ", "-").replace(",", "")
+    return read_tensors(folder / f"{slug}.safetensors")[0], json.loads((folder / f"{slug}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def inline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inline")
+    for name in SCENARIOS:
+        run(name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["trains", "dedicated"])
+def torchrun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("torchrun")
+    processes = WORKERS + (request.param == "dedicated")
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+        str(ROOT / "tests/pools/scenario.py"), str(folder), request.param,
+    ]  # fmt: skip
+    done = run_group(command, ROOT, {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return folder, request.param
+
+
+@pytest.mark.procs
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_torchrun_and_inline_end_with_identical_weights(
+    inline: Path, torchrun: tuple[Path, str], name: str
+) -> None:
+    expected, history = outcome(inline, name)
+    found, found_history = outcome(torchrun[0], name)
+
+    assert_same(found, expected)
+    for key in ("loss", "accuracy", "samples", "steps"):
+        assert [record[key] for record in found_history] == [record[key] for record in history]
+
+
+@pytest.mark.procs
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_the_bytes_counted_are_the_bytes_of_the_formula(torchrun: tuple[Path, str], name: str) -> None:
+    _, history = outcome(torchrun[0], name)
+    made, _ = job(name, pool__kind="torchrun", pool__coordinator=torchrun[1])
+
+    sent = [record["sent_bytes"] for record in history]
+
+    for before, after in pairwise(sent):
+        assert after - before == inspect_job(made)["bytes_per_round"]["ist"]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_inline_counts_as_if_every_worker_sat_behind_a_link(inline: Path, name: str) -> None:
+    _, history = outcome(inline, name)
+    made, _ = job(name)
+
+    assert history[1]["sent_bytes"] - history[0]["sent_bytes"] == inspect_job(made)["bytes_per_round"]["ist"]
+
+
+def test_the_formula_is_the_papers_plus_headers_and_padding() -> None:
+    """Per direction: |W_inner| / n + |W_first| + |W_last| + hidden vectors + n * shared, of 4 bytes each."""
+    made, _ = job("batch norm, reset")
+    shapes = {"first": 16 * 12, "inner": 8 * 16, "last": 5 * 8, "hidden vectors": 3 * (16 + 8), "shared": 5}
+    values = shapes["first"] + shapes["last"] + shapes["hidden vectors"] + WORKERS * shapes["shared"]
+    # 3 workers do not divide 16 and 8: the inner blocks are 6x3, 5x3 and 5x2.
+    values += 6 * 3 + 5 * 3 + 5 * 2
+    num_tensors = 10
+
+    found = inspect_job(made)["bytes_per_round"]["ist"] / 2 - WORKERS * 64
+
+    assert 0 <= found - 4 * values < WORKERS * num_tensors * 64
+
+
+def test_wide_layers_travel_with_under_one_percent_of_overhead() -> None:
+    from ist.job import build_job
+    from tests.conftest import small_config
+
+    made = build_job(small_config(model__args={"widths": [64, 1024, 1024, 10]}, train__workers=4))
+    inner, ends, vectors, shared = 1024 * 1024, 64 * 1024 + 10 * 1024, 6 * 1024, 10
+
+    found = inspect_job(made)["bytes_per_round"]["ist"]
+
+    values = 2 * (inner / 4 + ends + vectors + 4 * shared)
+    assert 1 <= found / (4 * values) < 1.01

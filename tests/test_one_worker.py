@@ -1,0 +1,138 @@
+"""Identity 3: one worker is plain training, bit for bit, for every optimiser, schedule and way with its state."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ist.api import train
+from ist.coordinator import run_rounds
+from ist.models.mlp import MLP
+from ist.run import Leading, open_run
+from tests.conftest import assert_same, clone, data, job_for
+from tests.networks import NETWORKS, seeded
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3},
+    "Adam": {"lr": 0.01, "amsgrad": True},
+    "AdamW": {"lr": 0.01},
+    "NAdam": {"lr": 0.01},
+    "RAdam": {"lr": 0.01},
+    "Adamax": {"lr": 0.01},
+    "Adagrad": {"lr": 0.01, "initial_accumulator_value": 0.1},
+    "Adadelta": {"lr": 0.5},
+    "RMSprop": {"lr": 0.01, "momentum": 0.5, "centered": True},
+    "Rprop": {"lr": 0.01},
+}
+
+
+def plain_loop(model: nn.Module, job: Any, optimizer: str, args: dict[str, Any], schedule: Any = None) -> None:
+    """What anybody would write; only which samples a step uses comes from the job."""
+    inputs, targets = job.train_data.tensors
+    shard = torch.from_numpy(job.dealing.shard(0))
+    opt = getattr(torch.optim, optimizer)(model.parameters(), **args)
+    scheduler = schedule(opt) if schedule else None
+    model.train()
+    for step in range(job.total_steps):
+        rows = shard[torch.from_numpy(job.dealing.batch(0, step))]
+        opt.zero_grad()
+        nn.functional.cross_entropy(model(inputs[rows]), targets[rows]).backward()
+        opt.step()
+        if scheduler:
+            scheduler.step()
+
+
+def run(job: Any) -> None:
+    with open_run(job, None, resume=False, progress=False) as part:
+        assert isinstance(part, Leading)
+        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_worker_with_carried_state_is_plain_training_bit_for_bit(optimizer: str) -> None:
+    ours, plain = (seeded(NETWORKS["two hidden layers, batch norm"]) for _ in range(2))
+    args = OPTIMIZERS[optimizer]
+    job = job_for(
+        ours,
+        train__workers=1,
+        train__rounds=3,
+        train__optimizer={"name": optimizer, "args": args},
+        train__optimizer_state="carried",
+        train__running_statistics="carried",
+    )
+
+    run(job)
+    plain_loop(plain, job, optimizer, args)
+
+    assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_one_worker_in_one_round_is_plain_training_on_every_network(network: str) -> None:
+    ours, plain = (seeded(NETWORKS[network]) for _ in range(2))
+    job = job_for(
+        ours, train__workers=1, train__rounds=1, train__local_steps=9, train__running_statistics="carried"
+    )
+
+    run(job)
+    plain_loop(plain, job, "SGD", {"lr": 0.1, "momentum": 0.9})
+
+    assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
+
+
+SCHEDULES: dict[str, tuple[dict[str, Any], Any]] = {
+    "CosineAnnealingLR": ({"T_max": "total_steps"}, lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 9)),
+    "StepLR": ({"step_size": 4}, lambda o: torch.optim.lr_scheduler.StepLR(o, 4)),
+    "OneCycleLR": (
+        {"max_lr": 0.2, "total_steps": "total_steps"},
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.2, total_steps=10),
+    ),
+    "LinearLR": ({}, lambda o: torch.optim.lr_scheduler.LinearLR(o)),
+    "ExponentialLR": ({"gamma": 0.9}, lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_runs_over_the_whole_run_as_in_a_plain_loop(schedule: str) -> None:
+    ours, plain = (seeded(NETWORKS["no batch norm"]) for _ in range(2))
+    args, make = SCHEDULES[schedule]
+    if schedule == "OneCycleLR":
+        args = {**args, "total_steps": 10}  # the plain loop below steps it once more at the end
+    job = job_for(
+        ours,
+        train__workers=1,
+        train__rounds=3,
+        train__optimizer_state="carried",
+        train__schedule={"name": schedule, "args": args},
+    )
+
+    run(job)
+    plain_loop(plain, job, "SGD", {"lr": 0.1, "momentum": 0.9}, make)
+
+    assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
+
+
+def test_reset_state_differs_from_carried_state_after_the_first_round() -> None:
+    finals = []
+    for state in ("reset", "carried"):
+        model = seeded(NETWORKS["no batch norm"])
+        run(job_for(model, train__rounds=2, train__optimizer_state=state))
+        finals.append(model.output.weight.detach())
+
+    assert not torch.equal(finals[0], finals[1])
+
+
+def test_the_python_api_trains_in_place_and_learns() -> None:
+    model = seeded(lambda: MLP([12, 48, 48, 5]))
+    before = clone(model.state_dict())
+
+    result = train(
+        model, data(2000), test_data=data(400, seed=5), workers=3, local_steps=10, epochs=10, progress=False
+    )
+
+    assert result.model is model
+    assert result.is_coordinator
+    assert not torch.equal(model.output.weight, before["output.weight"])
+    assert result.history[-1]["accuracy"] > 0.75  # chance is about 0.2
+    assert result.history[-1]["samples"] == 2000 * 10

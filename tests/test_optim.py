@@ -1,0 +1,86 @@
+"""Optimisers and schedules by name, and what of their state can be carried."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ist import optim
+from ist.config import Component
+from ist.errors import ConfigError
+
+REFUSED = {"Adafactor": "row_var", "ASGD": "ax"}
+
+
+def test_every_optimiser_of_torch_is_carried_or_refused_by_name() -> None:
+    carried, refused = set(), set()
+    for name, cls in vars(torch.optim).items():
+        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+            continue
+        if name in ("Optimizer", "LBFGS", "SparseAdam"):
+            continue
+        spec = Component(name=name, args={"lr": 0.1} if name == "SGD" else {})
+        if name in REFUSED:
+            with pytest.raises(ConfigError, match=f"'{REFUSED[name]}'.*use 'reset'"):
+                optim.state_slots(spec)
+            refused.add(name)
+        else:
+            optim.state_slots(spec)
+            carried.add(name)
+
+    assert refused == REFUSED.keys() & vars(torch.optim).keys()
+    assert {"SGD", "Adam", "AdamW", "RMSprop", "Adagrad"} <= carried
+
+
+def test_lbfgs_is_refused_because_it_needs_a_closure() -> None:
+    with pytest.raises(ConfigError, match="'LBFGS', which evaluates the loss several times"):
+        optim.build_optimizer(Component(name="LBFGS"), [nn.Parameter(torch.zeros(1))])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (Component(name="SDG"), "'train.optimizer.name' is 'SDG': did you mean 'SGD'?"),
+        (Component(name="SGD", args={"lr": -1.0}), "'train.optimizer.args' was refused: Invalid learning rate: -1.0"),
+        (Component(name="SGD", args={"lrr": 1.0}), "'train.optimizer.args' does not fit SGD.*'lrr'"),
+        (Component(name="collections:OrderedDict"), "not a torch.optim.Optimizer"),
+    ],
+)
+def test_a_wrong_optimiser_is_refused_with_its_key(spec: Component, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        optim.build_optimizer(spec, [nn.Parameter(torch.zeros(1))])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (Component(name="ReduceLROnPlateau"), "needs a metric each step"),
+        (Component(name="StepLR"), "'train.schedule.args' does not fit StepLR.*step_size"),
+        (Component(name="CosineLR"), "'train.schedule.name' is 'CosineLR': did you mean"),
+    ],
+)
+def test_a_wrong_schedule_is_refused_with_its_key(schedule: Component, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        optim.schedule_settings(Component(name="SGD", args={"lr": 0.1}), schedule, 10)
+
+
+def test_loading_what_was_stored_gives_the_same_optimiser_state() -> None:
+    spec = Component(name="Adam")
+    slots = optim.state_slots(spec)
+    named = {"w": nn.Parameter(torch.randn(3, 2))}
+    from ist.groups import TensorSpec
+
+    specs = optim.carried_specs(slots, {"w": TensorSpec((3, 2), torch.float32)})
+    first = optim.build_optimizer(spec, list(named.values()))
+    named["w"].grad = torch.randn(3, 2)
+    first.step()
+    state = optim.initial_state(slots, specs, torch.device("cpu"))
+
+    optim.store_state(first, named, slots, state)
+    second = optim.build_optimizer(spec, list(named.values()))
+    optim.load_state(second, named, slots, state)
+
+    expected: Any = first.state[named["w"]]
+    for key, value in second.state[named["w"]].items():
+        assert torch.equal(value, expected[key]), key

@@ -1,0 +1,221 @@
+"""Identities 1, 2 and 4: round trip, a subnet is the masked full model, disjoint and complete."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ist.groups import Group, Slot, TensorSpec
+from ist.groups.sequential import sequential_groups
+from ist.job import Job
+from ist.narrow import bind, input_scales, narrow_module
+from ist.partition import assign
+from ist.subnet import cut_specs, exclusive_names, extract, positions, reassemble
+from tests.conftest import assert_same, clone, job_for, whole_state
+from tests.networks import NETWORKS, seeded
+
+by_network = pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS.keys())
+by_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+
+
+def cut_all(job: Job, state: dict[str, Tensor], round_number: int) -> list[dict[str, Tensor]]:
+    parts = []
+    for cut in job.cuts(round_number):
+        part = {name: torch.full(s.shape, 7, dtype=s.dtype) for name, s in cut_specs(job.specs, cut).items()}
+        extract(state, cut, part)
+        parts.append(part)
+    return parts
+
+
+@by_network
+@by_dtype
+@pytest.mark.parametrize("workers", [1, 2, 3, 4])
+def test_cutting_and_writing_back_untouched_gives_the_same_model(
+    build: Callable[[], nn.Module], dtype: torch.dtype, workers: int
+) -> None:
+    model = seeded(build).to(dtype)
+    job = job_for(model, train__workers=workers, train__running_statistics="carried")
+    state = whole_state(job, model)
+    before = clone(state)
+
+    for round_number in range(3):
+        parts = cut_all(job, state, round_number)
+        reassemble(state, job.cuts(round_number), list(enumerate(parts)), job.exclusive)
+
+    assert_same(state, before)
+
+
+def mask_others(model: nn.Module, job: Job, worker: int, round_number: int) -> None:
+    """Zero the outgoing weights of every neuron that the worker does not hold: the oracle of a subnet."""
+    neurons = assign(job.groups, job.config.train.workers, job.config.seed, round_number)[worker]
+    tensors = dict(model.named_parameters())
+    with torch.no_grad():
+        for group, held in zip(job.groups, neurons, strict=True):
+            others = np.setdiff1d(np.arange(group.size), held)
+            for slot in (slot for slot in group.slots if slot.dim == 1):
+                tensors[slot.tensor][:, torch.from_numpy(others)] = 0
+
+
+@by_network
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_subnet_is_the_masked_full_model_in_outputs_and_gradients(
+    build: Callable[[], nn.Module], scaled: bool
+) -> None:
+    model = seeded(build).double()
+    job = job_for(model)
+    state = clone(whole_state(job, model))
+    inputs = torch.randn(6, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    targets = torch.arange(6) % 5
+
+    for worker, (cut, part) in enumerate(zip(job.cuts(2), cut_all(job, state, 2), strict=True)):
+        specs = job.narrow_specs(worker)
+        scales = input_scales(job.groups, model, specs) if scaled else {}
+        narrow = narrow_module(job.template, specs, torch.device("cpu"), scales).double()
+        bind(narrow, part)
+        model.load_state_dict(state, strict=False)
+        mask_others(model, job, worker, 2)
+        for layer, scale in scales.items():  # the oracle of scaled activations: scaled weights of the next layer
+            model.get_submodule(layer).weight.data.mul_(scale)
+        model.zero_grad()
+        model.train()
+
+        expected = model(inputs)
+        found = narrow(inputs)
+        nn.functional.cross_entropy(expected, targets).backward()
+        nn.functional.cross_entropy(found, targets).backward()
+
+        # float64: sums of the same numbers in another order
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        whole = {name: parameter.grad for name, parameter in model.named_parameters()}
+        for name, parameter in narrow.named_parameters():
+            expected_gradient = torch.empty_like(parameter)
+            extract({name: whole[name]}, cut, {name: expected_gradient})
+            path = name.rpartition(".")[0]
+            if name.endswith("weight") and path in scales:
+                expected_gradient *= scales[path]  # d/dw of w * scale
+            torch.testing.assert_close(parameter.grad, expected_gradient, rtol=1e-10, atol=1e-12)
+
+
+@by_network
+def test_every_entry_has_the_holders_that_its_kind_says(build: Callable[[], nn.Module]) -> None:
+    model = seeded(build)
+    job = job_for(model)
+    counts = {name: torch.zeros(spec.shape, dtype=torch.int64) for name, spec in job.specs.items()}
+
+    for cut in job.cuts(0):
+        for name, held in cut.items():
+            index = np.ix_(*(np.arange(n) if h is None else h for n, h in zip(counts[name].shape, held, strict=True)))
+            counts[name].numpy()[index] += 1
+
+    for group in job.groups:
+        for slot in group.slots:
+            if slot.tensor in counts and counts[slot.tensor].ndim == 1:
+                assert (counts[slot.tensor] == 1).all()
+    for name, count in counts.items():
+        assert count.max() == (1 if name in job.exclusive else 4)
+        if count.ndim == 2 and name in job.exclusive:
+            inner = sum(slot.tensor == name for group in job.groups for slot in group.slots) == 2
+            assert bool((count == 0).any()) == inner
+
+
+def test_an_entry_that_nobody_returned_keeps_its_value() -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    job = job_for(model)
+    state = whole_state(job, model)
+    before = clone(state)
+    parts = cut_all(job, state, 0)
+    for part in parts:
+        for tensor in part.values():
+            tensor += 1
+
+    reassemble(state, job.cuts(0), [(1, parts[1]), (3, parts[3])], job.exclusive)
+
+    lost = assign(job.groups, 4, job.config.seed, 0)
+    for group, neurons in zip(job.groups, zip(*lost, strict=True), strict=True):
+        bias = next(slot.tensor for slot in group.slots if slot.tensor.endswith("bias"))
+        change = state[bias] - before[bias]
+        torch.testing.assert_close(change[np.concatenate([neurons[1], neurons[3]])], torch.ones(group.size // 2))
+        assert (change[np.concatenate([neurons[0], neurons[2]])] == 0).all()
+    torch.testing.assert_close(state["output.bias"], before["output.bias"] + 1)
+
+
+def test_a_shared_entry_becomes_the_mean_whatever_the_order_of_arrival() -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    job = job_for(model)
+    parts = cut_all(job, whole_state(job, model), 0)
+    for worker, part in enumerate(parts):
+        part["output.bias"] += worker * 0.1
+    expected = torch.stack([part["output.bias"].double() for part in parts]).mean(dim=0)
+    results = []
+    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
+        state = clone(whole_state(job, model))
+        reassemble(state, job.cuts(0), [(worker, parts[worker]) for worker in order], job.exclusive)
+        results.append(state["output.bias"])
+
+    assert torch.equal(results[0], results[1])
+    torch.testing.assert_close(results[0].double(), expected, rtol=0, atol=1e-7)  # float32 rounding of numbers near 1
+
+
+def test_a_large_integer_count_survives_the_mean() -> None:
+    state = {"steps": torch.tensor(2**40 + 1)}
+    parts = [(worker, {"steps": torch.tensor(2**40 + 1)}) for worker in range(3)]
+
+    reassemble(state, [{"steps": ()}] * 3, parts, frozenset())
+
+    assert state["steps"].item() == 2**40 + 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_slots_with_blocks_offsets_and_gaps_round_trip(draw: st.DataObject) -> None:
+    neurons, block = draw.draw(st.integers(2, 6)), draw.draw(st.integers(1, 3))
+    lead, gap, tail = (draw.draw(st.integers(0, 2)) for _ in range(3))
+    width = lead + neurons * block + gap + neurons * block + tail
+    shape = draw.draw(st.sampled_from([(width,), (width, 3), (3, width), (2, 3, width), (2, width, 3)]))
+    dim = shape.index(width) if shape.count(width) == 1 else len(shape) - 1 - shape[::-1].index(width)
+    group = Group("g", neurons, (Slot("w", dim, block, lead), Slot("w", dim, block, lead + neurons * block + gap)))
+    specs = {"w": TensorSpec(shape, torch.float32)}
+    whole = torch.arange(float(np.prod(shape))).view(shape)
+    state = {"w": whole.clone()}
+    workers = draw.draw(st.integers(1, neurons))
+    cuts = [positions([group], specs, held) for held in assign([group], workers, 0, 0)]
+
+    parts = []
+    for worker, cut in enumerate(cuts):
+        part = {"w": torch.empty(cut_specs(specs, cut)["w"].shape)}
+        extract(state, cut, part)
+        parts.append((worker, part))
+    state["w"].fill_(-1)
+    reassemble(state, cuts, parts, exclusive_names([group], specs))
+
+    assert torch.equal(state["w"], whole)
+    held = np.concatenate([cut["w"][dim] for cut in cuts])
+    assert len(held) == width + (workers - 1) * (lead + gap + tail)
+
+
+def test_two_dims_that_are_not_the_first_are_cut_too() -> None:
+    group = Group("g", 4, (Slot("w", 1), Slot("w", 2)))
+    specs = {"w": TensorSpec((3, 4, 4), torch.float32)}
+    state = {"w": torch.randn(3, 4, 4)}
+    before = state["w"].clone()
+    cuts = [positions([group], specs, held) for held in assign([group], 2, 0, 0)]
+    parts = [(w, {"w": torch.empty(3, 2, 2)}) for w in range(2)]
+    for worker, part in parts:
+        extract(state, cuts[worker], part)
+        rows, columns = cuts[worker]["w"][1:]
+        assert torch.equal(part["w"], before[:, rows][:, :, columns])
+    reassemble(state, cuts, parts, exclusive_names([group], specs))
+
+    assert torch.equal(state["w"], before)
+
+
+def test_the_groups_of_the_shipped_network_are_its_hidden_layers() -> None:
+    groups = sequential_groups(NETWORKS["two hidden layers, batch norm"]())
+
+    assert [(group.name, group.size) for group in groups] == [("linear_1", 16), ("linear_2", 8)]
+    assert Slot("linear_2.weight", 1) in groups[0].slots
+    assert Slot("norm_1.weight", 0) in groups[0].slots
