@@ -17,7 +17,7 @@ from rich.markup import escape
 from ist._version import VERSION
 from ist.config import Config
 from ist.config_file import config_for_method, describe_keys, load_config, with_methods
-from ist.errors import ConfigError, DataError, ISTError, ModelError
+from ist.errors import ConfigError, DataError, InterruptedRunError, ISTError, ModelError
 
 if TYPE_CHECKING:
     from ist.job import Job
@@ -203,12 +203,7 @@ def process(folder: Path, resume: bool = False) -> None:
 def main() -> None:
     """Run the command line; the entry point of `ist` and `python -m ist`."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (typer.Abort, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        app()
     except ISTError as error:
         _fail(error)
 
@@ -222,6 +217,8 @@ def _fail(error: ISTError) -> NoReturn:
     if not told_elsewhere:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
+    if isinstance(error, InterruptedRunError):
+        sys.exit(130)
     sys.exit(2 if isinstance(error, ConfigError | DataError | ModelError) else 1)
 
 
@@ -230,12 +227,16 @@ def _run_here(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
     from ist.coordinator import follow_rounds, run_rounds
     from ist.run import Following, open_run
 
-    with open_run(job, folder, resume) as run:
-        if isinstance(run, Following):
-            follow_rounds(run.job, run.follower, run.first_round)
-        else:
-            run_rounds(run.job, run.method, run.recorder, run.first_round, run.device)
-            run.recorder.finish(run.method.model)
+    try:
+        with open_run(job, folder, resume) as run:
+            if isinstance(run, Following):
+                follow_rounds(run.job, run.follower, run.first_round)
+            else:
+                run_rounds(run.job, run.method, run.recorder, run.first_round, run.device)
+                run.recorder.finish(run.method.model)
+    except KeyboardInterrupt as error:
+        hint = f" Go on with: ist train --resume {folder.path}" if folder else ""
+        raise InterruptedRunError(f"interrupted.{hint}") from error
 
 
 def _launch(config: Config, folder: "RunFolder | None", resume: bool) -> None:

@@ -30,6 +30,10 @@ class WorkerLostError(PoolError):
     """A worker that was lost while fewer than the required number remained."""
 
 
+class InterruptedRunError(ISTError):
+    """A run that the user, or the system, told to end."""
+
+
 class DivergedError(ISTError):
     """A worker returned a loss or a weight that is not finite."""
 

@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, E
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ist.config import Config, num_processes
-from ist.errors import ISTError, PoolError, WorkerLostError
+from ist.errors import InterruptedRunError, ISTError, PoolError, WorkerLostError
 
 LAUNCHED_BY_IST = "IST_LAUNCHED"
 """Set in children: the parent reports their errors."""
@@ -39,7 +39,7 @@ def launch(config: Config, folder: Path, resume: bool) -> None:
         PoolError: The port is in use.
         WorkerLostError: A process died; the message names its rank.
         ISTError: A process stopped with an error; the message is its own.
-        KeyboardInterrupt: The user interrupted it, or it was told to end.
+        InterruptedRunError: The user interrupted it, or it was told to end.
     """
     port = config.pool.port or _free_port()
     if config.pool.port:
@@ -61,8 +61,8 @@ def launch(config: Config, folder: Path, resume: bool) -> None:
             elastic_launch(launch_config, sys.executable)(*arguments)
         except ChildFailedError as error:
             raise _explain(error, config, folder) from error
-        except SignalException as error:
-            raise KeyboardInterrupt from error
+        except (SignalException, KeyboardInterrupt) as error:
+            raise InterruptedRunError(f"interrupted. Go on with: ist train --resume {folder}") from error
 
 
 def report_to_launcher(error: BaseException) -> bool:

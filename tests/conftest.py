@@ -86,9 +86,7 @@ def data(size: int = 100, features: int = 12, classes: int = 5, seed: int = 0) -
 
 def job_for(model: nn.Module, dataset: TensorDataset | None = None, test: Any = None, **changes: Any) -> Job:
     """A job around a network that is at hand."""
-    return make_job(
-        small_config(**changes), model, lambda: model, dataset or data(), test, nn.functional.cross_entropy
-    )
+    return make_job(small_config(**changes), model, lambda: model, dataset or data(), test, nn.functional.cross_entropy)
 
 
 def whole_state(job: Job, model: nn.Module) -> dict[str, Tensor]:

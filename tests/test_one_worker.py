@@ -71,9 +71,7 @@ def test_one_worker_with_carried_state_is_plain_training_bit_for_bit(optimizer: 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_one_worker_in_one_round_is_plain_training_on_every_network(network: str) -> None:
     ours, plain = (seeded(NETWORKS[network]) for _ in range(2))
-    job = job_for(
-        ours, train__workers=1, train__rounds=1, train__local_steps=9, train__running_statistics="carried"
-    )
+    job = job_for(ours, train__workers=1, train__rounds=1, train__local_steps=9, train__running_statistics="carried")
 
     run(job)
     plain_loop(plain, job, "SGD", {"lr": 0.1, "momentum": 0.9})
@@ -127,9 +125,7 @@ def test_the_python_api_trains_in_place_and_learns() -> None:
     model = seeded(lambda: MLP([12, 48, 48, 5]))
     before = clone(model.state_dict())
 
-    result = train(
-        model, data(2000), test_data=data(400, seed=5), workers=3, local_steps=10, epochs=10, progress=False
-    )
+    result = train(model, data(2000), test_data=data(400, seed=5), workers=3, local_steps=10, epochs=10, progress=False)
 
     assert result.model is model
     assert result.is_coordinator

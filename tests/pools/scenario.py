@@ -1,6 +1,6 @@
 """Runs that every pool must agree on; under torchrun this file is the processes' program.
 
-    torchrun --nproc-per-node N tests/pools/scenario.py OUT NAME...
+torchrun --nproc-per-node N tests/pools/scenario.py OUT NAME...
 """
 
 import json

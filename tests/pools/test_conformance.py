@@ -46,9 +46,7 @@ def torchrun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.procs
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_torchrun_and_inline_end_with_identical_weights(
-    inline: Path, torchrun: tuple[Path, str], name: str
-) -> None:
+def test_torchrun_and_inline_end_with_identical_weights(inline: Path, torchrun: tuple[Path, str], name: str) -> None:
     expected, history = outcome(inline, name)
     found, found_history = outcome(torchrun[0], name)
 

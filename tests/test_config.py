@@ -1,0 +1,149 @@
+"""Configuration: YAML 1.2 scalars, overrides, and errors that name file, key, value and what is right."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ist.config import Config
+from ist.config_file import config_for_method, describe_keys, dump_config, load_config, parse_yaml
+from ist.errors import ConfigError
+from tests.conftest import config_tree
+
+
+def written(tmp_path: Path, **changes: Any) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(config_tree(**changes)))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3), ("-2E5", -2e5), ("1.", 1.0), (".5", 0.5), ("12", 12), ("-7", -7), ("0x1F", 31), ("0o17", 15),
+        ("010", 10), ("true", True), ("False", False), ("no", "no"), ("on", "on"), ("1:30", "1:30"), ("null", None),
+        ("~", None), ("", None), (".inf", float("inf")), ("1_000", "1_000"), ("2020-01-01", "2020-01-01"),
+    ],
+)  # fmt: skip
+def test_scalars_follow_yaml_1_2(text: str, value: Any) -> None:
+    found = parse_yaml(text, "test")
+
+    assert found == value
+    assert type(found) is type(value)
+
+
+@given(st.floats(allow_nan=False), st.integers(), st.text("abcxyz -_.:", max_size=8))
+def test_what_is_dumped_is_read_back(number: float, whole: int, text: str) -> None:
+    value = {"a": [number, whole, text]}
+
+    assert parse_yaml(yaml.safe_dump(value), "test") == value
+
+
+def test_a_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path))
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_config(config))
+
+    assert load_config(again) == config
+
+
+def test_overrides_reach_any_key_and_the_last_one_wins(tmp_path: Path) -> None:
+    config = load_config(
+        written(tmp_path), ["train.optimizer.args.lr=1e-3", "train.local_steps=7", "train.local_steps=8", "name=x"]
+    )
+
+    assert config.train.optimizer.args == {"lr": 1e-3, "momentum": 0.9}
+    assert (config.train.local_steps, config.name) == (8, "x")
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"train__local_step": 3}, "unknown key 'train.local_step'. Did you mean 'local_steps'?"),
+    "unknown section": ({"modle": 3}, "unknown key 'modle'. Did you mean 'model'?"),
+    "wrong type": ({"train__local_steps": "many"}, "'train.local_steps' is 'many' (a string): input should be a valid integer"),
+    "number as text": ({"train__batch_size": "32"}, "'train.batch_size' is '32' (a string)"),
+    "negative steps": ({"train__local_steps": -1}, "'train.local_steps' is -1 (a whole number): input should be greater than 0"),
+    "zero steps": ({"train__local_steps": 0}, "'train.local_steps' is 0"),
+    "no workers": ({"train__workers": 0}, "'train.workers' is 0"),
+    "two lengths": ({"train__epochs": 3}, "'train': give exactly one of 'epochs' and 'rounds'"),
+    "unknown choice": ({"pool__kind": "mpi"}, "'pool.kind' is 'mpi' (a string): input should be 'inline' or 'torchrun'"),
+    "section is a number": ({"train": 3}, "'train' is 3 (a whole number)"),
+    "a bad override": (
+        {"compare": {"methods": ["ist"], "overrides": {"ist": {"train.loacl_steps": 3}}}},
+        "compare.overrides.ist: unknown key 'train.loacl_steps'",
+    ),
+    "a bad name": ({"name": "a/b"}, "'name' is 'a/b'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_wrong_value_is_named_with_file_key_and_what_is_right(tmp_path: Path, case: str) -> None:
+    changes, message = BAD[case]
+    path = written(tmp_path, **changes)
+
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    tree = config_tree()
+    del tree["train"]["optimizer"]
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
+
+    with pytest.raises(ConfigError, match="'train.optimizer' is required"):
+        load_config(tmp_path / "job.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1, 2", r"job.yaml:2:1: not valid YAML|job.yaml:1:\d+: not valid YAML"),
+        ("a: 1\na: 2\n", "key 'a' stands twice"),
+        ("- a\n", "expected a mapping of keys to values, found a list"),
+        ("", "expected a mapping of keys to values, found nothing"),
+        ("a: !!python/object:os.system {}", "not valid YAML"),
+    ],
+)
+def test_malformed_yaml_is_an_error_with_a_place(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+
+    with pytest.raises(ConfigError, match=message):
+        load_config(path)
+
+
+def test_a_missing_file_and_a_malformed_override_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing.yaml: no such configuration file"):
+        load_config(tmp_path / "nothing.yaml")
+    with pytest.raises(ConfigError, match="--set train.workers: expected dotted.key=value"):
+        load_config(written(tmp_path), ["train.workers"])
+
+
+def test_a_method_gets_its_overrides_and_only_its_own(tmp_path: Path) -> None:
+    overrides = {"ddp": {"train.epochs": 2, "train.optimizer.args.lr": 0.2}}
+    config = load_config(written(tmp_path, compare__overrides=overrides))
+
+    ddp, ist = config_for_method(config, "ddp"), config_for_method(config, "ist")
+
+    assert (ddp.train.epochs, ddp.train.rounds, ddp.train.optimizer.args["lr"]) == (2, None, 0.2)
+    assert (ist.train.epochs, ist.train.rounds, ist.train.optimizer.args["lr"]) == (None, 4, 0.1)
+
+
+def test_every_key_is_explained() -> None:
+    rows = list(describe_keys())
+
+    assert len(rows) > 35
+    assert all(meaning for _, _, _, meaning in rows)
+    assert {"train.local_steps", "pool.kind", "model.args"} <= {key for key, *_ in rows}
+
+
+def test_the_configuration_cannot_be_changed(tmp_path: Path) -> None:
+    config: Config = load_config(written(tmp_path))
+
+    with pytest.raises(Exception, match="frozen"):
+        config.seed = 4  # type: ignore[misc]

@@ -1,0 +1,110 @@
+"""What the coordinator does with workers that do not come back, or come back with nonsense."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+
+from ist.coordinator import Coordinator
+from ist.errors import DivergedError, PoolError, WorkerLostError
+from ist.meter import Meter
+from ist.pool import Lost, Subnet
+from ist.pool.inline import InlinePool
+from ist.pool.wire import Header
+from tests.conftest import assert_same, clone, job_for
+from tests.networks import NETWORKS, seeded
+
+
+class FaultyPool:
+    """The inline pool, with faults: who is lost, and what is done to whose message."""
+
+    parallel = False
+
+    def __init__(self, inner: InlinePool, lost: Sequence[int] = (), spoil: int | None = None, how: str = "") -> None:
+        self.inner, self.lost, self.spoil, self.how = inner, lost, spoil, how
+
+    def train(self, round_number: int, subnets: Sequence[Subnet]) -> Iterator[Subnet | Lost]:
+        for result in self.inner.train(round_number, subnets):
+            assert isinstance(result, Subnet)
+            if result.worker in self.lost:
+                yield Lost(result.worker, "it burnt down")
+                continue
+            if result.worker == self.spoil:
+                if self.how == "weight":
+                    result.message.tensors["linear_2.weight"][0, 0] = math.inf
+                elif self.how == "loss":
+                    result.message.write_header(Header(round_number, result.worker, 3, 10, math.nan))
+                elif self.how == "stale":
+                    result.message.write_header(Header(round_number - 1, result.worker, 3, 10, 1.0))
+            yield result
+
+    def close(self) -> None:
+        pass
+
+
+def coordinator(min_workers: int | None = None, **faults: object) -> Coordinator:
+    model = seeded(NETWORKS["no batch norm"])
+    job, meter = job_for(model), Meter()
+    pool = FaultyPool(InlinePool(job, torch.device("cpu"), meter), **faults)  # type: ignore[arg-type]
+    return Coordinator(job, pool, model, meter, min_workers=min_workers)
+
+
+def test_a_lost_worker_leaves_its_neurons_untouched() -> None:
+    made = coordinator(min_workers=3, lost=[2])
+    before = clone(made.model.state_dict())
+
+    report = made.train_round(0)
+
+    cuts = made.job.cuts(0)
+    changed = made.model.linear_1.bias != before["linear_1.bias"]
+    assert not changed[cuts[2]["linear_1.bias"][0]].any()
+    assert changed[cuts[1]["linear_1.bias"][0]].any()
+    assert [(lost.worker, lost.reason) for lost in report.lost] == [(2, "it burnt down")]
+
+
+def test_by_default_one_lost_worker_ends_the_run_and_names_the_cause() -> None:
+    with pytest.raises(WorkerLostError, match=r"worker 1 was lost in round 0 \(it burnt down\); 4 of 4 workers"):
+        coordinator(lost=[1]).train_round(0)
+
+
+def test_a_round_that_trained_nothing_is_an_error_whatever_the_floor() -> None:
+    with pytest.raises(WorkerLostError, match="no worker came back in round 0"):
+        coordinator(min_workers=0, lost=range(4)).train_round(0)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("weight", "worker 2 returned values in 'linear_2.weight' that are not finite in round 0"),
+        ("loss", "a loss of nan"),
+    ],
+)
+def test_a_worker_that_returns_nonsense_stops_the_run_at_the_merge(how: str, message: str) -> None:
+    with pytest.raises(DivergedError, match=message):
+        coordinator(spoil=2, how=how).train_round(0)
+
+
+def test_a_message_of_another_round_is_refused() -> None:
+    with pytest.raises(PoolError, match=r"expected a message of \(layout, round, worker\)"):
+        coordinator(spoil=2, how="stale").train_round(1)
+
+
+def test_a_report_counts_every_step_and_sample() -> None:
+    report = coordinator().train_round(0)
+
+    # 100 samples, 4 workers: shards of 25 in two batches an epoch; three steps are one and a half epochs.
+    assert (report.steps, report.samples) == (3, 100 + 4 * 13)
+    assert report.compute_s > 0
+    assert report.merge_s >= 0
+
+
+def test_rounds_reuse_their_buffers_without_mixing_them_up() -> None:
+    one, other = coordinator(), coordinator()
+    for round_number in range(3):
+        one.train_round(round_number)
+    for round_number in range(3):
+        other._messages = []
+        other.train_round(round_number)
+
+    assert_same(clone(one.model.state_dict()), clone(other.model.state_dict()))

@@ -1,0 +1,195 @@
+"""Real processes: torchrun, ist's own launcher, ports, deaths and resumption."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from ist.checkpoint import read_tensors
+from tests.conftest import ROOT, Run, assert_same, config_tree, run_group, wait_for
+
+pytestmark = pytest.mark.procs
+
+PROCESSES: dict[str, Any] = {
+    "pool": {"kind": "torchrun", "device": "cpu"},
+    "train__workers": 2,
+    "evaluate": {"every": 1},
+}
+
+
+def written(tmp_path: Path, **changes: Any) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(config_tree(output=str(tmp_path / "runs"), **{**PROCESSES, **changes})))
+    return path
+
+
+def weights(run: Path) -> Any:
+    return read_tensors(run / "model.safetensors")[0]
+
+
+def torchrun(arguments: list[str | Path], processes: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return run_group([*command, "-m", "ist", *map(str, arguments)], ROOT, environment, timeout=100)
+
+
+def test_torchrun_and_the_own_launcher_give_the_same_run(tmp_path: Path, ist_command: Run) -> None:
+    config = written(tmp_path)
+
+    own = ist_command("train", config, "--run-dir", tmp_path / "own")
+    theirs = torchrun(["train", config, "--run-dir", tmp_path / "theirs"], 2)
+
+    assert own.returncode == 0, own.stderr
+    assert theirs.returncode == 0, theirs.stderr
+    assert_same(weights(tmp_path / "own"), weights(tmp_path / "theirs"))
+    assert theirs.stdout.count("accuracy") == 1
+    assert "round 4/4" in theirs.stderr
+
+
+def test_a_wrong_number_of_processes_says_both_numbers(tmp_path: Path) -> None:
+    done = torchrun(["train", written(tmp_path)], 3)
+
+    assert done.returncode != 0
+    assert "3 processes were started (WORLD_SIZE), but train.workers is 2" in done.stderr
+    assert "start 2 processes, or give --workers 3" in done.stderr
+
+
+def children_of(parent: psutil.Process) -> list[psutil.Process]:
+    """The ranks of a run, by rank."""
+    ranks = {}
+    for child in parent.children(recursive=True):
+        try:
+            if "process" in child.cmdline():
+                ranks[int(child.environ()["RANK"])] = child
+        except (psutil.NoSuchProcess, KeyError):
+            continue
+    return [ranks[rank] for rank in sorted(ranks)]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_run_in_seconds_by_name_and_the_run_can_be_resumed(
+    tmp_path: Path, ist_command: Run, victim: int
+) -> None:
+    config = written(tmp_path, train__rounds=600, checkpoint={"every": 10})
+    run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    command = [sys.executable, "-m", "ist", "train", str(config), "--run-dir", str(run)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 15, 60, "round 15")
+        children_of(psutil.Process(process.pid))[victim].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        _, err = process.communicate(timeout=60)
+
+    assert time.monotonic() - killed < 20
+    assert process.returncode == 1
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert f"rank {victim} (worker {victim}) was killed (SIGKILL)" in error
+    assert f"ist train --resume {run}" in error
+    assert "Traceback" not in err
+
+    resumed = ist_command("train", "--resume", run)
+    whole = ist_command("train", config, "--run-dir", tmp_path / "whole", "--pool", "inline")
+    assert resumed.returncode == 0, resumed.stderr
+    assert whole.returncode == 0, whole.stderr
+    assert_same(weights(run), weights(tmp_path / "whole"))
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 600
+
+
+def test_an_interrupt_ends_all_processes_and_says_how_to_go_on(tmp_path: Path) -> None:
+    config = written(tmp_path, train__rounds=5000)
+    run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    command = [sys.executable, "-m", "ist", "train", str(config), "--run-dir", str(run)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, 60, "round 3")
+        ranks = children_of(psutil.Process(process.pid))
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert f"error: interrupted. Go on with: ist train --resume {run}" in err
+    assert not any(rank.is_running() for rank in ranks)
+
+
+def test_a_port_in_use_is_refused_before_any_process_starts(tmp_path: Path, ist_command: Run) -> None:
+    with socket.socket() as holder:
+        holder.bind(("localhost", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        config = written(tmp_path, pool={"kind": "torchrun", "port": port})
+
+        done = ist_command("train", config)
+
+    assert done.returncode == 1
+    assert f"error: pool.port is {port}, which another program uses" in done.stderr
+
+
+def test_divergence_in_processes_is_one_error_that_names_the_worker(tmp_path: Path, ist_command: Run) -> None:
+    config = written(tmp_path, train__optimizer={"name": "SGD", "args": {"lr": 1e30}})
+
+    done = ist_command("train", config)
+
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "worker 0 returned" in error
+    assert "Traceback" not in done.stderr
+
+
+def test_compare_runs_every_method_and_writes_a_report(tmp_path: Path, ist_command: Run) -> None:
+    config = written(tmp_path, pool={"kind": "torchrun", "device": "cpu", "coordinator": "dedicated"})
+
+    done = ist_command("compare", config, "--run-dir", tmp_path / "both")
+
+    assert done.returncode == 0, done.stderr
+    assert "ist" in done.stdout
+    assert "ddp" in done.stdout
+    assert "<svg" in (tmp_path / "both" / "report.html").read_text()
+    results = {m: json.loads((tmp_path / "both" / m / "result.json").read_text()) for m in ("ist", "ddp")}
+    assert results["ist"]["samples"] == results["ddp"]["samples"]
+    # 2 ranks: a ring all-reduce sends the gradient once from each, every step
+    assert results["ddp"]["sent_bytes"] == 2 * 4 * results["ddp"]["parameters"] * 12
+
+
+def test_data_parallel_is_large_batch_training_and_resumes_bit_for_bit(tmp_path: Path, ist_command: Run) -> None:
+    config = written(tmp_path, method="ddp", train__optimizer={"name": "Adam", "args": {"lr": 0.01}}, train__rounds=6)
+    whole = ist_command("train", config, "--run-dir", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+
+    # A run that was cut off after its fourth round is a folder without what came later.
+    import shutil
+
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut)
+    (cut / "result.json").unlink()
+    (cut / "model.safetensors").unlink()
+    (cut / "checkpoints" / "round-00000006.safetensors").unlink()
+    resumed = ist_command("train", "--resume", cut)
+
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same(weights(cut), weights(tmp_path / "whole"))
+
+
+def test_the_example_runs_alone_and_under_torchrun(tmp_path: Path) -> None:
+    example = str(ROOT / "examples" / "own_network.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+
+    alone = run_group([sys.executable, example], tmp_path, environment, 100)
+    together = run_group([sys.executable, *launcher, example], tmp_path, environment, 100)
+
+    for done in (alone, together):
+        assert done.returncode == 0, done.stderr
+        accuracy = float(done.stdout.split()[1].rstrip("%"))
+        assert accuracy > 95
+    assert alone.stdout.split()[1] == together.stdout.split()[1]
