@@ -23,7 +23,10 @@ from ist.rng import Indices, Purpose, permutation
 
 @dataclass(frozen=True)
 class Dealing:
-    """How `num_samples` samples are dealt to `num_workers` workers in batches of at most `batch_size`.
+    """How `num_samples` samples are dealt to `num_workers` workers in batches of `batch_size`.
+
+    Batches are made even, so they may be smaller; where a shard holds fewer samples than another gives it steps,
+    larger by one.
 
     Raises:
         DataError: There are fewer samples than workers.
@@ -53,7 +56,9 @@ class Dealing:
         """Return the positions, within the worker's shard, of the samples of its local step `step` (from 0)."""
         epoch, position = divmod(step, self.steps_per_epoch)
         order = _epoch_order(len(range(worker, self.num_samples, self.num_workers)), self.seed, epoch, worker)
-        return np.array_split(order, self.steps_per_epoch)[position]
+        size, longer = divmod(len(order), self.steps_per_epoch)  # the first `longer` batches hold one sample more
+        start = position * size + min(position, longer)
+        return order[start : start + size + (position < longer)]
 
 
 @lru_cache(maxsize=64)
