@@ -34,7 +34,7 @@ class RoundReport:
         loss: Mean training loss over those samples.
         compute_s: Mean seconds of a worker's local steps.
         exchange_s: Seconds of the round in which subnets or gradients were on their way and nobody computed.
-        idle_s: Mean seconds that a worker waited for others.
+        idle_s: Mean seconds that a worker waited for slower ones.
         cut_s: Seconds of cutting subnets.
         merge_s: Seconds of merging them.
         memory_bytes: Largest peak memory of a worker so far.
@@ -321,7 +321,7 @@ def _report(headers: Sequence[Header], lost: Sequence[Lost], spent: Mapping[str,
         loss=sum(header.loss_sum for header in headers) / samples,
         compute_s=mean,
         exchange_s=exchange,
-        idle_s=max(0.0, spent["round"] - exchange - (mean if parallel else critical)),
+        idle_s=max(0.0, critical - mean) if parallel else 0.0,
         cut_s=spent["cut"],
         merge_s=spent["merge"] - spent["train"],
         memory_bytes=max(header.memory_bytes for header in headers),

@@ -4,13 +4,14 @@ Every number follows from the job alone; nothing is trained.
 """
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ist.display import format_bytes
-from ist.groups import tensor_specs
+from ist.groups import Group, tensor_specs
 from ist.job import Job
 from ist.partition import share_sizes
 from ist.pool.wire import HEADER_BYTES, layout_of
@@ -43,18 +44,7 @@ def inspect_job(job: Job) -> dict[str, Any]:
         "local_steps": config.train.local_steps,
         "rounds": job.num_rounds,
         "steps_per_epoch": job.dealing.steps_per_epoch,
-        "groups": [
-            {
-                "name": group.name,
-                "neurons": group.size,
-                "neurons_per_worker": share_sizes(group.size, workers),
-                "slots": [
-                    {"tensor": slot.tensor, "dim": slot.dim, "block": slot.block, "offset": slot.offset}
-                    for slot in group.slots
-                ],
-            }
-            for group in job.groups
-        ],
+        "groups": [_describe_group(group, workers) for group in job.groups],
         "tensors": [
             {
                 "name": name,
@@ -80,6 +70,15 @@ def inspect_job(job: Job) -> dict[str, Any]:
             "ddp": ddp_bytes,
             "ratio": ddp_bytes / ist_bytes if ist_bytes else None,
         },
+    }
+
+
+def _describe_group(group: Group, workers: int) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "neurons": group.size,
+        "neurons_per_worker": share_sizes(group.size, workers),
+        "slots": [asdict(slot) for slot in group.slots],
     }
 
 

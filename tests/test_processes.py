@@ -17,7 +17,7 @@ import yaml
 from ist.checkpoint import read_tensors
 from tests.conftest import ROOT, Run, assert_same, config_tree, run_group, wait_for
 
-pytestmark = pytest.mark.procs
+many_processes = pytest.mark.system  # ten seconds for every start of a few processes on two cores
 
 PROCESSES: dict[str, Any] = {
     "pool": {"kind": "torchrun", "device": "cpu"},
@@ -42,6 +42,7 @@ def torchrun(arguments: list[str | Path], processes: int) -> subprocess.Complete
     return run_group([*command, "-m", "ist", *map(str, arguments)], ROOT, environment, timeout=100)
 
 
+@many_processes
 def test_torchrun_and_the_own_launcher_give_the_same_run(tmp_path: Path, ist_command: Run) -> None:
     config = written(tmp_path)
 
@@ -55,6 +56,7 @@ def test_torchrun_and_the_own_launcher_give_the_same_run(tmp_path: Path, ist_com
     assert "round 4/4" in theirs.stderr
 
 
+@many_processes
 def test_a_wrong_number_of_processes_says_both_numbers(tmp_path: Path) -> None:
     done = torchrun(["train", written(tmp_path)], 3)
 
@@ -75,11 +77,12 @@ def children_of(parent: psutil.Process) -> list[psutil.Process]:
     return [ranks[rank] for rank in sorted(ranks)]
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.procs
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=many_processes), 1])
 def test_a_killed_process_ends_the_run_in_seconds_by_name_and_the_run_can_be_resumed(
     tmp_path: Path, ist_command: Run, victim: int
 ) -> None:
-    config = written(tmp_path, train__rounds=600, checkpoint={"every": 10})
+    config = written(tmp_path, train__rounds=300, checkpoint={"every": 10})
     run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     command = [sys.executable, "-m", "ist", "train", str(config), "--run-dir", str(run)]
     with subprocess.Popen(
@@ -102,9 +105,10 @@ def test_a_killed_process_ends_the_run_in_seconds_by_name_and_the_run_can_be_res
     assert resumed.returncode == 0, resumed.stderr
     assert whole.returncode == 0, whole.stderr
     assert_same(weights(run), weights(tmp_path / "whole"))
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == 600
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 300
 
 
+@many_processes
 def test_an_interrupt_ends_all_processes_and_says_how_to_go_on(tmp_path: Path) -> None:
     config = written(tmp_path, train__rounds=5000)
     run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
@@ -122,6 +126,7 @@ def test_an_interrupt_ends_all_processes_and_says_how_to_go_on(tmp_path: Path) -
     assert not any(rank.is_running() for rank in ranks)
 
 
+@pytest.mark.procs
 def test_a_port_in_use_is_refused_before_any_process_starts(tmp_path: Path, ist_command: Run) -> None:
     with socket.socket() as holder:
         holder.bind(("localhost", 0))
@@ -135,6 +140,7 @@ def test_a_port_in_use_is_refused_before_any_process_starts(tmp_path: Path, ist_
     assert f"error: pool.port is {port}, which another program uses" in done.stderr
 
 
+@many_processes
 def test_divergence_in_processes_is_one_error_that_names_the_worker(tmp_path: Path, ist_command: Run) -> None:
     config = written(tmp_path, train__optimizer={"name": "SGD", "args": {"lr": 1e30}})
 
@@ -146,6 +152,7 @@ def test_divergence_in_processes_is_one_error_that_names_the_worker(tmp_path: Pa
     assert "Traceback" not in done.stderr
 
 
+@many_processes
 def test_compare_runs_every_method_and_writes_a_report(tmp_path: Path, ist_command: Run) -> None:
     config = written(tmp_path, pool={"kind": "torchrun", "device": "cpu", "coordinator": "dedicated"})
 
@@ -161,6 +168,7 @@ def test_compare_runs_every_method_and_writes_a_report(tmp_path: Path, ist_comma
     assert results["ddp"]["sent_bytes"] == 2 * 4 * results["ddp"]["parameters"] * 12
 
 
+@many_processes
 def test_data_parallel_is_large_batch_training_and_resumes_bit_for_bit(tmp_path: Path, ist_command: Run) -> None:
     config = written(tmp_path, method="ddp", train__optimizer={"name": "Adam", "args": {"lr": 0.01}}, train__rounds=6)
     whole = ist_command("train", config, "--run-dir", tmp_path / "whole")
@@ -180,6 +188,7 @@ def test_data_parallel_is_large_batch_training_and_resumes_bit_for_bit(tmp_path:
     assert_same(weights(cut), weights(tmp_path / "whole"))
 
 
+@many_processes
 def test_the_example_runs_alone_and_under_torchrun(tmp_path: Path) -> None:
     example = str(ROOT / "examples" / "own_network.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 AXES = (
     ("sent_bytes", "bytes sent by all processes", "log"),
@@ -39,13 +40,11 @@ def curve_plot(curves: Curves, x: str, x_label: str, x_scale: str) -> str:
     axes.set_xlabel(x_label)
     axes.set_ylabel("test accuracy" if y == "accuracy" else "test loss")
     axes.grid(visible=True, alpha=0.3)
+    if y == "accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend()
     axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "ist"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return _svg(figure)
 
 
 def phase_plot(curves: Curves) -> str:
@@ -55,9 +54,9 @@ def phase_plot(curves: Curves) -> str:
         "exchange_s": "exchange",
         "cut_s": "cut",
         "merge_s": "merge",
-        "idle_s": "waiting",
+        "idle_s": "waiting for slower workers",
     }
-    figure = Figure(figsize=(8.4, 0.7 + 0.5 * len(curves)), layout="constrained")
+    figure = Figure(figsize=(16.8, 1.2 + 0.6 * len(curves)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(curves)
     for key, label in phases.items():
@@ -68,6 +67,10 @@ def phase_plot(curves: Curves) -> str:
     axes.invert_yaxis()
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "ist"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})

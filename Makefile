@@ -1,0 +1,44 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both set everything up the first time.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo test check format system-test benchmark clean
+
+help:  ## Show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: $(READY)  ## Make the virtual environment and install the package with all extras
+
+# Installed again only when what is to be installed has changed.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## Run the main job: IST beside data-parallel training, with a report
+	$(BIN)/ist compare configs/quickstart.yaml
+
+test: $(READY)  ## Run the quick tests
+	$(BIN)/python -m pytest -m 'not system and not gpu' $(PYTEST_ARGS)
+
+system-test: $(READY)  ## Run the tests that need root, namespaces, a browser, or many processes
+	$(BIN)/python -m pytest -m 'system or gpu' $(PYTEST_ARGS)
+
+check: $(READY)  ## Run the linter, the formatter's check and the type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(READY)  ## Measure overhead and accuracy (half an hour)
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.mlp_accuracy
+
+clean:  ## Remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Train on a Slurm cluster, one process a task:
+#
+#   sbatch --ntasks 4 launch/slurm.sh configs/quickstart.yaml [ist train options]
+#
+# train.workers must be the number of tasks (one less with pool.coordinator=dedicated).
+#SBATCH --job-name=ist
+#SBATCH --cpus-per-task=1
+set -euo pipefail
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-29500}"
+exec srun bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS LOCAL_RANK=$SLURM_LOCALID \
+    LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-$SLURM_NTASKS} exec ist train "$@"' ist "$@"

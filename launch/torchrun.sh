@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Train on several machines with torchrun: run this on each of them with the same arguments.
+#
+#   HEAD=10.0.0.1:29500 NODES=2 PER_NODE=2 launch/torchrun.sh configs/quickstart.yaml [ist train options]
+#
+# train.workers must be NODES * PER_NODE (one less with pool.coordinator=dedicated).
+set -euo pipefail
+: "${HEAD:?set HEAD to host:port of the first machine}" "${NODES:?set NODES}" "${PER_NODE:?set PER_NODE}"
+exec torchrun --nnodes "$NODES" --nproc-per-node "$PER_NODE" --rdzv-backend c10d --rdzv-endpoint "$HEAD" \
+    --rdzv-id "${RUN_ID:-ist}" -m ist train "$@"

@@ -1,0 +1,125 @@
+"""The rules that keep the code small and pointing one way."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+FILE_LINES = 400
+FUNCTION_LINES = 60
+# ist.train's signature and docstring are the API's reference: 90 lines of it are not code.
+LONGER_FUNCTIONS = {"ist/api.py:train": 130}
+DEFAULT_RUN_LINES = 3000  # of code; see code_lines
+
+# From the ground up: a module may import only from lines above its own.
+LAYERS = [
+    ["ist._version", "ist.errors"],
+    ["ist.rng", "ist.config"],
+    ["ist.config_file", "ist.registry"],
+    ["ist.data", "ist.models"],
+    ["ist.data.idx", "ist.data.batches", "ist.models.mlp"],
+    ["ist.data.digits", "ist.data.fashion_mnist"],
+    ["ist.groups"],
+    ["ist.groups.sequential", "ist.partition", "ist.optim", "ist.narrow"],
+    ["ist.subnet", "ist.pool.wire"],
+    ["ist.pool"],
+    ["ist.job", "ist.meter"],
+    ["ist.worker", "ist.evaluate", "ist.checkpoint"],
+    ["ist.pool.inline", "ist.pool.torchrun"],
+    ["ist.coordinator"],
+    ["ist.methods"],
+    ["ist.methods.ddp", "ist.display", "ist.run_folder", "ist.launch"],
+    ["ist.recorder", "ist.inspection"],
+    ["ist.run"],
+    ["ist.report", "ist.report.table", "ist.report.plots", "ist.api"],
+    ["ist.report.page"],
+    ["ist"],
+    ["ist.cli"],
+    ["ist.__main__"],
+]
+LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+
+SOURCES = sorted((ROOT / "ist").rglob("*.py"))
+EVERYTHING = [*SOURCES, *sorted((ROOT / "benchmarks").rglob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def shown(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """First-party modules that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name if name in LEVEL else node.module for name in names]
+        yield from (name for name in names if name.split(".")[0] == "ist")
+
+
+def code_lines(text: str) -> int:
+    """Lines that hold code: neither blank nor comment nor docstring, which are to be encouraged."""
+    lines = {number for number, line in enumerate(text.splitlines(), 1) if line.strip() and line.strip()[0] != "#"}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            lines -= set(range(node.lineno, (node.end_lineno or 0) + 1))
+    return len(lines)
+
+
+@pytest.mark.parametrize("path", EVERYTHING, ids=shown)
+def test_files_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= FILE_LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            assert length <= LONGER_FUNCTIONS.get(f"{shown(path)}:{node.name}", FUNCTION_LINES), node.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=shown)
+def test_imports_point_one_way(path: Path) -> None:
+    here = name_of(path)
+    assert here in LEVEL, f"give {here} a place in LAYERS"
+    for imported in imports(path):
+        assert imported in LEVEL, imported
+        if imported.startswith(f"{here}.") and here == "ist":
+            continue  # the package's front door opens on what is inside
+        assert LEVEL[imported] < LEVEL[here], f"{here} imports {imported}"
+
+
+def test_every_layer_names_modules_that_exist() -> None:
+    assert {name_of(path) for path in SOURCES} == set(LEVEL)
+
+
+def test_the_default_run_reaches_little_code() -> None:
+    script = "import ist.cli, ist.run, ist.coordinator, sys; print(*[m.__file__ for n, m in sys.modules.items() if n.split('.')[0] == 'ist'])"
+    files = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+
+    assert sum(code_lines(Path(file).read_text()) for file in files) <= DEFAULT_RUN_LINES
+
+
+def test_the_command_line_and_the_configuration_do_without_torch() -> None:
+    script = "import ist, ist.cli, ist.config, sys; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=shown)
+def test_nothing_reads_a_pickle_and_only_the_command_line_exits(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("pickle.load", "pickle.loads", "torch.load", "dist.broadcast_object_list")
+            assert called != "sys.exit" or name_of(path) == "ist.cli"
