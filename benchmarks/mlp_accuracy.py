@@ -3,8 +3,8 @@
     python -m benchmarks.mlp_accuracy [--quick]
 
 Claim: IST comes within 1.0 point of the test accuracy of data-parallel training, at 50 or more times
-fewer bytes. A local step of IST costs 0.144 of a data-parallel step here (`ist inspect` shows the shares), so
-its eight times as many epochs are 1.15 times the arithmetic.
+fewer bytes. A local step of IST costs 0.145 of a data-parallel step here (`ist inspect` shows the shares), so
+its eight times as many epochs are 1.16 times the arithmetic.
 
 Both methods get the same grid of learning rates, tuned with one seed on 10,000 held-out training images;
 the best of each is trained on all training images with three seeds and tested once. Data-parallel training

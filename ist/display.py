@@ -68,6 +68,11 @@ class Display:
             self._bar.stop()
 
 
+def format_ratio(ratio: float) -> str:
+    """Return a ratio for people, with three digits or all of its whole ones."""
+    return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:,.0f}"
+
+
 def format_bytes(count: float) -> str:
     """Return a number of bytes for people, in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):

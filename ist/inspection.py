@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ist.display import format_bytes
+from ist.display import format_bytes, format_ratio
 from ist.groups import Group, tensor_specs
 from ist.job import Job
 from ist.partition import share_sizes
@@ -109,7 +109,7 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
     console.print(shares)
     total = found["bytes_per_round"]
     console.print(f"A round sends {format_bytes(total['ist'])} in all; data-parallel training sends ", end="")
-    ratio = f": {total['ratio']:.3g} times more" if total["ratio"] else ""
+    ratio = f": {format_ratio(total['ratio'])} times more" if total["ratio"] else ""
     console.print(f"{format_bytes(total['ddp'])} for the same steps{ratio}.")
 
 

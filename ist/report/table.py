@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ist.display import format_bytes
+from ist.display import format_bytes, format_ratio
 
 Result = Mapping[str, Any]
 
@@ -29,7 +29,7 @@ def table_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
                 f"{result['method']} (seed {result['seed']})" if several else str(result["method"]),
                 f"{accuracy:.2%}" if accuracy is not None else f"loss {result['test_loss'] or result['loss']:.4f}",
                 format_bytes(sent),
-                f"{most / sent:.3g}x fewer" if sent and sent < most else "1x",
+                f"{format_ratio(most / sent)}x fewer" if sent and sent < most else "1x",
                 f"{result['train_s']:.1f}",
                 format_bytes(result["memory_bytes"]),
             )
