@@ -6,7 +6,7 @@ Needs root, iproute2 and the kernel's tbf. Everything made here is removed again
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from uuid import uuid4
@@ -95,37 +95,50 @@ def run_ranks(where: Sequence[Host], arguments: Sequence[str], timeout_s: float)
     Raises:
         RuntimeError: A rank failed; the message holds what it said.
     """
-    processes = []
-    for rank, host in enumerate(where):
-        environment = {
-            **os.environ,
+    environments = [
+        {
             "RANK": str(rank),
             "WORLD_SIZE": str(len(where)),
             "LOCAL_RANK": "0",
             "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": where[0].address,
             "MASTER_PORT": "29511",
-            "GLOO_SOCKET_IFNAME": INTERFACE,
-            "OMP_NUM_THREADS": "1",
         }
-        processes.append(
-            subprocess.Popen(
-                host.command(arguments),
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+        for rank in range(len(where))
+    ]
+    return run_everywhere(where, arguments, environments, timeout_s)
+
+
+def run_everywhere(
+    where: Sequence[Host], arguments: Sequence[str], environments: Sequence[Mapping[str, str]], timeout_s: float
+) -> list[str]:
+    """Run a command on every host at the same time, each with variables of its own.
+
+    Returns:
+        What each wrote to stderr.
+
+    Raises:
+        RuntimeError: One failed; the message holds what it said.
+    """
+    processes = [
+        subprocess.Popen(
+            host.command(arguments),
+            env={**os.environ, "GLOO_SOCKET_IFNAME": INTERFACE, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
+        for host, environment in zip(where, environments, strict=True)
+    ]
     try:
         said = [process.communicate(timeout=timeout_s)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    for rank, process in enumerate(processes):
+    for host, process, text in zip(where, processes, said, strict=True):
         if process.returncode != 0:
-            raise RuntimeError(f"rank {rank} ended with {process.returncode}:\n{said[rank][-3000:]}")
+            raise RuntimeError(f"{host.name} ended with {process.returncode}:\n{text[-3000:]}")
     return said
 
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ist._version import VERSION
-from ist.config import Config
+from ist.config import Config, num_processes
 from ist.config_file import config_for_method, describe_keys, load_config, with_methods
 from ist.errors import ConfigError, DataError, InterruptedRunError, ISTError, ModelError
 
@@ -243,6 +243,7 @@ def _launch(config: Config, folder: "RunFolder | None", resume: bool) -> None:
     from ist.launch import launch
 
     assert folder is not None
+    typer.echo(f"{config.method}: starting {num_processes(config)} processes", err=True)
     launch(config, folder.path, resume)
 
 

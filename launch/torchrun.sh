@@ -3,8 +3,10 @@
 #
 #   HEAD=10.0.0.1:29500 NODES=2 PER_NODE=2 launch/torchrun.sh configs/quickstart.yaml [ist train options]
 #
+# LOCAL_ADDR is the address under which the others reach this machine, if its host name does not say so.
+# GLOO_SOCKET_IFNAME (or NCCL_SOCKET_IFNAME) is the interface to use, if there are several.
 # train.workers must be NODES * PER_NODE (one less with pool.coordinator=dedicated).
 set -euo pipefail
 : "${HEAD:?set HEAD to host:port of the first machine}" "${NODES:?set NODES}" "${PER_NODE:?set PER_NODE}"
 exec torchrun --nnodes "$NODES" --nproc-per-node "$PER_NODE" --rdzv-backend c10d --rdzv-endpoint "$HEAD" \
-    --rdzv-id "${RUN_ID:-ist}" -m ist train "$@"
+    --rdzv-id "${RUN_ID:-ist}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} -m ist train "$@"

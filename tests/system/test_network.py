@@ -1,16 +1,20 @@
 """Identity 6 against the operating system: what the meter counts is what the interfaces count, up to framing."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from torch import Tensor
 
-from benchmarks.namespaces import Host, hosts, run_ranks, why_not
+from benchmarks.namespaces import Host, hosts, run_everywhere, run_ranks, why_not
 from benchmarks.overhead import exchange
-from tests.conftest import config_tree
+from ist.checkpoint import read_tensors
+from tests.conftest import ROOT, assert_same, config_tree
 
 pytestmark = [
     pytest.mark.system,
@@ -37,6 +41,18 @@ def train(where: list[Host], tmp_path: Path, **changes: Any) -> list[dict[str, A
     return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
+def weights(run: Path) -> dict[str, Tensor]:
+    return read_tensors(run / "model.safetensors")[0]
+
+
+def inline_run(tree: dict[str, Any], tmp_path: Path) -> Path:
+    config, run = tmp_path / "alone.yaml", tmp_path / "alone"
+    config.write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "ist", "train", str(config), "--run-dir", str(run)]
+    subprocess.run(command, check=True, capture_output=True)
+    return run
+
+
 def test_the_meter_counts_what_the_coordinators_interface_counts(tmp_path: Path) -> None:
     with hosts(4) as where:
         before = where[0].counters()
@@ -60,20 +76,27 @@ def test_the_meter_counts_what_all_interfaces_count_under_data_parallel(tmp_path
 
 
 def test_training_over_several_hosts_ends_in_the_weights_of_one_process(tmp_path: Path) -> None:
-    from ist.checkpoint import read_tensors
-    from tests.conftest import assert_same
-
     with hosts(3) as where:
         train(where, tmp_path, train__rounds=3)
     alone = yaml.safe_load((tmp_path / "job.yaml").read_text()) | {"pool": {"kind": "inline", "device": "cpu"}}
-    (tmp_path / "alone.yaml").write_text(yaml.safe_dump(alone))
-    import subprocess
 
-    command = [sys.executable, "-m", "ist", "train", str(tmp_path / "alone.yaml"), "--run-dir", str(tmp_path / "alone")]
-    subprocess.run(command, check=True, capture_output=True)
+    assert_same(weights(tmp_path / "run"), weights(inline_run(alone, tmp_path)))
 
-    weights = [read_tensors(tmp_path / run / "model.safetensors")[0] for run in ("run", "alone")]
-    assert_same(*weights)
+
+def test_the_launcher_for_several_machines_trains_on_two(tmp_path: Path) -> None:
+    config = tmp_path / "job.yaml"
+    config.write_text(yaml.safe_dump(config_tree(pool={"kind": "torchrun", "device": "cpu"}, train__workers=4)))
+    command = [str(ROOT / "launch" / "torchrun.sh"), str(config), "--run-dir", str(tmp_path / "run")]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+    with hosts(2) as where:
+        shared = {"HEAD": f"{where[0].address}:29500", "NODES": "2", "PER_NODE": "2", "PATH": path}
+        environments = [{**shared, "LOCAL_ADDR": host.address} for host in where]
+        run_everywhere(where, command, environments, timeout_s=200)
+
+    assert (tmp_path / "run" / "result.json").exists()
+    alone = yaml.safe_load(config.read_text()) | {"pool": {"kind": "inline", "device": "cpu"}}
+    assert_same(weights(tmp_path / "run"), weights(inline_run(alone, tmp_path)))
 
 
 def test_exchange_fills_a_slow_link(tmp_path: Path) -> None:  # noqa: ARG001
