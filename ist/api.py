@@ -12,6 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ist.config import FROM_PYTHON
 from ist.config_file import validate
 from ist.coordinator import follow_rounds, run_rounds
 from ist.job import loss_function, make_job
@@ -106,7 +107,7 @@ def train(
         {
             "name": "api",
             "seed": seed,
-            "model": {"name": type(model).__name__},
+            "model": {"name": FROM_PYTHON + type(model).__name__},
             "data": {"name": type(data).__name__},
             "train": {
                 "workers": workers,
@@ -127,6 +128,7 @@ def train(
         },
         "ist.train",
     )
+    device_before = next(model.parameters()).device
     template = copy.deepcopy(model).to("meta")
     function = loss_function(loss) if isinstance(loss, str) else loss
     job = make_job(config, template, lambda: model, data, test_data, function)
@@ -139,6 +141,7 @@ def train(
             return TrainResult(model, [], is_coordinator=False)
         run_rounds(run.job, run.method, run.recorder, run.first_round, run.device)
         run.recorder.finish(run.method.model)
+        model.to(device_before)
         return TrainResult(model, run.recorder.history, is_coordinator=True)
 
 

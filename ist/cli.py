@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from ist._version import VERSION
-from ist.config import Config, num_processes
+from ist.config import FROM_PYTHON, Config, num_processes
 from ist.config_file import config_for_method, describe_keys, load_config, with_methods
 from ist.errors import ConfigError, DataError, InterruptedRunError, ISTError, ModelError
 
@@ -72,15 +72,11 @@ def train(
     assert config_file is not None
     config = load_config(config_file, [*(overrides or []), *_flags(workers, pool, method)])
 
-    from ist.job import build_job
     from ist.pool.torchrun import is_launched, is_rank_zero
-    from ist.run import check_method
     from ist.run_folder import create_run_folder
 
-    if is_launched():
-        config = config.model_copy(update={"pool": config.pool.model_copy(update={"kind": "torchrun"})})
-    check_method(config)
-    job = build_job(config)
+    config = _with_launchers_pool(config)
+    job = _prepare(config)
     folder = create_run_folder(config, run_dir) if is_rank_zero() else None
     if config.pool.kind == "inline" or is_launched():
         _run_here(job, folder, resume=False)
@@ -108,11 +104,9 @@ def compare(
     if methods:
         config = with_methods(config, methods.split(","), "--methods")
 
-    from ist.job import build_job
     from ist.pool.torchrun import is_launched
     from ist.report import check_installed
     from ist.report.page import write_report
-    from ist.run import check_method
     from ist.run_folder import create_run_folder, new_folder
 
     if is_launched():
@@ -122,14 +116,12 @@ def compare(
         )
     check_installed()
     runs = {method: config_for_method(config, method, str(config_file)) for method in config.compare.methods}
-    for method_config in runs.values():
-        check_method(method_config)
-        build_job(method_config)  # whatever is wrong ends here, before any process starts
+    jobs = {method: _prepare(method_config) for method, method_config in runs.items()}
     parent = run_dir or new_folder(config.output, config.name)
     folders = {method: create_run_folder(runs[method], parent / method) for method in runs}
     for method, folder in folders.items():
         if runs[method].pool.kind == "inline":
-            _run_here(build_job(runs[method]), folder, resume=False)
+            _run_here(jobs[method], folder, resume=False)
         else:
             _launch(runs[method], folder, resume=False)
     page = write_report(list(folders.values()), parent / "report.html")
@@ -248,21 +240,45 @@ def _launch(config: Config, folder: "RunFolder | None", resume: bool) -> None:
 
 
 def _resume(path: Path) -> None:
-    from ist.job import build_job
-    from ist.pool.torchrun import is_launched
+    from ist.pool.torchrun import is_launched, is_rank_zero
     from ist.run_folder import RunFolder
 
     folder = RunFolder(path)
-    config = folder.load_config()
+    config = _with_launchers_pool(folder.load_config())
+    if config.model.name.startswith(FROM_PYTHON):
+        raise ConfigError(f"{path}: was started from Python: go on with ist.train(..., run_dir=..., resume=True)")
     if folder.is_finished():
         typer.echo(f"{path}: this run has finished already", err=True)
     elif config.pool.kind == "inline" or is_launched():
-        _run_here(build_job(config), folder, resume=True)
+        _run_here(_prepare(config), folder, resume=True)
     else:
-        build_job(config)
+        _prepare(config)
         folder.check_checkpoint()
         _launch(config, folder, resume=True)
-    _print_result(folder)
+    _print_result(folder if is_rank_zero() else None)
+
+
+def _with_launchers_pool(config: Config) -> Config:
+    """Under torchrun the processes are there: they are the pool."""
+    from ist.pool.torchrun import is_launched
+
+    if not is_launched():
+        return config
+    return config.model_copy(update={"pool": config.pool.model_copy(update={"kind": "torchrun"})})
+
+
+def _prepare(config: Config) -> "Job":
+    """Build the job, and find whatever cannot work before a folder is made or a process started."""
+    from ist.job import build_job
+    from ist.pool.torchrun import compute_device
+    from ist.run import check_method
+    from ist.worker import rehearse
+
+    check_method(config)
+    compute_device(config.pool)
+    job = build_job(config)
+    rehearse(job)
+    return job
 
 
 def _print_result(folder: "RunFolder | None") -> None:

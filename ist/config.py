@@ -18,6 +18,10 @@ TOTAL_STEPS = "total_steps"
 """Where an argument of a schedule has this value, the run's number of local steps is put."""
 
 
+FROM_PYTHON = "from-python:"
+"""How `model.name` begins where the network was passed to `ist.train`, and cannot be made from its name."""
+
+
 class Section(BaseModel):
     """A mapping of the YAML file: unknown keys and wrong types are errors, values never change."""
 

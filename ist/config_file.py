@@ -31,6 +31,8 @@ class _Yaml12Loader(yaml.SafeLoader):
         """Build a mapping, refusing a key that stands twice (PyYAML keeps the last one in silence)."""
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain name", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' stands twice", key.start_mark)
             seen.add(key.value)
@@ -49,6 +51,12 @@ for _tag, _pattern, _first in (
 ):
     _Yaml12Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
 _Yaml12Loader.yaml_implicit_resolvers[""] = _Yaml12Loader.yaml_implicit_resolvers.pop("\0")
+
+
+class _Yaml12Dumper(yaml.SafeDumper):
+    """Quotes what `_Yaml12Loader` would not read back as text."""
+
+    yaml_implicit_resolvers = _Yaml12Loader.yaml_implicit_resolvers
 
 
 def _construct_int(_loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -148,7 +156,7 @@ def config_for_method(config: Config, method: str, source: str = "configuration"
 
 def dump_config(config: Config) -> str:
     """Return the configuration as YAML that `load_config` reads back to an equal `Config`."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    return yaml.dump(config.model_dump(), Dumper=_Yaml12Dumper, sort_keys=False)
 
 
 def describe_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:

@@ -141,6 +141,8 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
         metrics = None
         if job.test_data is not None and (last or rounds_done % config.evaluate.every == 0):
             metrics = evaluate_whole(job, method.model, device)
+        elif last:
+            refresh_statistics(job, method.model, device)
         seconds = Seconds(trained - started, time.perf_counter() - trained)
         recorder.round_done(round_number, report, metrics, seconds, method.bytes_sent())
         if last or rounds_done % config.checkpoint.every == 0:
@@ -153,19 +155,21 @@ def follow_rounds(job: Job, follower: Follower, first_round: int) -> None:
         follower.train_round(round_number)
 
 
+def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None:
+    """Re-estimate batch norm's running statistics, where they do not travel with their neurons."""
+    config = job.config
+    if config.train.running_statistics == "reestimate":
+        batches = statistics_batches(
+            job.train_data, config.evaluate.batch_size, config.evaluate.statistics_batches, config.seed, device
+        )
+        reestimate_statistics(model, batches)
+
+
 def evaluate_whole(job: Job, model: nn.Module, device: torch.device) -> Metrics:
     """Evaluate the whole network on the test data, with fresh batch norm statistics if they do not travel."""
     config = job.config
     assert job.test_data is not None
-    if config.train.running_statistics == "reestimate":
-        batches = statistics_batches(
-            job.train_data,
-            config.evaluate.batch_size,
-            config.evaluate.statistics_batches,
-            config.seed,
-            device,
-        )
-        reestimate_statistics(model, batches)
+    refresh_statistics(job, model, device)
     return evaluate(
         model,
         job.test_data,

@@ -21,7 +21,7 @@ from ist import optim
 from ist.config import Config
 from ist.data import DATASETS, Splits
 from ist.data.batches import Dealing, length
-from ist.errors import ConfigError, DataError
+from ist.errors import ConfigError, DataError, ModelError
 from ist.groups import Group, TensorSpec, tensor_specs
 from ist.groups.sequential import sequential_groups
 from ist.models import MODELS
@@ -161,7 +161,9 @@ def make_job(
     if config.method == "ist":
         check_workers(groups, train.workers)
     model_specs = tensor_specs(template, with_statistics=train.running_statistics == "carried")
-    parameters = {name: model_specs[name] for name, _ in template.named_parameters()}
+    parameters = {name: model_specs[name] for name, p in template.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ModelError("the network has no parameter that requires a gradient: nothing would be trained")
     carried = train.optimizer_state == "carried" and config.method == "ist"
     slots = optim.state_slots(train.optimizer) if carried else ()
     dealing = Dealing(length(train_data), train.workers, train.batch_size, config.seed)

@@ -18,8 +18,17 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from ist import errors
 from ist.config import Config, num_processes
-from ist.errors import InterruptedRunError, ISTError, PoolError, WorkerLostError
+from ist.errors import (
+    ConfigError,
+    DataError,
+    InterruptedRunError,
+    ISTError,
+    ModelError,
+    PoolError,
+    WorkerLostError,
+)
 
 LAUNCHED_BY_IST = "IST_LAUNCHED"
 """Set in children: the parent reports their errors."""
@@ -52,6 +61,7 @@ def launch(config: Config, folder: Path, resume: bool) -> None:
         run_id=folder.name,
         rdzv_backend="c10d",
         rdzv_endpoint=f"localhost:{port}",
+        local_addr="127.0.0.1",  # whatever this machine's host name resolves to
         max_restarts=0,
         monitor_interval=0.1,
     )
@@ -84,8 +94,7 @@ def _child_environment(config: Config) -> dict[str, str]:
     }
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if loopback:
-        # All peers are on this machine, whatever its host name resolves to, and nobody else is let in.
-        environment["GLOO_SOCKET_IFNAME"] = loopback
+        environment["GLOO_SOCKET_IFNAME"] = environment["NCCL_SOCKET_IFNAME"] = loopback
     return environment
 
 
@@ -130,7 +139,9 @@ def _explain(error: ChildFailedError, config: Config, folder: Path) -> ISTError:
         return WorkerLostError(f"{_who(rank, config)} was killed ({failure.signal_name()}). {go_on}")
     if told:
         rank, failure = min(told, key=lambda item: item[1].timestamp)
-        return ISTError(f"{_message(failure)} [{_who(rank, config)}] {go_on}")
+        kind, message = _recorded(failure)
+        hint = "" if issubclass(kind, ConfigError | DataError | ModelError) else f" {go_on}"
+        return kind(f"{message} [{_who(rank, config)}]{hint}")
     rank, failure = min(failures, key=lambda item: item[1].timestamp)
     return WorkerLostError(f"{_who(rank, config)} ended with exit code {failure.exitcode}, see above. {go_on}")
 
@@ -140,11 +151,14 @@ def _who(rank: int, config: Config) -> str:
     return f"rank {rank} (worker {worker})" if worker >= 0 else f"rank {rank} (the coordinator)"
 
 
-def _message(failure: ProcessFailure) -> str:
-    """The first line of what the process said, without the name of the exception's class."""
+def _recorded(failure: ProcessFailure) -> tuple[type[ISTError], str]:
+    """The class and the text of the error that a process recorded."""
     message = failure.error_file_data["message"]
     text = str(message["message"] if isinstance(message, dict) else message)
     with suppress(ValueError):
         text = str(json.loads(text))
-    name, colon, rest = text.partition(": ")
-    return rest if colon and name.isidentifier() else text
+    name, _, rest = text.partition(": ")
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, ISTError):
+        return kind, rest
+    return ISTError, text

@@ -94,7 +94,9 @@ def input_scales(groups: Sequence[Group], template: nn.Module, specs: Mapping[st
     Reference: Srivastava et al., JMLR 15 (2014), section 10 (scaling at training time).
     """
     scales = {}
-    for slot in (slot for group in groups for slot in group.slots):
+    parameters = dict(template.named_parameters())
+    # A group may hold slots of optimiser state too.
+    for slot in (slot for group in groups for slot in group.slots if slot.tensor in parameters):
         path, _, name = slot.tensor.rpartition(".")
         if name == "weight" and slot.dim == 1:
             layer = template.get_submodule(path)

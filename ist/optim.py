@@ -85,7 +85,10 @@ def schedule_settings(optimizer: Component, schedule: Component | None, total_st
         settings.append({k: v for k, v in stand_in.param_groups[0].items() if k not in ("params", "initial_lr")})
         if step + 1 < total_steps:
             stand_in.step()
-            scheduler.step()
+            try:
+                scheduler.step()
+            except ValueError as error:
+                raise ConfigError(f"'train.schedule.args': {error} (the run has {total_steps} local steps)") from error
     varying = {key for key in settings[0] if any(entry[key] != settings[0][key] for entry in settings)} | {"lr"}
     return [{key: entry[key] for key in varying} for entry in settings]
 
@@ -175,8 +178,15 @@ def load_state(
     for name, parameter in named.items():
         for slot in slots:
             tensor = state[state_name(slot.key, name)]
-            # A step count lives on the CPU unless the optimiser is capturable, whatever the parameter's device.
-            optimizer.state[parameter][slot.key] = tensor if slot.like_parameter else tensor.cpu().clone()
+            scalar = tensor.to(scalar_device(optimizer, parameter), copy=True)
+            optimizer.state[parameter][slot.key] = tensor if slot.like_parameter else scalar
+
+
+def scalar_device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.device:
+    """Return where an optimiser wants step counts: on the CPU, unless it is fused or capturable."""
+    settings = optimizer.param_groups[0]
+    beside = settings.get("fused") or settings.get("capturable")
+    return parameter.device if beside else torch.device("cpu")
 
 
 def store_state(

@@ -51,7 +51,7 @@ def call(function: Any, args: Mapping[str, Any], key: str) -> Any:
         pass  # some builtins have no signature: the call itself will tell
     try:
         return function(**args)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"'{key}' was refused: {error}") from error
 
 

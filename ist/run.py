@@ -32,6 +32,7 @@ from ist.pool.torchrun import (
     check_world_size,
     compute_device,
     is_launched,
+    is_rank_zero,
     join,
 )
 from ist.recorder import RunRecorder
@@ -89,15 +90,17 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
     """
     config = job.config
     check_method(config)
+    threads_before = torch.get_num_threads()
     torch.set_num_threads(config.pool.threads)
+    # Before the others are joined: a damaged checkpoint must not leave them waiting.
+    leads = config.pool.kind == "inline" or is_rank_zero()
+    tensors, before = folder.rewind() if leads and resume and folder else ({}, Progress())
     membership = None
     if config.pool.kind == "torchrun":
         if not is_launched():
             raise ConfigError("pool.kind is 'torchrun', but no launcher started this process: run it with torchrun")
         check_world_size(job)
         membership = join(config.pool)
-    leads = membership is None or membership.rank == 0
-    tensors, before = folder.rewind() if leads and resume and folder else ({}, Progress())
     first_round = before.rounds_done
     if membership:
         first_round = agree_on_start(membership, first_round, _fingerprint(config))
@@ -106,6 +109,7 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
     if part is not None:
         yield Following(job, part, first_round)
         part.close()
+        torch.set_num_threads(threads_before)
         return
     device = membership.device if membership else compute_device(config.pool)
     model, optimizer_state = _restored(job, tensors)
@@ -115,6 +119,7 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
         yield Leading(job, method, RunRecorder(job, folder, display, before), first_round, device)
     finally:
         display.close()
+        torch.set_num_threads(threads_before)
     method.close()
 
 

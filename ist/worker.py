@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 from ist import optim
-from ist.data.batches import fetch, take_shard
+from ist.data.batches import fetch, length, take_shard
+from ist.errors import ConfigError
+from ist.evaluate import evaluate
 from ist.job import Job
 from ist.meter import MemoryGauge
 from ist.narrow import bind, input_scales, narrow_module
@@ -51,7 +53,7 @@ class Worker:
         started = time.perf_counter()
         job, module = self.job, self.module
         bind(module, message.tensors)
-        named = dict(module.named_parameters())
+        named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         optimizer = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
         if job.state_slots and round_number > 0:
             optim.load_state(optimizer, named, job.state_slots, message.tensors)
@@ -97,7 +99,8 @@ def local_steps(
         The sum of the samples' losses, and the number of samples. The device is done when it returns.
     """
     loss_sum, samples = torch.zeros((), device=device), 0
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    # manual_seed reaches every GPU, so every GPU's generator is put back.
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else []):
         torch.manual_seed(torch_seed(job.config.seed, Purpose.TRAINING, round_number, worker))
         for step in job.steps(round_number):
             if job.settings:
@@ -110,3 +113,32 @@ def local_steps(
             loss_sum += loss.detach() * len(targets)
             samples += len(targets)
     return float(loss_sum), samples
+
+
+def rehearse(job: Job) -> None:
+    """Make one step of worker 0 on a small batch and evaluate it, so that what cannot work ends before the run.
+
+    Costs one subnet's memory for a moment; changes nothing.
+
+    Raises:
+        ConfigError: Network, data, loss, metric and optimiser do not fit each other; the message is torch's.
+    """
+    device = torch.device("cpu")
+    try:
+        worker = Worker(job, 0, device)
+        message = Message(job.layout(0), device)
+        bind(worker.module, message.tensors)
+        named = [parameter for parameter in worker.module.parameters() if parameter.requires_grad]
+        optimizer = optim.build_optimizer(job.config.train.optimizer, named)
+        inputs, targets = fetch(worker.shard, job.dealing.batch(0, 0)[: job.dealing.smallest_batch], device)
+        job.loss(worker.module(inputs), targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if job.test_data is not None:
+            accuracy = job.config.evaluate.metric == "accuracy"
+            few = Subset(job.test_data, range(min(2, length(job.test_data))))
+            evaluate(worker.module, few, job.loss, 2, device, accuracy)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ConfigError(
+            f"network, data, loss and optimiser do not fit each other: a step on a batch of "
+            f"{job.dealing.smallest_batch} fails: {type(error).__name__}: {error}".splitlines()[0]
+        ) from error

@@ -109,6 +109,22 @@ BAD: dict[str, tuple[dict[str, Any], list[str], int, str]] = {
     "a loss that becomes NaN": (
         {"train__optimizer": {"name": "SGD", "args": {"lr": 1e30}}}, [], 1, "returned",
     ),
+    "widths that do not fit the data": (
+        {"model__args": {"widths": [63, 24, 20, 10]}}, [], 2, "do not fit each other: a step on a batch of 15 fails",
+    ),
+    "too few outputs": ({"model__args": {"widths": [64, 24, 20, 4]}}, [], 2, "do not fit each other"),
+    "batch norm on batches of one": ({"train__batch_size": 1}, [], 2, "a step on a batch of 1 fails"),
+    "a schedule that ends early": (
+        {"train__schedule": {"name": "OneCycleLR", "args": {"max_lr": 0.1, "total_steps": 3}}}, [], 2,
+        "'train.schedule.args': Tried to step",
+    ),
+    "an optimiser for sparse gradients": (
+        {"train__optimizer": {"name": "SparseAdam"}}, [], 2, "do not fit each other",
+    ),
+    "contradictory arguments of an optimiser": (
+        {"train__optimizer": {"name": "Adam", "args": {"fused": True, "foreach": True}}}, [], 2, "'train.optimizer.args'",
+    ),
+    "nccl without a GPU": ({"pool": {"kind": "inline", "device": "cpu", "backend": "nccl"}}, [], 2, "needs a GPU"),
     "an output that is a file": ({}, ["--set", "output=/dev/null"], 1, "cannot be made or written: Not a directory"),
     "an unknown key on the command line": ({}, ["--set", "train.lr=1"], 2, "unknown key 'train.lr'"),
 }  # fmt: skip
@@ -127,6 +143,8 @@ def test_bad_input_is_one_clear_error(ist: Any, tmp_path: Path, case: str, monke
     assert len(errors) == 1, outcome.err
     assert message in errors[0]
     assert "Traceback" not in outcome.err
+    if code == 2:
+        assert not (tmp_path / "runs").exists()
 
 
 def test_divergence_names_the_worker_and_keeps_the_last_good_checkpoint(ist: Any, tmp_path: Path) -> None:
@@ -218,3 +236,17 @@ def test_the_way_from_the_command_to_the_local_step_is_five_calls(
     calls = [frame for frame in after_the_command_line if not frame.endswith((":_accept", ":reassemble"))]
     assert calls == ["coordinator.py:run_rounds", "coordinator.py:train_round", "inline.py:train", "worker.py:train"]
     assert ROOT.exists()
+
+
+def test_a_run_started_from_python_is_sent_back_there(ist: Any, tmp_path: Path) -> None:
+    from ist.api import train
+    from tests.conftest import data
+    from tests.networks import NETWORKS, seeded
+
+    network = seeded(NETWORKS["no batch norm"])
+    train(network, data(), workers=2, local_steps=1, rounds=1, run_dir=tmp_path / "run", progress=False)
+
+    outcome = ist("train", "--resume", tmp_path / "run")
+
+    assert outcome.code == 2
+    assert "was started from Python" in outcome.err

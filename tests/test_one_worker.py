@@ -121,6 +121,36 @@ def test_reset_state_differs_from_carried_state_after_the_first_round() -> None:
     assert not torch.equal(finals[0], finals[1])
 
 
+def test_without_test_data_the_network_still_gets_statistics_that_fit_it() -> None:
+    model = seeded(lambda: MLP([12, 48, 48, 5]))
+    train(model, data(2000), workers=2, local_steps=10, epochs=10, progress=False)
+    inputs, targets = data(400, seed=5).tensors
+
+    model.eval()
+    accuracy = (model(inputs).argmax(dim=1) == targets).float().mean()
+
+    assert accuracy > 0.75
+
+
+def test_frozen_parameters_stay_as_they_are_with_carried_state_too() -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    model.linear_1.requires_grad_(requires_grad=False)
+    before = clone(model.state_dict())
+
+    run(job_for(model, train__optimizer_state="carried"))
+
+    assert torch.equal(model.linear_1.weight, before["linear_1.weight"])
+    assert not torch.equal(model.linear_2.weight, before["linear_2.weight"])
+
+
+def test_the_callers_threads_are_left_alone() -> None:
+    torch.set_num_threads(2)
+
+    train(seeded(NETWORKS["no batch norm"]), data(), workers=2, local_steps=1, rounds=1, progress=False)
+
+    assert torch.get_num_threads() == 2
+
+
 def test_the_python_api_trains_in_place_and_learns() -> None:
     model = seeded(lambda: MLP([12, 48, 48, 5]))
     before = clone(model.state_dict())

@@ -48,6 +48,11 @@ class Dealing:
         # A shard one sample smaller must still give every step a sample.
         return min(-(-largest_shard // self.batch_size), self.num_samples // self.num_workers)
 
+    @property
+    def smallest_batch(self) -> int:
+        """Samples of the smallest batch that any worker's step will have."""
+        return self.num_samples // self.num_workers // self.steps_per_epoch
+
     def shard(self, worker: int) -> Indices:
         """Return the sample numbers that worker `worker` owns: int64, sorted, disjoint and complete over workers."""
         return np.sort(permutation(self.num_samples, self.seed, Purpose.SHARD)[worker :: self.num_workers])
@@ -80,7 +85,7 @@ def length(dataset: Dataset[Any]) -> int:
 
 def take_shard(dataset: Dataset[Any], indices: Indices) -> Dataset[Any]:
     """Return the part of a data set that one worker needs, without keeping the rest of a `TensorDataset` alive."""
-    if isinstance(dataset, TensorDataset):
+    if type(dataset) is TensorDataset:  # a subclass may change what an item is
         rows = torch.from_numpy(indices)
         return TensorDataset(*(tensor[rows] for tensor in dataset.tensors))
     return Subset(dataset, indices.tolist())
@@ -88,7 +93,7 @@ def take_shard(dataset: Dataset[Any], indices: Indices) -> Dataset[Any]:
 
 def fetch(dataset: Dataset[Any], indices: Indices, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the samples at `indices` as one batch (inputs, targets) on `device`."""
-    if isinstance(dataset, TensorDataset):
+    if type(dataset) is TensorDataset:
         rows = torch.from_numpy(indices)
         inputs, targets = (tensor[rows] for tensor in dataset.tensors)
     else:

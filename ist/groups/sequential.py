@@ -4,7 +4,8 @@ The outputs of every linear layer but the last are one group; its slots are the 
 bias, the batch norm behind it, and the columns of the next linear layer. Inputs of the network and
 outputs of the last linear layer are never split.
 
-Not here: networks of other shapes. A module that is not known is refused, never assumed harmless.
+Not here: networks of other shapes. A module that is not known is refused, never assumed harmless; that
+goes for subclasses of known modules too.
 """
 
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ _ELEMENTWISE: tuple[type[nn.Module], ...] = (
     nn.LogSigmoid, nn.Softplus, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardshrink,
     nn.Softshrink, nn.Tanhshrink, nn.Threshold, nn.Identity, nn.Dropout,
 )  # fmt: skip
+_PER_NEURON: tuple[type[nn.Module], ...] = (nn.BatchNorm1d, nn.PReLU)
 _OUTPUT_ONLY: tuple[type[nn.Module], ...] = (nn.Softmax, nn.LogSoftmax)
 
 
@@ -35,25 +37,26 @@ def sequential_groups(model: nn.Module) -> tuple[Group, ...]:
     Raises:
         ModelError: The model is no `nn.Sequential`, or holds a module that cannot be split; the message names it.
     """
-    if not isinstance(model, nn.Sequential):
+    if not _is_sequential(model):
         raise ModelError(
             f"{type(model).__name__} is not an nn.Sequential: only nets of Linear, BatchNorm1d, activations and "
             "Dropout can be split so far"
         )
+    assert isinstance(model, nn.Sequential)
     leaves = list(_leaves(model, ""))
-    last_linear = max((i for i, (_, leaf) in enumerate(leaves) if isinstance(leaf, nn.Linear)), default=-1)
+    last_linear = max((i for i, (_, leaf) in enumerate(leaves) if type(leaf) is nn.Linear), default=-1)
     _refuse_reuse(leaves)
     groups: list[Group] = []
     name, size, slots = "", 0, list[Slot]()
     for index, (path, leaf) in enumerate(leaves):
-        if isinstance(leaf, nn.Linear):
+        if type(leaf) is nn.Linear:
             if size:
                 if leaf.in_features != size:
                     raise ModelError(f"'{path}' expects {leaf.in_features} inputs, but '{name}' gives {size}")
                 groups.append(Group(name, size, (*slots, Slot(f"{path}.weight", 1))))
             size = leaf.out_features if index < last_linear else 0
             name, slots = path, _rows(path, leaf)
-        elif isinstance(leaf, nn.BatchNorm1d | nn.PReLU) and size:
+        elif type(leaf) in _PER_NEURON and size:
             slots += _vectors(path, leaf, size)
         elif not _passes(leaf, hidden=bool(size), behind_output=index > last_linear):
             raise ModelError(
@@ -66,11 +69,17 @@ def sequential_groups(model: nn.Module) -> tuple[Group, ...]:
     return found
 
 
+def _is_sequential(module: nn.Module) -> bool:
+    # A subclass with a forward of its own may do anything with its children, such as add a residual.
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
 def _leaves(module: nn.Sequential, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     # Not named_children(): it leaves out a module's second use, which must be seen to be refused.
     for name, child in module._modules.items():
         assert child is not None
-        if isinstance(child, nn.Sequential):
+        if _is_sequential(child):
+            assert isinstance(child, nn.Sequential)
             yield from _leaves(child, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", child
@@ -99,10 +108,10 @@ def _vectors(path: str, leaf: nn.Module, size: int) -> list[Slot]:
 
 
 def _passes(leaf: nn.Module, hidden: bool, behind_output: bool) -> bool:
-    if isinstance(leaf, _ELEMENTWISE):
+    if type(leaf) in _ELEMENTWISE:
         return True
-    if isinstance(leaf, nn.Flatten):
+    if type(leaf) is nn.Flatten:
         return not hidden
-    if isinstance(leaf, nn.BatchNorm1d | nn.PReLU):
+    if type(leaf) in _PER_NEURON:
         return True  # on the inputs or the outputs: its parameters are shared
-    return behind_output and isinstance(leaf, _OUTPUT_ONLY)
+    return behind_output and type(leaf) in _OUTPUT_ONLY

@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from ist import optim
 from ist.coordinator import RoundReport
 from ist.data.batches import take_shard
-from ist.errors import DivergedError, WorkerLostError
+from ist.errors import DivergedError
 from ist.job import Job
 from ist.meter import MemoryGauge, Meter
-from ist.pool.torchrun import Membership, is_peer_failure
+from ist.pool.torchrun import Membership, peer_errors
 from ist.worker import local_steps
 
 
@@ -93,12 +93,14 @@ class DataParallel:
         names = inspect.signature(DistributedDataParallel).parameters
         option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         options: dict[str, Any] = {option: False}
-        self._ddp = DistributedDataParallel(self._model, gradient_as_bucket_view=True, **options)
+        with peer_errors("starting together"):
+            self._ddp = DistributedDataParallel(self._model, gradient_as_bucket_view=True, **options)
         self._counter = AllReduceCounter(membership.world_size)
         self._ddp.register_comm_hook(None, self._counter.hook)
         self._named = dict(self._model.named_parameters())
         self._optimizer = optim.build_optimizer(job.config.train.optimizer, list(self._named.values()))
-        self._restore(state)
+        with peer_errors("starting together"):
+            self._restore(state)
         self._reported_bytes = 0.0
 
     @property
@@ -111,11 +113,11 @@ class DataParallel:
 
         Raises:
             DivergedError: A rank's loss is not finite.
-            WorkerLostError: A rank is gone.
+            PoolError: A rank is gone.
         """
         started = time.perf_counter()
         exchanged = self._counter.seconds
-        try:
+        with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):
             loss_sum, samples = local_steps(
                 self.job, self._membership.rank, self._shard, self._ddp, self._optimizer, round_number,
                 self._membership.device,
@@ -123,12 +125,6 @@ class DataParallel:
             own = [loss_sum, samples, 0.0, self._counter.sent_bytes, self._gauge.peak_bytes()]
             own[2] = time.perf_counter() - started
             gathered = self._gather(own)
-        except RuntimeError as error:
-            if not is_peer_failure(error):
-                raise
-            raise WorkerLostError(
-                f"rank {self._membership.rank} lost a peer in round {round_number}: {str(error).splitlines()[0]}"
-            ) from error
         for rank, (rank_loss, *_) in enumerate(gathered):
             if not math.isfinite(rank_loss):
                 raise DivergedError(
@@ -188,5 +184,5 @@ class DataParallel:
         for full_name, tensor in safetensors.torch.load(data.cpu().numpy().tobytes()).items():
             key, _, name = full_name.partition("@")
             parameter = self._named[name]
-            # Scalars are step counts, which live on the CPU.
-            self._optimizer.state[parameter][key] = tensor if tensor.ndim == 0 else tensor.to(parameter.device)
+            device = parameter.device if tensor.ndim else optim.scalar_device(self._optimizer, parameter)
+            self._optimizer.state[parameter][key] = tensor.to(device)

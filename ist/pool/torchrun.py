@@ -8,6 +8,7 @@ Not here: starting processes (`ist/launch.py`, or torchrun itself).
 import atexit
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -64,11 +65,13 @@ def compute_device(settings: Pool) -> torch.device:
     """Return where this process computes.
 
     Raises:
-        ConfigError: CUDA is asked for and not there.
+        ConfigError: CUDA or NCCL is asked for and not there.
     """
     available = torch.cuda.is_available()
     if settings.device == "cuda" and not available:
         raise ConfigError("pool.device is 'cuda', but torch finds no CUDA device: use 'cpu' or 'auto'")
+    if settings.backend == "nccl" and (settings.device == "cpu" or not available):
+        raise ConfigError("pool.backend is 'nccl', which needs a GPU for every process: use 'gloo' or 'auto'")
     if settings.device == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
@@ -83,7 +86,8 @@ def join(settings: Pool) -> Membership:
     """
     device = compute_device(settings)
     own_gpu = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
-    if settings.backend == "nccl" and not own_gpu:
+    # With one visible GPU it may be this process's own, as Slurm hands them out: NCCL will tell.
+    if settings.backend == "nccl" and not own_gpu and torch.cuda.device_count() > 1:
         raise ConfigError("pool.backend is 'nccl', which needs a GPU for every process: use 'gloo' or 'auto'")
     backend = ("nccl" if own_gpu else "gloo") if settings.backend == "auto" else settings.backend
     if device.type == "cuda":
@@ -116,7 +120,8 @@ def agree_on_start(membership: Membership, first_round: int, fingerprint: int) -
     """
     where = membership.device if membership.backend == "nccl" else torch.device("cpu")
     said = torch.tensor([first_round, fingerprint], dtype=torch.int64, device=where)
-    dist.broadcast(said, src=0)
+    with peer_errors("starting together"):
+        dist.broadcast(said, src=0)
     first, theirs = said.tolist()
     if theirs != fingerprint:
         raise PoolError(f"rank {membership.rank} runs another configuration than rank 0: give all nodes the same file")
@@ -249,18 +254,26 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def is_peer_failure(error: RuntimeError) -> bool:
-    """Return whether an error of a collective means that a peer is gone, rather than a fault in this process."""
+def _is_peer_failure(error: RuntimeError) -> bool:
     text = str(error)
     return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "Gloo", "NCCL", "onnection"))
 
 
-def _wait(works: Sequence[dist.Work], what: str) -> None:
+@contextmanager
+def peer_errors(what: str) -> Iterator[None]:
+    """Turn the failure of a peer into a `PoolError` that says what was going on; let other errors pass."""
     try:
+        yield
+    except RuntimeError as error:
+        if not _is_peer_failure(error):
+            raise
+        raise PoolError(f"{what}: {_first_line(error)}") from error
+
+
+def _wait(works: Sequence[dist.Work], what: str) -> None:
+    with peer_errors(what):
         for work in works:
             work.wait()
-    except RuntimeError as error:
-        raise PoolError(f"{what}: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

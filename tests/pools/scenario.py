@@ -31,6 +31,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "scaled, scheduled, last round short": {
         "network": "no batch norm",
         "train__activation_scale": "width",
+        "train__optimizer_state": "carried",
         "train__rounds": None,
         "train__epochs": 2,
         "train__local_steps": 2,
