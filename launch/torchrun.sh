@@ -8,5 +8,11 @@
 # train.workers must be NODES * PER_NODE (one less with pool.coordinator=dedicated).
 set -euo pipefail
 : "${HEAD:?set HEAD to host:port of the first machine}" "${NODES:?set NODES}" "${PER_NODE:?set PER_NODE}"
+where=()
+if [ -n "${LOCAL_ADDR:-}" ]; then
+    host=0
+    [ "$LOCAL_ADDR" = "${HEAD%:*}" ] && host=1
+    where=(--local-addr "$LOCAL_ADDR" --rdzv-conf "is_host=$host")
+fi
 exec torchrun --nnodes "$NODES" --nproc-per-node "$PER_NODE" --rdzv-backend c10d --rdzv-endpoint "$HEAD" \
-    --rdzv-id "${RUN_ID:-ist}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"} -m ist train "$@"
+    --rdzv-id "${RUN_ID:-ist}" "${where[@]}" -m ist train "$@"
