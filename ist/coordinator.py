@@ -37,7 +37,7 @@ class RoundReport:
         idle_s: Mean seconds that a worker waited for slower ones.
         cut_s: Seconds of cutting subnets.
         merge_s: Seconds of merging them.
-        memory_bytes: Largest peak memory of a worker so far.
+        memory_bytes: Peak memory of each worker so far.
         lost: Workers that did not come back.
     """
 
@@ -49,7 +49,7 @@ class RoundReport:
     idle_s: float
     cut_s: float
     merge_s: float
-    memory_bytes: int
+    memory_bytes: tuple[int, ...]
     lost: tuple[Lost, ...] = ()
 
 
@@ -328,6 +328,6 @@ def _report(headers: Sequence[Header], lost: Sequence[Lost], spent: Mapping[str,
         idle_s=max(0.0, critical - mean) if parallel else 0.0,
         cut_s=spent["cut"],
         merge_s=spent["merge"] - spent["train"],
-        memory_bytes=max(header.memory_bytes for header in headers),
+        memory_bytes=tuple(h.memory_bytes for h in sorted(headers, key=lambda header: header.worker)),
         lost=tuple(lost),
     )

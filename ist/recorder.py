@@ -3,6 +3,7 @@
 Not here: computing any of it (`ist/coordinator.py`), drawing it (`ist/display.py`, `ist/report/`).
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from ist.coordinator import RoundReport, Seconds
 from ist.display import Display
 from ist.evaluate import Metrics
 from ist.job import Job
+from ist.meter import MemoryGauge, Meter
 from ist.run_folder import RunFolder
 
 COUNTERS = ("samples", "sent_bytes", "train_s", "evaluate_s")
@@ -26,15 +28,28 @@ class RunRecorder:
         folder: Where to write them, if anywhere.
         display: Where to show them.
         before: Where a resumed run stood.
+        meter: Counts the bytes of this process.
+        gauge: Measures the memory of this process.
 
     Attributes:
         history: One record a round, in order; counters (samples, bytes, seconds) run from the run's beginning.
     """
 
-    def __init__(self, job: Job, folder: RunFolder | None, display: Display, before: Progress) -> None:
+    def __init__(
+        self,
+        job: Job,
+        folder: RunFolder | None,
+        display: Display,
+        before: Progress,
+        meter: Meter,
+        gauge: MemoryGauge,
+    ) -> None:
         self._job = job
         self._folder = folder
         self._display = display
+        self._meter = meter
+        self._gauge = gauge
+        self._seen = [[0] * job.config.train.workers for _ in range(2)]
         self._totals = {counter: before.totals.get(counter, 0) for counter in COUNTERS}
         self._bytes_before = self._totals["sent_bytes"]
         self.history: list[dict[str, Any]] = folder.records() if folder else []
@@ -68,7 +83,13 @@ class RunRecorder:
             "idle_s": report.idle_s,
             "cut_s": report.cut_s,
             "merge_s": report.merge_s,
-            "memory_bytes": report.memory_bytes,
+            # Of this round alone: what this process sent to each worker and got from it (what each rank sent, where
+            # they all-reduce).
+            "bytes_to_worker": self._since_last_round(self._meter.sent, 0),
+            "bytes_from_worker": self._since_last_round(self._meter.received, 1),
+            "memory_bytes": max(report.memory_bytes),
+            "memory_bytes_by_worker": list(report.memory_bytes),
+            "coordinator_memory_bytes": self._gauge.peak_bytes(),
         }
         if metrics:
             record |= {"test_loss": metrics.loss, "accuracy": metrics.accuracy}
@@ -78,6 +99,11 @@ class RunRecorder:
         if self._folder:
             self._folder.append_record(record)
         self._display.show(record)
+
+    def _since_last_round(self, counter: Counter[int], which: int) -> list[int]:
+        counts = [counter[worker] for worker in range(self._job.config.train.workers)]
+        before, self._seen[which] = self._seen[which], counts
+        return [now - then for now, then in zip(counts, before, strict=True)]
 
     def save(self, rounds_done: int, state: Mapping[str, Tensor]) -> None:
         """Save a checkpoint, if there is a run folder.

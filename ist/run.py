@@ -20,7 +20,7 @@ from ist.coordinator import Coordinator, Follower, Method
 from ist.display import Display
 from ist.errors import CheckpointError, ConfigError
 from ist.job import Job
-from ist.meter import Meter
+from ist.meter import MemoryGauge, Meter
 from ist.methods import METHODS
 from ist.pool import WorkerPool
 from ist.pool.inline import InlinePool
@@ -112,11 +112,13 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
         torch.set_num_threads(threads_before)
         return
     device = membership.device if membership else compute_device(config.pool)
+    gauge = MemoryGauge(device)
     model, optimizer_state = _restored(job, tensors)
     method = _method(job, membership, model.to(device), optimizer_state, meter, device)
     display = Display(config.method, job.num_rounds, first_round, progress)
+    recorder = RunRecorder(job, folder, display, before, meter, gauge)
     try:
-        yield Leading(job, method, RunRecorder(job, folder, display, before), first_round, device)
+        yield Leading(job, method, recorder, first_round, device)
     finally:
         display.close()
         torch.set_num_threads(threads_before)

@@ -125,20 +125,25 @@ def rehearse(job: Job) -> None:
     """
     device = torch.device("cpu")
     try:
-        worker = Worker(job, 0, device)
-        message = Message(job.layout(0), device)
-        bind(worker.module, message.tensors)
-        named = [parameter for parameter in worker.module.parameters() if parameter.requires_grad]
-        optimizer = optim.build_optimizer(job.config.train.optimizer, named)
-        inputs, targets = fetch(worker.shard, job.dealing.batch(0, 0)[: job.dealing.smallest_batch], device)
-        job.loss(worker.module(inputs), targets).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        if job.test_data is not None:
-            accuracy = job.config.evaluate.metric == "accuracy"
-            few = Subset(job.test_data, range(min(2, length(job.test_data))))
-            evaluate(worker.module, few, job.loss, 2, device, accuracy)
+        with torch.random.fork_rng(devices=[]):  # dropout draws from global state
+            _one_step(job, device)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(
             f"network, data, loss and optimiser do not fit each other: a step on a batch of "
             f"{job.dealing.smallest_batch} fails: {type(error).__name__}: {error}".splitlines()[0]
         ) from error
+
+
+def _one_step(job: Job, device: torch.device) -> None:
+    worker = Worker(job, 0, device)
+    message = Message(job.layout(0), device)
+    bind(worker.module, message.tensors)
+    named = [parameter for parameter in worker.module.parameters() if parameter.requires_grad]
+    optimizer = optim.build_optimizer(job.config.train.optimizer, named)
+    inputs, targets = fetch(worker.shard, job.dealing.batch(0, 0)[: job.dealing.smallest_batch], device)
+    job.loss(worker.module(inputs), targets).backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    if job.test_data is not None:
+        accuracy = job.config.evaluate.metric == "accuracy"
+        few = Subset(job.test_data, range(min(2, length(job.test_data))))
+        evaluate(worker.module, few, job.loss, 2, device, accuracy)

@@ -144,7 +144,7 @@ class DataParallel:
             idle_s=max(0.0, time.perf_counter() - started - sum(seconds) / len(seconds)),
             cut_s=0.0,
             merge_s=0.0,
-            memory_bytes=int(max(memory)),
+            memory_bytes=tuple(int(peak) for peak in memory),
         )
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:

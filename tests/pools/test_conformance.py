@@ -63,6 +63,14 @@ def test_the_bytes_counted_are_the_bytes_of_the_formula(torchrun: tuple[Path, st
 
     sent = [record["sent_bytes"] for record in history]
 
+    for record in history[1:]:
+        found = inspect_job(made)
+        assert found["workers"] == len(record["memory_bytes_by_worker"])
+        first = 1 if torchrun[1] == "trains" else 0  # worker 0 is then rank 0: its subnet crosses nothing
+        for share in found["shares"][first:]:
+            assert record["bytes_to_worker"][share["worker"]] == share["sent_bytes"]
+            assert record["bytes_from_worker"][share["worker"]] == share["returned_bytes"]
+        assert sum(record["bytes_to_worker"][:first]) == 0
     for before, after in pairwise(sent):
         assert after - before == inspect_job(made)["bytes_per_round"]["ist"]
 
