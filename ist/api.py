@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from ist.config import FROM_PYTHON
 from ist.config_file import validate
 from ist.coordinator import follow_rounds, run_rounds
+from ist.data.batches import length
+from ist.errors import DataError
 from ist.job import loss_function, make_job
 from ist.pool.torchrun import is_launched, is_rank_zero
 from ist.run import Following, open_run
 from ist.run_folder import RunFolder, create_run_folder
+from ist.worker import rehearse
 
 
 @dataclass(frozen=True)
@@ -128,10 +131,12 @@ def train(
         },
         "ist.train",
     )
+    _check_data(data)
     device_before = next(model.parameters()).device
     template = copy.deepcopy(model).to("meta")
     function = loss_function(loss) if isinstance(loss, str) else loss
     job = make_job(config, template, lambda: model, data, test_data, function)
+    rehearse(job)
     folder: RunFolder | None = None
     if run_dir is not None and is_rank_zero():
         folder = RunFolder(Path(run_dir)) if resume else create_run_folder(config, Path(run_dir))
@@ -143,6 +148,23 @@ def train(
         run.recorder.finish(run.method.model)
         model.to(device_before)
         return TrainResult(model, run.recorder.history, is_coordinator=True)
+
+
+def _check_data(data: Any) -> None:
+    """Refuse what looks like a data set and is none.
+
+    Raises:
+        DataError: It is a DataLoader, bare tensors, or its items are not pairs.
+    """
+    if isinstance(data, DataLoader):
+        raise DataError("data is a DataLoader: pass its data set; batches are made for each worker")
+    if isinstance(data, tuple | list | Tensor):
+        raise DataError(f"data is a {type(data).__name__}: pass a data set, such as TensorDataset(inputs, targets)")
+    if length(data) == 0:
+        raise DataError("the data set is empty")
+    item = data[0]
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise DataError(f"an item of {type(data).__name__} is a {type(item).__name__}, not a pair (input, target)")
 
 
 def _metric(test_data: Dataset[Any] | None) -> str:

@@ -6,13 +6,13 @@ Not here: algorithms. torch is imported by the commands that need it, so that `-
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from ist._version import VERSION
 from ist.config import FROM_PYTHON, Config, num_processes
@@ -152,7 +152,10 @@ def inspect(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, or folders that hold such folders.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    output: Annotated[
+        Optional[Path],
+        typer.Option("--output", "-o", help="The page to write; default: report.html in the first folder."),
+    ] = None,
 ) -> None:
     """Write a page of tables and plots about finished runs, and print the table."""
     from ist.report import check_installed
@@ -160,7 +163,12 @@ def report(
 
     check_installed()
     folders = find_runs(runs)
-    page = write_report(folders, output)
+    for unfinished in [folder for folder in folders if not folder.is_finished() and folder.path not in runs]:
+        typer.echo(f"{unfinished.path}: has not finished: left out", err=True)
+        folders.remove(unfinished)
+    if not folders:
+        raise ConfigError(f"no finished run in {', '.join(map(str, runs))}")
+    page = write_report(folders, output or runs[0] / "report.html")
     _print_table(folders)
     typer.echo(f"report: {page}")
 
@@ -168,18 +176,23 @@ def report(
 @app.command()
 def keys() -> None:
     """Explain every key of a configuration file."""
-    from rich.table import Table
-
-    table = Table("key", "type", "default", "meaning", box=None, pad_edge=False)
-    for row in describe_keys():
-        table.add_row(*(escape(cell) for cell in row))
-    Console().print(table)
+    for key, kind, default, meaning in describe_keys():
+        typer.echo(f"{typer.style(key, bold=True)}  ({kind}; {default})\n    {meaning}")
 
 
-@app.command()
-def version() -> None:
-    """Print the version."""
-    typer.echo(VERSION)
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Independent Subnet Training: train a network over slow links by splitting its hidden neurons."""
 
 
 @app.command(hidden=True)
@@ -206,7 +219,9 @@ def _fail(error: ISTError) -> NoReturn:
         from ist.launch import report_to_launcher
 
         told_elsewhere = report_to_launcher(error)
-    if not told_elsewhere:
+    # Under torchrun every rank finds the same fault in the input: one of them says so.
+    echo = os.environ.get("RANK", "0") != "0" and isinstance(error, ConfigError)
+    if not told_elsewhere and not echo:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
     if isinstance(error, InterruptedRunError):
@@ -247,6 +262,8 @@ def _resume(path: Path) -> None:
     config = _with_launchers_pool(folder.load_config())
     if config.model.name.startswith(FROM_PYTHON):
         raise ConfigError(f"{path}: was started from Python: go on with ist.train(..., run_dir=..., resume=True)")
+    if not folder.is_finished() and not folder.has_checkpoint():
+        typer.echo(f"{path}: has no checkpoint yet: starting over", err=True)
     if folder.is_finished():
         typer.echo(f"{path}: this run has finished already", err=True)
     elif config.pool.kind == "inline" or is_launched():

@@ -60,9 +60,10 @@ class Train(Section):
         "reset", description="'reset' each round, or 'carried' with its neurons (costs bytes)"
     )
     activation_scale: Literal["none", "width"] = Field(
-        "none",
+        "width",
         description="'width': a subnet multiplies hidden activations by full width / own width, as inverted "
-        "dropout does; for networks without batch norm",
+        "dropout does, so that the whole network's outputs have the scale that was trained; 'none': as published, "
+        "for class scores, which need be right only up to a factor",
     )
     running_statistics: Literal["reestimate", "carried"] = Field(
         "reestimate",
@@ -91,7 +92,7 @@ class Evaluate(Section):
 class Checkpoint(Section):
     """When the run is saved."""
 
-    every: PositiveInt = Field(50, description="rounds between checkpoints; the last round is always saved")
+    every: PositiveInt = Field(1, description="rounds between checkpoints; the last round is always saved")
     keep: PositiveInt = Field(2, description="how many of the newest checkpoints to keep")
 
 

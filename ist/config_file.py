@@ -11,7 +11,8 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -111,7 +112,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {override}: expected dotted.key=value, such as train.local_steps=20")
-        tree = _with_value(tree, key, parse_yaml(value, f"--set {override}"))
+        tree = _with_override(tree, key, parse_yaml(value, f"--set {override}"))
     config = validate(tree, str(path))
     return with_methods(config, config.compare.methods, str(path))
 
@@ -146,11 +147,7 @@ def config_for_method(config: Config, method: str, source: str = "configuration"
     """Return the configuration with which `ist compare` runs one method."""
     tree: dict[str, Any] = config.model_dump()
     for key, value in config.compare.overrides.get(method, {}).items():
-        tree = _with_value(tree, key, value)
-        if key == "train.epochs":
-            tree = _with_value(tree, "train.rounds", None)
-        elif key == "train.rounds":
-            tree = _with_value(tree, "train.epochs", None)
+        tree = _with_override(tree, key, value)
     return validate({**tree, "method": method}, f"{source}: compare.overrides.{method}")
 
 
@@ -166,15 +163,37 @@ def describe_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator
         if section is not None:
             yield from describe_keys(section, f"{prefix}{name}.")
         else:
-            default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
-            kind = getattr(field.annotation, "__name__", None) or str(field.annotation)
-            kind = str(field.annotation) if "Literal" in kind or "[" in str(field.annotation) else kind
-            yield f"{prefix}{name}", kind.replace("typing.", ""), default, field.description or ""
+            default = f"default {field.get_default(call_default_factory=True)}"
+            if field.is_required():
+                default = "required"
+            kind = _type_name(field.annotation)
+            yield f"{prefix}{name}", kind, default, field.description or ""
+
+
+def _type_name(annotation: Any) -> str:
+    """A type in the words of somebody who writes YAML."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _type_name(parts[0])
+    if origin is Literal:
+        return " or ".join(map(str, parts))
+    if origin in (Union, UnionType):
+        return " or ".join(_type_name(part) for part in parts)
+    plain = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "any"}
+    return plain.get(annotation) or {dict: "mapping", list: "list"}.get(origin or annotation, str(annotation))
 
 
 def _section_of(field: FieldInfo) -> type[BaseModel] | None:
     candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+
+
+def _with_override(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """Set a key; a new length of the run, in epochs or in rounds, takes the place of the old one."""
+    other = {"train.epochs": "train.rounds", "train.rounds": "train.epochs"}.get(key)
+    if other is not None and value is not None:
+        tree = _with_value(tree, other, None)
+    return _with_value(tree, key, value)
 
 
 def _with_value(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -191,6 +210,8 @@ def _explain(detail: ErrorDetails) -> str:
     if detail["type"] == "extra_forbidden":
         known = _known_keys(detail["loc"][:-1])
         near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+        inside = [dotted for dotted, *_ in describe_keys() if dotted.rpartition(".")[2] == path]
+        near = near or inside
         hint = f"Did you mean '{near[0]}'?" if near else f"Known keys: {', '.join(sorted(known))}."
         return f"unknown key '{path}'. {hint}"
     if detail["type"] == "missing":

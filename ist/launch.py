@@ -65,7 +65,9 @@ def launch(config: Config, folder: Path, resume: bool) -> None:
         max_restarts=0,
         monitor_interval=0.1,
     )
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):  # each has a level of its own; errors are told below
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     with _environment(_child_environment(config)):
         try:
             elastic_launch(launch_config, sys.executable)(*arguments)

@@ -30,10 +30,13 @@ def resolve(name: str, key: str, short_names: Mapping[str, str], module: ModuleT
     if module is not None and not name.startswith("_") and callable(getattr(module, name, None)):
         return getattr(module, name)
     known = [*short_names, *([n for n in vars(module) if not n.startswith("_")] if module else [])]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(short_names)) or 'none'},"
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    near = near or sorted(candidate for candidate in by_lower if candidate.startswith(name.lower()))
+    hint = f"known are {', '.join(sorted(short_names))}," if short_names else "not known:"
+    hint = f"did you mean '{by_lower[near[0]]}'?" if near else hint
     where = f" an attribute of {module.__name__}," if module else ""
-    raise ConfigError(f"'{key}' is '{name}': {hint} or give{where} an import path 'package.module:Name'")
+    raise ConfigError(f"'{key}' is '{name}': {hint} Or give{where} an import path 'package.module:Name'")
 
 
 def call(function: Any, args: Mapping[str, Any], key: str) -> Any:

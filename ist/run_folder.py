@@ -101,6 +101,10 @@ class RunFolder:
         self._write("metrics.jsonl", kept.encode())
         return tensors, progress
 
+    def has_checkpoint(self) -> bool:
+        """Return whether there is anything to go on from."""
+        return latest_checkpoint(self.path / "checkpoints") is not None
+
     def check_checkpoint(self) -> None:
         """Verify the newest checkpoint, if there is one.
 

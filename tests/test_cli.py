@@ -189,6 +189,31 @@ def test_wrong_command_lines_are_explained(ist: Any, arguments: list[str], messa
     assert message in outcome.err
 
 
+def test_resuming_without_a_checkpoint_says_that_it_starts_over(ist: Any, tmp_path: Path) -> None:
+    import shutil
+
+    ist("train", written(tmp_path), "--run-dir", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "result.json").unlink()
+
+    outcome = ist("train", "--resume", tmp_path / "run")
+
+    assert outcome.code == 0
+    assert "has no checkpoint yet: starting over" in outcome.err
+
+
+def test_a_report_of_a_folder_of_runs_leaves_unfinished_ones_out(ist: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        ist("train", written(tmp_path), "--run-dir", tmp_path / "runs" / name)
+    (tmp_path / "runs" / "two" / "result.json").unlink()
+
+    outcome = ist("report", tmp_path / "runs")
+
+    assert outcome.code == 0
+    assert "two: has not finished: left out" in outcome.err
+    assert (tmp_path / "runs" / "report.html").exists()
+
+
 def test_an_unknown_option_is_a_usage_error(ist: Any) -> None:
     outcome = ist("train", "--wrokers", "3")
 
@@ -203,6 +228,9 @@ def test_help_and_keys_explain_themselves(ist: Any) -> None:
 
     assert "train.local_steps" in keys
     assert "(tau)" in keys
+    assert "FieldInfo" not in keys
+    assert "train.optimizer_state  (reset or carried; default reset)" in keys
+    assert ist("--version").out.strip() == "0.1.0"
 
 
 def test_inspect_prints_tables_and_json(ist: Any, tmp_path: Path) -> None:

@@ -126,6 +126,17 @@ def test_a_missing_file_and_a_malformed_override_are_errors(tmp_path: Path) -> N
         load_config(written(tmp_path), ["train.workers"])
 
 
+def test_a_new_length_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+    config = load_config(written(tmp_path), ["train.epochs=3"])
+
+    assert (config.train.epochs, config.train.rounds) == (3, None)
+
+
+def test_a_key_at_the_wrong_level_is_put_right(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown key 'local_steps'. Did you mean 'train.local_steps'?"):
+        load_config(written(tmp_path), ["local_steps=3"])
+
+
 def test_a_method_gets_its_overrides_and_only_its_own(tmp_path: Path) -> None:
     overrides = {"ddp": {"train.epochs": 2, "train.optimizer.args.lr": 0.2}}
     config = load_config(written(tmp_path, compare__overrides=overrides))

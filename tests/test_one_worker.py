@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from ist.api import train
 from ist.coordinator import run_rounds
+from ist.errors import DataError
 from ist.models.mlp import MLP
 from ist.run import Leading, open_run
 from tests.conftest import assert_same, clone, data, job_for
@@ -130,6 +132,36 @@ def test_without_test_data_the_network_still_gets_statistics_that_fit_it() -> No
     accuracy = (model(inputs).argmax(dim=1) == targets).float().mean()
 
     assert accuracy > 0.75
+
+
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_a_regression_by_several_workers_has_the_right_scale(batch_norm: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2000, 8, generator=generator)
+    targets = (inputs[:, :1] * 2 + inputs[:, 1:2]).abs()
+    model = seeded(lambda: MLP([8, 64, 64, 1], batch_norm=batch_norm))
+
+    train(
+        model, TensorDataset(inputs, targets), loss="mse_loss", workers=4, local_steps=20, rounds=40, progress=False,
+        optimizer="Adam", optimizer_args={"lr": 3e-3},
+    )  # fmt: skip
+
+    model.eval()
+    error = nn.functional.mse_loss(model(inputs), targets)
+    assert error < 0.25 * targets.var()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ((torch.zeros(4, 2), torch.zeros(4)), "data is a tuple: pass a data set"),
+        (DataLoader(data()), "data is a DataLoader: pass its data set"),
+        (TensorDataset(torch.zeros(4, 12)), "an item of TensorDataset is a tuple, not a pair"),
+    ],
+)
+def test_what_is_no_data_set_of_pairs_is_refused(wrong: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        train(seeded(NETWORKS["no batch norm"]), wrong, workers=2, rounds=1)
 
 
 def test_frozen_parameters_stay_as_they_are_with_carried_state_too() -> None:

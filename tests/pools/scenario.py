@@ -22,7 +22,7 @@ from tests.networks import NETWORKS, seeded
 WORKERS = 3
 
 SCENARIOS: dict[str, dict[str, Any]] = {
-    "batch norm, reset": {"network": "two hidden layers, batch norm"},
+    "batch norm, reset": {"network": "two hidden layers, batch norm", "train__activation_scale": "none"},
     "carried Adam, uneven": {
         "network": "uneven widths",
         "train__optimizer": {"name": "Adam", "args": {"lr": 0.01}},
