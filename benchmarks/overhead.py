@@ -31,7 +31,7 @@ from benchmarks.namespaces import hosts, run_ranks, why_not
 from ist.config_file import validate
 from ist.job import Job, make_job
 from ist.models.mlp import MLP
-from ist.narrow import narrow_module
+from ist.narrow import input_scales, narrow_module
 from ist.pool.wire import Message, layout_of
 from ist.subnet import cut_specs, extract, reassemble
 from ist.worker import Worker
@@ -85,7 +85,8 @@ def local_step(device: torch.device, repeats: int) -> dict[str, float]:
     job = make([784, 1024, 1024, 10], 4, 4 * 6400, local_steps=steps, optimizer=optimizer_spec)
     worker = Worker(job, 0, device)
     message = Message(job.layout(0), device)
-    bare = narrow_module(job.template, job.narrow_specs(0), device, {})
+    specs = job.narrow_specs(0)
+    bare = narrow_module(job.template, specs, device, input_scales(job.groups, job.template, specs))
     for name, parameter in bare.named_parameters():
         nn.init.normal_(parameter, std=0.02)
         message.tensors[name].copy_(parameter.detach())
