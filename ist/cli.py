@@ -72,16 +72,13 @@ def train(
     assert config_file is not None
     config = load_config(config_file, [*(overrides or []), *_flags(workers, pool, method)])
 
-    from ist.pool.torchrun import is_launched, is_rank_zero
+    from ist.pool.torchrun import is_rank_zero
     from ist.run_folder import create_run_folder
 
     config = _with_launchers_pool(config)
     job = _prepare(config)
     folder = create_run_folder(config, run_dir) if is_rank_zero() else None
-    if config.pool.kind == "inline" or is_launched():
-        _run_here(job, folder, resume=False)
-    else:
-        _launch(config, folder, resume=False)
+    _start(job, folder, resume=False)
     _print_result(folder)
 
 
@@ -120,10 +117,7 @@ def compare(
     parent = run_dir or new_folder(config.output, config.name)
     folders = {method: create_run_folder(runs[method], parent / method) for method in runs}
     for method, folder in folders.items():
-        if runs[method].pool.kind == "inline":
-            _run_here(jobs[method], folder, resume=False)
-        else:
-            _launch(runs[method], folder, resume=False)
+        _start(jobs[method], folder, resume=False)
     page = write_report(list(folders.values()), parent / "report.html")
     _print_table(list(folders.values()))
     typer.echo(f"report: {page}")
@@ -246,16 +240,25 @@ def _run_here(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
         raise InterruptedRunError(f"interrupted.{hint}") from error
 
 
-def _launch(config: Config, folder: "RunFolder | None", resume: bool) -> None:
+def _start(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
+    """Run in this process where it is all of the run or a rank of it; else start the processes."""
+    from ist.pool.torchrun import is_launched
+
+    config = job.config
+    if config.pool.kind == "inline" or is_launched():
+        _run_here(job, folder, resume)
+        return
     from ist.launch import launch
 
     assert folder is not None
+    if resume:
+        folder.check_checkpoint()
     typer.echo(f"{config.method}: starting {num_processes(config)} processes", err=True)
     launch(config, folder.path, resume)
 
 
 def _resume(path: Path) -> None:
-    from ist.pool.torchrun import is_launched, is_rank_zero
+    from ist.pool.torchrun import is_rank_zero
     from ist.run_folder import RunFolder
 
     folder = RunFolder(path)
@@ -266,12 +269,8 @@ def _resume(path: Path) -> None:
         typer.echo(f"{path}: has no checkpoint yet: starting over", err=True)
     if folder.is_finished():
         typer.echo(f"{path}: this run has finished already", err=True)
-    elif config.pool.kind == "inline" or is_launched():
-        _run_here(_prepare(config), folder, resume=True)
     else:
-        _prepare(config)
-        folder.check_checkpoint()
-        _launch(config, folder, resume=True)
+        _start(_prepare(config), folder, resume=True)
     _print_result(folder if is_rank_zero() else None)
 
 

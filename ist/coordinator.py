@@ -301,8 +301,13 @@ def _check_finite(header: Header, tensors: Mapping[str, Tensor]) -> None:
         if bad is None:
             return
         what = f"values in '{bad}' that are not finite"
-    raise DivergedError(
-        f"worker {header.worker} returned {what} in round {header.round_number}: training has diverged. "
+    raise diverged(header.worker, what, header.round_number)
+
+
+def diverged(worker: int, what: str, round_number: int) -> DivergedError:
+    """Return the error about a worker that returned something that is not finite."""
+    return DivergedError(
+        f"worker {worker} returned {what} in round {round_number}: training has diverged. "
         "Lower the learning rate (train.optimizer.args.lr); checkpoints of earlier rounds are as they were"
     )
 

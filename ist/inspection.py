@@ -14,8 +14,7 @@ from ist.display import format_bytes, format_ratio
 from ist.groups import Group, tensor_specs
 from ist.job import Job
 from ist.partition import share_sizes
-from ist.pool.wire import HEADER_BYTES, layout_of
-from ist.subnet import cut_specs
+from ist.pool.wire import HEADER_BYTES
 
 
 def inspect_job(job: Job) -> dict[str, Any]:
@@ -28,10 +27,9 @@ def inspect_job(job: Job) -> dict[str, Any]:
     whole = tensor_specs(job.template, with_statistics=True)
     shares = [job.narrow_specs(worker) for worker in range(workers)]
     parameters = {name: parameter.numel() for name, parameter in job.template.named_parameters()}
-    cuts = job.cuts(1)
-    names = job.sent_names(1)
-    out = [layout_of(cut_specs(job.specs, cut)).end_of(names) for cut in cuts]
-    back = [layout_of(cut_specs(job.specs, cut)).nbytes for cut in cuts]
+    layouts = [job.layout(worker) for worker in range(workers)]
+    out = [layout.end_of(job.sent_names(1)) for layout in layouts]
+    back = [layout.nbytes for layout in layouts]
     remote = range(1 if config.pool.coordinator == "trains" and config.pool.kind == "torchrun" else 0, workers)
     gradient = sum(whole[name].nbytes for name in parameters)
     ist_bytes = sum(out[worker] + back[worker] for worker in remote)

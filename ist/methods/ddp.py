@@ -20,9 +20,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 from ist import optim
-from ist.coordinator import RoundReport
+from ist.coordinator import RoundReport, diverged
 from ist.data.batches import take_shard
-from ist.errors import DivergedError
 from ist.job import Job
 from ist.meter import MemoryGauge, Meter
 from ist.pool.torchrun import Membership, peer_errors
@@ -101,7 +100,6 @@ class DataParallel:
         self._optimizer = optim.build_optimizer(job.config.train.optimizer, list(self._named.values()))
         with peer_errors("starting together"):
             self._restore(state)
-        self._reported_bytes = 0.0
 
     @property
     def model(self) -> nn.Module:
@@ -127,10 +125,7 @@ class DataParallel:
             gathered = self._gather(own)
         for rank, (rank_loss, *_) in enumerate(gathered):
             if not math.isfinite(rank_loss):
-                raise DivergedError(
-                    f"worker {rank} reached a loss of {rank_loss} in round {round_number}: training has diverged. "
-                    "Lower the learning rate (train.optimizer.args.lr); checkpoints of earlier rounds are as they were"
-                )
+                raise diverged(rank, f"a loss of {rank_loss}", round_number)
         losses, counts, seconds, sent, memory = zip(*gathered, strict=True)
         for rank, count in enumerate(sent):
             self._meter.sent[rank] = round(count)
