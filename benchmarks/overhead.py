@@ -31,7 +31,6 @@ from benchmarks.namespaces import hosts, run_ranks, why_not
 from ist.config_file import validate
 from ist.job import Job, make_job
 from ist.models.mlp import MLP
-from ist.narrow import input_scales, narrow_module
 from ist.pool.wire import Message, layout_of
 from ist.subnet import cut_specs, extract, reassemble
 from ist.worker import Worker
@@ -84,9 +83,8 @@ def local_step(device: torch.device, repeats: int) -> dict[str, float]:
     optimizer_spec = {"name": "SGD", "args": {"lr": 0.01, "momentum": 0.9}}
     job = make([784, 1024, 1024, 10], 4, 4 * 6400, local_steps=steps, optimizer=optimizer_spec)
     worker = Worker(job, 0, device)
-    message = Message(job.layout(0), device)
-    specs = job.narrow_specs(0)
-    bare = narrow_module(job.template, specs, device, input_scales(job.groups, job.template, specs))
+    message = Message(job.layout(0, 0), device)
+    bare = job.narrow(job.neurons(0)[0], device)
     for name, parameter in bare.named_parameters():
         nn.init.normal_(parameter, std=0.02)
         message.tensors[name].copy_(parameter.detach())

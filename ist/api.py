@@ -3,7 +3,6 @@
 Not here: the command line (`ist/cli.py`), which builds the same job from a file.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ist.config_file import validate
 from ist.coordinator import follow_rounds, run_rounds
 from ist.data.batches import length
 from ist.errors import DataError
+from ist.groups import on_meta
 from ist.job import loss_function, make_job
 from ist.pool.torchrun import is_launched, is_rank_zero
 from ist.run import Following, open_run
@@ -133,9 +133,8 @@ def train(
     )
     _check_data(data)
     device_before = next(model.parameters()).device
-    template = copy.deepcopy(model).to("meta")
     function = loss_function(loss) if isinstance(loss, str) else loss
-    job = make_job(config, template, lambda: model, data, test_data, function)
+    job = make_job(config, on_meta(model), lambda: model, data, test_data, function)
     rehearse(job)
     folder: RunFolder | None = None
     if run_dir is not None and is_rank_zero():

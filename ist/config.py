@@ -8,11 +8,13 @@ a model or a data set (that is `ist/job.py`).
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Pattern = Annotated[str, Field(min_length=1)]
 
 TOTAL_STEPS = "total_steps"
 """Where an argument of a schedule has this value, the run's number of local steps is put."""
@@ -78,6 +80,76 @@ class Train(Section):
         return self
 
 
+USED_BY: dict[str, tuple[str, ...]] = {
+    "keep": ("bernoulli", "rolling", "nested"),
+    "capacities": ("disjoint", "categorical", "bernoulli", "rolling", "nested"),
+    "residual": ("disjoint", "categorical", "bernoulli", "rolling", "nested"),
+    "blocks": ("blocks",),
+    "min_depth": ("blocks",),
+}
+"""Which strategies use a key of `Partition`; with any other it must keep its default."""
+
+
+class Partition(Section):
+    """How hidden neurons are dealt to workers."""
+
+    strategy: Literal["disjoint", "categorical", "bernoulli", "rolling", "nested", "blocks"] = Field(
+        "disjoint",
+        description="'disjoint': every neuron to one worker, in fixed shares; 'categorical': to one worker, drawn "
+        "for each neuron alone; 'bernoulli': a coin for each worker and neuron; 'rolling': a window that moves by one "
+        "neuron a round; 'nested': the first neurons; 'blocks': whole residual blocks instead of neurons",
+    )
+    keep: Fraction | None = Field(
+        None,
+        description="bernoulli: the probability that a worker holds a neuron; rolling (default 1 / workers) and "
+        "nested (default 1): the part of every group that a worker of the largest capacity holds",
+    )
+    capacities: Annotated[list[PositiveFloat], Field(min_length=1)] | None = Field(
+        None,
+        description="one number for each worker, to which its share, its probability or its 'keep' is proportional; "
+        "default: equal",
+    )
+    residual: bool = Field(False, description="also split residual streams where no norm forbids it")
+    exclude: list[Pattern] = Field(
+        default_factory=list,
+        description="patterns (*, ?) of names of groups that are not split: all workers share them",
+    )
+    blocks: list[Pattern] = Field(
+        default_factory=list,
+        description="strategy blocks: patterns of paths of the modules to deal out, such as ['layer3.*']",
+    )
+    min_depth: PositiveInt = Field(
+        1, description="strategy blocks: a worker holds at least this many, so that a block may have several holders"
+    )
+
+    @field_validator(*USED_BY)
+    @classmethod
+    def _is_used(cls, value: Any, info: ValidationInfo) -> Any:
+        strategy, users = info.data.get("strategy"), USED_BY[str(info.field_name)]
+        default = cls.model_fields[str(info.field_name)].get_default(call_default_factory=True)
+        if strategy is not None and strategy not in users and value != default:
+            raise ValueError(
+                f"strategy '{strategy}' does not use it, but it is {value!r}: leave it out, or set "
+                f"'partition.strategy' to {' or '.join(users)}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _is_enough(self) -> "Partition":
+        if self.strategy == "bernoulli" and self.keep is None:
+            raise ValueError(
+                "strategy 'bernoulli' needs 'keep', the probability that a worker holds a neuron, such as 0.5"
+            )
+        if self.strategy == "nested" and self.keep is None and len(set(self.capacities or ())) < 2:
+            raise ValueError(
+                f"strategy 'nested' with 'capacities' {self.capacities} and no 'keep' gives every worker the whole "
+                "network: set 'keep', such as 0.5, or 'capacities' that differ"
+            )
+        if self.strategy == "blocks" and not self.blocks:
+            raise ValueError("strategy 'blocks' needs 'blocks', patterns of module paths, such as ['layer3.*']")
+        return self
+
+
 class Evaluate(Section):
     """How the whole network is evaluated."""
 
@@ -132,11 +204,22 @@ class Config(Section):
     model: Component = Field(description="the network")
     data: Data = Field(description="the data set")
     train: Train = Field(description="how the network is trained")
+    partition: Partition = Field(default_factory=Partition, description="how hidden neurons are dealt to workers")
     evaluate: Evaluate = Field(default_factory=Evaluate, description="how the whole network is evaluated")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="when the run is saved")
     pool: Pool = Field(default_factory=Pool, description="who carries subnets to workers")
     compare: Compare = Field(default_factory=Compare, description="what `ist compare` runs")
     output: str = Field("runs", description="folder in which run folders are made")
+
+    @model_validator(mode="after")
+    def _one_capacity_a_worker(self) -> "Config":
+        capacities = self.partition.capacities
+        if self.method == "ist" and capacities is not None and len(capacities) != self.train.workers:
+            raise ValueError(
+                f"'partition.capacities' is {capacities}, {len(capacities)} numbers, but 'train.workers' is "
+                f"{self.train.workers}: give one number for each worker"
+            )
+        return self
 
 
 def num_processes(config: Config) -> int:

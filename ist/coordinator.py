@@ -208,8 +208,8 @@ class Coordinator:
         self._min_workers = job.config.train.workers if min_workers is None else min_workers
         device = next(model.parameters()).device
         self._device = device
-        for parameter in model.parameters():
-            parameter.data = parameter.data.contiguous()
+        for tensor in [*model.parameters(), *model.buffers()]:
+            tensor.data = tensor.data.contiguous()
         tensors = model.state_dict()
         fresh = optim.initial_state(job.state_slots, job.state_specs, device)
         self._state: dict[str, Tensor] = {name: tensors[name] for name in job.model_specs} | fresh
@@ -259,9 +259,9 @@ class Coordinator:
         layouts = [layout_of(cut_specs(self.job.specs, cut)) for cut in cuts]
         if [message.layout for message in self._messages] != layouts:
             self._messages = [Message(layout, self._device) for layout in layouts]
-        names = self.job.sent_names(round_number)
         subnets = []
         for worker, (message, cut) in enumerate(zip(self._messages, cuts, strict=True)):
+            names = self.job.sent_names(message.layout, round_number)
             extract(self._state, cut, into={name: message.tensors[name] for name in names})
             message.write_header(Header(round_number, worker))
             subnets.append(Subnet(worker, message, message.layout.end_of(names)))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ist.data.batches import fetch, length
+from ist.data.nested import call_model, scores
 from ist.rng import Purpose, permutation
 
 
@@ -31,7 +32,7 @@ class Metrics:
 def evaluate(
     model: nn.Module,
     dataset: Dataset[Any],
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Callable[[Any, Any], Tensor],
     batch_size: int,
     device: torch.device,
     with_accuracy: bool,
@@ -52,15 +53,15 @@ def evaluate(
         for start in range(0, count, batch_size):
             batch = np.arange(start, min(start + batch_size, count), dtype=np.int64)
             inputs, targets = fetch(dataset, batch, device)
-            outputs = model(inputs)
+            outputs = call_model(model, inputs)
             loss_sum += float(loss(outputs, targets)) * len(batch)
             if with_accuracy:
-                correct += int((outputs.argmax(dim=1) == targets).sum())
+                correct += int((scores(outputs).argmax(dim=1) == targets).sum())
     model.train()
     return Metrics(loss_sum / count, correct / count if with_accuracy else None, count)
 
 
-def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     """Replace batch norm's running statistics by their mean over the given batches.
 
     Like `torch.optim.swa_utils.update_bn`, but with everything else in evaluation mode: dropout must be
@@ -68,7 +69,7 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
     Args:
         model: The whole network; left in training mode.
-        batches: Training inputs, each (batch, ...), on the network's device.
+        batches: Training inputs, one batch each, on the network's device.
     """
     norms = [
         module
@@ -84,7 +85,7 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
             norm.train()
         with torch.no_grad():
             for inputs in batches:
-                model(inputs)
+                call_model(model, inputs)
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
     model.train()
@@ -92,7 +93,7 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 def statistics_batches(
     dataset: Dataset[Any], batch_size: int, num_batches: int, seed: int, device: torch.device
-) -> Iterable[Tensor]:
+) -> Iterable[Any]:
     """Yield the inputs of up to `num_batches` batches, drawn once for the run without replacement."""
     order = permutation(length(dataset), seed, Purpose.STATISTICS)
     # At most as many batches as are full: a runt batch would weigh as much as a full one.

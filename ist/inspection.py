@@ -13,7 +13,7 @@ from rich.table import Table
 from ist.display import format_bytes, format_ratio
 from ist.groups import Group, tensor_specs
 from ist.job import Job
-from ist.partition import share_sizes
+from ist.partition import coverage
 from ist.pool.wire import HEADER_BYTES
 
 
@@ -25,10 +25,10 @@ def inspect_job(job: Job) -> dict[str, Any]:
     """
     config, workers = job.config, job.config.train.workers
     whole = tensor_specs(job.template, with_statistics=True)
-    shares = [job.narrow_specs(worker) for worker in range(workers)]
+    shares = [job.plan(worker, 0).specs for worker in range(workers)]
     parameters = {name: parameter.numel() for name, parameter in job.template.named_parameters()}
-    layouts = [job.layout(worker) for worker in range(workers)]
-    out = [layout.end_of(job.sent_names(1)) for layout in layouts]
+    layouts = [job.layout(worker, 0) for worker in range(workers)]
+    out = [layout.end_of(job.sent_names(layout, 1)) for layout in layouts]
     back = [layout.nbytes for layout in layouts]
     remote = range(1 if config.pool.coordinator == "trains" and config.pool.kind == "torchrun" else 0, workers)
     gradient = sum(whole[name].nbytes for name in parameters)
@@ -42,12 +42,15 @@ def inspect_job(job: Job) -> dict[str, Any]:
         "local_steps": config.train.local_steps,
         "rounds": job.num_rounds,
         "steps_per_epoch": job.dealing.steps_per_epoch,
-        "groups": [_describe_group(group, workers) for group in job.groups],
+        "strategy": config.partition.strategy,
+        "groups": _describe_groups(job),
+        "left_whole": _describe_whole(job),
+        "unknown_operators": dict(job.found.unknown),
         "tensors": [
             {
                 "name": name,
                 "shape": list(spec.shape),
-                "shapes_per_worker": [list(share[name].shape) for share in shares],
+                "shapes_per_worker": [list(share[name].shape) if name in share else None for share in shares],
                 "travels": name in job.specs,
                 "shared": name not in job.exclusive,
             }
@@ -56,7 +59,9 @@ def inspect_job(job: Job) -> dict[str, Any]:
         "shares": [
             {
                 "worker": worker,
-                "parameters": sum(math.prod(shares[worker][name].shape) for name in parameters),
+                "parameters": sum(
+                    math.prod(shares[worker][name].shape) for name in parameters if name in shares[worker]
+                ),
                 "sent_bytes": out[worker],
                 "returned_bytes": back[worker],
             }
@@ -71,13 +76,56 @@ def inspect_job(job: Job) -> dict[str, Any]:
     }
 
 
-def _describe_group(group: Group, workers: int) -> dict[str, Any]:
-    return {
-        "name": group.name,
-        "neurons": group.size,
-        "neurons_per_worker": share_sizes(group.size, workers),
-        "slots": [asdict(slot) for slot in group.slots],
-    }
+def _describe_groups(job: Job) -> list[dict[str, Any]]:
+    """Describe the groups that are split; `trained_in` counts (round, worker) pairs of the whole run, by neuron."""
+    config = job.config
+    shares = job.neurons(0)
+    counts = coverage(job.groups, config.train.workers, config.seed, job.num_rounds, config.partition)
+    return [
+        {
+            "name": group.name,
+            "title": title(group),
+            "neurons": group.size,
+            "kind": group.kind,
+            "neurons_per_worker": [len(share[number]) for share in shares],
+            "trained_in": {"fewest": int(count.min()), "most": int(count.max())},
+            "slots": [asdict(slot) for slot in group.slots if slot.tensor in job.everything],
+            "modules": list(group.modules),
+        }
+        for number, (group, count) in enumerate(zip(job.groups, counts, strict=True))
+    ]
+
+
+def _describe_whole(job: Job) -> list[dict[str, Any]]:
+    """Describe the groups that could be split and are not."""
+    split = {group.name for group in job.groups}
+    return [
+        {"name": group.name, "title": title(group), "residual": group.residual}
+        for group in job.found.groups
+        if group.name not in split
+    ]
+
+
+def title(group: Group) -> str:
+    """Return what a person would call a group: 'layer 3 attention: 12 heads, 64 wide'."""
+    what = group.kind if group.kind.startswith("groups") else group.kind.removeprefix("attention ")
+    words: list[str] = []
+    for part in group.name.split("."):
+        if part.isdigit() and words:
+            words[-1] = f"{_PLAIN.get(words[-1], words[-1])} {part}"
+        else:
+            words.append(_PLAIN.get(part, part))
+    last = words[-1]
+    skipped = {"model", "transformer", "encoder_stack", "net", "backbone"}
+    path = " ".join(word for word in words if word not in skipped or word == last)
+    return f"{path}: {group.size} {what}"
+
+
+_PLAIN = {
+    "h": "layer", "layers": "layer", "layer": "layer", "blocks": "block", "block": "block", "self_attn": "attention",
+    "attn": "attention", "attention": "attention", "mlp": "feed-forward", "ffn": "feed-forward",
+    "feed_forward": "feed-forward", "intermediate": "feed-forward",
+}  # fmt: skip
 
 
 def print_inspection(found: dict[str, Any], console: Console) -> None:
@@ -86,18 +134,12 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
         f"{found['model']}: {found['parameters']:,} parameters, {format_bytes(found['parameter_bytes'])}; "
         f"{found['workers']} workers, {found['local_steps']} local steps a round, {found['rounds']} rounds"
     )
-    groups = Table("group", "neurons", "each worker", "lives in", title="Neuron groups", title_justify="left")
-    for group in found["groups"]:
-        places = ", ".join(f"{s['tensor']}[{':, ' * s['dim']}*]" for s in group["slots"])
-        groups.add_row(group["name"], str(group["neurons"]), _span(group["neurons_per_worker"]), places)
-    console.print(groups)
-    tensors = Table("tensor", "whole", "worker 0", "part", "merged by", title="Tensors", title_justify="left")
-    for tensor in found["tensors"]:
-        whole, share = tensor["shape"], tensor["shapes_per_worker"][0]
-        part = math.prod(share) / max(1, math.prod(whole))
-        merged = ("mean" if tensor["shared"] else "owner") if tensor["travels"] else "stays: re-estimated"
-        tensors.add_row(tensor["name"], _shape(whole), _shape(share), f"{part:.2%}", merged)
-    console.print(tensors)
+    console.print(_group_table(found))
+    for group in found["left_whole"]:
+        console.print(f"Left whole{' (a residual stream)' if group['residual'] else ''}: {group['title']}")
+    for operator, path in found["unknown_operators"].items():
+        console.print(f"No rule for operator {operator} in {path or 'the network'}: what reaches it is not split")
+    console.print(_tensor_table(found))
     shares = Table("worker", "parameters", "sent to it", "sent back", title="A round, by worker", title_justify="left")
     for share in found["shares"]:
         shares.add_row(
@@ -109,6 +151,28 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
     console.print(f"A round sends {format_bytes(total['ist'])} in all; data-parallel training sends ", end="")
     ratio = f": {format_ratio(total['ratio'])} times more" if total["ratio"] else ""
     console.print(f"{format_bytes(total['ddp'])} for the same steps{ratio}.")
+
+
+def _group_table(found: dict[str, Any]) -> Table:
+    groups = Table("group", "each worker", "trained in", "lives in", title="Neuron groups", title_justify="left")
+    for group in found["groups"]:
+        places = dict.fromkeys(f"{s['tensor']}[{':, ' * s['dim']}*]" for s in group["slots"])
+        counts = _span([group["trained_in"]["fewest"], group["trained_in"]["most"]])
+        shown = ", ".join(places or group["modules"])
+        groups.add_row(group["title"], _span(group["neurons_per_worker"]), f"{counts} subnets", shown)
+    return groups
+
+
+def _tensor_table(found: dict[str, Any]) -> Table:
+    tensors = Table("tensor", "whole", "worker 0", "part", "merged by", title="Tensors", title_justify="left")
+    for tensor in found["tensors"]:
+        whole, share = tensor["shape"], tensor["shapes_per_worker"][0]
+        part = math.prod(share) / max(1, math.prod(whole)) if share is not None else 0.0
+        merged = ("mean" if tensor["shared"] else "owner") if tensor["travels"] else "stays: re-estimated"
+        tensors.add_row(
+            tensor["name"], _shape(whole), "none" if share is None else _shape(share), f"{part:.2%}", merged
+        )
+    return tensors
 
 
 def _span(sizes: list[int]) -> str:

@@ -6,12 +6,13 @@ Not here: weights, except the initial ones that `initial_model` makes; running a
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,18 +21,24 @@ from torch.utils.data import Dataset
 from ist import optim
 from ist.config import Config
 from ist.data import DATASETS, Splits
-from ist.data.batches import Dealing, length
+from ist.data.batches import Dealing, fetch, length
+from ist.data.nested import scores
 from ist.errors import ConfigError, DataError, ModelError
-from ist.groups import Group, TensorSpec, tensor_specs
-from ist.groups.sequential import sequential_groups
+from ist.fit import fitting_groups
+from ist.groups import Group, TensorSpec, constant_tensors, named_tensors, on_meta, tensor_specs
+from ist.groups.neurons import Found, find_neurons, narrow_sizes
+from ist.groups.select import split_groups
+from ist.groups.trace import try_out
+from ist.losses import LOSSES
 from ist.models import MODELS
-from ist.partition import Assignment, assign, check_workers
+from ist.narrow import NarrowPlan, input_scales, narrow_module
+from ist.partition import Assignment, assign, check_workers, is_disjoint, sizes_vary
 from ist.pool.wire import Layout, layout_of
 from ist.registry import call, resolve
-from ist.rng import Purpose, torch_seed
-from ist.subnet import Cut, cut_specs, exclusive_names, positions
+from ist.rng import Indices, Purpose, torch_seed
+from ist.subnet import Cut, absent_modules, cut_specs, exclusive_names, extract, positions
 
-LossFunction = Callable[[Tensor, Tensor], Tensor]
+LossFunction = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,9 @@ class Job:
         build: Makes the whole network with its initial weights.
         splits: The data; `splits.test` may be None through the Python API.
         loss: Mean loss of (outputs, targets).
-        groups: Neuron groups, optimiser state included where it is carried.
+        example: Inputs of a batch of two.
+        found: What is known of the network: all its neuron groups, and attributes that are sizes.
+        groups: Those that are split, optimiser state included where it is carried.
         model_specs: Tensors of the network that travel and merge.
         state_specs: Tensors of carried optimiser state.
         dealing: Which samples each step of each worker uses.
@@ -57,6 +66,8 @@ class Job:
     train_data: Dataset[Any]
     test_data: Dataset[Any] | None
     loss: LossFunction
+    example: Any
+    found: Found
     groups: tuple[Group, ...]
     model_specs: dict[str, TensorSpec]
     state_slots: tuple[optim.StateSlot, ...]
@@ -91,30 +102,101 @@ class Job:
     @cached_property
     def exclusive(self) -> frozenset[str]:
         """Tensors of which no entry has two holders."""
-        return exclusive_names(self.groups, self.specs)
+        return exclusive_names(self.groups, self.specs) if is_disjoint(self.config.partition) else frozenset()
+
+    @cached_property
+    def everything(self) -> dict[str, TensorSpec]:
+        """Every tensor of the network that has a name: those that travel, statistics, and constants."""
+        constants = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in constant_tensors(self.template).items()}
+        return tensor_specs(self.template, with_statistics=True) | constants
+
+    @cached_property
+    def constants(self) -> dict[str, Tensor]:
+        """Values of tensors that are neither trained nor in the network's `state_dict`; made once in each process."""
+        if not constant_tensors(self.template):
+            return {}
+        return {name: tensor.detach().clone().cpu() for name, tensor in constant_tensors(self.build()).items()}
+
+    @cached_property
+    def is_fixed(self) -> bool:
+        """Whether a worker's narrow network looks the same in every round."""
+        partition = self.config.partition
+        if sizes_vary(partition) or partition.strategy == "blocks":
+            return False
+        sliced = {slot.tensor for group in self.groups for slot in group.slots}
+        by_position = any(
+            isinstance(scale, tuple)
+            for worker in range(self.config.train.workers)
+            for _, scale in self.plan(worker, 0).scales.values()
+        )
+        return not by_position and not sliced & set(constant_tensors(self.template))
+
+    def build_copy(self) -> nn.Module:
+        """Return a whole network with its initial weights, on the CPU, that is nobody else's."""
+        return copy.deepcopy(self.build()).cpu()
+
+    def neurons(self, round_number: int) -> Assignment:
+        """Return the neurons that each worker holds in a round, by group."""
+        config = self.config
+        return assign(self.groups, config.train.workers, config.seed, round_number, config.partition)
 
     def cuts(self, round_number: int) -> list[Cut]:
         """Return every worker's part of every tensor in a round."""
-        return [positions(self.groups, self.specs, neurons) for neurons in self._assignment(round_number)]
+        return [positions(self.groups, self.specs, neurons) for neurons in self.neurons(round_number)]
 
-    def narrow_specs(self, worker: int) -> dict[str, TensorSpec]:
-        """Return the narrow spec of every entry of the network's `state_dict` for a worker.
+    def plan(self, worker: int, round_number: int) -> NarrowPlan:
+        """Return what a worker's narrow network looks like in a round."""
+        return self.plan_for(self.neurons(round_number)[worker])
 
-        It is the same in every round: a worker's share never changes its size.
+    def plan_for(self, neurons: Sequence[Indices]) -> NarrowPlan:
+        """Return what a narrow network with the given neurons of each group looks like.
+
+        Raises:
+            ModelError: An integer attribute would need two values.
         """
-        everything = tensor_specs(self.template, with_statistics=True)
-        return cut_specs(everything, positions(self.groups, everything, self._assignment(0)[worker]))
+        held = {group.name: numbers for group, numbers in zip(self.groups, neurons, strict=True)}
+        scaled = self.config.train.activation_scale == "width"
+        return NarrowPlan(
+            cut_specs(self.everything, positions(self.groups, self.everything, neurons)),
+            narrow_sizes(self.found.sizes, held),
+            input_scales(self.groups, neurons, self.template, self.everything) if scaled else {},
+            tuple(absent_modules(self.groups, neurons)),
+        )
 
-    def layout(self, worker: int) -> Layout:
-        """Return the layout of a worker's messages; the same in every round."""
-        return layout_of(cut_specs(self.specs, positions(self.groups, self.specs, self._assignment(0)[worker])))
+    def narrow(self, neurons: Sequence[Indices], device: torch.device) -> nn.Module:
+        """Return a narrow network with the given neurons of each group, without trained values; see `plan_for`."""
+        cut = positions(self.groups, self.everything, neurons)
+        constants: dict[str, Tensor] = {}
+        for name, whole in self.constants.items() if device.type != "meta" else ():
+            if name in cut:
+                constants[name] = torch.empty(
+                    cut_specs({name: self.everything[name]}, cut)[name].shape, dtype=whole.dtype
+                )
+        if constants:
+            extract(self.constants, cut, into=constants)
+        return narrow_module(self.template, self.plan_for(neurons), device, constants)
 
-    def sent_names(self, round_number: int) -> list[str]:
+    def try_out(self, groups: Sequence[Group], neurons: Sequence[Indices]) -> None:
+        """Run a narrow network on the example, without values if that can be."""
+        job = replace(self, groups=tuple(groups))
+        where = torch.device("meta" if self.found.on_meta else "cpu")
+        narrow = job.narrow(neurons, where)
+        if where.type == "cpu":
+            cut = positions(job.groups, job.everything, neurons)
+            whole = {
+                name: t.detach().contiguous() for name, t in named_tensors(self.build_copy()).items() if name in cut
+            }
+            extract(whole, cut, into={n: t.data for n, t in named_tensors(narrow).items() if n in whole})
+        try_out(narrow, self.example)
+
+    def layout(self, worker: int, round_number: int) -> Layout:
+        """Return the layout of a worker's messages in a round."""
+        neurons = self.neurons(round_number)[worker]
+        return layout_of(cut_specs(self.specs, positions(self.groups, self.specs, neurons)))
+
+    def sent_names(self, layout: Layout, round_number: int) -> list[str]:
         """Return the tensors that go to a worker: carried optimiser state does not exist before the first round."""
-        return list(self.model_specs if round_number == 0 else self.specs)
-
-    def _assignment(self, round_number: int) -> Assignment:
-        return assign(self.groups, self.config.train.workers, self.config.seed, round_number)
+        return [name for name in layout.specs if round_number > 0 or name in self.model_specs]
 
 
 def build_job(config: Config) -> Job:
@@ -130,13 +212,12 @@ def build_job(config: Config) -> Job:
     def build() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(config.seed, Purpose.MODEL))
-            model = call(model_class, config.model.args, "model.args")
+            model = _make(model_class, config.model.args)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"'model.name' is '{config.model.name}', which makes no torch.nn.Module")
         return model
 
-    with torch.device("meta"):
-        template = build()
+    template = _template(build)
     splits = _load_data(config)
     return make_job(config, template, build, splits.train, splits.test, loss_function(config.train.loss))
 
@@ -148,8 +229,11 @@ def make_job(
     train_data: Dataset[Any],
     test_data: Dataset[Any] | None,
     loss: LossFunction,
+    example: Any = None,
 ) -> Job:
     """Build a job around objects that are already at hand; see `build_job` and `ist.train`.
+
+    Args are as in `Job`; `template` may be on any device, and `example` is by default made of `train_data`.
 
     Raises:
         ConfigError: The optimiser or the schedule is wrong.
@@ -157,9 +241,13 @@ def make_job(
         ModelError: The network cannot be split among that many workers.
     """
     train = config.train
-    groups = sequential_groups(template) if config.method == "ist" else ()
+    example = example_inputs(train_data) if example is None else example
+    template = on_meta(template)
+    found, groups = Found((), (), {}), tuple[Group, ...]()
     if config.method == "ist":
-        check_workers(groups, train.workers)
+        found = find_neurons(template, example, build)
+        groups = split_groups(found, template, config.partition)
+        check_workers(groups, train.workers, config.partition)
     model_specs = tensor_specs(template, with_statistics=train.running_statistics == "carried")
     parameters = {name: model_specs[name] for name, p in template.named_parameters() if p.requires_grad}
     if not parameters:
@@ -169,11 +257,13 @@ def make_job(
     dealing = Dealing(length(train_data), train.workers, train.batch_size, config.seed)
     job = Job(
         config=config,
-        template=copy.deepcopy(template).to("meta"),
+        template=template,
         build=build,
         train_data=train_data,
         test_data=test_data,
         loss=loss,
+        example=example,
+        found=found,
         groups=optim.carried_groups(slots, groups, parameters),
         model_specs=model_specs,
         state_slots=slots,
@@ -181,9 +271,16 @@ def make_job(
         dealing=dealing,
         settings=[],
     )
+    if groups and train.workers > 1:
+        job = replace(job, groups=optim.carried_groups(slots, fitting_groups(groups, job.try_out), parameters))
     optim.build_optimizer(train.optimizer, [nn.Parameter(torch.zeros(2, 3))])  # wrong arguments end here
     job.settings.extend(optim.schedule_settings(train.optimizer, train.schedule, job.total_steps))
     return job
+
+
+def example_inputs(data: Dataset[Any]) -> Any:
+    """Return the inputs of a batch of two samples (or of one, if there is just one)."""
+    return fetch(data, np.arange(min(2, length(data))), torch.device("cpu"))[0]
 
 
 def loss_function(name: str) -> LossFunction:
@@ -192,9 +289,34 @@ def loss_function(name: str) -> LossFunction:
     Raises:
         ConfigError: It is not known.
     """
-    found = resolve(name, "train.loss", {}, functional)
+    found = resolve(name, "train.loss", LOSSES, functional)
     function: LossFunction = found() if isinstance(found, type) else found
-    return function
+    if ":" in name:
+        return function
+    return lambda outputs, targets: function(scores(outputs), targets)
+
+
+def _make(model_class: Any, args: Mapping[str, Any]) -> Any:
+    """Make a network from its arguments, or from those of its `config_class`, where it has one (transformers).
+
+    Caches of keys and values are switched off unless asked for: they serve generation, not training.
+    """
+    config_class = getattr(model_class, "config_class", None)
+    if config_class is None or "config" in args:
+        return call(model_class, args, "model.args")
+    settings = call(config_class, args, "model.args")
+    if "use_cache" not in args and getattr(settings, "use_cache", False):
+        settings.use_cache = False
+    return call(model_class, {"config": settings}, "model.args")
+
+
+def _template(build: Callable[[], nn.Module]) -> nn.Module:
+    """Return the network on the `meta` device: built there, or moved there if it looks at values while it is built."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, NotImplementedError, ConfigError):
+        return on_meta(build())
 
 
 def _load_data(config: Config) -> Splits:

@@ -1,63 +1,83 @@
 """Make the narrow network that a worker trains: an ordinary module of small, contiguous tensors.
 
 Where it sits: subnet.py cuts values; this file makes the module that holds them; worker.py trains it.
-Not here: masks. The masked full model is the test oracle (tests/test_subnet.py), not an implementation.
+Not here: masks. The masked full model is the check of a narrow one (`ist/verify.py`), not an implementation.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ist.attention import with_some_heads
 from ist.groups import Group, TensorSpec
+from ist.groups.sizes import Origin
+from ist.rng import Indices
+
+Scale = float | tuple[float, ...]
+"""A factor for all positions of a dim, or one for each."""
 
 
-class ScaledLinear(nn.Linear):
-    """A linear layer that multiplies its inputs by `input_scale` first, shape (batch, in) to (batch, out)."""
+@dataclass(frozen=True)
+class NarrowPlan:
+    """What a narrow network looks like.
 
-    input_scale: float = 1.0
+    Attributes:
+        specs: The narrow spec of every parameter and buffer that it has.
+        sizes: Integer attributes with another value than in the whole network.
+        scales: For a parameter, a dim of it and the factor of what is summed over it.
+        absent: Paths of modules that are left out; what goes in comes out.
+    """
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name in nn.Linear)
-        """Return `linear(input * input_scale)`."""
-        return F.linear(input * self.input_scale, self.weight, self.bias)
+    specs: Mapping[str, TensorSpec]
+    sizes: Mapping[Origin, int] = field(default_factory=dict)
+    scales: Mapping[str, tuple[int, Scale]] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
+
+
+class Skip(nn.Module):
+    """What stands in for a residual block that a worker does not hold: the first input comes out."""
+
+    def forward(self, first: Any, *others: Any, **named: Any) -> Any:  # noqa: ARG002 (the block's arguments)
+        """Return the first argument."""
+        return first
 
 
 def narrow_module(
-    template: nn.Module,
-    specs: Mapping[str, TensorSpec],
-    device: torch.device,
-    scales: Mapping[str, float],
+    template: nn.Module, plan: NarrowPlan, device: torch.device, constants: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """Return a copy of `template` with the narrow tensor shapes of `specs`, in training mode.
+    """Return a copy of `template` with narrow tensors, in training mode.
 
     Args:
         template: The whole network on the `meta` device: it costs no memory.
-        specs: The narrow spec of every entry of its `state_dict`.
-        device: Where the narrow network lives.
-        scales: Names of linear layers and the factor for their inputs, where it is not 1.
+        plan: What the narrow network looks like.
+        device: Where it lives.
+        constants: Values, narrow, of tensors that are neither sent nor initialised here, such as buffers that are not
+            persistent.
 
     Returns:
         The module; parameters have no values yet (`bind` gives them), buffers are as at the start.
     """
     module = copy.deepcopy(template)
-    for prefix, child in module.named_modules():
-        for name, parameter in child.named_parameters(recurse=False):
-            shape = specs[_join(prefix, name)].shape
-            child._parameters[name] = nn.Parameter(parameter.new_empty(shape), parameter.requires_grad)
-        for name, buffer in child.named_buffers(recurse=False):
-            narrow = specs.get(_join(prefix, name))
-            child._buffers[name] = buffer.new_empty(narrow.shape if narrow else buffer.shape)
-        _narrow_attributes(child)
-        if prefix in scales:
-            child.__class__ = ScaledLinear  # same tensors, same names: only its forward differs
-            assert isinstance(child, ScaledLinear)
-            child.input_scale = scales[prefix]
-    module.to_empty(device=device)
+    for path in plan.absent:
+        parent, _, name = path.rpartition(".")
+        setattr(module.get_submodule(parent), name, Skip())
+    _narrow_tensors(module, plan, device, constants or {})
+    for origin, value in plan.sizes.items():
+        if not origin.path.startswith(tuple(f"{path}." for path in plan.absent)) and origin.path not in plan.absent:
+            holder: Any = module.get_submodule(origin.path)
+            vars(holder.config if origin.of_config else holder)[origin.attribute] = value
     for child in module.modules():
+        _narrow_attributes(child)
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             child.reset_running_stats()
+    for tensor, (dim, scale) in plan.scales.items():
+        path, _, name = tensor.rpartition(".")
+        _scale(module.get_submodule(path), name, dim, scale)
     return module.train()
 
 
@@ -68,10 +88,10 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         module: A module from `narrow_module`.
         tensors: Name to tensor of the module's shape, on its device; may leave buffers out.
     """
+    for name, parameter in module.named_parameters():
+        parameter.data = tensors[name]
+        parameter.grad = None
     for prefix, child in module.named_modules():
-        for name, parameter in child.named_parameters(recurse=False):
-            parameter.data = tensors[_join(prefix, name)]
-            parameter.grad = None
         for name in list(child._buffers):
             path = _join(prefix, name)
             if path in tensors:
@@ -80,41 +100,143 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 child._buffers[name] = tensors[path].data
 
 
-def input_scales(groups: Sequence[Group], template: nn.Module, specs: Mapping[str, TensorSpec]) -> dict[str, float]:
-    """Return, for every linear layer fed by hidden neurons, full width / narrow width.
+def input_scales(
+    groups: Sequence[Group],
+    neurons: Sequence[Indices],
+    template: nn.Module,
+    specs: Mapping[str, TensorSpec],
+) -> dict[str, tuple[int, Scale]]:
+    """Return, for every parameter that sums over hidden neurons, full width / narrow width.
 
     Multiplying a subnet's hidden activations by it keeps the scale of what the next layer sees, as
-    inverted dropout does.
+    inverted dropout does. Recurrent layers are left as they are: their states are bounded.
 
     Args:
         groups: The network's neuron groups.
+        neurons: For each group, the neurons that the worker holds.
         template: The whole network.
-        specs: The narrow spec of every tensor.
+        specs: The spec of every tensor of the whole network.
+
+    Returns:
+        For a parameter's name, the dim that is summed over and the factor; none where it would be 1.
 
     Reference: Srivastava et al., JMLR 15 (2014), section 10 (scaling at training time).
     """
-    scales = {}
-    parameters = dict(template.named_parameters())
-    # A group may hold slots of optimiser state too.
-    for slot in (slot for group in groups for slot in group.slots if slot.tensor in parameters):
-        path, _, name = slot.tensor.rpartition(".")
-        if name == "weight" and slot.dim == 1:
-            layer = template.get_submodule(path)
-            if isinstance(layer, nn.Linear):
-                scales[path] = layer.in_features / specs[slot.tensor].shape[1]
-    return {path: scale for path, scale in scales.items() if scale != 1}
+    factors: dict[tuple[str, int], list[tuple[Indices, float]]] = {}
+    for group, held in zip(groups, neurons, strict=True):
+        # A group holds slots of optimiser state too; only the network's own are among `scaled`.
+        for slot in group.slots:
+            key = (slot.tensor, slot.dim)
+            recurrent = key in group.scaled and isinstance(_owner(template, slot.tensor), nn.RNNBase)
+            if key in group.scaled and not recurrent:
+                factors.setdefault(key, []).append((slot.positions(held), group.size / max(1, len(held))))
+    scales: dict[str, tuple[int, Scale]] = {}
+    for (tensor, dim), pieces in factors.items():
+        covered = sum(len(places) for places, _ in pieces)
+        if all(factor == 1 for _, factor in pieces) or tensor not in specs:
+            continue
+        narrow = covered + specs[tensor].shape[dim] - _slot_width(groups, tensor, dim)
+        if len({factor for _, factor in pieces}) == 1 and narrow == covered:
+            scales[tensor] = (dim, pieces[0][1])
+        else:
+            scales[tensor] = (dim, _by_position(pieces, groups, tensor, dim, specs[tensor].shape[dim]))
+    return scales
+
+
+def _by_position(
+    pieces: Sequence[tuple[Indices, float]], groups: Sequence[Group], tensor: str, dim: int, size: int
+) -> tuple[float, ...]:
+    factor = np.ones(size)
+    absent = np.zeros(size, bool)
+    for group in groups:
+        for slot in group.slots:
+            if (slot.tensor, slot.dim) == (tensor, dim):
+                absent[slot.positions(np.arange(group.size))] = True
+    for places, value in pieces:
+        factor[places], absent[places] = value, False
+    return tuple(factor[~absent].tolist())
+
+
+def _slot_width(groups: Sequence[Group], tensor: str, dim: int) -> int:
+    return sum(g.size * s.block for g in groups for s in g.slots if (s.tensor, s.dim) == (tensor, dim))
+
+
+def _owner(template: nn.Module, tensor: str) -> nn.Module:
+    return template.get_submodule(tensor.rpartition(".")[0])
+
+
+def _narrow_tensors(module: nn.Module, plan: NarrowPlan, device: torch.device, constants: Mapping[str, Tensor]) -> None:
+    """Replace every tensor by a narrow one; a tied one by one and the same."""
+    made: dict[int, Tensor] = {}
+
+    def narrow(name: str, tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            shape = plan.specs[name].shape if name in plan.specs else tuple(tensor.shape)
+            if name in constants:
+                made[id(tensor)] = constants[name].to(device, copy=True)
+            else:
+                made[id(tensor)] = torch.empty(shape, dtype=tensor.dtype, device=device)
+            if isinstance(tensor, nn.Parameter):
+                made[id(tensor)] = nn.Parameter(made[id(tensor)], tensor.requires_grad)
+        return made[id(tensor)]
+
+    for prefix, child in module.named_modules():
+        for name, parameter in list(child._parameters.items()):
+            if parameter is not None:
+                setattr(child, name, narrow(_join(prefix, name), parameter))  # recurrent layers note the new one
+        for name, buffer in list(child._buffers.items()):
+            if buffer is not None:
+                child._buffers[name] = narrow(_join(prefix, name), buffer)
+        for name, value in list(vars(child).items()):
+            if isinstance(value, Tensor):
+                vars(child)[name] = narrow(_join(prefix, name), value)
+
+
+def along(scale: Scale, dim: int, like: Tensor) -> float | Tensor:
+    """Return a scale in a form that multiplies a tensor like `like` along `dim`."""
+    if isinstance(scale, float):
+        return scale
+    shape = [-1 if axis == dim else 1 for axis in range(like.ndim)]
+    return torch.tensor(scale, dtype=like.dtype, device=like.device).view(shape)
+
+
+def _scale(module: nn.Module, name: str, dim: int, scale: Scale) -> None:
+    """Let a module read its parameter `name` multiplied along `dim`; the parameter itself stays as it is."""
+    parameter = module._parameters[name]
+    assert parameter is not None
+    factor = along(scale, dim, parameter.detach())
+
+    def scaled(self: nn.Module) -> Tensor:
+        value = self._parameters[name]
+        assert value is not None
+        return value * (factor.to(value) if isinstance(factor, Tensor) else factor)
+
+    base = type(module)
+    module.__class__ = type(f"Scaled{base.__name__}", (base,), {name: property(scaled)})
 
 
 def _narrow_attributes(module: nn.Module) -> None:
-    # The forward of these does not read them, but a narrow module should describe itself rightly.
+    # The forward of most of these does not read them, but a narrow module should describe itself rightly.
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.batchnorm._BatchNorm):
         sized = next((t for t in (*module.parameters(), *module.buffers()) if t.ndim == 1), None)
         if sized is not None:
             module.num_features = len(sized)
+    elif isinstance(module, nn.modules.conv._ConvNd):
+        transposed = module.transposed
+        inner, outer = (0, 1) if transposed else (1, 0)
+        module.in_channels = module.weight.shape[inner] * (1 if transposed else module.groups)
+        module.out_channels = module.weight.shape[outer] * (module.groups if transposed else 1)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
+    elif isinstance(module, nn.GroupNorm) and module.affine:
+        module.num_channels = len(module.weight)
+    elif isinstance(module, nn.RNNBase):
+        tensors = dict(module.named_parameters())
+        module.input_size, module.hidden_size = tensors["weight_ih_l0"].shape[1], tensors["weight_hh_l0"].shape[1]
+    elif isinstance(module, nn.MultiheadAttention) and module.out_proj.weight.shape[1] != module.embed_dim:
+        with_some_heads(module)
 
 
 def _join(prefix: str, name: str) -> str:

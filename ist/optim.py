@@ -10,7 +10,7 @@ Not here: moving anything (subnet.py, pool/).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ist.config import TOTAL_STEPS, Component
 from ist.errors import ConfigError
-from ist.groups import Group, Slot, TensorSpec
+from ist.groups import Group, TensorSpec
 from ist.registry import call, resolve
 
 Settings = Mapping[str, Any]
@@ -141,12 +141,11 @@ def carried_groups(
 ) -> tuple[Group, ...]:
     """Return groups whose neurons take their optimiser state with them."""
     return tuple(
-        Group(
-            group.name,
-            group.size,
-            group.slots
+        replace(
+            group,
+            slots=group.slots
             + tuple(
-                Slot(state_name(state.key, slot.tensor), slot.dim, slot.block, slot.offset)
+                replace(slot, tensor=state_name(state.key, slot.tensor))
                 for slot in group.slots
                 if slot.tensor in parameters
                 for state in slots

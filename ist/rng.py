@@ -48,6 +48,22 @@ def permutation(size: int, seed: int, purpose: Purpose, *counters: int) -> Indic
     return np.argsort(raw, kind="stable").astype(np.int64, copy=False)
 
 
+def uniform(size: int, seed: int, purpose: Purpose, *counters: int) -> NDArray[np.float64]:
+    """Return independent numbers, uniform in [0, 1): the upper 53 bits of raw Philox output; see `permutation`.
+
+    Args:
+        size: Number of elements, >= 0.
+        seed: The run's seed, >= 0.
+        purpose: Which stream to draw from.
+        counters: Further keys, such as the round and the group; each >= 0.
+
+    Returns:
+        float64 array of shape (size,).
+    """
+    raw = _bits(seed, purpose, *counters).random_raw(size)
+    return np.ldexp((raw >> np.uint64(11)).astype(np.float64), -53)
+
+
 def torch_seed(seed: int, purpose: Purpose, *counters: int) -> int:
     """Return a 63-bit seed for a `torch.Generator`, keyed like `permutation`."""
     return int(_bits(seed, purpose, *counters).random_raw()) >> 1

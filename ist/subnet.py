@@ -37,15 +37,32 @@ def positions(groups: Sequence[Group], specs: Mapping[str, TensorSpec], neurons:
         neurons: For each group, the sorted neuron numbers that the worker holds.
 
     Returns:
-        For every name in `specs`, the positions of its part.
+        For every name in `specs` of which the worker has a part, the positions of it.
     """
     cuts: dict[str, list[Indices | None]] = {name: [None] * len(spec.shape) for name, spec in specs.items()}
     for (name, dim), slots in _slots_by_dim(groups, specs).items():
-        pieces = [_slot_positions(slot, neurons[number]) for number, slot in slots]
+        pieces = [slot.positions(neurons[number]) for number, slot in slots]
         shared = _uncovered([(slot, groups[number].size) for number, slot in slots], specs[name].shape[dim])
         parts = [*pieces, *([shared] if len(shared) else [])]
-        cuts[name][dim] = parts[0] if len(parts) == 1 else np.sort(np.concatenate(parts))
-    return {name: tuple(dims) for name, dims in cuts.items()}
+        ordered = len(parts) == 1 and slots[0][1].order is None
+        cuts[name][dim] = parts[0] if ordered else np.sort(np.concatenate(parts))
+    absent = absent_modules(groups, neurons)
+    return {name: tuple(dims) for name, dims in cuts.items() if not _within(name, absent)}
+
+
+def absent_modules(groups: Sequence[Group], neurons: Sequence[Indices]) -> list[str]:
+    """Return the paths of the modules that a worker does without, where whole modules are dealt."""
+    return [
+        path
+        for group, held in zip(groups, neurons, strict=True)
+        for number, path in enumerate(group.modules)
+        if number not in set(held.tolist())
+    ]
+
+
+def _within(name: str, paths: Sequence[str]) -> bool:
+    parameter = name.rpartition("@")[2]  # optimiser state is named after its parameter
+    return any(parameter.startswith(f"{path}.") for path in paths)
 
 
 def cut_specs(specs: Mapping[str, TensorSpec], cut: Cut) -> dict[str, TensorSpec]:
@@ -56,6 +73,7 @@ def cut_specs(specs: Mapping[str, TensorSpec], cut: Cut) -> dict[str, TensorSpec
             spec.dtype,
         )
         for name, spec in specs.items()
+        if name in cut
     }
 
 
@@ -128,15 +146,10 @@ def _slots_by_dim(
     return found
 
 
-def _slot_positions(slot: Slot, neurons: Indices) -> Indices:
-    starts = slot.offset + neurons * slot.block
-    return starts if slot.block == 1 else (starts[:, None] + np.arange(slot.block)).reshape(-1)
-
-
 def _uncovered(slots: Sequence[tuple[Slot, int]], size: int) -> Indices:
     free = np.ones(size, bool)
     for slot, num_neurons in slots:
-        free[slot.offset : slot.offset + slot.block * num_neurons] = False
+        free[slot.positions(np.arange(num_neurons))] = False
     return np.flatnonzero(free)
 
 
@@ -200,6 +213,10 @@ def _mesh(cut: TensorCut, whole: Tensor) -> tuple[Tensor, ...]:
 
 def _merge_mean(whole: Tensor, parts: Sequence[tuple[TensorCut, Tensor]]) -> None:
     """Mean over holders, as old value + mean change: exact when nothing changed, unlike sum / count."""
+    if whole.dtype == torch.bool:  # there is no mean of truth values: the first holder's counts
+        for cut, part in reversed(parts):
+            whole[_mesh(cut, whole)] = part
+        return
     old = whole.clone()
     change = torch.zeros_like(whole, dtype=torch.promote_types(whole.dtype, torch.float32))
     count = torch.zeros_like(whole, dtype=torch.int64)

@@ -13,14 +13,16 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from ist import optim
-from ist.data.batches import fetch, length, take_shard
+from ist.data.batches import fetch, length, num_samples, take_shard
+from ist.data.nested import call_model
 from ist.errors import ConfigError
 from ist.evaluate import evaluate
 from ist.job import Job
 from ist.meter import MemoryGauge
-from ist.narrow import bind, input_scales, narrow_module
+from ist.narrow import bind
 from ist.pool.wire import Header, Message
 from ist.rng import Purpose, torch_seed
+from ist.verify import verify_cuts
 
 
 class Worker:
@@ -37,11 +39,8 @@ class Worker:
         self.number = number
         self.device = device
         self.shard: Dataset[Any] = take_shard(job.train_data, job.dealing.shard(number))
-        specs = job.narrow_specs(number)
-        scaled = job.config.train.activation_scale == "width"
-        scales = input_scales(job.groups, job.template, specs) if scaled else {}
         self.gauge = MemoryGauge(device)
-        self.module = narrow_module(job.template, specs, device, scales)
+        self.module = job.narrow(job.neurons(0)[number], device)
 
     def train(self, round_number: int, message: Message) -> None:
         """Make a round's local steps on the subnet in `message`, in place, and write the header that goes back.
@@ -51,7 +50,10 @@ class Worker:
             message: On this worker's device; the parameters are its tensors while this runs.
         """
         started = time.perf_counter()
-        job, module = self.job, self.module
+        job = self.job
+        if not job.is_fixed:
+            self.module = job.narrow(job.neurons(round_number)[self.number], self.device)
+        module = self.module
         bind(module, message.tensors)
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         optimizer = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
@@ -107,23 +109,27 @@ def local_steps(
                 optimizer.param_groups[0].update(job.settings[step])
             inputs, targets = fetch(shard, job.dealing.batch(worker, step), device)
             optimizer.zero_grad(set_to_none=True)
-            loss = job.loss(module(inputs), targets)
+            loss = job.loss(call_model(module, inputs), targets)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            loss_sum += loss.detach() * len(targets)
-            samples += len(targets)
+            count = num_samples(targets)
+            loss_sum += loss.detach() * count
+            samples += count
     return float(loss_sum), samples
 
 
 def rehearse(job: Job) -> None:
-    """Make one step of worker 0 on a small batch and evaluate it, so that what cannot work ends before the run.
+    """Check the cuts, make one step of worker 0 on a small batch and evaluate it: what cannot work ends before the run.
 
-    Costs one subnet's memory for a moment; changes nothing.
+    Costs the memory of two whole networks and a subnet for a moment; changes nothing.
 
     Raises:
+        ModelError: A narrow network computes something else than the masked whole one.
         ConfigError: Network, data, loss, metric and optimiser do not fit each other; the message is torch's.
     """
     device = torch.device("cpu")
+    if job.config.method == "ist":
+        verify_cuts(job)
     try:
         with torch.random.fork_rng(devices=[]):  # dropout draws from global state
             _one_step(job, device)
@@ -136,12 +142,12 @@ def rehearse(job: Job) -> None:
 
 def _one_step(job: Job, device: torch.device) -> None:
     worker = Worker(job, 0, device)
-    message = Message(job.layout(0), device)
+    message = Message(job.layout(0, 0), device)
     bind(worker.module, message.tensors)
     named = [parameter for parameter in worker.module.parameters() if parameter.requires_grad]
     optimizer = optim.build_optimizer(job.config.train.optimizer, named)
     inputs, targets = fetch(worker.shard, job.dealing.batch(0, 0)[: job.dealing.smallest_batch], device)
-    job.loss(worker.module(inputs), targets).backward()  # type: ignore[no-untyped-call]
+    job.loss(call_model(worker.module, inputs), targets).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     if job.test_data is not None:
         accuracy = job.config.evaluate.metric == "accuracy"

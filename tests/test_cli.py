@@ -91,8 +91,8 @@ BAD: dict[str, tuple[dict[str, Any], list[str], int, str]] = {
         {"model__args": {"widths": [64, 10]}}, [], 2, "'model.args' was refused: widths [64, 10]",
     ),
     "a model that cannot be split": (
-        {"model__name": "torch.nn:Bilinear", "model__args": {"in1_features": 2, "in2_features": 2, "out_features": 2}},
-        [], 2, "Bilinear is not an nn.Sequential",
+        {"model__name": "torch.nn:Linear", "model__args": {"in_features": 64, "out_features": 10}},
+        [], 2, "the network has no hidden neurons to split",
     ),
     "a data set that is not there": (
         {"data": {"name": "fashion_mnist", "root": "/nonexistent"}}, [], 2, "apt-get install dataset-fashion-mnist",
@@ -110,7 +110,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], int, str]] = {
         {"train__optimizer": {"name": "SGD", "args": {"lr": 1e30}}}, [], 1, "returned",
     ),
     "widths that do not fit the data": (
-        {"model__args": {"widths": [63, 24, 20, 10]}}, [], 2, "do not fit each other: a step on a batch of 15 fails",
+        {"model__args": {"widths": [63, 24, 20, 10]}}, [], 2, "the network fails on an example of the data: RuntimeError",
     ),
     "too few outputs": ({"model__args": {"widths": [64, 24, 20, 4]}}, [], 2, "do not fit each other"),
     "batch norm on batches of one": ({"train__batch_size": 1}, [], 2, "a step on a batch of 1 fails"),

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ist.config import Config
-from ist.config_file import config_for_method, describe_keys, dump_config, load_config, parse_yaml
+from ist.config_file import config_for_method, describe_keys, dump_config, load_config, parse_yaml, validate
 from ist.errors import ConfigError
 from tests.conftest import config_tree, small_config
 
@@ -75,6 +75,36 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"compare": {"methods": ["ist"], "overrides": {"ist": {"train.loacl_steps": 3}}}},
         "compare.overrides.ist: unknown key 'train.loacl_steps'",
     ),
+    "no such strategy": ({"partition__strategy": "even"}, "'partition.strategy' is 'even' (a string): input should be 'disjoint', "),
+    "keep is nothing": ({"partition": {"strategy": "rolling", "keep": 0.0}}, "'partition.keep' is 0.0 (a number): input should be greater than 0"),
+    "keep is too much": ({"partition": {"strategy": "rolling", "keep": 1.5}}, "'partition.keep' is 1.5 (a number): input should be less than or equal to 1"),
+    "keep is no number": ({"partition": {"strategy": "rolling", "keep": float("nan")}}, "'partition.keep' is nan"),
+    "a capacity of nothing": (
+        {"partition__capacities": [1, 0, 1, 1]}, "'partition.capacities.1' is 0 (a whole number): input should be greater than 0"
+    ),
+    "a capacity without end": (
+        {"partition__capacities": [1, 1, 1, float("inf")]}, "'partition.capacities.3' is inf (a number): input should be a finite number"
+    ),
+    "too few capacities": (
+        {"partition__capacities": [1, 2]},
+        "'partition.capacities' is [1.0, 2.0], 2 numbers, but 'train.workers' is 4: give one number for each worker",
+    ),
+    "an empty pattern": ({"partition__exclude": [""]}, "'partition.exclude.0' is '' (a string): string should have at least 1"),
+    "bernoulli without a chance": (
+        {"partition__strategy": "bernoulli"},
+        "'partition': strategy 'bernoulli' needs 'keep', the probability that a worker holds a neuron, such as 0.5",
+    ),
+    "nested without a size": (
+        {"partition__strategy": "nested"},
+        "'partition': strategy 'nested' with 'capacities' None and no 'keep' gives every worker the whole network: set 'keep'",
+    ),
+    "nested with equal capacities": (
+        {"partition": {"strategy": "nested", "capacities": [2, 2, 2, 2]}}, "'capacities' [2.0, 2.0, 2.0, 2.0] and no 'keep'"
+    ),
+    "blocks without blocks": (
+        {"partition__strategy": "blocks"},
+        "'partition': strategy 'blocks' needs 'blocks', patterns of module paths, such as ['layer3.*']",
+    ),
     "a bad name": ({"name": "a/b"}, "'name' is 'a/b'"),
 }  # fmt: skip
 
@@ -89,6 +119,47 @@ def test_a_wrong_value_is_named_with_file_key_and_what_is_right(tmp_path: Path, 
 
     assert str(caught.value).startswith(f"{path}: ")
     assert message in str(caught.value)
+
+
+USED = {
+    "keep": (0.5, "bernoulli or rolling or nested"),
+    "capacities": ([1.0, 2.0, 3.0, 4.0], "disjoint or categorical or bernoulli or rolling or nested"),
+    "residual": (True, "disjoint or categorical or bernoulli or rolling or nested"),
+    "blocks": (["layer3.*"], "blocks"),
+    "min_depth": (2, "blocks"),
+}
+NEEDED: dict[str, dict[str, Any]] = {"bernoulli": {"keep": 0.3}, "nested": {"keep": 0.3}, "blocks": {"blocks": ["a.*"]}}
+
+
+@pytest.mark.parametrize("key", USED)
+@pytest.mark.parametrize("strategy", ["disjoint", "categorical", "bernoulli", "rolling", "nested", "blocks"])
+def test_a_key_that_the_strategy_does_not_use_is_an_error(strategy: str, key: str) -> None:
+    value, users = USED[key]
+    partition = {"strategy": strategy, **NEEDED.get(strategy, {}), key: value}
+
+    if strategy in users.split(" or "):
+        assert getattr(small_config(partition=partition).partition, key) == value
+        return
+
+    with pytest.raises(ConfigError) as caught:
+        small_config(partition=partition)
+    assert str(caught.value) == (
+        f"test: 'partition.{key}': strategy '{strategy}' does not use it, but it is {value!r}: "
+        f"leave it out, or set 'partition.strategy' to {users}"
+    )
+
+
+@pytest.mark.parametrize("strategy", ["disjoint", "categorical", "bernoulli", "rolling", "nested", "blocks"])
+def test_every_strategy_is_read_back_from_what_was_dumped(strategy: str) -> None:
+    config = small_config(partition={"strategy": strategy, **NEEDED.get(strategy, {}), "exclude": ["0"]})
+
+    assert validate(parse_yaml(dump_config(config), "test"), "test") == config
+
+
+def test_a_method_that_deals_no_neurons_may_have_any_number_of_workers() -> None:
+    config = small_config(partition__capacities=[1, 2, 3, 4], compare={"overrides": {"ddp": {"train.workers": 2}}})
+
+    assert config_for_method(config, "ddp").train.workers == 2
 
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:

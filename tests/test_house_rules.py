@@ -14,7 +14,8 @@ FILE_LINES = 400
 FUNCTION_LINES = 60
 # ist.train's signature and docstring are the API's reference: 90 lines of it are not code.
 LONGER_FUNCTIONS = {"ist/api.py:train": 130}
-DEFAULT_RUN_LINES = 3000  # of code; see code_lines
+# Code lines, see code_lines. 3,000 were enough for perceptrons; 1,400 more find, cut and check the neurons of any network.
+DEFAULT_RUN_LINES = 4400
 
 # From the ground up: a module may import only from lines above its own.
 LAYERS = [
@@ -22,14 +23,22 @@ LAYERS = [
     ["ist.rng", "ist.config"],
     ["ist.config_file", "ist.registry"],
     ["ist.data", "ist.models"],
-    ["ist.data.idx", "ist.data.batches", "ist.models.mlp"],
-    ["ist.data.digits", "ist.data.fashion_mnist"],
+    ["ist.data.idx", "ist.data.nested", "ist.models.mlp", "ist.losses", "ist.attention"],
+    ["ist.data.digits", "ist.data.fashion_mnist", "ist.data.batches"],
     ["ist.groups"],
-    ["ist.groups.sequential", "ist.partition", "ist.optim", "ist.narrow"],
+    ["ist.groups.labels", "ist.groups.sizes"],
+    ["ist.groups.parameters"],
+    ["ist.groups.combine"],
+    ["ist.groups.call"],
+    ["ist.groups.rules_layers", "ist.groups.rules_indexing"],
+    ["ist.groups.rules"],
+    ["ist.groups.trace"],
+    ["ist.groups.neurons"],
+    ["ist.groups.select", "ist.fit", "ist.partition", "ist.optim", "ist.narrow"],
     ["ist.subnet", "ist.pool.wire"],
     ["ist.pool"],
     ["ist.job", "ist.meter"],
-    ["ist.evaluate", "ist.checkpoint"],
+    ["ist.evaluate", "ist.checkpoint", "ist.verify"],
     ["ist.worker"],
     ["ist.pool.inline", "ist.pool.torchrun"],
     ["ist.coordinator"],

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from ist.groups import Group, Slot, TensorSpec
-from ist.groups.sequential import sequential_groups
 from ist.job import Job
-from ist.narrow import bind, input_scales, narrow_module
+from ist.narrow import bind
 from ist.partition import assign
 from ist.subnet import cut_specs, exclusive_names, extract, positions, reassemble
 from tests.conftest import assert_same, clone, job_for, whole_state
@@ -38,7 +38,8 @@ def test_cutting_and_writing_back_untouched_gives_the_same_model(
     build: Callable[[], nn.Module], dtype: torch.dtype, workers: int
 ) -> None:
     model = seeded(build).to(dtype)
-    job = job_for(model, train__workers=workers, train__running_statistics="carried")
+    inputs = TensorDataset(torch.zeros(100, 12, dtype=dtype), torch.zeros(100, dtype=torch.int64))
+    job = job_for(model, inputs, train__workers=workers, train__running_statistics="carried")
     state = whole_state(job, model)
     before = clone(state)
 
@@ -66,20 +67,23 @@ def test_a_subnet_is_the_masked_full_model_in_outputs_and_gradients(
     build: Callable[[], nn.Module], scaled: bool
 ) -> None:
     model = seeded(build).double()
-    job = job_for(model)
+    job = job_for(model, train__activation_scale="width" if scaled else "none")
     state = clone(whole_state(job, model))
     inputs = torch.randn(6, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     targets = torch.arange(6) % 5
 
     for worker, (cut, part) in enumerate(zip(job.cuts(2), cut_all(job, state, 2), strict=True)):
-        specs = job.narrow_specs(worker)
-        scales = input_scales(job.groups, model, specs) if scaled else {}
-        narrow = narrow_module(job.template, specs, torch.device("cpu"), scales).double()
+        plan = job.plan(worker, 2)
+        assert bool(plan.scales) == scaled
+        narrow = job.narrow(job.neurons(2)[worker], torch.device("cpu")).double()
         bind(narrow, part)
         model.load_state_dict(state, strict=False)
         mask_others(model, job, worker, 2)
-        for layer, scale in scales.items():  # the oracle of scaled activations: scaled weights of the next layer
-            model.get_submodule(layer).weight.data.mul_(scale)
+        for name, (
+            _,
+            scale,
+        ) in plan.scales.items():  # the oracle of scaled activations: scaled weights of the next layer
+            model.get_parameter(name).data.mul_(scale)
         model.zero_grad()
         model.train()
 
@@ -94,9 +98,8 @@ def test_a_subnet_is_the_masked_full_model_in_outputs_and_gradients(
         for name, parameter in narrow.named_parameters():
             expected_gradient = torch.empty_like(parameter)
             extract({name: whole[name]}, cut, {name: expected_gradient})
-            path = name.rpartition(".")[0]
-            if name.endswith("weight") and path in scales:
-                expected_gradient *= scales[path]  # d/dw of w * scale
+            if name in plan.scales:
+                expected_gradient *= plan.scales[name][1]  # d/dw of w * scale
             torch.testing.assert_close(parameter.grad, expected_gradient, rtol=1e-10, atol=1e-12)
 
 
@@ -214,7 +217,7 @@ def test_two_dims_that_are_not_the_first_are_cut_too() -> None:
 
 
 def test_the_groups_of_the_shipped_network_are_its_hidden_layers() -> None:
-    groups = sequential_groups(NETWORKS["two hidden layers, batch norm"]())
+    groups = job_for(NETWORKS["two hidden layers, batch norm"]()).groups
 
     assert [(group.name, group.size) for group in groups] == [("linear_1", 16), ("linear_2", 8)]
     assert Slot("linear_2.weight", 1) in groups[0].slots

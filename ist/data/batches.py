@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
+from ist.data.nested import moved, tensors_in
 from ist.errors import DataError
 from ist.rng import Indices, Purpose, permutation
 
@@ -91,11 +91,19 @@ def take_shard(dataset: Dataset[Any], indices: Indices) -> Dataset[Any]:
     return Subset(dataset, indices.tolist())
 
 
-def fetch(dataset: Dataset[Any], indices: Indices, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the samples at `indices` as one batch (inputs, targets) on `device`."""
+def fetch(dataset: Dataset[Any], indices: Indices, device: torch.device) -> tuple[Any, Any]:
+    """Return the samples at `indices` as one batch (inputs, targets) on `device`.
+
+    Inputs and targets are tensors, or tuples or mappings of tensors.
+    """
     if type(dataset) is TensorDataset:
         rows = torch.from_numpy(indices)
         inputs, targets = (tensor[rows] for tensor in dataset.tensors)
     else:
         inputs, targets = default_collate([dataset[int(index)] for index in indices])
-    return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+    return moved(inputs, device), moved(targets, device)
+
+
+def num_samples(batch: Any) -> int:
+    """Return the number of samples of a batch: the length of its first tensor."""
+    return len(next(tensors_in(batch)))

@@ -3,21 +3,26 @@
 A *neuron* is whatever can be handed to a worker as a whole: a hidden unit, a channel, an attention
 head. A *group* is a set of neurons that are alike. It lists *slots*: along dim `dim` of tensor
 `tensor`, neuron k of the group occupies the `block` consecutive positions that begin at
-`offset + k * block`. That covers more than perceptrons: a channel that is flattened into h*w inputs
-is a slot with block h*w; a head in a fused query-key-value projection has three slots that differ
-in offset; positions that no slot covers (and tensors without slots) are *shared* by all workers.
+`offset + k * block` (or `offset + order[k] * block`). That covers more than perceptrons: a channel that
+is flattened into h*w inputs is a slot with block h*w; a head in a fused query-key-value projection has
+three slots that differ in offset. Positions that no slot covers (and tensors without slots) are *shared*
+by all workers.
 
-Where it sits: `ist/groups/sequential.py` finds the groups of a network; `ist/partition.py` deals their
-neurons; `ist/subnet.py` cuts tensors by them.
+Where it sits: `ist/groups/trace.py` watches a network run, and `ist/groups/neurons.py` makes groups of what
+it found; `ist/partition.py` deals their neurons; `ist/subnet.py` cuts tensors by them.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ist.errors import ModelError
+from ist.rng import Indices
 
 Shape = tuple[int, ...]
 
@@ -30,15 +35,38 @@ class Slot:
     dim: int
     block: int = 1
     offset: int = 0
+    order: tuple[int, ...] | None = None
+
+    def positions(self, neurons: Indices) -> Indices:
+        """Return the positions of some neurons: int64, a neuron's block after another's, in the order given."""
+        places = neurons if self.order is None else np.asarray(self.order, dtype=np.int64)[neurons]
+        starts = self.offset + places * self.block
+        return starts if self.block == 1 else (starts[:, None] + np.arange(self.block)).reshape(-1)
 
 
 @dataclass(frozen=True)
 class Group:
-    """A set of `size` interchangeable hidden neurons and every place where they live."""
+    """A set of `size` interchangeable hidden neurons and every place where they live.
+
+    Attributes:
+        name: The module that holds them.
+        size: How many they are.
+        slots: Where they live.
+        kind: What they are, for a person: "hidden units", "attention heads, 64 wide".
+        residual: Whether they are channels of a residual stream.
+        outgoing: (tensor, dim) over which the network sums the neurons' outputs: zeros there mask a neuron.
+        scaled: Those of them that do nothing else, so that a factor on them is a factor on the outputs.
+        modules: Where the neurons are whole modules (residual blocks): their paths; there are no slots then.
+    """
 
     name: str
     size: int
     slots: tuple[Slot, ...]
+    kind: str = "hidden units"
+    residual: bool = False
+    outgoing: frozenset[tuple[str, int]] = frozenset()
+    scaled: frozenset[tuple[str, int]] = frozenset()
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,14 +91,42 @@ def tensor_specs(module: nn.Module, with_statistics: bool) -> dict[str, TensorSp
             a merge (the subnets that made them are gone), so normally they neither travel nor merge.
 
     Returns:
-        Name to spec, in the order of the module's `state_dict`.
+        Name to spec, in the order of the module's `state_dict`; a tied tensor under its first name only.
     """
     skipped = set() if with_statistics else set(statistics_names(module))
+    first: dict[int, str] = {}
     return {
         name: TensorSpec(tuple(tensor.shape), tensor.dtype)
-        for name, tensor in module.state_dict().items()
-        if name not in skipped
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if first.setdefault(id(tensor), name) == name and name not in skipped
     }
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name; a tied one under its first name only."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def constant_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that a network needs and `state_dict` leaves out.
+
+    They are buffers that are not persistent, and tensors that are plain attributes of modules.
+    """
+    saved = set(module.state_dict())
+    constants = {name: buffer for name, buffer in module.named_buffers() if name not in saved}
+    for path, child in module.named_modules():
+        plain = {name: value for name, value in vars(child).items() if isinstance(value, Tensor)}
+        constants |= {f"{path}.{name}" if path else name: value for name, value in plain.items()}
+    return constants
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """Return a copy of a network without values; tied parameters stay tied."""
+    memo: dict[int, object] = {}
+    for tensor in [*module.parameters(), *module.buffers(), *constant_tensors(module).values()]:
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, memo)
 
 
 def statistics_names(module: nn.Module) -> list[str]:
@@ -90,7 +146,7 @@ def check_groups(groups: Sequence[Group], tensors: Mapping[str, TensorSpec | Ten
     Raises:
         ModelError: A slot names a tensor or positions that are not there, or two slots overlap.
     """
-    taken: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
+    taken: dict[tuple[str, int], NDArray[np.bool_]] = {}
     for group in groups:
         if group.size < 1:
             raise ModelError(f"group '{group.name}' has {group.size} neurons: expected at least one")
@@ -98,16 +154,17 @@ def check_groups(groups: Sequence[Group], tensors: Mapping[str, TensorSpec | Ten
             if slot.tensor not in tensors:
                 raise ModelError(f"group '{group.name}': the network has no tensor '{slot.tensor}'")
             shape = tuple(tensors[slot.tensor].shape)
-            end = slot.offset + slot.block * group.size
-            if slot.dim >= len(shape) or slot.offset < 0 or slot.block < 1 or end > shape[slot.dim]:
+            if slot.order is not None and len(slot.order) != group.size:
+                raise ModelError(f"group '{group.name}': a slot orders {len(slot.order)} of its {group.size} neurons")
+            places = slot.positions(np.arange(group.size)) if slot.block >= 1 else np.array([-1])
+            if slot.dim >= len(shape) or places.min() < 0 or places.max() >= shape[slot.dim]:
                 raise ModelError(
-                    f"group '{group.name}': positions {slot.offset} to {end} of dim {slot.dim} are not within "
-                    f"'{slot.tensor}' of shape {shape}"
+                    f"group '{group.name}': positions {places.min()} to {places.max()} of dim {slot.dim} are not "
+                    f"within '{slot.tensor}' of shape {shape}"
                 )
-            spans = taken.setdefault((slot.tensor, slot.dim), [])
-            for start, stop, other in spans:
-                if slot.offset < stop and start < end:
-                    raise ModelError(
-                        f"groups '{other}' and '{group.name}' overlap in dim {slot.dim} of '{slot.tensor}'"
-                    )
-            spans.append((slot.offset, end, group.name))
+            used = taken.setdefault((slot.tensor, slot.dim), np.zeros(shape[slot.dim], bool))
+            if used[places].any() or len(np.unique(places)) != len(places):
+                raise ModelError(
+                    f"group '{group.name}' overlaps another group, or itself, in dim {slot.dim} of '{slot.tensor}'"
+                )
+            used[places] = True

@@ -228,7 +228,7 @@ class RankWorker:
         self._number = membership.rank - (membership.world_size - job.config.train.workers)
         self._worker = Worker(job, self._number, membership.device)
         self._channel = Channel(membership, Meter())
-        self._message = Message(job.layout(self._number), membership.device)
+        self._message = Message(job.layout(self._number, 0), membership.device)
 
     def train_round(self, round_number: int) -> None:
         """Receive a subnet, train it, send it back.
@@ -236,8 +236,12 @@ class RankWorker:
         Raises:
             PoolError: The coordinator is gone, or sent something else than this round's subnet.
         """
+        if not self._job.is_fixed:
+            layout = self._job.layout(self._number, round_number)
+            if layout != self._message.layout:
+                self._message = Message(layout, self._message.flat.device)
         message = self._message
-        incoming = message.flat[: message.layout.end_of(self._job.sent_names(round_number))]
+        incoming = message.flat[: message.layout.end_of(self._job.sent_names(message.layout, round_number))]
         gone = f"worker {self._number} lost the coordinator (rank 0) in round {round_number}"
         _wait(self._channel.receive([(0, self._number, incoming)]), gone)
         self._channel.finish(self._number, incoming)

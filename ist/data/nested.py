@@ -1,0 +1,66 @@
+"""Inputs and outputs of networks: a tensor, or tensors in tuples, lists, mappings and data classes.
+
+A network's input is given to its forward as it is if it is a tensor, as positional arguments if it is a
+tuple or a list, and as keyword arguments if it is a mapping.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ist.errors import DataError
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield every tensor in a nested value, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors_in(getattr(value, field.name))
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return a nested value with its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(moved(item, device) for item in value)
+    return value
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """Return the outputs of a network for one input of a data set."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def scores(outputs: Any) -> Tensor:
+    """Return the tensor that a loss or a metric looks at: the outputs, or their `logits`.
+
+    Raises:
+        DataError: The outputs hold neither.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if found is None and isinstance(outputs, tuple | list) and outputs and isinstance(outputs[0], Tensor):
+        found = outputs[0]
+    if not isinstance(found, Tensor):
+        raise DataError(
+            f"the network returns a {type(outputs).__name__} without 'logits': give a loss function that takes it as "
+            "it is (train.loss, 'package.module:function')"
+        )
+    return found

@@ -1,0 +1,168 @@
+"""Where the labels of activations meet the positions of parameters and buffers.
+
+A parameter is followed through transposes, slices and reshapes as a *view*: for each of its dims, a
+tensor that tells at which position of that dim each element of the view lies. When an operator joins the
+view with labelled activations, the labels reach the positions: every (tensor, dim, position) has a
+label of its own, its *atom*.
+
+Where it sits: `ist/groups/combine.py` calls `use`; `ist/groups/neurons.py` reads the atoms.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ist.groups.labels import FREE, FROZEN, Activation, Labels, Shape
+
+MOST_ELEMENTS = 1 << 22
+"""A parameter with more elements than this is not followed element by element: it is left whole."""
+
+
+class ParameterView(NamedTuple):
+    """Elements of one parameter or buffer.
+
+    Attributes:
+        name: The tensor.
+        planes: For each dim of it that is still known, the positions of the view's elements: int64, of the
+            view's shape, expanded (stride 0) where they do not vary.
+        shape: The view's shape.
+    """
+
+    name: str
+    planes: dict[int, Tensor]
+    shape: Shape
+
+    def axes(self, dim: int) -> set[int]:
+        """Return the view's axes along which the position in `dim` varies."""
+        plane = self.planes[dim]
+        return {axis for axis, size in enumerate(plane.shape) if size > 1 and plane.stride(axis) != 0}
+
+    @property
+    def extents(self) -> set[int]:
+        """Axes along which the view holds different elements."""
+        return {axis for dim in self.planes for axis in self.axes(dim)}
+
+
+class _Table(NamedTuple):
+    """Labels of a parameter that depend on several dims at once; settled when all is known."""
+
+    name: str
+    dims: tuple[int, ...]
+    labels: Tensor
+
+
+class Atoms:
+    """A label for every position of every dim of every parameter and buffer."""
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels = labels
+        self.of: dict[tuple[str, int], Tensor] = {}
+        self.outgoing: set[tuple[str, int]] = set()
+        self.incoming: set[tuple[str, int]] = set()
+        self._tables: list[_Table] = []
+
+    def view(self, name: str, shape: Shape) -> ParameterView:
+        """Register a parameter or buffer, and return the view of all of it."""
+        planes = {}
+        for dim, size in enumerate(shape):
+            if (name, dim) not in self.of:
+                self.of[name, dim] = self.labels.fresh(size)
+            planes[dim] = torch.arange(size).view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+        return ParameterView(name, planes, shape)
+
+    def freeze(self, view: ParameterView, dims: Iterable[int] | None = None) -> None:
+        """Let every worker hold all positions of the given dims (default: all dims)."""
+        for dim in view.planes if dims is None else dims:
+            self.labels.freeze(self.of[view.name, dim])
+
+    def freeze_along(self, view: ParameterView, axes: Iterable[int]) -> None:
+        """Freeze the dims that vary along some axes of the view: something mixes along them."""
+        self.freeze(view, [dim for dim in view.planes if view.axes(dim) & set(axes)])
+
+    def use(self, view: ParameterView, labels: Tensor, axes: Iterable[int], outgoing: bool = False) -> None:
+        """Join the positions of a view with the labels of activations.
+
+        Args:
+            view: What is used.
+            labels: Labels that broadcast to the view's shape.
+            axes: The view's axes that this is about; dims that vary only along others are not concerned.
+            outgoing: Whether the labels are summed over, weighted by the parameter: then zeros there mask a neuron.
+        """
+        wanted, core = set(axes), self.labels.roots(labels)
+        varying = {axis for axis, size in enumerate(core.shape) if size > 1}
+        concerned = [dim for dim in view.planes if view.axes(dim) & wanted]
+        torn = [dim for dim in concerned if not view.axes(dim) <= wanted]
+        if torn:
+            self.freeze(view, concerned)
+            self.labels.freeze(core)
+            return
+        held = [dim for dim in concerned if view.axes(dim) & varying]
+        self.freeze(view, [dim for dim in concerned if dim not in held])
+        if not held:
+            self.labels.freeze(core) if concerned and not varying else None
+            return
+        met = self.outgoing if outgoing else self.incoming
+        met |= {(view.name, dim) for dim in held}
+        if len(held) == 1:
+            plane = _at(view.planes[held[0]], view.axes(held[0]) | varying)
+            self.labels.join(self.of[view.name, held[0]][plane], core)
+        else:
+            self._tabulate(view, tuple(held), core, varying)
+
+    def as_activation(self, view: ParameterView) -> Activation:
+        """Return the labels of a parameter that is used like an activation."""
+        spread = [dim for dim in view.planes if view.axes(dim)]
+        if len(spread) == 1:
+            plane = _at(view.planes[spread[0]], view.axes(spread[0]))
+            return self.labels.activation(self.of[view.name, spread[0]][plane].expand(view.shape))
+        if torch.Size(view.shape).numel() > MOST_ELEMENTS or not spread:
+            self.freeze(view)
+            return self.labels.constant(view.shape, FROZEN)
+        fresh = self.labels.fresh(*[size if axis in view.extents else 1 for axis, size in enumerate(view.shape)])
+        self._tabulate(view, tuple(spread), fresh, view.extents)
+        return Activation(fresh, view.shape)
+
+    def settle(self) -> bool:
+        """Give each parameter with labels along several dims one dim along which it is cut; return whether any changed.
+
+        A cut is along whole rows or columns, so labels that differ along several dims are joined along all but the
+        outermost.
+        """
+        changed = False
+        for table in self._tables:
+            roots = self.labels.roots(table.labels)
+            if bool((roots == FREE).any()):
+                self.labels.freeze(roots)
+            value = self.labels.activation(roots)
+            if len(value.varying) > 1:
+                changed = True
+                value = self.labels.join_along(value, sorted(value.varying)[1:])
+            for axis, dim in enumerate(table.dims):
+                core = value.core if axis in value.varying else torch.full([1], FROZEN)
+                atoms = self.of[table.name, dim]
+                before = self.labels.roots(atoms)
+                self.labels.join(atoms, core.reshape(-1))
+                changed = changed or not torch.equal(before, self.labels.roots(atoms))
+        return changed
+
+    def _tabulate(self, view: ParameterView, dims: tuple[int, ...], core: Tensor, axes: set[int]) -> None:
+        sizes = [len(self.of[view.name, dim]) for dim in dims]
+        keep = axes | {axis for dim in dims for axis in view.axes(dim)}
+        spread = [*[_at(view.planes[dim], keep) for dim in dims], core]
+        shape = np.broadcast_shapes(*[tensor.shape for tensor in spread])
+        *indices, labels = [tensor.expand(shape).reshape(-1) for tensor in spread]
+        table = torch.full(sizes, FREE)
+        table[tuple(indices)] = labels
+        self.labels.join(table[tuple(indices)], labels)  # where several labels fell on one element
+        self._tables.append(_Table(view.name, dims, table))
+
+
+def _at(plane: Tensor, axes: set[int]) -> Tensor:
+    """The plane at position 0 of every axis but the given ones."""
+    for axis in range(plane.ndim):
+        if axis not in axes:
+            plane = plane.narrow(axis, 0, min(1, plane.shape[axis]))
+    return plane

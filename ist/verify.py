@@ -1,0 +1,210 @@
+"""Check, before anything is trained, that a narrow network computes what the masked whole one does.
+
+Identity 2 of the method: a subnet's outputs, and its gradients, are those of the whole network with every
+other neuron's outgoing weights set to zero. Groups are inferred from a run of the network, and narrow
+networks are made by changing attributes of modules, so this is checked on the example for the shares of the
+first round and for the smallest cut; a network for which it does not hold is refused.
+
+Where it sits: `ist/worker.py` calls it when a run is rehearsed.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ist.data.nested import call_model, moved, tensors_in
+from ist.errors import ModelError
+from ist.groups import Group, TensorSpec, named_tensors
+from ist.groups.trace import comparable, without_inner_dropout
+from ist.job import Job
+from ist.narrow import NarrowPlan, Skip, along, bind
+from ist.rng import Indices, Purpose, torch_seed
+from ist.subnet import Cut, cut_specs, extract, positions
+
+MOST_FOR_DOUBLE = 100_000_000
+"""Networks with more parameters are compared in their own precision: in float64 they would take much memory."""
+
+TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}
+"""Largest difference, relative to the largest value. Some networks compute in float32 whatever they are given; a
+wrong cut is wrong by the order of the values themselves."""
+
+
+def verify_cuts(job: Job) -> None:
+    """Check the first round's largest and smallest share, and the smallest cut of all.
+
+    Costs the memory of two whole networks for a moment; changes nothing.
+
+    Raises:
+        ModelError: A narrow network fails, or computes something else than the masked whole network.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch_seed(job.config.seed, Purpose.TRAINING))
+        whole, example = _in_double(job)
+        for neurons in _shares(job):
+            verify_cut(job, whole, example, neurons)
+
+
+def verify_cut(job: Job, whole: nn.Module, example: object, neurons: Sequence[Indices]) -> None:
+    """Check one cut of a whole network with values; see `verify_cuts`.
+
+    Args:
+        job: The run.
+        whole: The whole network with the values to compare with, on the CPU; left as it was.
+        example: Inputs of a batch, of the network's precision.
+        neurons: For each group, the neurons that are held.
+
+    Raises:
+        ModelError: They differ.
+    """
+    precision = next(p.dtype for p in whole.parameters() if p.is_floating_point())
+    narrow = job.narrow(neurons, torch.device("cpu")).to(precision)
+    cut = positions(job.groups, job.everything, neurons)
+    state = {name: tensor.detach().contiguous() for name, tensor in named_tensors(whole).items() if name in cut}
+    part = {
+        name: torch.empty(spec.shape, dtype=state[name].dtype) for name, spec in _part_specs(job, cut, state).items()
+    }
+    extract(state, cut, into=part)
+    bind(narrow, part)
+    plan = job.plan_for(neurons)
+    masked = _masked(job, whole, plan, cut, neurons)
+    try:
+        found, gradients = _outputs_and_gradients(narrow, example)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"{_held(job.groups, neurons)}: a narrow network of this class fails: {reason}. {_ADVICE}"
+        ) from error
+    expected, whole_gradients = _outputs_and_gradients(masked, example)
+    tolerance = TOLERANCE.get(precision, 1e-2)
+    for number, (theirs, ours) in enumerate(zip(expected, found, strict=True)):
+        _compare(f"output {number}", theirs, ours, tolerance, 0.0, job.groups, neurons)
+    # Gradients that vanish are rounding errors of those that do not.
+    largest = max((float(gradient.abs().max()) for gradient in whole_gradients.values()), default=0.0)
+    for name, ours in gradients.items():
+        missing = torch.zeros(job.everything[name].shape, dtype=ours.dtype)
+        expected_part = torch.empty_like(ours)
+        extract({name: whole_gradients.get(name, missing).contiguous()}, {name: cut[name]}, into={name: expected_part})
+        if name in plan.scales:  # the derivative of w * scale
+            dim, scale = plan.scales[name]
+            expected_part *= along(scale, dim, expected_part)
+        _compare(f"the gradient of '{name}'", expected_part, ours, tolerance, largest, job.groups, neurons)
+
+
+_ADVICE = (
+    "Its forward depends on a number that could not be narrowed. Name the attribute that holds it (partition.sizes), "
+    "or share these neurons (partition.exclude); docs/groups.md tells how"
+)
+
+
+def moved_to_precision(example: object, double: bool) -> object:
+    """Return inputs in float64, where they are floats and `double` is set."""
+    if isinstance(example, Tensor):
+        return example.double() if double and example.is_floating_point() else example
+    if isinstance(example, dict):
+        return {key: moved_to_precision(item, double) for key, item in example.items()}
+    if isinstance(example, tuple | list):
+        return type(example)(moved_to_precision(item, double) for item in example)
+    return moved(example, torch.device("cpu"))
+
+
+def _in_double(job: Job) -> tuple[nn.Module, object]:
+    """Return a whole network to compare with and its inputs: in float64 if it is not too large and can compute so."""
+    whole = job.build_copy()
+    _disturb(whole)
+    if sum(p.numel() for p in whole.parameters()) <= MOST_FOR_DOUBLE:
+        double, example = copy.deepcopy(whole).double(), moved_to_precision(job.example, double=True)
+        try:
+            _outputs_and_gradients(copy.deepcopy(double), example)
+        except (RuntimeError, ValueError, TypeError):
+            return whole, job.example
+        return double, example
+    return whole, job.example
+
+
+def _shares(job: Job) -> Iterator[Sequence[Indices]]:
+    shares = job.neurons(0)
+    yield shares[0]
+    if len(shares) > 1:
+        yield shares[-1]
+        yield [np.array([group.size // 2]) for group in job.groups]
+
+
+def _disturb(module: nn.Module) -> None:
+    """Move every parameter away from special values: a scale that starts at 0 would hide what is behind it."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                size = parameter.square().mean().sqrt()
+                parameter.add_(torch.randn_like(parameter) * torch.where(size > 0, size / 4, 0.1))
+
+
+def _masked(job: Job, whole: nn.Module, plan: NarrowPlan, cut: Cut, neurons: Sequence[Indices]) -> nn.Module:
+    """The whole network with the outgoing weights of all other neurons set to zero: the oracle of a subnet."""
+    masked = copy.deepcopy(whole)
+    for path in plan.absent:
+        parent, _, name = path.rpartition(".")
+        setattr(masked.get_submodule(parent), name, Skip())
+    tensors = dict(masked.named_parameters())
+    with torch.no_grad():
+        for group, held in zip(job.groups, neurons, strict=True):
+            others = np.setdiff1d(np.arange(group.size), held)
+            for slot in group.slots:
+                if (slot.tensor, slot.dim) in group.outgoing and slot.tensor in tensors:
+                    places = torch.from_numpy(np.sort(slot.positions(others)))
+                    tensors[slot.tensor].index_fill_(slot.dim, places, 0)
+        for tensor, (dim, scale) in plan.scales.items():
+            kept = cut[tensor][dim]
+            index = torch.from_numpy(kept) if kept is not None else torch.arange(tensors[tensor].shape[dim])
+            part = tensors[tensor].index_select(dim, index)
+            tensors[tensor].index_copy_(dim, index, part * along(scale, dim, part))
+    return masked
+
+
+def _part_specs(job: Job, cut: Cut, state: dict[str, Tensor]) -> dict[str, TensorSpec]:
+    return cut_specs({name: job.everything[name] for name in state}, cut)
+
+
+def _outputs_and_gradients(module: nn.Module, example: object) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Run a network, and differentiate a fixed random combination of its outputs."""
+    without_inner_dropout(module).train()
+    with comparable():
+        outputs = [t for t in tensors_in(call_model(module, example)) if t.is_floating_point()]
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in outputs]
+        total = torch.stack([(t * w).sum() for t, w in zip(outputs, weights, strict=True) if t.requires_grad]).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return [t.detach() for t in outputs], gradients
+
+
+def _compare(
+    what: str,
+    expected: Tensor,
+    found: Tensor,
+    tolerance: float,
+    largest: float,
+    groups: Sequence[Group],
+    neurons: Sequence[Indices],
+) -> None:
+    if expected.shape != found.shape:
+        difference = f"has the shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
+    else:
+        size = float(expected.abs().max()) if expected.numel() else 0.0
+        error = float((expected - found).abs().max()) if expected.numel() else 0.0
+        if error <= tolerance * max(size, largest / 10) + 1e-12:
+            return
+        difference = f"differs by {error:.2g}, where values are up to {size:.2g}"
+    raise ModelError(
+        f"{_held(groups, neurons)}: a narrow network of this class computes something else than the masked whole one: "
+        f"{what} {difference}. {_ADVICE}"
+    )
+
+
+def _held(groups: Sequence[Group], neurons: Sequence[Indices]) -> str:
+    """Name what was held in a cut."""
+    shares = [f"{len(held)} of {group.size} in '{group.name}'" for group, held in zip(groups, neurons, strict=True)]
+    return "neurons " + ", ".join(shares[:3]) + (", ..." if len(shares) > 3 else "")

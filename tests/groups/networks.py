@@ -1,0 +1,247 @@
+"""Small networks of many kinds, with what their groups must be."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+
+
+@dataclass(frozen=True)
+class Case:
+    build: Callable[[], nn.Module]
+    example: Any
+    groups: dict[str, int]  # name: number of neurons
+    residual: bool = False
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first = nn.Conv2d(8, 7, 3, padding=1)
+        self.norm = nn.BatchNorm2d(7)
+        self.second = nn.Conv2d(7, 8, 3, padding=1)
+        self.head = nn.Linear(8 * 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.second(self.norm(self.first(x)).relu())
+        return self.head(F.max_pool2d(x, 2).flatten(1))
+
+
+class Dense(nn.Module):
+    """Concatenates, as DenseNets and U-Nets do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(9, 4, 3, padding=1)
+        self.norm, self.last = nn.BatchNorm2d(13), nn.Conv2d(13, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, self.first(x).relu()], dim=1)
+        x = torch.cat([x, self.second(x).relu()], dim=1)
+        return self.last(self.norm(x)).mean((2, 3))
+
+
+class Flipped(nn.Module):
+    """Data movement that elementwise reasoning gets wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.last = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(6, 5, 3)
+        self.fc, self.out = nn.Linear(5 * 36, 10), nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.last(F.pixel_shuffle(self.up(x), 2)[:, :, ::2, ::2].flip(1))
+        return self.out(self.fc(x.flatten(1)).tanh().flip(1))
+
+
+class Heads(nn.Module):
+    """Attention with grouped queries, with a number of heads in its forward."""
+
+    def __init__(self, width: int = 20, heads: int = 6, kv_heads: int = 3, head_dim: int = 4) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv, self.head_dim = heads, kv_heads, head_dim
+        self.q, self.k, self.v = (nn.Linear(width, n * head_dim) for n in (heads, kv_heads, kv_heads))
+        self.norm, self.out = nn.LayerNorm(head_dim), nn.Linear(heads * head_dim, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q = self.norm(self.q(x).view(b, t, self.num_heads, self.head_dim)).transpose(1, 2)
+        k, v = (p(x).view(b, t, self.num_kv, self.head_dim).transpose(1, 2) for p in (self.k, self.v))
+        k, v = (z.repeat_interleave(2, dim=1) for z in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).reshape(b, t, self.num_heads * self.head_dim))
+
+
+class Fused(nn.Module):
+    """A fused projection whose split size is an attribute, rotary positions in a buffer, and a gated feed-forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.split_size = 4, 24
+        self.qkv, self.proj = nn.Linear(12, 72), nn.Linear(24, 12)
+        self.gate_up, self.down = nn.Linear(12, 30), nn.Linear(15, 12)
+        self.norm = nn.LayerNorm(12)
+        self.register_buffer("angles", torch.linspace(0, 1, 3), persistent=False)
+        self.slopes = torch.tensor(0.5)  # a plain attribute
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        q, k, v = (
+            z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in self.qkv(x).split(self.split_size, dim=-1)
+        )
+        q, k = self.rotate(q), self.rotate(k)
+        y = (q @ k.transpose(-2, -1) / 6**0.5 - self.slopes).softmax(-1) @ v
+        x = x + self.proj(y.transpose(1, 2).flatten(-2))
+        gate, up = self.gate_up(self.norm(x)).chunk(2, dim=-1)
+        return {"states": x + self.down(F.silu(gate) * up)}
+
+    def rotate(self, x: Tensor) -> Tensor:
+        angle = torch.arange(x.shape[2], device=x.device)[:, None] * self.angles
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
+
+
+class Oddities(nn.Module):
+    """Tied and shared weights, an unused one, one outside any module, several inputs, several outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 9)
+        self.shared = nn.Linear(9, 14)
+        self.back = nn.Linear(14, 9)
+        self.unused = nn.Linear(7, 6)
+        self.scale = nn.Parameter(torch.ones(14))
+        self.table = nn.Parameter(torch.ones(5, 14))
+        self.decode = nn.Linear(9, 11)
+        self.decode.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor, extra: Tensor) -> tuple[Tensor, list[Tensor]]:
+        x = self.embed(tokens) + extra
+        first = self.back((self.shared(x) * self.scale + self.table).relu())
+        second = self.back(self.shared(first) * self.scale)
+        return self.decode(second), [first.mean()]
+
+
+class TiedAutoencoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Linear(12, 8)
+        self.bias = nn.Parameter(torch.zeros(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.encode(x).relu(), self.encode.weight.t(), self.bias)
+
+
+class Experts(nn.Module):
+    """A dense mixture: weights of all experts in one tensor, a product for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(8, 3)
+        self.up, self.down = nn.Parameter(torch.randn(3, 8, 10)), nn.Parameter(torch.randn(3, 10, 8))
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = torch.bmm(torch.bmm(x.expand(3, *x.shape), self.up).relu(), self.down)
+        return self.out((each * self.router(x).softmax(-1).t().unsqueeze(-1)).sum(0))
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.cell = kind(6, 7, num_layers=2, batch_first=True, **options)
+        self.out = nn.Linear(14 if options.get("bidirectional") else 7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cell(x)[0][:, -1])
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 4, **options)
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.out(self.attention(x, context, context, need_weights=False)[0])
+
+
+class NonContiguous(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(12, 9, bias=False), nn.Linear(9, 5)
+        self.first.weight = nn.Parameter(torch.randn(12, 9).t())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu())
+
+
+class Graph(nn.Module):
+    """Messages along edges given by index tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 9), nn.Linear(9, 4)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        for number, layer in enumerate([self.first, self.second]):
+            message = layer(x)[edges[0]]
+            x = torch.zeros(len(x), message.shape[1], dtype=x.dtype).index_add_(0, edges[1], message)
+            x = x.relu() if number == 0 else x
+        return x
+
+
+IMAGE, TOKENS = rand(2, 3, 8, 8), rand(2, 5, 12)
+
+CASES: dict[str, Case] = {
+    "residual": Case(Residual, IMAGE, {"first": 7}),
+    "residual, all of it": Case(Residual, IMAGE, {"stem": 8, "first": 7}, residual=True),
+    "dense": Case(Dense, IMAGE, {"first": 6, "second": 4}),
+    "flips and pixel shuffle": Case(Flipped, IMAGE, {"up": 6, "last": 5, "fc": 10}),
+    "depthwise and grouped": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 6, 1), nn.Conv2d(6, 12, 3, groups=6), nn.Conv2d(12, 12, 3, groups=4), nn.ReLU(),
+            nn.Conv2d(12, 5, 1),
+        ),
+        IMAGE,
+        {"0": 2},  # a group of the third convolution takes in three groups of the second
+    ),
+    "group norm": Case(
+        lambda: nn.Sequential(nn.Conv2d(3, 12, 3), nn.GroupNorm(4, 12), nn.SiLU(), nn.Flatten(), nn.Linear(432, 5)),
+        IMAGE,
+        {"0": 4},
+    ),
+    "transposed": Case(
+        lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.ConvTranspose2d(6, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 3, 3)),
+        IMAGE,
+        {"0": 6, "1": 8},
+    ),
+    "grouped queries": Case(Heads, rand(2, 5, 20), {"0": 3}),
+    "fused": Case(Fused, {"x": TOKENS}, {"0": 4, "1": 15}),
+    "encoder layer": Case(
+        lambda: nn.TransformerEncoderLayer(12, 3, 20, dropout=0.2, batch_first=True), TOKENS, {"self_attn": 3, "1": 20}
+    ),
+    "cross attention": Case(lambda: CrossAttention(batch_first=True), (TOKENS, TOKENS[:, :3]), {"0": 4, "1": 12}),
+    "cross attention, own widths": Case(
+        lambda: CrossAttention(kdim=6, vdim=6, bias=False), (rand(5, 2, 12), rand(3, 2, 6)), {"0": 4, "1": 12}
+    ),
+    "oddities": Case(
+        Oddities, (torch.tensor([[1, 2, 3, 4, 5], [2, 3, 4, 5, 6]]), rand(2, 5, 9)), {"shared": 14}
+    ),
+    "tied autoencoder": Case(TiedAutoencoder, rand(3, 12), {"encode": 8}),
+    "experts": Case(Experts, rand(4, 8), {"0": 10, "1": 8}),
+    "LSTM": Case(lambda: Recurrent(nn.LSTM), rand(2, 4, 6), {"cell": 7, "cell#2": 7}),
+    "GRU, both ways": Case(
+        lambda: Recurrent(nn.GRU, bidirectional=True), rand(2, 4, 6), {"cell": 7, "cell#2": 7, "cell#3": 7, "cell#4": 7}
+    ),
+    "not contiguous": Case(NonContiguous, rand(3, 12), {"first": 9}),
+    "graph": Case(Graph, (rand(5, 6), torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 0]])), {"first": 9}),
+}  # fmt: skip
