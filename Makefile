@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check format system-test benchmark clean
+.PHONY: help setup demo test check format system-test benchmark zoo clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,11 @@ check: $(READY)  ## Run the linter, the formatter's check and the type checker
 format: $(READY)  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# timm and Torch-Pruning would bring torchvision along, which these networks do not need.
+zoo: $(READY)  ## Check which architectures can be split, beside Torch-Pruning (half an hour)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps timm torch-pruning
+	$(BIN)/python -m benchmarks.model_zoo
 
 benchmark: $(READY)  ## Measure overhead and accuracy (half an hour)
 	$(BIN)/python -m benchmarks.overhead

@@ -59,6 +59,7 @@ def train(
     resume: bool = False,
     seed: int = 0,
     progress: bool = True,
+    partition: Mapping[str, Any] | None = None,
     train_options: Mapping[str, Any] | None = None,
     evaluate_options: Mapping[str, Any] | None = None,
     pool_options: Mapping[str, Any] | None = None,
@@ -69,10 +70,12 @@ def train(
     every process calls this function and is one of the workers; rank 0 ends up with the network.
 
     Args:
-        model: An `nn.Sequential` of Linear, BatchNorm1d, activations and Dropout; trained in place.
-        data: Pairs (input, target); dealt to the workers.
-        loss: Name of a function of torch.nn.functional, or any mean loss of (outputs, targets).
-        workers: How many subnets a round; at most the width of the narrowest hidden layer.
+        model: Any network; trained in place. Its neuron groups are found by running it once on two inputs of `data`.
+        data: Pairs (input, target); dealt to the workers. An input that is a tuple gives positional arguments, one
+            that is a mapping gives keyword arguments.
+        loss: Name of a function of torch.nn.functional, applied to the outputs or to their `logits`; or any mean loss
+            of (outputs, targets).
+        workers: How many subnets a round; at most the size of the smallest group.
         local_steps: Optimiser steps of a worker in a round.
         rounds: Length of the run; give this or `epochs`.
         epochs: Length of the run in passes over the data.
@@ -87,6 +90,7 @@ def train(
         resume: Go on from the newest checkpoint in `run_dir`, with the same arguments as before.
         seed: Seed of everything random but the network's initial weights, which are `model`'s.
         progress: Whether to show progress on stderr.
+        partition: How neurons are dealt: keys of the section `partition`, such as {"exclude": ["layers.0.*"]}.
         train_options: Further keys of the section `train` of a configuration, see `ist keys`.
         evaluate_options: Keys of the section `evaluate`.
         pool_options: Keys of the section `pool`.
@@ -123,6 +127,7 @@ def train(
                 "schedule": {"name": schedule, "args": dict(schedule_args or {})} if schedule else None,
                 **(train_options or {}),
             },
+            "partition": dict(partition or {}),
             "evaluate": {"metric": _metric(test_data), **(evaluate_options or {})},
             "pool": {
                 "kind": ("torchrun" if is_launched() else "inline") if pool == "auto" else pool,

@@ -114,6 +114,11 @@ class Partition(Section):
         default_factory=list,
         description="patterns (*, ?) of names of groups that are not split: all workers share them",
     )
+    sizes: dict[Pattern, dict[str, str]] = Field(
+        default_factory=dict,
+        description="for modules whose narrow widths are not found: pattern of module paths, then integer attribute, "
+        "then the module's tensor in proportion to which it shrinks: {'blocks.*.attn': {num_heads: qkv.weight}}",
+    )
     blocks: list[Pattern] = Field(
         default_factory=list,
         description="strategy blocks: patterns of paths of the modules to deal out, such as ['layer3.*']",

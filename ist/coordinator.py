@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ist import optim
+from ist.blocks import scaled_blocks
 from ist.errors import DivergedError, WorkerLostError
 from ist.evaluate import Metrics, evaluate, reestimate_statistics, statistics_batches
 from ist.job import Job
@@ -162,7 +163,8 @@ def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None
         batches = statistics_batches(
             job.train_data, config.evaluate.batch_size, config.evaluate.statistics_batches, config.seed, device
         )
-        reestimate_statistics(model, batches)
+        with scaled_blocks(model, job.block_scales):
+            reestimate_statistics(model, batches)
 
 
 def evaluate_whole(job: Job, model: nn.Module, device: torch.device) -> Metrics:
@@ -170,14 +172,9 @@ def evaluate_whole(job: Job, model: nn.Module, device: torch.device) -> Metrics:
     config = job.config
     assert job.test_data is not None
     refresh_statistics(job, model, device)
-    return evaluate(
-        model,
-        job.test_data,
-        job.loss,
-        config.evaluate.batch_size,
-        device,
-        config.evaluate.metric == "accuracy",
-    )
+    accuracy = config.evaluate.metric == "accuracy"
+    with scaled_blocks(model, job.block_scales):
+        return evaluate(model, job.test_data, job.loss, config.evaluate.batch_size, device, accuracy)
 
 
 class Coordinator:

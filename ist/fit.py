@@ -35,7 +35,7 @@ def fitting_groups(
     Raises:
         ModelError: None of them can.
     """
-    if _failure(groups, runs) is None:
+    if any(group.modules for group in groups) or _failure(groups, runs) is None:
         return tuple(groups)
     alike: dict[str, list[Group]] = {}
     for group in groups:  # the same part of every layer mostly fails in all of them

@@ -31,7 +31,7 @@ from ist.groups.select import split_groups
 from ist.groups.trace import try_out
 from ist.losses import LOSSES
 from ist.models import MODELS
-from ist.narrow import NarrowPlan, input_scales, narrow_module
+from ist.narrow import NarrowPlan, declared_sizes, input_scales, narrow_module
 from ist.partition import Assignment, assign, check_workers, is_disjoint, sizes_vary
 from ist.pool.wire import Layout, layout_of
 from ist.registry import call, resolve
@@ -135,6 +135,16 @@ class Job:
         """Return a whole network with its initial weights, on the CPU, that is nobody else's."""
         return copy.deepcopy(self.build()).cpu()
 
+    @cached_property
+    def block_scales(self) -> dict[str, float]:
+        """Where residual blocks are dealt: for each, the share of them that a worker holds; see `scaled_blocks`."""
+        shares = self.neurons(0)[0]
+        return {
+            path: len(held) / group.size
+            for group, held in zip(self.groups, shares, strict=True)
+            for path in group.modules
+        }
+
     def neurons(self, round_number: int) -> Assignment:
         """Return the neurons that each worker holds in a round, by group."""
         config = self.config
@@ -156,9 +166,11 @@ class Job:
         """
         held = {group.name: numbers for group, numbers in zip(self.groups, neurons, strict=True)}
         scaled = self.config.train.activation_scale == "width"
+        specs = cut_specs(self.everything, positions(self.groups, self.everything, neurons))
+        declared = declared_sizes(self.template, self.config.partition.sizes, self.everything, specs)
         return NarrowPlan(
-            cut_specs(self.everything, positions(self.groups, self.everything, neurons)),
-            narrow_sizes(self.found.sizes, held),
+            specs,
+            narrow_sizes([size for size in self.found.sizes if size.origin not in declared], held) | declared,
             input_scales(self.groups, neurons, self.template, self.everything) if scaled else {},
             tuple(absent_modules(self.groups, neurons)),
         )
@@ -247,7 +259,6 @@ def make_job(
     if config.method == "ist":
         found = find_neurons(template, example, build)
         groups = split_groups(found, template, config.partition)
-        check_workers(groups, train.workers, config.partition)
     model_specs = tensor_specs(template, with_statistics=train.running_statistics == "carried")
     parameters = {name: model_specs[name] for name, p in template.named_parameters() if p.requires_grad}
     if not parameters:
@@ -264,15 +275,17 @@ def make_job(
         loss=loss,
         example=example,
         found=found,
-        groups=optim.carried_groups(slots, groups, parameters),
+        groups=groups,
         model_specs=model_specs,
         state_slots=slots,
         state_specs=optim.carried_specs(slots, parameters),
         dealing=dealing,
         settings=[],
     )
-    if groups and train.workers > 1:
-        job = replace(job, groups=optim.carried_groups(slots, fitting_groups(groups, job.try_out), parameters))
+    if config.method == "ist":
+        groups = fitting_groups(groups, job.try_out) if groups and train.workers > 1 else groups
+        check_workers(groups, train.workers, config.partition)
+        job = replace(job, groups=optim.carried_groups(slots, groups, parameters))
     optim.build_optimizer(train.optimizer, [nn.Parameter(torch.zeros(2, 3))])  # wrong arguments end here
     job.settings.extend(optim.schedule_settings(train.optimizer, train.schedule, job.total_steps))
     return job

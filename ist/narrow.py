@@ -7,6 +7,7 @@ Not here: masks. The masked full model is the check of a narrow one (`ist/verify
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ist.attention import with_some_heads
+from ist.errors import ConfigError, ModelError
 from ist.groups import Group, TensorSpec
 from ist.groups.sizes import Origin
 from ist.rng import Indices
@@ -143,6 +145,46 @@ def input_scales(
     return scales
 
 
+def declared_sizes(
+    template: nn.Module,
+    declared: Mapping[str, Mapping[str, str]],
+    whole: Mapping[str, TensorSpec],
+    narrow: Mapping[str, TensorSpec],
+) -> dict[Origin, int]:
+    """Return the values of the attributes that a configuration declares (partition.sizes).
+
+    Args:
+        template: The whole network.
+        declared: Pattern of module paths to attribute to the module's tensor in proportion to which it shrinks.
+        whole: The specs of the whole network's tensors.
+        narrow: Those of the narrow one.
+
+    Raises:
+        ConfigError: A pattern matches nothing, or a module has no such attribute or tensor.
+        ModelError: The proportion is no integer.
+    """
+    values: dict[Origin, int] = {}
+    for pattern, sizes in declared.items():
+        modules = {path: child for path, child in template.named_modules() if fnmatchcase(path, pattern)}
+        if not modules:
+            raise ConfigError(f"'partition.sizes' holds '{pattern}', which matches no module")
+        for path, child in modules.items():
+            for attribute, tensor in sizes.items():
+                size, name = getattr(child, attribute, None), _join(path, tensor)
+                if not isinstance(size, int) or name not in whole:
+                    missing = f"integer attribute '{attribute}'" if not isinstance(size, int) else f"tensor '{tensor}'"
+                    raise ConfigError(f"'partition.sizes': '{path}' has no {missing}")
+                if name in narrow:
+                    value, rest = divmod(size * narrow[name].nbytes, whole[name].nbytes)
+                    if rest:
+                        raise ModelError(
+                            f"'partition.sizes': {attribute} of '{path}' is {size} and '{tensor}' shrinks from "
+                            f"{whole[name].shape} to {narrow[name].shape}, which makes no integer"
+                        )
+                    values[Origin(path, attribute)] = value
+    return values
+
+
 def _by_position(
     pieces: Sequence[tuple[Indices, float]], groups: Sequence[Group], tensor: str, dim: int, size: int
 ) -> tuple[float, ...]:
@@ -204,7 +246,7 @@ def _scale(module: nn.Module, name: str, dim: int, scale: Scale) -> None:
     """Let a module read its parameter `name` multiplied along `dim`; the parameter itself stays as it is."""
     parameter = module._parameters[name]
     assert parameter is not None
-    factor = along(scale, dim, parameter.detach())
+    factor = along(scale, dim, parameter.detach().double())  # the network's precision may be changed later
 
     def scaled(self: nn.Module) -> Tensor:
         value = self._parameters[name]

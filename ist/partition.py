@@ -60,7 +60,7 @@ def check_workers(groups: Sequence[Group], num_workers: int, partition: Partitio
         if is_disjoint(partition) and group.size < num_workers:
             raise ModelError(
                 f"group '{group.name}' has {group.size} neurons, fewer than the {num_workers} workers "
-                f"(train.workers): widen it or use at most {group.size} workers"
+                f"(train.workers): widen it, use at most {group.size} workers, or share it (partition.exclude)"
             )
 
 

@@ -142,5 +142,6 @@ class RunRecorder:
             "best_accuracy": max(accuracies, default=None),
             **self._totals,
             "memory_bytes": max(record["memory_bytes"] for record in history),
+            **({"block_scales": self._job.block_scales} if self._job.block_scales else {}),
             "parameters": sum(parameter.numel() for parameter in self._job.template.parameters()),
         }

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ist.blocks import scaled_blocks
 from ist.data.nested import call_model, moved, tensors_in
 from ist.errors import ModelError
 from ist.groups import Group, TensorSpec, named_tensors
@@ -43,6 +44,8 @@ def verify_cuts(job: Job) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(job.config.seed, Purpose.TRAINING))
         whole, example = _in_double(job)
+        if job.block_scales:
+            _verify_blocks(job, whole, example)
         for neurons in _shares(job):
             verify_cut(job, whole, example, neurons)
 
@@ -69,29 +72,34 @@ def verify_cut(job: Job, whole: nn.Module, example: object, neurons: Sequence[In
     extract(state, cut, into=part)
     bind(narrow, part)
     plan = job.plan_for(neurons)
-    masked = _masked(job, whole, plan, cut, neurons)
     try:
-        found, gradients = _outputs_and_gradients(narrow, example)
+        found = _named_results(narrow, example)
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"{_held(job.groups, neurons)}: a narrow network of this class fails: {reason}. {_ADVICE}"
         ) from error
-    expected, whole_gradients = _outputs_and_gradients(masked, example)
+    masked = _masked(job, whole, plan, cut, neurons)
+    expected = _restricted(job, plan, cut, _named_results(masked, example))
     tolerance = TOLERANCE.get(precision, 1e-2)
-    for number, (theirs, ours) in enumerate(zip(expected, found, strict=True)):
-        _compare(f"output {number}", theirs, ours, tolerance, 0.0, job.groups, neurons)
-    # Gradients that vanish are rounding errors of those that do not.
-    largest = max((float(gradient.abs().max()) for gradient in whole_gradients.values()), default=0.0)
-    for name, ours in gradients.items():
-        missing = torch.zeros(job.everything[name].shape, dtype=ours.dtype)
-        expected_part = torch.empty_like(ours)
-        extract({name: whole_gradients.get(name, missing).contiguous()}, {name: cut[name]}, into={name: expected_part})
-        if name in plan.scales:  # the derivative of w * scale
-            dim, scale = plan.scales[name]
-            expected_part *= along(scale, dim, expected_part)
-        _compare(f"the gradient of '{name}'", expected_part, ours, tolerance, largest, job.groups, neurons)
+    differing = [name for name in expected if not _agree(expected, found, name, tolerance)]
+    if differing:
+        # Batch norm of few samples magnifies rounding errors: measure how much, and allow for that.
+        _round_differently(masked)
+        again = _restricted(job, plan, cut, _named_results(masked, example))
+        differing = [
+            n for n in differing if not _agree(expected, found, n, tolerance, _distance(expected[n], again[n]))
+        ]
+    if differing:
+        name = differing[0]
+        raise ModelError(
+            f"{_held(job.groups, neurons)}: a narrow network of this class computes something else than the masked "
+            f"whole one: {name} differs by {_distance(expected[name], found.get(name)):.2g}, where values are up to "
+            f"{_size(expected[name]):.2g}. {_ADVICE}"
+        )
 
+
+_GRADIENT = "the gradient of "
 
 _ADVICE = (
     "Its forward depends on a number that could not be narrowed. Name the attribute that holds it (partition.sizes), "
@@ -108,6 +116,37 @@ def moved_to_precision(example: object, double: bool) -> object:
     if isinstance(example, tuple | list):
         return type(example)(moved_to_precision(item, double) for item in example)
     return moved(example, torch.device("cpu"))
+
+
+def _verify_blocks(job: Job, whole: nn.Module, example: object) -> None:
+    """Check that the blocks which are dealt add to their input: without weights, they must return it.
+
+    Raises:
+        ModelError: They do something else.
+    """
+    empty, skipping = copy.deepcopy(whole), copy.deepcopy(whole)
+    for path in job.block_scales:
+        for parameter in empty.get_submodule(path).parameters():
+            nn.init.zeros_(parameter)
+        _skip(skipping, path)
+    names = ", ".join(list(job.block_scales)[:4])
+    try:
+        with scaled_blocks(empty, dict.fromkeys(job.block_scales, 1.0)):
+            expected, _ = _outputs_and_gradients(empty, example)
+        found, _ = _outputs_and_gradients(skipping, example)
+        same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(expected, found, strict=True))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ModelError(f"'partition.blocks' ({names}): leaving them out fails: {error}") from error
+    if not same:
+        raise ModelError(
+            f"'partition.blocks' ({names}): with all their weights 0 they do not return their input, so they are not "
+            "residual blocks that can be left out"
+        )
+
+
+def _skip(module: nn.Module, path: str) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, Skip())
 
 
 def _in_double(job: Job) -> tuple[nn.Module, object]:
@@ -145,8 +184,7 @@ def _masked(job: Job, whole: nn.Module, plan: NarrowPlan, cut: Cut, neurons: Seq
     """The whole network with the outgoing weights of all other neurons set to zero: the oracle of a subnet."""
     masked = copy.deepcopy(whole)
     for path in plan.absent:
-        parent, _, name = path.rpartition(".")
-        setattr(masked.get_submodule(parent), name, Skip())
+        _skip(masked, path)
     tensors = dict(masked.named_parameters())
     with torch.no_grad():
         for group, held in zip(job.groups, neurons, strict=True):
@@ -170,38 +208,72 @@ def _part_specs(job: Job, cut: Cut, state: dict[str, Tensor]) -> dict[str, Tenso
 def _outputs_and_gradients(module: nn.Module, example: object) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Run a network, and differentiate a fixed random combination of its outputs."""
     without_inner_dropout(module).train()
+    module.zero_grad()
     with comparable():
         outputs = [t for t in tensors_in(call_model(module, example)) if t.is_floating_point()]
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in outputs]
-        total = torch.stack([(t * w).sum() for t, w in zip(outputs, weights, strict=True) if t.requires_grad]).sum()
-        total.backward()  # type: ignore[no-untyped-call]
-    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+        terms = [(t * w).sum() for t, w in zip(outputs, weights, strict=True) if t.requires_grad]
+        if terms:
+            torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+    gradients = {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()
+    }
     return [t.detach() for t in outputs], gradients
 
 
-def _compare(
-    what: str,
-    expected: Tensor,
-    found: Tensor,
-    tolerance: float,
-    largest: float,
-    groups: Sequence[Group],
-    neurons: Sequence[Indices],
-) -> None:
-    if expected.shape != found.shape:
-        difference = f"has the shape {tuple(found.shape)} instead of {tuple(expected.shape)}"
-    else:
-        size = float(expected.abs().max()) if expected.numel() else 0.0
-        error = float((expected - found).abs().max()) if expected.numel() else 0.0
-        if error <= tolerance * max(size, largest / 10) + 1e-12:
-            return
-        difference = f"differs by {error:.2g}, where values are up to {size:.2g}"
-    raise ModelError(
-        f"{_held(groups, neurons)}: a narrow network of this class computes something else than the masked whole one: "
-        f"{what} {difference}. {_ADVICE}"
-    )
+def _named_results(module: nn.Module, example: object) -> dict[str, Tensor]:
+    outputs, gradients = _outputs_and_gradients(module, example)
+    named = {f"output {number}": output for number, output in enumerate(outputs)}
+    return named | {f"{_GRADIENT}{name}": gradient for name, gradient in gradients.items()}
+
+
+def _restricted(job: Job, plan: NarrowPlan, cut: Cut, results: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Restrict the gradients of the masked whole network to the part that a narrow one has."""
+    restricted = {}
+    for what, tensor in results.items():
+        name = what.removeprefix(_GRADIENT)
+        if name == what:
+            restricted[what] = tensor
+        elif name in cut:
+            spec = cut_specs({name: job.everything[name]}, cut)[name]
+            part = torch.empty(spec.shape, dtype=tensor.dtype)
+            extract({name: tensor.contiguous()}, {name: cut[name]}, into={name: part})
+            if name in plan.scales:  # the derivative of w * scale
+                dim, scale = plan.scales[name]
+                part *= along(scale, dim, part)
+            restricted[what] = part
+    return restricted
+
+
+def _agree(
+    expected: dict[str, Tensor], found: dict[str, Tensor], what: str, tolerance: float, noise: float = 0.0
+) -> bool:
+    """Whether two results agree, up to rounding errors; never if they differ by more than a twentieth of their size."""
+    size = _size(expected[what])
+    if what.startswith(_GRADIENT):  # gradients that vanish are rounding errors of those that do not
+        size = max(size, max(_size(tensor) for name, tensor in expected.items() if name.startswith(_GRADIENT)) / 10)
+    allowed = max(tolerance * size, min(1000 * noise, size / 20))
+    return _distance(expected[what], found.get(what)) <= allowed + 1e-12
+
+
+def _distance(expected: Tensor, found: Tensor | None) -> float:
+    if found is None or expected.shape != found.shape:
+        return float("inf")
+    return float((expected - found).abs().max()) if expected.numel() else 0.0
+
+
+def _size(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _round_differently(module: nn.Module) -> None:
+    """Move every parameter by the smallest relative amount that it can be moved by."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.mul_(1 + torch.randn_like(parameter) * torch.finfo(parameter.dtype).eps)
 
 
 def _held(groups: Sequence[Group], neurons: Sequence[Indices]) -> str:

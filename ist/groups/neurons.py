@@ -127,20 +127,22 @@ def narrow_sizes(sizes: Sequence[AttributeSize], held: Mapping[str, Positions]) 
     """
     values: dict[Origin, int] = {}
     changed: set[Origin] = set()
-    for size in sizes:
+    # A multiple may be narrow because of its other factor: it counts only where nothing plainer is known.
+    for size in sorted(sizes, key=lambda size: size.factor > 1):
         split = [(numbers, held[name]) for name, numbers in size.counted.items() if name in held]
         count = size.whole + sum(map(len, size.counted.values())) - sum(len(numbers) for numbers, _ in split)
         count += sum(int(np.isin(numbers, owned).sum()) for numbers, owned in split)
         value, rest = divmod(count, size.factor)
-        if rest or values.setdefault(size.origin, value) != value:
+        if size.factor > 1 and (rest or size.origin in values):
+            continue
+        if values.setdefault(size.origin, value) != value:
             raise ModelError(
                 f"{size.origin} is the size of two things that are split differently: a narrow network would need it "
-                f"to be {values.get(size.origin, value)} and {count / size.factor:g} at once. Share one of them "
-                "(partition.exclude)"
+                f"to be {values[size.origin]} and {value} at once. Share one of them (partition.exclude)"
             )
         if split:
             changed.add(size.origin)
-    return {origin: values[origin] for origin in values if origin in changed}
+    return {origin: value for origin, value in values.items() if origin in changed}
 
 
 def _alike(keys: Sequence[tuple[str, int]], roots: Sequence[Positions]) -> list[tuple[list[int], Places]]:

@@ -115,6 +115,11 @@ def _move(scene: Scene, call: Call) -> Sequence[Value]:
     found = [scene.activation(value) for value in values]
     depth = max(value.depth for value in found)
     made = [scene.labels.activation(labels, depth) for labels in _run(call, [value.full for value in found])]
+    if call.name == "cat" and found[0].shape:
+        # A class token before patches: pieces that vary along other dims only are parts of the same neurons.
+        dim = call.args["dim"] % len(made[0].shape)
+        if len(made[0].varying) > 1 and not any(dim in value.varying for value in found):
+            made = [scene.labels.join_along(made[0], {dim})]
     if call.name in _SPLITTING:
         scene.forms.extend(value for value in made if len(value.varying) > max(1, *(len(v.varying) for v in found)))
     return made

@@ -1,0 +1,183 @@
+"""Which architectures can be split, beside Torch-Pruning's dependency graph on the same ones.
+
+    python -m benchmarks.model_zoo [--only NAME ...] [--without-torch-pruning]
+
+Claim: of the architectures of `benchmarks/zoo/` (transformers, timm, torch-geometric, PyTorch's own; tiny, made from
+code, no downloaded weights), at least 95 % can be split as they are, none is split wrongly, and that is more than
+Torch-Pruning handles.
+
+A network *works* if groups are found and, for 2 workers (the first share, the last, and one neuron of each group)
+and for 3 (uneven), the narrow network's outputs and gradients are those of the masked whole one in float64
+(identity 2), and subnets written back untouched leave the network as it was, bit for bit (identity 1). It is *refused*
+if it is left alone with a reason: the check of identity 2 runs at the start of every training, so that a network for
+which it fails is refused too, and never trained wrongly. Where only a part of a network can be narrowed, the rest is
+left whole and named.
+
+Needs `make zoo`, which installs the packages that the networks come from.
+"""
+
+import argparse
+import logging
+import sys
+import time
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from benchmarks.common import write_result
+from benchmarks.zoo import ENTRIES, Entry
+from ist.config_file import validate
+from ist.errors import ISTError
+from ist.groups import Group
+from ist.job import Job, make_job
+from ist.subnet import cut_specs, extract, reassemble
+from ist.verify import verify_cuts
+
+
+def job_of(entry: Entry, workers: int, shared: list[str]) -> Job:
+    """Make the job of training a network of the zoo; the data are stand-ins that nothing reads."""
+    config = validate(
+        {
+            "name": "zoo",
+            "model": {"name": "zoo"},
+            "data": {"name": "zoo"},
+            "train": {
+                "workers": workers,
+                "rounds": 1,
+                "local_steps": 1,
+                "batch_size": 1,
+                "optimizer": {"name": "SGD", "args": {"lr": 0.1}},
+            },
+            "partition": {"exclude": shared},
+            "pool": {"kind": "inline", "device": "cpu"},
+        },
+        "model_zoo",
+    )
+    args, named = entry.inputs()
+    network = entry.build()
+    data = TensorDataset(torch.zeros(8, 1), torch.zeros(8))
+    return make_job(config, network, lambda: network, data, None, nn.functional.cross_entropy, named or args)
+
+
+def check_round_trip(job: Job) -> None:
+    """Cut all subnets, write them back untouched, and compare.
+
+    Raises:
+        ISTError: A tensor has changed.
+    """
+    state = {name: tensor.contiguous() for name, tensor in job.build_copy().state_dict().items() if name in job.specs}
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    cuts = job.cuts(0)
+    parts: list[tuple[int, dict[str, Tensor]]] = []
+    for worker, cut in enumerate(cuts):
+        part = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in cut_specs(job.specs, cut).items()}
+        extract(state, cut, into=part)
+        parts.append((worker, part))
+    reassemble(state, cuts, parts, job.exclusive)
+    changed = [name for name in state if not torch.equal(state[name], before[name])]
+    if changed:
+        raise ISTError(f"a round trip changes {', '.join(changed)}")
+
+
+def split_share(job: Job, groups: tuple[Group, ...]) -> float:
+    """Return the share of the parameters' entries that not every worker holds."""
+    split = whole = 0.0
+    for name, parameter in job.template.named_parameters():
+        kept = 1.0
+        for dim, size in enumerate(parameter.shape):
+            covered = sum(g.size * s.block for g in groups for s in g.slots if (s.tensor, s.dim) == (name, dim))
+            kept *= 1 - covered / max(1, size)
+        split += parameter.numel() * (1 - kept)
+        whole += parameter.numel()
+    return split / whole
+
+
+def our_result(entry: Entry) -> dict[str, Any]:
+    """Find, cut and check a network."""
+    started = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            job = job_of(entry, 2, [])
+        except ISTError as error:
+            return {"status": "refused", "reason": str(error)}
+        try:
+            checks = [job]
+            small = [group.name for group in job.found.groups if group.size < 3]
+            if len(small) < len(job.groups):
+                checks.append(job_of(entry, 3, small))
+            for checked in checks:
+                verify_cuts(checked)
+                check_round_trip(checked)
+        except ISTError as error:
+            return {"status": "refused", "reason": str(error)}
+    split = {group.name for group in job.groups}
+    return {
+        "status": "works",
+        "groups": len(job.groups),
+        "kinds": dict(Counter(group.kind.split(",")[0] for group in job.groups)),
+        "share": split_share(job, job.groups),
+        "left_whole": [g.name for g in job.found.groups if g.name not in split and not g.residual],
+        "residual": [g.name for g in job.found.groups if g.residual],
+        "unknown": dict(job.found.unknown),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def main() -> None:
+    """Check every network, print a table, and write the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=list(ENTRIES), choices=list(ENTRIES), metavar="NAME")
+    parser.add_argument("--without-torch-pruning", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)
+    results: dict[str, dict[str, Any]] = {}
+    for name in arguments.only:
+        results[name] = {"package": ENTRIES[name].package, **our_result(ENTRIES[name])}
+        if not arguments.without_torch_pruning:
+            from benchmarks.zoo.torch_pruning import torch_pruning_result
+
+            theirs = torch_pruning_result(ENTRIES[name])
+            results[name]["torch_pruning"] = {"status": theirs.status, "reason": theirs.reason}
+        print(f"{name}: {results[name]['status']}", file=sys.stderr, flush=True)
+    console = Console(width=150)
+    console.print(table_of(results))
+    console.print(summary_of(results))
+    if len(arguments.only) == len(ENTRIES) and not arguments.without_torch_pruning:
+        write_result("model_zoo", {"networks": results})
+
+
+def table_of(results: dict[str, dict[str, Any]]) -> Table:
+    """Lay out the results."""
+    table = Table("network", "package", "IST", "groups", "split", "left whole, or why not", "Torch-Pruning")
+    for name, result in results.items():
+        works = result["status"] == "works"
+        rest = ", ".join(result["left_whole"][:2]) + (", ..." if len(result["left_whole"]) > 2 else "") if works else ""
+        table.add_row(
+            name, result["package"], result["status"], str(result["groups"]) if works else "",
+            f"{result['share']:.0%}" if works else "", rest if works else result["reason"][:90],
+            result.get("torch_pruning", {}).get("status", ""),
+        )  # fmt: skip
+    return table
+
+
+def summary_of(results: dict[str, dict[str, Any]]) -> str:
+    """Count."""
+    ours = Counter(result["status"] for result in results.values())
+    theirs = Counter(result["torch_pruning"]["status"] for result in results.values() if "torch_pruning" in result)
+    parts = [f"IST: {ours['works']} of {len(results)} work ({ours['works'] / len(results):.1%})"]
+    parts.append(f"{ours['refused']} refused")
+    if theirs:
+        parts.append(f"Torch-Pruning: {theirs['works']} work, {theirs['wrong']} wrong, {theirs['fails']} fail")
+    return "; ".join(parts)
+
+
+if __name__ == "__main__":
+    main()
