@@ -33,7 +33,8 @@ def test_every_configuration_trains_a_round_and_says_what_it_is(path: Path) -> N
         assert isinstance(part, Leading)
         run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
 
-    assert part.recorder.history[0]["accuracy"] is not None
+    assert part.recorder.history[0]["test_loss"] > 0
+    assert (part.recorder.history[0]["accuracy"] is not None) == (config.evaluate.metric == "accuracy")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

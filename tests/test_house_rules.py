@@ -24,7 +24,7 @@ LAYERS = [
     ["ist.config_file", "ist.registry"],
     ["ist.data", "ist.models"],
     ["ist.data.idx", "ist.data.nested", "ist.models.mlp", "ist.losses", "ist.attention", "ist.blocks"],
-    ["ist.data.digits", "ist.data.fashion_mnist", "ist.data.batches"],
+    ["ist.data.digits", "ist.data.fashion_mnist", "ist.data.text", "ist.data.batches"],
     ["ist.groups"],
     ["ist.groups.labels", "ist.groups.sizes"],
     ["ist.groups.parameters"],

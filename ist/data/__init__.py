@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 DATASETS = {
     "digits": "ist.data.digits:digits",
     "fashion_mnist": "ist.data.fashion_mnist:fashion_mnist",
+    "text": "ist.data.text:text",
 }
 
 

@@ -17,9 +17,6 @@ from torch import Tensor
 
 from ist.groups.labels import FREE, FROZEN, Activation, Labels, Shape
 
-MOST_ELEMENTS = 1 << 22
-"""A parameter with more elements than this is not followed element by element: it is left whole."""
-
 
 class ParameterView(NamedTuple):
     """Elements of one parameter or buffer.
@@ -60,6 +57,7 @@ class Atoms:
     def __init__(self, labels: Labels) -> None:
         self.labels = labels
         self.of: dict[tuple[str, int], Tensor] = {}
+        self.buffers: set[str] = set()
         self.outgoing: set[tuple[str, int]] = set()
         self.incoming: set[tuple[str, int]] = set()
         self._tables: list[_Table] = []
@@ -113,17 +111,18 @@ class Atoms:
             self._tabulate(view, tuple(held), core, varying)
 
     def as_activation(self, view: ParameterView) -> Activation:
-        """Return the labels of a parameter that is used like an activation."""
-        spread = [dim for dim in view.planes if view.axes(dim)]
-        if len(spread) == 1:
-            plane = _at(view.planes[spread[0]], view.axes(spread[0]))
-            return self.labels.activation(self.of[view.name, spread[0]][plane].expand(view.shape))
-        if torch.Size(view.shape).numel() > MOST_ELEMENTS or not spread:
+        """Return the labels of a parameter that is used like an activation: those of its last axis; others stay whole.
+
+        A buffer of several dims is data, and stays whole.
+        """
+        axes = sorted(view.extents)
+        along = [dim for dim in view.planes if axes and view.axes(dim) == {axes[-1]}]
+        if len(along) != 1 or (view.name in self.buffers and len(axes) > 1):
             self.freeze(view)
             return self.labels.constant(view.shape, FROZEN)
-        fresh = self.labels.fresh(*[size if axis in view.extents else 1 for axis, size in enumerate(view.shape)])
-        self._tabulate(view, tuple(spread), fresh, view.extents)
-        return Activation(fresh, view.shape)
+        self.freeze(view, [dim for dim in view.planes if dim != along[0]])
+        plane = _at(view.planes[along[0]], {axes[-1]})
+        return self.labels.activation(self.of[view.name, along[0]][plane].expand(view.shape))
 
     def settle(self) -> bool:
         """Give each parameter with labels along several dims one dim along which it is cut; return whether any changed.

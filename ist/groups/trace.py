@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ist.data.nested import call_model, moved, tensors_in
 from ist.errors import ModelError
-from ist.groups import on_meta
+from ist.groups import named_tensors, on_meta
 from ist.groups.call import Call
 from ist.groups.combine import Scene, Value
 from ist.groups.labels import FROZEN, Activation
@@ -128,7 +128,8 @@ def _first_line(error: Exception) -> str:
 def _trace(module: nn.Module, example: Any) -> Traced:
     without_inner_dropout(module).train()
     watch = _Watch()
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+    watch.scene.atoms.buffers = {name for name, _ in module.named_buffers()}
+    for name, tensor in named_tensors(module).items():
         watch.know(tensor, watch.scene.atoms.view(name, tuple(tensor.shape)))
     plant(module)
     for tensor in tensors_in(example):
