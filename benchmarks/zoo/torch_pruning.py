@@ -22,7 +22,7 @@ counts, so a tool that can only take whole heads, or only thin every head, passe
 All in float64, in train mode (batch norm by the batch's statistics), dropout off. A network works if at least one of
 its groups is equal and all others are equal or not equivalent; it is wrong if any is wrong, or if no more can be
 said than not equivalent; it fails if one fails and none is wrong, if there is no graph or no group to cut, or
-if all this takes more than 60 seconds of the processor (most of these small networks take one or two).
+if all this takes more than 30 seconds of the processor (most of these small networks take one or two).
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from benchmarks.zoo.entry import Entry, Inputs
 
 GROUPS = 8
-LIMIT_S = 60.0  # of processor time
+LIMIT_S = 30.0  # of processor time
 TOLERANCE = 1e-5  # of the largest output; some networks compute their norms in single precision whatever they are in
 REPAIRED = "with new numbers of heads"
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads", "num_kv_heads")
