@@ -189,8 +189,9 @@ def test_data_parallel_is_large_batch_training_and_resumes_bit_for_bit(tmp_path:
 
 
 @many_processes
-def test_the_example_runs_alone_and_under_torchrun(tmp_path: Path) -> None:
-    example = str(ROOT / "examples" / "own_network.py")
+@pytest.mark.parametrize(("name", "percent"), [("own_network", 95), ("graph_network", 90)])
+def test_an_example_runs_alone_and_under_torchrun(tmp_path: Path, name: str, percent: float) -> None:
+    example = str(ROOT / "examples" / f"{name}.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
 
@@ -200,5 +201,5 @@ def test_the_example_runs_alone_and_under_torchrun(tmp_path: Path) -> None:
     for done in (alone, together):
         assert done.returncode == 0, done.stderr
         accuracy = float(done.stdout.split()[1].rstrip("%"))
-        assert accuracy > 95
+        assert accuracy > percent
     assert alone.stdout.split()[1] == together.stdout.split()[1]

@@ -13,7 +13,7 @@ from ist.errors import ConfigError, ModelError
 from ist.models.mlp import MLP
 from ist.verify import verify_cuts
 from tests.conftest import clone, data
-from tests.groups.networks import Heads, rand
+from tests.groups.networks import Heads, rand, stack
 from tests.groups.test_neurons import job_of
 from tests.networks import seeded
 
@@ -24,19 +24,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "rolling": {"strategy": "rolling", "capacities": [1.0, 0.5, 0.25], "keep": 0.5},
     "nested": {"strategy": "nested", "capacities": [1.0, 0.5, 0.25]},
 }
-
-
-class Block(nn.Module):
-    def __init__(self, width: int = 12) -> None:
-        super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 16), nn.Linear(16, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(self.up(self.norm(x)).relu())
-
-
-def stack() -> nn.Module:
-    return nn.Sequential(nn.Linear(12, 12), nn.Sequential(*[Block() for _ in range(5)]), nn.Linear(12, 5))
 
 
 def train(model: nn.Module, partition: dict[str, Any], **options: Any) -> list[dict[str, Any]]:

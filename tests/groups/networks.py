@@ -199,6 +199,19 @@ class Graph(nn.Module):
         return x
 
 
+class Block(nn.Module):
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 16), nn.Linear(16, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+def stack() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 12), nn.Sequential(*[Block() for _ in range(5)]), nn.Linear(12, 5))
+
+
 IMAGE, TOKENS = rand(2, 3, 8, 8), rand(2, 5, 12)
 
 CASES: dict[str, Case] = {

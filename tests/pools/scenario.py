@@ -17,6 +17,7 @@ from ist.coordinator import follow_rounds, run_rounds
 from ist.job import Job
 from ist.run import Following, open_run
 from tests.conftest import data, job_for
+from tests.groups.networks import stack
 from tests.networks import NETWORKS, seeded
 
 WORKERS = 3
@@ -38,11 +39,25 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "train__schedule": {"name": "CosineAnnealingLR", "args": {"T_max": "total_steps"}},
     },
     "dropout": {"network": "dropout"},
-}
+    "attention, carried": {"network": "attention", "train__optimizer_state": "carried"},
+    "shares that vary": {"network": "uneven widths", "partition__strategy": "categorical"},
+    "overlapping shares": {
+        "network": "no batch norm", "partition__strategy": "bernoulli", "partition__keep": 0.6,
+        "train__optimizer_state": "carried",
+    },
+    "whole blocks": {
+        "network": "blocks", "partition__strategy": "blocks", "partition__blocks": ["1.*"], "partition__min_depth": 2,
+    },
+}  # fmt: skip
 
 EXTRA = {
     "dropout": lambda: nn.Sequential(nn.Linear(12, 18), nn.ReLU(), nn.Dropout(0.5), nn.Linear(18, 5)),
-}
+    "attention": lambda: nn.Sequential(
+        nn.Unflatten(1, (3, 4)), nn.Linear(4, 12), nn.TransformerEncoderLayer(12, 3, 20, batch_first=True),
+        nn.Flatten(), nn.Linear(36, 5),
+    ),
+    "blocks": stack,
+}  # fmt: skip
 
 
 def job(name: str, **changes: Any) -> tuple[Job, nn.Module]:
