@@ -1,4 +1,4 @@
-"""Train your own `nn.Sequential` on your own data set by independent subnets.
+"""Train your own network on your own data set by independent subnets.
 
 python examples/own_network.py                              # 4 workers in one process
 torchrun --nproc-per-node 4 examples/own_network.py         # 4 processes, rank 0 coordinates

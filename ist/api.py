@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -15,7 +16,7 @@ from ist.config import FROM_PYTHON
 from ist.config_file import validate
 from ist.coordinator import follow_rounds, run_rounds
 from ist.data.batches import length
-from ist.errors import DataError
+from ist.errors import DataError, ModelError
 from ist.groups import on_meta
 from ist.job import loss_function, make_job
 from ist.pool.torchrun import is_launched, is_rank_zero
@@ -75,7 +76,7 @@ def train(
             that is a mapping gives keyword arguments.
         loss: Name of a function of torch.nn.functional, applied to the outputs or to their `logits`; or any mean loss
             of (outputs, targets).
-        workers: How many subnets a round; at most the size of the smallest group.
+        workers: How many subnets a round; where neurons are dealt disjointly, at most the size of the smallest group.
         local_steps: Optimiser steps of a worker in a round.
         rounds: Length of the run; give this or `epochs`.
         epochs: Length of the run in passes over the data.
@@ -137,6 +138,7 @@ def train(
         "ist.train",
     )
     _check_data(data)
+    _check_model(model)
     device_before = next(model.parameters()).device
     function = loss_function(loss) if isinstance(loss, str) else loss
     job = make_job(config, on_meta(model), lambda: model, data, test_data, function)
@@ -171,10 +173,26 @@ def _check_data(data: Any) -> None:
         raise DataError(f"an item of {type(data).__name__} is a {type(item).__name__}, not a pair (input, target)")
 
 
+def _check_model(model: nn.Module) -> None:
+    """Refuse networks that cannot be copied and narrowed.
+
+    Raises:
+        ModelError: It is compiled to TorchScript, or some of its parameters have no shape yet.
+    """
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise ModelError(
+            "the network is TorchScript, whose forward cannot be watched: pass the module it was made from"
+        )
+    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
+        raise ModelError("some parameters have no shape yet (a lazy module): run the network once on an input first")
+
+
 def _metric(test_data: Dataset[Any] | None) -> str:
     """Accuracy where the targets are class numbers."""
     if test_data is None:
         return "none"
+    if length(test_data) == 0:
+        raise DataError("the test data set is empty")
     target = test_data[0][1]
     is_class = isinstance(target, int) or (
         isinstance(target, Tensor) and target.ndim == 0 and not target.is_floating_point()

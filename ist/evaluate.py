@@ -71,10 +71,12 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
         model: The whole network; left in training mode.
         batches: Training inputs, one batch each, on the network's device.
     """
+    model.train()
     norms = [
         module
         for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
+        # One that stays in evaluation mode is frozen by its network: its statistics are like weights.
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.training
     ]
     momenta = [norm.momentum for norm in norms]
     if norms:

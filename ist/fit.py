@@ -19,7 +19,11 @@ from ist.errors import ModelError
 from ist.groups import Group
 from ist.rng import Indices
 
-FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, KeyError, ModelError)
+FAILURES = (
+    RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError, KeyError, ArithmeticError,
+    ModelError,
+)  # fmt: skip
+"""What a forward that does not fit raises."""
 
 
 def fitting_groups(
@@ -73,6 +77,10 @@ def _failure(groups: Sequence[Group], runs: Callable[[Sequence[Group], Sequence[
         try:
             runs(groups, held)
         except FAILURES as error:
-            text = str(error).splitlines()
-            return text[0] if text else type(error).__name__
+            return first_line(error)
     return None
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, on one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

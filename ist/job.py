@@ -147,8 +147,17 @@ class Job:
 
     def neurons(self, round_number: int) -> Assignment:
         """Return the neurons that each worker holds in a round, by group."""
-        config = self.config
-        return assign(self.groups, config.train.workers, config.seed, round_number, config.partition)
+        if round_number not in self._dealt:
+            config = self.config
+            self._dealt.clear()  # all workers of a process ask for the same round
+            self._dealt[round_number] = assign(
+                self.groups, config.train.workers, config.seed, round_number, config.partition
+            )
+        return self._dealt[round_number]
+
+    @cached_property
+    def _dealt(self) -> dict[int, Assignment]:
+        return {}
 
     def cuts(self, round_number: int) -> list[Cut]:
         """Return every worker's part of every tensor in a round."""
@@ -254,7 +263,7 @@ def make_job(
     """
     train = config.train
     example = example_inputs(train_data) if example is None else example
-    template = on_meta(template)
+    template = on_meta(template).train()
     found, groups = Found((), (), {}), tuple[Group, ...]()
     if config.method == "ist":
         found = find_neurons(template, example, build)
@@ -292,8 +301,17 @@ def make_job(
 
 
 def example_inputs(data: Dataset[Any]) -> Any:
-    """Return the inputs of a batch of two samples (or of one, if there is just one)."""
-    return fetch(data, np.arange(min(2, length(data))), torch.device("cpu"))[0]
+    """Return the inputs of a batch of two samples (or of one, if there is just one).
+
+    Raises:
+        DataError: They cannot be put together.
+    """
+    try:
+        return fetch(data, np.arange(min(2, length(data))), torch.device("cpu"))[0]
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"two items of {type(data).__name__} do not make a batch of (input, target): {error}"
+        ) from error
 
 
 def loss_function(name: str) -> LossFunction:

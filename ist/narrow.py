@@ -73,14 +73,15 @@ def narrow_module(
         if not origin.path.startswith(tuple(f"{path}." for path in plan.absent)) and origin.path not in plan.absent:
             holder: Any = module.get_submodule(origin.path)
             vars(holder.config if origin.of_config else holder)[origin.attribute] = value
+    module.train()
     for child in module.modules():
         _narrow_attributes(child)
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
             child.reset_running_stats()
     for tensor, (dim, scale) in plan.scales.items():
         path, _, name = tensor.rpartition(".")
         _scale(module.get_submodule(path), name, dim, scale)
-    return module.train()
+    return module
 
 
 def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -100,6 +101,13 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 # .data: views of one message share a version counter, and updating one buffer in the forward
                 # would make autograd believe that all the others were changed.
                 child._buffers[name] = tensors[path].data
+
+
+def collect_buffers(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Write buffers that a forward has replaced, instead of written to, back into the bound tensors."""
+    for name, buffer in module.named_buffers():
+        if name in tensors and buffer.data_ptr() != tensors[name].data_ptr():
+            tensors[name].copy_(buffer)
 
 
 def input_scales(
@@ -276,7 +284,11 @@ def _narrow_attributes(module: nn.Module) -> None:
         module.num_channels = len(module.weight)
     elif isinstance(module, nn.RNNBase):
         tensors = dict(module.named_parameters())
-        module.input_size, module.hidden_size = tensors["weight_ih_l0"].shape[1], tensors["weight_hh_l0"].shape[1]
+        rows, columns = tensors["weight_hh_l0"].shape
+        module.input_size = tensors["weight_ih_l0"].shape[1]
+        module.hidden_size = rows // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+        if module.proj_size:
+            module.proj_size = columns
     elif isinstance(module, nn.MultiheadAttention) and module.out_proj.weight.shape[1] != module.embed_dim:
         with_some_heads(module)
 

@@ -55,7 +55,10 @@ def check_workers(groups: Sequence[Group], num_workers: int, partition: Partitio
             group exists although there is more than one worker.
     """
     if num_workers > 1 and not groups:
-        raise ModelError("the network has no hidden neurons to split among workers: use train.workers 1")
+        raise ModelError(
+            "the network has no hidden neurons to split among workers: use train.workers 1. Inputs, outputs and what a "
+            "norm ranges over stay whole (docs/groups.md)"
+        )
     for group in groups:
         if is_disjoint(partition) and group.size < num_workers:
             raise ModelError(

@@ -160,11 +160,15 @@ def _as_integers(tensor: Tensor) -> NDArray[np.int64]:
     return array
 
 
+def _has_integers(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.element_size() in _INTEGER_OF_SIZE
+
+
 def _take(whole: Tensor, cut: TensorCut, part: Tensor) -> None:
     dims = [dim for dim, held in enumerate(cut) if held is not None]
     if not dims:
         part.copy_(whole)
-    elif whole.device.type != "cpu":
+    elif not _has_integers(whole):
         part.copy_(whole[_mesh(cut, whole)])
     else:
         source, target = _as_integers(whole), _as_integers(part)
@@ -184,7 +188,7 @@ def _put(whole: Tensor, cut: TensorCut, part: Tensor) -> None:
     dims = [dim for dim, held in enumerate(cut) if held is not None]
     if not dims:
         whole.copy_(part)
-    elif whole.device.type != "cpu":
+    elif not _has_integers(whole):
         whole[_mesh(cut, whole)] = part
     else:
         target, source = _as_integers(whole), _as_integers(part)
@@ -216,6 +220,10 @@ def _merge_mean(whole: Tensor, parts: Sequence[tuple[TensorCut, Tensor]]) -> Non
     if whole.dtype == torch.bool:  # there is no mean of truth values: the first holder's counts
         for cut, part in reversed(parts):
             whole[_mesh(cut, whole)] = part
+        return
+    if len(parts) > 1 and all(held is None for cut, _ in parts for held in cut):
+        change = sum((part - whole for _, part in parts), torch.zeros((), dtype=torch.float32))
+        whole.add_((change / len(parts)).to(whole.dtype))
         return
     old = whole.clone()
     change = torch.zeros_like(whole, dtype=torch.promote_types(whole.dtype, torch.float32))

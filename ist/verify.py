@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ist.blocks import scaled_blocks
-from ist.data.nested import call_model, moved, tensors_in
+from ist.data.nested import call_model, mapped, tensors_in
 from ist.errors import ModelError
+from ist.fit import FAILURES, first_line
 from ist.groups import Group, TensorSpec, named_tensors
 from ist.groups.trace import comparable, without_inner_dropout
 from ist.job import Job
@@ -43,6 +44,7 @@ def verify_cuts(job: Job) -> None:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(job.config.seed, Purpose.TRAINING))
+        _check_storage(job.build())
         whole, example = _in_double(job)
         if job.block_scales:
             _verify_blocks(job, whole, example)
@@ -70,14 +72,14 @@ def verify_cut(job: Job, whole: nn.Module, example: object, neurons: Sequence[In
         name: torch.empty(spec.shape, dtype=state[name].dtype) for name, spec in _part_specs(job, cut, state).items()
     }
     extract(state, cut, into=part)
-    bind(narrow, part)
+    # What a worker is not sent must be right by itself.
+    bind(narrow, {name: tensor for name, tensor in part.items() if name in job.specs})
     plan = job.plan_for(neurons)
     try:
         found = _named_results(narrow, example)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except FAILURES as error:
         raise ModelError(
-            f"{_held(job.groups, neurons)}: a narrow network of this class fails: {reason}. {_ADVICE}"
+            f"{_held(job.groups, neurons)}: a narrow network of this class fails: {first_line(error)}. {_ADVICE}"
         ) from error
     masked = _masked(job, whole, plan, cut, neurons)
     expected = _restricted(job, plan, cut, _named_results(masked, example))
@@ -107,15 +109,20 @@ _ADVICE = (
 )
 
 
-def moved_to_precision(example: object, double: bool) -> object:
-    """Return inputs in float64, where they are floats and `double` is set."""
-    if isinstance(example, Tensor):
-        return example.double() if double and example.is_floating_point() else example
-    if isinstance(example, dict):
-        return {key: moved_to_precision(item, double) for key, item in example.items()}
-    if isinstance(example, tuple | list):
-        return type(example)(moved_to_precision(item, double) for item in example)
-    return moved(example, torch.device("cpu"))
+def _check_storage(whole: nn.Module) -> None:
+    """Check that no two parameters share memory without being one parameter.
+
+    Raises:
+        ModelError: They do; they would be cut, trained and merged as two.
+    """
+    owner: dict[int, str] = {}
+    for name, parameter in whole.named_parameters():
+        first = owner.setdefault(parameter.untyped_storage().data_ptr(), name) if parameter.numel() else name
+        if first != name:
+            raise ModelError(
+                f"'{first}' and '{name}' are two parameters in the same memory: tie them by making them one, as in "
+                "decoder.weight = encoder.weight"
+            )
 
 
 def _verify_blocks(job: Job, whole: nn.Module, example: object) -> None:
@@ -152,9 +159,16 @@ def _skip(module: nn.Module, path: str) -> None:
 def _in_double(job: Job) -> tuple[nn.Module, object]:
     """Return a whole network to compare with and its inputs: in float64 if it is not too large and can compute so."""
     whole = job.build_copy()
+    try:
+        _outputs_and_gradients(copy.deepcopy(whole), job.example)
+    except FAILURES as error:
+        raise ModelError(f"the network fails on an example of the data: {first_line(error)}") from error
     _disturb(whole)
     if sum(p.numel() for p in whole.parameters()) <= MOST_FOR_DOUBLE:
-        double, example = copy.deepcopy(whole).double(), moved_to_precision(job.example, double=True)
+        double, example = (
+            copy.deepcopy(whole).double(),
+            mapped(job.example, lambda t: t.double() if t.is_floating_point() else t),
+        )
         try:
             _outputs_and_gradients(copy.deepcopy(double), example)
         except (RuntimeError, ValueError, TypeError):
@@ -218,7 +232,8 @@ def _outputs_and_gradients(module: nn.Module, example: object) -> tuple[list[Ten
         if terms:
             torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
     gradients = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in module.named_parameters()
+        name: torch.zeros_like(p) if p.grad is None else p.grad.to_dense().clone()
+        for name, p in module.named_parameters()
     }
     return [t.detach() for t in outputs], gradients
 

@@ -6,6 +6,7 @@ Not here: how the message got here, whose neurons they are, what happens to them
 """
 
 import time
+import warnings
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from ist.data.batches import fetch, length, num_samples, take_shard
 from ist.data.nested import call_model
 from ist.errors import ConfigError
 from ist.evaluate import evaluate
+from ist.groups import named_tensors
 from ist.job import Job
 from ist.meter import MemoryGauge
-from ist.narrow import bind
+from ist.narrow import bind, collect_buffers
 from ist.pool.wire import Header, Message
 from ist.rng import Purpose, torch_seed
 from ist.verify import verify_cuts
@@ -61,6 +63,7 @@ class Worker:
             optim.load_state(optimizer, named, job.state_slots, message.tensors)
         total, samples = local_steps(job, self.number, self.shard, module, optimizer, round_number, self.device)
         optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the subnet travels
+        collect_buffers(module, message.tensors)
         if job.state_slots:
             optim.store_state(optimizer, named, job.state_slots, message.tensors)
         elapsed = time.perf_counter() - started
@@ -149,7 +152,19 @@ def _one_step(job: Job, device: torch.device) -> None:
     inputs, targets = fetch(worker.shard, job.dealing.batch(0, 0)[: job.dealing.smallest_batch], device)
     job.loss(call_model(worker.module, inputs), targets).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
+    _check_constants(job, worker.module)
     if job.test_data is not None:
         accuracy = job.config.evaluate.metric == "accuracy"
         few = Subset(job.test_data, range(min(2, length(job.test_data))))
         evaluate(worker.module, few, job.loss, 2, device, accuracy)
+
+
+def _check_constants(job: Job, module: nn.Module) -> None:
+    """Warn of buffers that training changes and that nobody sends or saves."""
+    fresh = named_tensors(job.narrow(job.neurons(0)[0], torch.device("cpu")))
+    for name, buffer in module.named_buffers():
+        if name in job.constants and not torch.equal(buffer, fresh[name]):
+            warnings.warn(
+                f"buffer '{name}' changes in training but is not persistent: it is neither merged nor kept",
+                stacklevel=2,
+            )

@@ -14,8 +14,8 @@ FILE_LINES = 400
 FUNCTION_LINES = 60
 # ist.train's signature and docstring are the API's reference: 90 lines of it are not code.
 LONGER_FUNCTIONS = {"ist/api.py:train": 130}
-# Code lines, see code_lines. 3,000 were enough for perceptrons; 1,400 more find, cut and check the neurons of any network.
-DEFAULT_RUN_LINES = 4400
+# Code lines, see code_lines. 3,000 were enough for perceptrons; 1,600 more find, cut and check the neurons of any network.
+DEFAULT_RUN_LINES = 4600
 
 # From the ground up: a module may import only from lines above its own.
 LAYERS = [

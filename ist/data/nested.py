@@ -4,7 +4,7 @@ A network's input is given to its forward as it is if it is a tensor, as positio
 tuple or a list, and as keyword arguments if it is a mapping.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -29,15 +29,21 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, field.name))
 
 
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a nested value with a function applied to each tensor."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: mapped(item, change) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        items = [mapped(item, change) for item in value]
+        return type(value)(*items) if isinstance(value, tuple) and type(value) is not tuple else type(value)(items)
+    return value
+
+
 def moved(value: Any, device: torch.device) -> Any:
     """Return a nested value with its tensors on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(moved(item, device) for item in value)
-    return value
+    return mapped(value, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:

@@ -130,11 +130,17 @@ def on_meta(module: nn.Module) -> nn.Module:
 
 
 def statistics_names(module: nn.Module) -> list[str]:
-    """Return the names of batch norm's running statistics."""
+    """Return the names of batch norm's running statistics, of norms that train.
+
+    A norm that its network keeps in evaluation mode normalises by its statistics: they are like weights.
+
+    Args:
+        module: A network in training mode.
+    """
     return [
         f"{name}.{buffer}" if name else buffer
         for name, child in module.named_modules()
-        if isinstance(child, nn.modules.batchnorm._BatchNorm)
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training
         for buffer, tensor in child.named_buffers(recurse=False)
         if tensor is not None
     ]

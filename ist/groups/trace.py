@@ -10,7 +10,7 @@ that come from attributes, needs no support of control flow, and works alike in 
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ist.data.nested import call_model, moved, tensors_in
+from ist.data.nested import call_model, mapped, moved, tensors_in
 from ist.errors import ModelError
 from ist.groups import named_tensors, on_meta
 from ist.groups.call import Call
@@ -85,13 +85,12 @@ def trace(template: nn.Module, example: Any, build: Any = None) -> Traced:
     """
     try:
         return _trace(on_meta(template), _floats_on_meta(example))
-    except _FAILURES as error:
+    except Exception as error:  # a forward that looks at values may fail in any way without them
         if build is None:
             raise ModelError(f"the network fails on the example: {_first_line(error)}") from error
-    module = copy.deepcopy(build()).cpu()
     try:
-        return _trace(module, moved(example, torch.device("cpu")))
-    except _FAILURES as error:
+        return _trace(copy.deepcopy(build()).cpu(), moved(example, torch.device("cpu")))
+    except Exception as error:  # whatever a forward raises
         raise ModelError(
             f"the network fails on an example of the data: {type(error).__name__}: {_first_line(error)}"
         ) from error
@@ -111,14 +110,7 @@ def try_out(module: nn.Module, example: Any) -> None:
 
 
 def _floats_on_meta(example: Any) -> Any:
-    if isinstance(example, Tensor):
-        return example.to("meta" if example.is_floating_point() else "cpu")
-    if isinstance(example, Mapping):
-        return {key: _floats_on_meta(item) for key, item in example.items()}
-    return type(example)(map(_floats_on_meta, example)) if isinstance(example, tuple | list) else example
-
-
-_FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError, AttributeError, KeyError)
+    return mapped(example, lambda tensor: tensor.to("meta" if tensor.is_floating_point() else "cpu"))
 
 
 def _first_line(error: Exception) -> str:
