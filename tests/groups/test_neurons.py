@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from ist.data.nested import tensors_in
+from ist.data.nested import call_model, mapped, tensors_in
 from ist.errors import ModelError
+from ist.groups import named_tensors
 from ist.job import Job, make_job
+from ist.narrow import bind
 from ist.subnet import cut_specs, extract, reassemble
 from ist.verify import verify_cut, verify_cuts
 from tests.conftest import assert_same, clone, small_config, whole_state
@@ -74,6 +76,26 @@ def test_subnets_written_back_untouched_change_nothing(case: Case) -> None:
             held = [cut[slot.tensor][slot.dim] for cut in cuts if slot.tensor in cut]
             covered = np.concatenate([part for part in held if part is not None]) if held else np.arange(0)
             assert set(slot.positions(np.arange(group.size))) <= set(covered) or not held
+
+
+@by_case
+def test_the_network_of_a_single_worker_trains_like_the_whole_one_bit_for_bit(case: Case) -> None:
+    whole = seeded(case.build).double()
+    example = mapped(case.example, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    job = job_of(whole, example, workers=1)
+    single = job.narrow(job.neurons(0)[0], torch.device("cpu")).double()
+    bind(single, clone(named_tensors(whole)))
+
+    for model in (whole, single):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        for step in range(3):
+            torch.manual_seed(step)  # dropout
+            outputs = [t for t in tensors_in(call_model(model.train(), example)) if t.is_floating_point()]
+            optimizer.zero_grad()
+            sum(tensor.square().mean() for tensor in outputs).backward()
+            optimizer.step()
+
+    assert_same(dict(single.named_parameters()), dict(whole.named_parameters()))
 
 
 class Looking(nn.Module):
