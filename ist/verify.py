@@ -44,7 +44,9 @@ def verify_cuts(job: Job) -> None:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(job.config.seed, Purpose.TRAINING))
-        _check_storage(job.build())
+        original = job.build()
+        _check_storage(original)
+        _check_copies(original, job.example)
         whole, example = _in_double(job)
         if job.block_scales:
             _verify_blocks(job, whole, example)
@@ -125,6 +127,30 @@ def _check_storage(whole: nn.Module) -> None:
             )
 
 
+def _check_copies(original: nn.Module, example: object) -> None:
+    """Check that a copy of the network runs, and uses its own parameters only.
+
+    Raises:
+        ModelError: It fails, or its forward reaches the original's parameters, as through a function that holds `self`.
+    """
+    gradients = [(parameter, parameter.grad) for parameter in original.parameters()]
+    for parameter, _ in gradients:
+        parameter.grad = None
+    try:
+        _outputs_and_gradients(copy.deepcopy(original).cpu(), example)
+        reached = [name for name, parameter in original.named_parameters() if parameter.grad is not None]
+    except FAILURES as error:
+        raise ModelError(f"the network fails on an example of the data: {first_line(error)}") from error
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+    if reached:
+        raise ModelError(
+            f"a copy of the network uses '{reached[0]}' of the original, perhaps through a lambda or function that "
+            "holds 'self': make it a method or a module, so that copies have their own"
+        )
+
+
 def _verify_blocks(job: Job, whole: nn.Module, example: object) -> None:
     """Check that the blocks which are dealt add to their input: without weights, they must return it.
 
@@ -159,10 +185,6 @@ def _skip(module: nn.Module, path: str) -> None:
 def _in_double(job: Job) -> tuple[nn.Module, object]:
     """Return a whole network to compare with and its inputs: in float64 if it is not too large and can compute so."""
     whole = job.build_copy()
-    try:
-        _outputs_and_gradients(copy.deepcopy(whole), job.example)
-    except FAILURES as error:
-        raise ModelError(f"the network fails on an example of the data: {first_line(error)}") from error
     _disturb(whole)
     if sum(p.numel() for p in whole.parameters()) <= MOST_FOR_DOUBLE:
         double, example = (
