@@ -44,3 +44,8 @@ class RunFolderError(ISTError):
 
 class CheckpointError(RunFolderError):
     """A checkpoint that is missing, truncated or altered."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, on one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

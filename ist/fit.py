@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ist.errors import ModelError
+from ist.errors import ModelError, first_line
 from ist.groups import Group
 from ist.rng import Indices
 
@@ -79,8 +79,3 @@ def _failure(groups: Sequence[Group], runs: Callable[[Sequence[Group], Sequence[
         except FAILURES as error:
             return first_line(error)
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says, on one line."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -173,9 +173,12 @@ class Job:
         Raises:
             ModelError: An integer attribute would need two values.
         """
+        return self._plan(neurons, positions(self.groups, self.everything, neurons))
+
+    def _plan(self, neurons: Sequence[Indices], cut: Cut) -> NarrowPlan:
         held = {group.name: numbers for group, numbers in zip(self.groups, neurons, strict=True)}
         scaled = self.config.train.activation_scale == "width"
-        specs = cut_specs(self.everything, positions(self.groups, self.everything, neurons))
+        specs = cut_specs(self.everything, cut)
         declared = declared_sizes(self.template, self.config.partition.sizes, self.everything, specs)
         return NarrowPlan(
             specs,
@@ -187,15 +190,13 @@ class Job:
     def narrow(self, neurons: Sequence[Indices], device: torch.device) -> nn.Module:
         """Return a narrow network with the given neurons of each group, without trained values; see `plan_for`."""
         cut = positions(self.groups, self.everything, neurons)
+        plan = self._plan(neurons, cut)
         constants: dict[str, Tensor] = {}
-        for name, whole in self.constants.items() if device.type != "meta" else ():
-            if name in cut:
-                constants[name] = torch.empty(
-                    cut_specs({name: self.everything[name]}, cut)[name].shape, dtype=whole.dtype
-                )
-        if constants:
-            extract(self.constants, cut, into=constants)
-        return narrow_module(self.template, self.plan_for(neurons), device, constants)
+        if device.type != "meta":
+            held = {name: whole for name, whole in self.constants.items() if name in cut}
+            constants = {name: torch.empty(plan.specs[name].shape, dtype=whole.dtype) for name, whole in held.items()}
+            extract(held, cut, into=constants)
+        return narrow_module(self.template, plan, device, constants)
 
     def try_out(self, groups: Sequence[Group], neurons: Sequence[Indices]) -> None:
         """Run a narrow network on the example, without values if that can be."""

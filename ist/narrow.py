@@ -49,6 +49,12 @@ class Skip(nn.Module):
         return first
 
 
+def leave_out(module: nn.Module, path: str) -> None:
+    """Put a `Skip` in the place of a network's block."""
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, Skip())
+
+
 def narrow_module(
     template: nn.Module, plan: NarrowPlan, device: torch.device, constants: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
@@ -66,8 +72,7 @@ def narrow_module(
     """
     module = copy.deepcopy(template)
     for path in plan.absent:
-        parent, _, name = path.rpartition(".")
-        setattr(module.get_submodule(parent), name, Skip())
+        leave_out(module, path)
     _narrow_tensors(module, plan, device, constants or {})
     for origin, value in plan.sizes.items():
         if not origin.path.startswith(tuple(f"{path}." for path in plan.absent)) and origin.path not in plan.absent:

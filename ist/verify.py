@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from ist.blocks import scaled_blocks
 from ist.data.nested import call_model, mapped, tensors_in
-from ist.errors import ModelError
-from ist.fit import FAILURES, first_line
+from ist.errors import ModelError, first_line
+from ist.fit import FAILURES
 from ist.groups import Group, TensorSpec, named_tensors
 from ist.groups.trace import comparable, without_inner_dropout
 from ist.job import Job
-from ist.narrow import NarrowPlan, Skip, along, bind
+from ist.narrow import NarrowPlan, along, bind, leave_out
 from ist.rng import Indices, Purpose, torch_seed
 from ist.subnet import Cut, cut_specs, extract, positions
 
@@ -161,7 +161,7 @@ def _verify_blocks(job: Job, whole: nn.Module, example: object) -> None:
     for path in job.block_scales:
         for parameter in empty.get_submodule(path).parameters():
             nn.init.zeros_(parameter)
-        _skip(skipping, path)
+        leave_out(skipping, path)
     names = ", ".join(list(job.block_scales)[:4])
     try:
         with scaled_blocks(empty, dict.fromkeys(job.block_scales, 1.0)):
@@ -175,11 +175,6 @@ def _verify_blocks(job: Job, whole: nn.Module, example: object) -> None:
             f"'partition.blocks' ({names}): with all their weights 0 they do not return their input, so they are not "
             "residual blocks that can be left out"
         )
-
-
-def _skip(module: nn.Module, path: str) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(module.get_submodule(parent), name, Skip())
 
 
 def _in_double(job: Job) -> tuple[nn.Module, object]:
@@ -220,7 +215,7 @@ def _masked(job: Job, whole: nn.Module, plan: NarrowPlan, cut: Cut, neurons: Seq
     """The whole network with the outgoing weights of all other neurons set to zero: the oracle of a subnet."""
     masked = copy.deepcopy(whole)
     for path in plan.absent:
-        _skip(masked, path)
+        leave_out(masked, path)
     tensors = dict(masked.named_parameters())
     with torch.no_grad():
         for group, held in zip(job.groups, neurons, strict=True):

@@ -203,3 +203,17 @@ def test_an_example_runs_alone_and_under_torchrun(tmp_path: Path, name: str, per
         accuracy = float(done.stdout.split()[1].rstrip("%"))
         assert accuracy > percent
     assert alone.stdout.split()[1] == together.stdout.split()[1]
+
+
+@many_processes
+def test_a_network_of_transformers_ends_alike_in_one_process_and_in_many(tmp_path: Path, ist_command: Run) -> None:
+    short = ["train.epochs=null", "train.rounds=2", "train.local_steps=2", "evaluate.every=2", f"output={tmp_path}"]
+    options = [word for setting in short for word in ("--set", setting)]
+    for name, pool in (("alone", "inline"), ("together", "torchrun")):
+        done = ist_command(
+            "train", ROOT / "configs" / "gpt2_text.yaml", *options, "--pool", pool, "--set", f"name={name}"
+        )
+        assert done.returncode == 0, done.stderr
+
+    alone, together = (next(tmp_path.glob(f"{name}-*")) for name in ("alone", "together"))
+    assert_same(weights(alone), weights(together))

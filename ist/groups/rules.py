@@ -180,7 +180,7 @@ def _table() -> dict[str, Rule]:
         (_REDUCTIONS, _reduction), (_ALONG, _along), (_MATRIX_POSITIONS, _matrix_positions), (_POOLS, pool),
         (_BATCH_NORMS, batch_norm), ("native_layer_norm _fused_rms_norm", layer_norm),
         ("native_group_norm", group_norm),
-        ("convolution convolution", convolution), ("embedding", embedding), ("gather index_select", gather),
+        ("convolution", convolution), ("embedding", embedding), ("gather index_select", gather),
         ("index", index), ("scatter scatter_add scatter_reduce index_add index_reduce", scatter), ("copy", copy),
         ("index_put", index_put), ("topk", _topk), ("constant_pad_nd", pad),
         ("view_as_complex view_as_real", _complex), ("im2col", im2col),

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ist.data.nested import call_model, mapped, moved, tensors_in
-from ist.errors import ModelError
+from ist.errors import ModelError, first_line
 from ist.groups import named_tensors, on_meta
 from ist.groups.call import Call
 from ist.groups.combine import Scene, Value
@@ -87,12 +87,12 @@ def trace(template: nn.Module, example: Any, build: Any = None) -> Traced:
         return _trace(on_meta(template), _floats_on_meta(example))
     except Exception as error:  # a forward that looks at values may fail in any way without them
         if build is None:
-            raise ModelError(f"the network fails on the example: {_first_line(error)}") from error
+            raise ModelError(f"the network fails on the example: {first_line(error)}") from error
     try:
         return _trace(copy.deepcopy(build()).cpu(), moved(example, torch.device("cpu")))
     except Exception as error:  # whatever a forward raises
         raise ModelError(
-            f"the network fails on an example of the data: {type(error).__name__}: {_first_line(error)}"
+            f"the network fails on an example of the data: {type(error).__name__}: {first_line(error)}"
         ) from error
 
 
@@ -111,10 +111,6 @@ def try_out(module: nn.Module, example: Any) -> None:
 
 def _floats_on_meta(example: Any) -> Any:
     return mapped(example, lambda tensor: tensor.to("meta" if tensor.is_floating_point() else "cpu"))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _trace(module: nn.Module, example: Any) -> Traced:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ist.config import Pool, num_processes
-from ist.errors import ConfigError, PoolError
+from ist.errors import ConfigError, PoolError, first_line
 from ist.job import Job
 from ist.meter import Meter
 from ist.pool import Lost, Subnet
@@ -271,14 +271,10 @@ def peer_errors(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if not _is_peer_failure(error):
             raise
-        raise PoolError(f"{what}: {_first_line(error)}") from error
+        raise PoolError(f"{what}: {first_line(error)}") from error
 
 
 def _wait(works: Sequence[dist.Work], what: str) -> None:
     with peer_errors(what):
         for work in works:
             work.wait()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
