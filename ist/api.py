@@ -55,7 +55,7 @@ def train(
     schedule: str | None = None,
     schedule_args: Mapping[str, Any] | None = None,
     test_data: Dataset[Any] | None = None,
-    pool: Literal["auto", "inline", "torchrun"] = "auto",
+    pool: Literal["auto", "inline", "torchrun", "ray"] = "auto",
     run_dir: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
@@ -86,7 +86,8 @@ def train(
         schedule: Class of torch.optim.lr_scheduler, advanced every local step.
         schedule_args: Its arguments; the value 'total_steps' stands for the run's number of steps.
         test_data: Evaluated every round, if given; accuracy is reported where targets are class numbers.
-        pool: 'auto' is 'torchrun' under torchrun and 'inline' otherwise.
+        pool: 'auto' is 'torchrun' under torchrun and 'inline' otherwise; 'ray' trains on the cluster that this process
+            is connected to, else on that of `pool_options={"ray": {"address": ...}}`, else on one of its own.
         run_dir: Where to write metrics, checkpoints and the trained network; default: nowhere.
         resume: Go on from the newest checkpoint in `run_dir`, with the same arguments as before.
         seed: Seed of everything random but the network's initial weights, which are `model`'s.

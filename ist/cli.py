@@ -39,11 +39,23 @@ Overrides = Annotated[
 Workers = Annotated[Optional[int], typer.Option("--workers", min=1, help="Number of workers (train.workers).")]
 PoolKind = Annotated[
     Optional[str],
-    typer.Option("--pool", metavar="inline|torchrun", help="Who carries subnets to workers (pool.kind)."),
+    typer.Option("--pool", metavar="inline|torchrun|ray", help="Who carries subnets to workers (pool.kind)."),
 ]
 RunDir = Annotated[
     Optional[Path],
     typer.Option("--run-dir", help="Write the run here; default: a new folder under 'output'."),
+]
+Address = Annotated[
+    Optional[str], typer.Option(metavar="auto|HOST:PORT", help="The Ray cluster to use (pool.ray.address).")
+]
+MetricsPort = Annotated[
+    Optional[int], typer.Option(help="Serve metrics for Prometheus on this port (watch.metrics_port).")
+]
+AllowInsecure = Annotated[
+    bool, typer.Option("--allow-insecure", help="May listen on a public network interface (pool.allow_insecure).")
+]
+AutoResume = Annotated[
+    bool, typer.Option("--auto-resume", help="Go on with the run in --run-dir, if there is one; for jobs that restart.")
 ]
 
 
@@ -54,31 +66,51 @@ def train(
     workers: Workers = None,
     pool: PoolKind = None,
     method: Annotated[Optional[str], typer.Option(help="'ist' or another method, such as 'ddp'.")] = None,
+    address: Address = None,
+    metrics_port: MetricsPort = None,
+    allow_insecure: AllowInsecure = False,
     run_dir: RunDir = None,
+    auto_resume: AutoResume = False,
     resume: Annotated[Optional[Path], typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
 ) -> None:
     """Train a network by independent subnets.
 
-    Starts the processes itself; under torchrun it joins those that torchrun started. 'ist keys' explains
-    every key of CONFIG.
+    Starts the processes itself, or the Ray actors; under torchrun it joins those that torchrun started. 'ist keys'
+    explains every key of CONFIG.
     """
     if (config_file is None) == (resume is None):
         raise ConfigError("give either a CONFIG, or --resume RUN")
+    flags = _flags(
+        workers=workers, pool=pool, method=method, address=address, metrics_port=metrics_port,
+        allow_insecure=allow_insecure or None,
+    )  # fmt: skip
     if resume is not None:
-        if overrides or workers or pool or method or run_dir:
+        if overrides or flags or run_dir or auto_resume:
             raise ConfigError("--resume goes on with the run as it was configured: no other option goes with it")
         _resume(resume)
         return
     assert config_file is not None
-    config = load_config(config_file, [*(overrides or []), *_flags(workers, pool, method)])
+    if auto_resume and run_dir is None:
+        raise ConfigError("--auto-resume needs --run-dir, the folder in which a restarted job finds its run")
+    config = load_config(config_file, [*(overrides or []), *flags])
 
-    from ist.pool.torchrun import is_rank_zero
+    from ist.pool.torchrun import is_launched, is_rank_zero
     from ist.run_folder import create_run_folder
 
     config = _with_launchers_pool(config)
     job = _prepare(config)
-    folder = create_run_folder(config, run_dir) if is_rank_zero() else None
-    _start(job, folder, resume=False)
+    folder, go_on = None, False
+    if is_rank_zero():
+        if auto_resume and run_dir is not None:
+            from ist.run_folder import open_or_create
+
+            folder, go_on = open_or_create(config, run_dir)
+        else:
+            folder = create_run_folder(config, run_dir)
+    if folder is not None and folder.is_finished() and not is_launched():
+        typer.echo(f"{folder.path}: this run has finished already", err=True)
+    else:  # under torchrun the other ranks wait for this one, even where no round is left
+        _start(job, folder, resume=go_on)
     _print_result(folder)
 
 
@@ -97,7 +129,7 @@ def compare(
     Each method runs in the same number of worker processes, on the same data in the same order, from the
     same initial weights.
     """
-    config = load_config(config_file, [*(overrides or []), *_flags(workers, None, None)])
+    config = load_config(config_file, [*(overrides or []), *_flags(workers=workers)])
     if methods:
         config = with_methods(config, methods.split(","), "--methods")
 
@@ -131,7 +163,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show the neuron groups, what each worker gets, and the bytes of a round."""
-    config = load_config(config_file, [*(overrides or []), *_flags(workers, None, "ist")])
+    config = load_config(config_file, [*(overrides or []), *_flags(workers=workers, method="ist")])
 
     from ist.inspection import inspect_job, print_inspection
     from ist.job import build_job
@@ -245,7 +277,7 @@ def _start(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
     from ist.pool.torchrun import is_launched
 
     config = job.config
-    if config.pool.kind == "inline" or is_launched():
+    if config.pool.kind != "torchrun" or is_launched():
         _run_here(job, folder, resume)
         return
     from ist.launch import launch
@@ -286,12 +318,13 @@ def _with_launchers_pool(config: Config) -> Config:
 def _prepare(config: Config) -> "Job":
     """Build the job, and find whatever cannot work before a folder is made or a process started."""
     from ist.job import build_job
-    from ist.pool.torchrun import compute_device
+    from ist.pool.device import compute_device
     from ist.run import check_method
     from ist.worker import rehearse
 
     check_method(config)
-    compute_device(config.pool)
+    if config.pool.kind != "ray":
+        compute_device(config.pool)
     job = build_job(config)
     rehearse(job)
     return job
@@ -309,7 +342,16 @@ def _print_table(folders: "list[RunFolder]") -> None:
     Console().print(rich_table([folder.result() for folder in folders]))
 
 
-def _flags(workers: int | None, pool: str | None, method: str | None) -> list[str]:
+_KEYS = {
+    "workers": "train.workers",
+    "pool": "pool.kind",
+    "method": "method",
+    "address": "pool.ray.address",
+    "metrics_port": "watch.metrics_port",
+    "allow_insecure": "pool.allow_insecure",
+}
+
+
+def _flags(**values: object) -> list[str]:
     """Spell the options that stand for a configuration key as overrides."""
-    values = {"train.workers": workers, "pool.kind": pool, "method": method}
-    return [f"{key}={value}" for key, value in values.items() if value is not None]
+    return [f"{_KEYS[name]}={json.dumps(value)}" for name, value in values.items() if value is not None]

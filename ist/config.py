@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Pattern = Annotated[str, Field(min_length=1)]
@@ -46,7 +47,14 @@ class Data(Component):
 class Train(Section):
     """How the network is trained."""
 
-    workers: PositiveInt = Field(description="number of workers, each training one subnet a round")
+    workers: PositiveInt = Field(
+        description="number of workers, each training one subnet a round; {min: 2, max: 16} for workers that come and "
+        "go is short for 'workers: 16' and 'min_workers: 2'"
+    )
+    min_workers: PositiveInt | None = Field(
+        None,
+        description="fewest workers with which a round begins, up to 'workers' (needs 'rounds'); default: all of them",
+    )
     epochs: PositiveInt | None = Field(None, description="passes over the data; give this or 'rounds'")
     rounds: PositiveInt | None = Field(None, description="number of rounds; give this or 'epochs'")
     local_steps: PositiveInt = Field(description="optimiser steps a worker makes in a round (tau)")
@@ -73,16 +81,36 @@ class Train(Section):
         "their neurons (exact only for one worker)",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _range_of_workers(cls, tree: Any) -> Any:
+        workers = tree.get("workers") if isinstance(tree, dict) else None
+        if not isinstance(workers, dict):
+            return tree
+        if set(workers) != {"min", "max"} or tree.get("min_workers") is not None:
+            raise ValueError("'workers' is a number, or {min: 2, max: 16} without 'min_workers'")
+        return {**tree, "workers": workers["max"], "min_workers": workers["min"]}
+
     @model_validator(mode="after")
     def _one_length(self) -> "Train":
         if (self.epochs is None) == (self.rounds is None):
             raise ValueError("give exactly one of 'epochs' and 'rounds'")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"'min_workers' is {self.min_workers}, more than the {self.workers} 'workers'")
+        if self.is_elastic and self.rounds is None:
+            raise ValueError("how many rounds an epoch has depends on the number of workers: give 'rounds'")
         return self
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of workers may change while the run goes on."""
+        return self.min_workers is not None and self.min_workers < self.workers
 
 
 USED_BY: dict[str, tuple[str, ...]] = {
     "keep": ("bernoulli", "rolling", "nested"),
     "capacities": ("disjoint", "categorical", "bernoulli", "rolling", "nested"),
+    "balance": ("disjoint", "categorical", "bernoulli", "rolling", "nested"),
     "residual": ("disjoint", "categorical", "bernoulli", "rolling", "nested"),
     "blocks": ("blocks",),
     "min_depth": ("blocks",),
@@ -108,6 +136,9 @@ class Partition(Section):
         None,
         description="one number for each worker, to which its share, its probability or its 'keep' is proportional; "
         "default: equal",
+    )
+    balance: Literal["equal", "speed"] = Field(
+        "equal", description="'speed': capacities follow the measured time of each worker's local steps (inline, ray)"
     )
     residual: bool = Field(False, description="also split residual streams where no norm forbids it")
     exclude: list[Pattern] = Field(
@@ -150,6 +181,8 @@ class Partition(Section):
                 f"strategy 'nested' with 'capacities' {self.capacities} and no 'keep' gives every worker the whole "
                 "network: set 'keep', such as 0.5, or 'capacities' that differ"
             )
+        if self.balance == "speed" and self.capacities is not None:
+            raise ValueError("'capacities' are measured where 'balance' is 'speed': leave one of the two out")
         if self.strategy == "blocks" and not self.blocks:
             raise ValueError("strategy 'blocks' needs 'blocks', patterns of module paths, such as ['layer3.*']")
         return self
@@ -171,12 +204,37 @@ class Checkpoint(Section):
 
     every: PositiveInt = Field(1, description="rounds between checkpoints; the last round is always saved")
     keep: PositiveInt = Field(2, description="how many of the newest checkpoints to keep")
+    storage: str | None = Field(
+        None,
+        description="folder or fsspec URL, such as s3://bucket/runs, under which checkpoints are kept, in a folder "
+        "named after the run folder; default: in the run folder",
+    )
+
+
+class Ray(Section):
+    """Where and how Ray runs the workers (pool.kind ray)."""
+
+    address: str | None = Field(
+        None, description="'auto' or host:port of a running cluster; default: a cluster on this machine for this run"
+    )
+    num_cpus: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for a worker")
+    num_gpus: NonNegativeFloat = Field(0.0, description="GPUs that Ray reserves for a worker")
+    resources: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="custom resources that Ray reserves for a worker, such as {spot: 1}"
+    )
+    placement: Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"] = Field(
+        "SPREAD", description="strategy of the placement group: over many nodes, or on few"
+    )
+    start_timeout_s: PositiveFloat = Field(300.0, description="seconds to wait until enough workers are there")
 
 
 class Pool(Section):
     """Who carries subnets to workers."""
 
-    kind: Literal["inline", "torchrun"] = Field("torchrun", description="'inline': all workers in this process")
+    kind: Literal["inline", "torchrun", "ray"] = Field(
+        "torchrun",
+        description="'inline': all workers in this process; 'torchrun': processes; 'ray': actors, which come and go",
+    )
     coordinator: Literal["trains", "dedicated"] = Field(
         "trains", description="whether rank 0 is a worker too, or only coordinates (one process more)"
     )
@@ -189,6 +247,28 @@ class Pool(Section):
         0, description="rendezvous port when ist starts the processes itself; 0 picks a free one"
     )
     timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for a peer before giving it up")
+    min_returned: PositiveInt | None = Field(
+        None,
+        description="fewest workers that must come back from a round, or the run ends; default: train.min_workers "
+        "where given, else all, or half of them on ray",
+    )
+    round_deadline_s: PositiveFloat | None = Field(
+        None, description="ray: a worker that is not back after so many seconds is left out of the round; default: none"
+    )
+    allow_insecure: bool = Field(
+        False, description="torchrun: may listen on a public network interface, where anybody can connect"
+    )
+    ray: Ray = Field(default_factory=Ray, description="where and how Ray runs the workers")
+
+
+class Watch(Section):
+    """Who else is told about every round."""
+
+    tensorboard: bool = Field(False, description="write TensorBoard event files to the run folder's tensorboard/")
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        None, description="serve metrics for Prometheus on this port while the run lasts; 0 picks a free one"
+    )
+    metrics_host: str = Field("127.0.0.1", description="address on which metrics are served")
 
 
 class Compare(Section):
@@ -213,6 +293,7 @@ class Config(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate, description="how the whole network is evaluated")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="when the run is saved")
     pool: Pool = Field(default_factory=Pool, description="who carries subnets to workers")
+    watch: Watch = Field(default_factory=Watch, description="who else is told about every round")
     compare: Compare = Field(default_factory=Compare, description="what `ist compare` runs")
     output: str = Field("runs", description="folder in which run folders are made")
 
@@ -223,6 +304,48 @@ class Config(Section):
             raise ValueError(
                 f"'partition.capacities' is {capacities}, {len(capacities)} numbers, but 'train.workers' is "
                 f"{self.train.workers}: give one number for each worker"
+            )
+        if capacities is not None and self.train.is_elastic:
+            raise ValueError(
+                "'partition.capacities' gives every worker a number, but workers come and go (train.min_workers): use "
+                "'partition.balance' speed, or a fixed number of workers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_pool(self) -> "Config":
+        kind = self.pool.kind
+        if self.partition.balance == "speed" and kind == "torchrun" and self.method == "ist":
+            raise ValueError("'partition.balance' is 'speed', which needs 'pool.kind' ray (or inline), not torchrun")
+        if self.pool.round_deadline_s is not None and kind != "ray":
+            raise ValueError(f"'pool.round_deadline_s' is for 'pool.kind' ray, not {kind}: no other pool can go on")
+        if self.pool.ray != Ray() and kind != "ray":
+            raise ValueError(f"'pool.ray' is set, but 'pool.kind' is {kind}: set it to ray, or leave 'pool.ray' out")
+        if kind == "ray" and self.pool.device == "cuda" and self.pool.ray.num_gpus == 0:
+            raise ValueError(
+                "'pool.device' is 'cuda', but 'pool.ray.num_gpus' is 0: a worker would see no GPU; set it to 1"
+            )
+        if self.pool.min_returned is not None and self.pool.min_returned > self.train.workers:
+            raise ValueError(
+                f"'pool.min_returned' is {self.pool.min_returned}, more than the {self.train.workers} workers "
+                "(train.workers)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_elastic(self) -> "Config":
+        train = self.train
+        if not train.is_elastic or self.method != "ist":
+            return self
+        if self.partition.strategy == "blocks":
+            raise ValueError(
+                "strategy 'blocks' scales each block by the share of them that a worker holds, which must not change: "
+                "leave 'train.min_workers' out"
+            )
+        if train.min_workers is not None and (self.pool.min_returned or 0) > train.min_workers:
+            raise ValueError(
+                f"'pool.min_returned' is {self.pool.min_returned}, but a round may begin with {train.min_workers} "
+                "workers (train.min_workers)"
             )
         return self
 

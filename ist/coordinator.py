@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ist import optim
+from ist.balance import SpeedBalance
 from ist.blocks import scaled_blocks
-from ist.errors import DivergedError, WorkerLostError
+from ist.config import Config
+from ist.errors import DivergedError, ISTError, PoolError, WorkerLostError
 from ist.evaluate import Metrics, evaluate, reestimate_statistics, statistics_batches
 from ist.job import Job
 from ist.meter import Meter
-from ist.pool import Lost, Subnet, WorkerPool
-from ist.pool.wire import Header, Message, layout_of
+from ist.pool import Lost, Place, Subnet, WorkerPool
+from ist.pool.wire import Header, layout_of
 from ist.subnet import Cut, cut_specs, extract, reassemble
 
 
@@ -39,7 +41,8 @@ class RoundReport:
         cut_s: Seconds of cutting subnets.
         merge_s: Seconds of merging them.
         memory_bytes: Peak memory of each worker so far.
-        lost: Workers that did not come back.
+        workers: Workers of the round, those that were lost included.
+        lost: Workers that were left out of the merge.
     """
 
     steps: int
@@ -51,6 +54,7 @@ class RoundReport:
     cut_s: float
     merge_s: float
     memory_bytes: tuple[int, ...]
+    workers: int
     lost: tuple[Lost, ...] = ()
 
 
@@ -186,7 +190,6 @@ class Coordinator:
         model: The whole network, trained in place.
         meter: Counts what the pool sends.
         carried: Optimiser state to go on with, where it is carried and the run is resumed.
-        min_workers: A round in which fewer come back ends the run; default: all workers.
     """
 
     def __init__(
@@ -196,13 +199,14 @@ class Coordinator:
         model: nn.Module,
         meter: Meter,
         carried: Mapping[str, Tensor] | None = None,
-        min_workers: int | None = None,
     ) -> None:
         self.job = job
         self._model = model
         self._pool = pool
         self._meter = meter
-        self._min_workers = job.config.train.workers if min_workers is None else min_workers
+        self._min_returned = min_returned(job.config)
+        self._balance = SpeedBalance() if job.config.partition.balance == "speed" else None
+        self._job_now = job
         device = next(model.parameters()).device
         self._device = device
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -212,7 +216,6 @@ class Coordinator:
         self._state: dict[str, Tensor] = {name: tensors[name] for name in job.model_specs} | fresh
         for name, tensor in (carried or {}).items():
             self._state[name].copy_(tensor)
-        self._messages: list[Message] = []
 
     @property
     def model(self) -> nn.Module:
@@ -220,24 +223,32 @@ class Coordinator:
         return self._model
 
     def train_round(self, round_number: int) -> RoundReport:
-        """Cut subnets, have them trained, and merge what comes back.
+        """Cut subnets for the workers that are there, have them trained, and merge what comes back.
+
+        A worker that does not come back, or comes back with nonsense, is left out: its neurons keep their values.
 
         Raises:
-            DivergedError: A worker returned something that is not finite.
-            WorkerLostError: Fewer than `min_workers` came back.
+            DivergedError: Too few came back, and first of all one with something that is not finite.
+            PoolError: Too few came back, and first of all one with a message of another round or shape.
+            WorkerLostError: Too few came back, or too few are there to begin with.
 
         Reference: Yuan et al., arXiv 1910.02120, Algorithm 1.
         """
+        names = self._pool.gather(round_number)
         before = dict(self._meter.seconds)
-        with self._meter.phase("round"):
-            with self._meter.phase("cut"):
-                cuts = self.job.cuts(round_number)
-                subnets = self._cut(round_number, cuts)
-            headers: list[Header] = []
-            lost: list[Lost] = []
-            with self._meter.phase("merge"):
-                reassemble(self._state, cuts, self._accept(round_number, subnets, headers, lost), self.job.exclusive)
+        places = self._places(names)
+        with self._meter.phase("cut"):
+            cuts = self._job_now.cuts(round_number)
+        headers: list[Header] = []
+        lost: list[Lost] = []
+        with self._meter.phase("merge"):
+            trained = self._accept(round_number, self._subnets(round_number, places, cuts), headers, lost)
+            reassemble(self._state, cuts, trained, self.job.exclusive)
         spent = {phase: seconds - before.get(phase, 0.0) for phase, seconds in self._meter.seconds.items()}
+        if self._balance:
+            took = {header.worker: header.compute_s for header in headers}
+            took |= {late.worker: spent["train"] for late in lost if late.kind == "late"}
+            self._balance.note({names[worker]: seconds for worker, seconds in took.items()})
         return _report(headers, lost, spent, self._pool.parallel)
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
@@ -252,42 +263,68 @@ class Coordinator:
         """Let the workers go."""
         self._pool.close()
 
-    def _cut(self, round_number: int, cuts: Sequence[Cut]) -> list[Subnet]:
-        layouts = [layout_of(cut_specs(self.job.specs, cut)) for cut in cuts]
-        if [message.layout for message in self._messages] != layouts:
-            self._messages = [Message(layout, self._device) for layout in layouts]
-        subnets = []
-        for worker, (message, cut) in enumerate(zip(self._messages, cuts, strict=True)):
-            names = self.job.sent_names(message.layout, round_number)
-            extract(self._state, cut, into={name: message.tensors[name] for name in names})
-            message.write_header(Header(round_number, worker))
-            subnets.append(Subnet(worker, message, message.layout.end_of(names)))
-        return subnets
+    def _places(self, names: Sequence[str]) -> list[Place]:
+        """Give the workers that are there their places, and see to it that `_job_now` is the job for so many."""
+        capacities = self._balance.capacities(names) if self._balance else None
+        self._job_now = self.job.with_workers(len(names), capacities)
+        return [Place(worker, len(names), capacities) for worker in range(len(names))]
+
+    def _subnets(self, round_number: int, places: Sequence[Place], cuts: Sequence[Cut]) -> Iterator[Subnet]:
+        """Cut each subnet when it is asked for.
+
+        By then others may have been merged: what two workers hold is merged last of all, and the rest is theirs alone.
+        """
+        for place, cut in zip(places, cuts, strict=True):
+            with self._meter.phase("cut"):
+                layout = layout_of(cut_specs(self.job.specs, cut))
+                message = self._pool.message(place.worker, layout)
+                names = self.job.sent_names(layout, round_number)
+                extract(self._state, cut, into={name: message.tensors[name] for name in names})
+                message.write_header(Header(round_number, place.worker))
+            yield Subnet(place, message, layout.end_of(names))
 
     def _accept(
-        self, round_number: int, subnets: Sequence[Subnet], headers: list[Header], lost: list[Lost]
+        self, round_number: int, subnets: Iterator[Subnet], headers: list[Header], lost: list[Lost]
     ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-        """Yield what workers return, checked, as it arrives; note headers and losses."""
+        """Yield what workers return, checked, as it arrives; note headers, and who is left out."""
         results = iter(self._pool.train(round_number, subnets))
+        num_workers = self._job_now.config.train.workers
+        needed = min(self._min_returned, num_workers)
+        causes: list[ISTError] = []
         while True:
             with self._meter.phase("train"):
                 result = next(results, None)
             if result is None:
                 break
-            if isinstance(result, Lost):
+            if isinstance(result, Subnet):
+                try:
+                    header = result.message.read_header(round_number, result.worker)
+                    _check_finite(header, result.message.tensors)
+                except (PoolError, DivergedError) as error:
+                    causes.append(error)
+                    lost.append(Lost(result.worker, str(error), "rejected"))
+                else:
+                    headers.append(header)
+                    yield result.worker, result.message.tensors
+            else:
                 lost.append(result)
-                if len(subnets) - len(lost) < self._min_workers:
-                    raise WorkerLostError(
-                        f"worker {lost[0].worker} was lost in round {round_number} ({lost[0].reason}); "
-                        f"{self._min_workers} of {len(subnets)} workers are needed"
-                    )
-                continue
-            header = result.message.read_header(round_number, result.worker)
-            _check_finite(header, result.message.tensors)
-            headers.append(header)
-            yield result.worker, result.message.tensors
+                what = "was late" if result.kind == "late" else f"was {result.kind}"
+                text = f"worker {result.worker} {what} in round {round_number} ({result.reason})"
+                causes.append(WorkerLostError(f"{text}; {needed} of {num_workers} workers are needed"))
+            if num_workers - len(lost) < needed:
+                raise causes[0]
         if not headers:
-            raise WorkerLostError(f"no worker came back in round {round_number}: nothing was trained")
+            raise WorkerLostError(f"no worker came back in round {round_number}: nothing was trained") from causes[0]
+
+
+def min_returned(config: Config) -> int:
+    """Return how many workers must come back from a round, lest the run end."""
+    train, pool = config.train, config.pool
+    if pool.min_returned is not None:
+        return pool.min_returned
+    if train.is_elastic:
+        return train.min_workers or 1
+    return -(-train.workers // 2) if pool.kind == "ray" else train.workers
 
 
 def _check_finite(header: Header, tensors: Mapping[str, Tensor]) -> None:
@@ -318,7 +355,7 @@ def _is_finite(tensor: Tensor) -> bool:
 def _report(headers: Sequence[Header], lost: Sequence[Lost], spent: Mapping[str, float], parallel: bool) -> RoundReport:
     computes = [header.compute_s for header in headers]
     critical = max(computes) if parallel else sum(computes)
-    exchange = max(0.0, spent["train"] - critical)
+    exchange = max(0.0, spent["train"] - spent["cut"] - critical)  # subnets are cut while the pool asks for them
     mean = sum(computes) / len(computes)
     samples = sum(header.samples for header in headers)
     return RoundReport(
@@ -331,5 +368,6 @@ def _report(headers: Sequence[Header], lost: Sequence[Lost], spent: Mapping[str,
         cut_s=spent["cut"],
         merge_s=spent["merge"] - spent["train"],
         memory_bytes=tuple(h.memory_bytes for h in sorted(headers, key=lambda header: header.worker)),
+        workers=len(headers) + len(lost),
         lost=tuple(lost),
     )

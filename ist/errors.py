@@ -30,6 +30,10 @@ class WorkerLostError(PoolError):
     """A worker that was lost while fewer than the required number remained."""
 
 
+class AbandonedRoundError(ISTError):
+    """A worker was told that its round goes on without it."""
+
+
 class InterruptedRunError(ISTError):
     """A run that the user, or the system, told to end."""
 

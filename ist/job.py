@@ -56,6 +56,7 @@ class Job:
         groups: Those that are split, optimiser state included where it is carried.
         model_specs: Tensors of the network that travel and merge.
         state_specs: Tensors of carried optimiser state.
+        constants: Values of tensors that are neither trained nor in the network's `state_dict`.
         dealing: Which samples each step of each worker uses.
         settings: What the schedule sets at each step; empty without a schedule.
     """
@@ -72,6 +73,7 @@ class Job:
     model_specs: dict[str, TensorSpec]
     state_slots: tuple[optim.StateSlot, ...]
     state_specs: dict[str, TensorSpec]
+    constants: dict[str, Tensor]
     dealing: Dealing
     settings: list[optim.Settings]
 
@@ -111,13 +113,6 @@ class Job:
         return tensor_specs(self.template, with_statistics=True) | constants
 
     @cached_property
-    def constants(self) -> dict[str, Tensor]:
-        """Values of tensors that are neither trained nor in the network's `state_dict`; made once in each process."""
-        if not constant_tensors(self.template):
-            return {}
-        return {name: tensor.detach().clone().cpu() for name, tensor in constant_tensors(self.build()).items()}
-
-    @cached_property
     def is_fixed(self) -> bool:
         """Whether a worker's narrow network looks the same in every round."""
         partition = self.config.partition
@@ -130,6 +125,29 @@ class Job:
             for _, scale in self.plan(worker, 0).scales.values()
         )
         return not by_position and not sliced & set(constant_tensors(self.template))
+
+    def with_workers(self, num_workers: int, capacities: tuple[float, ...] | None = None) -> "Job":
+        """Return the same job for a round with another number of workers, or with other shares.
+
+        Args:
+            num_workers: Workers of the round, at most `config.train.workers`.
+            capacities: One number for each of them, in place of `config.partition.capacities`; None: those.
+        """
+        config = self.config
+        given = list(capacities) if capacities else config.partition.capacities
+        if (num_workers, given) == (config.train.workers, config.partition.capacities):
+            return self
+        train = config.train.model_copy(update={"workers": num_workers})
+        partition = config.partition.model_copy(update={"capacities": given})
+        return replace(
+            self,
+            config=config.model_copy(update={"train": train, "partition": partition}),
+            dealing=replace(self.dealing, num_workers=num_workers),
+        )
+
+    def for_workers(self) -> "Job":
+        """Return what a worker needs of the job: not the initial weights, and not the test data."""
+        return replace(self, build=_no_build, test_data=None)
 
     def build_copy(self) -> nn.Module:
         """Return a whole network with its initial weights, on the CPU, that is nobody else's."""
@@ -289,6 +307,7 @@ def make_job(
         model_specs=model_specs,
         state_slots=slots,
         state_specs=optim.carried_specs(slots, parameters),
+        constants=_constants(template, build),
         dealing=dealing,
         settings=[],
     )
@@ -340,6 +359,16 @@ def _make(model_class: Any, args: Mapping[str, Any]) -> Any:
     if "use_cache" not in args and getattr(settings, "use_cache", False):
         settings.use_cache = False
     return call(model_class, {"config": settings}, "model.args")
+
+
+def _no_build() -> nn.Module:
+    raise AssertionError("a worker asked for initial weights, which it does not have")
+
+
+def _constants(template: nn.Module, build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    if not constant_tensors(template):
+        return {}
+    return {name: tensor.detach().clone().cpu() for name, tensor in constant_tensors(build()).items()}
 
 
 def _template(build: Callable[[], nn.Module]) -> nn.Module:

@@ -5,10 +5,12 @@ Not here: starting processes (`ist/launch.py`), the loop itself (`ist/coordinato
 """
 
 import json
+import secrets
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,14 +25,14 @@ from ist.job import Job
 from ist.meter import MemoryGauge, Meter
 from ist.methods import METHODS
 from ist.pool import WorkerPool
+from ist.pool.device import compute_device
 from ist.pool.inline import InlinePool
 from ist.pool.torchrun import (
     Membership,
     RankWorker,
     TorchrunPool,
     agree_on_start,
-    check_world_size,
-    compute_device,
+    for_world_size,
     is_launched,
     is_rank_zero,
     join,
@@ -61,16 +63,19 @@ class Following:
 
 
 def check_method(config: Config) -> None:
-    """Check that the configured method exists and can run on the configured pool.
+    """Check that the configured method exists and can run on the configured pool, and that the pool is installed.
 
     Raises:
-        ConfigError: It is not known, or needs processes.
+        ConfigError: It is not known, needs processes, or a package is missing.
     """
+    kind = config.pool.kind
+    if kind == "ray" and find_spec("ray") is None:
+        raise ConfigError("pool.kind is 'ray', but Ray is not installed: pip install 'ist[ray]'")
     if config.method == "ist":
         return
     resolve(config.method, "method", {"ist": "", **METHODS})
-    if config.pool.kind == "inline":
-        raise ConfigError(f"method '{config.method}' needs processes: pool.kind must be 'torchrun', not 'inline'")
+    if kind != "torchrun":
+        raise ConfigError(f"method '{config.method}' needs processes: pool.kind must be 'torchrun', not '{kind}'")
 
 
 @contextmanager
@@ -85,7 +90,7 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
 
     Raises:
         ConfigError: The processes that were started do not fit the configuration.
-        PoolError: The process group cannot be formed.
+        PoolError: The process group cannot be formed, or no Ray cluster be reached.
         RunFolderError: `folder` cannot be read, or its checkpoint is damaged.
     """
     config = job.config
@@ -93,13 +98,13 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
     threads_before = torch.get_num_threads()
     torch.set_num_threads(config.pool.threads)
     # Before the others are joined: a damaged checkpoint must not leave them waiting.
-    leads = config.pool.kind == "inline" or is_rank_zero()
+    leads = config.pool.kind != "torchrun" or is_rank_zero()
     tensors, before = folder.rewind() if leads and resume and folder else ({}, Progress())
     membership = None
     if config.pool.kind == "torchrun":
         if not is_launched():
             raise ConfigError("pool.kind is 'torchrun', but no launcher started this process: run it with torchrun")
-        check_world_size(job)
+        job = for_world_size(job)
         membership = join(config.pool)
     first_round = before.rounds_done
     if membership:
@@ -111,33 +116,47 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
         part.close()
         torch.set_num_threads(threads_before)
         return
-    device = membership.device if membership else compute_device(config.pool)
+    device = membership.device if membership else torch.device("cpu")
+    if config.pool.kind == "inline":
+        device = compute_device(config.pool)
     gauge = MemoryGauge(device)
     model, optimizer_state = _restored(job, tensors)
-    method = _method(job, membership, model.to(device), optimizer_state, meter, device)
-    display = Display(config.method, job.num_rounds, first_round, progress)
-    recorder = RunRecorder(job, folder, display, before, meter, gauge)
-    try:
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, threads_before)
+        if config.method == "ist":
+            pool = _pool(job, membership, meter, device, folder, stack)
+            method: Method = Coordinator(job, pool, model.to(device), meter, optimizer_state)
+        else:
+            make = resolve(config.method, "method", METHODS)
+            method = make(job, membership, model.to(device), optimizer_state, meter)
+        stack.callback(method.close)
+        display = Display(config.method, job.num_rounds, first_round, progress)
+        stack.callback(display.close)
+        recorder = RunRecorder(job, folder, display, before, meter, gauge)
         yield Leading(job, method, recorder, first_round, device)
-    finally:
-        display.close()
-        torch.set_num_threads(threads_before)
-    method.close()
 
 
-def _method(
+def _pool(
     job: Job,
     membership: Membership | None,
-    model: torch.nn.Module,
-    state: Mapping[str, Tensor],
     meter: Meter,
     device: torch.device,
-) -> Method:
-    if job.config.method == "ist":
-        pool: WorkerPool = TorchrunPool(job, membership, meter) if membership else InlinePool(job, device, meter)
-        return Coordinator(job, pool, model, meter, state)
-    made: Method = resolve(job.config.method, "method", METHODS)(job, membership, model, state, meter)
-    return made
+    folder: RunFolder | None,
+    stack: ExitStack,
+) -> WorkerPool:
+    """Make the pool; what it needs for as long as the run lasts goes on the stack."""
+    if membership:
+        return TorchrunPool(job, membership, meter)
+    if job.config.pool.kind == "inline":
+        return InlinePool(job, device, meter)
+    from ist.pool.ray import RayPool
+    from ist.pool.ray_cluster import connected
+
+    stack.enter_context(connected(job.config))
+    name = folder.path.name if folder else job.config.name
+    pool = RayPool(job, meter, f"{name}-{secrets.token_hex(3)}")
+    pool.gather(0)  # starting actors is no part of the first round
+    return pool
 
 
 def _follower(job: Job, membership: Membership, meter: Meter) -> Follower:

@@ -7,6 +7,7 @@ Not here: how the message got here, whose neurons they are, what happens to them
 
 import time
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +17,13 @@ from torch.utils.data import Dataset, Subset
 from ist import optim
 from ist.data.batches import fetch, length, num_samples, take_shard
 from ist.data.nested import call_model
-from ist.errors import ConfigError
+from ist.errors import AbandonedRoundError, ConfigError
 from ist.evaluate import evaluate
 from ist.groups import named_tensors
 from ist.job import Job
 from ist.meter import MemoryGauge
 from ist.narrow import bind, collect_buffers
+from ist.pool import Place
 from ist.pool.wire import Header, Message
 from ist.rng import Purpose, torch_seed
 from ist.verify import verify_cuts
@@ -44,12 +46,16 @@ class Worker:
         self.gauge = MemoryGauge(device)
         self.module = job.narrow(job.neurons(0)[number], device)
 
-    def train(self, round_number: int, message: Message) -> None:
+    def train(self, round_number: int, message: Message, is_over: Callable[[], bool] | None = None) -> None:
         """Make a round's local steps on the subnet in `message`, in place, and write the header that goes back.
 
         Args:
             round_number: The round, from 0.
             message: On this worker's device; the parameters are its tensors while this runs.
+            is_over: Asked before each step whether the round has gone on without this worker; None: it never does.
+
+        Raises:
+            AbandonedRoundError: It has.
         """
         started = time.perf_counter()
         job = self.job
@@ -61,7 +67,9 @@ class Worker:
         optimizer = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
         if job.state_slots and round_number > 0:
             optim.load_state(optimizer, named, job.state_slots, message.tensors)
-        total, samples = local_steps(job, self.number, self.shard, module, optimizer, round_number, self.device)
+        total, samples = local_steps(
+            job, self.number, self.shard, module, optimizer, round_number, self.device, is_over
+        )
         optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the subnet travels
         collect_buffers(module, message.tensors)
         if job.state_slots:
@@ -80,6 +88,27 @@ class Worker:
         )
 
 
+class Seat:
+    """Where a worker sits whose number and share may change from round to round.
+
+    Args:
+        job: The run, for as many workers as there may be.
+        device: Where it computes.
+    """
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self._job = job
+        self._device = device
+        self._taken: tuple[Place, Worker] | None = None
+
+    def worker(self, place: Place) -> Worker:
+        """Return the worker of a place: the same as before, while the place is."""
+        if self._taken is None or self._taken[0] != place:
+            job = self._job.with_workers(place.num_workers, place.capacities)
+            self._taken = place, Worker(job, place.worker, self._device)
+        return self._taken[1]
+
+
 def local_steps(
     job: Job,
     worker: int,
@@ -88,6 +117,7 @@ def local_steps(
     optimizer: torch.optim.Optimizer,
     round_number: int,
     device: torch.device,
+    is_over: Callable[[], bool] | None = None,
 ) -> tuple[float, int]:
     """Make a round's optimiser steps on one worker's data: the local training step.
 
@@ -99,15 +129,21 @@ def local_steps(
         optimizer: Over the module's parameters.
         round_number: The round, from 0.
         device: Where the module is.
+        is_over: Asked before each step whether the round has gone on without this worker; None: it never does.
 
     Returns:
         The sum of the samples' losses, and the number of samples. The device is done when it returns.
+
+    Raises:
+        AbandonedRoundError: It has.
     """
     loss_sum, samples = torch.zeros((), device=device), 0
     # manual_seed reaches every GPU, so every GPU's generator is put back.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else []):
         torch.manual_seed(torch_seed(job.config.seed, Purpose.TRAINING, round_number, worker))
         for step in job.steps(round_number):
+            if is_over is not None and is_over():
+                raise AbandonedRoundError(f"round {round_number} went on without worker {worker}")
             if job.settings:
                 optimizer.param_groups[0].update(job.settings[step])
             inputs, targets = fetch(shard, job.dealing.batch(worker, step), device)

@@ -69,7 +69,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "zero steps": ({"train__local_steps": 0}, "'train.local_steps' is 0"),
     "no workers": ({"train__workers": 0}, "'train.workers' is 0"),
     "two lengths": ({"train__epochs": 3}, "'train': give exactly one of 'epochs' and 'rounds'"),
-    "unknown choice": ({"pool__kind": "mpi"}, "'pool.kind' is 'mpi' (a string): input should be 'inline' or 'torchrun'"),
+    "unknown choice": ({"pool__kind": "mpi"}, "'pool.kind' is 'mpi' (a string): input should be 'inline', 'torchrun' or 'ray'"),
     "section is a number": ({"train": 3}, "'train' is 3 (a whole number)"),
     "a bad override": (
         {"compare": {"methods": ["ist"], "overrides": {"ist": {"train.loacl_steps": 3}}}},
@@ -104,6 +104,32 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "blocks without blocks": (
         {"partition__strategy": "blocks"},
         "'partition': strategy 'blocks' needs 'blocks', patterns of module paths, such as ['layer3.*']",
+    ),
+    "a range without an end": ({"train__workers": {"min": 2}}, "'workers' is a number, or {min: 2, max: 16}"),
+    "a range upside down": ({"train__workers": {"min": 5, "max": 4}}, "'min_workers' is 5, more than the 4 'workers'"),
+    "a range of nothing": ({"train__workers": {"min": 0, "max": 4}}, "'train.min_workers' is 0"),
+    "a range of workers for epochs": (
+        {"train__workers": {"min": 2, "max": 4}, "train__rounds": None, "train__epochs": 3},
+        "how many rounds an epoch has depends on the number of workers: give 'rounds'",
+    ),
+    "capacities for workers that come and go": (
+        {"train__workers": {"min": 2, "max": 4}, "partition__capacities": [1, 1, 1, 2]}, "but workers come and go (train.min_workers)",
+    ),
+    "blocks for workers that come and go": (
+        {"train__workers": {"min": 2, "max": 4}, "partition": {"strategy": "blocks", "blocks": ["a.*"]}}, "which must not change",
+    ),
+    "capacities given and measured": ({"partition": {"balance": "speed", "capacities": [1, 1, 1, 2]}}, "leave one of the two out"),
+    "speed under torchrun": (
+        {"partition__balance": "speed", "pool": {"kind": "torchrun"}}, "needs 'pool.kind' ray (or inline), not torchrun",
+    ),
+    "a deadline under torchrun": (
+        {"pool": {"kind": "torchrun", "round_deadline_s": 3}}, "'pool.round_deadline_s' is for 'pool.kind' ray, not torchrun",
+    ),
+    "Ray's keys for another pool": ({"pool__ray": {"num_cpus": 2}}, "'pool.ray' is set, but 'pool.kind' is inline"),
+    "GPUs without any": ({"pool": {"kind": "ray", "device": "cuda"}}, "'pool.ray.num_gpus' is 0: a worker would see no GPU"),
+    "more to come back than there are": ({"pool__min_returned": 5}, "'pool.min_returned' is 5, more than the 4 workers"),
+    "more to come back than begin": (
+        {"train__workers": {"min": 2, "max": 4}, "pool__min_returned": 3}, "but a round may begin with 2 workers",
     ),
     "a bad name": ({"name": "a/b"}, "'name' is 'a/b'"),
 }  # fmt: skip

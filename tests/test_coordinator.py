@@ -1,7 +1,7 @@
 """What the coordinator does with workers that do not come back, or come back with nonsense."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ import torch
 from ist.coordinator import Coordinator
 from ist.errors import DivergedError, PoolError, WorkerLostError
 from ist.meter import Meter
-from ist.pool import Lost, Subnet
+from ist.pool import Buffers, Lost, Subnet
 from ist.pool.inline import InlinePool
-from ist.pool.wire import Header
+from ist.pool.wire import Header, Layout, Message
 from tests.conftest import assert_same, clone, job_for
 from tests.networks import NETWORKS, seeded
 
@@ -24,7 +24,13 @@ class FaultyPool:
     def __init__(self, inner: InlinePool, lost: Sequence[int] = (), spoil: int | None = None, how: str = "") -> None:
         self.inner, self.lost, self.spoil, self.how = inner, lost, spoil, how
 
-    def train(self, round_number: int, subnets: Sequence[Subnet]) -> Iterator[Subnet | Lost]:
+    def gather(self, round_number: int) -> tuple[str, ...]:
+        return self.inner.gather(round_number)
+
+    def message(self, worker: int, layout: Layout) -> Message:
+        return self.inner.message(worker, layout)
+
+    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Iterator[Subnet | Lost]:
         for result in self.inner.train(round_number, subnets):
             assert isinstance(result, Subnet)
             if result.worker in self.lost:
@@ -43,15 +49,15 @@ class FaultyPool:
         pass
 
 
-def coordinator(min_workers: int | None = None, **faults: object) -> Coordinator:
+def coordinator(min_returned: int | None = None, **faults: object) -> Coordinator:
     model = seeded(NETWORKS["no batch norm"])
-    job, meter = job_for(model), Meter()
+    job, meter = job_for(model, pool__min_returned=min_returned), Meter()
     pool = FaultyPool(InlinePool(job, torch.device("cpu"), meter), **faults)  # type: ignore[arg-type]
-    return Coordinator(job, pool, model, meter, min_workers=min_workers)
+    return Coordinator(job, pool, model, meter)
 
 
 def test_a_lost_worker_leaves_its_neurons_untouched() -> None:
-    made = coordinator(min_workers=3, lost=[2])
+    made = coordinator(min_returned=3, lost=[2])
     before = clone(made.model.state_dict())
 
     report = made.train_round(0)
@@ -69,8 +75,24 @@ def test_by_default_one_lost_worker_ends_the_run_and_names_the_cause() -> None:
 
 
 def test_a_round_that_trained_nothing_is_an_error_whatever_the_floor() -> None:
-    with pytest.raises(WorkerLostError, match="no worker came back in round 0"):
-        coordinator(min_workers=0, lost=range(4)).train_round(0)
+    with pytest.raises(WorkerLostError, match=r"worker 0 was lost in round 0 \(it burnt down\); 1 of 4 workers"):
+        coordinator(min_returned=1, lost=range(4)).train_round(0)
+
+
+@pytest.mark.parametrize("how", ["weight", "loss", "stale"])
+def test_a_worker_that_returns_nonsense_is_left_out_by_name_where_others_suffice(how: str) -> None:
+    made = coordinator(min_returned=3, spoil=2, how=how)
+    before = clone(made.model.state_dict())
+
+    report = made.train_round(1)
+
+    (lost,) = report.lost
+    assert (lost.worker, lost.kind, report.workers) == (2, "rejected", 4)
+    changed = made.model.linear_1.bias != before["linear_1.bias"]
+    cuts = made.job.cuts(1)
+    assert not changed[cuts[2]["linear_1.bias"][0]].any()
+    assert changed[cuts[0]["linear_1.bias"][0]].any()
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in made.model.state_dict().values())
 
 
 @pytest.mark.parametrize(
@@ -104,7 +126,7 @@ def test_rounds_reuse_their_buffers_without_mixing_them_up() -> None:
     for round_number in range(3):
         one.train_round(round_number)
     for round_number in range(3):
-        other._messages = []
+        other._pool.inner._buffers = Buffers(torch.device("cpu"))  # type: ignore[attr-defined]
         other.train_round(round_number)
 
     assert_same(clone(one.model.state_dict()), clone(other.model.state_dict()))

@@ -140,6 +140,7 @@ class DataParallel:
             cut_s=0.0,
             merge_s=0.0,
             memory_bytes=tuple(int(peak) for peak in memory),
+            workers=self._membership.world_size,
         )
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:

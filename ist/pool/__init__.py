@@ -2,15 +2,32 @@
 
 The algorithm exists once, in `ist/coordinator.py`; a pool only sends subnets out and gets subnets
 back. `inline.py` is the oracle, the debugger and the single-device mode; `torchrun.py` uses
-torch.distributed.
+torch.distributed; the workers of `ray.py` are Ray actors, which may come and go.
 Not here: loss, data, partition.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
-from ist.pool.wire import Message
+import torch
+
+from ist.pool.wire import Layout, Message
+
+
+@dataclass(frozen=True)
+class Place:
+    """A worker's place in a round: with the seed and the round, all that its share of network and data depends on.
+
+    Attributes:
+        worker: Which worker it is in this round, from 0.
+        num_workers: How many there are.
+        capacities: One number for each worker, to which shares are proportional; None: as configured.
+    """
+
+    worker: int
+    num_workers: int
+    capacities: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -18,22 +35,35 @@ class Subnet:
     """A worker's part of the network in a round.
 
     Attributes:
-        worker: Which worker it is for, from 0.
-        message: Its tensors. A pool trains them in place: the same message comes back.
+        place: Whose it is.
+        message: Its tensors; on the way back, the trained ones.
         sent_bytes: How much of the message, from its beginning, goes to the worker; all of it comes back.
     """
 
-    worker: int
+    place: Place
     message: Message
     sent_bytes: int
+
+    @property
+    def worker(self) -> int:
+        """The number of the worker in this round."""
+        return self.place.worker
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker that did not come back this round: its neurons keep their values."""
+    """A worker whose subnet is left out of this round: its neurons keep their values.
+
+    Attributes:
+        worker: Which worker, from 0.
+        reason: What happened, for people.
+        kind: 'lost': it died, failed or cannot be reached; 'late': it missed the round's deadline; 'rejected': what it
+            returned is of another shape or round, or not finite.
+    """
 
     worker: int
     reason: str
+    kind: Literal["lost", "late", "rejected"] = "lost"
 
 
 class WorkerPool(Protocol):
@@ -42,10 +72,42 @@ class WorkerPool(Protocol):
     parallel: bool
     """Whether workers compute at the same time."""
 
-    def train(self, round_number: int, subnets: Sequence[Subnet]) -> Iterator[Subnet | Lost]:
-        """Have every subnet trained for a round; yield each as it comes back, or `Lost`."""
+    def gather(self, round_number: int) -> tuple[str, ...]:
+        """Return the names of the workers that are there for a round; worker k of the round is the k-th of them.
+
+        Raises:
+            WorkerLostError: There are fewer than the run needs.
+        """
+        ...
+
+    def message(self, worker: int, layout: Layout) -> Message:
+        """Return memory to cut a worker's subnet into; in use until the pool asks for the next subnet, or longer."""
+        ...
+
+    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Iterator[Subnet | Lost]:
+        """Have every subnet trained for a round; yield each as it comes back, or `Lost`.
+
+        Args:
+            round_number: The round, from 0.
+            subnets: In the order of workers; each is cut when it is asked for.
+        """
         ...
 
     def close(self) -> None:
         """Let the workers go."""
         ...
+
+
+class Buffers:
+    """One message for each worker, made anew only where its layout changes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._messages: dict[int, Message] = {}
+
+    def message(self, worker: int, layout: Layout) -> Message:
+        """Return the worker's message."""
+        found = self._messages.get(worker)
+        if found is None or found.layout != layout:
+            found = self._messages[worker] = Message(layout, self._device)
+        return found

@@ -4,14 +4,15 @@ Bytes are counted as if every worker sat behind a link, so that they can be comp
 coordinator is dedicated.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from ist.job import Job
 from ist.meter import Meter
-from ist.pool import Lost, Subnet
-from ist.worker import Worker
+from ist.pool import Buffers, Lost, Subnet
+from ist.pool.wire import Layout, Message
+from ist.worker import Seat
 
 
 class InlinePool:
@@ -20,14 +21,24 @@ class InlinePool:
     parallel = False
 
     def __init__(self, job: Job, device: torch.device, meter: Meter) -> None:
-        self._workers = [Worker(job, number, device) for number in range(job.config.train.workers)]
+        self._names = tuple(f"worker {number}" for number in range(job.config.train.workers))
+        self._seats = [Seat(job, device) for _ in self._names]
+        self._buffers = Buffers(device)
         self._meter = meter
 
-    def train(self, round_number: int, subnets: Sequence[Subnet]) -> Iterator[Subnet | Lost]:
+    def gather(self, round_number: int) -> tuple[str, ...]:  # noqa: ARG002
+        """All workers are always there."""
+        return self._names
+
+    def message(self, worker: int, layout: Layout) -> Message:
+        """Return a worker's message."""
+        return self._buffers.message(worker, layout)
+
+    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Iterator[Subnet | Lost]:
         """Train the subnets in order."""
         for subnet in subnets:
             self._meter.sent[subnet.worker] += subnet.sent_bytes
-            self._workers[subnet.worker].train(round_number, subnet.message)
+            self._seats[subnet.worker].worker(subnet.place).train(round_number, subnet.message)
             self._meter.received[subnet.worker] += subnet.message.nbytes
             yield subnet
 

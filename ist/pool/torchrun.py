@@ -7,7 +7,7 @@ Not here: starting processes (`ist/launch.py`, or torchrun itself).
 
 import atexit
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,8 +20,9 @@ from ist.config import Pool, num_processes
 from ist.errors import ConfigError, PoolError, first_line
 from ist.job import Job
 from ist.meter import Meter
-from ist.pool import Lost, Subnet
-from ist.pool.wire import Message
+from ist.pool import Buffers, Lost, Subnet
+from ist.pool.device import compute_device
+from ist.pool.wire import Layout, Message
 from ist.worker import Worker
 
 
@@ -45,36 +46,24 @@ def is_rank_zero() -> bool:
     return not is_launched() or os.environ["RANK"] == "0"
 
 
-def check_world_size(job: Job) -> None:
-    """Check that as many processes were started as the configuration calls for.
+def for_world_size(job: Job) -> Job:
+    """Return the job for as many workers as processes were started.
 
     Raises:
-        ConfigError: The numbers differ; the message names both.
+        ConfigError: They are not as many as the configuration calls for; the message names both numbers.
     """
     world_size, needed = int(os.environ["WORLD_SIZE"]), num_processes(job.config)
+    spare = needed - job.config.train.workers
+    least = job.config.train.min_workers or job.config.train.workers
+    if least <= world_size - spare < job.config.train.workers:
+        return job.with_workers(world_size - spare)
     if world_size != needed:
-        spare = needed - job.config.train.workers
         raise ConfigError(
             f"{world_size} processes were started (WORLD_SIZE), but train.workers is {job.config.train.workers} and "
             f"pool.coordinator is '{job.config.pool.coordinator}', which makes {needed}: start {needed} processes, or "
             f"give --workers {world_size - spare}"
         )
-
-
-def compute_device(settings: Pool) -> torch.device:
-    """Return where this process computes.
-
-    Raises:
-        ConfigError: CUDA or NCCL is asked for and not there.
-    """
-    available = torch.cuda.is_available()
-    if settings.device == "cuda" and not available:
-        raise ConfigError("pool.device is 'cuda', but torch finds no CUDA device: use 'cpu' or 'auto'")
-    if settings.backend == "nccl" and (settings.device == "cpu" or not available):
-        raise ConfigError("pool.backend is 'nccl', which needs a GPU for every process: use 'gloo' or 'auto'")
-    if settings.device == "cpu" or not available:
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return job
 
 
 def join(settings: Pool) -> Membership:
@@ -182,9 +171,20 @@ class TorchrunPool:
         self._early = membership.backend == "gloo"
         self._first_rank = membership.world_size - job.config.train.workers
         self._local = Worker(job, 0, membership.device) if self._first_rank == 0 else None
+        self._names = tuple(f"rank {self._rank(worker)}" for worker in range(job.config.train.workers))
+        self._buffers = Buffers(membership.device)
 
-    def train(self, round_number: int, subnets: Sequence[Subnet]) -> Iterator[Subnet | Lost]:
+    def gather(self, round_number: int) -> tuple[str, ...]:  # noqa: ARG002
+        """All ranks are there, or torch.distributed ends the run."""
+        return self._names
+
+    def message(self, worker: int, layout: Layout) -> Message:
+        """Return a worker's message."""
+        return self._buffers.message(worker, layout)
+
+    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Iterator[Subnet | Lost]:
         """Send all subnets, train worker 0's here if rank 0 is a worker, and yield each as it comes back."""
+        subnets = list(subnets)
         remote = [subnet for subnet in subnets if self._rank(subnet.worker) != 0]
         sends = self._channel.send([(self._rank(s.worker), s.worker, s.message.flat[: s.sent_bytes]) for s in remote])
         back = [(self._rank(s.worker), s.worker, s.message.flat) for s in remote]

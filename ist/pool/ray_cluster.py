@@ -1,0 +1,88 @@
+"""Find the Ray cluster that a run is to use, or start one on this machine for the run.
+
+Ray's token authentication guards the clusters started here: whoever cannot read the token file cannot connect.
+Not here: what runs on the cluster (`ist/pool/ray.py`).
+"""
+
+import contextlib
+import logging
+import math
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import ray
+from ray.exceptions import AuthenticationError, RayError
+
+from ist.config import Config
+from ist.errors import PoolError, first_line
+
+TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+@contextlib.contextmanager
+def connected(config: Config) -> Iterator[None]:
+    """Be connected to a Ray cluster: `pool.ray.address`, or one that lasts as long as this block.
+
+    A connection that this process has already is used as it is, and left open.
+
+    Raises:
+        PoolError: The cluster cannot be reached, refuses this process, or could not be started.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = config.pool.ray.address
+    if address is None:
+        _start(config)
+    else:
+        _join(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _start(config: Config) -> None:
+    """Start a cluster on this machine, with room for all workers whatever the machine has."""
+    wanted, workers = config.pool.ray, config.train.workers
+    if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not any(map(os.environ.get, TOKEN_VARIABLES)):
+        make_token(Path.home() / ".ray" / "auth_token")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, math.ceil(workers * wanted.num_cpus)),
+            resources={name: workers * amount for name, amount in wanted.resources.items()},
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (RuntimeError, OSError, RayError) as error:
+        raise PoolError(f"Ray could not be started on this machine: {first_line(error)}") from error
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except AuthenticationError as error:
+        raise PoolError(
+            f"the Ray cluster at {address} refuses this process: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a "
+            f"copy of the cluster's token file ({first_line(error)})"
+        ) from error
+    except (RuntimeError, ConnectionError, ValueError, RayError) as error:
+        raise PoolError(
+            f"no Ray cluster can be reached at {address} (pool.ray.address): {first_line(error)}"
+        ) from error
+
+
+def make_token(path: Path) -> None:
+    """Make a token file that only its owner can read, unless there is one.
+
+    Ray would make it too, readable by everybody.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32))
