@@ -22,10 +22,10 @@ demo: $(READY)  ## Run the main job: IST beside data-parallel training, with a r
 	$(BIN)/ist compare configs/quickstart.yaml
 
 test: $(READY)  ## Run the quick tests
-	$(BIN)/python -m pytest -m 'not system and not gpu' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m 'not ray and not system and not gpu' $(PYTEST_ARGS)
 
-system-test: $(READY)  ## Run the tests that need root, namespaces, a browser, or many processes
-	$(BIN)/python -m pytest -m 'system or gpu' $(PYTEST_ARGS)
+system-test: $(READY)  ## Run the tests that need Ray, root, namespaces, containers, a browser, or many processes
+	$(BIN)/python -m pytest -m 'ray or system or gpu' $(PYTEST_ARGS)
 
 check: $(READY)  ## Run the linter, the formatter's check and the type checker
 	$(BIN)/ruff check .

@@ -74,6 +74,7 @@ class RunRecorder:
         totals["sent_bytes"] = self._bytes_before + sent_bytes
         record: dict[str, Any] = {
             "round": round_number,
+            "workers": report.workers,
             "steps": report.steps,
             "epoch": totals["samples"] / self._job.dealing.num_samples,
             "loss": report.loss,
@@ -94,7 +95,7 @@ class RunRecorder:
         if metrics:
             record |= {"test_loss": metrics.loss, "accuracy": metrics.accuracy}
         if report.lost:
-            record["lost"] = [{"worker": lost.worker, "reason": lost.reason} for lost in report.lost]
+            record["lost"] = [{"worker": lost.worker, "kind": lost.kind, "reason": lost.reason} for lost in report.lost]
         self.history.append(record)
         if self._folder:
             self._folder.append_record(record)

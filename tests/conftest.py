@@ -1,9 +1,13 @@
-"""What the tests share: small jobs, a quiet torch, and no leftover child processes."""
+"""What the tests share: small jobs, a quiet torch, one Ray cluster, and no leftover child processes."""
 
+import contextlib
 import os
+import re
+import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +24,15 @@ from ist.config_file import validate
 from ist.job import Job, make_job
 
 ROOT = Path(__file__).parent.parent
+
+# Ray reads these when it is imported, here and in every process that tests start.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(tempfile.mkdtemp(prefix="ist-tests-")) / "ray-token")
+Path(os.environ["RAY_AUTH_TOKEN_PATH"]).write_text(secrets.token_hex(32))
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # else Ray warns of it, and warnings are errors
+
+LONG_LIVED: list[psutil.Process] = []
+"""Processes of the test session: they and what they start are nobody's leftovers."""
 
 Tree = dict[str, Any]
 
@@ -39,7 +52,8 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 def no_leftover_children() -> Iterator[None]:
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     yield
-    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
+    ours = {child.pid for root in LONG_LIVED for child in [root, *root.children(recursive=True)]}
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in before | ours]
     _, alive = psutil.wait_procs(left, timeout=5)
     for child in alive:
         child.kill()
@@ -131,6 +145,45 @@ def run_group(command: Sequence[str], cwd: Path, env: dict[str, str], timeout: f
             os.killpg(process.pid, signal.SIGKILL)
             raise
         return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """A Ray cluster of one node with room for ten workers, for the whole session; this process is connected to it."""
+    import ray
+
+    with node("--head", "--port=0", "--num-cpus=10", "--include-dashboard=false") as (head, said):
+        address = re.search(r"--address='?([\d.]+:\d+)", said)
+        assert address, said
+        LONG_LIVED.append(head)
+        ray.init(address=address[1], log_to_driver=False, logging_level="ERROR")
+        yield address[1]
+        ray.shutdown()
+        LONG_LIVED.remove(head)
+
+
+@contextlib.contextmanager
+def node(*options: str) -> Iterator[tuple[psutil.Process, str]]:
+    """Run `ray start --block`, and stop just this node afterwards; give its process and what it said."""
+    with tempfile.TemporaryFile("w+") as output:
+        command = [str(Path(sys.executable).with_name("ray")), "start", *options, "--block", "--disable-usage-stats"]
+        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+        def said() -> str:
+            output.seek(0)
+            return output.read()
+
+        try:
+            wait_for(lambda: "--block" in said() or process.poll() is not None, 60, "ray start")
+            assert process.poll() is None, said()
+            yield process, said()
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):  # a test may have killed it
+                family = [process, *process.children(recursive=True)]
+                process.terminate()
+                _, alive = psutil.wait_procs(family, timeout=10)
+                for left in alive:
+                    left.kill()
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:

@@ -36,6 +36,7 @@ from ist.worker import Seat
 
 _START_ATTEMPTS = 3
 _POLL_S = 0.2
+_SIGN_OF_LIFE_S = 5.0
 
 Flat = NDArray[np.uint8]
 
@@ -59,8 +60,9 @@ class RayWorker:
         self._over = -1
         self.name = name
 
+    @ray.method(concurrency_group="control")
     def where(self) -> str:
-        """Return the address of the node that this worker runs on."""
+        """Return the address of the node that this worker runs on: a sign of life."""
         return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
     def train(self, round_number: int, place: Place, received: Flat) -> Flat:
@@ -171,6 +173,7 @@ class RayPool:
             WorkerLostError: There are too few after `pool.ray.start_timeout_s`, or they fail as they start.
         """
         deadline = time.monotonic() + self._settings.start_timeout_s
+        self._dismiss_the_dead()
         while True:
             self._fill_slots()
             self._poll()
@@ -276,6 +279,19 @@ class RayPool:
             ).remote(self._job, name)
             self._members[slot] = _Member(slot, name, actor, actor.where.remote())
 
+    def _dismiss_the_dead(self) -> None:
+        """Look for actors that died since the last round: whoever is replaced now costs no round its part."""
+        answers = {member.actor.where.remote(): member for member in self._members.values() if member.is_free}
+        if answers:
+            ray.wait(list(answers), num_returns=len(answers), timeout=_SIGN_OF_LIFE_S, fetch_local=False)
+        for answer, member in answers.items():
+            done, _ = ray.wait([answer], timeout=0, fetch_local=False)
+            try:
+                if done:  # who does not answer in time may yet: the round will tell
+                    ray.get(answer)
+            except RayError:
+                self._dismiss(member)
+
     def _poll(self) -> None:
         """See which actors have started, which are done with a round they were left out of, and which have failed."""
         for member in list(self._members.values()):
@@ -327,8 +343,8 @@ class RayPool:
         has, free = _plain(cluster.cluster_resources()), _plain(cluster.available_resources())
         return (
             f"{there} after {self._settings.start_timeout_s:g} s (pool.ray.start_timeout_s). Each needs "
-            f"{_bundle(self._settings)}; of {has} in the cluster, {free} are free. Add nodes, ask for less (pool.ray), or let the number of "
-            f"workers vary (train.workers: {{min: 1, max: {self._most}}}).{cause}"
+            f"{_bundle(self._settings)}; of {has} in the cluster, {free} are free. Add nodes, ask for less (pool.ray), "
+            f"or let the number of workers vary (train.workers: {{min: 1, max: {self._most}}}).{cause}"
         )
 
 

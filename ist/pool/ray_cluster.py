@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +40,9 @@ def connected(config: Config) -> Iterator[None]:
     else:
         _join(address)
     try:
-        yield
+        # Ray reports lost workers on stdout, which is for results.
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
     finally:
         ray.shutdown()
 

@@ -4,6 +4,7 @@ torchrun --nproc-per-node N tests/pools/scenario.py OUT NAME...
 """
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -50,7 +51,23 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+
+class FailsElsewhere(nn.Module):
+    """Runs in the process that made it only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = seeded(NETWORKS["no batch norm"])
+        self.home = os.getpid()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if os.getpid() != self.home:
+            raise RuntimeError("only here")
+        return self.layers(inputs)
+
+
 EXTRA = {
+    "fails elsewhere": FailsElsewhere,
     "dropout": lambda: nn.Sequential(nn.Linear(12, 18), nn.ReLU(), nn.Dropout(0.5), nn.Linear(18, 5)),
     "attention": lambda: nn.Sequential(
         nn.Unflatten(1, (3, 4)), nn.Linear(4, 12), nn.TransformerEncoderLayer(12, 3, 20, batch_first=True),
@@ -64,7 +81,7 @@ def job(name: str, **changes: Any) -> tuple[Job, nn.Module]:
     settings = {**SCENARIOS[name], **changes}
     build = {**NETWORKS, **EXTRA}[settings.pop("network")]
     model = seeded(build)
-    made = job_for(model, data(), data(40, seed=4), train__workers=WORKERS, **settings)
+    made = job_for(model, data(), data(40, seed=4), **{"train__workers": WORKERS, **settings})
     return replace(made, build=lambda: model), model
 
 

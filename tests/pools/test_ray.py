@@ -1,0 +1,98 @@
+"""The Ray pool: identical weights, true bytes, and an end with a cause where no worker can be had."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+
+from ist.coordinator import run_rounds
+from ist.errors import ConfigError, WorkerLostError
+from ist.meter import Meter
+from ist.pool.ray import RayPool
+from ist.run import Leading, check_method, open_run
+from tests.conftest import Run, assert_same, config_tree, small_config, wait_for
+from tests.pools.scenario import SCENARIOS, job, run
+from tests.pools.test_conformance import message_bytes, outcome
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_address")]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_ray_and_inline_end_with_identical_weights_and_the_bytes_of_the_formula(tmp_path: Path, name: str) -> None:
+    (tmp_path / "inline").mkdir()
+    (tmp_path / "ray").mkdir()
+
+    run(name, tmp_path / "inline")
+    run(name, tmp_path / "ray", pool__kind="ray")
+
+    expected, history = outcome(tmp_path / "inline", name)
+    found, found_history = outcome(tmp_path / "ray", name)
+    assert_same(found, expected)
+    made, _ = job(name, pool__kind="ray")
+    for record, reference in zip(found_history, history, strict=True):
+        assert [record[key] for key in ("loss", "accuracy", "samples", "steps")] == [
+            reference[key] for key in ("loss", "accuracy", "samples", "steps")
+        ]
+        expected_bytes = message_bytes(made, record["round"])
+        assert record["bytes_to_worker"] == [sent for sent, _ in expected_bytes]
+        assert record["bytes_from_worker"] == [returned for _, returned in expected_bytes]
+
+
+def train(name: str, **changes: Any) -> list[dict[str, Any]]:
+    made, _ = job(name, **changes)
+    with open_run(made, None, resume=False, progress=False) as part:
+        assert isinstance(part, Leading)
+        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+        return part.recorder.history
+
+
+def test_a_cluster_without_room_ends_the_run_and_says_what_is_missing() -> None:
+    with pytest.raises(WorkerLostError) as caught:
+        train("batch norm, reset", pool={"kind": "ray", "ray": {"resources": {"moonbeam": 1}, "start_timeout_s": 1}})
+
+    text = str(caught.value)
+    assert "0 of 3 Ray workers are there for round 0 after 1 s (pool.ray.start_timeout_s)" in text
+    assert "'moonbeam': 1.0" in text
+    assert "(train.workers: {min: 1, max: 3})" in text
+
+
+def test_workers_that_all_fail_in_a_round_end_the_run_with_the_first_cause() -> None:
+    """A network that does not run where the workers are: nothing would be trained, and the run must not go on."""
+    with pytest.raises(WorkerLostError, match=r"worker \d was lost in round 0 \(.*failed: only here"):
+        train("batch norm, reset", network="fails elsewhere", pool__kind="ray")
+
+
+def test_workers_join_as_they_find_room() -> None:
+    settings = {"kind": "ray", "ray": {"num_cpus": 4}}
+    made, _ = job("batch norm, reset", pool=settings, train__workers={"min": 1, "max": 3})
+    pool = RayPool(made, Meter(), "room")
+
+    try:
+        at_first = pool.gather(0)
+        wait_for(lambda: len(pool.gather(0)) > 1, 60, "a second worker")
+        ray.wait([pool._members[2].starting], timeout=1)
+        in_the_end = pool.gather(0)
+    finally:
+        pool.close()
+
+    assert 1 <= len(at_first) <= 2
+    assert in_the_end == ("worker-0", "worker-1")  # four CPUs each, of ten
+
+
+def test_an_address_without_a_cluster_is_an_error(tmp_path: Path, ist_command: Run) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(config_tree(pool={"kind": "ray"})))
+
+    done = ist_command("train", path, "--address", "127.0.0.1:9", "--run-dir", tmp_path / "run")
+
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "no Ray cluster can be reached at 127.0.0.1:9 (pool.ray.address)" in error
+    assert "Traceback" not in done.stderr
+
+
+def test_other_methods_do_not_run_on_ray() -> None:
+    with pytest.raises(ConfigError, match="pool.kind must be 'torchrun', not 'ray'"):
+        check_method(small_config(method="ddp", pool={"kind": "ray"}))

@@ -1,0 +1,124 @@
+"""Faults as data: what goes wrong with which worker, in which round, at which phase.
+
+The actor and the pool below do to themselves what a fault says, for real: SIGKILL, SIGSTOP, spoilt bytes.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+
+import ist.worker
+from ist.job import Job
+from ist.meter import Meter
+from ist.pool import Lost, Place, Subnet
+from ist.pool.ray import RayPool, RayWorker
+from ist.pool.wire import HEADER_BYTES, Layout, Message
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that goes wrong.
+
+    Attributes:
+        phase: 'before send', 'while training', 'while sending back', 'while merging' or 'while checkpointing'.
+        what: 'kill', 'freeze' (SIGSTOP), 'slow', 'raise', 'nan', 'shape' or 'stale'.
+    """
+
+    round: int
+    worker: int
+    phase: str
+    what: str = "kill"
+
+
+SLOW_S = 8.0
+
+
+class FaultyWorker(RayWorker):
+    """An actor with faults; set `faults` in a subclass."""
+
+    faults: Sequence[Fault] = ()
+    last: Any = None
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def train(self, round_number: int, place: Place, received: Any) -> Any:
+        now = {f.phase: f.what for f in self.faults if (f.round, f.worker) == (round_number, place.worker)}
+        fetch = ist.worker.fetch
+        calls = 0
+
+        def faulty_fetch(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 2:  # one local step is made, the second begins
+                _happen(now["while training"])
+            return fetch(*arguments)
+
+        if "while training" in now:
+            ist.worker.fetch = faulty_fetch
+        try:
+            trained = super().train(round_number, place, received)
+        finally:
+            ist.worker.fetch = fetch
+        before, self.last = self.last, trained.copy()
+        match now.get("while sending back"):
+            case None:
+                return trained
+            case "nan":
+                spoilt = torch.from_numpy(trained.copy())
+                spoilt[HEADER_BYTES : HEADER_BYTES + 4].view(torch.float32)[0] = float("nan")
+                return spoilt.numpy()
+            case "shape":
+                return trained[:-64].copy()
+            case "stale":
+                return before
+            case what:
+                _happen(what)
+        return trained
+
+
+def _happen(what: str) -> None:
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif what == "freeze":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif what == "slow":
+        time.sleep(SLOW_S)
+    elif what == "raise":
+        raise RuntimeError("a memory module was pulled out")
+
+
+class FaultyPool(RayPool):
+    """The Ray pool with faults that the driver's side brings about."""
+
+    def __init__(self, job: Job, meter: Meter, label: str, faults: Sequence[Fault]) -> None:
+        super().__init__(job, meter, label, type("FaultyWorker", (FaultyWorker,), {"faults": tuple(faults)}))
+        self._faults = faults
+        self._round = -1
+
+    def gather(self, round_number: int) -> tuple[str, ...]:
+        self._round = round_number
+        return super().gather(round_number)
+
+    def message(self, worker: int, layout: Layout) -> Message:
+        if worker == 0:
+            self.strike("before send")
+        return super().message(worker, layout)
+
+    def _result(self, ref: Any, subnet: Subnet) -> Subnet | Lost:
+        result = super()._result(ref, subnet)
+        self.strike("while merging", subnet.worker)
+        return result
+
+    def strike(self, phase: str, worker: int | None = None) -> None:
+        """Kill the workers whom a fault of this round and phase names."""
+        for fault in self._faults:
+            if (fault.round, fault.phase) == (self._round, phase) and worker in (None, fault.worker):
+                pid = ray.get(self._crew[fault.worker].actor.pid.remote())
+                os.kill(pid, signal.SIGKILL)
