@@ -38,7 +38,7 @@ from ist.worker import Worker
 RATE_MBIT = 100
 
 
-def make(widths: list[int], workers: int, samples: int, **train: Any) -> Job:
+def make(widths: list[int], workers: int, samples: int, pool: str = "torchrun", **train: Any) -> Job:
     """A job around an MLP and random data."""
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(samples, widths[0], generator=generator), torch.arange(samples) % widths[-1])
@@ -54,6 +54,7 @@ def make(widths: list[int], workers: int, samples: int, **train: Any) -> Job:
             "model": {"name": "mlp"},
             "data": {"name": "random"},
             "train": {"workers": workers, **settings, **train},
+            "pool": {"kind": pool},
         },
         "overhead",
     )

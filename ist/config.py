@@ -214,7 +214,7 @@ class Checkpoint(Section):
 class Ray(Section):
     """Where and how Ray runs the workers (pool.kind ray)."""
 
-    address: str | None = Field(
+    address: Annotated[str, Field(pattern=r"^(auto|[^/]+:\d+)$")] | None = Field(
         None, description="'auto' or host:port of a running cluster; default: a cluster on this machine for this run"
     )
     num_cpus: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for a worker")

@@ -3,6 +3,8 @@
 #
 #   HEAD=10.0.0.1:29500 NODES=2 PER_NODE=2 launch/torchrun.sh configs/quickstart.yaml [ist train options]
 #
+# NODES may be a range such as 1:4 for machines that come and go (with train.workers={min: ..., max: ...}), and RESTARTS how
+# often the processes are started anew after one has died: add --run-dir DIR --auto-resume, DIR on a shared disk.
 # LOCAL_ADDR is the address under which the others reach this machine, if its host name does not say so.
 # GLOO_SOCKET_IFNAME (or NCCL_SOCKET_IFNAME) is the interface to use, if there are several.
 # train.workers must be NODES * PER_NODE (one less with pool.coordinator=dedicated).
@@ -14,5 +16,5 @@ if [ -n "${LOCAL_ADDR:-}" ]; then
     [ "$LOCAL_ADDR" = "${HEAD%:*}" ] && host=1
     where=(--local-addr "$LOCAL_ADDR" --rdzv-conf "is_host=$host")
 fi
-exec torchrun --nnodes "$NODES" --nproc-per-node "$PER_NODE" --rdzv-backend c10d --rdzv-endpoint "$HEAD" \
+exec torchrun --nnodes "$NODES" --max-restarts "${RESTARTS:-0}" --nproc-per-node "$PER_NODE" --rdzv-backend c10d --rdzv-endpoint "$HEAD" \
     --rdzv-id "${RUN_ID:-ist}" "${where[@]}" -m ist train "$@"

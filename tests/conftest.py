@@ -1,10 +1,13 @@
 """What the tests share: small jobs, a quiet torch, one Ray cluster, and no leftover child processes."""
 
+import atexit
 import contextlib
 import os
 import re
 import secrets
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -27,7 +30,9 @@ ROOT = Path(__file__).parent.parent
 
 # Ray reads these when it is imported, here and in every process that tests start.
 os.environ["RAY_AUTH_MODE"] = "token"
-os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(tempfile.mkdtemp(prefix="ist-tests-")) / "ray-token")
+_PRIVATE = tempfile.mkdtemp(prefix="ist-tests-")
+atexit.register(shutil.rmtree, _PRIVATE)
+os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(_PRIVATE) / "ray-token")
 Path(os.environ["RAY_AUTH_TOKEN_PATH"]).write_text(secrets.token_hex(32))
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # else Ray warns of it, and warnings are errors
 
@@ -152,7 +157,7 @@ def ray_address() -> Iterator[str]:
     """A Ray cluster of one node with room for ten workers, for the whole session; this process is connected to it."""
     import ray
 
-    with node("--head", "--port=0", "--num-cpus=10", "--include-dashboard=false") as (head, said):
+    with node("--head", "--port=0", "--num-cpus=10", "--dashboard-port=0") as (head, said):
         address = re.search(r"--address='?([\d.]+:\d+)", said)
         assert address, said
         LONG_LIVED.append(head)
@@ -184,6 +189,12 @@ def node(*options: str) -> Iterator[tuple[psutil.Process, str]]:
                 _, alive = psutil.wait_procs(family, timeout=10)
                 for left in alive:
                     left.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:

@@ -126,6 +126,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"pool": {"kind": "torchrun", "round_deadline_s": 3}}, "'pool.round_deadline_s' is for 'pool.kind' ray, not torchrun",
     ),
     "Ray's keys for another pool": ({"pool__ray": {"num_cpus": 2}}, "'pool.ray' is set, but 'pool.kind' is inline"),
+    "an address of Ray's client": (
+        {"pool": {"kind": "ray", "ray": {"address": "ray://head:10001"}}}, "'pool.ray.address' is 'ray://head:10001' (a string): string should match",
+    ),
     "GPUs without any": ({"pool": {"kind": "ray", "device": "cuda"}}, "'pool.ray.num_gpus' is 0: a worker would see no GPU"),
     "more to come back than there are": ({"pool__min_returned": 5}, "'pool.min_returned' is 5, more than the 4 workers"),
     "more to come back than begin": (

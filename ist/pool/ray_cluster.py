@@ -9,16 +9,18 @@ import logging
 import math
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import ray
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import RayError
 
 from ist.config import Config
 from ist.errors import PoolError, first_line
 
+_KNOCK_S = 10.0
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -66,17 +68,27 @@ def _start(config: Config) -> None:
 
 
 def _join(address: str) -> None:
+    _check_reachable(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except AuthenticationError as error:
-        raise PoolError(
-            f"the Ray cluster at {address} refuses this process: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH to a "
-            f"copy of the cluster's token file ({first_line(error)})"
-        ) from error
     except (RuntimeError, ConnectionError, ValueError, RayError) as error:
+        # Ray does not say whether it was refused or met something else.
         raise PoolError(
-            f"no Ray cluster can be reached at {address} (pool.ray.address): {first_line(error)}"
+            f"the Ray cluster at {address} (pool.ray.address) does not take this process: set RAY_AUTH_MODE=token and "
+            f"RAY_AUTH_TOKEN_PATH to a copy of the cluster's token file, and see that a cluster of Ray "
+            f"{ray.__version__} is there ({first_line(error)})"
         ) from error
+
+
+def _check_reachable(address: str) -> None:
+    """Knock before Ray does, which would go on trying for minutes."""
+    host, _, port = address.rpartition(":")
+    if not host:  # 'auto': Ray looks on this machine
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+    except OSError as error:
+        raise PoolError(f"no Ray cluster can be reached at {address} (pool.ray.address): {error}") from error
 
 
 def make_token(path: Path) -> None:

@@ -1,5 +1,7 @@
 """The Ray pool: identical weights, true bytes, and an end with a cause where no worker can be had."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from ist.errors import ConfigError, WorkerLostError
 from ist.meter import Meter
 from ist.pool.ray import RayPool
 from ist.run import Leading, check_method, open_run
-from tests.conftest import Run, assert_same, config_tree, small_config, wait_for
+from tests.conftest import ROOT, Run, assert_same, config_tree, run_group, small_config, wait_for
 from tests.pools.scenario import SCENARIOS, job, run
 from tests.pools.test_conformance import message_bytes, outcome
 
@@ -93,6 +95,39 @@ def test_an_address_without_a_cluster_is_an_error(tmp_path: Path, ist_command: R
     assert "Traceback" not in done.stderr
 
 
+def test_a_client_without_the_clusters_token_is_refused_and_told_what_is_missing(
+    tmp_path: Path, ist_command: Run, ray_address: str
+) -> None:
+    path, token = tmp_path / "job.yaml", tmp_path / "token"
+    path.write_text(yaml.safe_dump(config_tree(pool={"kind": "ray"})))
+    token.write_text("0" * 64)
+
+    done = ist_command(
+        "train", path, "--address", ray_address, "--run-dir", tmp_path / "run", env={"RAY_AUTH_TOKEN_PATH": str(token)}
+    )
+
+    assert done.returncode == 1
+    assert f"error: the Ray cluster at {ray_address} (pool.ray.address) does not take this process: set " in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_other_methods_do_not_run_on_ray() -> None:
     with pytest.raises(ConfigError, match="pool.kind must be 'torchrun', not 'ray'"):
         check_method(small_config(method="ddp", pool={"kind": "ray"}))
+
+
+def test_a_submitted_job_trains_on_the_cluster_and_goes_on_when_submitted_again(
+    tmp_path: Path,
+) -> None:
+    path, folder = tmp_path / "job.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(config_tree(train__workers=2)))
+    environment = {**os.environ, "RAY_API_SERVER_ADDRESS": f"http://{ray._private.worker.get_dashboard_url()}"}
+    command = [sys.executable, str(ROOT / "launch" / "ray_job.py"), str(path), "--run-dir", str(folder)]
+
+    done = run_group(command, tmp_path, environment, 100)
+    again = run_group(command, tmp_path, environment, 100)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "round 4/4" in done.stdout
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "this run has finished already" in again.stdout

@@ -1,0 +1,49 @@
+#!/usr/bin/env python3
+"""Submit a training run to a Ray cluster as a job, and follow it:
+
+    python launch/ray_job.py configs/quickstart.yaml --run-dir /shared/runs/first [ist train options]
+
+RAY_API_SERVER_ADDRESS is the cluster's dashboard, http://127.0.0.1:8265 by default; RAY_AUTH_MODE=token and
+RAY_AUTH_TOKEN_PATH are as for every client. This folder travels along as the job's working directory, so that the
+cluster's nodes need only what the package depends on. Submitted again with the same --run-dir, which must lie where the
+job's driver can read it again, the run goes on from its last checkpoint.
+"""
+
+import asyncio
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+ROOT = Path(__file__).resolve().parent.parent
+EXCLUDED = [".git", ".venv", ".*cache", "runs", "docs", "tests", "benchmarks", "*.egg-info"]
+
+
+async def follow(client: JobSubmissionClient, job: str) -> JobStatus:
+    """Print a job's output until it ends, and return how it ended."""
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
+    return client.get_job_status(job)
+
+
+def main() -> None:
+    """Submit, follow, and exit with 0 if the job succeeded."""
+    if "--run-dir" not in sys.argv or {"-h", "--help"} & set(sys.argv):
+        sys.exit(__doc__)
+    command = ["python", "-m", "ist", "train", *sys.argv[1:], "--pool", "ray", "--address", "auto", "--auto-resume"]
+    client = JobSubmissionClient(os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"))
+    environment = {"working_dir": str(ROOT), "excludes": EXCLUDED}
+    job = client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
+    print(f"job {job}: {shlex.join(command)}", file=sys.stderr)
+    try:
+        status = asyncio.run(follow(client, job))
+    except KeyboardInterrupt:
+        client.stop_job(job)
+        sys.exit(f"job {job}: stopped; submit it again to go on")
+    sys.exit(0 if status == JobStatus.SUCCEEDED else f"job {job}: {status}")
+
+
+if __name__ == "__main__":
+    main()
