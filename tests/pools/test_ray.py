@@ -2,19 +2,24 @@
 
 import os
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import yaml
+from torch import nn
+from torch.utils.data import TensorDataset
 
+import ist
 from ist.coordinator import run_rounds
-from ist.errors import ConfigError, WorkerLostError
+from ist.errors import ConfigError, PoolError, WorkerLostError
 from ist.meter import Meter
 from ist.pool.ray import RayPool
 from ist.run import Leading, check_method, open_run
-from tests.conftest import ROOT, Run, assert_same, config_tree, run_group, small_config, wait_for
+from tests.conftest import ROOT, Run, assert_same, config_tree, data, run_group, small_config, wait_for
+from tests.networks import NETWORKS, seeded
 from tests.pools.scenario import SCENARIOS, job, run
 from tests.pools.test_conformance import message_bytes, outcome
 
@@ -131,3 +136,31 @@ def test_a_submitted_job_trains_on_the_cluster_and_goes_on_when_submitted_again(
     assert "round 4/4" in done.stdout
     assert again.returncode == 0, again.stdout + again.stderr
     assert "this run has finished already" in again.stdout
+
+
+def test_the_python_interface_trains_a_users_own_network_on_the_cluster() -> None:
+    alone, together = seeded(NETWORKS["no batch norm"]), seeded(NETWORKS["no batch norm"])
+    settings: dict[str, Any] = {"workers": 2, "local_steps": 3, "rounds": 2, "progress": False}
+    loss = nn.CrossEntropyLoss(label_smoothing=0.1)
+
+    ist.train(alone, data(), loss=loss, pool="inline", **settings)
+    result = ist.train(together, data(), loss=loss, pool="ray", **settings)
+
+    assert result.model is together
+    assert len(result.history) == 2
+    assert_same(together.state_dict(), alone.state_dict())
+
+
+class Locked(TensorDataset):
+    """Cannot be sent anywhere."""
+
+    def __init__(self) -> None:
+        super().__init__(*data().tensors)
+        self.lock = threading.Lock()
+
+
+def test_data_that_cannot_be_sent_are_refused_with_the_cause() -> None:
+    with pytest.raises(PoolError, match=r"network, data or loss cannot be sent to Ray workers: .*lock"):
+        ist.train(
+            seeded(NETWORKS["no batch norm"]), Locked(), workers=2, local_steps=1, rounds=1, pool="ray", progress=False
+        )

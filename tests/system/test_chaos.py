@@ -137,6 +137,24 @@ def test_a_straggler_past_the_deadline_is_left_out_and_told_so(what: str) -> Non
     assert_same(weights, leaving_out(frozenset(schedule))[0])
 
 
+def test_a_slow_worker_gets_a_smaller_share_where_shares_follow_speed() -> None:
+    settings = {
+        **SETTINGS,
+        "partition__balance": "speed",
+        "train__rounds": 3,
+        "evaluate": {"every": 3},
+        "pool": {"kind": "ray"},
+    }
+    job = build_job(small_config(**settings))
+    faults = [Fault(0, 1, "while training", "slow")]
+
+    _, history = run(lambda job, meter: FaultyPool(job, meter, f"slow-{os.urandom(3).hex()}", faults), job)
+
+    even, uneven = history[0]["bytes_to_worker"], history[1]["bytes_to_worker"]
+    assert max(even) == min(even)
+    assert uneven[1] < 0.5 * min(uneven[0], uneven[2])
+
+
 DRIVER = """
 import os, signal, sys
 import ist.checkpoint, ist.coordinator, ist.pool.ray as pool, ist.subnet
