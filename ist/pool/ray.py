@@ -60,11 +60,13 @@ class RayWorker:
         self._over = -1
         self.name = name
 
-    @ray.method(concurrency_group="control")
+    @ray.method(concurrency_group="control", enable_task_events=False)
     def where(self) -> str:
         """Return the address of the node that this worker runs on: a sign of life."""
         return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
+    # Ray's record of every call would have the cluster's memory grow with the number of rounds.
+    @ray.method(enable_task_events=False)
     def train(self, round_number: int, place: Place, received: Flat) -> Flat:
         """Train a subnet for a round.
 
@@ -95,7 +97,7 @@ class RayWorker:
         trained: Flat = message.flat.cpu().numpy()
         return trained
 
-    @ray.method(concurrency_group="control")
+    @ray.method(concurrency_group="control", enable_task_events=False)
     def abandon(self, round_number: int) -> None:
         """Be told that a round goes on without this worker: its next local step will not be made."""
         self._over = max(self._over, round_number)
