@@ -22,6 +22,7 @@ from ist.job import loss_function, make_job
 from ist.pool.torchrun import is_launched, is_rank_zero
 from ist.run import Following, open_run
 from ist.run_folder import RunFolder, create_run_folder
+from ist.watch import check_watch
 from ist.worker import rehearse
 
 
@@ -64,6 +65,8 @@ def train(
     train_options: Mapping[str, Any] | None = None,
     evaluate_options: Mapping[str, Any] | None = None,
     pool_options: Mapping[str, Any] | None = None,
+    checkpoint_options: Mapping[str, Any] | None = None,
+    watch_options: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train a network by independent subnets.
 
@@ -96,6 +99,8 @@ def train(
         train_options: Further keys of the section `train` of a configuration, see `ist keys`.
         evaluate_options: Keys of the section `evaluate`.
         pool_options: Keys of the section `pool`.
+        checkpoint_options: Keys of the section `checkpoint`.
+        watch_options: Keys of the section `watch`.
 
     Returns:
         The trained network and the history.
@@ -131,6 +136,8 @@ def train(
             },
             "partition": dict(partition or {}),
             "evaluate": {"metric": _metric(test_data), **(evaluate_options or {})},
+            "checkpoint": dict(checkpoint_options or {}),
+            "watch": dict(watch_options or {}),
             "pool": {
                 "kind": ("torchrun" if is_launched() else "inline") if pool == "auto" else pool,
                 **(pool_options or {}),
@@ -138,6 +145,7 @@ def train(
         },
         "ist.train",
     )
+    check_watch(config)
     _check_data(data)
     _check_model(model)
     device_before = next(model.parameters()).device

@@ -2,80 +2,93 @@
 
 A checkpoint is one safetensors file: the network under its plain names, optimiser state under
 `key@name`, and a metadata entry with the round, counters and a SHA-256 over everything else. It is
-written beside its place and renamed into it, so that a crash leaves the previous one.
+written so that a crash leaves the previous one (`ist/storage.py`).
 
 Law: load(save(x)) == x, bit for bit. Nothing is pickled.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
-from ist.errors import CheckpointError, RunFolderError
+from ist.errors import CheckpointError
+from ist.storage import Storage, write_atomically
 
 _PATTERN = "round-*.safetensors"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: rounds done, and its counters at that moment."""
+    """Where a run stands.
+
+    Attributes:
+        rounds_done: Rounds done.
+        totals: Counters at that moment.
+        numbers: The latest loss, accuracy and the like, for the result of a run whose first records are elsewhere.
+    """
 
     rounds_done: int = 0
     totals: dict[str, float] = field(default_factory=dict)
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
-def save_checkpoint(folder: Path, tensors: Mapping[str, Tensor], progress: Progress, keep: int) -> Path:
+def save_checkpoint(storage: Storage, tensors: Mapping[str, Tensor], progress: Progress, keep: int) -> str:
     """Write a checkpoint and delete all but the newest `keep`.
 
     Args:
-        folder: Where checkpoints live; made if missing.
+        storage: Where the run's checkpoints live.
         tensors: Whole tensors, any device.
         progress: Where the run stands.
         keep: How many checkpoints to leave, >= 1.
 
     Returns:
-        The file written.
+        The name of the file written.
 
     Raises:
-        RunFolderError: The disk is full or not writable; earlier checkpoints are untouched.
+        RunFolderError: It cannot be written; earlier checkpoints are untouched.
     """
-    path = folder / f"round-{progress.rounds_done:08d}.safetensors"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, tensors, {"progress": json.dumps(asdict(progress))})
-        for old in sorted(folder.glob(_PATTERN))[:-keep]:
-            old.unlink()
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
-    return path
+    name = f"round-{progress.rounds_done:08d}.safetensors"
+    storage.write(name, _serialized(tensors, {"progress": json.dumps(asdict(progress))}))
+    for old in _checkpoints(storage)[:-keep]:
+        storage.delete(old)
+    return name
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint of a folder, or None."""
-    return max(folder.glob(_PATTERN), default=None)
+def latest_checkpoint(storage: Storage) -> str | None:
+    """Return the name of the newest checkpoint, or None.
+
+    Raises:
+        RunFolderError: The storage cannot be read.
+    """
+    return max(_checkpoints(storage), default=None)
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], Progress]:
+def load_checkpoint(storage: Storage, name: str) -> tuple[dict[str, Tensor], Progress]:
     """Read and verify a checkpoint.
 
     Raises:
         CheckpointError: The file is missing, truncated or altered.
+        RunFolderError: The storage cannot be read.
     """
-    tensors, metadata = read_tensors(path)
+    where = storage.where(name)
+    tensors, metadata = _verified(storage.load(name), where)
     try:
         progress = Progress(**json.loads(metadata["progress"]))
     except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: is no checkpoint of a run (no progress entry)") from error
+        raise CheckpointError(f"{where}: is no checkpoint of a run (no progress entry)") from error
     return tensors, progress
+
+
+def _checkpoints(storage: Storage) -> list[str]:
+    return [name for name in storage.names() if fnmatch(name, _PATTERN)]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -84,33 +97,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         OSError: The disk refuses.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    seen: set[int] = set()
-    for name, tensor in plain.items():  # a tied tensor is written under each of its names
-        if tensor.data_ptr() in seen:
-            plain[name] = tensor.clone()
-        seen.add(tensor.data_ptr())
-    data = save(plain, {**metadata, "sha256": _checksum(plain, metadata)})
-    write_atomically(path, data)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that its name never stands for half of it.
-
-    Raises:
-        OSError: The disk refuses; a file of that name is as it was.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    write_atomically(path, _serialized(tensors, metadata))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -122,20 +109,45 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: The file is missing, truncated or altered.
     """
+    return _verified(path, str(path))
+
+
+def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    seen: set[int] = set()
+    for name, tensor in plain.items():  # a tied tensor is written under each of its names
+        if tensor.data_ptr() in seen:
+            plain[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    data: bytes = save(plain, {**metadata, "sha256": _checksum(plain, metadata)})
+    return data
+
+
+def _verified(source: Path | bytes, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        tensors, metadata = _parsed(source) if isinstance(source, bytes) else _opened(source)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such checkpoint") from error
+        raise CheckpointError(f"{where}: no such checkpoint") from error
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
+        raise CheckpointError(f"{where}: truncated or not a safetensors file: {error}") from error
     expected = metadata.pop("sha256", None)
     if expected != _checksum(tensors, metadata):
         raise CheckpointError(
-            f"{path}: its contents do not match its checksum: it was altered. Delete it to fall back to an earlier one"
+            f"{where}: its contents do not match its checksum: it was altered. Delete it to fall back to an earlier one"
         )
     return tensors, metadata
+
+
+def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
+
+
+def _parsed(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors = load(data)  # refuses what is not safetensors, so that the header can be read without care
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, dict(header.get("__metadata__", {}))
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

@@ -147,7 +147,7 @@ def compare(
     runs = {method: config_for_method(config, method, str(config_file)) for method in config.compare.methods}
     jobs = {method: _prepare(method_config) for method, method_config in runs.items()}
     parent = run_dir or new_folder(config.output, config.name)
-    folders = {method: create_run_folder(runs[method], parent / method) for method in runs}
+    folders = {method: create_run_folder(_stored_under(runs[method], parent), parent / method) for method in runs}
     for method, folder in folders.items():
         _start(jobs[method], folder, resume=False)
     page = write_report(list(folders.values()), parent / "report.html")
@@ -320,14 +320,24 @@ def _prepare(config: Config) -> "Job":
     from ist.job import build_job
     from ist.pool.device import compute_device
     from ist.run import check_method
+    from ist.watch import check_watch
     from ist.worker import rehearse
 
     check_method(config)
+    check_watch(config)
     if config.pool.kind != "ray":
         compute_device(config.pool)
     job = build_job(config)
     rehearse(job)
     return job
+
+
+def _stored_under(config: Config, parent: Path) -> Config:
+    """Keep the checkpoints of several comparisons apart, whose run folders all are named after methods."""
+    if config.checkpoint.storage is None:
+        return config
+    storage = f"{config.checkpoint.storage.rstrip('/')}/{parent.name}"
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"storage": storage})})
 
 
 def _print_result(folder: "RunFolder | None") -> None:

@@ -12,25 +12,32 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 _LINE_EVERY_S = 5.0
+_FAULTS_AT_ONCE = 3
 
 
 class Display:
-    """Shows records as they come.
+    """Shows records as they come; a `Watcher` (`ist/watch.py`).
 
     Args:
         label: What is running.
         num_rounds: Rounds of the run.
         first_round: Rounds that were done before.
         enabled: False shows nothing.
+        num_workers: Workers that are configured: another number is shown.
     """
 
-    def __init__(self, label: str, num_rounds: int, first_round: int, enabled: bool) -> None:
+    def __init__(
+        self, label: str, num_rounds: int, first_round: int, enabled: bool, num_workers: int | None = None
+    ) -> None:
         self._label = label
         self._num_rounds = num_rounds
         self._first_round = first_round
+        self._num_workers = num_workers
         self._enabled = enabled
         self._started = time.monotonic()
         self._last_line = float("-inf")
+        self._last_fault = float("-inf")
+        self._num_untold = 0
         self._accuracy = ""
         self._bar: Progress | None = None
         console = Console(stderr=True)
@@ -48,11 +55,14 @@ class Display:
             return
         if record.get("accuracy") is not None:
             self._accuracy = f"  accuracy {record['accuracy']:.2%}"
+        self._show_faults(record)
         done = record["round"] + 1
         numbers = (
             f"round {done}/{self._num_rounds}  loss {record['loss']:.4f}{self._accuracy}  "
             f"sent {format_bytes(record['sent_bytes'])}"
         )
+        if self._num_workers not in (None, record["workers"]):
+            numbers += f"  {record['workers']} of {self._num_workers} workers"
         if self._bar:
             self._bar.update(self._task, completed=done, numbers=numbers)
             return
@@ -60,10 +70,42 @@ class Display:
         if now - self._last_line >= _LINE_EVERY_S or done == self._num_rounds:
             self._last_line = now
             left = (now - self._started) / (done - self._first_round) * (self._num_rounds - done)
-            print(f"{self._label}: {numbers}  left {left:.0f} s", file=sys.stderr, flush=True)
+            self._print(f"{self._label}: {numbers}  left {left:.0f} s")
+
+    def _show_faults(self, record: Mapping[str, Any]) -> None:
+        """Say which workers were left out: the first few at once, and how many more where there are many."""
+        faults = record.get("lost", [])
+        if not faults:
+            return
+        now = time.monotonic()
+        if now - self._last_fault < _LINE_EVERY_S:
+            self._num_untold += len(faults)
+            return
+        self._last_fault = now
+        for fault in faults[:_FAULTS_AT_ONCE]:
+            self._print(
+                f"{self._label}: round {record['round'] + 1}: worker {fault['worker']} is left out, {fault['kind']}: "
+                f"{(fault['reason'].splitlines() or ['?'])[0]}"
+            )
+        self._tell_rest(len(faults[_FAULTS_AT_ONCE:]))
+
+    def _tell_rest(self, more: int) -> None:
+        untold, self._num_untold = self._num_untold + more, 0
+        if untold:
+            self._print(f"{self._label}: workers were left out {untold} more times")
+
+    def _print(self, line: str) -> None:
+        if self._bar:
+            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def saved(self, rounds_done: int) -> None:
+        """A checkpoint is not shown."""
 
     def close(self) -> None:
         """Take the bar down."""
+        self._tell_rest(0)
         if self._bar:
             self._bar.stop()
 

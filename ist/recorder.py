@@ -1,23 +1,24 @@
 """Turn what the round loop reports into records: for the run folder, the display and the caller.
 
-Not here: computing any of it (`ist/coordinator.py`), drawing it (`ist/display.py`, `ist/report/`).
+Not here: computing any of it (`ist/coordinator.py`), drawing it (`ist/display.py`, `ist/watch.py`, `ist/report/`).
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ist.checkpoint import Progress
 from ist.coordinator import RoundReport, Seconds
-from ist.display import Display
 from ist.evaluate import Metrics
 from ist.job import Job
 from ist.meter import MemoryGauge, Meter
 from ist.run_folder import RunFolder
+from ist.watch import Watcher
 
 COUNTERS = ("samples", "sent_bytes", "train_s", "evaluate_s")
+FAULTS = ("lost", "late", "rejected")
 
 
 class RunRecorder:
@@ -26,33 +27,40 @@ class RunRecorder:
     Args:
         job: The run.
         folder: Where to write them, if anywhere.
-        display: Where to show them.
+        watchers: Who is told of them.
         before: Where a resumed run stood.
         meter: Counts the bytes of this process.
         gauge: Measures the memory of this process.
 
     Attributes:
-        history: One record a round, in order; counters (samples, bytes, seconds) run from the run's beginning.
+        history: One record a round, in order; counters (samples, bytes, seconds) run from the run's beginning. The
+            first rounds are missing where the run goes on from checkpoints alone.
     """
 
     def __init__(
         self,
         job: Job,
         folder: RunFolder | None,
-        display: Display,
+        watchers: Sequence[Watcher],
         before: Progress,
         meter: Meter,
         gauge: MemoryGauge,
     ) -> None:
         self._job = job
         self._folder = folder
-        self._display = display
+        self._watchers = watchers
         self._meter = meter
         self._gauge = gauge
         self._seen = [[0] * job.config.train.workers for _ in range(2)]
         self._totals = {counter: before.totals.get(counter, 0) for counter in COUNTERS}
+        self._faults = {kind: before.totals.get(kind, 0) for kind in FAULTS}
+        self._rounds_done = before.rounds_done
+        self._numbers: dict[str, float] = {}
         self._bytes_before = self._totals["sent_bytes"]
         self.history: list[dict[str, Any]] = folder.records() if folder else []
+        for record in self.history:
+            self._note_numbers(record)
+        self._numbers |= before.numbers
 
     def round_done(
         self,
@@ -96,10 +104,22 @@ class RunRecorder:
             record |= {"test_loss": metrics.loss, "accuracy": metrics.accuracy}
         if report.lost:
             record["lost"] = [{"worker": lost.worker, "kind": lost.kind, "reason": lost.reason} for lost in report.lost]
+        for lost in report.lost:
+            self._faults[lost.kind] += 1
+        self._rounds_done = round_number + 1
+        self._note_numbers(record)
         self.history.append(record)
         if self._folder:
             self._folder.append_record(record)
-        self._display.show(record)
+        for watcher in self._watchers:
+            watcher.show(record)
+
+    def _note_numbers(self, record: Mapping[str, Any]) -> None:
+        numbers = self._numbers
+        latest = {key: record[key] for key in ("loss", "test_loss", "accuracy") if record.get(key) is not None}
+        peaks = {"best_accuracy": latest.get("accuracy"), "memory_bytes": record["memory_bytes"]}
+        numbers |= latest
+        numbers |= {key: max(peak, numbers.get(key, peak)) for key, peak in peaks.items() if peak is not None}
 
     def _since_last_round(self, counter: Counter[int], which: int) -> list[int]:
         counts = [counter[worker] for worker in range(self._job.config.train.workers)]
@@ -113,9 +133,10 @@ class RunRecorder:
             RunFolderError: It cannot be written.
         """
         if self._folder:
-            self._folder.save_checkpoint(
-                state, Progress(rounds_done, dict(self._totals)), self._job.config.checkpoint.keep
-            )
+            progress = Progress(rounds_done, {**self._totals, **self._faults}, dict(self._numbers))
+            self._folder.save_checkpoint(state, progress, self._job.config.checkpoint.keep)
+            for watcher in self._watchers:
+                watcher.saved(rounds_done)
 
     def finish(self, model: nn.Module) -> None:
         """Write the trained network and the final numbers, if there is a run folder.
@@ -128,21 +149,20 @@ class RunRecorder:
 
     def result(self) -> dict[str, Any]:
         """Return the run's final numbers."""
-        config, history = self._job.config, self.history
-        evaluated = [record for record in history if record.get("test_loss") is not None]
-        accuracies = [r["accuracy"] for r in evaluated if r["accuracy"] is not None]
+        config, numbers = self._job.config, self._numbers
         return {
             "name": config.name,
             "method": config.method,
             "seed": config.seed,
             "workers": config.train.workers,
-            "rounds": len(history),
-            "loss": history[-1]["loss"],
-            "test_loss": evaluated[-1]["test_loss"] if evaluated else None,
-            "accuracy": accuracies[-1] if accuracies else None,
-            "best_accuracy": max(accuracies, default=None),
+            "rounds": self._rounds_done,
+            "loss": numbers["loss"],
+            "test_loss": numbers.get("test_loss"),
+            "accuracy": numbers.get("accuracy"),
+            "best_accuracy": numbers.get("best_accuracy"),
             **self._totals,
-            "memory_bytes": max(record["memory_bytes"] for record in history),
+            "faults": dict(self._faults),
+            "memory_bytes": numbers["memory_bytes"],
             **({"block_scales": self._job.block_scales} if self._job.block_scales else {}),
             "parameters": sum(parameter.numel() for parameter in self._job.template.parameters()),
         }

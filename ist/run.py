@@ -19,7 +19,6 @@ from torch import Tensor
 from ist.checkpoint import Progress
 from ist.config import Config
 from ist.coordinator import Coordinator, Follower, Method
-from ist.display import Display
 from ist.errors import CheckpointError, ConfigError
 from ist.job import Job
 from ist.meter import MemoryGauge, Meter
@@ -40,6 +39,7 @@ from ist.pool.torchrun import (
 from ist.recorder import RunRecorder
 from ist.registry import resolve
 from ist.run_folder import RunFolder
+from ist.watch import open_watchers
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,10 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
             make = resolve(config.method, "method", METHODS)
             method = make(job, membership, model.to(device), optimizer_state, meter)
         stack.callback(method.close)
-        display = Display(config.method, job.num_rounds, first_round, progress)
-        stack.callback(display.close)
-        recorder = RunRecorder(job, folder, display, before, meter, gauge)
+        watchers = open_watchers(config, folder, job.num_rounds, first_round, progress)
+        for watcher in watchers:
+            stack.callback(watcher.close)
+        recorder = RunRecorder(job, folder, watchers, before, meter, gauge)
         yield Leading(job, method, recorder, first_round, device)
 
 
@@ -185,6 +186,7 @@ def _fingerprint(config: Config) -> int:
         "name": True,
         "compare": True,
         "checkpoint": True,
+        "watch": True,
         "data": {"root"},
         "pool": {"port"},
     }

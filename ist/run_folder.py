@@ -3,16 +3,20 @@
     config.yaml        the configuration, every key written out
     metrics.jsonl      one JSON object a round
     checkpoints/       safetensors, the newest few
+    tensorboard/       event files, with watch.tensorboard
     model.safetensors  the trained network's state_dict, at the end
     result.json        final numbers, at the end
+
+With `checkpoint.storage`, checkpoints are there, in a folder of the run folder's name, with a copy of config.yaml.
 
 Not here: what the numbers mean (`ist/recorder.py`), what they look like (`ist/report/`).
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +27,26 @@ from ist.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
-    write_atomically,
     write_tensors,
 )
 from ist.config import Config
-from ist.config_file import dump_config, load_config
-from ist.errors import RunFolderError
+from ist.config_file import dump_config, load_config, parse_yaml, validate
+from ist.errors import CheckpointError, RunFolderError
+from ist.storage import LocalStorage, Storage, is_url, open_storage, write_atomically
 
 Record = Mapping[str, Any]
+
+_CONFIG = "config.yaml"
+
+NOT_COMPARED: dict[str, Any] = {
+    "output": True,
+    "checkpoint": True,
+    "watch": True,
+    "pool": True,
+    "compare": True,
+    "data": {"root"},
+}
+"""Keys that may change while a run is interrupted: where and by whom it is trained, not what is trained."""
 
 
 class RunFolder:
@@ -51,11 +67,16 @@ class RunFolder:
     @property
     def config_path(self) -> Path:
         """The resolved configuration."""
-        return self.path / "config.yaml"
+        return self.path / _CONFIG
 
     def load_config(self) -> Config:
         """Return the run's configuration."""
         return load_config(self.config_path)
+
+    @cached_property
+    def storage(self) -> Storage:
+        """Where the run's checkpoints are."""
+        return _storage_of(self.load_config(), self.path)
 
     def append_record(self, record: Record) -> None:
         """Add a round to metrics.jsonl.
@@ -76,52 +97,73 @@ class RunFolder:
         Raises:
             RunFolderError: A line is not JSON.
         """
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise RunFolderError(f"{path}: holds a line that is not JSON: {error}") from error
+        return self._parsed(self._lines())
 
     def rewind(self) -> tuple[dict[str, Tensor], Progress]:
         """Go back to the newest checkpoint: return it, and drop later rounds from metrics.jsonl.
 
-        Without a checkpoint that is the beginning: no tensors.
+        Without a checkpoint that is the beginning: no tensors. Records of earlier rounds may be missing, where
+        only the checkpoints outlived the machine.
 
         Raises:
-            CheckpointError: The newest checkpoint is truncated or altered.
+            CheckpointError: The newest checkpoint is truncated or altered, or there must be one and is none.
             RunFolderError: The folder is not writable.
         """
-        newest = latest_checkpoint(self.path / "checkpoints")
-        tensors, progress = load_checkpoint(newest) if newest else ({}, Progress())
-        path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        # By number of lines, not by content: a crash may have left half a line at the end.
-        kept = "".join(line + "\n" for line in lines[: progress.rounds_done])
-        self._write("metrics.jsonl", kept.encode())
+        newest = latest_checkpoint(self.storage)
+        lines = self._lines()
+        if newest is None:
+            self._check_never_saved(len(lines))
+        tensors, progress = load_checkpoint(self.storage, newest) if newest else ({}, Progress())
+        try:
+            json.loads(lines[-1] if lines else "{}")
+        except ValueError:  # half a line, which a crash left
+            del lines[-1]
+        kept = [line for line, r in zip(lines, self._parsed(lines), strict=True) if r["round"] < progress.rounds_done]
+        self._write("metrics.jsonl", "".join(line + "\n" for line in kept).encode())
         return tensors, progress
 
     def has_checkpoint(self) -> bool:
         """Return whether there is anything to go on from."""
-        return latest_checkpoint(self.path / "checkpoints") is not None
+        return latest_checkpoint(self.storage) is not None
 
     def check_checkpoint(self) -> None:
         """Verify the newest checkpoint, if there is one.
 
         Raises:
-            CheckpointError: It is truncated or altered.
+            CheckpointError: It is truncated or altered, or there must be one and is none.
         """
-        newest = latest_checkpoint(self.path / "checkpoints")
+        newest = latest_checkpoint(self.storage)
         if newest:
-            load_checkpoint(newest)
+            load_checkpoint(self.storage, newest)
+        else:
+            self._check_never_saved(len(self._lines()))
+
+    def _check_never_saved(self, num_records: int) -> None:
+        """Refuse to start over where checkpoints were kept elsewhere and are not found there."""
+        config = self.load_config().checkpoint
+        if config.storage is not None and num_records > config.every:
+            raise CheckpointError(
+                f"{self.storage.where()}: holds no checkpoint, but {self.path} has {num_records} rounds behind it: is "
+                f"the storage (checkpoint.storage) complete? To start over, delete {self.path / 'metrics.jsonl'}"
+            )
+
+    def _lines(self) -> list[str]:
+        path = self.path / "metrics.jsonl"
+        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+    def _parsed(self, lines: Sequence[str]) -> list[dict[str, Any]]:
+        try:
+            return [json.loads(line) for line in lines]
+        except ValueError as error:
+            raise RunFolderError(f"{self.path / 'metrics.jsonl'}: holds a line that is not JSON: {error}") from error
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], progress: Progress, keep: int) -> None:
         """Save a checkpoint.
 
         Raises:
-            RunFolderError: The disk is full or not writable.
+            RunFolderError: The disk is full or not writable, or the storage refuses; earlier ones are untouched.
         """
-        save_checkpoint(self.path / "checkpoints", tensors, progress, keep)
+        save_checkpoint(self.storage, tensors, progress, keep)
 
     def finish(self, model_state: Mapping[str, Tensor], result: Record) -> None:
         """Write the trained network and the final numbers.
@@ -172,19 +214,137 @@ def create_run_folder(config: Config, path: Path | None = None) -> RunFolder:
         path: Where; default: a new folder under `config.output`, named after the run and the time.
 
     Raises:
-        RunFolderError: The folder exists and is not empty, or the disk is full or not writable.
+        ConfigError: `checkpoint.storage` is not understood, or a package for it is missing.
+        RunFolderError: The folder exists and is not empty, or the storage holds a run of that name, or one of the two
+            is not writable.
     """
-    folder = path or new_folder(config.output, config.name)
+    path = path or new_folder(config.output, config.name)
+    storage = _storage_of(config, path)
+    _refuse_contents(path)
+    if config.checkpoint.storage is not None and storage.names():
+        raise RunFolderError(
+            f"{storage.where()}: holds a run already (checkpoint.storage): give the run folder another name, or go on "
+            f"with: ist train --auto-resume --run-dir {path}"
+        )
+    return _written(config, path)
+
+
+def open_or_create(config: Config, path: Path) -> tuple[RunFolder, bool]:
+    """Open the folder of a run, or make it: what a job needs that is started again and again until it is done.
+
+    Where the folder is gone and `checkpoint.storage` still has the run, it goes on from there.
+
+    Args:
+        config: The resolved configuration; of a run that is there, its `NOT_COMPARED` keys take the place of the old.
+        path: The folder.
+
+    Returns:
+        The folder, and whether the run in it is to be resumed.
+
+    Raises:
+        ConfigError: `checkpoint.storage` is not understood, or a package for it is missing.
+        RunFolderError: The folder or the storage holds another run, or something else, or is not writable.
+    """
+    storage, file = _storage_of(config, path), path / _CONFIG
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise RunFolderError(
-                f"{folder}: is not empty: give a new folder, or go on with: ist train --resume {folder}"
-            )
-        write_atomically(folder / "config.yaml", dump_config(config).encode())
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        torn = dump_config(_with_absolute_storage(config)).startswith(text.rstrip("\0"))
+        if text and not (torn and list(path.iterdir()) == [file]):
+            _refuse_moved(path, config)
+            _refuse_foreign(storage, config)
+            return _written(config, path), True
+        for left in [file, *path.glob(f".{_CONFIG}.*.tmp")]:  # a crash while the folder was made
+            left.unlink(missing_ok=True)
     except OSError as error:
-        raise RunFolderError(f"{folder}: cannot be made or written: {error.strerror or error}") from error
-    return RunFolder(folder)
+        raise RunFolderError(f"{path}: cannot be read or written: {error.strerror or error}") from error
+    _refuse_contents(path)
+    _refuse_foreign(storage, config)
+    return _written(config, path), latest_checkpoint(storage) is not None
+
+
+def _written(config: Config, path: Path) -> RunFolder:
+    """Make the folder where it is missing, and write the configuration: there, and where checkpoints will be."""
+    config = _with_absolute_storage(config)
+    text = dump_config(config).encode()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / _CONFIG, text)
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be made or written: {error.strerror or error}") from error
+    if config.checkpoint.storage is not None:  # and so it is found to be writable before anything is trained
+        _storage_of(config, path).write(_CONFIG, text)
+    return RunFolder(path)
+
+
+def _refuse_contents(path: Path) -> None:
+    try:
+        empty = not path.exists() or not any(path.iterdir())
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be made or written: {error.strerror or error}") from error
+    if not empty:
+        raise RunFolderError(f"{path}: is not empty: give a new folder, or go on with: ist train --resume {path}")
+
+
+def _refuse_moved(path: Path, config: Config) -> None:
+    """Refuse to go on with another run, or with this one where its checkpoints would not be found."""
+    there = load_config(path / _CONFIG)
+    _refuse_other(there, config, str(path))
+    before, now = (_storage_of(c, path) for c in (there, config))
+    if before.where() != now.where() and latest_checkpoint(before) and not latest_checkpoint(now):
+        raise RunFolderError(
+            f"{path}: its checkpoints are in {before.where()}, but 'checkpoint.storage' now means {now.where()}: "
+            "configure what it was, or move them"
+        )
+
+
+def _refuse_foreign(storage: Storage, config: Config) -> None:
+    """Refuse a storage in which there is another run of the same name."""
+    if config.checkpoint.storage is None:
+        return
+    if _CONFIG in storage.names():
+        saved = storage.load(_CONFIG)
+        text = (saved if isinstance(saved, bytes) else saved.read_bytes()).decode()
+        there = storage.where(_CONFIG)
+        _refuse_other(validate(parse_yaml(text, there), there), config, storage.where())
+    elif latest_checkpoint(storage):
+        raise RunFolderError(
+            f"{storage.where()}: holds checkpoints but no {_CONFIG}, which would say of what run: put it beside "
+            "them, or give another folder"
+        )
+
+
+def _refuse_other(there: Config, config: Config, where: str) -> None:
+    """Refuse a place that holds a run which is not the configured one."""
+    trees = [dict(_flat(c.model_dump(exclude=NOT_COMPARED))) for c in (there, config)]
+    for key in dict.fromkeys([*trees[1], *trees[0]]):
+        old, new = (repr(tree[key]) if key in tree else "not set" for tree in trees)
+        if old != new:
+            raise RunFolderError(
+                f"{where}: holds another run: its '{key}' is {old}, not {new}. Give another folder, or configure what "
+                "it was"
+            )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _storage_of(config: Config, path: Path) -> Storage:
+    storage = config.checkpoint.storage
+    return LocalStorage(path / "checkpoints") if storage is None else open_storage(storage, path.resolve().name)
+
+
+def _with_absolute_storage(config: Config) -> Config:
+    """A run may be resumed from elsewhere: a relative folder would be another one there."""
+    storage = config.checkpoint.storage
+    if storage is None or is_url(storage):
+        return config
+    checkpoint = config.checkpoint.model_copy(update={"storage": str(Path(storage).absolute())})
+    return config.model_copy(update={"checkpoint": checkpoint})
 
 
 def new_folder(output: str, name: str) -> Path:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ist.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint, write_atomically
+from ist.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from ist.errors import CheckpointError, RunFolderError
+from ist.storage import LocalStorage, write_atomically
 from tests.conftest import assert_same
 
 TENSORS = {
@@ -19,60 +20,59 @@ TENSORS = {
 
 
 def test_loading_what_was_saved_gives_the_same_bits(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, TENSORS, Progress(3, {"sent_bytes": 12}), keep=2)
+    storage = LocalStorage(tmp_path)
+    name = save_checkpoint(storage, TENSORS, Progress(3, {"sent_bytes": 12}, {"loss": 0.5}), keep=2)
 
-    tensors, progress = load_checkpoint(path)
+    tensors, progress = load_checkpoint(storage, name)
 
     assert_same(tensors, TENSORS)
-    assert progress == Progress(3, {"sent_bytes": 12})
+    assert progress == Progress(3, {"sent_bytes": 12}, {"loss": 0.5})
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for rounds in (9, 10, 11, 100):
-        save_checkpoint(tmp_path, TENSORS, Progress(rounds), keep=2)
+        save_checkpoint(LocalStorage(tmp_path), TENSORS, Progress(rounds), keep=2)
 
     assert [path.name for path in sorted(tmp_path.iterdir())] == [
         "round-00000011.safetensors",
         "round-00000100.safetensors",
     ]
-    newest = latest_checkpoint(tmp_path)
-    assert newest is not None
-    assert newest.name == "round-00000100.safetensors"
+    assert latest_checkpoint(LocalStorage(tmp_path)) == "round-00000100.safetensors"
 
 
 @pytest.mark.parametrize("position", [9, 200, -1, -30])
 def test_a_flipped_bit_anywhere_is_found(tmp_path: Path, position: int) -> None:
-    path = save_checkpoint(tmp_path, TENSORS, Progress(3), keep=2)
+    path = tmp_path / save_checkpoint(LocalStorage(tmp_path), TENSORS, Progress(3), keep=2)
     raw = bytearray(path.read_bytes())
     raw[position] ^= 1
     path.write_bytes(raw)
 
     with pytest.raises(CheckpointError, match=f"{path}"):
-        load_checkpoint(path)
+        load_checkpoint(LocalStorage(tmp_path), path.name)
 
 
 def test_an_altered_round_number_is_found(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, TENSORS, Progress(3), keep=2)
+    path = tmp_path / save_checkpoint(LocalStorage(tmp_path), TENSORS, Progress(3), keep=2)
     raw = path.read_bytes()
     assert raw.count(b'rounds_done\\": 3') == 1
     path.write_bytes(raw.replace(b'rounds_done\\": 3', b'rounds_done\\": 4'))
 
     with pytest.raises(CheckpointError, match="do not match its checksum: it was altered"):
-        load_checkpoint(path)
+        load_checkpoint(LocalStorage(tmp_path), path.name)
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
 def test_a_truncated_file_is_found(tmp_path: Path, size: int) -> None:
-    path = save_checkpoint(tmp_path, TENSORS, Progress(3), keep=2)
+    path = tmp_path / save_checkpoint(LocalStorage(tmp_path), TENSORS, Progress(3), keep=2)
     path.write_bytes(path.read_bytes()[:size])
 
     with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
-        load_checkpoint(path)
+        load_checkpoint(LocalStorage(tmp_path), path.name)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        load_checkpoint(tmp_path / "round-00000001.safetensors")
+        load_checkpoint(LocalStorage(tmp_path), "round-00000001.safetensors")
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,4 +97,4 @@ def test_a_full_disk_is_reported_with_the_file(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", fail)
 
     with pytest.raises(RunFolderError, match="round-00000001.safetensors: cannot be written: No space left on device"):
-        save_checkpoint(tmp_path, TENSORS, Progress(1), keep=1)
+        save_checkpoint(LocalStorage(tmp_path), TENSORS, Progress(1), keep=1)

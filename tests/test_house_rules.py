@@ -15,14 +15,14 @@ FUNCTION_LINES = 60
 # ist.train's signature and docstring are the API's reference: 90 lines of it are not code.
 LONGER_FUNCTIONS = {"ist/api.py:train": 130}
 # Code lines, see code_lines. 3,000 were enough for perceptrons; 1,600 more find, cut and check the neurons of any network;
-# 600 more let workers come and go, keep checkpoints elsewhere, prove a secret and tell others how a run goes.
-DEFAULT_RUN_LINES = 5200
+# 1,200 more let workers come and go, keep checkpoints elsewhere, prove a secret and tell others how a run goes.
+DEFAULT_RUN_LINES = 5800
 
 # From the ground up: a module may import only from lines above its own.
 LAYERS = [
     ["ist._version", "ist.errors"],
     ["ist.rng", "ist.config", "ist.balance"],
-    ["ist.config_file", "ist.registry"],
+    ["ist.config_file", "ist.registry", "ist.storage"],
     ["ist.data", "ist.models"],
     ["ist.data.idx", "ist.data.nested", "ist.models.mlp", "ist.losses", "ist.attention", "ist.blocks"],
     ["ist.data.digits", "ist.data.fashion_mnist", "ist.data.text", "ist.data.batches"],
@@ -41,11 +41,13 @@ LAYERS = [
     ["ist.job", "ist.meter"],
     ["ist.evaluate", "ist.checkpoint", "ist.verify"],
     ["ist.worker"],
-    ["ist.pool.device"],
+    ["ist.pool.device", "ist.pool.secret", "ist.pool.ports"],
+    ["ist.pool.group"],
     ["ist.pool.inline", "ist.pool.torchrun", "ist.pool.ray", "ist.pool.ray_cluster"],
     ["ist.coordinator"],
     ["ist.methods"],
-    ["ist.methods.ddp", "ist.display", "ist.run_folder", "ist.launch"],
+    ["ist.methods.ddp", "ist.display", "ist.exporters", "ist.run_folder", "ist.launch"],
+    ["ist.watch"],
     ["ist.recorder", "ist.inspection"],
     ["ist.run"],
     ["ist.report", "ist.report.table", "ist.report.plots", "ist.api"],

@@ -1,5 +1,6 @@
 """Reports: one file that refers to nothing outside itself."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,16 @@ def test_an_unfinished_run_is_refused_with_the_way_on(tmp_path: Path) -> None:
 
     with pytest.raises(RunFolderError, match="has not finished. Go on with: ist train --resume"):
         write_report([folder], tmp_path / "report.html")
+
+
+def test_a_page_says_how_often_workers_were_left_out_if_any_were(tmp_path: Path) -> None:
+    run = finished(tmp_path / "run")
+    assert "left out" not in write_report([run], tmp_path / "report.html").read_text()
+    (run.path / "result.json").write_text(json.dumps(run.result() | {"faults": {"lost": 0, "late": 3, "rejected": 1}}))
+
+    text = write_report([run], tmp_path / "report.html").read_text()
+
+    assert "ist: workers were left out of a round: 3 late, 1 rejected." in text
 
 
 def test_the_ratio_says_how_many_times_fewer_bytes_a_run_sends() -> None:

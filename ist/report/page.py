@@ -9,12 +9,12 @@ import yaml
 from markupsafe import Markup
 
 from ist._version import VERSION
-from ist.checkpoint import write_atomically
 from ist.config_file import dump_config
 from ist.errors import RunFolderError
 from ist.report.plots import AXES, curve_plot, phase_plot
-from ist.report.table import COLUMNS, table_rows
+from ist.report.table import COLUMNS, fault_text, table_rows
 from ist.run_folder import RunFolder
+from ist.storage import write_atomically
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
@@ -61,6 +61,7 @@ def write_report(runs: Sequence[RunFolder], path: Path) -> Path:
         columns=COLUMNS,
         rows=rows,
         results=results,
+        faults=[(label, text) for label, text in zip(labels, map(fault_text, results), strict=True) if text],
         model=yaml.safe_dump(configs[0].model.model_dump(), default_flow_style=True, width=1000).strip(),
         data=configs[0].data.name,
         plots=[Markup(curve_plot(curves, *axis)) for axis in AXES],

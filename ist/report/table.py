@@ -37,6 +37,11 @@ def table_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     return rows
 
 
+def fault_text(result: Result) -> str:
+    """Return how often workers were left out of a round, such as '3 late, 1 rejected'; nothing where none was."""
+    return ", ".join(f"{number} {kind}" for kind, number in result.get("faults", {}).items() if number)
+
+
 def rich_table(results: Sequence[Result]) -> Table:
     """Return the table for a terminal."""
     table = Table(*(COLUMNS[:1]), title=None)

@@ -57,7 +57,7 @@ def run(pool_of: Any, job: Job, on_save: Any = None) -> Ended:
     model, meter = job.build(), Meter()
     pool = pool_of(job, meter)
     recorder = RunRecorder(
-        job, None, Display("", ROUNDS, 0, enabled=False), Progress(), meter, MemoryGauge(torch.device("cpu"))
+        job, None, [Display("", ROUNDS, 0, enabled=False)], Progress(), meter, MemoryGauge(torch.device("cpu"))
     )
     if on_save:
         recorder.save = lambda *_: on_save(pool)  # type: ignore[method-assign]

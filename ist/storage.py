@@ -1,0 +1,246 @@
+"""Where checkpoints are kept: a folder, or anything that fsspec reaches by a URL.
+
+Where it sits: `ist/run_folder.py` opens a storage, `ist/checkpoint.py` decides what is in it.
+Law: what `write` was given is what `load` returns, and a name never stands for half of it.
+Not here: what the bytes mean (`ist/checkpoint.py`).
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+from ist.errors import CheckpointError, ConfigError, RunFolderError
+
+WHOLE_PUTS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory"})
+"""Protocols with which an object appears whole or not at all; with others it is written beside its place and moved."""
+
+
+class Storage(Protocol):
+    """A place that holds files side by side."""
+
+    def where(self, name: str = "") -> str:
+        """Return the path or URL of a file, or of the whole storage, for people."""
+        ...
+
+    def names(self) -> list[str]:
+        """Return the names of the files, sorted; none where the place does not exist yet.
+
+        Raises:
+            RunFolderError: It cannot be read.
+        """
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file: complete under its name, or not at all.
+
+        Raises:
+            RunFolderError: It cannot be written; a file of that name is as it was.
+        """
+        ...
+
+    def load(self, name: str) -> Path | bytes:
+        """Return a file: its path where it is on this machine, else its bytes.
+
+        Raises:
+            CheckpointError: There is no such file.
+            RunFolderError: It cannot be read.
+        """
+        ...
+
+    def delete(self, name: str) -> None:
+        """Delete a file.
+
+        Raises:
+            RunFolderError: It cannot be deleted.
+        """
+        ...
+
+
+class LocalStorage:
+    """A folder of this machine, made when it is first written to; a `Storage`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def where(self, name: str = "") -> str:
+        """Return a path."""
+        return str(self.folder / name)
+
+    def names(self) -> list[str]:
+        """Return the names of the files, sorted."""
+        try:
+            return sorted(path.name for path in self.folder.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise RunFolderError(f"{self.folder}: cannot be read: {error.strerror or error}") from error
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file beside its place, have it reach the disk, and rename it."""
+        path = self.folder / name
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, data)
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
+
+    def load(self, name: str) -> Path:
+        """Return a file's path."""
+        return self.folder / name
+
+    def delete(self, name: str) -> None:
+        """Delete a file."""
+        path = self.folder / name
+        try:
+            path.unlink()
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be deleted: {error.strerror or error}") from error
+
+
+class RemoteStorage:
+    """A folder, or the beginning of objects' names, behind a URL; a `Storage`.
+
+    Args:
+        system: An fsspec file system.
+        folder: The folder in it.
+        url: The same for people.
+    """
+
+    def __init__(self, system: Any, folder: str, url: str) -> None:
+        self._system = system
+        self._folder = folder.rstrip("/")
+        self._url = re.sub(r"://[^/@]*@", "://", url.rstrip("/"))  # without user and password
+        protocols = system.protocol if isinstance(system.protocol, list | tuple) else (system.protocol,)
+        self._puts_whole = not WHOLE_PUTS.isdisjoint(protocols)
+
+    def where(self, name: str = "") -> str:
+        """Return a URL."""
+        return f"{self._url}/{name}" if name else self._url
+
+    def names(self) -> list[str]:
+        """Return the names of the files, sorted."""
+        with self._translated(self._url, "read"):
+            self._system.invalidate_cache()
+            try:
+                found = self._system.ls(self._folder, detail=False)
+            except FileNotFoundError:
+                return []
+        return sorted(PurePosixPath(path).name for path in found)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put an object, or write a file beside its place and move it there; and see that all of it is there."""
+        path, beside = self._path(name), self._path(f".{name}.{os.getpid()}.tmp")
+        with self._translated(self.where(name), "written"):
+            if self._puts_whole:
+                self._system.pipe_file(path, data)
+                self._check_size(path, len(data))
+                return
+            self._system.makedirs(self._folder, exist_ok=True)
+            try:
+                self._system.pipe_file(beside, data)
+                self._check_size(beside, len(data))
+                self._move(beside, path, len(data))
+            finally:
+                with contextlib.suppress(Exception):  # it is gone where all went well
+                    self._system.rm_file(beside)
+
+    def load(self, name: str) -> bytes:
+        """Return a file's bytes."""
+        with self._translated(self.where(name), "read"):
+            try:
+                found: bytes = self._system.cat_file(self._path(name))
+            except FileNotFoundError as error:
+                raise CheckpointError(f"{self.where(name)}: no such checkpoint") from error
+        return found
+
+    def delete(self, name: str) -> None:
+        """Delete a file."""
+        with self._translated(self.where(name), "deleted"):
+            self._system.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self._folder}/{name}"
+
+    def _move(self, beside: str, path: str, num_bytes: int) -> None:
+        try:
+            self._system.mv(beside, path)
+        except BaseException:
+            with contextlib.suppress(Exception):  # where to move is to copy, half of a copy may be there
+                self._check_size(path, num_bytes)
+            raise
+        self._check_size(path, num_bytes)
+
+    def _check_size(self, path: str, num_bytes: int) -> None:
+        """See that a file that was written just now is whole; one that is not is deleted."""
+        self._system.invalidate_cache()
+        size = self._system.info(path).get("size")
+        if size is not None and size != num_bytes:
+            self._system.rm_file(path)
+            raise OSError(f"only {size} of {num_bytes} bytes arrived")
+
+    @contextlib.contextmanager
+    def _translated(self, where: str, what: str) -> Iterator[None]:
+        """Turn an error of any file system into ours: each has classes of its own, for networks and permissions."""
+        try:
+            yield
+        except RunFolderError:
+            raise
+        except ImportError as error:  # some import their libraries when they are first used
+            raise ConfigError(f"'checkpoint.storage': {where}: {error}") from error
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            raise RunFolderError(f"{where}: cannot be {what}: {reason}") from error
+
+
+def is_url(storage: str) -> bool:
+    """Return whether `checkpoint.storage` is a URL, and not a folder."""
+    return "://" in storage or "::" in storage
+
+
+def open_storage(storage: str, name: str) -> Storage:
+    """Open the part of a storage that belongs to a run.
+
+    Args:
+        storage: A folder or an fsspec URL (`checkpoint.storage`).
+        name: Name of the run folder.
+
+    Raises:
+        ConfigError: The URL is not understood, or a package for its protocol is missing.
+    """
+    if not is_url(storage):
+        return LocalStorage(Path(storage) / name)
+    from fsspec.core import url_to_fs
+    from fsspec.implementations.local import LocalFileSystem
+
+    url = f"{storage.rstrip('/')}/{name}"
+    try:
+        system, folder = url_to_fs(url)
+    except ImportError as error:
+        raise ConfigError(f"'checkpoint.storage' is '{storage}', and a package is missing: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"'checkpoint.storage' is '{storage}', which fsspec cannot open: {error}") from error
+    if isinstance(system, LocalFileSystem):
+        return LocalStorage(Path(folder))
+    return RemoteStorage(system, folder, url)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that its name never stands for half of it.
+
+    Raises:
+        OSError: The disk refuses; a file of that name is as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
