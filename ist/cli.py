@@ -245,8 +245,8 @@ def _fail(error: ISTError) -> NoReturn:
         from ist.launch import report_to_launcher
 
         told_elsewhere = report_to_launcher(error)
-    # Under torchrun every rank finds the same fault in the input: one of them says so.
-    echo = os.environ.get("RANK", "0") != "0" and isinstance(error, ConfigError)
+    # Under torchrun every rank finds the same fault in the input: one on each machine says so.
+    echo = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0" and isinstance(error, ConfigError)
     if not told_elsewhere and not echo:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)

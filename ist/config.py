@@ -243,9 +243,6 @@ class Pool(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where workers compute")
     threads: PositiveInt = Field(1, description="torch threads of each process")
-    port: Annotated[int, Field(ge=0, le=65535)] = Field(
-        0, description="rendezvous port when ist starts the processes itself; 0 picks a free one"
-    )
     timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for a peer before giving it up")
     min_returned: PositiveInt | None = Field(
         None,

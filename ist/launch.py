@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler, ProcessFailure
@@ -26,9 +27,10 @@ from ist.errors import (
     InterruptedRunError,
     ISTError,
     ModelError,
-    PoolError,
     WorkerLostError,
 )
+from ist.pool.ports import PRIVATE_STORE
+from ist.pool.secret import SECRET_VARIABLE, new_secret
 
 LAUNCHED_BY_IST = "IST_LAUNCHED"
 """Set in children: the parent reports their errors."""
@@ -45,30 +47,28 @@ def launch(config: Config, folder: Path, resume: bool) -> None:
         resume: Go on from the newest checkpoint.
 
     Raises:
-        PoolError: The port is in use.
         WorkerLostError: A process died; the message names its rank.
         ISTError: A process stopped with an error; the message is its own.
         InterruptedRunError: The user interrupted it, or it was told to end.
     """
-    port = config.pool.port or _free_port()
-    if config.pool.port:
-        _check_port(port)
     arguments = ["-m", "ist", "process", str(folder), *(["--resume"] if resume else [])]
-    launch_config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_processes(config),
-        run_id=folder.name,
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"localhost:{port}",
-        local_addr="127.0.0.1",  # whatever this machine's host name resolves to
-        max_restarts=0,
-        monitor_interval=0.1,
-    )
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):  # each has a level of its own; errors are told below
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    with _environment(_child_environment(config)):
+    # For its owner only. A rendezvous store of torch's own would listen on all interfaces.
+    with TemporaryDirectory(prefix="ist-") as private, _environment(_child_environment(config, Path(private))):
+        launch_config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_processes(config),
+            run_id=folder.name,
+            rdzv_backend="c10d",
+            rdzv_configs={"store_type": "file"},
+            rdzv_endpoint=f"{private}/agent",
+            local_addr="127.0.0.1",  # whatever this machine's host name resolves to
+            max_restarts=0,
+            monitor_interval=0.1,
+        )
         try:
             elastic_launch(launch_config, sys.executable)(*arguments)
         except ChildFailedError as error:
@@ -88,11 +88,15 @@ def report_to_launcher(error: BaseException) -> bool:
     return LAUNCHED_BY_IST in os.environ
 
 
-def _child_environment(config: Config) -> dict[str, str]:
+def _child_environment(config: Config, private: Path) -> dict[str, str]:
+    """What the children find in their environment: a secret of this run, and no way to listen to other machines."""
     environment = {
         LAUNCHED_BY_IST: "1",
-        "OMP_NUM_THREADS": str(config.pool.threads),
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        PRIVATE_STORE: str(private / "ranks"),
+        SECRET_VARIABLE: new_secret(),
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(config.pool.threads)),
+        "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
     loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if loopback:
@@ -102,32 +106,17 @@ def _child_environment(config: Config) -> dict[str, str]:
 
 @contextmanager
 def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables that are not set already, for a while."""
-    added = {key: value for key, value in values.items() if key not in os.environ}
-    os.environ.update(added)
+    """Set variables for a while."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        for key in added:
-            del os.environ[key]
-
-
-def _check_port(port: int) -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("localhost", port))
-        except OSError as error:
-            raise PoolError(
-                f"pool.port is {port}, which another program uses ({error.strerror}): give another one, or 0 for a "
-                "free one"
-            ) from error
-
-
-def _free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("localhost", 0))
-        return int(probe.getsockname()[1])
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
 
 
 def _explain(error: ChildFailedError, config: Config, folder: Path) -> ISTError:

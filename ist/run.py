@@ -25,17 +25,9 @@ from ist.meter import MemoryGauge, Meter
 from ist.methods import METHODS
 from ist.pool import WorkerPool
 from ist.pool.device import compute_device
+from ist.pool.group import Membership, agree_on_start, join
 from ist.pool.inline import InlinePool
-from ist.pool.torchrun import (
-    Membership,
-    RankWorker,
-    TorchrunPool,
-    agree_on_start,
-    for_world_size,
-    is_launched,
-    is_rank_zero,
-    join,
-)
+from ist.pool.torchrun import RankWorker, TorchrunPool, for_world_size, is_launched, is_rank_zero
 from ist.recorder import RunRecorder
 from ist.registry import resolve
 from ist.run_folder import RunFolder
@@ -188,7 +180,7 @@ def _fingerprint(config: Config) -> int:
         "checkpoint": True,
         "watch": True,
         "data": {"root"},
-        "pool": {"port"},
+        "pool": {"allow_insecure"},
     }
     tree = config.model_dump(exclude=local)
     return zlib.crc32(json.dumps(tree, sort_keys=True, default=str).encode())

@@ -5,6 +5,7 @@
 #
 # NODES may be a range such as 1:4 for machines that come and go (with train.workers={min: ..., max: ...}), and RESTARTS how
 # often the processes are started anew after one has died: add --run-dir DIR --auto-resume, DIR on a shared disk.
+# IST_SECRET_FILE names the run's secret, the same on all machines; by default ~/.ist/secret, made on first use.
 # LOCAL_ADDR is the address under which the others reach this machine, if its host name does not say so.
 # GLOO_SOCKET_IFNAME (or NCCL_SOCKET_IFNAME) is the interface to use, if there are several.
 # train.workers must be NODES * PER_NODE (one less with pool.coordinator=dedicated).
@@ -16,5 +17,9 @@ if [ -n "${LOCAL_ADDR:-}" ]; then
     [ "$LOCAL_ADDR" = "${HEAD%:*}" ] && host=1
     where=(--local-addr "$LOCAL_ADDR" --rdzv-conf "is_host=$host")
 fi
-exec torchrun --nnodes "$NODES" --max-restarts "${RESTARTS:-0}" --nproc-per-node "$PER_NODE" --rdzv-backend c10d --rdzv-endpoint "$HEAD" \
-    --rdzv-id "${RUN_ID:-ist}" "${where[@]}" -m ist train "$@"
+# Strangers who only connect must not use up the descriptors of torchrun's store.
+ulimit -n "$(ulimit -Hn)"
+# Otherwise torch 2.13 does not tell a node that joins later where rank 0 is.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
+exec torchrun --nnodes "$NODES" --max-restarts "${RESTARTS:-0}" --nproc-per-node "$PER_NODE" \
+    --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "${RUN_ID:-ist}" "${where[@]}" -m ist train "$@"

@@ -34,6 +34,7 @@ _PRIVATE = tempfile.mkdtemp(prefix="ist-tests-")
 atexit.register(shutil.rmtree, _PRIVATE)
 os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(_PRIVATE) / "ray-token")
 Path(os.environ["RAY_AUTH_TOKEN_PATH"]).write_text(secrets.token_hex(32))
+os.environ["IST_SECRET"] = secrets.token_hex(32)  # not the user's own
 os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # else Ray warns of it, and warnings are errors
 
 LONG_LIVED: list[psutil.Process] = []

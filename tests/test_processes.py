@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -124,20 +123,6 @@ def test_an_interrupt_ends_all_processes_and_says_how_to_go_on(tmp_path: Path) -
     assert process.returncode == 130
     assert f"error: interrupted. Go on with: ist train --resume {run}" in err
     assert not any(rank.is_running() for rank in ranks)
-
-
-@pytest.mark.procs
-def test_a_port_in_use_is_refused_before_any_process_starts(tmp_path: Path, ist_command: Run) -> None:
-    with socket.socket() as holder:
-        holder.bind(("localhost", 0))
-        holder.listen()
-        port = holder.getsockname()[1]
-        config = written(tmp_path, pool={"kind": "torchrun", "port": port})
-
-        done = ist_command("train", config)
-
-    assert done.returncode == 1
-    assert f"error: pool.port is {port}, which another program uses" in done.stderr
 
 
 @many_processes

@@ -24,7 +24,7 @@ from ist.coordinator import RoundReport, diverged
 from ist.data.batches import take_shard
 from ist.job import Job
 from ist.meter import MemoryGauge, Meter
-from ist.pool.torchrun import Membership, peer_errors
+from ist.pool.group import Membership, peer_errors
 from ist.worker import local_steps
 
 

@@ -2,38 +2,24 @@
 
 Rank 0 coordinates. It is worker 0 as well, unless the coordinator is dedicated: then rank r is worker
 r - 1. In a round every worker gets one message and gives one back.
-Not here: starting processes (`ist/launch.py`, or torchrun itself).
+Not here: starting processes (`ist/launch.py`, or torchrun itself), and making a group of them (`group.py`).
 """
 
-import atexit
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ist.config import Pool, num_processes
-from ist.errors import ConfigError, PoolError, first_line
+from ist.config import num_processes
+from ist.errors import ConfigError, PoolError
 from ist.job import Job
 from ist.meter import Meter
 from ist.pool import Buffers, Lost, Subnet
-from ist.pool.device import compute_device
+from ist.pool.group import Membership, peer_errors
 from ist.pool.wire import Layout, Message
 from ist.worker import Worker
-
-
-@dataclass(frozen=True)
-class Membership:
-    """This process's place in the job."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-    backend: str
 
 
 def is_launched() -> bool:
@@ -64,57 +50,6 @@ def for_world_size(job: Job) -> Job:
             f"give --workers {world_size - spare}"
         )
     return job
-
-
-def join(settings: Pool) -> Membership:
-    """Join the process group that the launcher's environment describes, or use the one that is there.
-
-    Raises:
-        ConfigError: The backend does not fit the devices.
-        PoolError: The group could not be formed: the port is in use, or a peer did not come.
-    """
-    device = compute_device(settings)
-    own_gpu = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
-    # With one visible GPU it may be this process's own, as Slurm hands them out: NCCL will tell.
-    if settings.backend == "nccl" and not own_gpu and torch.cuda.device_count() > 1:
-        raise ConfigError("pool.backend is 'nccl', which needs a GPU for every process: use 'gloo' or 'auto'")
-    backend = ("nccl" if own_gpu else "gloo") if settings.backend == "auto" else settings.backend
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
-    if dist.is_initialized():  # by an earlier run of this process, or by the user's own program
-        return Membership(dist.get_rank(), dist.get_world_size(), device, dist.get_backend())
-    try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=settings.timeout_s))
-    except (RuntimeError, ValueError, OSError) as error:
-        text = str(error)
-        if "EADDRINUSE" in text or "address already in use" in text.lower():
-            raise PoolError(f"{address} is in use by another program: give another port (pool.port)") from error
-        raise PoolError(f"could not join the process group at {address}: {text.splitlines()[0]}") from error
-    # Not when the run ends: a process that runs another one needs the group, and cannot form it twice.
-    atexit.register(_leave)
-    return Membership(dist.get_rank(), dist.get_world_size(), device, backend)
-
-
-def agree_on_start(membership: Membership, first_round: int, fingerprint: int) -> int:
-    """Return the first round as rank 0 knows it, after checking that all ranks run the same configuration.
-
-    Args:
-        membership: This process.
-        first_round: Where rank 0 begins; other ranks' value does not matter.
-        fingerprint: A number made of the configuration.
-
-    Raises:
-        PoolError: This rank's configuration is not rank 0's.
-    """
-    where = membership.device if membership.backend == "nccl" else torch.device("cpu")
-    said = torch.tensor([first_round, fingerprint], dtype=torch.int64, device=where)
-    with peer_errors("starting together"):
-        dist.broadcast(said, src=0)
-    first, theirs = said.tolist()
-    if theirs != fingerprint:
-        raise PoolError(f"rank {membership.rank} runs another configuration than rank 0: give all nodes the same file")
-    return int(first)
 
 
 class Channel:
@@ -251,27 +186,6 @@ class RankWorker:
 
     def close(self) -> None:
         """Nothing to let go: the process group outlives the run."""
-
-
-def _leave() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def _is_peer_failure(error: RuntimeError) -> bool:
-    text = str(error)
-    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "Gloo", "NCCL", "onnection"))
-
-
-@contextmanager
-def peer_errors(what: str) -> Iterator[None]:
-    """Turn the failure of a peer into a `PoolError` that says what was going on; let other errors pass."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not _is_peer_failure(error):
-            raise
-        raise PoolError(f"{what}: {first_line(error)}") from error
 
 
 def _wait(works: Sequence[dist.Work], what: str) -> None:

@@ -1,0 +1,274 @@
+"""Form the process group of a run, of ranks that hold its secret and nobody else.
+
+Where it sits: `ist/run.py` has a launched process join here, before it builds its part of the run. Secrets and proofs
+are in `secret.py`, ports in `ports.py`.
+Not here: what the ranks then send each other (`torchrun.py`, `ist/methods/ddp.py`).
+"""
+
+import atexit
+import hashlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
+
+from ist.config import Pool
+from ist.errors import ConfigError, PoolError, first_line
+from ist.pool.device import compute_device
+from ist.pool.ports import PRIVATE_STORE, briefly_open, refuse_public, store_socket
+from ist.pool.secret import FILE_VARIABLE, is_proven, new_challenge, prove, run_secret
+
+_log = logging.getLogger(__name__)
+
+_ATTEMPTS = 3
+_PROOF_TIMEOUT_S = 30.0
+_POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Membership:
+    """This process's place in the job."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    backend: str
+
+
+def join(settings: Pool) -> Membership:
+    """Join the process group that the launcher's environment describes, or use the one that is there.
+
+    Either way all ranks have proven to each other that they hold the run's secret when this returns.
+
+    Raises:
+        ConfigError: The backend does not fit the devices, there is no secret, or a public interface would be used.
+        PoolError: The group could not be formed: the port is in use, a peer did not come, or holds another secret.
+    """
+    device = compute_device(settings)
+    own_gpu = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
+    # With one visible GPU it may be this process's own, as Slurm hands them out: NCCL will tell.
+    if settings.backend == "nccl" and not own_gpu and torch.cuda.device_count() > 1:
+        raise ConfigError("pool.backend is 'nccl', which needs a GPU for every process: use 'gloo' or 'auto'")
+    backend = ("nccl" if own_gpu else "gloo") if settings.backend == "auto" else settings.backend
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    secret = run_secret()
+    if dist.is_initialized():  # by an earlier run of this process, or by the user's own program
+        membership = Membership(dist.get_rank(), dist.get_world_size(), device, dist.get_backend())
+        if wrong := _ranks_without(secret, membership, settings.timeout_s):
+            raise PoolError(_differ(membership.rank, wrong))
+        return membership
+    if not settings.allow_insecure:
+        refuse_public(backend)
+    membership = Membership(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, backend)
+    _form_group(membership, secret, settings)
+    # Not when the run ends: a process that runs another one needs the group, and cannot form it twice.
+    atexit.register(_leave)
+    return membership
+
+
+def _form_group(membership: Membership, secret: bytes, settings: Pool) -> None:
+    """Form a process group of ranks that hold the secret.
+
+    Gloo gives a rank's place to whoever connects and guesses a small number in the moment when ranks connect. A group
+    with a stranger in it is given up before it carries anything, and formed anew at other ports.
+    """
+    rank, gloo = membership.rank, membership.backend == "gloo"
+    problem = ""
+    with briefly_open() if gloo else nullcontext():  # NCCL connects later too, and tells strangers by a random number
+        store = _store(membership, settings)
+        start = _meet(store, membership, settings.timeout_s)
+        for attempt in range(_ATTEMPTS if gloo else 1):
+            if problem:
+                _log.warning("%s: forming the group anew", problem)
+            meeting = PrefixStore(f"ist/{start}/{attempt}", store)
+            verdict, problem = "proven", ""
+            try:
+                _init_group(membership, meeting, settings.timeout_s)
+                if wrong := _ranks_without(secret, membership, min(settings.timeout_s, _PROOF_TIMEOUT_S)):
+                    verdict, problem = "wrong", _differ(rank, wrong)
+            except PoolError as error:
+                verdict, problem = "stranger", str(error)
+            verdicts = _verdicts(meeting, membership, verdict)
+            if set(verdicts) == {"proven"}:
+                return
+            met = [number for number, said in enumerate(verdicts) if said != "proven"]
+            problem = problem or f"rank {rank} heard that rank {_listed(met)} met one that does not hold the run secret"
+            _leave()
+            if "wrong" in verdicts:
+                break
+    raise PoolError(problem)
+
+
+def _store(membership: Membership, settings: Pool) -> Store:
+    """Reach the place where ranks find each other: a private file, torchrun's store, or rank 0's own."""
+    timeout = timedelta(seconds=settings.timeout_s)
+    if PRIVATE_STORE in os.environ:
+        file = FileStore(os.environ[PRIVATE_STORE], membership.world_size)
+        file.set_timeout(timeout)
+        return file
+    host, port = os.environ.get("MASTER_ADDR", "?"), os.environ.get("MASTER_PORT", "?")
+    hosts_it = membership.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        own = store_socket() if hosts_it and not settings.allow_insecure else None
+        if own is not None:
+            return TCPStore(
+                host, int(port), membership.world_size, is_master=True, timeout=timeout, wait_for_workers=False,
+                master_listen_fd=own.detach(),
+            )  # fmt: skip
+        store, _, _ = next(rendezvous("env://", membership.rank, membership.world_size, timeout=timeout))
+    except (RuntimeError, ValueError, OSError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise PoolError(f"{host}:{port} is in use by another program: set another MASTER_PORT") from error
+        raise PoolError(f"could not join the process group at {host}:{port}: {first_line(error)}") from error
+    made: Store = store
+    return made
+
+
+def _meet(store: Store, membership: Membership, timeout_s: float) -> str:
+    """Wait until all ranks have come, and return a name for this start that no earlier one had.
+
+    When torchrun starts ranks anew, the store still holds what those before them said. So each rank says a fresh word,
+    rank 0 repeats all of them, and every rank confirms the list that holds its own; then rank 0 has all begin.
+    """
+    me, world_size = membership.rank, membership.world_size
+    word, words, confirmed = secrets.token_hex(8), [""], ""
+    deadline = time.monotonic() + timeout_s
+    try:
+        store.set(f"ist/word/{me}", word)
+        while time.monotonic() < deadline:
+            if me == 0:
+                words = [_heard(store, f"ist/word/{rank}") for rank in range(world_size)]
+            else:
+                words = _heard(store, "ist/words").split(",")
+            heard = ",".join(words)
+            if heard != confirmed and all(words) and len(words) == world_size and words[me] == word:
+                store.set("ist/words" if me == 0 else f"ist/confirmed/{me}", heard)
+                confirmed = heard
+            if me == 0 and confirmed == heard:
+                late = [rank for rank in range(1, world_size) if _heard(store, f"ist/confirmed/{rank}") != heard]
+                if not late:
+                    store.set("ist/begin", heard)
+            if confirmed and _heard(store, "ist/begin") == confirmed:
+                return hashlib.sha256(confirmed.encode()).hexdigest()
+            time.sleep(_POLL_S)
+    except RuntimeError as error:
+        raise PoolError(f"rank {me} lost the rendezvous store: {first_line(error)}") from error
+    absent = [rank for rank, said in enumerate(words) if not said] if me == 0 else []
+    who = f"rank {_listed(absent)}" if absent else "all ranks"
+    raise PoolError(f"rank {me} waited {timeout_s:g} s (pool.timeout_s) for {who} in vain")
+
+
+def _heard(store: Store, key: str) -> str:
+    return str(store.get(key).decode(errors="replace")) if store.check([key]) else ""
+
+
+def _verdicts(store: Store, membership: Membership, own: str) -> list[str]:
+    """Tell all ranks this one's verdict, and return theirs; strangers at the store can only end a start."""
+    keys = [f"verdict/{rank}" for rank in range(membership.world_size)]
+    try:
+        store.set(keys[membership.rank], own)
+        store.wait(keys, timedelta(seconds=2 * _PROOF_TIMEOUT_S))
+        return [_heard(store, key) for key in keys]
+    except RuntimeError as error:
+        raise PoolError(
+            f"rank {membership.rank} does not know whether all ranks hold the run secret: {first_line(error)}"
+        ) from error
+
+
+def _init_group(membership: Membership, store: Store, timeout_s: float) -> None:
+    rank, world_size = membership.rank, membership.world_size
+    try:
+        dist.init_process_group(
+            membership.backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s)
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise PoolError(f"rank {rank} could not join the process group: {first_line(error)}") from error
+
+
+def _ranks_without(secret: bytes, membership: Membership, timeout_s: float) -> list[int]:
+    """Prove the secret to the ranks that this one will talk to, and return those that did not prove it in turn."""
+    me, world_size = membership.rank, membership.world_size
+    peers = [rank for rank in range(world_size) if rank != me and (membership.backend == "gloo" or 0 in (rank, me))]
+    posed = {peer: new_challenge() for peer in peers}
+    with peer_errors(f"rank {me} found a peer that does not prove the run secret"):
+        answered = _swap(membership, posed, timeout_s)
+        own = {peer: prove(secret, me, peer, world_size, answered[peer], posed[peer]) for peer in peers}
+        theirs = _swap(membership, own, timeout_s)
+    return [
+        peer for peer in peers if not is_proven(secret, peer, me, world_size, posed[peer], answered[peer], theirs[peer])
+    ]
+
+
+def _swap(membership: Membership, outgoing: Mapping[int, bytes], timeout_s: float) -> dict[int, bytes]:
+    """Send 32 bytes to each of some ranks, and return the 32 bytes that each sends."""
+    where = membership.device if membership.backend == "nccl" else torch.device("cpu")
+    mine = {peer: torch.frombuffer(bytearray(data), dtype=torch.uint8).to(where) for peer, data in outgoing.items()}
+    theirs = {peer: torch.zeros_like(data) for peer, data in mine.items()}
+    operations = [dist.P2POp(dist.isend, data, peer) for peer, data in mine.items()]
+    operations += [dist.P2POp(dist.irecv, data, peer) for peer, data in theirs.items()]
+    for work in dist.batch_isend_irecv(operations) if operations else []:
+        work.wait(timedelta(seconds=timeout_s))
+    return {peer: data.cpu().numpy().tobytes() for peer, data in theirs.items()}
+
+
+def _differ(rank: int, others: Sequence[int]) -> str:
+    return (
+        f"rank {rank} and rank {_listed(others)} hold different run secrets: give all ranks the same "
+        f"{FILE_VARIABLE}, or copy ~/.ist/secret from one machine to the others"
+    )
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks))
+
+
+def agree_on_start(membership: Membership, first_round: int, fingerprint: int) -> int:
+    """Return the first round as rank 0 knows it, after checking that all ranks run the same configuration.
+
+    Args:
+        membership: This process.
+        first_round: Where rank 0 begins; other ranks' value does not matter.
+        fingerprint: A number made of the configuration.
+
+    Raises:
+        PoolError: This rank's configuration is not rank 0's.
+    """
+    where = membership.device if membership.backend == "nccl" else torch.device("cpu")
+    said = torch.tensor([first_round, fingerprint], dtype=torch.int64, device=where)
+    with peer_errors("starting together"):
+        dist.broadcast(said, src=0)
+    first, theirs = said.tolist()
+    if theirs != fingerprint:
+        raise PoolError(f"rank {membership.rank} runs another configuration than rank 0: give all nodes the same file")
+    return int(first)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _is_peer_failure(error: RuntimeError) -> bool:
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "Gloo", "NCCL", "onnection"))
+
+
+@contextmanager
+def peer_errors(what: str) -> Iterator[None]:
+    """Turn the failure of a peer into a `PoolError` that says what was going on; let other errors pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_peer_failure(error):
+            raise
+        raise PoolError(f"{what}: {first_line(error)}") from error
