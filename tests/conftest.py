@@ -28,14 +28,16 @@ from ist.job import Job, make_job
 
 ROOT = Path(__file__).parent.parent
 
-# Ray reads these when it is imported, here and in every process that tests start.
-os.environ["RAY_AUTH_MODE"] = "token"
-_PRIVATE = tempfile.mkdtemp(prefix="ist-tests-")
-atexit.register(shutil.rmtree, _PRIVATE)
-os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(_PRIVATE) / "ray-token")
-Path(os.environ["RAY_AUTH_TOKEN_PATH"]).write_text(secrets.token_hex(32))
-os.environ["IST_SECRET"] = secrets.token_hex(32)  # not the user's own
-os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # else Ray warns of it, and warnings are errors
+# Read when Ray is imported, here and in every process that tests start; some of these import this file too.
+if "IST_TESTS" not in os.environ:
+    private = tempfile.mkdtemp(prefix="ist-tests-")
+    atexit.register(shutil.rmtree, private)
+    os.environ["IST_TESTS"] = private
+    os.environ["IST_SECRET"] = secrets.token_hex(32)  # not the user's own
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(Path(private) / "ray-token")
+    Path(private, "ray-token").write_text(secrets.token_hex(32))
+    os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # else Ray warns of it, and warnings are errors
 
 LONG_LIVED: list[psutil.Process] = []
 """Processes of the test session: they and what they start are nobody's leftovers."""

@@ -76,8 +76,8 @@ def children_of(parent: psutil.Process) -> list[psutil.Process]:
     return [ranks[rank] for rank in sorted(ranks)]
 
 
-@pytest.mark.procs
-@pytest.mark.parametrize("victim", [pytest.param(0, marks=many_processes), 1])
+@many_processes
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_run_in_seconds_by_name_and_the_run_can_be_resumed(
     tmp_path: Path, ist_command: Run, victim: int
 ) -> None:
