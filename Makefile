@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check format system-test benchmark zoo clean
+.PHONY: help setup demo test check format system-test cluster-test benchmark zoo clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,6 +26,9 @@ test: $(READY)  ## Run the quick tests
 
 system-test: $(READY)  ## Run the tests that need Ray, root, namespaces, containers, a browser, or many processes
 	$(BIN)/python -m pytest -m 'ray or system or gpu' $(PYTEST_ARGS)
+
+cluster-test: $(READY)  ## Run the cluster of docker/compose.yaml, and lose a worker of it (needs root, Docker and debootstrap)
+	$(BIN)/python -m pytest tests/system/test_cluster.py $(PYTEST_ARGS)
 
 check: $(READY)  ## Run the linter, the formatter's check and the type checker
 	$(BIN)/ruff check .

@@ -13,12 +13,26 @@ import asyncio
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 ROOT = Path(__file__).resolve().parent.parent
 EXCLUDED = [".git", ".venv", ".*cache", "runs", "docs", "tests", "benchmarks", "*.egg-info"]
+
+
+def submit(client: JobSubmissionClient, command: str) -> str:
+    """Submit a job, as soon as a cluster that has just started takes jobs."""
+    environment = {"working_dir": str(ROOT), "excludes": EXCLUDED}
+    for _ in range(12):
+        try:
+            return client.submit_job(entrypoint=command, runtime_env=environment)
+        except RuntimeError as error:
+            if "No available agent" not in str(error):
+                raise
+            time.sleep(5)
+    sys.exit("the cluster takes no jobs: no node of it runs Ray's dashboard agent (pip install 'ray[default]')")
 
 
 async def follow(client: JobSubmissionClient, job: str) -> JobStatus:
@@ -34,8 +48,7 @@ def main() -> None:
         sys.exit(__doc__)
     command = ["python", "-m", "ist", "train", *sys.argv[1:], "--pool", "ray", "--address", "auto", "--auto-resume"]
     client = JobSubmissionClient(os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"))
-    environment = {"working_dir": str(ROOT), "excludes": EXCLUDED}
-    job = client.submit_job(entrypoint=shlex.join(command), runtime_env=environment)
+    job = submit(client, shlex.join(command))
     print(f"job {job}: {shlex.join(command)}", file=sys.stderr)
     try:
         status = asyncio.run(follow(client, job))
