@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ist._version import VERSION
 from ist.config import FROM_PYTHON, Config, num_processes
-from ist.config_file import config_for_method, describe_keys, load_config, with_methods
+from ist.config_file import config_for_method, describe_keys, load_config, validate, with_methods
 from ist.errors import ConfigError, DataError, InterruptedRunError, ISTError, ModelError
 
 if TYPE_CHECKING:
@@ -312,7 +312,10 @@ def _with_launchers_pool(config: Config) -> Config:
 
     if not is_launched():
         return config
-    return config.model_copy(update={"pool": config.pool.model_copy(update={"kind": "torchrun"})})
+    pool = {**config.pool.model_dump(), "kind": "torchrun"}
+    if config.pool.kind == "ray":  # what is for Ray alone
+        pool |= {"ray": {}, "round_deadline_s": None}
+    return validate({**config.model_dump(), "pool": pool}, "under torchrun")
 
 
 def _prepare(config: Config) -> "Job":

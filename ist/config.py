@@ -176,7 +176,12 @@ class Partition(Section):
             raise ValueError(
                 "strategy 'bernoulli' needs 'keep', the probability that a worker holds a neuron, such as 0.5"
             )
-        if self.strategy == "nested" and self.keep is None and len(set(self.capacities or ())) < 2:
+        if (
+            self.strategy == "nested"
+            and self.keep is None
+            and self.balance == "equal"
+            and len(set(self.capacities or ())) < 2
+        ):
             raise ValueError(
                 f"strategy 'nested' with 'capacities' {self.capacities} and no 'keep' gives every worker the whole "
                 "network: set 'keep', such as 0.5, or 'capacities' that differ"
@@ -227,6 +232,13 @@ class Ray(Section):
     )
     start_timeout_s: PositiveFloat = Field(300.0, description="seconds to wait until enough workers are there")
 
+    @field_validator("resources")
+    @classmethod
+    def _are_custom(cls, resources: dict[str, float]) -> dict[str, float]:
+        if {"CPU", "GPU", "memory", "object_store_memory"} & set(resources):
+            raise ValueError(f"{resources} is for resources of your own: processors go into 'num_cpus' and 'num_gpus'")
+        return resources
+
 
 class Pool(Section):
     """Who carries subnets to workers."""
@@ -246,11 +258,17 @@ class Pool(Section):
     timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for a peer before giving it up")
     min_returned: PositiveInt | None = Field(
         None,
-        description="fewest workers that must come back from a round, or the run ends; default: train.min_workers "
-        "where given, else all, or half of them on ray",
+        description="fewest workers whose part of a round is taken, or the run ends; default: train.min_workers of a "
+        "range, else all, or half of them on ray. Under torchrun it spares those alone whose part is refused",
+    )
+    round_attempts: PositiveInt = Field(
+        3,
+        description="ray: how often a round is begun anew with new workers where too few came back, the first included",
     )
     round_deadline_s: PositiveFloat | None = Field(
-        None, description="ray: a worker that is not back after so many seconds is left out of the round; default: none"
+        None,
+        description="ray: a worker that is not back after so many seconds is left out of the round; default: none. The "
+        "next round waits for it, or for who takes its place, unless train.workers is a range",
     )
     allow_insecure: bool = Field(
         False, description="torchrun: may listen on a public network interface, where anybody can connect"

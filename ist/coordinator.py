@@ -8,7 +8,8 @@ Not here: gloo, nccl, ray; files; printing.
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -207,6 +208,7 @@ class Coordinator:
         self._min_returned = min_returned(job.config)
         self._balance = SpeedBalance() if job.config.partition.balance == "speed" else None
         self._job_now = job
+        self._attempts_left = attempts(job.config)
         device = next(model.parameters()).device
         self._device = device
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -225,7 +227,8 @@ class Coordinator:
     def train_round(self, round_number: int) -> RoundReport:
         """Cut subnets for the workers that are there, have them trained, and merge what comes back.
 
-        A worker that does not come back, or comes back with nonsense, is left out: its neurons keep their values.
+        A worker that does not come back, or comes back with nonsense, is left out: its neurons keep their values. Where
+        too few come back and others may take their places, the round is begun anew; what did come back stays merged.
 
         Raises:
             DivergedError: Too few came back, and first of all one with something that is not finite.
@@ -234,13 +237,28 @@ class Coordinator:
 
         Reference: Yuan et al., arXiv 1910.02120, Algorithm 1.
         """
-        names = self._pool.gather(round_number)
+        failed: list[Lost] = []
+        while True:
+            names = self._pool.gather(round_number)
+            lost: list[Lost] = []
+            try:
+                report = self._attempt(round_number, names, lost)
+            except WorkerLostError:
+                self._attempts_left -= 1
+                if not self._attempts_left:
+                    raise
+                failed += lost
+            else:
+                self._attempts_left = attempts(self.job.config)
+                return replace(report, lost=(*failed, *report.lost))
+
+    def _attempt(self, round_number: int, names: Sequence[str], lost: list[Lost]) -> RoundReport:
+        """Train a round with the given workers; note in `lost` who is left out."""
         before = dict(self._meter.seconds)
         places = self._places(names)
         with self._meter.phase("cut"):
             cuts = self._job_now.cuts(round_number)
         headers: list[Header] = []
-        lost: list[Lost] = []
         with self._meter.phase("merge"):
             trained = self._accept(round_number, self._subnets(round_number, places, cuts), headers, lost)
             reassemble(self._state, cuts, trained, self.job.exclusive)
@@ -287,32 +305,33 @@ class Coordinator:
         self, round_number: int, subnets: Iterator[Subnet], headers: list[Header], lost: list[Lost]
     ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
         """Yield what workers return, checked, as it arrives; note headers, and who is left out."""
-        results = iter(self._pool.train(round_number, subnets))
+        results = self._pool.train(round_number, subnets)
         num_workers = self._job_now.config.train.workers
         needed = min(self._min_returned, num_workers)
         causes: list[ISTError] = []
-        while True:
-            with self._meter.phase("train"):
-                result = next(results, None)
-            if result is None:
-                break
-            if isinstance(result, Subnet):
-                try:
-                    header = result.message.read_header(round_number, result.worker)
-                    _check_finite(header, result.message.tensors)
-                except (PoolError, DivergedError) as error:
-                    causes.append(error)
-                    lost.append(Lost(result.worker, str(error), "rejected"))
+        with closing(results):
+            while True:
+                with self._meter.phase("train"):
+                    result = next(results, None)
+                if result is None:
+                    break
+                if isinstance(result, Subnet):
+                    try:
+                        header = result.message.read_header(round_number, result.worker)
+                        _check_finite(header, result.message.tensors)
+                    except (PoolError, DivergedError) as error:
+                        causes.append(error)
+                        lost.append(Lost(result.worker, str(error), "rejected"))
+                    else:
+                        headers.append(header)
+                        yield result.worker, result.message.tensors
                 else:
-                    headers.append(header)
-                    yield result.worker, result.message.tensors
-            else:
-                lost.append(result)
-                what = "was late" if result.kind == "late" else f"was {result.kind}"
-                text = f"worker {result.worker} {what} in round {round_number} ({result.reason})"
-                causes.append(WorkerLostError(f"{text}; {needed} of {num_workers} workers are needed"))
-            if num_workers - len(lost) < needed:
-                raise causes[0]
+                    lost.append(result)
+                    what = "was late" if result.kind == "late" else f"was {result.kind}"
+                    text = f"worker {result.worker} {what} in round {round_number} ({result.reason})"
+                    causes.append(WorkerLostError(f"{text}; {needed} of {num_workers} workers are needed"))
+                if num_workers - len(lost) < needed:
+                    raise causes[0]
         if not headers:
             raise WorkerLostError(f"no worker came back in round {round_number}: nothing was trained") from causes[0]
 
@@ -325,6 +344,11 @@ def min_returned(config: Config) -> int:
     if train.is_elastic:
         return train.min_workers or 1
     return -(-train.workers // 2) if pool.kind == "ray" else train.workers
+
+
+def attempts(config: Config) -> int:
+    """Return how often a round may be begun: only Ray's workers are replaced while a run goes on."""
+    return config.pool.round_attempts if config.pool.kind == "ray" else 1
 
 
 def _check_finite(header: Header, tensors: Mapping[str, Tensor]) -> None:

@@ -148,6 +148,7 @@ def _pool(
     stack.enter_context(connected(job.config))
     name = folder.path.name if folder else job.config.name
     pool = RayPool(job, meter, f"{name}-{secrets.token_hex(3)}")
+    stack.callback(pool.close)
     pool.gather(0)  # starting actors is no part of the first round
     return pool
 

@@ -253,8 +253,10 @@ def open_or_create(config: Config, path: Path) -> tuple[RunFolder, bool]:
             _refuse_moved(path, config)
             _refuse_foreign(storage, config)
             return _written(config, path), True
-        for left in [file, *path.glob(f".{_CONFIG}.*.tmp")]:  # a crash while the folder was made
-            left.unlink(missing_ok=True)
+        torn_files = [file, *path.glob(f".{_CONFIG}.*.tmp")]  # a crash while the folder was made
+        if path.is_dir() and set(path.iterdir()) <= set(torn_files):
+            for left in torn_files:
+                left.unlink(missing_ok=True)
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be read or written: {error.strerror or error}") from error
     _refuse_contents(path)

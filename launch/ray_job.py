@@ -9,6 +9,7 @@ cluster's nodes need only what the package depends on. Submitted again with the 
 job's driver can read it again, the run goes on from its last checkpoint.
 """
 
+import argparse
 import asyncio
 import os
 import shlex
@@ -39,13 +40,18 @@ async def follow(client: JobSubmissionClient, job: str) -> JobStatus:
     """Print a job's output until it ends, and return how it ended."""
     async for lines in client.tail_job_logs(job):
         print(lines, end="", flush=True)
-    return client.get_job_status(job)
+    while not (status := client.get_job_status(job)).is_terminal():
+        await asyncio.sleep(1)
+    return status
 
 
 def main() -> None:
     """Submit, follow, and exit with 0 if the job succeeded."""
-    if "--run-dir" not in sys.argv or {"-h", "--help"} & set(sys.argv):
-        sys.exit(__doc__)
+    folder = argparse.ArgumentParser(add_help=False)
+    folder.add_argument("--run-dir", type=Path)
+    run_dir = folder.parse_known_args()[0].run_dir
+    if run_dir is None or not run_dir.is_absolute() or {"-h", "--help"} & set(sys.argv):
+        sys.exit(f"{__doc__}\n--run-dir is needed: an absolute path")
     command = ["python", "-m", "ist", "train", *sys.argv[1:], "--pool", "ray", "--address", "auto", "--auto-resume"]
     client = JobSubmissionClient(os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"))
     job = submit(client, shlex.join(command))

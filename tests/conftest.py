@@ -160,7 +160,9 @@ def ray_address() -> Iterator[str]:
     """A Ray cluster of one node with room for ten workers, for the whole session; this process is connected to it."""
     import ray
 
-    with node("--head", "--port=0", "--num-cpus=10", "--dashboard-port=0") as (head, said):
+    # Another Ray on this machine may have the agent's usual port.
+    ports = ["--port=0", "--dashboard-port=0", f"--dashboard-agent-listen-port={free_port()}"]
+    with node("--head", "--num-cpus=10", *ports) as (head, said):
         address = re.search(r"--address='?([\d.]+:\d+)", said)
         assert address, said
         LONG_LIVED.append(head)
@@ -182,7 +184,7 @@ def node(*options: str) -> Iterator[tuple[psutil.Process, str]]:
             return output.read()
 
         try:
-            wait_for(lambda: "--block" in said() or process.poll() is not None, 60, "ray start")
+            wait_for(lambda: "--block" in said() or process.poll() is not None, 110, "ray start")
             assert process.poll() is None, said()
             yield process, said()
         finally:

@@ -129,6 +129,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "an address of Ray's client": (
         {"pool": {"kind": "ray", "ray": {"address": "ray://head:10001"}}}, "'pool.ray.address' is 'ray://head:10001' (a string): string should match",
     ),
+    "processors as resources": (
+        {"pool": {"kind": "ray", "ray": {"resources": {"CPU": 1}}}}, "'pool.ray.resources': {'CPU': 1.0} is for resources of your own",
+    ),
     "GPUs without any": ({"pool": {"kind": "ray", "device": "cuda"}}, "'pool.ray.num_gpus' is 0: a worker would see no GPU"),
     "more to come back than there are": ({"pool__min_returned": 5}, "'pool.min_returned' is 5, more than the 4 workers"),
     "more to come back than begin": (

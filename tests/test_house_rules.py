@@ -42,6 +42,7 @@ LAYERS = [
     ["ist.evaluate", "ist.checkpoint", "ist.verify"],
     ["ist.worker"],
     ["ist.pool.device", "ist.pool.secret", "ist.pool.ports"],
+    ["ist.pool.ray_worker"],
     ["ist.pool.group"],
     ["ist.pool.inline", "ist.pool.torchrun", "ist.pool.ray", "ist.pool.ray_cluster"],
     ["ist.coordinator"],

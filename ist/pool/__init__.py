@@ -6,7 +6,7 @@ torch.distributed; the workers of `ray.py` are Ray actors, which may come and go
 Not here: loss, data, partition.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -84,8 +84,8 @@ class WorkerPool(Protocol):
         """Return memory to cut a worker's subnet into; in use until the pool asks for the next subnet, or longer."""
         ...
 
-    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Iterator[Subnet | Lost]:
-        """Have every subnet trained for a round; yield each as it comes back, or `Lost`.
+    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
+        """Have every subnet trained for a round; yield each as it comes back, or `Lost`; closed, the round is over.
 
         Args:
             round_number: The round, from 0.

@@ -4,7 +4,7 @@ Bytes are counted as if every worker sat behind a link, so that they can be comp
 coordinator is dedicated.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 import torch
 
@@ -34,7 +34,7 @@ class InlinePool:
         """Return a worker's message."""
         return self._buffers.message(worker, layout)
 
-    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Iterator[Subnet | Lost]:
+    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
         """Train the subnets in order."""
         for subnet in subnets:
             self._meter.sent[subnet.worker] += subnet.sent_bytes

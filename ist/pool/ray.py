@@ -4,14 +4,13 @@ A round's subnets travel through Ray's object store: the driver cuts one after t
 puts each into the store (one copy); an actor copies it into the message it trains on; the trained message is put
 into the store (one copy), where the driver merges from it without copying.
 
-Whoever is lost in a round is replaced before the next. The first `train.min_workers` actors share a placement group,
-so that they are placed together or not at all; the others are placed as room is found.
+Whoever is lost in a round is replaced before the next. A fixed number of actors shares a placement group, so that they
+are placed together or not at all; where their number may vary, each is placed as soon as there is room for it.
 Not here: starting or finding a cluster (`ist/pool/ray_cluster.py`), what a lost worker means (`ist/coordinator.py`).
 """
 
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,88 +18,21 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from numpy.typing import NDArray
-from ray.exceptions import GetTimeoutError, ObjectStoreFullError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ist import optim
 from ist.config import Ray
 from ist.errors import PoolError, WorkerLostError, first_line
 from ist.job import Job
 from ist.meter import Meter
-from ist.pool import Lost, Place, Subnet
-from ist.pool.device import compute_device
+from ist.pool import Lost, Subnet
+from ist.pool.ray_worker import RayWorker, as_tensor
 from ist.pool.wire import Layout, Message
-from ist.worker import Seat
 
 _START_ATTEMPTS = 3
 _POLL_S = 0.2
 _SIGN_OF_LIFE_S = 5.0
-
-Flat = NDArray[np.uint8]
-
-
-class RayWorker:
-    """The actor: one worker of the run.
-
-    Args:
-        job: The run, for as many workers as there may be.
-        name: What the actor is called.
-    """
-
-    def __init__(self, job: Job, name: str) -> None:
-        torch.set_num_threads(job.config.pool.threads)
-        self._threads = job.config.pool.threads
-        self._device = compute_device(job.config.pool)
-        self._seat = Seat(job, self._device)
-        # The first optimiser imports much of torch: neither the first round's time nor the subnet's memory.
-        optim.build_optimizer(job.config.train.optimizer, [torch.nn.Parameter(torch.zeros(2, 3))])
-        self._message: Message | None = None
-        self._over = -1
-        self.name = name
-
-    @ray.method(concurrency_group="control", enable_task_events=False)
-    def where(self) -> str:
-        """Return the address of the node that this worker runs on: a sign of life."""
-        return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
-
-    # Ray's record of every call would have the cluster's memory grow with the number of rounds.
-    @ray.method(enable_task_events=False)
-    def train(self, round_number: int, place: Place, received: Flat) -> Flat:
-        """Train a subnet for a round.
-
-        Args:
-            round_number: The round, from 0.
-            place: Which worker of how many this is in the round.
-            received: The part of the message that was sent; read-only, as it lies in the object store.
-
-        Returns:
-            The trained message.
-
-        Raises:
-            PoolError: What was received is not this round's subnet of this worker.
-            AbandonedRoundError: The round went on without this worker.
-        """
-        torch.set_num_threads(self._threads)  # actors run on a thread of their own
-        worker = self._seat.worker(place)
-        layout = worker.job.layout(place.worker, round_number)
-        if self._message is None or self._message.layout != layout:
-            self._message = Message(layout, self._device)
-        message = self._message
-        expected = layout.end_of(worker.job.sent_names(layout, round_number))
-        if received.shape != (expected,):
-            raise PoolError(f"{self.name} expected a message of {expected} bytes, received {received.shape}")
-        message.flat[:expected].copy_(_as_tensor(received))
-        message.read_header(round_number, place.worker)
-        worker.train(round_number, message, lambda: self._over >= round_number)
-        trained: Flat = message.flat.cpu().numpy()
-        return trained
-
-    @ray.method(concurrency_group="control", enable_task_events=False)
-    def abandon(self, round_number: int) -> None:
-        """Be told that a round goes on without this worker: its next local step will not be made."""
-        self._over = max(self._over, round_number)
 
 
 @dataclass
@@ -154,16 +86,21 @@ class RayPool:
         self._class = remote(concurrency_groups={"control": 1})(worker_class)
         try:
             self._job = ray.put(job.for_workers())
+        except RayError as error:
+            raise PoolError(f"network and data do not fit into Ray's object store: {first_line(error)}") from error
         except (TypeError, AttributeError) as error:
             raise PoolError(
                 f"network, data or loss cannot be sent to Ray workers: {first_line(error)}. Define them in a module, "
                 "not inside a function"
             ) from error
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._group = placement_group([_bundle(self._settings)] * self._least, self._settings.placement)
+        self._group: Any = None
+        if not config.train.is_elastic:
+            self._group = placement_group([_bundle(self._settings)] * self._most, self._settings.placement)
         self._members: dict[int, _Member] = {}
         self._crew: list[_Member] = []
         self._generation = 0
+        self._ticket = -1
         self._failed_starts: dict[int, int] = {}
         self._retry_at: dict[int, float] = {}
         self._last_cause = ""
@@ -175,6 +112,8 @@ class RayPool:
             WorkerLostError: There are too few after `pool.ray.start_timeout_s`, or they fail as they start.
         """
         deadline = time.monotonic() + self._settings.start_timeout_s
+        if any(member.busy is not None for member in self._members.values()):
+            deadline += self._round_s  # for those who may be replaced only after that
         self._dismiss_the_dead()
         while True:
             self._fill_slots()
@@ -182,7 +121,8 @@ class RayPool:
             self._crew = [member for _, member in sorted(self._members.items()) if member.is_free]
             if len(self._crew) >= self._least:
                 return tuple(f"worker-{member.slot}" for member in self._crew)
-            failing = max(self._failed_starts.values(), default=0) >= _START_ATTEMPTS
+            hopeless = sum(failed >= _START_ATTEMPTS for failed in self._failed_starts.values())
+            failing = self._most - hopeless < self._least
             if failing or time.monotonic() > deadline:
                 raise WorkerLostError(self._too_few(round_number, failing))
             waited_for = [ref for member in self._members.values() for ref in (member.starting, member.busy) if ref]
@@ -197,20 +137,30 @@ class RayPool:
             self._scratch = torch.zeros(layout.nbytes, dtype=torch.uint8)
         return Message(layout, flat=self._scratch[: layout.nbytes])
 
-    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Iterator[Subnet | Lost]:
+    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
         """Send subnets, and yield each as it comes back; whoever is not back in time is told so."""
         began = time.monotonic()
+        self._ticket += 1
         pending: dict[Any, Subnet] = {}
+        try:
+            yield from self._train(round_number, subnets, pending, began)
+        finally:  # also where the round ends early
+            for ref, subnet in pending.items():
+                self._abandon(self._crew[subnet.worker], ref)
+
+    def _train(
+        self, round_number: int, subnets: Iterable[Subnet], pending: dict[Any, Subnet], began: float
+    ) -> Iterator[Subnet | Lost]:
         for subnet in subnets:
             try:
                 sent = ray.put(subnet.message.flat[: subnet.sent_bytes].numpy())
-            except ObjectStoreFullError as error:
+            except RayError as error:
                 raise PoolError(
-                    f"Ray's object store is full: a subnet of {subnet.sent_bytes} bytes does not fit. Give nodes a "
-                    "larger one (ray start --object-store-memory; shm_size in containers)"
+                    f"a subnet of {subnet.sent_bytes} bytes does not fit into the object store ({first_line(error)}): "
+                    "give nodes a larger one (ray start --object-store-memory; shm_size in containers)"
                 ) from error
             actor = self._crew[subnet.worker].actor
-            pending[actor.train.remote(round_number, subnet.place, sent)] = subnet
+            pending[actor.train.remote(self._ticket, round_number, subnet.place, sent)] = subnet
             self._meter.sent[subnet.worker] += subnet.sent_bytes
         while pending:
             left = began + self._round_s - time.monotonic()
@@ -220,15 +170,18 @@ class RayPool:
             subnet = pending.pop(done[0])
             yield self._result(done[0], subnet)
             del done
-        for ref, subnet in pending.items():
-            yield self._late(ref, subnet, round_number)
+        for ref in list(pending):
+            yield self._late(ref, pending.pop(ref))
 
     def close(self) -> None:
         """Let the actors and their resources go."""
-        with suppress(RayError):  # the cluster itself may be gone
-            for member in self._members.values():
+        for member in self._members.values():
+            with suppress(RayError):  # the cluster itself may be gone
                 ray.kill(member.actor)
-            remove_placement_group(self._group)
+        if self._group:
+            with suppress(RayError):
+                remove_placement_group(self._group)
+            self._group = None
         self._members.clear()
         self._crew.clear()
 
@@ -248,17 +201,21 @@ class RayPool:
             reason = f"{member.name} on {member.where} returned {what} instead of {layout.nbytes} bytes"
             return Lost(subnet.worker, reason, "rejected")
         self._meter.received[subnet.worker] += trained.nbytes
-        return Subnet(subnet.place, Message(layout, flat=_as_tensor(trained)), subnet.sent_bytes)
+        return Subnet(subnet.place, Message(layout, flat=as_tensor(trained)), subnet.sent_bytes)
 
-    def _late(self, ref: Any, subnet: Subnet, round_number: int) -> Lost:
+    def _late(self, ref: Any, subnet: Subnet) -> Lost:
         member = self._crew[subnet.worker]
         waited = f"{member.name} on {member.where} was not back after {self._round_s:g} s"
         if not self._has_deadline:  # pool.timeout_s: it is given up
             self._dismiss(member)
             return Lost(subnet.worker, waited)
-        member.busy, member.busy_since = ref, time.monotonic()
-        member.actor.abandon.remote(round_number)
+        self._abandon(member, ref)
         return Lost(subnet.worker, waited, "late")
+
+    def _abandon(self, member: _Member, ref: Any) -> None:
+        """Tell a worker that its round goes on without it; it is free again when it has answered."""
+        member.busy, member.busy_since = ref, time.monotonic()
+        member.actor.abandon.remote(self._ticket)
 
     def _fill_slots(self) -> None:
         """Start an actor for every slot that has none, the failing ones after a pause that grows."""
@@ -268,8 +225,7 @@ class RayPool:
                 continue
             self._generation += 1
             name = f"{self._label}-worker-{slot}-{self._generation}"
-            grouped = slot < self._least
-            strategy: Any = PlacementGroupSchedulingStrategy(self._group, slot) if grouped else "SPREAD"
+            strategy: Any = PlacementGroupSchedulingStrategy(self._group, slot) if self._group else "SPREAD"
             actor = self._class.options(
                 name=name,
                 num_cpus=self._settings.num_cpus,
@@ -306,22 +262,18 @@ class RayPool:
                 if member.busy is not None and time.monotonic() - member.busy_since > self._round_s:
                     self._dismiss(member)
                 continue
-            started = member.starting is not None
+            if member.busy is not None:  # what it made of the round is not wanted; if it died, its next round will tell
+                member.busy = None
+                continue
+            member.starting = None
             try:
-                answer = ray.get(ref)
+                member.where = str(ray.get(ref))
             except RayTaskError as error:
-                if started:
-                    self._start_failed(member, _cause(error))
+                self._start_failed(member, _cause(error))
             except RayError as error:
-                if started:
-                    self._start_failed(member, error)
-                else:
-                    self._dismiss(member)
+                self._start_failed(member, error)
             else:
-                if started:
-                    member.where = str(answer)
-                    self._failed_starts.pop(member.slot, None)
-            member.starting = member.busy = None
+                self._failed_starts.pop(member.slot, None)
 
     def _start_failed(self, member: _Member, error: BaseException) -> None:
         self._dismiss(member)
@@ -357,13 +309,6 @@ def _bundle(settings: Ray) -> dict[str, float]:
 
 def _plain(resources: dict[str, float]) -> dict[str, float]:
     return {name: amount for name, amount in resources.items() if ":" not in name and "_group_" not in name}
-
-
-def _as_tensor(array: Flat) -> torch.Tensor:
-    """View an array of the object store as a tensor; nobody writes to it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(array)
 
 
 def _cause(error: RayTaskError) -> BaseException:

@@ -52,9 +52,9 @@ def connected(config: Config) -> Iterator[None]:
 def _start(config: Config) -> None:
     """Start a cluster on this machine, with room for all workers whatever the machine has."""
     wanted, workers = config.pool.ray, config.train.workers
-    if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not any(map(os.environ.get, TOKEN_VARIABLES)):
-        make_token(Path.home() / ".ray" / "auth_token")
     try:
+        if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not any(map(os.environ.get, TOKEN_VARIABLES)):
+            make_token(Path.home() / ".ray" / "auth_token")
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(workers * wanted.num_cpus)),

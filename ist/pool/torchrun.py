@@ -6,7 +6,7 @@ Not here: starting processes (`ist/launch.py`, or torchrun itself), and making a
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -72,12 +72,12 @@ class Channel:
                 staged.copy_(flat)
             operations.append(dist.P2POp(dist.isend, staged, rank))
             self._meter.sent[worker] += flat.nbytes
-        return dist.batch_isend_irecv(operations) if operations else []
+        return _begin(operations)
 
     def receive(self, flats: Sequence[tuple[int, int, Tensor]]) -> list[dist.Work]:
         """Begin to receive (rank, worker, flat) buffers; `finish` each after waiting for its work."""
         operations = [dist.P2POp(dist.irecv, self._staged(flat), rank) for rank, _, flat in flats]
-        return dist.batch_isend_irecv(operations) if operations else []
+        return _begin(operations)
 
     def finish(self, worker: int, flat: Tensor) -> None:
         """Count a received buffer, and bring it to the GPU if it was staged."""
@@ -117,7 +117,7 @@ class TorchrunPool:
         """Return a worker's message."""
         return self._buffers.message(worker, layout)
 
-    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Iterator[Subnet | Lost]:
+    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
         """Send all subnets, train worker 0's here if rank 0 is a worker, and yield each as it comes back."""
         subnets = list(subnets)
         remote = [subnet for subnet in subnets if self._rank(subnet.worker) != 0]
@@ -186,6 +186,11 @@ class RankWorker:
 
     def close(self) -> None:
         """Nothing to let go: the process group outlives the run."""
+
+
+def _begin(operations: list[dist.P2POp]) -> list[dist.Work]:
+    with peer_errors("a peer is gone"):
+        return dist.batch_isend_irecv(operations) if operations else []
 
 
 def _wait(works: Sequence[dist.Work], what: str) -> None:

@@ -5,9 +5,11 @@ The actor and the pool below do to themselves what a fault says, for real: SIGKI
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -17,7 +19,8 @@ import ist.worker
 from ist.job import Job
 from ist.meter import Meter
 from ist.pool import Lost, Place, Subnet
-from ist.pool.ray import RayPool, RayWorker
+from ist.pool.ray import RayPool
+from ist.pool.ray_worker import RayWorker
 from ist.pool.wire import HEADER_BYTES, Layout, Message
 
 
@@ -36,20 +39,30 @@ class Fault:
     what: str = "kill"
 
 
-SLOW_S = 8.0
+SLOW_S = 15.0
 
 
 class FaultyWorker(RayWorker):
     """An actor with faults; set `faults` in a subclass."""
 
     faults: Sequence[Fault] = ()
+    struck: str = ""
     last: Any = None
+
+    def _is_new(self, fault: Fault) -> bool:
+        """Faults strike once: not those who take over from a victim in the same round."""
+        path = Path(self.struck) / f"{fault.round}-{fault.worker}-{fault.phase}"
+        if path.exists():
+            return False
+        path.touch()
+        return True
 
     def pid(self) -> int:
         return os.getpid()
 
-    def train(self, round_number: int, place: Place, received: Any) -> Any:
-        now = {f.phase: f.what for f in self.faults if (f.round, f.worker) == (round_number, place.worker)}
+    def train(self, ticket: int, round_number: int, place: Place, received: Any) -> Any:
+        mine = [f for f in self.faults if (f.round, f.worker) == (round_number, place.worker)]
+        now = {f.phase: f.what for f in mine if self._is_new(f)}
         fetch = ist.worker.fetch
         calls = 0
 
@@ -63,7 +76,7 @@ class FaultyWorker(RayWorker):
         if "while training" in now:
             ist.worker.fetch = faulty_fetch
         try:
-            trained = super().train(round_number, place, received)
+            trained = super().train(ticket, round_number, place, received)
         finally:
             ist.worker.fetch = fetch
         before, self.last = self.last, trained.copy()
@@ -98,7 +111,8 @@ class FaultyPool(RayPool):
     """The Ray pool with faults that the driver's side brings about."""
 
     def __init__(self, job: Job, meter: Meter, label: str, faults: Sequence[Fault]) -> None:
-        super().__init__(job, meter, label, type("FaultyWorker", (FaultyWorker,), {"faults": tuple(faults)}))
+        fields = {"faults": tuple(faults), "struck": tempfile.mkdtemp(dir=os.environ["IST_TESTS"])}
+        super().__init__(job, meter, label, type("FaultyWorker", (FaultyWorker,), fields))
         self._faults = faults
         self._round = -1
 
