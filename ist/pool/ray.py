@@ -32,6 +32,7 @@ from ist.pool.wire import Layout, Message
 
 _START_ATTEMPTS = 3
 _POLL_S = 0.2
+_NOWHERE = "?"
 _SIGN_OF_LIFE_S = 5.0
 
 
@@ -41,7 +42,7 @@ class _Member:
 
     Attributes:
         slot: Which of the run's workers it stands for; an actor that takes over after a loss has the same.
-        starting: Answers when the actor runs; None afterwards.
+        starting: Answers when the actor runs, for the first time or still; None afterwards.
         busy: A round that goes on without it, but that it may still be training; since when.
     """
 
@@ -49,7 +50,7 @@ class _Member:
     name: str
     actor: Any
     starting: Any | None
-    where: str = "?"
+    where: str = _NOWHERE
     busy: Any | None = None
     busy_since: float = 0.0
 
@@ -262,16 +263,17 @@ class RayPool:
                 if member.busy is not None and time.monotonic() - member.busy_since > self._round_s:
                     self._dismiss(member)
                 continue
-            if member.busy is not None:  # what it made of the round is not wanted; if it died, its next round will tell
-                member.busy = None
+            if member.busy is not None:  # what it made of the round is not wanted, but does it live?
+                member.busy, member.starting = None, member.actor.where.remote()
                 continue
             member.starting = None
             try:
                 member.where = str(ray.get(ref))
-            except RayTaskError as error:
-                self._start_failed(member, _cause(error))
             except RayError as error:
-                self._start_failed(member, error)
+                if member.where == _NOWHERE:
+                    self._start_failed(member, _cause(error) if isinstance(error, RayTaskError) else error)
+                else:
+                    self._dismiss(member)
             else:
                 self._failed_starts.pop(member.slot, None)
 
