@@ -177,7 +177,11 @@ def node(*options: str) -> Iterator[tuple[psutil.Process, str]]:
     """Run `ray start --block`, and stop just this node afterwards; give its process and what it said."""
     with tempfile.TemporaryFile("w+") as output:
         command = [str(Path(sys.executable).with_name("ray")), "start", *options, "--block", "--disable-usage-stats"]
-        process = psutil.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        # As from an activated environment: jobs run what `python` is there.
+        environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        process = psutil.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
 
         def said() -> str:
             output.seek(0)

@@ -134,7 +134,7 @@ def test_a_round_that_loses_all_workers_is_begun_anew_with_new_ones() -> None:
     assert {(round_number, kind) for (round_number, _), kind in left_out(history).items()} == {(2, "lost")}
     assert len(history[2]["lost"]) >= 2
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
-    assert history[-1]["accuracy"] > 0.9
+    assert history[-1]["accuracy"] > 0.85  # an eighth of a short run was trained by one worker of three
 
 
 @pytest.mark.parametrize("what", ["slow", "freeze"])
