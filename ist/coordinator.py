@@ -208,7 +208,6 @@ class Coordinator:
         self._min_returned = min_returned(job.config)
         self._balance = SpeedBalance() if job.config.partition.balance == "speed" else None
         self._job_now = job
-        self._attempts_left = attempts(job.config)
         device = next(model.parameters()).device
         self._device = device
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -238,36 +237,30 @@ class Coordinator:
         Reference: Yuan et al., arXiv 1910.02120, Algorithm 1.
         """
         failed: list[Lost] = []
-        while True:
+        for left in reversed(range(attempts(self.job.config))):
             names = self._pool.gather(round_number)
+            before = dict(self._meter.seconds)
+            places = self._places(names)
+            with self._meter.phase("cut"):
+                cuts = self._job_now.cuts(round_number)
+            headers: list[Header] = []
             lost: list[Lost] = []
             try:
-                report = self._attempt(round_number, names, lost)
+                with self._meter.phase("merge"):
+                    trained = self._accept(round_number, self._subnets(round_number, places, cuts), headers, lost)
+                    reassemble(self._state, cuts, trained, self.job.exclusive)
+                break
             except WorkerLostError:
-                self._attempts_left -= 1
-                if not self._attempts_left:
+                if not left:
                     raise
                 failed += lost
-            else:
-                self._attempts_left = attempts(self.job.config)
-                return replace(report, lost=(*failed, *report.lost))
-
-    def _attempt(self, round_number: int, names: Sequence[str], lost: list[Lost]) -> RoundReport:
-        """Train a round with the given workers; note in `lost` who is left out."""
-        before = dict(self._meter.seconds)
-        places = self._places(names)
-        with self._meter.phase("cut"):
-            cuts = self._job_now.cuts(round_number)
-        headers: list[Header] = []
-        with self._meter.phase("merge"):
-            trained = self._accept(round_number, self._subnets(round_number, places, cuts), headers, lost)
-            reassemble(self._state, cuts, trained, self.job.exclusive)
         spent = {phase: seconds - before.get(phase, 0.0) for phase, seconds in self._meter.seconds.items()}
         if self._balance:
             took = {header.worker: header.compute_s for header in headers}
             took |= {late.worker: spent["train"] for late in lost if late.kind == "late"}
             self._balance.note({names[worker]: seconds for worker, seconds in took.items()})
-        return _report(headers, lost, spent, self._pool.parallel)
+        report = _report(headers, lost, spent, self._pool.parallel)
+        return replace(report, lost=(*failed, *report.lost))
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
         """Return the whole network's tensors and carried optimiser state."""
