@@ -209,7 +209,6 @@ class Coordinator:
         self._balance = SpeedBalance() if job.config.partition.balance == "speed" else None
         self._job_now = job
         device = next(model.parameters()).device
-        self._device = device
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data = tensor.data.contiguous()
         tensors = model.state_dict()
@@ -320,13 +319,10 @@ class Coordinator:
                         yield result.worker, result.message.tensors
                 else:
                     lost.append(result)
-                    what = "was late" if result.kind == "late" else f"was {result.kind}"
-                    text = f"worker {result.worker} {what} in round {round_number} ({result.reason})"
+                    text = f"worker {result.worker} was {result.kind} in round {round_number} ({result.reason})"
                     causes.append(WorkerLostError(f"{text}; {needed} of {num_workers} workers are needed"))
                 if num_workers - len(lost) < needed:
                     raise causes[0]
-        if not headers:
-            raise WorkerLostError(f"no worker came back in round {round_number}: nothing was trained") from causes[0]
 
 
 def min_returned(config: Config) -> int:

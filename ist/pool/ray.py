@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -193,7 +193,7 @@ class RayPool:
             trained = ray.get(ref, timeout=self._round_s)
         except RayTaskError as error:  # the actor is well, its code failed
             return Lost(subnet.worker, f"{member.name} on {member.where} failed: {first_line(_cause(error))}")
-        except (RayActorError, RayError) as error:
+        except RayError as error:
             self._dismiss(member)
             return Lost(subnet.worker, f"{member.name} on {member.where} is gone: {_why_gone(error)}")
         layout = subnet.message.layout
