@@ -72,7 +72,20 @@ def test_a_finished_run_is_not_run_again(ist: Any, tmp_path: Path) -> None:
     assert "has finished already" in outcome.err
 
 
+def test_a_restarted_command_goes_on_with_its_own_run_and_with_no_other(ist: Any, tmp_path: Path) -> None:
+    config, again = written(tmp_path), ("--run-dir", tmp_path / "run", "--auto-resume")
+    assert ist("train", config, *again).code == 0
+
+    same, other = ist("train", config, *again), ist("train", config, *again, "--set", "seed=77")
+
+    assert (same.code, other.code) == (0, 1)
+    assert "has finished already" in same.err
+    assert "holds another run: its 'seed' is 3, not 77" in other.err
+
+
 BAD: dict[str, tuple[dict[str, Any], list[str], int, str]] = {
+    "a restart without a folder": ({}, ["--auto-resume"], 2, "--auto-resume needs --run-dir"),
+    "an address without Ray": ({}, ["--address", "auto"], 2, "'pool.ray' is set, but 'pool.kind' is inline"),
     "more workers than neurons": (
         {"train__workers": 21}, [], 2, "group 'linear_2' has 20 neurons, fewer than the 21 workers (train.workers)",
     ),
