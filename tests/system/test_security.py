@@ -85,10 +85,10 @@ def stranger(prefix: list[str], find: Sockets, *options: str) -> Iterator[Strang
         seen.connected, seen.received = said["connected"], said["received"]
 
 
-def listening_children() -> set[tuple[str, int]]:
-    """Where processes that this one started listen."""
+def listening_under(parents: list[psutil.Process]) -> set[tuple[str, int]]:
+    """Where the processes that these started listen: no others of this machine, such as the tests' own Ray."""
     found = set()
-    for child in psutil.Process().children(recursive=True):
+    for child in (child for parent in parents if parent.is_running() for child in parent.children(recursive=True)):
         try:
             sockets = child.net_connections("tcp")
         except psutil.Error:
@@ -130,11 +130,17 @@ def ranks(where: list[Host], **variables: str) -> list[dict[str, str]]:
 def test_a_run_on_one_machine_listens_to_the_loopback_only_and_strangers_there_change_nothing(tmp_path: Path) -> None:
     config = written(tmp_path, train__rounds=100)
 
-    with stranger([], listening_children) as seen:
-        command = [*IST, "train", str(config), "--run-dir", str(tmp_path / "run")]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
+    command = [*IST, "train", str(config), "--run-dir", str(tmp_path / "run")]
+    runs: list[psutil.Process] = []
 
-    assert done.returncode == 0, done.stderr
+    with (
+        stranger([], lambda: listening_under(runs)) as seen,
+        psutil.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run,
+    ):
+        runs.append(run)
+        _, stderr = run.communicate(timeout=200)
+
+    assert run.returncode == 0, stderr
     assert len(seen.targets) == 2  # each rank's gloo, and no rendezvous
     assert {address for address, _ in seen.targets} == {"127.0.0.1"}
     assert seen.received < FEW_BYTES
