@@ -31,6 +31,7 @@ from benchmarks.namespaces import hosts, run_ranks, why_not
 from ist.config_file import validate
 from ist.job import Job, make_job
 from ist.models.mlp import MLP
+from ist.pool.coding import Envelope
 from ist.pool.wire import Message, layout_of
 from ist.subnet import cut_specs, extract, reassemble
 from ist.worker import Worker
@@ -84,11 +85,11 @@ def local_step(device: torch.device, repeats: int) -> dict[str, float]:
     optimizer_spec = {"name": "SGD", "args": {"lr": 0.01, "momentum": 0.9}}
     job = make([784, 1024, 1024, 10], 4, 4 * 6400, local_steps=steps, optimizer=optimizer_spec)
     worker = Worker(job, 0, device)
-    message = Message(job.layout(0, 0), device)
+    envelope = Envelope(job.route(0, 0), device)
     bare = job.narrow(job.neurons(0)[0], device)
     for name, parameter in bare.named_parameters():
         nn.init.normal_(parameter, std=0.02)
-        message.tensors[name].copy_(parameter.detach())
+        envelope.down.tensors[name].copy_(parameter.detach())
     assert isinstance(worker.shard, TensorDataset)
     inputs, targets = worker.shard.tensors
     batches = [torch.from_numpy(job.dealing.batch(0, step)) for step in range(steps)]
@@ -102,7 +103,7 @@ def local_step(device: torch.device, repeats: int) -> dict[str, float]:
             optimizer.step()
 
     def ours() -> None:
-        worker.train(0, message)
+        worker.train(0, envelope)
 
     ours()
     bare_loop()

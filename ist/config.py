@@ -8,14 +8,10 @@ a model or a data set (that is `ist/job.py`).
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-Pattern = Annotated[str, Field(min_length=1)]
+from ist.config_base import Component, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from ist.config_method import Baseline, Exchange, Partition
 
 TOTAL_STEPS = "total_steps"
 """Where an argument of a schedule has this value, the run's number of local steps is put."""
@@ -23,19 +19,6 @@ TOTAL_STEPS = "total_steps"
 
 FROM_PYTHON = "from-python:"
 """How `model.name` begins where the network was passed to `ist.train`, and cannot be made from its name."""
-
-
-class Section(BaseModel):
-    """A mapping of the YAML file: unknown keys and wrong types are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Component(Section):
-    """Something named, with its arguments."""
-
-    name: str = Field(description="short name, or import path 'package.module:Name'")
-    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for it")
 
 
 class Data(Component):
@@ -105,92 +88,6 @@ class Train(Section):
     def is_elastic(self) -> bool:
         """Whether the number of workers may change while the run goes on."""
         return self.min_workers is not None and self.min_workers < self.workers
-
-
-USED_BY: dict[str, tuple[str, ...]] = {
-    "keep": ("bernoulli", "rolling", "nested"),
-    "capacities": ("disjoint", "categorical", "bernoulli", "rolling", "nested"),
-    "balance": ("disjoint", "categorical", "bernoulli", "rolling", "nested"),
-    "residual": ("disjoint", "categorical", "bernoulli", "rolling", "nested"),
-    "blocks": ("blocks",),
-    "min_depth": ("blocks",),
-}
-"""Which strategies use a key of `Partition`; with any other it must keep its default."""
-
-
-class Partition(Section):
-    """How hidden neurons are dealt to workers."""
-
-    strategy: Literal["disjoint", "categorical", "bernoulli", "rolling", "nested", "blocks"] = Field(
-        "disjoint",
-        description="'disjoint': every neuron to one worker, in fixed shares; 'categorical': to one worker, drawn "
-        "for each neuron alone; 'bernoulli': a coin for each worker and neuron; 'rolling': a window that moves by one "
-        "neuron a round; 'nested': the first neurons; 'blocks': whole residual blocks instead of neurons",
-    )
-    keep: Fraction | None = Field(
-        None,
-        description="bernoulli: the probability that a worker holds a neuron; rolling (default 1 / workers) and "
-        "nested (default 1): the part of every group that a worker of the largest capacity holds",
-    )
-    capacities: Annotated[list[PositiveFloat], Field(min_length=1)] | None = Field(
-        None,
-        description="one number for each worker, to which its share, its probability or its 'keep' is proportional; "
-        "default: equal",
-    )
-    balance: Literal["equal", "speed"] = Field(
-        "equal", description="'speed': capacities follow the measured time of each worker's local steps (inline, ray)"
-    )
-    residual: bool = Field(False, description="also split residual streams where no norm forbids it")
-    exclude: list[Pattern] = Field(
-        default_factory=list,
-        description="patterns (*, ?) of names of groups that are not split: all workers share them",
-    )
-    sizes: dict[Pattern, dict[str, str]] = Field(
-        default_factory=dict,
-        description="for modules whose narrow widths are not found: pattern of module paths, then integer attribute, "
-        "then the module's tensor in proportion to which it shrinks: {'blocks.*.attn': {num_heads: qkv.weight}}",
-    )
-    blocks: list[Pattern] = Field(
-        default_factory=list,
-        description="strategy blocks: patterns of paths of the modules to deal out, such as ['layer3.*']",
-    )
-    min_depth: PositiveInt = Field(
-        1, description="strategy blocks: a worker holds at least this many, so that a block may have several holders"
-    )
-
-    @field_validator(*USED_BY)
-    @classmethod
-    def _is_used(cls, value: Any, info: ValidationInfo) -> Any:
-        strategy, users = info.data.get("strategy"), USED_BY[str(info.field_name)]
-        default = cls.model_fields[str(info.field_name)].get_default(call_default_factory=True)
-        if strategy is not None and strategy not in users and value != default:
-            raise ValueError(
-                f"strategy '{strategy}' does not use it, but it is {value!r}: leave it out, or set "
-                f"'partition.strategy' to {' or '.join(users)}"
-            )
-        return value
-
-    @model_validator(mode="after")
-    def _is_enough(self) -> "Partition":
-        if self.strategy == "bernoulli" and self.keep is None:
-            raise ValueError(
-                "strategy 'bernoulli' needs 'keep', the probability that a worker holds a neuron, such as 0.5"
-            )
-        if (
-            self.strategy == "nested"
-            and self.keep is None
-            and self.balance == "equal"
-            and len(set(self.capacities or ())) < 2
-        ):
-            raise ValueError(
-                f"strategy 'nested' with 'capacities' {self.capacities} and no 'keep' gives every worker the whole "
-                "network: set 'keep', such as 0.5, or 'capacities' that differ"
-            )
-        if self.balance == "speed" and self.capacities is not None:
-            raise ValueError("'capacities' are measured where 'balance' is 'speed': leave one of the two out")
-        if self.strategy == "blocks" and not self.blocks:
-            raise ValueError("strategy 'blocks' needs 'blocks', patterns of module paths, such as ['layer3.*']")
-        return self
 
 
 class Evaluate(Section):
@@ -289,9 +186,15 @@ class Watch(Section):
 class Compare(Section):
     """What `ist compare` runs."""
 
-    methods: list[str] = Field(default_factory=lambda: ["ist", "ddp"], min_length=1, description="methods in order")
+    methods: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]+$")]] = Field(
+        default_factory=lambda: ["ist", "ddp"],
+        min_length=1,
+        description="what to run, in order: methods, or labels of your own whose overrides set 'method'",
+    )
     overrides: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="per method: dotted keys of this file and the values that it gets"
+        default_factory=dict,
+        description="for each of them: dotted keys of this file and the values that it gets, such as {powersgd_rank4: "
+        "{method: powersgd, baseline.powersgd_rank: 4}}",
     )
 
 
@@ -300,11 +203,18 @@ class Config(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = Field(description="name of the run")
     seed: NonNegativeInt = Field(0, description="seed of everything random")
-    method: str = Field("ist", description="'ist', or a method of ist/methods/ to compare with")
+    method: str = Field(
+        "ist",
+        description="'ist', or what it is compared with: ddp, ddp_fp16, ddp_bf16, powersgd, local_sgd, diloco, "
+        "diloco_int8",
+    )
+    label: str | None = Field(None, description="what tables call the run; default: the method")
     model: Component = Field(description="the network")
     data: Data = Field(description="the data set")
     train: Train = Field(description="how the network is trained")
     partition: Partition = Field(default_factory=Partition, description="how hidden neurons are dealt to workers")
+    exchange: Exchange = Field(default_factory=Exchange, description="in how many bits IST's slices travel")
+    baseline: Baseline = Field(default_factory=Baseline, description="settings of the other methods")
     evaluate: Evaluate = Field(default_factory=Evaluate, description="how the whole network is evaluated")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="when the run is saved")
     pool: Pool = Field(default_factory=Pool, description="who carries subnets to workers")
@@ -324,6 +234,15 @@ class Config(Section):
             raise ValueError(
                 "'partition.capacities' gives every worker a number, but workers come and go (train.min_workers): use "
                 "'partition.balance' speed, or a fixed number of workers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keeps_what_it_feeds_back(self) -> "Config":
+        if self.exchange.error_feedback and self.checkpoint.every == 1:
+            raise ValueError(
+                "'exchange.error_feedback' is true, but what rounding took is forgotten at every checkpoint and "
+                "'checkpoint.every' is 1: set it to 10 or so"
             )
         return self
 

@@ -143,12 +143,12 @@ def with_methods(config: Config, methods: Sequence[str], source: str) -> Config:
     return changed
 
 
-def config_for_method(config: Config, method: str, source: str = "configuration") -> Config:
-    """Return the configuration with which `ist compare` runs one method."""
-    tree: dict[str, Any] = config.model_dump()
-    for key, value in config.compare.overrides.get(method, {}).items():
+def config_for_method(config: Config, label: str, source: str = "configuration") -> Config:
+    """Return the configuration with which `ist compare` runs one of its entries: a method, or a label for one."""
+    tree: dict[str, Any] = {**config.model_dump(), "method": label, "label": label}
+    for key, value in config.compare.overrides.get(label, {}).items():
         tree = _with_override(tree, key, value)
-    return validate({**tree, "method": method}, f"{source}: compare.overrides.{method}")
+    return validate(tree, f"{source}: compare.overrides.{label}")
 
 
 def dump_config(config: Config) -> str:

@@ -21,11 +21,12 @@ from ist.blocks import scaled_blocks
 from ist.config import Config
 from ist.errors import DivergedError, ISTError, PoolError, WorkerLostError
 from ist.evaluate import Metrics, evaluate, reestimate_statistics, statistics_batches
+from ist.exchange import Outgoing, read_trained
 from ist.job import Job
 from ist.meter import Meter
 from ist.pool import Lost, Place, Subnet, WorkerPool
-from ist.pool.wire import Header, layout_of
-from ist.subnet import Cut, cut_specs, extract, reassemble
+from ist.pool.wire import Header
+from ist.subnet import Cut, reassemble
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,7 @@ class Coordinator:
         self._min_returned = min_returned(job.config)
         self._balance = SpeedBalance() if job.config.partition.balance == "speed" else None
         self._job_now = job
+        self._outgoing = Outgoing(job)
         device = next(model.parameters()).device
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data = tensor.data.contiguous()
@@ -246,7 +248,8 @@ class Coordinator:
             lost: list[Lost] = []
             try:
                 with self._meter.phase("merge"):
-                    trained = self._accept(round_number, self._subnets(round_number, places, cuts), headers, lost)
+                    subnets = self._subnets(round_number, places, cuts)
+                    trained = self._accept(round_number, subnets, cuts, headers, lost)
                     reassemble(self._state, cuts, trained, self.job.exclusive)
                 break
             except WorkerLostError:
@@ -286,15 +289,18 @@ class Coordinator:
         """
         for place, cut in zip(places, cuts, strict=True):
             with self._meter.phase("cut"):
-                layout = layout_of(cut_specs(self.job.specs, cut))
-                message = self._pool.message(place.worker, layout)
-                names = self.job.sent_names(layout, round_number)
-                extract(self._state, cut, into={name: message.tensors[name] for name in names})
-                message.write_header(Header(round_number, place.worker))
-            yield Subnet(place, message, layout.end_of(names))
+                envelope = self._pool.envelope(place.worker, self._outgoing.route(cut))
+                sent = self._outgoing.write(self._state, cut, round_number, envelope)
+                envelope.down.write_header(Header(round_number, place.worker))
+            yield Subnet(place, envelope, sent)
 
     def _accept(
-        self, round_number: int, subnets: Iterator[Subnet], headers: list[Header], lost: list[Lost]
+        self,
+        round_number: int,
+        subnets: Iterator[Subnet],
+        cuts: Sequence[Cut],
+        headers: list[Header],
+        lost: list[Lost],
     ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
         """Yield what workers return, checked, as it arrives; note headers, and who is left out."""
         results = self._pool.train(round_number, subnets)
@@ -309,14 +315,15 @@ class Coordinator:
                     break
                 if isinstance(result, Subnet):
                     try:
-                        header = result.message.read_header(round_number, result.worker)
-                        _check_finite(header, result.message.tensors)
+                        header = result.envelope.up.read_header(round_number, result.worker)
+                        tensors = read_trained(self.job, self._state, cuts[result.worker], result.envelope)
+                        _check_finite(header, tensors)
                     except (PoolError, DivergedError) as error:
                         causes.append(error)
                         lost.append(Lost(result.worker, str(error), "rejected"))
                     else:
                         headers.append(header)
-                        yield result.worker, result.message.tensors
+                        yield result.worker, tensors
                 else:
                     lost.append(result)
                     text = f"worker {result.worker} was {result.kind} in round {round_number} ({result.reason})"

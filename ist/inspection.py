@@ -27,9 +27,9 @@ def inspect_job(job: Job) -> dict[str, Any]:
     whole = tensor_specs(job.template, with_statistics=True)
     shares = [job.plan(worker, 0).specs for worker in range(workers)]
     parameters = {name: parameter.numel() for name, parameter in job.template.named_parameters()}
-    layouts = [job.layout(worker, 0) for worker in range(workers)]
-    out = [layout.end_of(job.sent_names(layout, 1)) for layout in layouts]
-    back = [layout.nbytes for layout in layouts]
+    routes = [job.route(worker, 0) for worker in range(workers)]
+    out = [job.sent_bytes(route, 1) for route in routes]
+    back = [route.up.nbytes for route in routes]
     remote = range(1 if config.pool.coordinator == "trains" and config.pool.kind == "torchrun" else 0, workers)
     gradient = sum(whole[name].nbytes for name in parameters)
     ist_bytes = sum(out[worker] + back[worker] for worker in remote)

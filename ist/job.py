@@ -33,6 +33,7 @@ from ist.losses import LOSSES
 from ist.models import MODELS
 from ist.narrow import NarrowPlan, declared_sizes, input_scales, narrow_module
 from ist.partition import Assignment, assign, check_workers, is_disjoint, sizes_vary
+from ist.pool.coding import Route, make_route, sent_bytes
 from ist.pool.wire import Layout, layout_of
 from ist.registry import call, resolve
 from ist.rng import Indices, Purpose, torch_seed
@@ -230,13 +231,21 @@ class Job:
         try_out(narrow, self.example)
 
     def layout(self, worker: int, round_number: int) -> Layout:
-        """Return the layout of a worker's messages in a round."""
+        """Return the layout of what a worker trains in a round."""
         neurons = self.neurons(round_number)[worker]
         return layout_of(cut_specs(self.specs, positions(self.groups, self.specs, neurons)))
+
+    def route(self, worker: int, round_number: int) -> Route:
+        """Return what a worker's messages look like in a round."""
+        return make_route(self.layout(worker, round_number), self.config.exchange)
 
     def sent_names(self, layout: Layout, round_number: int) -> list[str]:
         """Return the tensors that go to a worker: carried optimiser state does not exist before the first round."""
         return [name for name in layout.specs if round_number > 0 or name in self.model_specs]
+
+    def sent_bytes(self, route: Route, round_number: int) -> int:
+        """Return how much of the message to a worker is sent; see `sent_names`."""
+        return sent_bytes(route, self.sent_names(route.plain, round_number))
 
 
 def build_job(config: Config) -> Job:

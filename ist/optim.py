@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ist.config import TOTAL_STEPS, Component
+from ist.config import TOTAL_STEPS
+from ist.config_base import Component
 from ist.errors import ConfigError
 from ist.groups import Group, TensorSpec
 from ist.registry import call, resolve

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ist.config import Partition
+from ist.config_method import Partition
 from ist.errors import ModelError
 from ist.groups import Group
 from ist.rng import Indices, Purpose, permutation, uniform

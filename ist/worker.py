@@ -19,11 +19,13 @@ from ist.data.batches import fetch, length, num_samples, take_shard
 from ist.data.nested import call_model
 from ist.errors import AbandonedRoundError, ConfigError
 from ist.evaluate import evaluate
+from ist.exchange import WorkerEnd
 from ist.groups import named_tensors
 from ist.job import Job
 from ist.meter import MemoryGauge
 from ist.narrow import bind, collect_buffers
 from ist.pool import Place
+from ist.pool.coding import Envelope
 from ist.pool.wire import Header, Message
 from ist.rng import Purpose, torch_seed
 from ist.verify import verify_cuts
@@ -45,20 +47,23 @@ class Worker:
         self.shard: Dataset[Any] = take_shard(job.train_data, job.dealing.shard(number))
         self.gauge = MemoryGauge(device)
         self.module = job.narrow(job.neurons(0)[number], device)
+        self._end = WorkerEnd(job, number, device)
 
-    def train(self, round_number: int, message: Message, is_over: Callable[[], bool] | None = None) -> None:
-        """Make a round's local steps on the subnet in `message`, in place, and write the header that goes back.
+    def train(self, round_number: int, envelope: Envelope, is_over: Callable[[], bool] | None = None) -> None:
+        """Make a round's local steps on the subnet in `envelope`, and write what goes back into it.
 
         Args:
             round_number: The round, from 0.
-            message: On this worker's device; the parameters are its tensors while this runs.
+            envelope: On this worker's device; where nothing is rounded on the way, the parameters are its tensors while
+                this runs.
             is_over: Asked before each step whether the round has gone on without this worker; None: it never does.
 
         Raises:
             AbandonedRoundError: It has.
         """
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.thread_time()
         job = self.job
+        message = self._end.open(envelope)
         if not job.is_fixed:
             self.module = job.narrow(job.neurons(round_number)[self.number], self.device)
         module = self.module
@@ -74,8 +79,9 @@ class Worker:
         collect_buffers(module, message.tensors)
         if job.state_slots:
             optim.store_state(optimizer, named, job.state_slots, message.tensors)
+        self._end.close(envelope, message, round_number)
         elapsed = time.perf_counter() - started
-        message.write_header(
+        envelope.up.write_header(
             Header(
                 round_number,
                 self.number,
@@ -83,6 +89,8 @@ class Worker:
                 samples,
                 total,
                 elapsed,
+                # A GPU is nobody else's.
+                time.thread_time() - cpu_started if self.device.type == "cpu" else elapsed,
                 self.gauge.peak_bytes(),
             )
         )

@@ -10,8 +10,9 @@ from ist.coordinator import Coordinator
 from ist.errors import DivergedError, PoolError, WorkerLostError
 from ist.meter import Meter
 from ist.pool import Buffers, Lost, Subnet
+from ist.pool.coding import Envelope, Route
 from ist.pool.inline import InlinePool
-from ist.pool.wire import Header, Layout, Message
+from ist.pool.wire import Header
 from tests.conftest import assert_same, clone, job_for
 from tests.networks import NETWORKS, seeded
 
@@ -27,8 +28,8 @@ class FaultyPool:
     def gather(self, round_number: int) -> tuple[str, ...]:
         return self.inner.gather(round_number)
 
-    def message(self, worker: int, layout: Layout) -> Message:
-        return self.inner.message(worker, layout)
+    def envelope(self, worker: int, route: Route) -> Envelope:
+        return self.inner.envelope(worker, route)
 
     def train(self, round_number: int, subnets: Iterable[Subnet]) -> Iterator[Subnet | Lost]:
         for result in self.inner.train(round_number, subnets):
@@ -38,11 +39,11 @@ class FaultyPool:
                 continue
             if result.worker == self.spoil:
                 if self.how == "weight":
-                    result.message.tensors["linear_2.weight"][0, 0] = math.inf
+                    result.envelope.up.tensors["linear_2.weight"][0, 0] = math.inf
                 elif self.how == "loss":
-                    result.message.write_header(Header(round_number, result.worker, 3, 10, math.nan))
+                    result.envelope.up.write_header(Header(round_number, result.worker, 3, 10, math.nan))
                 elif self.how == "stale":
-                    result.message.write_header(Header(round_number - 1, result.worker, 3, 10, 1.0))
+                    result.envelope.up.write_header(Header(round_number - 1, result.worker, 3, 10, 1.0))
             yield result
 
     def close(self) -> None:

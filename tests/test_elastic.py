@@ -36,10 +36,10 @@ class ChangingPool(InlinePool):
         shapes = []
         for result in super().train(round_number, subnets):
             assert isinstance(result, Subnet)
-            shapes.append(tuple(result.message.tensors["linear_1.bias"].shape))
-            header = result.message.read_header(round_number, result.worker)
+            shapes.append(tuple(result.envelope.up.tensors["linear_1.bias"].shape))
+            header = result.envelope.up.read_header(round_number, result.worker)
             took = self.seconds.get(f"worker {result.worker}", 1.0)
-            result.message.write_header(replace(header, compute_s=took * shapes[-1][0] ** 2))
+            result.envelope.up.write_header(replace(header, compute_s=took * shapes[-1][0] ** 2))
             yield result
         self.shapes.append(shapes)
 

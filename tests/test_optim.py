@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ist import optim
-from ist.config import Component
+from ist.config_base import Component
 from ist.errors import ConfigError
 
 REFUSED = {"Adafactor": "row_var", "ASGD": "ax"}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ist.config import Partition
+from ist.config_method import Partition
 from ist.errors import ModelError
 from ist.groups import Group
 from ist.partition import Assignment, assign, check_workers, coverage, is_disjoint, share_sizes, sizes_vary

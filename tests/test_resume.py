@@ -45,6 +45,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "dropout": {"model__args": {"widths": [64, 24, 20, 10], "dropout": 0.3}},
     "carried statistics": {"train__running_statistics": "carried"},
+    "rounding that is fed back": {
+        "exchange": {"down": "int8", "up": "int3", "values": "deltas", "error_feedback": True},
+    },
 }
 
 

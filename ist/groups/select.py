@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ist.config import Partition
+from ist.config_method import Partition
 from ist.errors import ConfigError, ModelError
 from ist.groups import Group, check_groups, named_tensors
 from ist.groups.neurons import Found

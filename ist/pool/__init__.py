@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from ist.pool.wire import Layout, Message
+from ist.pool.coding import Envelope, Route
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Subnet:
 
     Attributes:
         place: Whose it is.
-        message: Its tensors; on the way back, the trained ones.
-        sent_bytes: How much of the message, from its beginning, goes to the worker; all of it comes back.
+        envelope: Its messages: the one to the worker is written before it leaves, the other when it is back.
+        sent_bytes: How much of the message down, from its beginning, goes to the worker; all of the other comes back.
     """
 
     place: Place
-    message: Message
+    envelope: Envelope
     sent_bytes: int
 
     @property
@@ -80,8 +80,8 @@ class WorkerPool(Protocol):
         """
         ...
 
-    def message(self, worker: int, layout: Layout) -> Message:
-        """Return memory to cut a worker's subnet into; in use until the pool asks for the next subnet, or longer."""
+    def envelope(self, worker: int, route: Route) -> Envelope:
+        """Return memory for a worker's messages; in use until the pool asks for the next subnet, or longer."""
         ...
 
     def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
@@ -99,15 +99,15 @@ class WorkerPool(Protocol):
 
 
 class Buffers:
-    """One message for each worker, made anew only where its layout changes."""
+    """One envelope for each worker, made anew only where its route changes."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._messages: dict[int, Message] = {}
+        self._envelopes: dict[int, Envelope] = {}
 
-    def message(self, worker: int, layout: Layout) -> Message:
-        """Return the worker's message."""
-        found = self._messages.get(worker)
-        if found is None or found.layout != layout:
-            found = self._messages[worker] = Message(layout, self._device)
+    def envelope(self, worker: int, route: Route) -> Envelope:
+        """Return the worker's envelope."""
+        found = self._envelopes.get(worker)
+        if found is None or found.route != route:
+            found = self._envelopes[worker] = Envelope(route, self._device)
         return found

@@ -11,7 +11,7 @@ import torch
 from ist.job import Job
 from ist.meter import Meter
 from ist.pool import Buffers, Lost, Subnet
-from ist.pool.wire import Layout, Message
+from ist.pool.coding import Envelope, Route
 from ist.worker import Seat
 
 
@@ -30,16 +30,16 @@ class InlinePool:
         """All workers are always there."""
         return self._names
 
-    def message(self, worker: int, layout: Layout) -> Message:
-        """Return a worker's message."""
-        return self._buffers.message(worker, layout)
+    def envelope(self, worker: int, route: Route) -> Envelope:
+        """Return a worker's envelope."""
+        return self._buffers.envelope(worker, route)
 
     def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
         """Train the subnets in order."""
         for subnet in subnets:
             self._meter.sent[subnet.worker] += subnet.sent_bytes
-            self._seats[subnet.worker].worker(subnet.place).train(round_number, subnet.message)
-            self._meter.received[subnet.worker] += subnet.message.nbytes
+            self._seats[subnet.worker].worker(subnet.place).train(round_number, subnet.envelope)
+            self._meter.received[subnet.worker] += subnet.envelope.up.nbytes
             yield subnet
 
     def close(self) -> None:

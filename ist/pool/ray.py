@@ -27,8 +27,8 @@ from ist.errors import PoolError, WorkerLostError, first_line
 from ist.job import Job
 from ist.meter import Meter
 from ist.pool import Lost, Subnet
+from ist.pool.coding import Envelope, Route
 from ist.pool.ray_worker import RayWorker, as_tensor
-from ist.pool.wire import Layout, Message
 
 _START_ATTEMPTS = 3
 _POLL_S = 0.2
@@ -132,11 +132,11 @@ class RayPool:
             else:
                 time.sleep(_POLL_S)
 
-    def message(self, worker: int, layout: Layout) -> Message:  # noqa: ARG002
+    def envelope(self, worker: int, route: Route) -> Envelope:  # noqa: ARG002
         """Return memory for a message, the same for all workers: what is sent is a copy in the object store."""
-        if self._scratch.nbytes < layout.nbytes:
-            self._scratch = torch.zeros(layout.nbytes, dtype=torch.uint8)
-        return Message(layout, flat=self._scratch[: layout.nbytes])
+        if self._scratch.nbytes < route.nbytes:
+            self._scratch = torch.zeros(route.nbytes, dtype=torch.uint8)
+        return Envelope(route, flat=self._scratch)
 
     def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
         """Send subnets, and yield each as it comes back; whoever is not back in time is told so."""
@@ -154,7 +154,7 @@ class RayPool:
     ) -> Iterator[Subnet | Lost]:
         for subnet in subnets:
             try:
-                sent = ray.put(subnet.message.flat[: subnet.sent_bytes].numpy())
+                sent = ray.put(subnet.envelope.flat[: subnet.sent_bytes].numpy())
             except RayError as error:
                 raise PoolError(
                     f"a subnet of {subnet.sent_bytes} bytes does not fit into the object store ({first_line(error)}): "
@@ -196,13 +196,13 @@ class RayPool:
         except RayError as error:
             self._dismiss(member)
             return Lost(subnet.worker, f"{member.name} on {member.where} is gone: {_why_gone(error)}")
-        layout = subnet.message.layout
-        if not isinstance(trained, np.ndarray) or trained.dtype != np.uint8 or trained.shape != (layout.nbytes,):
+        route = subnet.envelope.route
+        if not isinstance(trained, np.ndarray) or trained.dtype != np.uint8 or trained.shape != (route.up.nbytes,):
             what = f"{trained.dtype} {trained.shape}" if isinstance(trained, np.ndarray) else type(trained).__name__
-            reason = f"{member.name} on {member.where} returned {what} instead of {layout.nbytes} bytes"
+            reason = f"{member.name} on {member.where} returned {what} instead of {route.up.nbytes} bytes"
             return Lost(subnet.worker, reason, "rejected")
         self._meter.received[subnet.worker] += trained.nbytes
-        return Subnet(subnet.place, Message(layout, flat=as_tensor(trained)), subnet.sent_bytes)
+        return Subnet(subnet.place, Envelope(route, flat=as_tensor(trained)), subnet.sent_bytes)
 
     def _late(self, ref: Any, subnet: Subnet) -> Lost:
         member = self._crew[subnet.worker]

@@ -14,8 +14,8 @@ from ist import optim
 from ist.errors import PoolError
 from ist.job import Job
 from ist.pool import Place
+from ist.pool.coding import Envelope
 from ist.pool.device import compute_device
-from ist.pool.wire import Message
 from ist.worker import Seat
 
 Flat = NDArray[np.uint8]
@@ -37,7 +37,7 @@ class RayWorker:
         self._seat = Seat(job, self._device)
         # The first optimiser imports much of torch: neither the first round's time nor the subnet's memory.
         optim.build_optimizer(job.config.train.optimizer, [torch.nn.Parameter(torch.zeros(2, 3))])
-        self._message: Message | None = None
+        self._envelope: Envelope | None = None
         self._over = -1
         self.name = name
 
@@ -66,17 +66,17 @@ class RayWorker:
         """
         torch.set_num_threads(self._threads)  # actors run on a thread of their own
         worker = self._seat.worker(place)
-        layout = worker.job.layout(place.worker, round_number)
-        if self._message is None or self._message.layout != layout:
-            self._message = Message(layout, self._device)
-        message = self._message
-        expected = layout.end_of(worker.job.sent_names(layout, round_number))
+        route = worker.job.route(place.worker, round_number)
+        if self._envelope is None or self._envelope.route != route:
+            self._envelope = Envelope(route, self._device)
+        envelope = self._envelope
+        expected = worker.job.sent_bytes(route, round_number)
         if received.shape != (expected,):
             raise PoolError(f"{self.name} expected a message of {expected} bytes, received {received.shape}")
-        message.flat[:expected].copy_(as_tensor(received))
-        message.read_header(round_number, place.worker)
-        worker.train(round_number, message, lambda: self._over >= ticket)
-        trained: Flat = message.flat.cpu().numpy()
+        envelope.flat[:expected].copy_(as_tensor(received))
+        envelope.down.read_header(round_number, place.worker)
+        worker.train(round_number, envelope, lambda: self._over >= ticket)
+        trained: Flat = envelope.up.flat.cpu().numpy()
         return trained
 
     @ray.method(concurrency_group="control", enable_task_events=False)

@@ -17,8 +17,8 @@ from ist.errors import ConfigError, PoolError
 from ist.job import Job
 from ist.meter import Meter
 from ist.pool import Buffers, Lost, Subnet
+from ist.pool.coding import Envelope, Route
 from ist.pool.group import Membership, peer_errors
-from ist.pool.wire import Layout, Message
 from ist.worker import Worker
 
 
@@ -113,22 +113,22 @@ class TorchrunPool:
         """All ranks are there, or torch.distributed ends the run."""
         return self._names
 
-    def message(self, worker: int, layout: Layout) -> Message:
-        """Return a worker's message."""
-        return self._buffers.message(worker, layout)
+    def envelope(self, worker: int, route: Route) -> Envelope:
+        """Return a worker's envelope."""
+        return self._buffers.envelope(worker, route)
 
     def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
         """Send all subnets, train worker 0's here if rank 0 is a worker, and yield each as it comes back."""
         subnets = list(subnets)
         remote = [subnet for subnet in subnets if self._rank(subnet.worker) != 0]
-        sends = self._channel.send([(self._rank(s.worker), s.worker, s.message.flat[: s.sent_bytes]) for s in remote])
-        back = [(self._rank(s.worker), s.worker, s.message.flat) for s in remote]
+        sends = self._channel.send([(self._rank(s.worker), s.worker, s.envelope.flat[: s.sent_bytes]) for s in remote])
+        back = [(self._rank(s.worker), s.worker, s.envelope.up.flat) for s in remote]
         # A trained subnet is received over the one that was sent: it cannot come before the other has arrived.
         # With gloo the receives are posted now, so that data flow while this rank trains; a waiting NCCL receive
         # would take the GPU's time.
         receives = self._channel.receive(back) if self._early else []
         if self._local is not None:
-            self._local.train(round_number, subnets[0].message)
+            self._local.train(round_number, subnets[0].envelope)
             yield subnets[0]
         receives = receives or self._channel.receive(back)
         # NCCL coalesces a batch into one work.
@@ -139,7 +139,7 @@ class TorchrunPool:
             except PoolError as error:
                 yield Lost(subnet.worker, str(error))
                 continue
-            self._channel.finish(subnet.worker, subnet.message.flat)
+            self._channel.finish(subnet.worker, subnet.envelope.up.flat)
             yield subnet
         _wait(sends, "sending subnets")
 
@@ -163,7 +163,7 @@ class RankWorker:
         self._number = membership.rank - (membership.world_size - job.config.train.workers)
         self._worker = Worker(job, self._number, membership.device)
         self._channel = Channel(membership, Meter())
-        self._message = Message(job.layout(self._number, 0), membership.device)
+        self._envelope = Envelope(job.route(self._number, 0), membership.device)
 
     def train_round(self, round_number: int) -> None:
         """Receive a subnet, train it, send it back.
@@ -172,17 +172,17 @@ class RankWorker:
             PoolError: The coordinator is gone, or sent something else than this round's subnet.
         """
         if not self._job.is_fixed:
-            layout = self._job.layout(self._number, round_number)
-            if layout != self._message.layout:
-                self._message = Message(layout, self._message.flat.device)
-        message = self._message
-        incoming = message.flat[: message.layout.end_of(self._job.sent_names(message.layout, round_number))]
+            route = self._job.route(self._number, round_number)
+            if route != self._envelope.route:
+                self._envelope = Envelope(route, self._envelope.flat.device)
+        envelope = self._envelope
+        incoming = envelope.flat[: self._job.sent_bytes(envelope.route, round_number)]
         gone = f"worker {self._number} lost the coordinator (rank 0) in round {round_number}"
         _wait(self._channel.receive([(0, self._number, incoming)]), gone)
         self._channel.finish(self._number, incoming)
-        message.read_header(round_number, self._number)
-        self._worker.train(round_number, message)
-        _wait(self._channel.send([(0, self._number, message.flat)]), gone)
+        envelope.down.read_header(round_number, self._number)
+        self._worker.train(round_number, envelope)
+        _wait(self._channel.send([(0, self._number, envelope.up.flat)]), gone)
 
     def close(self) -> None:
         """Nothing to let go: the process group outlives the run."""

@@ -1,6 +1,6 @@
 """A subnet as one flat buffer: what crosses the network, and how many bytes that is.
 
-A message is a header of 64 bytes and then every tensor, each beginning at a multiple of 64 bytes, so
+A message is a header of 128 bytes and then every tensor, each beginning at a multiple of 64 bytes, so
 that a worker trains on the received buffer itself: nothing is unpacked, and the trained buffer goes
 back as it is. Both ends derive the layout from the partition; only values are sent, and a fingerprint
 of the layout in the header proves that both derived the same.
@@ -19,15 +19,20 @@ from torch import Tensor
 from ist.errors import PoolError
 from ist.groups import TensorSpec
 
-HEADER_BYTES = 64
+HEADER_BYTES = 128
+_HEADER_VALUES = 9
 ALIGNMENT = 64  # a cache line, and what torch's own allocator guarantees its kernels
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a message says beside its tensors; travels as eight float64 values.
+    """What a message says beside its tensors; travels as float64 values.
 
     Everything but `round_number` and `worker` is 0 on the way to a worker.
+
+    Attributes:
+        compute_s: Wall-clock seconds of the local steps.
+        cpu_s: Seconds that they would have taken on a core of their own: CPU time of the thread that trains.
     """
 
     round_number: int
@@ -36,6 +41,7 @@ class Header:
     samples: int = 0
     loss_sum: float = 0.0
     compute_s: float = 0.0
+    cpu_s: float = 0.0
     memory_bytes: int = 0
 
 
@@ -98,6 +104,7 @@ class Message:
             header.samples,
             header.loss_sum,
             header.compute_s,
+            header.cpu_s,
             header.memory_bytes,
         ]
         self._header().copy_(torch.tensor(values, dtype=torch.float64))
@@ -109,8 +116,8 @@ class Message:
             PoolError: The message belongs to something else.
         """
         found, *numbers = self._header().tolist()
-        round_sent, sender, steps, samples, loss_sum, compute_s, memory = numbers
-        header = Header(int(round_sent), int(sender), int(steps), int(samples), loss_sum, compute_s, int(memory))
+        round_sent, sender, steps, samples, loss_sum, compute_s, cpu_s, memory = numbers
+        header = Header(int(round_sent), int(sender), int(steps), int(samples), loss_sum, compute_s, cpu_s, int(memory))
         expected = (self.layout.fingerprint, round_number, worker)
         if (found, header.round_number, header.worker) != expected:
             raise PoolError(
@@ -121,4 +128,4 @@ class Message:
         return header
 
     def _header(self) -> Tensor:
-        return self.flat[:HEADER_BYTES].view(torch.float64)
+        return self.flat[: 8 * _HEADER_VALUES].view(torch.float64)

@@ -46,6 +46,14 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "network": "no batch norm", "partition__strategy": "bernoulli", "partition__keep": 0.6,
         "train__optimizer_state": "carried",
     },
+    "rounded, fed back": {
+        "network": "uneven widths", "exchange__down": "int8", "exchange__up": "int3", "exchange__values": "deltas",
+        "exchange__error_feedback": True, "checkpoint__every": 2, "train__optimizer_state": "carried",
+    },
+    "halved, shares that vary": {
+        "network": "attention", "partition__strategy": "categorical", "exchange__down": "float16",
+        "exchange__up": "bfloat16",
+    },
     "whole blocks": {
         "network": "blocks", "partition__strategy": "blocks", "partition__blocks": ["1.*"], "partition__min_depth": 2,
     },

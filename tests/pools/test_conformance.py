@@ -76,8 +76,8 @@ def test_the_bytes_counted_are_the_bytes_of_the_formula(torchrun: tuple[Path, st
 
 def message_bytes(made: Job, round_number: int) -> list[tuple[int, int]]:
     """What goes to each worker in a round, and what comes back."""
-    layouts = [made.layout(worker, round_number) for worker in range(WORKERS)]
-    return [(layout.end_of(made.sent_names(layout, round_number)), layout.nbytes) for layout in layouts]
+    routes = [made.route(worker, round_number) for worker in range(WORKERS)]
+    return [(made.sent_bytes(route, round_number), route.up.nbytes) for route in routes]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

@@ -19,9 +19,10 @@ import ist.worker
 from ist.job import Job
 from ist.meter import Meter
 from ist.pool import Lost, Place, Subnet
+from ist.pool.coding import Envelope, Route
 from ist.pool.ray import RayPool
 from ist.pool.ray_worker import RayWorker
-from ist.pool.wire import HEADER_BYTES, Layout, Message
+from ist.pool.wire import HEADER_BYTES
 
 
 @dataclass(frozen=True)
@@ -120,10 +121,10 @@ class FaultyPool(RayPool):
         self._round = round_number
         return super().gather(round_number)
 
-    def message(self, worker: int, layout: Layout) -> Message:
+    def envelope(self, worker: int, route: Route) -> Envelope:
         if worker == 0:
             self.strike("before send")
-        return super().message(worker, layout)
+        return super().envelope(worker, route)
 
     def _result(self, ref: Any, subnet: Subnet) -> Subnet | Lost:
         result = super()._result(ref, subnet)

@@ -191,7 +191,7 @@ def before(function, of, count=1):
     return wrapped
 
 pool.RayPool.gather = noting(pool.RayPool.gather)
-pool.RayPool.message = before(pool.RayPool.message, "before send", 2)
+pool.RayPool.envelope = before(pool.RayPool.envelope, "before send", 2)
 pool.RayPool._result = before(pool.RayPool._result, "while training")
 pool.as_tensor = before(pool.as_tensor, "while sending back")
 ist.subnet._put = before(ist.subnet._put, "while merging", 4)
