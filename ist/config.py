@@ -112,6 +112,10 @@ class Checkpoint(Section):
         "named after the run folder; default: in the run folder",
     )
 
+    def is_due(self, rounds_done: int) -> bool:
+        """Return whether the run is saved after so many rounds, its last one aside."""
+        return rounds_done % self.every == 0
+
 
 class Ray(Section):
     """Where and how Ray runs the workers (pool.kind ray)."""

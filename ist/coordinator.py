@@ -42,6 +42,8 @@ class RoundReport:
         idle_s: Mean seconds that a worker waited for slower ones.
         cut_s: Seconds of cutting subnets.
         merge_s: Seconds of merging them.
+        virtual_s: Compute-normalised seconds, as if every worker had a core of its own: the longest CPU time of a
+            worker's local steps, and what else was measured while nobody computed.
         memory_bytes: Peak memory of each worker so far.
         workers: Workers of the round, those that were lost included.
         lost: Workers that were left out of the merge.
@@ -55,6 +57,7 @@ class RoundReport:
     idle_s: float
     cut_s: float
     merge_s: float
+    virtual_s: float
     memory_bytes: tuple[int, ...]
     workers: int
     lost: tuple[Lost, ...] = ()
@@ -152,7 +155,7 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
             refresh_statistics(job, method.model, device)
         seconds = Seconds(trained - started, time.perf_counter() - trained)
         recorder.round_done(round_number, report, metrics, seconds, method.bytes_sent())
-        if last or rounds_done % config.checkpoint.every == 0:
+        if last or config.checkpoint.is_due(rounds_done):
             recorder.save(rounds_done, method.checkpoint_state())
 
 
@@ -378,6 +381,7 @@ def _report(headers: Sequence[Header], lost: Sequence[Lost], spent: Mapping[str,
     exchange = max(0.0, spent["train"] - spent["cut"] - critical)  # subnets are cut while the pool asks for them
     mean = sum(computes) / len(computes)
     samples = sum(header.samples for header in headers)
+    merge = spent["merge"] - spent["train"]
     return RoundReport(
         steps=max(header.steps for header in headers),
         samples=samples,
@@ -386,7 +390,8 @@ def _report(headers: Sequence[Header], lost: Sequence[Lost], spent: Mapping[str,
         exchange_s=exchange,
         idle_s=max(0.0, critical - mean) if parallel else 0.0,
         cut_s=spent["cut"],
-        merge_s=spent["merge"] - spent["train"],
+        merge_s=merge,
+        virtual_s=max(header.cpu_s for header in headers) + exchange + spent["cut"] + merge,
         memory_bytes=tuple(h.memory_bytes for h in sorted(headers, key=lambda header: header.worker)),
         workers=len(headers) + len(lost),
         lost=tuple(lost),

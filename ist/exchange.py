@@ -119,7 +119,7 @@ class WorkerEnd:
     def _encode_with_feedback(self, envelope: Envelope, tensors: Mapping[str, Tensor], round_number: int) -> None:
         job, plain = self._job, envelope.route.plain.specs
         rounded = {name: job.specs[name] for name in plain if _is_rounded(name, plain[name], self._settings.up)}
-        if not self._taken or round_number % job.config.checkpoint.every == 0:
+        if not self._taken or job.config.checkpoint.is_due(round_number):
             self._taken = {
                 name: torch.zeros(spec.shape, dtype=torch.float32, device=self._device)
                 for name, spec in rounded.items()

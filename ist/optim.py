@@ -203,5 +203,26 @@ def store_state(
                 target.copy_(source)
 
 
+def named_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return an optimiser's state tensors by `state_name`."""
+    return {
+        state_name(key, name): value
+        for name, parameter in named.items()
+        for key, value in optimizer.state[parameter].items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_named_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
+) -> None:
+    """Give an optimiser the state that `named_state` returned."""
+    for full_name, tensor in state.items():
+        key, _, name = full_name.partition("@")
+        parameter = named[name]
+        device = parameter.device if tensor.ndim else scalar_device(optimizer, parameter)
+        optimizer.state[parameter][key] = tensor.to(device)
+
+
 def _stand_in() -> list[nn.Parameter]:
     return [nn.Parameter(torch.zeros(_SAMPLE_SHAPE))]

@@ -17,7 +17,7 @@ from ist.meter import MemoryGauge, Meter
 from ist.run_folder import RunFolder
 from ist.watch import Watcher
 
-COUNTERS = ("samples", "sent_bytes", "train_s", "evaluate_s")
+COUNTERS = ("samples", "sent_bytes", "train_s", "virtual_s", "evaluate_s")
 FAULTS = ("lost", "late", "rejected")
 
 
@@ -78,6 +78,7 @@ class RunRecorder:
         totals = self._totals
         totals["samples"] += report.samples
         totals["train_s"] += seconds.train
+        totals["virtual_s"] += report.virtual_s
         totals["evaluate_s"] += seconds.evaluate
         totals["sent_bytes"] = self._bytes_before + sent_bytes
         record: dict[str, Any] = {
@@ -153,6 +154,7 @@ class RunRecorder:
         return {
             "name": config.name,
             "method": config.method,
+            "label": config.label or config.method,
             "seed": config.seed,
             "workers": config.train.workers,
             "rounds": self._rounds_done,

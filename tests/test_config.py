@@ -77,6 +77,23 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no such strategy": ({"partition__strategy": "even"}, "'partition.strategy' is 'even' (a string): input should be 'disjoint', "),
     "keep is nothing": ({"partition": {"strategy": "rolling", "keep": 0.0}}, "'partition.keep' is 0.0 (a number): input should be greater than 0"),
+    "error feedback of what is exact": (
+        {"exchange": {"error_feedback": True, "values": "deltas"}},
+        "'exchange': 'error_feedback' is for rounded deltas, but 'up' is exact and 'values' is deltas",
+    ),
+    "error feedback forgotten every round": (
+        {"exchange": {"error_feedback": True, "values": "deltas", "up": "int8"}, "checkpoint": {"every": 1}},
+        "'exchange.error_feedback' is true, but what rounding took is forgotten at every checkpoint and 'checkpoint.every' is 1",
+    ),
+    "an unknown coding": (
+        {"exchange": {"up": "int9"}}, "'exchange.up' is 'int9' (a string): input should be 'exact', 'bfloat16'",
+    ),
+    "too early for PowerSGD": (
+        {"baseline": {"powersgd_start": 1}}, "'baseline.powersgd_start' is 1 (a whole number): input should be greater than or equal to 2",
+    ),
+    "a label that is no folder's name": (
+        {"compare": {"methods": ["../ist"]}}, "'compare.methods.0' is '../ist' (a string): string should match pattern",
+    ),
     "keep is too much": ({"partition": {"strategy": "rolling", "keep": 1.5}}, "'partition.keep' is 1.5 (a number): input should be less than or equal to 1"),
     "keep is no number": ({"partition": {"strategy": "rolling", "keep": float("nan")}}, "'partition.keep' is nan"),
     "a capacity of nothing": (

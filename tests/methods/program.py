@@ -1,0 +1,113 @@
+"""Runs by every method that IST is compared with; the program of torchrun's processes.
+
+torchrun --nproc-per-node N tests/methods/program.py OUT
+"""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ist.checkpoint import write_tensors
+from ist.coordinator import follow_rounds, run_rounds
+from ist.job import Job, make_job
+from ist.pool.torchrun import is_rank_zero
+from ist.run import Following, open_run
+from ist.run_folder import RunFolder, create_run_folder
+from tests.conftest import data, small_config
+from tests.networks import seeded
+
+WORKERS = 3
+STOPPED_AFTER = 2
+
+PLAIN = {"optimizer": {"name": "SGD", "args": {"lr": 0.2}}}
+ADAM = {"optimizer": {"name": "AdamW", "args": {"lr": 0.01}}}
+
+RUNS: dict[str, dict[str, Any]] = {
+    "ddp": {"method": "ddp"},
+    "ddp_fp16": {"method": "ddp_fp16"},
+    "ddp_bf16": {"method": "ddp_bf16"},
+    "powersgd": {"method": "powersgd"},
+    "powersgd of rank 2": {"method": "powersgd", "baseline": {"powersgd_rank": 2, "powersgd_start": 5}},
+    "local_sgd": {"method": "local_sgd"},
+    "diloco": {"method": "diloco", **{f"train__{key}": value for key, value in ADAM.items()}},
+    "diloco_int8": {"method": "diloco_int8"},
+    "ddp, plain SGD": {"method": "ddp", "train__local_steps": 1, **{f"train__{k}": v for k, v in PLAIN.items()}},
+    "local SGD of one step, plain SGD": {
+        "method": "local_sgd", "train__local_steps": 1, **{f"train__{key}": value for key, value in PLAIN.items()},
+    },
+    "local SGD, plain SGD": {"method": "local_sgd", **{f"train__{key}": value for key, value in PLAIN.items()}},
+    "diloco that takes the mean, plain SGD": {
+        "method": "diloco", "baseline": {"outer_lr": 1.0, "outer_momentum": 0.0},
+        **{f"train__{key}": value for key, value in PLAIN.items()},
+    },
+    "diloco_int8 that takes the mean, plain SGD": {
+        "method": "diloco_int8", "baseline": {"outer_lr": 1.0, "outer_momentum": 0.0},
+        **{f"train__{key}": value for key, value in PLAIN.items()},
+    },
+}  # fmt: skip
+RESUMED = ("ddp", "powersgd", "local_sgd", "diloco", "diloco_int8")
+
+
+def build() -> nn.Module:
+    """Two layers that PowerSGD compresses, and one that is too small."""
+    return seeded(lambda: nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 5)))
+
+
+def job(name: str) -> Job:
+    """The job of a run."""
+    config = small_config(train__workers=WORKERS, pool={"kind": "torchrun", "device": "cpu"}, **RUNS[name])
+    return make_job(config, build(), build, data(), data(40, seed=4), nn.functional.cross_entropy)
+
+
+class PowerCutError(Exception):
+    """Ends a run in its midst."""
+
+
+def run(made: Job, folder: RunFolder | None, resume: bool, stop: bool = False) -> Any:
+    """Take part in a run, to its end or to the power cut; return rank 0's part of it."""
+    with open_run(made, folder, resume, progress=False) as part:
+        if isinstance(part, Following):
+            if stop:
+                for round_number in range(STOPPED_AFTER + 1):
+                    part.follower.train_round(round_number)
+            else:
+                follow_rounds(part.job, part.follower, part.first_round)
+            return part
+        if stop:
+            note = part.recorder.round_done
+
+            def cut(round_number: int, *rest: Any) -> None:
+                if round_number == STOPPED_AFTER:
+                    raise PowerCutError
+                note(round_number, *rest)
+
+            part.recorder.round_done = cut  # type: ignore[method-assign]
+        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+        return part
+
+
+def main(out: Path) -> None:
+    """Make all runs, then some again, with a power cut."""
+    torch.set_num_threads(1)
+    for name in RUNS:
+        part = run(job(name), None, resume=False)
+        if not isinstance(part, Following):
+            write_tensors(out / f"{name}.safetensors", part.method.model.state_dict(), {})
+            (out / f"{name}.json").write_text(json.dumps(part.recorder.history))
+    for name in RESUMED:
+        made = job(name)
+        folder = create_run_folder(made.config, out / "runs" / name) if is_rank_zero() else None
+        with contextlib.suppress(PowerCutError):
+            run(made, folder, resume=False, stop=True)
+        part = run(job(name), folder, resume=True)
+        if not isinstance(part, Following):
+            write_tensors(out / f"{name}, resumed.safetensors", part.method.model.state_dict(), {})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
