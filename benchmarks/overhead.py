@@ -27,9 +27,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.common import write_result
-from benchmarks.namespaces import hosts, run_ranks, why_not
 from ist.config_file import validate
 from ist.job import Job, make_job
+from ist.lab.hosts import hosts, run_ranks, why_not
+from ist.lab.link import Link
 from ist.models.mlp import MLP
 from ist.pool.coding import Envelope
 from ist.pool.wire import Message, layout_of
@@ -184,7 +185,7 @@ def exchange(width: int, rounds: int) -> dict[str, float]:
         "checkpoint": {"every": rounds},
         "pool": {"coordinator": "dedicated", "device": "cpu"},
     }
-    with tempfile.TemporaryDirectory() as scratch, hosts(3, RATE_MBIT) as where:
+    with tempfile.TemporaryDirectory() as scratch, hosts(3, Link(RATE_MBIT, RATE_MBIT)) as where:
         config, run = Path(scratch, "exchange.yaml"), Path(scratch, "run")
         config.write_text(yaml.safe_dump(tree))
         run_ranks(where, [sys.executable, "-m", "ist", "train", str(config), "--run-dir", str(run)], timeout_s=300)

@@ -51,6 +51,14 @@ Address = Annotated[
 MetricsPort = Annotated[
     Optional[int], typer.Option(help="Serve metrics for Prometheus on this port (watch.metrics_port).")
 ]
+Link = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="RATE",
+        help="Put every process on a host of its own, made on this machine, with a link of this rate: 100mbit, 1gbit, "
+        "or up/down as the host sees it, such as 20mbit/100mbit (pool.link).",
+    ),
+]
 AllowInsecure = Annotated[
     bool, typer.Option("--allow-insecure", help="May listen on a public network interface (pool.allow_insecure).")
 ]
@@ -69,6 +77,7 @@ def train(
     address: Address = None,
     metrics_port: MetricsPort = None,
     allow_insecure: AllowInsecure = False,
+    link: Link = None,
     run_dir: RunDir = None,
     auto_resume: AutoResume = False,
     resume: Annotated[Optional[Path], typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
@@ -81,7 +90,7 @@ def train(
     if (config_file is None) == (resume is None):
         raise ConfigError("give either a CONFIG, or --resume RUN")
     flags = _flags(
-        workers=workers, pool=pool, method=method, address=address, metrics_port=metrics_port,
+        workers=workers, pool=pool, method=method, address=address, metrics_port=metrics_port, link=link,
         allow_insecure=allow_insecure or None,
     )  # fmt: skip
     if resume is not None:
@@ -122,6 +131,7 @@ def compare(
     ] = None,
     overrides: Overrides = None,
     workers: Workers = None,
+    link: Link = None,
     run_dir: RunDir = None,
 ) -> None:
     """Train the same network by several methods, side by side, and write a report.
@@ -129,7 +139,7 @@ def compare(
     Each method runs in the same number of worker processes, on the same data in the same order, from the
     same initial weights.
     """
-    config = load_config(config_file, [*(overrides or []), *_flags(workers=workers)])
+    config = load_config(config_file, [*(overrides or []), *_flags(workers=workers, link=link)])
     if methods:
         config = with_methods(config, methods.split(","), "--methods")
 
@@ -280,13 +290,18 @@ def _start(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
     if config.pool.kind != "torchrun" or is_launched():
         _run_here(job, folder, resume)
         return
+    from ist.lab.run import launch_on_hosts
     from ist.launch import launch
 
     assert folder is not None
     if resume:
         folder.check_checkpoint()
-    typer.echo(f"{config.method}: starting {num_processes(config)} processes", err=True)
-    launch(config, folder.path, resume)
+    on_links = f", each on a link of {config.pool.link}" if config.pool.link else ""
+    typer.echo(f"{config.method}: starting {num_processes(config)} processes{on_links}", err=True)
+    if config.pool.link is None:
+        launch(config, folder.path, resume)
+    else:
+        launch_on_hosts(config, folder, resume)
 
 
 def _resume(path: Path) -> None:
@@ -321,6 +336,7 @@ def _with_launchers_pool(config: Config) -> Config:
 def _prepare(config: Config) -> "Job":
     """Build the job, and find whatever cannot work before a folder is made or a process started."""
     from ist.job import build_job
+    from ist.lab.run import check_hosts
     from ist.pool.device import compute_device
     from ist.run import check_method
     from ist.watch import check_watch
@@ -328,6 +344,7 @@ def _prepare(config: Config) -> "Job":
 
     check_method(config)
     check_watch(config)
+    check_hosts(config)
     if config.pool.kind != "ray":
         compute_device(config.pool)
     job = build_job(config)
@@ -360,6 +377,7 @@ _KEYS = {
     "pool": "pool.kind",
     "method": "method",
     "address": "pool.ray.address",
+    "link": "pool.link",
     "metrics_port": "watch.metrics_port",
     "allow_insecure": "pool.allow_insecure",
 }

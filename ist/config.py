@@ -8,10 +8,11 @@ a model or a data set (that is `ist/job.py`).
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from ist.config_base import Component, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from ist.config_method import Baseline, Exchange, Partition
+from ist.lab.link import checked_link
 
 TOTAL_STEPS = "total_steps"
 """Where an argument of a schedule has this value, the run's number of local steps is put."""
@@ -174,6 +175,11 @@ class Pool(Section):
     allow_insecure: bool = Field(
         False, description="torchrun: may listen on a public network interface, where anybody can connect"
     )
+    link: Annotated[str, AfterValidator(checked_link)] | None = Field(
+        None,
+        description="torchrun: every process runs on a host of its own, made on this machine, on a link of this rate: "
+        "100mbit, 1gbit, or up/down as the host sees it, such as 20mbit/100mbit; default: no such hosts",
+    )
     ray: Ray = Field(default_factory=Ray, description="where and how Ray runs the workers")
 
 
@@ -259,6 +265,8 @@ class Config(Section):
             raise ValueError(f"'pool.round_deadline_s' is for 'pool.kind' ray, not {kind}: no other pool can go on")
         if self.pool.ray != Ray() and kind != "ray":
             raise ValueError(f"'pool.ray' is set, but 'pool.kind' is {kind}: set it to ray, or leave 'pool.ray' out")
+        if self.pool.link is not None and kind != "torchrun":
+            raise ValueError(f"'pool.link' is '{self.pool.link}', which needs 'pool.kind' torchrun, not {kind}")
         if kind == "ray" and self.pool.device == "cuda" and self.pool.ray.num_gpus == 0:
             raise ValueError(
                 "'pool.device' is 'cuda', but 'pool.ray.num_gpus' is 0: a worker would see no GPU; set it to 1"

@@ -46,6 +46,10 @@ class RunFolderError(ISTError):
     """A run folder that cannot be created, written or read."""
 
 
+class LabError(ISTError):
+    """Hosts that could not be made, or a command on one of them that failed."""
+
+
 class CheckpointError(RunFolderError):
     """A checkpoint that is missing, truncated or altered."""
 

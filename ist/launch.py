@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,6 +29,7 @@ from ist.errors import (
     ModelError,
     WorkerLostError,
 )
+from ist.lab.hosts import INTERFACE, Host, command_in
 from ist.pool.ports import PRIVATE_STORE
 from ist.pool.secret import SECRET_VARIABLE, new_secret
 
@@ -38,25 +39,28 @@ LAUNCHED_BY_IST = "IST_LAUNCHED"
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
-def launch(config: Config, folder: Path, resume: bool) -> None:
+def launch(config: Config, folder: Path, resume: bool, where: Sequence[Host] = ()) -> None:
     """Run a job's processes until they are done.
 
     Args:
         config: The run's configuration, as written in `folder`.
         folder: The run folder.
         resume: Go on from the newest checkpoint.
+        where: Hosts of the lab, rank r on the r-th; none: this machine as it is.
 
     Raises:
         WorkerLostError: A process died; the message names its rank.
         ISTError: A process stopped with an error; the message is its own.
         InterruptedRunError: The user interrupted it, or it was told to end.
     """
-    arguments = ["-m", "ist", "process", str(folder), *(["--resume"] if resume else [])]
+    command = [sys.executable, "-m", "ist", "process", str(folder), *(["--resume"] if resume else [])]
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):  # each has a level of its own; errors are told below
             logging.getLogger(name).setLevel(logging.CRITICAL)
     # For its owner only. A rendezvous store of torch's own would listen on all interfaces.
-    with TemporaryDirectory(prefix="ist-") as private, _environment(_child_environment(config, Path(private))):
+    with TemporaryDirectory(prefix="ist-") as private, _environment(_child_environment(config, Path(private), where)):
+        if where:
+            command = _on_hosts(where, Path(private), command)
         launch_config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -70,7 +74,7 @@ def launch(config: Config, folder: Path, resume: bool) -> None:
             monitor_interval=0.1,
         )
         try:
-            elastic_launch(launch_config, sys.executable)(*arguments)
+            elastic_launch(launch_config, command[0])(*command[1:])
         except ChildFailedError as error:
             raise _explain(error, config, folder) from error
         except (SignalException, KeyboardInterrupt) as error:
@@ -88,7 +92,14 @@ def report_to_launcher(error: BaseException) -> bool:
     return LAUNCHED_BY_IST in os.environ
 
 
-def _child_environment(config: Config, private: Path) -> dict[str, str]:
+def _on_hosts(where: Sequence[Host], private: Path, command: Sequence[str]) -> list[str]:
+    """Return the one command line that runs on another host in every rank; the agent puts the rank's number in."""
+    for rank, host in enumerate(where):
+        (private / f"host-{rank}").symlink_to(f"/proc/{host.pid}/ns")
+    return command_in(private / "host-${local_rank}", where[0].own_user, command)
+
+
+def _child_environment(config: Config, private: Path, where: Sequence[Host]) -> dict[str, str]:
     """What the children find in their environment: a secret of this run, and no way to listen to other machines."""
     environment = {
         LAUNCHED_BY_IST: "1",
@@ -98,9 +109,13 @@ def _child_environment(config: Config, private: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(config.pool.threads)),
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
-    loopback = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
-    if loopback:
-        environment["GLOO_SOCKET_IFNAME"] = environment["NCCL_SOCKET_IFNAME"] = loopback
+    interface = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if where:
+        interface = INTERFACE
+        # NCCL sees that these hosts are one machine, and would go around the links.
+        environment |= {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1", "NCCL_IB_DISABLE": "1"}
+    if interface:
+        environment["GLOO_SOCKET_IFNAME"] = environment["NCCL_SOCKET_IFNAME"] = interface
     return environment
 
 

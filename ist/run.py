@@ -5,6 +5,7 @@ Not here: starting processes (`ist/launch.py`), the loop itself (`ist/coordinato
 """
 
 import json
+import os
 import secrets
 import zlib
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ from ist.pool import WorkerPool
 from ist.pool.device import compute_device
 from ist.pool.group import Membership, agree_on_start, join
 from ist.pool.inline import InlinePool
+from ist.pool.ports import PRIVATE_STORE
 from ist.pool.torchrun import RankWorker, TorchrunPool, for_world_size, is_launched, is_rank_zero
 from ist.recorder import RunRecorder
 from ist.registry import resolve
@@ -58,9 +60,15 @@ def check_method(config: Config) -> None:
     """Check that the configured method exists and can run on the configured pool, and that the pool is installed.
 
     Raises:
-        ConfigError: It is not known, needs processes, or a package is missing.
+        ConfigError: It is not known, needs processes, or a package is missing; or there are to be links between
+            processes that were started without.
     """
     kind = config.pool.kind
+    if config.pool.link is not None and is_launched() and PRIVATE_STORE not in os.environ:
+        raise ConfigError(
+            f"'pool.link' (--link) is '{config.pool.link}', but torchrun, or a launcher like it, started this process: "
+            "hosts and links are made by 'ist train' and 'ist compare' when they start the processes themselves"
+        )
     if kind == "ray" and find_spec("ray") is None:
         raise ConfigError("pool.kind is 'ray', but Ray is not installed: pip install 'ist[ray]'")
     if config.method == "ist":

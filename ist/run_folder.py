@@ -195,6 +195,14 @@ class RunFolder:
             raise RunFolderError(f"{path}: is not JSON: {error}") from error
         return loaded
 
+    def add_to_result(self, values: Record) -> None:
+        """Write more numbers into result.json.
+
+        Raises:
+            RunFolderError: The run has not finished, or the disk is full or not writable.
+        """
+        self._write("result.json", json.dumps(self.result() | dict(values), indent=2).encode())
+
     def is_finished(self) -> bool:
         """Return whether the run has written its result."""
         return (self.path / "result.json").exists()

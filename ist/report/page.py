@@ -12,7 +12,7 @@ from ist._version import VERSION
 from ist.config_file import dump_config
 from ist.errors import RunFolderError
 from ist.report.plots import AXES, curve_plot, phase_plot
-from ist.report.table import COLUMNS, fault_text, table_rows
+from ist.report.table import fault_text, link_text, table_columns, table_rows
 from ist.run_folder import RunFolder
 from ist.storage import write_atomically
 
@@ -58,9 +58,10 @@ def write_report(runs: Sequence[RunFolder], path: Path) -> Path:
     page = template.render(
         title=configs[0].name,
         version=VERSION,
-        columns=COLUMNS,
+        columns=table_columns(results),
         rows=rows,
         results=results,
+        links=link_text(results),
         faults=[(label, text) for label, text in zip(labels, map(fault_text, results), strict=True) if text],
         model=yaml.safe_dump(configs[0].model.model_dump(), default_flow_style=True, width=1000).strip(),
         data=configs[0].data.name,

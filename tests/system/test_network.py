@@ -11,9 +11,9 @@ import pytest
 import yaml
 from torch import Tensor
 
-from benchmarks.namespaces import Host, hosts, run_everywhere, run_ranks, why_not
 from benchmarks.overhead import exchange
 from ist.checkpoint import read_tensors
+from ist.lab.hosts import Host, hosts, run_everywhere, run_ranks, why_not
 from tests.conftest import ROOT, assert_same, config_tree
 
 pytestmark = [

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ import psutil
 import pytest
 import yaml
 
-from benchmarks.namespaces import Host, hosts, run_everywhere, why_not
+from ist.errors import LabError
+from ist.lab.hosts import Host, hosts, run_everywhere, why_not
 from ist.pool.secret import new_secret
 from tests.conftest import ROOT, assert_same, config_tree
 from tests.system.test_network import inline_run, weights
@@ -173,7 +174,7 @@ def test_strangers_at_ranks_without_torchrun_change_nothing_and_the_store_is_at_
 
     with hosts(3) as (first, second, third):
         # A second address, at which nothing may listen.
-        subprocess.run(["ip", "-n", first.name, "address", "add", "10.78.0.1/24", "dev", "veth0"], check=True)
+        subprocess.run(first.command(["ip", "address", "add", "10.78.0.1/24", "dev", "veth0"]), check=True)
         with stranger(third.command([]), lambda: listening_on([first, second])) as seen:
             run_everywhere([first, second], command, ranks([first, second]), timeout_s=200)
 
@@ -235,11 +236,11 @@ def test_a_public_address_is_refused_unless_insecurity_is_allowed(tmp_path: Path
     command = [*IST, "train", str(config), "--run-dir", str(tmp_path / "run")]
 
     with hosts(2) as made:
-        where = [Host(host.name, f"11.0.0.{number}") for number, host in enumerate(made, 1)]
+        where = [replace(host, address=f"11.0.0.{number}") for number, host in enumerate(made, 1)]
         for host in where:
-            subprocess.run(["ip", "-n", host.name, "address", "flush", "dev", "veth0"], check=True)
-            subprocess.run(["ip", "-n", host.name, "address", "add", f"{host.address}/24", "dev", "veth0"], check=True)
-        with stranger([], lambda: listening_on(where)) as seen, pytest.raises(RuntimeError) as refused:
+            subprocess.run(host.command(["ip", "address", "flush", "dev", "veth0"]), check=True)
+            subprocess.run(host.command(["ip", "address", "add", f"{host.address}/24", "dev", "veth0"]), check=True)
+        with stranger([], lambda: listening_on(where)) as seen, pytest.raises(LabError) as refused:
             run_everywhere(where, command, ranks(where), timeout_s=100)
         said = str(refused.value)
 

@@ -1,0 +1,122 @@
+"""How much of a link's rate the exchange of subnets uses, from 10 Mbit/s to 1 Gbit/s.
+
+    python -m benchmarks.line_rate [--quick]
+
+Claim: at least 95 % of the line rate is payload.
+
+`ist train --link RATE`: a coordinator, and one worker or two, each on a host of its own; the coordinator's link is the
+narrow place. The share is payload of both directions by seconds of exchange by the rate of one direction. With one
+worker nothing goes both ways at once: a frame of 1,514 bytes carries 1,448 bytes of payload, so 95.6 % is all there is.
+With two workers one's subnet comes back while the other's is still on its way, and the share may pass 100 %.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import ROOT, write_result
+from ist.lab.hosts import why_not
+
+SIZES = {10: 900, 100: 2400, 300: 4000, 1000: 6400}
+"""Rate in Mbit/s to the width of the two hidden layers."""
+GOAL = 0.95
+
+
+def exchange(rate_mbit: int, width: int, workers: int, rounds: int) -> dict[str, Any]:
+    """Train over links of a rate, and compare the exchange with it.
+
+    Args:
+        rate_mbit: Of every host's link, each way.
+        width: Of the two hidden layers.
+        workers: Beside a coordinator that does not train.
+        rounds: How many; the first is not counted, for start-up is in it.
+    """
+    tree = {
+        "name": "line-rate",
+        "model": {"name": "mlp", "args": {"widths": [64, width, width, 10]}},
+        "data": {"name": "digits"},
+        "train": {
+            "workers": workers,
+            "rounds": rounds,
+            "local_steps": 1,
+            "batch_size": 16,
+            "optimizer": {"name": "SGD", "args": {"lr": 0.01}},
+        },
+        "evaluate": {"every": rounds},
+        "checkpoint": {"every": rounds},
+        "pool": {"coordinator": "dedicated", "device": "cpu"},
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        config, run = Path(scratch, "line-rate.yaml"), Path(scratch, "run")
+        config.write_text(yaml.safe_dump(tree))
+        command = [sys.executable, "-m", "ist", "train", str(config), "--link", f"{rate_mbit}mbit"]
+        done = subprocess.run(
+            [*command, "--run-dir", str(run)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True, text=True, check=False, timeout=500,
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise RuntimeError(done.stderr)
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        result = json.loads((run / "result.json").read_text())
+    a_round = records[-1]["sent_bytes"] / len(records)
+    shares = [a_round * 8 / 1e6 / record["exchange_s"] / rate_mbit for record in records[1:]]
+    framing = result["wire_bytes"] / result["sent_bytes"]
+    return {
+        "rate_mbit": rate_mbit,
+        "workers": workers,
+        "megabytes_a_round": a_round / 1e6,
+        "exchange_s": statistics.median(record["exchange_s"] for record in records[1:]),
+        "payload_share": statistics.median(shares),
+        "payload_share_least": min(shares),
+        "payload_share_most": max(shares),
+        "wire_share": statistics.median(shares) * framing,
+        "wire_bytes": result["wire_bytes"],
+        "sent_bytes": result["sent_bytes"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes: only that it runs")
+    given = parser.parse_args()
+    if reason := why_not():
+        parser.error(reason)
+    table = Table("rate", "workers", "a round", "exchange", "payload", "least, most", "on the wire", title="line rate")
+    found = []
+    for rate, width in SIZES.items():
+        for workers in (1, 2):
+            # The same bytes: two workers get a quarter of the inner matrix each.
+            wide = round(width * (1 if workers == 2 else 0.7)) // (10 if given.quick else 1)
+            share = exchange(rate, wide, workers, 3 if given.quick else 8)
+            found.append(share)
+            table.add_row(
+                f"{rate} Mbit/s",
+                str(workers),
+                f"{share['megabytes_a_round']:.1f} MB",
+                f"{share['exchange_s']:.2f} s",
+                f"{share['payload_share']:.1%}",
+                f"{share['payload_share_least']:.1%}, {share['payload_share_most']:.1%}",
+                f"{share['wire_share']:.1%}",
+            )
+    Console(width=110).print(table)
+    name = f"line_rate{'_quick' if given.quick else ''}"
+    print(write_result(name, {"goal": GOAL, "congestion_control": congestion_control(), "shares": found}))
+
+
+def congestion_control() -> str:
+    """Name the kernel's way to fill a link."""
+    return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
+
+
+if __name__ == "__main__":
+    main()
