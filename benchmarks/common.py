@@ -18,7 +18,7 @@ def write_result(name: str, values: Mapping[str, Any]) -> Path:
     """Write a benchmark's numbers with the commit and the hardware they were taken on."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps({"commit": _commit(), "hardware": hardware(), **values}, indent=2) + "\n")
+    path.write_text(json.dumps({"commit": commit(), "hardware": hardware(), **values}, indent=2) + "\n")
     return path
 
 
@@ -39,6 +39,7 @@ def _processor() -> str:
     return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Return the commit that runs."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"

@@ -1,0 +1,106 @@
+"""What IST loses when its slices travel in fewer bits, each option alone.
+
+    python -m benchmarks.fewer_bits [--quick]
+
+Claim: eight to six bits cost nothing measurable, either way, as weights or as changes (deltas); the curve shows at how
+few bits accuracy goes.
+
+Fashion-MNIST, 784-1024-1024-10 with batch norm, 4 workers, 8 epochs in rounds of 50 local steps (19 rounds: many
+roundings), learning rate 0.1, three seeds, all workers in one process (which gives the same bits as any pool).
+"""
+
+import argparse
+import statistics
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import ROOT, write_result
+from ist.config_file import load_config
+from ist.coordinator import run_rounds
+from ist.display import format_bytes
+from ist.job import build_job
+from ist.run import Following, open_run
+
+CONFIG = ROOT / "configs" / "fashion_mnist_mlp.yaml"
+SEEDS = (0, 1, 2)
+BITS = (8, 7, 6, 5, 4, 3, 2)
+
+Settings = dict[str, Any]
+
+
+def both(coding: str, values: str = "weights", **more: Any) -> Settings:
+    """Both ways in the same coding."""
+    return {"exchange": {"down": coding, "up": coding, "values": values, **more}}
+
+
+OPTIONS: dict[str, Settings] = {
+    "exact": {},
+    "exact, deltas": {"exchange": {"values": "deltas"}},
+    "float16 both ways": both("float16"),
+    "bfloat16 both ways": both("bfloat16"),
+    "int8 down alone": {"exchange": {"down": "int8"}},
+    "int8 up alone": {"exchange": {"up": "int8"}},
+    **{f"int{bits} both ways": both(f"int{bits}") for bits in BITS},
+    **{f"int{bits} both ways, deltas": both(f"int{bits}", "deltas") for bits in BITS},
+    **{f"int{bits} up alone, deltas": {"exchange": {"up": f"int{bits}", "values": "deltas"}} for bits in (4, 2)},
+    **{
+        f"int{bits} up alone, deltas, error feedback": {
+            "exchange": {"up": f"int{bits}", "values": "deltas", "error_feedback": True}
+        }
+        for bits in (4, 2)
+    },
+    "exact, optimiser state carried": {"train.optimizer_state": "carried"},
+}
+
+
+def run(settings: Settings, seed: int, quick: bool) -> dict[str, Any]:
+    """Train once, and return the result."""
+    config = load_config(
+        CONFIG,
+        [
+            "pool.kind=inline", "pool.coordinator=trains", "train.epochs=8", "train.local_steps=50",
+            "train.optimizer.args.lr=0.1", "evaluate.every=100000", "checkpoint.every=100000", f"seed={seed}",
+            *(["train.rounds=2"] if quick else []), *(f"{key}={value}" for key, value in settings.items()),
+        ],
+    )  # fmt: skip
+    with open_run(build_job(config), None, resume=False, progress=False) as part:
+        assert not isinstance(part, Following)
+        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+        return part.recorder.result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two rounds, one seed: only that it runs")
+    quick = parser.parse_args().quick
+    found = {}
+    for label, settings in OPTIONS.items():
+        results = [run(settings, seed, quick) for seed in (SEEDS[:1] if quick else SEEDS)]
+        accuracies = [result["accuracy"] for result in results]
+        found[label] = {
+            "accuracies": accuracies,
+            "mean": statistics.mean(accuracies),
+            "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
+            "sent_bytes": results[0]["sent_bytes"],
+        }
+        print(f"{label}: {found[label]}", file=sys.stderr, flush=True)
+    base = found["exact"]
+    table = Table("what travels", "test accuracy", "behind exact", "bytes sent", "of exact")
+    for label, row in found.items():
+        table.add_row(
+            label,
+            f"{row['mean']:.2%} ± {row['spread']:.2%}",
+            f"{(base['mean'] - row['mean']) * 100:+.2f} points",
+            format_bytes(row["sent_bytes"]),
+            f"{row['sent_bytes'] / base['sent_bytes']:.2f}",
+        )
+    Console(width=120).print(table)
+    name = "fewer_bits_quick" if quick else "fewer_bits"
+    print(write_result(name, {"seeds": SEEDS, "options": found}))
+
+
+if __name__ == "__main__":
+    main()

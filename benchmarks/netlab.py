@@ -1,0 +1,191 @@
+"""Every method on a slow link: what accuracy costs in bytes and in seconds.
+
+    python -m benchmarks.netlab [--link 100mbit] [--only "LABEL;LABEL"] [--quick]
+
+Claim: on Fashion-MNIST (784-1024-1024-10, 4 workers, 100 Mbit/s) IST reaches the test accuracy of tuned data-parallel
+training, less half a point, with 200 times fewer bytes and 20 times sooner; with 5 times fewer bytes and 2 times sooner
+than the best of PowerSGD, local SGD and DiLoCo.
+
+Three parts. *Tune*: every contender over the same grid of learning rates, with one seed, on 10,000 held-out training
+images. *Train*: the best rate on all training images with three seeds, tested once. *Lab*: seed 0 of these once more,
+one process a host, on links of the given rate; seconds and bytes on the wire are of this part. Every finished run is a
+line of `results/netlab_runs.jsonl`, and is not made again: delete the file to begin anew.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import RESULTS, ROOT, commit, write_result
+from ist.config_file import load_config
+from ist.display import format_bytes, format_ratio
+from ist.job import build_job
+from ist.lab.run import launch_on_hosts
+from ist.launch import launch
+from ist.run_folder import create_run_folder
+
+CONFIG = ROOT / "configs" / "fashion_mnist_mlp.yaml"
+GRID = (0.05, 0.1, 0.2)
+SEEDS = (0, 1, 2)
+BEHIND = 0.005
+"""How far behind the reference a contender may end to count as having reached it."""
+
+REFERENCE = "ddp"
+INT8 = {"exchange.down": "int8", "exchange.up": "int8", "exchange.values": "deltas"}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A method and its length, as overrides of the configuration."""
+
+    method: str
+    epochs: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def overrides(self) -> list[str]:
+        """Return them as `--set` takes them."""
+        given = {"method": self.method, "train.epochs": self.epochs, **self.settings}
+        return [f"{key}={json.dumps(value)}" for key, value in given.items()]
+
+
+def local(method: str, local_steps: int, epochs: int = 8) -> Contender:
+    """A method that averages once a round."""
+    return Contender(method, epochs, {"train.local_steps": local_steps})
+
+
+# 118 steps are an epoch.
+CONTENDERS = {
+    "ddp": Contender("ddp", 8),
+    "ist int8, 4 rounds": Contender("ist", 36, {"train.local_steps": 1062, **INT8}),
+    "powersgd, rank 1": Contender("powersgd", 8),
+    "local_sgd, 8 rounds": local("local_sgd", 118),
+    "diloco, 8 rounds": local("diloco", 118),
+    "diloco_int8, 8 rounds": local("diloco_int8", 118),
+    "powersgd, rank 4": Contender("powersgd", 8, {"baseline.powersgd_rank": 4}),
+    "ist, 4 rounds": Contender("ist", 36, {"train.local_steps": 1062}),
+    "ddp_fp16": Contender("ddp_fp16", 8),
+    "powersgd, rank 2": Contender("powersgd", 8, {"baseline.powersgd_rank": 2}),
+    "ddp_bf16": Contender("ddp_bf16", 8),
+    "local_sgd, 2 rounds": local("local_sgd", 472),
+}
+
+
+def run(contender: Contender, rate: float, seed: int, validation: bool, link: str | None = None) -> dict[str, Any]:
+    """Train once, in real processes, and return the result; with a link, also the accuracy by round."""
+    config = load_config(
+        CONFIG,
+        [
+            *contender.overrides(),
+            f"train.optimizer.args.lr={rate}",
+            f"seed={seed}",
+            f"data.args={{validation: {str(validation).lower()}}}",
+            f"evaluate.every={1 if link and contender.method != 'ddp' else 100000}",
+            "checkpoint.every=100000",
+            f"pool.link={link or 'null'}",
+        ],
+    )
+    build_job(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = create_run_folder(config, Path(scratch) / "run")
+        if link:
+            launch_on_hosts(config, folder, resume=False)
+        else:
+            launch(config, folder.path, resume=False)
+        result: dict[str, Any] = folder.result()
+        kept = ("accuracy", "sent_bytes", "wire_bytes", "train_s", "virtual_s", "memory_bytes", "rounds")
+        found = {key: result[key] for key in kept if key in result}
+        if link:
+            points = ("sent_bytes", "train_s", "virtual_s", "accuracy", "compute_s", "exchange_s")
+            found["records"] = [{key: record.get(key) for key in points} for record in folder.records()]
+    return found
+
+
+class Runs:
+    """Finished runs, a line each in a file to which several processes may add."""
+
+    def __init__(self, name: str) -> None:
+        self._path = RESULTS / f"{name}_runs.jsonl"
+
+    def get(self, label: str, contender: Contender, rate: float, seed: int, part: str, link: str | None) -> Any:
+        """Return a run's result; makes the run if it is not there."""
+        key = f"{part}: {label}, {contender.epochs} epochs, lr {rate}, seed {seed}{f', {link}' if link else ''}"
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        found = {line["key"]: line["result"] for line in map(json.loads, lines)}
+        if key not in found:
+            found[key] = run(contender, rate, seed, part == "tune", link)
+            self._path.parent.mkdir(exist_ok=True)
+            with self._path.open("a") as file:
+                file.write(json.dumps({"key": key, "commit": commit(), "result": found[key]}) + "\n")
+            shown = {name: value for name, value in found[key].items() if name != "records"}
+            print(f"{key}: {shown}", file=sys.stderr, flush=True)
+        return found[key]
+
+
+def accuracy(runs: Runs, label: str, contender: Contender, grid: Sequence[float], seeds: Sequence[int]) -> Any:
+    """Tune a contender, and train its best setting with every seed."""
+    tuned = {rate: runs.get(label, contender, rate, seeds[0], "tune", None)["accuracy"] for rate in grid}
+    best = max(tuned, key=lambda rate: tuned[rate])
+    finals = [runs.get(label, contender, best, seed, "train", None)["accuracy"] for seed in seeds]
+    return {
+        "epochs": contender.epochs,
+        "rate": best,
+        "validation_accuracy_by_rate": tuned,
+        "test_accuracies": finals,
+        "mean": statistics.mean(finals),
+        "spread": statistics.stdev(finals) if len(finals) > 1 else 0.0,
+    }
+
+
+def table(found: Mapping[str, Mapping[str, Any]], link: str) -> Table:
+    """Set all contenders beside the reference."""
+    shown = Table(
+        "contender", "lr", "test accuracy", "reaches", "sent", "on the wire", "fewer", "seconds", "sooner",
+        "own cores, s", "sooner", title=f"Fashion-MNIST, links of {link}",
+    )  # fmt: skip
+    base = found[REFERENCE]
+    for label, row in found.items():
+        shown.add_row(
+            label,
+            str(row["rate"]),
+            f"{row['mean']:.2%} ± {row['spread']:.2%}",
+            "yes" if row["mean"] >= base["mean"] - BEHIND else "no",
+            format_bytes(row["sent_bytes"]),
+            format_bytes(row["wire_bytes"]),
+            f"{format_ratio(base['sent_bytes'] / row['sent_bytes'])}x",
+            f"{row['train_s']:.1f}",
+            f"{base['train_s'] / row['train_s']:.1f}x",
+            f"{row['virtual_s']:.1f}",
+            f"{base['virtual_s'] / row['virtual_s']:.1f}x",
+        )
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--link", default="100mbit")
+    parser.add_argument("--only", help="labels of contenders, beside the reference")
+    parser.add_argument("--quick", action="store_true", help="one epoch, one rate, one seed: only that it runs")
+    given = parser.parse_args()
+    chosen = dict.fromkeys([REFERENCE, *(given.only.split(";") if given.only else CONTENDERS)])
+    name = "netlab_quick" if given.quick else "netlab"
+    runs = Runs(name)
+    grid, seeds = (GRID[1:2], SEEDS[:1]) if given.quick else (GRID, SEEDS)
+    contenders = {label: replace(CONTENDERS[label], epochs=1) if given.quick else CONTENDERS[label] for label in chosen}
+    found = {label: accuracy(runs, label, contender, grid, seeds) for label, contender in contenders.items()}
+    for label, contender in contenders.items():
+        found[label] |= runs.get(label, contender, found[label]["rate"], seeds[0], "lab", given.link)
+    Console(width=170).print(table(found, given.link))
+    print(write_result(name, {"grid": grid, "seeds": seeds, "link": given.link, "contenders": found}))
+
+
+if __name__ == "__main__":
+    main()
