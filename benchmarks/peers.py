@@ -10,6 +10,8 @@ its steps cost a seventh. Learning rates are those of that file, not tuned for t
 
 - bytes: what all hosts' interfaces have sent, start-up and headers included;
 - seconds: of training, without start-up and evaluation;
+- processor: seconds of all processes on all hosts, start-up and evaluation included; other work on the machine changes
+  these less than those;
 - accuracy: of the whole network on the test images, batch norm's statistics re-estimated, by the same code for all;
 - for torchft and hivemind, over how many workers each outer step averaged. Unless that is all of them, every time, and
   their weights are then the same, there is no result: both systems go on alone without a word.
@@ -17,6 +19,7 @@ its steps cost a seventh. Learning rates are those of that file, not tuned for t
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -119,6 +122,12 @@ def on_hosts(method: str, config: Config, folder: Path, timeout_s: float) -> int
         return sum(host.counters()["tx"] for host in where) - sum(before)
 
 
+def processor_s() -> float:
+    """Return the seconds that processors have spent on the processes started here, those that have ended."""
+    spent = os.times()
+    return spent.children_user + spent.children_system
+
+
 def measure(method: str, config: Config, timeout_s: float) -> dict[str, Any]:
     """Train by one method and return its numbers."""
     job = build_job(config)
@@ -130,7 +139,9 @@ def measure(method: str, config: Config, timeout_s: float) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
+        before = processor_s()
         found["interfaces_sent_bytes"] = on_hosts(method, config, folder, timeout_s)
+        found["processor_s"] = processor_s() - before
         if method in PEERS:
             workers = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(config.train.workers)]
             weights = [np.load(folder / f"{rank}.npy") for rank in range(config.train.workers)]
@@ -152,7 +163,9 @@ def measure(method: str, config: Config, timeout_s: float) -> dict[str, Any]:
 
 def show(found: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return the table of all methods."""
-    table = Table("method", "lr", "epochs", "rounds", "averaged over all", "test accuracy", "bytes sent", "seconds")
+    table = Table(
+        "method", "lr", "epochs", "rounds", "averaged over all", "test accuracy", "bytes sent", "seconds", "processor"
+    )
     for method, row in found.items():
         table.add_row(
             method,
@@ -163,6 +176,7 @@ def show(found: Mapping[str, Mapping[str, Any]]) -> Table:
             f"{row['accuracy']:.2%}",
             format_bytes(row["interfaces_sent_bytes"]),
             f"{row['train_s']:.1f}",
+            f"{row['processor_s']:.0f} s",
         )
     return table
 
