@@ -1,0 +1,217 @@
+"""IST beside two other systems for training over slow links: torchft's DiLoCo and hivemind.
+
+    pip install 'ist[peers]'
+    python -m benchmarks.peers [--workers 4] [--epochs 2] [--methods torchft,hivemind,ddp,ist] [--quick]
+
+All train the perceptron of `configs/fashion_mnist_mlp.yaml`, from the same initial weights, on the same batches, each
+worker on a host of its own (a network namespace) behind a link of 100 Mbit/s. torchft, hivemind and data-parallel
+training make the same number of steps on the whole network; IST makes eight times the epochs, as in that file, because
+its steps cost a seventh. Learning rates are those of that file, not tuned for the two others. What is reported:
+
+- bytes: what all hosts' interfaces have sent, start-up and headers included;
+- seconds: of training, without start-up and evaluation;
+- processor: seconds of all processes on all hosts, start-up and evaluation included; other work on the machine changes
+  these less than those;
+- accuracy: of the whole network on the test images, batch norm's statistics re-estimated, by the same code for all;
+- for torchft and hivemind, over how many workers each outer step averaged. Unless that is all of them, every time, and
+  their weights are then the same, there is no result: both systems go on alone without a word.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import ROOT, write_result
+from benchmarks.namespaces import hosts, run_ranks, why_not
+from ist.config import Config, num_processes
+from ist.config_file import config_for_method, dump_config, load_config
+from ist.display import format_bytes
+from ist.job import build_job
+
+CONFIG = ROOT / "configs" / "fashion_mnist_mlp.yaml"
+RATE_MBIT = 100
+PEERS = ("torchft", "hivemind")
+METHODS = (*PEERS, "ddp", "ist")
+IST_EPOCHS = 8
+"""Epochs of IST for each epoch of the others, as in CONFIG."""
+
+WHOLE_STEPS = 50
+"""Local steps between outer steps where workers train whole networks."""
+
+SPREAD = 1e-5
+"""How far weights that were averaged may be apart, as a share of their root mean square: hivemind rounds."""
+
+
+def configure(method: str, workers: int, epochs: float, quick: bool) -> Config:
+    """Return a method's configuration: with 'quick', two rounds of 20 steps."""
+    shipped = load_config(CONFIG)
+    changes = {"train.workers": workers, "evaluate.every": 100000, "checkpoint.every": 100000, "pool.device": "cpu"}
+    if method == "ist":
+        changes |= {"train.epochs": IST_EPOCHS * epochs}
+    else:
+        rate = config_for_method(shipped, "ddp").train.optimizer.args["lr"]
+        changes |= {"method": "ddp", "train.optimizer.args.lr": rate, "train.local_steps": WHOLE_STEPS}
+    if quick:
+        changes |= {"train.local_steps": 20, "train.rounds": 2}
+    config = load_config(CONFIG, [f"{key}={value}" for key, value in changes.items()])
+    if method == "ist" or quick:
+        return config
+    steps = epochs * build_job(config).dealing.steps_per_epoch
+    # Whole outer steps: what is trained after the last one would be lost.
+    changes |= {"train.rounds": max(1, round(steps / WHOLE_STEPS))}
+    return load_config(CONFIG, [f"{key}={value}" for key, value in changes.items()])
+
+
+def check_averaging(method: str, workers: Sequence[Mapping[str, Any]], weights: Sequence[Any]) -> float:
+    """Check that every outer step averaged over all workers.
+
+    Args:
+        method: For the message.
+        workers: What each worker noted.
+        weights: Of each worker, its weights after every outer step: an array (outer steps, parameters).
+
+    Returns:
+        How far the workers' weights were apart after an outer step, at worst, as a share of their root mean square.
+
+    Raises:
+        RuntimeError: One did not, or some weights differ.
+    """
+    for rank, notes in enumerate(workers):
+        if set(notes["averaged_over"]) != {len(workers)}:
+            raise RuntimeError(
+                f"{method}: worker {rank} averaged over {notes['averaged_over']} workers in its outer steps: expected "
+                f"{len(workers)} in every one. Is the machine too busy?"
+            )
+    if len({len(own) for own in weights}) > 1:
+        raise RuntimeError(
+            f"{method}: workers made {[len(own) for own in weights]} outer steps: expected equal numbers"
+        )
+    scale = float(np.sqrt(np.square(weights[0]).mean()))
+    spread = max(float(np.abs(own - weights[0]).max()) for own in weights) / scale
+    if not spread <= SPREAD:
+        raise RuntimeError(
+            f"{method}: after an outer step the workers' weights are {spread:.1e} of their size apart: expected at "
+            f"most {SPREAD:.0e}, as all averaged the same"
+        )
+    return spread
+
+
+def on_hosts(method: str, config: Config, folder: Path, timeout_s: float) -> int:
+    """Train on hosts of its own; return the bytes that all of them have sent."""
+    path = folder / "config.yaml"
+    path.write_text(dump_config(config))
+    command = [sys.executable, "-m", "ist", "train", str(path), "--run-dir", str(folder / "run")]
+    if method in PEERS:
+        # They start processes of their own, which must not outlive them.
+        inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        command = [*inside, sys.executable, "-m", "benchmarks.peers_worker", method, str(path), str(folder)]
+    with hosts(num_processes(config), RATE_MBIT) as where:
+        before = [host.counters()["tx"] for host in where]
+        run_ranks(where, command, timeout_s)
+        return sum(host.counters()["tx"] for host in where) - sum(before)
+
+
+def processor_s() -> float:
+    """Return the seconds that processors have spent on the processes started here, those that have ended."""
+    spent = os.times()
+    return spent.children_user + spent.children_system
+
+
+def measure(method: str, config: Config, timeout_s: float) -> dict[str, Any]:
+    """Train by one method and return its numbers."""
+    job = build_job(config)
+    found: dict[str, Any] = {
+        "rate": config.train.optimizer.args["lr"],
+        "rounds": job.num_rounds,
+        "local_steps_a_round": config.train.local_steps,
+        "local_steps": [job.total_steps] * config.train.workers,
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        before = processor_s()
+        found["interfaces_sent_bytes"] = on_hosts(method, config, folder, timeout_s)
+        found["processor_s"] = processor_s() - before
+        if method in PEERS:
+            workers = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(config.train.workers)]
+            weights = [np.load(folder / f"{rank}.npy") for rank in range(config.train.workers)]
+            found |= {
+                "weights_apart": check_averaging(method, workers, weights),
+                "averaged_over_all": len(weights[0]),
+                "accuracy": workers[0]["accuracy"],
+                "train_s": max(notes["train_s"] for notes in workers),
+                "local_steps": [notes["local_steps"] for notes in workers],
+                "discarded_steps": [notes["discarded_steps"] for notes in workers],
+            }
+        else:
+            result = json.loads((folder / "run" / "result.json").read_text())
+            found |= {key: result[key] for key in ("accuracy", "train_s")}
+    found["epochs"] = statistics.mean(found["local_steps"]) / job.dealing.steps_per_epoch
+    print(f"{method}: {found}", file=sys.stderr, flush=True)
+    return found
+
+
+def show(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return the table of all methods."""
+    table = Table(
+        "method", "lr", "epochs", "rounds", "averaged over all", "test accuracy", "bytes sent", "seconds", "processor"
+    )
+    for method, row in found.items():
+        table.add_row(
+            method,
+            f"{row['rate']}",
+            f"{row['epochs']:.2f}",
+            f"{row['rounds']} of {row['local_steps_a_round']} steps",
+            f"{row['averaged_over_all']} of {row['rounds']}" if method in PEERS else "",
+            f"{row['accuracy']:.2%}",
+            format_bytes(row["interfaces_sent_bytes"]),
+            f"{row['train_s']:.1f}",
+            f"{row['processor_s']:.0f} s",
+        )
+    return table
+
+
+def chosen_methods(text: str) -> list[str]:
+    """Read `--methods`."""
+    methods = text.split(",")
+    if unknown := sorted(set(methods) - set(METHODS)):
+        raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}: expected some of {','.join(METHODS)}")
+    return methods
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument(
+        "--epochs", type=float, default=2, help="of the whole-network methods; IST makes 8 times as many"
+    )
+    parser.add_argument("--methods", type=chosen_methods, default=METHODS, help="some of them, separated by commas")
+    parser.add_argument("--quick", action="store_true", help="two workers, 40 steps: only that it runs")
+    given = parser.parse_args(arguments)
+    if missing := [name for name in PEERS if name in given.methods and find_spec(name) is None]:
+        parser.error(f"not installed: {', '.join(missing)}. Install with: pip install 'ist[peers]'")
+    if reason := why_not():
+        parser.error(reason)
+    workers = 2 if given.quick else given.workers
+    found = {}
+    for method in given.methods:
+        found[method] = measure(method, configure(method, workers, given.epochs, given.quick), 300 + 400 * given.epochs)
+    Console(width=120).print(show(found))
+    settings = {"workers": workers, "epochs": given.epochs, "rate_mbit": RATE_MBIT}
+    default = all(getattr(given, name) == parser.get_default(name) for name in ("workers", "epochs", "methods"))
+    name = "peers_quick" if given.quick else "peers" if default else f"peers_{workers}_workers_{given.epochs:g}_epochs"
+    print(write_result(name, {**settings, "methods": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""One worker of `benchmarks/peers.py`: trains by torchft's DiLoCo or by hivemind, and writes down what it did.
+
+    python -m benchmarks.peers_worker torchft|hivemind CONFIG FOLDER
+
+Started once on each host with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Network, data, batches, initial weights,
+schedule and evaluation are IST's own, of the job in CONFIG: a resolved configuration whose method is 'ddp', which means
+a whole network everywhere; its rounds are the outer steps. Writes FOLDER/RANK.json and FOLDER/RANK.npy.
+
+Both libraries go on training alone where they find nobody to average with. So each worker notes after every outer step
+over how many it averaged and what its weights are then; the caller compares.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import re
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from ist import optim
+from ist.config_file import load_config
+from ist.coordinator import evaluate_whole
+from ist.data.batches import fetch, num_samples, take_shard
+from ist.data.nested import call_model
+from ist.job import Job, build_job
+from ist.worker import local_steps
+
+TIMEOUT = timedelta(seconds=120)
+LIGHTHOUSE_PORT = 29512
+MATCHMAKING_S = 3.0  # hivemind's advice: 3 to 5 s for small local runs, 10 to 15 s over the internet
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Notes:
+    """What a worker did.
+
+    Attributes:
+        averaged_over: For every outer step, how many workers it averaged, this one included; 0 where it did not.
+        weights: All weights after each.
+        local_steps: Optimiser steps of this worker.
+        discarded_steps: Steps whose gradient was thrown away because another worker's state was taken instead.
+        train_s: Seconds from when all were ready to the end of the last outer step.
+        accuracy: Share of the test images, of rank 0's network.
+    """
+
+    averaged_over: list[int] = field(default_factory=list)
+    weights: list[NDArray[np.float32]] = field(default_factory=list)
+    local_steps: int = 0
+    discarded_steps: int = 0
+    train_s: float = 0.0
+    accuracy: float | None = None
+
+    def outer_step(self, averaged_over: int, model: nn.Module) -> None:
+        """Note an outer step that has just ended."""
+        self.averaged_over.append(averaged_over)
+        self.weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]).numpy())
+
+    def write(self, folder: Path, rank: int) -> None:
+        """Write all of it down."""
+        np.save(folder / f"{rank}.npy", np.stack(self.weights))
+        values = {name: value for name, value in vars(self).items() if name != "weights"}
+        Path(folder, f"{rank}.json").write_text(json.dumps(values))
+
+
+@dataclass(frozen=True)
+class Place:
+    """This worker among the others.
+
+    Attributes:
+        rank: Which one it is.
+        size: How many there are.
+        leader: Rank 0's address.
+        address: Its own.
+        store: Where they meet.
+    """
+
+    rank: int
+    size: int
+    leader: str
+    address: str
+    store: TCPStore
+
+    def meet(self, occasion: str) -> None:
+        """Wait until all workers are here."""
+        if self.store.add(occasion, 1) == self.size:
+            self.store.set(f"all at {occasion}", "")
+        self.store.wait([f"all at {occasion}"])
+
+    def leave(self) -> None:
+        """Leave for good; rank 0, which holds the store, as the last."""
+        gone = self.store.add("gone", 1)
+        while self.rank == 0 and gone < self.size:
+            time.sleep(0.05)
+            gone = self.store.add("gone", 0)
+
+
+def find_place() -> Place:
+    rank, size, leader = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), os.environ["MASTER_ADDR"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing: it asks the routing table
+        probe.connect((leader, 9))
+        address = str(probe.getsockname()[0])
+    port = int(os.environ["MASTER_PORT"])
+    store = TCPStore(leader, port, is_master=rank == 0, timeout=TIMEOUT, wait_for_workers=False)
+    return Place(rank, size, leader, address, store)
+
+
+def train_with_torchft(job: Job, model: nn.Module, place: Place, notes: Notes) -> None:
+    """DiLoCo: local steps, then an outer step of Nesterov momentum along the mean change.
+
+    Reference: Douillard et al., arXiv 2311.08105, for the outer optimiser.
+    """
+    from torchft import Manager, ProcessGroupGloo
+    from torchft.coordination import LighthouseServer
+    from torchft.local_sgd import DiLoCo
+
+    lighthouse = None
+    if place.rank == 0:
+        lighthouse = LighthouseServer(bind=f"[::]:{LIGHTHOUSE_PORT}", min_replicas=place.size)
+    own_store = TCPStore(place.address, 0, is_master=True, wait_for_workers=False)
+    place.meet("the lighthouse")
+    manager = Manager(
+        pg=ProcessGroupGloo(timeout=TIMEOUT),
+        load_state_dict=model.load_state_dict,
+        state_dict=model.state_dict,
+        min_replica_size=place.size,  # with less, whoever is alone goes on alone
+        use_async_quorum=False,  # DiLoCo demands it
+        timeout=TIMEOUT,
+        quorum_timeout=TIMEOUT,
+        rank=0,
+        world_size=1,
+        store_addr=place.address,
+        store_port=own_store.port,
+        lighthouse_addr=f"http://{place.leader}:{LIGHTHOUSE_PORT}",
+        replica_id=f"worker_{place.rank}",
+        hostname=place.address,
+        init_sync=False,  # one seed has made the same weights everywhere
+    )
+    inner = optim.build_optimizer(job.config.train.optimizer, list(model.parameters()))
+    outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
+    shard = take_shard(job.train_data, job.dealing.shard(place.rank))
+    place.meet("the start")
+    started = time.perf_counter()
+    with DiLoCo(manager, [model], inner, outer, sync_every=job.config.train.local_steps):
+        for number in range(job.num_rounds):
+            committed = manager.current_step()
+            local_steps(job, place.rank, shard, model, inner, number, CPU)  # the last one makes the outer step
+            notes.local_steps += len(job.steps(number))
+            notes.outer_step(manager.num_participants() if manager.current_step() > committed else 0, model)
+    notes.train_s = time.perf_counter() - started
+    place.meet("the end")
+    manager.shutdown()
+    if lighthouse:
+        lighthouse.shutdown()
+
+
+class Ear(logging.Handler):
+    """Hears what hivemind logs: the only place where it says over how many it has averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.averaged_over: list[int] = []
+        self.out_of_sync = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take note of a message."""
+        text = record.getMessage()
+        if averaged := re.fullmatch(r"Averaged parameters with (\d+) peers", text):
+            self.averaged_over.append(int(averaged[1]))
+        self.out_of_sync += text == "Peer is out of sync"
+
+
+def train_with_hivemind(job: Job, model: nn.Module, place: Place, notes: Notes) -> None:
+    """Local steps; whenever all workers together have seen so many samples, their weights are averaged.
+
+    Averaging ends before the next step begins (`delay_state_averaging` is off), so that the outcome can be compared.
+    Who has made how many steps by then is left to the swarm, which goes by what workers report every so often.
+    """
+    multiprocessing.set_start_method("fork")  # hivemind's processes take over locks and pipes
+    import hivemind
+
+    ear = Ear()
+    logging.getLogger("hivemind").addHandler(ear)
+    initial_peers = None if place.rank == 0 else [place.store.get("peer").decode()]
+    dht = hivemind.DHT(initial_peers=initial_peers, host_maddrs=[f"/ip4/{place.address}/tcp/0"], start=True)
+    if place.rank == 0:
+        place.store.set("peer", str(dht.get_visible_maddrs()[0]))
+    inner = optim.build_optimizer(job.config.train.optimizer, list(model.parameters()))
+    samples_per_step = job.dealing.num_samples / job.dealing.steps_per_epoch
+    optimizer = hivemind.Optimizer(
+        dht=dht,
+        run_id="peers",
+        optimizer=inner,
+        target_batch_size=round(samples_per_step * job.config.train.local_steps),
+        use_local_updates=True,
+        delay_state_averaging=False,
+        matchmaking_time=MATCHMAKING_S,
+        averaging_timeout=TIMEOUT.total_seconds(),
+        next_chunk_timeout=TIMEOUT.total_seconds(),  # else a slow peer's part is left out of the mean
+        averager_opts={"target_group_size": place.size, "min_group_size": place.size, "request_timeout": 1.0},
+        # An outer step is a few seconds here: progress of the others is to be known several times within it.
+        tracker_opts={"min_refresh_period": 0.1, "default_refresh_period": 0.2, "max_refresh_period": 0.5},
+        verbose=True,
+    )
+    shard = take_shard(job.train_data, job.dealing.shard(place.rank))
+    place.meet("the start")
+    started = time.perf_counter()
+    while optimizer.local_epoch < job.num_rounds:
+        epoch = optimizer.local_epoch
+        ear.averaged_over.clear()
+        inner.param_groups[0].update(job.settings[min(notes.local_steps, job.total_steps - 1)])
+        inputs, targets = fetch(shard, job.dealing.batch(place.rank, notes.local_steps), CPU)
+        inner.zero_grad(set_to_none=True)
+        job.loss(call_model(model, inputs), targets).backward()  # type: ignore[no-untyped-call]
+        optimizer.step(batch_size=num_samples(targets))
+        notes.local_steps += 1
+        for _ in range(epoch, optimizer.local_epoch):
+            notes.outer_step(ear.averaged_over.pop() if ear.averaged_over else 0, model)
+    notes.train_s = time.perf_counter() - started
+    notes.discarded_steps = ear.out_of_sync
+    place.meet("the end")
+    optimizer.shutdown()
+    dht.shutdown()
+
+
+def main() -> None:
+    system, config, folder = sys.argv[1:]
+    torch.set_num_threads(1)
+    job = build_job(load_config(Path(config)))
+    place, notes, model = find_place(), Notes(), job.build()
+    train = {"torchft": train_with_torchft, "hivemind": train_with_hivemind}[system]
+    train(job, model, place, notes)
+    if place.rank == 0:
+        notes.accuracy = evaluate_whole(job, model, CPU).accuracy
+    notes.write(Path(folder), place.rank)
+    place.leave()
+
+
+if __name__ == "__main__":
+    main()
