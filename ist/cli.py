@@ -200,6 +200,36 @@ def report(
 
 
 @app.command()
+def plan(
+    config_file: ConfigFile,
+    link: Annotated[str, typer.Option(metavar="UP[/DOWN]", help="Link of every host: 1gbit, 100mbit, 20mbit/100mbit.")],
+    workers: Annotated[Optional[str], typer.Option(metavar="N,N", help="Default: train.workers.")] = None,
+    methods: Annotated[Optional[str], typer.Option(metavar="NAME,NAME", help="Default: all.")] = None,
+    overrides: Overrides = None,
+    cores: Annotated[Optional[int], typer.Option(min=1, help="Cores for all workers; default: one each.")] = None,
+    latency_ms: Annotated[Optional[float], typer.Option(min=0, help="From one host's program to another's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    page: Annotated[Optional[Path], typer.Option("--report", help="Page to write, up to 1,024 workers.")] = None,
+) -> None:
+    """Predict bytes, memory and seconds of a round by each method, before anything is bought or run."""
+    from ist.plan.predict import make_plan
+    from ist.plan.request import parse_request
+    from ist.plan.show import print_plan
+    from ist.report import check_installed
+
+    if page is not None:
+        check_installed()
+    asked = parse_request(link, workers, methods, cores, latency_ms, simulate=page is not None)
+    config = load_config(config_file, [*(overrides or []), *_flags(workers=max(asked.workers, default=None))])
+    found = make_plan(config, asked)
+    print_plan(found, Console(), as_json)
+    if page is not None:
+        from ist.report.plan_page import write_plan_page
+
+        typer.echo(f"report: {write_plan_page(found, page)}", err=True)
+
+
+@app.command()
 def keys() -> None:
     """Explain every key of a configuration file."""
     for key, kind, default, meaning in describe_keys():
