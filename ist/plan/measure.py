@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from ist import optim
 from ist.data.batches import fetch, take_shard
 from ist.data.nested import call_model, tensors_in
 from ist.errors import ConfigError
 from ist.job import Job
+from ist.narrow import bind
 from ist.pool import Buffers
 from ist.pool.wire import Message, layout_of
 from ist.subnet import Cut, cut_specs, extract, reassemble
@@ -89,6 +91,7 @@ def measure_whole(job: Job, device: torch.device) -> WholeCost:
         def train(job: Job) -> None:
             local_steps(job, 0, shard, module, optimizer, 0, device)
 
+        _try_smallest(job, 0, shard, module, device)
         step_s = _step_s(train, job, device)
         batch = fetch(shard, job.dealing.batch(0, 0), device)
         shapes, left_s = _gradients(job, module, batch, device)
@@ -118,6 +121,8 @@ def measure_narrow(job: Job, number: int, device: torch.device) -> StepCost:
             worker.job = job
             worker.train(0, message)
 
+        bind(worker.module, message.tensors)
+        _try_smallest(job, number, worker.shard, worker.module, device)
         step_s = _step_s(train, job, device)
         batch = fetch(worker.shard, job.dealing.batch(number, 0), device)
         return StepCost(
@@ -151,6 +156,12 @@ def measure_coordinator(job: Job, device: torch.device) -> CoordinatorCost:
         _synchronized(next(iter(state.values())))
 
     return CoordinatorCost(merge_s=_median_s(merge, device), cut_s=_median_s(cut, device))
+
+
+def _try_smallest(job: Job, worker: int, shard: Dataset[Any], module: nn.Module, device: torch.device) -> None:
+    """Let what cannot do with the smallest batch of any worker fail, as a batch norm fails with one sample."""
+    rows = job.dealing.batch(worker, 0)[: job.dealing.smallest_batch]
+    _loss(job, module, fetch(shard, rows, device))
 
 
 def _state(job: Job, device: torch.device) -> dict[str, Tensor]:
@@ -267,8 +278,8 @@ def _failures_named(job: Job) -> Iterator[None]:
         with torch.random.fork_rng(devices=[]):
             yield
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        size = len(job.dealing.batch(0, 0))
         raise ConfigError(
-            f"with {job.config.train.workers} workers (train.workers) a step on a batch of {size} fails: "
+            f"with {job.config.train.workers} workers (train.workers) a step on a batch of "
+            f"{job.dealing.smallest_batch} or more fails: "
             f"{type(error).__name__}: {error}".splitlines()[0]
         ) from error

@@ -36,6 +36,9 @@ from ist.pool.device import compute_device
 FRAME_PAYLOAD = 1448 / 1514
 """Payload in a full Ethernet frame with TCP timestamps, of the bytes that a link's rate counts."""
 
+ACKNOWLEDGED_PAYLOAD = 1448 / (1514 + 66 / 2)
+"""The same where a link is full both ways: an acknowledgement of 66 bytes for every two frames the other way."""
+
 SIMULATED_RATES_MBIT = (10.0, 100.0, 1000.0)
 SIMULATED_WORKERS = tuple(2**power for power in range(1, 11))
 
@@ -94,9 +97,9 @@ class Parts:
     coordinator: CoordinatorCost
 
 
-def transfer_s(nbytes: float, rate_mbit: float) -> float:
-    """Return the seconds in which a link carries so much payload in one direction."""
-    return nbytes * 8 / (rate_mbit * 1e6 * FRAME_PAYLOAD)
+def transfer_s(nbytes: float, rate_mbit: float, payload: float = FRAME_PAYLOAD) -> float:
+    """Return the seconds in which a link carries so many bytes one way, where `payload` is their share of a frame."""
+    return nbytes * 8 / (rate_mbit * 1e6 * payload)
 
 
 def collective_seconds(
@@ -109,7 +112,8 @@ def collective_seconds(
     hops_s = collective.calls * 2 * (num_workers - 1) * hosts.hop_s
 
     def exchange_s(shapes: formulas.Shapes) -> float:
-        return hops_s + transfer_s(ring_bytes(collective.payload(shapes, rank), num_workers), rate)
+        sent = ring_bytes(collective.payload(shapes, rank), num_workers)
+        return hops_s + transfer_s(sent, rate, ACKNOWLEDGED_PAYLOAD)
 
     if collective.every == "round":
         exposed_s = exchange_s(whole.shapes)

@@ -48,6 +48,8 @@ def simulation_plot(simulation: Mapping[str, Any]) -> str:
                 label=method,
                 color=f"C{number}",
                 linewidth=2.6 if method == "ist" else 1.5,
+                linestyle=("-", "--")[number % 2],  # some lie on each other: dashes above lines show both
+                zorder=2 + number % 2,
                 marker="o",
                 markersize=3,
             )
