@@ -33,11 +33,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, write_result
-from benchmarks.namespaces import hosts, run_ranks, why_not
 from ist.config import Config, num_processes
 from ist.config_file import config_for_method, dump_config, load_config
 from ist.display import format_bytes
 from ist.job import build_job
+from ist.lab.hosts import hosts, run_ranks, why_not
+from ist.lab.link import Link
 
 CONFIG = ROOT / "configs" / "fashion_mnist_mlp.yaml"
 RATE_MBIT = 100
@@ -116,10 +117,9 @@ def on_hosts(method: str, config: Config, folder: Path, timeout_s: float) -> int
         # They start processes of their own, which must not outlive them.
         inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
         command = [*inside, sys.executable, "-m", "benchmarks.peers_worker", method, str(path), str(folder)]
-    with hosts(num_processes(config), RATE_MBIT) as where:
-        before = [host.counters()["tx"] for host in where]
+    with hosts(num_processes(config), Link(RATE_MBIT, RATE_MBIT)) as where:
         run_ranks(where, command, timeout_s)
-        return sum(host.counters()["tx"] for host in where) - sum(before)
+        return sum(host.wire_bytes() for host in where)
 
 
 def processor_s() -> float:

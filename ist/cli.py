@@ -15,8 +15,8 @@ import typer
 from rich.console import Console
 
 from ist._version import VERSION
-from ist.config import FROM_PYTHON, Config, num_processes
-from ist.config_file import config_for_method, describe_keys, load_config, validate, with_methods
+from ist.config import FROM_PYTHON, num_processes
+from ist.config_file import config_for_method, describe_keys, load_config, with_methods
 from ist.errors import ConfigError, DataError, InterruptedRunError, ISTError, ModelError
 
 if TYPE_CHECKING:
@@ -104,10 +104,11 @@ def train(
     config = load_config(config_file, [*(overrides or []), *flags])
 
     from ist.pool.torchrun import is_launched, is_rank_zero
+    from ist.prepare import prepare, with_launchers_pool
     from ist.run_folder import create_run_folder
 
-    config = _with_launchers_pool(config)
-    job = _prepare(config)
+    config = with_launchers_pool(config)
+    job = prepare(config)
     folder, go_on = None, False
     if is_rank_zero():
         if auto_resume and run_dir is not None:
@@ -144,6 +145,7 @@ def compare(
         config = with_methods(config, methods.split(","), "--methods")
 
     from ist.pool.torchrun import is_launched
+    from ist.prepare import prepare, stored_under
     from ist.report import check_installed
     from ist.report.page import write_report
     from ist.run_folder import create_run_folder, new_folder
@@ -155,9 +157,9 @@ def compare(
         )
     check_installed()
     runs = {method: config_for_method(config, method, str(config_file)) for method in config.compare.methods}
-    jobs = {method: _prepare(method_config) for method, method_config in runs.items()}
+    jobs = {method: prepare(method_config) for method, method_config in runs.items()}
     parent = run_dir or new_folder(config.output, config.name)
-    folders = {method: create_run_folder(_stored_under(runs[method], parent), parent / method) for method in runs}
+    folders = {method: create_run_folder(stored_under(runs[method], parent), parent / method) for method in runs}
     for method, folder in folders.items():
         _start(jobs[method], folder, resume=False)
     page = write_report(list(folders.values()), parent / "report.html")
@@ -207,6 +209,36 @@ def report(
     page = write_report(folders, output or runs[0] / "report.html")
     _print_table(folders)
     typer.echo(f"report: {page}")
+
+
+@app.command()
+def plan(
+    config_file: ConfigFile,
+    link: Annotated[str, typer.Option(metavar="UP[/DOWN]", help="Link of every host: 1gbit, 100mbit, 20mbit/100mbit.")],
+    workers: Annotated[Optional[str], typer.Option(metavar="N,N", help="Default: train.workers.")] = None,
+    methods: Annotated[Optional[str], typer.Option(metavar="NAME,NAME", help="Default: all.")] = None,
+    overrides: Overrides = None,
+    cores: Annotated[Optional[int], typer.Option(min=1, help="Cores for all workers; default: one each.")] = None,
+    latency_ms: Annotated[Optional[float], typer.Option(min=0, help="From one host's program to another's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    page: Annotated[Optional[Path], typer.Option("--report", help="Page to write, up to 1,024 workers.")] = None,
+) -> None:
+    """Predict bytes, memory and seconds of a round by each method, before anything is bought or run."""
+    from ist.plan.predict import make_plan
+    from ist.plan.request import parse_request
+    from ist.plan.show import print_plan
+    from ist.report import check_installed
+
+    if page is not None:
+        check_installed()
+    asked = parse_request(link, workers, methods, cores, latency_ms, simulate=page is not None)
+    config = load_config(config_file, [*(overrides or []), *_flags(workers=max(asked.workers, default=None))])
+    found = make_plan(config, asked)
+    print_plan(found, Console(), as_json)
+    if page is not None:
+        from ist.report.plan_page import write_plan_page
+
+        typer.echo(f"report: {write_plan_page(found, page)}", err=True)
 
 
 @app.command()
@@ -306,10 +338,11 @@ def _start(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
 
 def _resume(path: Path) -> None:
     from ist.pool.torchrun import is_rank_zero
+    from ist.prepare import prepare, with_launchers_pool
     from ist.run_folder import RunFolder
 
     folder = RunFolder(path)
-    config = _with_launchers_pool(folder.load_config())
+    config = with_launchers_pool(folder.load_config())
     if config.model.name.startswith(FROM_PYTHON):
         raise ConfigError(f"{path}: was started from Python: go on with ist.train(..., run_dir=..., resume=True)")
     if not folder.is_finished() and not folder.has_checkpoint():
@@ -317,47 +350,8 @@ def _resume(path: Path) -> None:
     if folder.is_finished():
         typer.echo(f"{path}: this run has finished already", err=True)
     else:
-        _start(_prepare(config), folder, resume=True)
+        _start(prepare(config), folder, resume=True)
     _print_result(folder if is_rank_zero() else None)
-
-
-def _with_launchers_pool(config: Config) -> Config:
-    """Under torchrun the processes are there: they are the pool."""
-    from ist.pool.torchrun import is_launched
-
-    if not is_launched():
-        return config
-    pool = {**config.pool.model_dump(), "kind": "torchrun"}
-    if config.pool.kind == "ray":  # what is for Ray alone
-        pool |= {"ray": {}, "round_deadline_s": None}
-    return validate({**config.model_dump(), "pool": pool}, "under torchrun")
-
-
-def _prepare(config: Config) -> "Job":
-    """Build the job, and find whatever cannot work before a folder is made or a process started."""
-    from ist.job import build_job
-    from ist.lab.run import check_hosts
-    from ist.pool.device import compute_device
-    from ist.run import check_method
-    from ist.watch import check_watch
-    from ist.worker import rehearse
-
-    check_method(config)
-    check_watch(config)
-    check_hosts(config)
-    if config.pool.kind != "ray":
-        compute_device(config.pool)
-    job = build_job(config)
-    rehearse(job)
-    return job
-
-
-def _stored_under(config: Config, parent: Path) -> Config:
-    """Keep the checkpoints of several comparisons apart, whose run folders all are named after methods."""
-    if config.checkpoint.storage is None:
-        return config
-    storage = f"{config.checkpoint.storage.rstrip('/')}/{parent.name}"
-    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"storage": storage})})
 
 
 def _print_result(folder: "RunFolder | None") -> None:

@@ -71,9 +71,9 @@ def test_a_page_says_how_often_workers_were_left_out_if_any_were(tmp_path: Path)
 
 
 def test_the_ratio_says_how_many_times_fewer_bytes_a_run_sends() -> None:
-    base = {"seed": 0, "accuracy": 0.9, "test_loss": 0.1, "train_s": 2.0, "memory_bytes": 2_000_000}
+    base = {"seed": 0, "accuracy": 0.9, "test_loss": 0.1, "train_s": 2.0, "virtual_s": 1.5, "memory_bytes": 2_000_000}
 
     rows = table_rows([{**base, "method": "ist", "sent_bytes": 1000}, {**base, "method": "ddp", "sent_bytes": 60_000}])
 
-    assert rows[0] == ("ist", "90.00%", "1.0 kB", "60x fewer", "2.0", "2.0 MB")
+    assert rows[0] == ("ist", "90.00%", "1.0 kB", "60x fewer", "2.0", "1.5", "2.0 MB")
     assert rows[1][3] == "1x"

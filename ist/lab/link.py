@@ -31,11 +31,15 @@ class Link:
         return up if up == down else f"{up}/{down}"
 
 
-def parse_link(text: str) -> Link:
+def parse_link(text: str, least_mbit: float = LEAST_MBIT) -> Link:
     """Read a link: `100mbit` both ways, or `20mbit/100mbit` up and down as a host sees it; `gbit` for thousands.
 
+    Args:
+        text: What the user wrote.
+        least_mbit: The slowest rate that makes sense; by default the slowest that the lab makes.
+
     Raises:
-        ConfigError: It is something else, or slower than 10 Mbit/s or faster than 10 Gbit/s.
+        ConfigError: It is something else, or slower than that or faster than 10 Gbit/s.
     """
     rates = []
     parts = text.split("/")
@@ -46,8 +50,8 @@ def parse_link(text: str) -> Link:
                 f"a link is '100mbit', '1gbit', or up/down as a host sees it, such as '20mbit/100mbit', not '{text}'"
             )
         mbit = float(match[1]) * (1000 if match[2] == "gbit" else 1)
-        if not LEAST_MBIT <= mbit <= MOST_MBIT:
-            raise ConfigError(f"a link of '{part}' cannot be made: from 10mbit to 10gbit")
+        if not least_mbit <= mbit <= MOST_MBIT:
+            raise ConfigError(f"a link of '{part}' cannot be made: from {_rate_text(least_mbit)} to 10gbit")
         rates.append(mbit)
     return Link(rates[0], rates[-1])
 

@@ -10,10 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ist.pool.group import Membership
-from ist.quantize import dequantize, quantize
-
-BLOCK = 1024
-"""Numbers that share a scale."""
+from ist.quantize import BLOCK, dequantize, quantize
 
 
 def mean_in_int8(vector: Tensor, membership: Membership) -> tuple[Tensor, float]:

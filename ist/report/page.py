@@ -1,8 +1,8 @@
 """The HTML page about finished runs: one file, everything inside it, readable without a network."""
 
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import yaml
@@ -52,10 +52,8 @@ def write_report(runs: Sequence[RunFolder], path: Path) -> Path:
         labels = [f"{label}: {run.path.name}" for label, run in zip(labels, runs, strict=True)]
     curves = {label: run.records() for label, run in zip(labels, runs, strict=True)}
     configs = [run.load_config() for run in runs]
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        files("ist.report").joinpath("page.html").read_text(encoding="utf-8")
-    )
-    page = template.render(
+    page = render(
+        "page.html",
         title=configs[0].name,
         version=VERSION,
         columns=table_columns(results),
@@ -69,6 +67,23 @@ def write_report(runs: Sequence[RunFolder], path: Path) -> Path:
         phases=Markup(phase_plot(curves)),
         configs=[(label, dump_config(config)) for label, config in zip(labels, configs, strict=True)],
     )
+    return write_page(path, page)
+
+
+def render(template: str, **values: Any) -> str:
+    """Fill in a template of this folder; text is escaped unless it is `Markup`."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.PackageLoader("ist.report", "")
+    )
+    return environment.get_template(template).render(**values)
+
+
+def write_page(path: Path, page: str) -> Path:
+    """Write a page, and return `path`.
+
+    Raises:
+        RunFolderError: It cannot be written.
+    """
     try:
         write_atomically(path, page.encode())
     except OSError as error:

@@ -44,7 +44,7 @@ def curve_plot(curves: Curves, x: str, x_label: str, x_scale: str) -> str:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend()
     axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
 def phase_plot(curves: Curves) -> str:
@@ -67,10 +67,11 @@ def phase_plot(curves: Curves) -> str:
     axes.invert_yaxis()
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
-    return _svg(figure)
+    return svg(figure)
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
+    """Return a figure as an `<svg>` element that refers to nothing outside itself."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "ist"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})

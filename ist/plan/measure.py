@@ -1,0 +1,290 @@
+"""What a step costs on this machine: seconds and memory, of the whole network and of a worker's part of it.
+
+The loops are the workers' own, on real data of the job, from its initial weights; what is trained is thrown away.
+With one thread on a CPU the clock is the processor's time, as on a core of one's own: what else this machine does
+meanwhile does not count.
+Where it sits: `predict.py` asks for these once for each number of workers.
+Not here: bytes on links (`formulas.py`), several workers at once (`predict.py`).
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ist import optim
+from ist.data.batches import fetch, take_shard
+from ist.data.nested import call_model, tensors_in
+from ist.errors import ConfigError
+from ist.exchange import Outgoing, WorkerEnd, read_trained
+from ist.job import Job
+from ist.narrow import bind
+from ist.pool import Buffers
+from ist.pool.coding import Envelope
+from ist.subnet import Cut, reassemble
+from ist.worker import Worker, local_steps
+
+_SAMPLE_S = 0.05
+_BUDGET_S = 0.4
+_FEWEST, _MOST = 3, 31
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """A worker's step.
+
+    Attributes:
+        step_s: Seconds, with a round's own costs (a new optimiser) spread over its steps.
+        parameter_bytes: Of the parameters that are trained; their gradients take the same.
+        optimizer_bytes: Of the optimiser's state.
+        activation_bytes: What autograd keeps for the backward pass of one batch, beside parameters and inputs.
+    """
+
+    step_s: float
+    parameter_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class WholeCost:
+    """A step of the whole network, and what data-parallel training needs to know of it.
+
+    Attributes:
+        step: The step.
+        shapes: Of the trained parameters, in the order in which their gradients are ready.
+        left_s: For each of them, seconds of the backward pass that are left then.
+        pass_s: Seconds to add one vector to another of as many numbers as there are trained parameters.
+    """
+
+    step: StepCost
+    shapes: tuple[tuple[int, ...], ...]
+    left_s: tuple[float, ...]
+    pass_s: float
+
+
+@dataclass(frozen=True)
+class CoordinatorCost:
+    """Seconds in which the coordinator cuts, and merges, the subnets of a round."""
+
+    cut_s: float
+    merge_s: float
+
+
+def measure_whole(job: Job, device: torch.device) -> WholeCost:
+    """Measure steps of the whole network on worker 0's batches.
+
+    Raises:
+        ConfigError: A step fails.
+    """
+    with _failures_named(job):
+        module = job.build_copy().to(device)
+        shard = take_shard(job.train_data, job.dealing.shard(0))
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = optim.build_optimizer(job.config.train.optimizer, trained)
+
+        def train(job: Job) -> None:
+            local_steps(job, 0, shard, module, optimizer, 0, device)
+
+        _try_smallest(job, 0, shard, module, device)
+        step_s = _step_s(train, job, device)
+        batch = fetch(shard, job.dealing.batch(0, 0), device)
+        shapes, left_s = _gradients(job, module, batch, device)
+        cost = StepCost(
+            step_s,
+            sum(parameter.nbytes for parameter in trained),
+            _state_bytes(job, module),
+            _activation_bytes(job, module, batch),
+        )
+    numbers = torch.zeros(2, sum(parameter.numel() for parameter in trained), device=device)
+    return WholeCost(cost, shapes, left_s, _median_s(lambda: _synchronized(numbers[0].add_(numbers[1])), device))
+
+
+def measure_narrow(job: Job, number: int, device: torch.device) -> StepCost:
+    """Measure steps of one worker under IST.
+
+    Raises:
+        ConfigError: A step fails.
+    """
+    with _failures_named(job):
+        worker = Worker(job, number, device)
+        envelope = Envelope(job.route(number, 0), device)
+        outgoing, whole, cut = Outgoing(job), _state(job, device), job.cuts(0)[number]
+        outgoing.write(whole, cut, 1, envelope)
+        fresh = envelope.flat.clone()
+
+        def train(job: Job) -> None:
+            worker.job = job
+            envelope.flat.copy_(fresh)
+            worker.train(0, envelope)
+
+        bind(worker.module, WorkerEnd(job, number, device).open(envelope).tensors)
+        _try_smallest(job, number, worker.shard, worker.module, device)
+        step_s = _step_s(train, job, device)
+        batch = fetch(worker.shard, job.dealing.batch(number, 0), device)
+        return StepCost(
+            step_s,
+            sum(parameter.nbytes for parameter in worker.module.parameters() if parameter.requires_grad),
+            _state_bytes(job, worker.module),
+            _activation_bytes(job, worker.module, batch),
+        )
+
+
+def measure_coordinator(job: Job, device: torch.device) -> CoordinatorCost:
+    """Measure what the coordinator does itself in a round: deal, cut, check and merge."""
+    state, buffers, outgoing = _state(job, device), Buffers(device), Outgoing(job)
+    rounds = iter(range(10**9))  # a partition of its own each, as in a run
+
+    def cut() -> tuple[list[Cut], list[Envelope]]:
+        round_number = next(rounds)
+        cuts = job.cuts(round_number)
+        envelopes = [buffers.envelope(worker, outgoing.route(part)) for worker, part in enumerate(cuts)]
+        for part, envelope in zip(cuts, envelopes, strict=True):
+            outgoing.write(state, part, 1, envelope)
+        return cuts, envelopes
+
+    cuts, envelopes = cut()
+
+    def merge() -> None:
+        trained = [(w, read_trained(job, state, cuts[w], envelope)) for w, envelope in enumerate(envelopes)]
+        for _, tensors in trained:
+            for tensor in tensors.values():
+                if tensor.is_floating_point() and tensor.numel():
+                    tensor.aminmax()
+        reassemble(state, cuts, trained, job.exclusive)
+        _synchronized(next(iter(state.values())))
+
+    return CoordinatorCost(merge_s=_median_s(merge, device), cut_s=_median_s(cut, device))
+
+
+def _try_smallest(job: Job, worker: int, shard: Dataset[Any], module: nn.Module, device: torch.device) -> None:
+    """Let what cannot do with the smallest batch of any worker fail, as a batch norm fails with one sample."""
+    rows = job.dealing.batch(worker, 0)[: job.dealing.smallest_batch]
+    _loss(job, module, fetch(shard, rows, device))
+
+
+def _state(job: Job, device: torch.device) -> dict[str, Tensor]:
+    tensors = job.build_copy().to(device).state_dict()
+    fresh = optim.initial_state(job.state_slots, job.state_specs, device)
+    return {name: tensors[name].contiguous() for name in job.model_specs} | fresh
+
+
+def _with_steps(job: Job, steps: int) -> Job:
+    train = job.config.train.model_copy(update={"local_steps": steps})
+    return replace(job, config=job.config.model_copy(update={"train": train}))
+
+
+def _step_s(train: Callable[[Job], None], job: Job, device: torch.device) -> float:
+    """Seconds of a step, from rounds of as many steps as fit into `_SAMPLE_S`."""
+    # Made once: what a job finds out about itself, it finds out in the first call, which does not count.
+    short = _with_steps(job, 1)
+    steps = max(1, int(_SAMPLE_S / _median_s(lambda: train(short), device, most=_FEWEST)))
+    sample = _with_steps(job, min(job.config.train.local_steps, job.total_steps, steps))
+    return _median_s(lambda: train(sample), device) / len(sample.steps(0))
+
+
+def _median_s(action: Callable[[], object], device: torch.device, most: int = _MOST) -> float:
+    """Median seconds of a call, over `_BUDGET_S` of them or a few more."""
+    clock = _clock(device)
+    action()
+    samples: list[float] = []
+    while len(samples) < _FEWEST or (sum(samples) < _BUDGET_S and len(samples) < most):
+        started = clock()
+        action()
+        samples.append(clock() - started)
+    return statistics.median(samples)
+
+
+def _clock(device: torch.device) -> Callable[[], float]:
+    return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+
+
+def _gradients(
+    job: Job, module: nn.Module, batch: tuple[Any, Any], device: torch.device
+) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
+    """Return the shapes of parameters in the order of their gradients, and how long the backward pass goes on then."""
+    clock = _clock(device)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+    def note(parameter: Tensor) -> None:
+        _synchronized(parameter)
+        at[parameter] = clock()
+
+    register = nn.Parameter.register_post_accumulate_grad_hook
+    hooks = [register(parameter, note) for parameter in trained]  # type: ignore[no-untyped-call]
+    left: dict[Tensor, list[float]] = {parameter: [] for parameter in trained}
+    for _ in range(_FEWEST):
+        at: dict[Tensor, float] = {}
+        module.zero_grad(set_to_none=True)
+        _loss(job, module, batch).backward()  # type: ignore[no-untyped-call]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        end = clock()
+        for parameter in trained:
+            left[parameter].append(end - at.get(parameter, end))
+    for hook in hooks:
+        hook.remove()
+    middle = {parameter: statistics.median(times) for parameter, times in left.items()}
+    order = sorted(trained, key=lambda parameter: -middle[parameter])
+    return tuple(tuple(p.shape) for p in order), tuple(middle[p] for p in order)
+
+
+def _state_bytes(job: Job, module: nn.Module) -> int:
+    """Bytes of the optimiser's state after a step; nothing where it travels in the message."""
+    if job.state_slots:
+        return 0
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = optim.build_optimizer(job.config.train.optimizer, trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _activation_bytes(job: Job, module: nn.Module, batch: tuple[Any, Any]) -> int:
+    """Bytes that autograd keeps between a forward and its backward pass."""
+    known = [*module.parameters(), *module.buffers(), *tensors_in(batch)]
+    pointers = {tensor.untyped_storage().data_ptr() for tensor in known}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in pointers:
+            kept[storage.data_ptr()] = storage  # held, so that no other tensor gets its address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        _loss(job, module, batch)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _loss(job: Job, module: nn.Module, batch: tuple[Any, Any]) -> Tensor:
+    inputs, targets = batch
+    return job.loss(call_model(module, inputs), targets)
+
+
+def _synchronized(tensor: Tensor) -> None:
+    if tensor.device.type == "cuda":
+        torch.cuda.synchronize(tensor.device)
+
+
+@contextmanager
+def _failures_named(job: Job) -> Iterator[None]:
+    """Say what failed for whom, in place of torch's bare words; leave the global random numbers as they were."""
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ConfigError(
+            f"with {job.config.train.workers} workers (train.workers) a step on a batch of "
+            f"{job.dealing.smallest_batch} or more fails: "
+            f"{type(error).__name__}: {error}".splitlines()[0]
+        ) from error

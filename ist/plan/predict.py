@@ -1,0 +1,329 @@
+"""Seconds of a round, from bytes, links and measured steps; the plan as a whole, and its simulation to many workers.
+
+The model, for links of rate R that carry both directions at once (`Hosts`):
+
+- A method that all-reduces every step: step + what is left of the exchange when the backward pass ends. Buckets are
+  exchanged one after the other, each from the moment when its last gradient is ready, as DistributedDataParallel does.
+- A method that all-reduces once a round: local steps + the exchange.
+- IST: cut + messages out + narrow steps + messages back + merge. The coordinator's link carries the messages of all
+  workers, a worker's link its own, and the slowest link counts. A worker on the coordinator's own host
+  (`pool.coordinator: trains`) begins while the others' messages are on their way.
+
+Where it sits: `ist plan` calls `make_plan`.
+Not here: what bytes are sent (`formulas.py`), how steps are measured (`measure.py`).
+
+Shape letters: n workers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from ist.config import Config
+from ist.config_file import config_for_method
+from ist.errors import ConfigError, ISTError, first_line
+from ist.job import Job, build_job
+from ist.lab.link import Link
+from ist.partition import check_workers
+from ist.plan import formulas
+from ist.plan.formulas import COLLECTIVES, exchanges, message_bytes, rank_bytes, remote_workers, ring_bytes
+from ist.plan.measure import CoordinatorCost, StepCost, WholeCost, measure_coordinator, measure_narrow, measure_whole
+from ist.plan.request import Hosts, Request
+from ist.pool.device import compute_device
+
+FRAME_PAYLOAD = 1448 / 1514
+"""Payload in a full Ethernet frame with TCP timestamps, of the bytes that a link's rate counts."""
+
+ACKNOWLEDGED_PAYLOAD = 1448 / (1514 + 66 / 2)
+"""The same where a link is full both ways: an acknowledgement of 66 bytes for every two frames the other way."""
+
+SIMULATED_RATES_MBIT = (10.0, 100.0, 1000.0)
+SIMULATED_WORKERS = tuple(2**power for power in range(1, 11))
+
+Plan = dict[str, Any]
+"""What `make_plan` returns."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A round of one method.
+
+    Attributes:
+        method: Its name.
+        workers: n.
+        local_steps: Steps of each worker.
+        batch_size: Samples of a worker's step.
+        sent_bytes: Payload that all processes send together.
+        link_bytes: Payload on the busiest direction of the busiest link.
+        memory_bytes: Of a worker: parameters, gradients, optimiser state, activations, and what the method adds.
+        coordinator_memory_bytes: Of IST's coordinator: the whole network and all messages, its own worker's part
+            included; None for the other methods.
+        compute_s: Local steps.
+        exchange_s: What the round takes longer because of the exchange.
+        coordinate_s: Cutting and merging.
+        round_s: All of it.
+        epoch_s: As many rounds, or parts of one, as show every sample to a worker once.
+    """
+
+    method: str
+    workers: int
+    local_steps: int
+    batch_size: int
+    sent_bytes: int
+    link_bytes: int
+    memory_bytes: int
+    coordinator_memory_bytes: int | None
+    compute_s: float
+    exchange_s: float
+    coordinate_s: float
+    round_s: float
+    epoch_s: float
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a round of IST is made of, for one number of workers.
+
+    Attributes:
+        messages: (bytes to it, bytes from it) of every worker.
+        step: A step of the worker with the largest part.
+        coordinator: Cutting and merging.
+    """
+
+    messages: Sequence[tuple[int, int]]
+    step: StepCost
+    coordinator: CoordinatorCost
+
+
+def transfer_s(nbytes: float, rate_mbit: float, payload: float = FRAME_PAYLOAD) -> float:
+    """Return the seconds in which a link carries so many bytes one way, where `payload` is their share of a frame."""
+    return nbytes * 8 / (rate_mbit * 1e6 * payload)
+
+
+def collective_seconds(
+    method: str, whole: WholeCost, num_workers: int, local_steps: int, hosts: Hosts, rank: int = 1
+) -> tuple[float, float]:
+    """Return (compute, exchange) seconds of a round by a method that all-reduces; see the module's header."""
+    collective = COLLECTIVES[method]
+    crowding = hosts.crowding(num_workers)
+    rate = min(hosts.link.up_mbit, hosts.link.down_mbit)
+    hops_s = collective.calls * 2 * (num_workers - 1) * hosts.hop_s
+
+    def exchange_s(shapes: formulas.Shapes) -> float:
+        sent = ring_bytes(collective.payload(shapes, rank), num_workers)
+        return hops_s + transfer_s(sent, rate, ACKNOWLEDGED_PAYLOAD)
+
+    if collective.every == "round":
+        exposed_s = exchange_s(whole.shapes)
+    else:
+        exposed_s = -float("inf")  # counted from the end of the backward pass
+        for bucket in formulas.buckets([formulas.parameter_bytes([shape]) for shape in whole.shapes]):
+            ready_s = -whole.left_s[bucket[-1]] * crowding
+            exposed_s = max(exposed_s, ready_s) + exchange_s([whole.shapes[number] for number in bucket])
+    passes_s = collective.passes * whole.pass_s * crowding if num_workers > 1 else 0.0
+    times = exchanges(method, local_steps)
+    return local_steps * whole.step.step_s * crowding, times * (max(0.0, exposed_s) + passes_s)
+
+
+def ist_seconds(
+    messages: Sequence[tuple[int, int]], step_s: float, num_workers: int, local_steps: int, hosts: Hosts
+) -> tuple[float, float]:
+    """Return (compute, exchange) seconds of a round of IST, without cutting and merging.
+
+    Args:
+        messages: (bytes to it, bytes from it) of every worker behind a link.
+        step_s: Seconds of the slowest worker's step, alone on its core.
+        num_workers: n, the worker on the coordinator's host included.
+        local_steps: Steps of the round.
+        hosts: Where.
+    """
+    alone_s = local_steps * step_s
+    if not messages:
+        return alone_s * hosts.crowding(num_workers), 0.0
+    link, out, back = hosts.link, [m[0] for m in messages], [m[1] for m in messages]
+    out_s = hosts.hop_s + max(transfer_s(sum(out), link.up_mbit), transfer_s(max(out), link.down_mbit))
+    back_s = hosts.hop_s + max(transfer_s(sum(back), link.down_mbit), transfer_s(max(back), link.up_mbit))
+    # Those on the coordinator's host begin at once, with all the cores.
+    begun = (num_workers - len(messages)) * max(0.0, 1 - out_s / alone_s)
+    return alone_s * hosts.crowding(len(messages) + begun), out_s + back_s
+
+
+def at_workers(job: Job, num_workers: int) -> Job:
+    """Return the same job for another number of workers.
+
+    Raises:
+        ConfigError: The configuration gives every worker a number of its own.
+        DataError: There are fewer samples than workers.
+        ModelError: A group has fewer neurons than workers.
+    """
+    config = job.config
+    if config.method == "ist":
+        if config.partition.capacities is not None and num_workers != config.train.workers:
+            raise ConfigError(
+                f"'partition.capacities' is for {config.train.workers} workers (train.workers) and says nothing of "
+                f"{num_workers}: leave it out of the plan (--set partition.capacities=null)"
+            )
+        check_workers(job.groups, num_workers, config.partition)
+    return job.with_workers(num_workers)
+
+
+class Planner:
+    """Predicts rounds of one configuration, and keeps what was measured for it.
+
+    Args:
+        config: The configuration, for the largest number of workers that is asked for.
+        methods: Which to plan, each with its `compare.overrides`.
+
+    Raises:
+        ISTError: The configuration cannot be run.
+    """
+
+    def __init__(self, config: Config, methods: Sequence[str]) -> None:
+        self.jobs = {method: build_job(config_for_method(config, method)) for method in methods}
+        self.device = compute_device(config.pool)
+        self._whole: dict[str, WholeCost] = {}
+        self._parts: dict[int, Parts] = {}
+
+    def predict(self, method: str, num_workers: int, hosts: Hosts) -> Prediction:
+        """Predict a full round, none of a run's first.
+
+        Raises:
+            ISTError: That many workers cannot be had, or a step fails.
+        """
+        job = at_workers(self.jobs[method], num_workers)
+        return self._ist(job, hosts) if job.config.method == "ist" else self._collective(job, hosts)
+
+    def whole(self, job: Job) -> WholeCost:
+        """Return what a step of the whole network costs; measured once for all jobs that make the same step."""
+        config = job.config
+        optimizer = {key: value for key, value in config.train.optimizer.args.items() if key != "lr"}
+        parts = (config.model, config.data, config.train.loss, config.train.optimizer.name, optimizer)
+        key = f"{parts} {len(job.dealing.batch(0, 0))}"
+        if key not in self._whole:
+            self._whole[key] = measure_whole(job, self.device)
+        return self._whole[key]
+
+    def parts(self, job: Job) -> Parts:
+        """Return what a round costs that cuts the network into parts."""
+        workers = job.config.train.workers
+        if workers not in self._parts:
+            messages = [message_bytes(job, worker) for worker in range(workers)]
+            largest = max(range(workers), key=lambda worker: messages[worker][1])
+            step = measure_narrow(job, largest, self.device)
+            self._parts[workers] = Parts(messages, step, measure_coordinator(job, self.device))
+        return self._parts[workers]
+
+    def _collective(self, job: Job, hosts: Hosts) -> Prediction:
+        method, workers, steps = job.config.method, job.config.train.workers, job.config.train.local_steps
+        whole = self.whole(job)
+        rank = job.config.baseline.powersgd_rank
+        compute_s, exchange_s = collective_seconds(method, whole, workers, steps, hosts, rank)
+        sent = rank_bytes(method, whole.shapes, workers, steps, rank)
+        held = _held_bytes(whole.step) + whole.step.parameter_bytes
+        added = COLLECTIVES[method].memory(whole.shapes, rank) if workers > 1 else 0
+        return _prediction(job, round(workers * sent), round(sent), round(held + added), None, compute_s, exchange_s)
+
+    def _ist(self, job: Job, hosts: Hosts) -> Prediction:
+        workers, steps = job.config.train.workers, job.config.train.local_steps
+        parts = self.parts(job)
+        messages, step = parts.messages, parts.step
+        remote = [messages[worker] for worker in remote_workers(job)]
+        compute_s, exchange_s = ist_seconds(remote, step.step_s, workers, steps, hosts)
+        sent = [sum(message[way] for message in remote) for way in (0, 1)]
+        # A worker trains on the message itself.
+        worker_bytes = max(back for _, back in messages) + _held_bytes(step)
+        own = _held_bytes(step) if len(remote) < workers else 0
+        whole = sum(spec.nbytes for spec in job.specs.values()) + sum(back for _, back in messages) + own
+        coordinate_s = parts.coordinator.cut_s + parts.coordinator.merge_s
+        return _prediction(job, sum(sent), max(sent), worker_bytes, whole, compute_s, exchange_s, coordinate_s)
+
+
+def _held_bytes(step: StepCost) -> int:
+    """Gradients, optimiser state and activations."""
+    return step.parameter_bytes + step.optimizer_bytes + step.activation_bytes
+
+
+def _prediction(
+    job: Job,
+    sent_bytes: int,
+    link_bytes: int,
+    memory_bytes: int,
+    coordinator_memory_bytes: int | None,
+    compute_s: float,
+    exchange_s: float,
+    coordinate_s: float = 0.0,
+) -> Prediction:
+    steps = job.config.train.local_steps
+    round_s = compute_s + exchange_s + coordinate_s
+    return Prediction(
+        method=job.config.method,
+        workers=job.config.train.workers,
+        local_steps=steps,
+        batch_size=len(job.dealing.batch(0, 0)),
+        sent_bytes=sent_bytes,
+        link_bytes=link_bytes,
+        memory_bytes=memory_bytes,
+        coordinator_memory_bytes=coordinator_memory_bytes,
+        compute_s=compute_s,
+        exchange_s=exchange_s,
+        coordinate_s=coordinate_s,
+        round_s=round_s,
+        epoch_s=round_s / steps * job.dealing.steps_per_epoch,
+    )
+
+
+def make_plan(config: Config, request: Request) -> Plan:
+    """Predict a configuration's rounds, as plain values for JSON.
+
+    Args:
+        config: For as many workers as the largest of `request.workers`.
+        request: What to plan.
+
+    Raises:
+        ISTError: The configuration cannot be run with one of these numbers of workers.
+    """
+    hosts, methods = request.hosts, request.methods
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.pool.threads)
+    try:
+        planner = Planner(config, methods)
+        predictions = [
+            planner.predict(method, number, hosts)
+            for number in request.workers or (config.train.workers,)
+            for method in methods
+        ]
+        simulation = _simulate(planner, methods, hosts) if request.simulate else None
+    finally:
+        torch.set_num_threads(threads)
+    job = next(iter(planner.jobs.values()))
+    parameters = [parameter.numel() for parameter in job.template.parameters() if parameter.requires_grad]
+    return {
+        "name": config.name,
+        "model": config.model.name,
+        "data": config.data.name,
+        "parameters": sum(parameters),
+        "link": asdict(hosts.link),
+        "cores": hosts.cores,
+        "hop_s": hosts.hop_s,
+        "measured_on": {"device": str(planner.device), "threads": config.pool.threads},
+        "predictions": [asdict(prediction) for prediction in predictions],
+        "simulation": simulation,
+    }
+
+
+def _simulate(planner: Planner, methods: Sequence[str], hosts: Hosts) -> dict[str, Any]:
+    """Predict for ever more workers, each method as far as it goes; `ends` says where and why one stops."""
+    places = [replace(hosts, link=Link(rate, rate)) for rate in SIMULATED_RATES_MBIT]
+    points: list[dict[str, Any]] = []
+    ends: dict[str, dict[str, Any]] = {}
+    for workers in SIMULATED_WORKERS:
+        for method in [name for name in methods if name not in ends]:
+            try:
+                found = [planner.predict(method, workers, place) for place in places]
+            except ISTError as error:
+                ends[method] = {"workers": workers, "reason": first_line(error)}
+                continue
+            points += [{"rate_mbit": p.link.up_mbit, **asdict(f)} for p, f in zip(places, found, strict=True)]
+    return {"rates_mbit": list(SIMULATED_RATES_MBIT), "points": points, "ends": ends}

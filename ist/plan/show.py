@@ -1,0 +1,91 @@
+"""A plan on the terminal.
+
+Not here: making it (`predict.py`), pages (`ist/report/plan_page.py`).
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from ist.display import format_bytes
+from ist.lab.link import Link
+
+COLUMNS = ("method", "sent", "busiest link", "memory", "compute s", "exchange s", "round s", "epoch s")
+
+
+def plan_rows(found: Mapping[str, Any]) -> dict[int, list[tuple[str, ...]]]:
+    """Return a row of text for every prediction, by number of workers and then as the methods were named."""
+    rows: dict[int, list[tuple[str, ...]]] = {}
+    for row in found["predictions"]:
+        texts = (
+            row["method"],
+            format_bytes(row["sent_bytes"]),
+            format_bytes(row["link_bytes"]),
+            format_bytes(row["memory_bytes"]),
+            format_seconds(row["compute_s"]),
+            format_seconds(row["exchange_s"] + row["coordinate_s"]),
+            format_seconds(row["round_s"]),
+            format_seconds(row["epoch_s"]),
+        )
+        rows.setdefault(row["workers"], []).append(texts)
+    return rows
+
+
+def round_titles(found: Mapping[str, Any]) -> dict[int, str]:
+    """Return a line for each number of workers: how many steps a round has, and what IST's coordinator holds."""
+    titles = {}
+    for workers in plan_rows(found):
+        rows = [row for row in found["predictions"] if row["workers"] == workers]
+        steps = dict.fromkeys(row["local_steps"] for row in rows)
+        words = f"{workers} workers, rounds of {' or '.join(map(str, steps))} steps"
+        held = [row["coordinator_memory_bytes"] for row in rows if row["coordinator_memory_bytes"] is not None]
+        titles[workers] = f"{words}; the coordinator of ist holds {format_bytes(held[0])}" if held else words
+    return titles
+
+
+def describe_hosts(found: Mapping[str, Any]) -> str:
+    """Return in words where the plan takes place."""
+    cores = "a core of its own" if found["cores"] is None else f"one of {found['cores']} shared cores"
+    return f"every host on a link of {Link(**found['link'])}, every worker on {cores}"
+
+
+def ending_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return where the simulation of a method ends, and why; methods that end alike share a line."""
+    simulation = found["simulation"]
+    together: dict[tuple[int, str], list[str]] = {}
+    for method, end in (simulation["ends"] if simulation else {}).items():
+        together.setdefault((end["workers"], end["reason"]), []).append(method)
+    return [f"{', '.join(methods)}: not with {n} workers: {reason}" for (n, reason), methods in together.items()]
+
+
+def print_plan(found: Mapping[str, Any], console: Console, as_json: bool) -> None:
+    """Print what `make_plan` returns, for a person or as JSON."""
+    if as_json:
+        console.file.write(json.dumps(found, indent=2) + "\n")
+        return
+    console.print(
+        f"{found['name']}: {found['parameters']:,} parameters; {describe_hosts(found)}; steps measured on this "
+        f"machine ({found['measured_on']['device']})",
+        highlight=False,
+    )
+    titles = round_titles(found)
+    for workers, rows in plan_rows(found).items():
+        table = Table(
+            title=titles[workers], title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False
+        )
+        for column in COLUMNS:
+            table.add_column(column.replace(" ", "\n"), justify="left" if column == "method" else "right", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+    for line in ending_lines(found):
+        console.print(line, highlight=False)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return seconds with three digits, or all of their whole ones."""
+    return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:,.0f}"
