@@ -43,13 +43,13 @@ def exchange(rate_mbit: int, width: int, workers: int, rounds: int) -> dict[str,
     """
     tree = {
         "name": "line-rate",
-        "model": {"name": "mlp", "args": {"widths": [64, width, width, 10]}},
+        "model": {"name": "mlp", "args": {"widths": [64, width, width, 10], "batch_norm": False}},
         "data": {"name": "digits"},
         "train": {
             "workers": workers,
             "rounds": rounds,
             "local_steps": 1,
-            "batch_size": 16,
+            "batch_size": 2,
             "optimizer": {"name": "SGD", "args": {"lr": 0.01}},
         },
         "evaluate": {"every": rounds},
@@ -92,12 +92,12 @@ def main() -> None:
     if reason := why_not():
         parser.error(reason)
     table = Table("rate", "workers", "a round", "exchange", "payload", "least, most", "on the wire", title="line rate")
-    found = []
+    found, load_before = [], os.getloadavg()[0]
     for rate, width in SIZES.items():
         for workers in (1, 2):
             # The same bytes: two workers get a quarter of the inner matrix each.
             wide = round(width * (1 if workers == 2 else 0.7)) // (10 if given.quick else 1)
-            share = exchange(rate, wide, workers, 3 if given.quick else 8)
+            share = exchange(rate, wide, workers, 3 if given.quick else 6)
             found.append(share)
             table.add_row(
                 f"{rate} Mbit/s",
@@ -110,7 +110,8 @@ def main() -> None:
             )
     Console(width=110).print(table)
     name = f"line_rate{'_quick' if given.quick else ''}"
-    print(write_result(name, {"goal": GOAL, "congestion_control": congestion_control(), "shares": found}))
+    machine = {"congestion_control": congestion_control(), "load_before": load_before, "load_after": os.getloadavg()[0]}
+    print(write_result(name, {"goal": GOAL, **machine, "shares": found}))
 
 
 def congestion_control() -> str:

@@ -25,6 +25,7 @@ from ist.lab.link import Link
 INTERFACE = "veth0"
 """Every host's interface to the switch."""
 
+_SYSTEM_FOLDERS = "/usr/sbin:/sbin"  # where tc is, and not on every user's PATH
 _FRAME_BYTES = 1514
 _BURST_S = 0.004
 _QUEUE_S = 0.4
@@ -94,7 +95,7 @@ def why_not() -> str | None:
     """Return why hosts cannot be had here, or None; tries to make one."""
     if sys.platform != "linux":
         return f"hosts are network namespaces of Linux, and this is {sys.platform}"
-    missing = [tool for tool in _TOOLS if shutil.which(tool) is None]
+    missing = [tool for tool in _TOOLS if shutil.which(tool, path=_environment()["PATH"]) is None]
     if missing:
         packages = ", ".join(sorted({_TOOLS[tool] for tool in missing}))
         return f"network namespaces need {', '.join(missing)}: install {packages}"
@@ -236,6 +237,7 @@ def _held(unshare: Sequence[str], setup: str) -> Iterator[int]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=_environment(),
         start_new_session=True,
     ) as holder:
         try:
@@ -274,8 +276,12 @@ def _shape(enter: Sequence[str], device: str, rate_mbit: float) -> None:
     _run([*enter, "tc", "qdisc", "add", "dev", device, "root", "tbf", *shape])
 
 
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_FOLDERS}"}
+
+
 def _run(command: Sequence[str], said: str = "") -> str:
-    done = subprocess.run(command, input=said, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, input=said, capture_output=True, text=True, env=_environment(), check=False)
     if done.returncode != 0:
         raise LabError(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout
