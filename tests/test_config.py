@@ -267,6 +267,16 @@ def test_a_method_gets_its_overrides_and_only_its_own(tmp_path: Path) -> None:
     assert (ist.train.epochs, ist.train.rounds, ist.train.optimizer.args["lr"]) == (None, 4, 0.1)
 
 
+def test_a_label_stands_for_the_method_that_its_overrides_name() -> None:
+    overrides = {"rank4": {"method": "powersgd", "baseline.powersgd_rank": 4}}
+    config = small_config(compare={"methods": ["rank4", "powersgd"], "overrides": overrides})
+
+    rank4, powersgd = config_for_method(config, "rank4"), config_for_method(config, "powersgd")
+
+    assert (rank4.method, rank4.label, rank4.baseline.powersgd_rank) == ("powersgd", "rank4", 4)
+    assert (powersgd.method, powersgd.label, powersgd.baseline.powersgd_rank) == ("powersgd", "powersgd", 1)
+
+
 def test_every_key_is_explained() -> None:
     rows = list(describe_keys())
 

@@ -134,6 +134,7 @@ def test_without_test_data_the_network_still_gets_statistics_that_fit_it() -> No
     assert accuracy > 0.75
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("batch_norm", [True, False])
 def test_a_regression_by_several_workers_has_the_right_scale(batch_norm: bool) -> None:
     generator = torch.Generator().manual_seed(0)

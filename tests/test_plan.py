@@ -256,6 +256,7 @@ def test_the_command_prints_json_that_agrees_with_the_formulas(plan: Any) -> Non
         assert row["memory_bytes"] > 0
 
 
+@pytest.mark.system
 def test_a_page_shows_how_far_the_simulation_goes_and_why_it_ends(plan: Any, tmp_path: Path) -> None:
     code, out, _ = plan("--link", "100mbit", "--methods", "ist", "--report", tmp_path / "plan.html")
 

@@ -32,7 +32,7 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=["trains", pytest.param("dedicated", marks=pytest.mark.system)])
+@pytest.fixture(scope="module", params=[pytest.param(who, marks=pytest.mark.system) for who in ("trains", "dedicated")])
 def torchrun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("torchrun")
     processes = WORKERS + (request.param == "dedicated")
