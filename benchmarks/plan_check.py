@@ -96,11 +96,11 @@ def check(methods: Sequence[str], workers: int, cores: int) -> list[dict[str, An
     with tempfile.TemporaryDirectory() as scratch, hosts(workers, Link(RATE_MBIT, RATE_MBIT)) as where:
         files = [Path(scratch, f"{method}.yaml") for method in methods]
         plans = []
+        wait_until_quiet()
         for method, file in zip(methods, files, strict=True):
             file.write_text(yaml.safe_dump(config_tree(method, workers)))
             asked = parse_request(f"{RATE_MBIT}mbit", methods=method, cores=cores)
             plans.append(make_plan(load_config(file), asked)["predictions"][0])
-        wait_until_quiet()
         started, busy_s, own_s = time.monotonic(), busy_core_s(), sum(os.times()[:4])
         run_ranks(where, [sys.executable, "-m", "benchmarks.plan_check", "--rank", *map(str, files)], timeout_s=400)
         elapsed_s = time.monotonic() - started
@@ -118,8 +118,8 @@ def check(methods: Sequence[str], workers: int, cores: int) -> list[dict[str, An
 
 
 def wait_until_quiet() -> None:
-    """Wait up to two minutes for two seconds in which nobody else takes more than a fifth of a core."""
-    deadline = time.monotonic() + 120
+    """Wait up to ten minutes for two seconds in which nobody else takes more than a fifth of a core."""
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         before = busy_core_s()
         time.sleep(2)
