@@ -31,6 +31,7 @@ from ist.display import format_bytes, format_ratio
 from ist.job import build_job
 from ist.lab.run import launch_on_hosts
 from ist.launch import launch
+from ist.report.plots import AXES, curve_plot
 from ist.run_folder import create_run_folder
 
 CONFIG = ROOT / "configs" / "fashion_mnist_mlp.yaml"
@@ -169,6 +170,14 @@ def table(found: Mapping[str, Mapping[str, Any]], link: str) -> Table:
     return shown
 
 
+def draw(found: Mapping[str, Mapping[str, Any]], name: str) -> None:
+    """Draw accuracy against bytes, and against seconds of both kinds: all contenders, on links."""
+    curves = {label: row["records"] for label, row in found.items()}
+    for counter, label, scale in AXES:
+        if counter in ("sent_bytes", "train_s", "virtual_s"):
+            (RESULTS / f"{name}_{counter}.svg").write_text(curve_plot(curves, counter, label, scale))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", default="100mbit")
@@ -183,6 +192,7 @@ def main() -> None:
     found = {label: accuracy(runs, label, contender, grid, seeds) for label, contender in contenders.items()}
     for label, contender in contenders.items():
         found[label] |= runs.get(label, contender, found[label]["rate"], seeds[0], "lab", given.link)
+    draw(found, name)
     Console(width=170).print(table(found, given.link))
     print(write_result(name, {"grid": grid, "seeds": seeds, "link": given.link, "contenders": found}))
 

@@ -31,7 +31,7 @@ def test_a_page_holds_table_curves_and_configurations_and_needs_no_network(tmp_p
 
     text = write_report(find_runs([tmp_path / "runs"]), tmp_path / "report.html").read_text()
 
-    assert text.count("<svg") == 4
+    assert text.count("<svg") == 5
     assert "ist (seed 1)" in text
     assert "local_steps: 3" in text
     assert f"{runs[0].result()['accuracy']:.2%}" in text

@@ -10,9 +10,13 @@ from matplotlib.ticker import PercentFormatter
 
 AXES = (
     ("sent_bytes", "bytes sent by all processes", "log"),
-    ("train_s", "seconds of training", "linear"),
+    ("train_s", "seconds of training", "log"),
+    ("virtual_s", "seconds of training, every worker on a core of its own", "log"),
     ("samples", "samples seen by all workers", "linear"),
 )
+
+_COLOURS = 10
+"""How many lines matplotlib draws before it begins with the first colour again."""
 
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 
@@ -29,13 +33,15 @@ def curve_plot(curves: Curves, x: str, x_label: str, x_scale: str) -> str:
     Returns:
         An `<svg>` element. It refers to nothing outside itself.
     """
-    evaluated = {label: [r for r in records if r.get("test_loss") is not None] for label, records in curves.items()}
-    y = "accuracy" if any(r.get("accuracy") is not None for rs in evaluated.values() for r in rs) else "test_loss"
+    seen = {label: [r for r in records if x in r] for label, records in curves.items()}
+    y = "accuracy" if any(r.get("accuracy") is not None for rs in seen.values() for r in rs) else "test_loss"
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axes = figure.subplots()
-    for label, records in evaluated.items():
+    for number, (label, records) in enumerate(seen.items()):
         points = [(record[x], record[y]) for record in records if record.get(y) is not None]
-        axes.plot([p[0] for p in points], [p[1] for p in points], label=label, linewidth=1.6)
+        style = "solid" if number < _COLOURS else "dashed"
+        places = [p[0] for p in points], [p[1] for p in points]
+        axes.plot(*places, label=label, linewidth=1.4, linestyle=style, marker=".")
     axes.set_xscale(x_scale)
     axes.set_xlabel(x_label)
     axes.set_ylabel("test accuracy" if y == "accuracy" else "test loss")
