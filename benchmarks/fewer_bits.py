@@ -26,7 +26,7 @@ from ist.run import Following, open_run
 
 CONFIG = ROOT / "configs" / "fashion_mnist_mlp.yaml"
 SEEDS = (0, 1, 2)
-BITS = (8, 7, 6, 5, 4, 3, 2)
+BITS = (8, 6, 5, 4, 3, 2)
 
 Settings = dict[str, Any]
 
