@@ -18,6 +18,7 @@ from ist.inspection import inspect_job
 from ist.job import build_job
 from ist.lab.link import Link
 from ist.methods import METHODS
+from ist.plan import measure
 from ist.plan.formulas import (
     COLLECTIVES,
     PLANNED,
@@ -39,6 +40,11 @@ CPU = torch.device("cpu")
 SHAPES = ((100, 50), (3, 2), (16, 3, 3, 3), (10,))
 ONE_WAY_S, BOTH_WAYS_S = (8 / payload / 100 for payload in (FRAME_PAYLOAD, ACKNOWLEDGED_PAYLOAD))
 """Seconds of a million bytes over 100 Mbit/s, alone and beside as many in the other direction."""
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "_MOST", 3)
 
 
 def whole(shapes: Any = ((500, 500),), left_s: Any = (0.0,), step_s: float = 0.01, pass_s: float = 0.0) -> WholeCost:
