@@ -62,6 +62,7 @@ def train(
     seed: int = 0,
     progress: bool = True,
     partition: Mapping[str, Any] | None = None,
+    exchange: Mapping[str, Any] | None = None,
     train_options: Mapping[str, Any] | None = None,
     evaluate_options: Mapping[str, Any] | None = None,
     pool_options: Mapping[str, Any] | None = None,
@@ -96,6 +97,7 @@ def train(
         seed: Seed of everything random but the network's initial weights, which are `model`'s.
         progress: Whether to show progress on stderr.
         partition: How neurons are dealt: keys of the section `partition`, such as {"exclude": ["layers.0.*"]}.
+        exchange: In how many bits slices travel: keys of the section `exchange`, such as {"up": "int8"}.
         train_options: Further keys of the section `train` of a configuration, see `ist keys`.
         evaluate_options: Keys of the section `evaluate`.
         pool_options: Keys of the section `pool`.
@@ -135,6 +137,7 @@ def train(
                 **(train_options or {}),
             },
             "partition": dict(partition or {}),
+            "exchange": dict(exchange or {}),
             "evaluate": {"metric": _metric(test_data), **(evaluate_options or {})},
             "checkpoint": dict(checkpoint_options or {}),
             "watch": dict(watch_options or {}),

@@ -8,10 +8,10 @@ a model or a data set (that is `ist/job.py`).
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from ist.config_base import Component, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
-from ist.config_method import Baseline, Exchange, Partition
+from ist.config_method import METHOD_NAMES, Baseline, Exchange, Partition
 from ist.lab.link import checked_link
 
 TOTAL_STEPS = "total_steps"
@@ -207,6 +207,29 @@ class Compare(Section):
         "{method: powersgd, baseline.powersgd_rank: 4}}",
     )
 
+    @field_validator("methods")
+    @classmethod
+    def _name_folders(cls, methods: list[str]) -> list[str]:
+        if twice := [name for name in dict.fromkeys(methods) if methods.count(name) > 1]:
+            raise ValueError(f"'{twice[0]}' stands twice: give one of them a label, with 'method' in compare.overrides")
+        if taken := {".", "..", "report.html"} & set(methods):
+            raise ValueError(f"'{taken.pop()}' cannot be a label: run folders are named after labels")
+        return methods
+
+    @field_validator("overrides")
+    @classmethod
+    def _are_for_something(
+        cls, overrides: dict[str, dict[str, Any]], info: ValidationInfo
+    ) -> dict[str, dict[str, Any]]:
+        known = [*info.data.get("methods", []), *METHOD_NAMES]
+        for label, changes in overrides.items():
+            if label not in known and "method" not in changes and ":" not in label:
+                raise ValueError(
+                    f"'{label}' is neither in compare.methods nor a method ({', '.join(METHOD_NAMES)}), and sets no "
+                    "'method' of its own"
+                )
+        return overrides
+
 
 class Config(Section):
     """A whole run."""
@@ -253,6 +276,11 @@ class Config(Section):
             raise ValueError(
                 "'exchange.error_feedback' is true, but what rounding took is forgotten at every checkpoint and "
                 "'checkpoint.every' is 1: set it to 10 or so"
+            )
+        if self.exchange.error_feedback and self.partition.balance == "speed":
+            raise ValueError(
+                "'exchange.error_feedback' is true, but what rounding took is forgotten whenever shares change, which "
+                "'partition.balance' speed does nearly every round: leave one of the two out"
             )
         return self
 

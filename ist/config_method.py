@@ -96,6 +96,9 @@ class Partition(Section):
         return self
 
 
+METHOD_NAMES = ("ist", "ddp", "ddp_fp16", "ddp_bf16", "powersgd", "local_sgd", "diloco", "diloco_int8")
+"""Methods by name; others are import paths."""
+
 Coding = Literal["exact", "bfloat16", "float16", "int8", "int7", "int6", "int5", "int4", "int3", "int2"]
 
 
@@ -116,7 +119,8 @@ class Exchange(Section):
     error_feedback: bool = Field(
         False,
         description="a worker adds to its next deltas what rounding took from the last ones; it holds that for the "
-        "whole network, and forgets it at every checkpoint, lest a resumed run be another one",
+        "whole network, and forgets it when the number of workers changes and at every checkpoint, lest a resumed run "
+        "be another one",
     )
 
     @model_validator(mode="after")

@@ -46,6 +46,7 @@ class RoundReport:
             worker's local steps, and what else was measured while nobody computed.
         memory_bytes: Peak memory of each worker so far.
         workers: Workers of the round, those that were lost included.
+        aside_s: Seconds of the method's that were no training: collecting the states of all ranks for a checkpoint.
         lost: Workers that were left out of the merge.
     """
 
@@ -61,6 +62,7 @@ class RoundReport:
     memory_bytes: tuple[int, ...]
     workers: int
     lost: tuple[Lost, ...] = ()
+    aside_s: float = 0.0
 
 
 class Method(Protocol):
@@ -153,7 +155,7 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
             metrics = evaluate_whole(job, method.model, device)
         elif last:
             refresh_statistics(job, method.model, device)
-        seconds = Seconds(trained - started, time.perf_counter() - trained)
+        seconds = Seconds(trained - started - report.aside_s, time.perf_counter() - trained)
         recorder.round_done(round_number, report, metrics, seconds, method.bytes_sent())
         if last or config.checkpoint.is_due(rounds_done):
             recorder.save(rounds_done, method.checkpoint_state())

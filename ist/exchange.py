@@ -117,8 +117,8 @@ class WorkerEnd:
             encode(tensors, envelope.up.tensors, settings.up)
 
     def _encode_with_feedback(self, envelope: Envelope, tensors: Mapping[str, Tensor], round_number: int) -> None:
-        job, plain = self._job, envelope.route.plain.specs
-        rounded = {name: job.specs[name] for name in plain if _is_rounded(name, plain[name], self._settings.up)}
+        job, plain, coding = self._job, envelope.route.plain.specs, self._settings.up
+        rounded = {name: spec for name, spec in job.specs.items() if _is_rounded(name, spec, coding)}
         if not self._taken or job.config.checkpoint.is_due(round_number):
             self._taken = {
                 name: torch.zeros(spec.shape, dtype=torch.float32, device=self._device)
@@ -127,12 +127,13 @@ class WorkerEnd:
         cut = positions(job.groups, rounded, job.neurons(round_number)[self._worker])
         parts = {name: torch.empty(plain[name].shape, device=self._device) for name in cut}
         extract(self._taken, cut, into=parts)
+        # In float32, whatever the network's dtype: what was taken is small beside the change.
         for name, part in parts.items():
-            tensors[name].add_(part)
-        encode(tensors, envelope.up.tensors, self._settings.up)
-        for name, value in decode(envelope.up.tensors, plain, self._settings.up):
+            part.add_(tensors[name])
+        encode({**tensors, **parts}, envelope.up.tensors, coding)
+        for name, value in decode(envelope.up.tensors, plain, coding):
             if name in parts:
-                torch.sub(tensors[name], value, out=parts[name])
+                parts[name].sub_(value)
         reassemble(self._taken, [cut], [(0, parts)], frozenset(parts))
 
 

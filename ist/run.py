@@ -4,6 +4,7 @@ Where it sits: `ist/cli.py` and `ist/api.py` open a run here and hand it to the 
 Not here: starting processes (`ist/launch.py`), the loop itself (`ist/coordinator.py`).
 """
 
+import difflib
 import json
 import os
 import secrets
@@ -73,7 +74,19 @@ def check_method(config: Config) -> None:
         raise ConfigError("pool.kind is 'ray', but Ray is not installed: pip install 'ist[ray]'")
     if config.method == "ist":
         return
+    if config.label == config.method and config.method not in METHODS and ":" not in config.method:
+        near = difflib.get_close_matches(config.method, ["ist", *METHODS], n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise ConfigError(
+            f"compare.methods: '{config.label}' is no method: {hint}Methods are ist, {', '.join(METHODS)}; a label of "
+            f"your own needs one in compare.overrides, such as {{{config.label}: {{method: powersgd}}}}"
+        )
     resolve(config.method, "method", {"ist": "", **METHODS})
+    if config.method == "powersgd" and config.train.is_elastic:
+        raise ConfigError(
+            "method 'powersgd' needs a fixed number of workers, whose errors it keeps, but 'train.min_workers' is "
+            f"{config.train.min_workers}: leave it out"
+        )
     if kind != "torchrun":
         raise ConfigError(f"method '{config.method}' needs processes: pool.kind must be 'torchrun', not '{kind}'")
 

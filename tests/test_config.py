@@ -91,6 +91,18 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "too early for PowerSGD": (
         {"baseline": {"powersgd_start": 1}}, "'baseline.powersgd_start' is 1 (a whole number): input should be greater than or equal to 2",
     ),
+    "error feedback that is always forgotten": (
+        {"exchange": {"error_feedback": True, "values": "deltas", "up": "int8"}, "partition": {"balance": "speed"}},
+        "forgotten whenever shares change, which 'partition.balance' speed does",
+    ),
+    "a method twice": ({"compare": {"methods": ["ddp", "ddp"]}}, "'compare.methods': 'ddp' stands twice"),
+    "a label that takes the report's name": (
+        {"compare": {"methods": ["report.html"]}}, "'report.html' cannot be a label",
+    ),
+    "overrides for nothing": (
+        {"compare": {"overrides": {"pwersgd": {"train.epochs": 1}}}},
+        "'compare.overrides': 'pwersgd' is neither in compare.methods nor a method (ist, ddp,",
+    ),
     "a label that is no folder's name": (
         {"compare": {"methods": ["../ist"]}}, "'compare.methods.0' is '../ist' (a string): string should match pattern",
     ),

@@ -9,12 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ist.coordinator import run_rounds
 from ist.exchange import Outgoing, WorkerEnd, read_trained
 from ist.job import Job
 from ist.pool.coding import Envelope
 from ist.quantize import dequantize, packed_columns, quantize
+from ist.run import Following, open_run
 from ist.subnet import reassemble
 from tests.conftest import assert_same, clone, job_for, whole_state
+from tests.groups.networks import stack
 from tests.networks import NETWORKS, seeded
 
 BUILD = NETWORKS["two hidden layers, batch norm"]
@@ -186,10 +189,20 @@ def test_what_rounding_took_is_sent_later_and_forgotten_at_a_checkpoint() -> Non
     assert torch.allclose(state[name] - before[name] + end._taken[name], true_change[name], atol=1e-4)
 
 
-def test_a_rounded_run_learns_and_one_of_two_bits_learns_less() -> None:
-    from ist.coordinator import run_rounds
-    from ist.run import open_run
+def test_what_rounding_took_is_kept_for_blocks_that_another_round_brings() -> None:
+    exchange = {"up": "int4", "values": "deltas", "error_feedback": True}
+    blocks = {"strategy": "blocks", "blocks": ["1.*"], "min_depth": 2}
+    job = job_for(stack(), train__workers=2, train__rounds=5, checkpoint__every=10, exchange=exchange, partition=blocks)
 
+    assert len({str(job.neurons(number)[0]) for number in range(5)}) > 1
+    with open_run(job, None, resume=False, progress=False) as part:
+        assert not isinstance(part, Following)
+        run_rounds(part.job, part.method, part.recorder, 0, part.device)
+
+    assert part.recorder.history[-1]["loss"] < part.recorder.history[0]["loss"]
+
+
+def test_a_rounded_run_learns_and_one_of_two_bits_learns_less() -> None:
     losses = {}
     for coding in ("exact", "int8", "int2"):
         job = job_for(seeded(BUILD), train__rounds=6, exchange={"down": coding, "up": coding})

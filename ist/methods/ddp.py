@@ -9,6 +9,7 @@ import inspect
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from ist import optim
 from ist.coordinator import RoundReport
 from ist.data.batches import fetch, take_shard
 from ist.data.nested import call_model
+from ist.errors import ModelError
 from ist.job import Job
 from ist.meter import MemoryGauge, Meter
 from ist.methods.hooks import GradientExchange
 from ist.methods.powersgd import restore_powersgd, saved_powersgd
-from ist.methods.ranks import RankRound, report_round, spread
+from ist.methods.ranks import RankRound, begin_together, is_finite, report_round, spread
 from ist.pool.group import Membership, peer_errors
 from ist.worker import local_steps
 
@@ -62,8 +64,14 @@ class DataParallel:
         with peer_errors("starting together"):
             self._ddp = DistributedDataParallel(self._model, gradient_as_bucket_view=True, **options)
         self._ddp.register_comm_hook(None, self._exchange.hook)
+        self._named = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        dtypes = {parameter.dtype for parameter in self._named.values()}
+        if self._exchange.powersgd is not None and len(dtypes) > 1:
+            raise ModelError(
+                f"method 'powersgd' needs parameters of one dtype, but the network has {', '.join(map(str, dtypes))}: "
+                "DDP keeps each dtype in a bucket of its own, and PowerSGD hangs over several"
+            )
         self._settle_order()
-        self._named = dict(self._model.named_parameters())
         self._optimizer = optim.build_optimizer(job.config.train.optimizer, list(self._named.values()))
         self._saved: Mapping[str, Tensor] = {}
         with peer_errors("starting together"):
@@ -81,8 +89,9 @@ class DataParallel:
             DivergedError: A rank's loss is not finite.
             PoolError: A rank is gone.
         """
+        begin_together(self._membership)
         started, cpu_started = time.perf_counter(), time.thread_time()
-        exchange = self._exchange
+        exchange, self._saved = self._exchange, {}
         exchange.start_round()
         with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):
             loss_sum, samples = local_steps(
@@ -93,13 +102,14 @@ class DataParallel:
             on_gpu = self._membership.device.type != "cpu"
             cpu_s = seconds - sum(exchange.transfers_s) if on_gpu else time.thread_time() - cpu_started
             own = RankRound(
-                loss_sum, samples, seconds, cpu_s, exchange.sent_bytes, self._gauge.peak_bytes(), exchange.transfers_s
-            )
-            whole_s = time.perf_counter() - started
-            report = report_round(self.job, self._membership, self._meter, own, round_number, whole_s)
+                loss_sum, samples, is_finite(self._named.values()), seconds, cpu_s, exchange.sent_bytes,
+                self._gauge.peak_bytes(), exchange.transfers_s,
+            )  # fmt: skip
+            report = report_round(self.job, self._membership, self._meter, own, round_number)
+            trained = time.perf_counter()
             if exchange.powersgd is not None and self.job.config.checkpoint.is_due(round_number + 1):
                 self._saved = saved_powersgd(exchange.powersgd, self._membership)
-        return report
+        return replace(report, aside_s=time.perf_counter() - trained)
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
         """Return the whole network's tensors, the optimiser's state, and what compression remembers."""
@@ -128,7 +138,14 @@ class DataParallel:
             job.loss(call_model(self._ddp, inputs), targets).backward()  # type: ignore[no-untyped-call]
         self._exchange.rehearses = False
         for name, buffer in self._model.named_buffers():
-            buffer.copy_(before[name])
+            if name in before and buffer.shape == before[name].shape:  # a cache may have grown
+                buffer.copy_(before[name])
+        unused = [name for name, parameter in self._named.items() if parameter.requires_grad and parameter.grad is None]
+        if unused:
+            raise ModelError(
+                f"'{unused[0]}' gets no gradient ({len(unused)} such parameters): method '{job.config.method}' waits "
+                "for all of them; freeze what is not used (requires_grad_(False))"
+            )
         self._model.zero_grad(set_to_none=True)
 
     def _restore(self, state: Mapping[str, Tensor]) -> None:

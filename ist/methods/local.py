@@ -7,8 +7,10 @@ collects it, which is not counted as training traffic.
 Not here: the round loop, evaluation.
 """
 
+import functools
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ from ist.data.batches import take_shard
 from ist.job import Job
 from ist.meter import MemoryGauge, Meter
 from ist.methods.quantized import mean_in_int8
-from ist.methods.ranks import RankRound, collect, report_round, spread
+from ist.methods.ranks import RankRound, begin_together, collect, is_finite, report_round, spread
 from ist.pool.group import Membership, peer_errors
 from ist.worker import local_steps
 
@@ -87,7 +89,9 @@ class LocalTraining:
             DivergedError: A rank's loss is not finite.
             PoolError: A rank is gone.
         """
+        begin_together(self._membership)
         started, cpu_started = time.perf_counter(), time.thread_time()
+        self._saved = {}
         loss_sum, samples = local_steps(
             self.job, self._membership.rank, self._shard, self._model, self._optimizer, round_number,
             self._membership.device,
@@ -95,16 +99,21 @@ class LocalTraining:
         trained, cpu_trained = time.perf_counter(), time.thread_time()
         with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):
             self._average()
+            if self._membership.device.type == "cuda":  # NCCL returns when an exchange is begun
+                torch.cuda.synchronize(self._membership.device)
             seconds = time.perf_counter() - started
             on_gpu = self._membership.device.type != "cpu"
             cpu_s = trained - started if on_gpu else cpu_trained - cpu_started
             transfers = [time.perf_counter() - trained]
-            own = RankRound(loss_sum, samples, seconds, cpu_s, self._sent_bytes, self._gauge.peak_bytes(), transfers)
-            whole_s = time.perf_counter() - started
-            report = report_round(self.job, self._membership, self._meter, own, round_number, whole_s)
+            own = RankRound(
+                loss_sum, samples, is_finite(self._named.values()), seconds, cpu_s, self._sent_bytes,
+                self._gauge.peak_bytes(), transfers,
+            )  # fmt: skip
+            report = report_round(self.job, self._membership, self._meter, own, round_number)
+            ended = time.perf_counter()
             if self.job.config.checkpoint.is_due(round_number + 1):
                 self._saved = self._states()
-        return report
+        return replace(report, aside_s=time.perf_counter() - ended)
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
         """Return the whole network's tensors, and the optimiser states of all ranks where the run can go on from it."""
@@ -123,7 +132,9 @@ class LocalTraining:
         size = self._membership.world_size
         ring = 2 * (size - 1) / size
         if self._outer is None:
-            self._sent_bytes += ring * sum(parameter.nbytes for parameter in parameters)
+            # All are averaged as one vector, of the widest dtype among them.
+            widest = functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters))
+            self._sent_bytes += ring * widest.itemsize * sum(parameter.numel() for parameter in parameters)
             average_parameters(iter(parameters), dist.group.WORLD)  # type: ignore[arg-type]
             return
         common = list(self._common.values())

@@ -5,8 +5,8 @@ Not here: training traffic. Nothing of this module is counted as such.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 
 import safetensors.torch
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from ist.coordinator import RoundReport, diverged
 from ist.job import Job
 from ist.meter import Meter
-from ist.pool.group import Membership
+from ist.pool.group import Membership, peer_errors
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class RankRound:
     Attributes:
         loss_sum: Sum of its samples' losses.
         samples: Their number.
+        finite: Whether its network is.
         seconds: Wall clock, exchange included.
         cpu_s: CPU seconds of the thread that trains.
         sent_bytes: What it has sent so far.
@@ -35,6 +36,7 @@ class RankRound:
 
     loss_sum: float
     samples: int
+    finite: bool
     seconds: float
     cpu_s: float
     sent_bytes: float
@@ -42,9 +44,13 @@ class RankRound:
     transfers_s: Sequence[float]
 
 
-def report_round(
-    job: Job, membership: Membership, meter: Meter, own: RankRound, round_number: int, whole_s: float
-) -> RoundReport:
+def begin_together(membership: Membership) -> None:
+    """Wait for all ranks: none may train while rank 0 evaluates, in time that no clock of the run counts."""
+    with peer_errors("beginning a round"):
+        dist.barrier(device_ids=[membership.device.index or 0] if membership.backend == "nccl" else None)
+
+
+def report_round(job: Job, membership: Membership, meter: Meter, own: RankRound, round_number: int) -> RoundReport:
     """Tell all ranks what each did, and return the round's report; every rank must call it.
 
     Args:
@@ -53,36 +59,48 @@ def report_round(
         meter: Notes what each rank has sent.
         own: What this rank did; all ranks made as many exchanges.
         round_number: The round.
-        whole_s: Wall-clock seconds of the round here.
 
     Raises:
-        DivergedError: A rank's loss is not finite.
+        DivergedError: A rank's loss or network is not finite.
     """
-    numbers = [
-        own.loss_sum, own.samples, own.seconds, own.cpu_s, own.sent_bytes, own.memory_bytes, *own.transfers_s,
-    ]  # fmt: skip
-    losses, counts, seconds, cpu, sent, memory, *transfers = zip(*_gather(membership, numbers), strict=True)
-    for rank, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            raise diverged(rank, f"a loss of {loss}", round_number)
-    for rank, count in enumerate(sent):
-        meter.sent[rank] = round(count)
-    mean = sum(seconds) / len(seconds)
-    exchange = sum(own.transfers_s)
+    *numbers, transfers = astuple(own)
+    gathered = _gather(membership, [*numbers, *transfers])
+    ranks = [
+        RankRound(loss, int(samples), bool(finite), seconds, cpu, sent, int(memory), waits)
+        for loss, samples, finite, seconds, cpu, sent, memory, *waits in gathered
+    ]
+    for rank, did in enumerate(ranks):
+        if not math.isfinite(did.loss_sum) or not did.finite:
+            what = "weights that are not finite" if math.isfinite(did.loss_sum) else f"a loss of {did.loss_sum}"
+            raise diverged(rank, what, round_number)
+        meter.sent[rank] = round(did.sent_bytes)
+    return summarise(len(job.steps(round_number)), ranks)
+
+
+def summarise(steps: int, ranks: Sequence[RankRound]) -> RoundReport:
+    """Return the report of a round in which ranks did what is given."""
+    size, samples = len(ranks), sum(did.samples for did in ranks)
+    # Whoever comes last to an exchange waits for nobody: its time is that of the transfer.
+    transfer = sum(min(waits) for waits in zip(*(did.transfers_s for did in ranks), strict=True))
+    waited = [sum(did.transfers_s) for did in ranks]
     return RoundReport(
-        steps=len(job.steps(round_number)),
-        samples=int(sum(counts)),
-        loss=sum(losses) / sum(counts),
-        compute_s=max(0.0, mean - exchange),
-        exchange_s=exchange,
-        idle_s=max(0.0, whole_s - mean),
+        steps=steps,
+        samples=samples,
+        loss=sum(did.loss_sum for did in ranks) / samples,
+        compute_s=sum(did.seconds - wait for did, wait in zip(ranks, waited, strict=True)) / size,
+        exchange_s=transfer,
+        idle_s=sum(waited) / size - transfer,
         cut_s=0.0,
         merge_s=0.0,
-        # Whoever comes last to an exchange waits for nobody: its time is that of the transfer.
-        virtual_s=max(cpu) + sum(map(min, transfers)),
-        memory_bytes=tuple(int(peak) for peak in memory),
-        workers=membership.world_size,
+        virtual_s=max(did.cpu_s for did in ranks) + transfer,
+        memory_bytes=tuple(did.memory_bytes for did in ranks),
+        workers=size,
     )
+
+
+def is_finite(parameters: Iterable[Tensor]) -> bool:
+    """Return whether all numbers are."""
+    return all(bool(parameter.detach().isfinite().all()) for parameter in parameters)
 
 
 def spread(membership: Membership, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -127,7 +145,10 @@ def _where(membership: Membership) -> torch.device:
 
 def _packed(tensors: Mapping[str, Tensor]) -> Tensor:
     """Tensors as the bytes of a safetensors file."""
-    plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+    # A copy of each: tied weights are one tensor with two names, which safetensors refuses.
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     return torch.frombuffer(bytearray(safetensors.torch.save(plain)), dtype=torch.uint8)
 
 

@@ -50,6 +50,7 @@ RUNS: dict[str, dict[str, Any]] = {
         **{f"train__{key}": value for key, value in PLAIN.items()},
     },
 }  # fmt: skip
+TIED = ("ddp", "local_sgd", "diloco_int8")
 RESUMED = ("ddp", "powersgd", "local_sgd", "diloco", "diloco_int8")
 
 
@@ -58,10 +59,20 @@ def build() -> nn.Module:
     return seeded(lambda: nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 5)))
 
 
+def build_tied() -> nn.Module:
+    """Two layers with the same weights, and a frozen one."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12), nn.Linear(12, 5)))
+    model[2].weight = model[0].weight  # type: ignore[index]
+    model[2].bias.requires_grad_(False)  # type: ignore[index]
+    return model
+
+
 def job(name: str) -> Job:
     """The job of a run."""
-    config = small_config(train__workers=WORKERS, pool={"kind": "torchrun", "device": "cpu"}, **RUNS[name])
-    return make_job(config, build(), build, data(), data(40, seed=4), nn.functional.cross_entropy)
+    method, tied, _ = name.partition(", tied")
+    settings, make = ({"method": method}, build_tied) if tied else (RUNS[name], build)
+    config = small_config(train__workers=WORKERS, pool={"kind": "torchrun", "device": "cpu"}, **settings)
+    return make_job(config, make(), make, data(), data(40, seed=4), nn.functional.cross_entropy)
 
 
 class PowerCutError(Exception):
@@ -94,7 +105,7 @@ def run(made: Job, folder: RunFolder | None, resume: bool, stop: bool = False) -
 def main(out: Path) -> None:
     """Make all runs, then some again, with a power cut."""
     torch.set_num_threads(1)
-    for name in RUNS:
+    for name in [*RUNS, *(f"{method}, tied weights" for method in TIED)]:
         part = run(job(name), None, resume=False)
         if not isinstance(part, Following):
             write_tensors(out / f"{name}.safetensors", part.method.model.state_dict(), {})

@@ -31,7 +31,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS),
         str(ROOT / "tests/methods/program.py"), str(folder),
     ]  # fmt: skip
-    done = run_group(command, ROOT, {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=100)
+    done = run_group(command, ROOT, {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=180)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -148,6 +148,13 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_run(runs: Path, name: st
 def test_compute_normalised_seconds_are_counted(runs: Path, name: str) -> None:
     history = records(runs, name)
 
+    assert history[0]["virtual_s"] > 0
     assert all(after["virtual_s"] > before["virtual_s"] for before, after in pairwise(history))
-    # A worker's CPU time and its transfers are no longer than the round, but for the clocks' grain.
-    assert 0 < history[-1]["virtual_s"] <= history[-1]["train_s"] * 1.1 + 0.05
+
+
+@pytest.mark.parametrize("name", ["local_sgd, tied weights", "ddp, tied weights", "diloco_int8, tied weights"])
+def test_tied_weights_stay_tied(runs: Path, name: str) -> None:
+    state = weights(runs, name)
+
+    assert torch.equal(state["0.weight"], state["2.weight"])
+    assert records(runs, name)[-1]["loss"] < records(runs, name)[0]["loss"]

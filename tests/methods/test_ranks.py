@@ -1,0 +1,28 @@
+"""What a round of equal ranks is said to have taken."""
+
+import pytest
+
+from ist.config_method import METHOD_NAMES
+from ist.methods import METHODS
+from ist.methods.ranks import RankRound, summarise
+
+
+def did(seconds: float, cpu_s: float, *transfers_s: float) -> RankRound:
+    return RankRound(10.0, 5, True, seconds, cpu_s, 0.0, 7, transfers_s)
+
+
+def test_waiting_for_a_slow_rank_is_idleness_and_no_transfer() -> None:
+    quick, slow = did(12.0, 1.0, 6.0, 5.0), did(12.0, 11.0, 0.5, 0.5)
+
+    report = summarise(2, [quick, slow])
+
+    assert report.exchange_s == 1.0  # whoever comes last waits for nobody
+    assert report.idle_s == (11.0 + 1.0) / 2 - 1.0
+    assert report.compute_s == (1.0 + 11.0) / 2
+    assert report.virtual_s == 11.0 + 1.0
+    assert report.loss == pytest.approx(2.0)
+    assert (report.samples, report.steps, report.workers, report.memory_bytes) == (10, 2, 2, (7, 7))
+
+
+def test_the_configuration_knows_every_method() -> None:
+    assert set(METHOD_NAMES) == {"ist", *METHODS}
