@@ -28,7 +28,7 @@ from rich.table import Table
 from benchmarks.common import ROOT, write_result
 from ist.lab.hosts import why_not
 
-SIZES = {10: 900, 100: 2400, 300: 4000, 1000: 6400}
+SIZES = {10: 900, 100: 2400, 300: 4000, 1000: 5000}
 """Rate in Mbit/s to the width of the two hidden layers."""
 GOAL = 0.95
 
@@ -63,7 +63,7 @@ def exchange(rate_mbit: int, width: int, workers: int, rounds: int) -> dict[str,
         command = [sys.executable, "-m", "ist", "train", str(config), "--link", f"{rate_mbit}mbit"]
         done = subprocess.run(
             [*command, "--run-dir", str(run)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, check=False, timeout=500,
+            capture_output=True, text=True, check=False, timeout=1500,
         )  # fmt: skip
         if done.returncode != 0:
             raise RuntimeError(done.stderr)
@@ -103,6 +103,7 @@ def main() -> None:
             wide = round(width * (1 if workers == 2 else 0.7)) // (10 if given.quick else 1)
             share = exchange(rate, wide, workers, 3 if given.quick else 6)
             found.append(share)
+            print(f"{rate} Mbit/s, workers {workers}: {share['payload_share']:.1%}", file=sys.stderr)
             table.add_row(
                 f"{rate} Mbit/s",
                 str(workers),
