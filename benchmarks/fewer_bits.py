@@ -68,11 +68,13 @@ def run(settings: Settings, seed: int, quick: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many seeds")
     parser.add_argument("--quick", action="store_true", help="two rounds, one seed: only that it runs")
-    quick = parser.parse_args().quick
+    given = parser.parse_args()
+    quick, seeds = given.quick, SEEDS[: 1 if given.quick else given.seeds]
     found = {}
     for label, settings in OPTIONS.items():
-        results = [run(settings, seed, quick) for seed in (SEEDS[:1] if quick else SEEDS)]
+        results = [run(settings, seed, quick) for seed in seeds]
         accuracies = [result["accuracy"] for result in results]
         found[label] = {
             "accuracies": accuracies,
@@ -93,7 +95,7 @@ def main() -> None:
         )
     Console(width=120).print(table)
     name = "fewer_bits_quick" if quick else "fewer_bits"
-    print(write_result(name, {"seeds": SEEDS, "options": found}))
+    print(write_result(name, {"seeds": seeds, "options": found}))
 
 
 if __name__ == "__main__":
