@@ -99,7 +99,7 @@ def _on_hosts(where: Sequence[Host], private: Path, command: Sequence[str]) -> l
     return command_in(private / "host-${local_rank}", where[0].own_user, command)
 
 
-def _child_environment(config: Config, private: Path, where: Sequence[Host]) -> dict[str, str]:
+def _child_environment(config: Config, private: Path, where: Sequence[Host] = ()) -> dict[str, str]:
     """What the children find in their environment: a secret of this run, and no way to listen to other machines."""
     environment = {
         LAUNCHED_BY_IST: "1",

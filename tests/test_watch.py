@@ -35,7 +35,7 @@ LOST, LATE, BAD = Lost(1, "the actor died"), Lost(2, "missed 5 s", "late"), Lost
 
 
 def report(*lost: Lost, workers: int = 4) -> RoundReport:
-    return RoundReport(3, 192, 0.5, 0.1, 0.2, 0.3, 0.01, 0.02, (100, 300, 200), workers, lost)
+    return RoundReport(3, 192, 0.5, 0.1, 0.2, 0.3, 0.01, 0.02, 0.25, (100, 300, 200), workers, lost)
 
 
 @pytest.fixture(scope="module")
