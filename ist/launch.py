@@ -27,6 +27,7 @@ from ist.errors import (
     InterruptedRunError,
     ISTError,
     ModelError,
+    PoolError,
     WorkerLostError,
 )
 from ist.lab.hosts import INTERFACE, Host, command_in
@@ -144,7 +145,8 @@ def _explain(error: ChildFailedError, config: Config, folder: Path) -> ISTError:
         rank, failure = killed[0]
         return WorkerLostError(f"{_who(rank, config)} was killed ({failure.signal_name()}). {go_on}")
     if told:
-        rank, failure = min(told, key=lambda item: item[1].timestamp)
+        # Whoever lost a peer tells of a consequence, even where it was the first to tell.
+        rank, failure = min(told, key=lambda item: (issubclass(_recorded(item[1])[0], PoolError), item[1].timestamp))
         kind, message = _recorded(failure)
         hint = "" if issubclass(kind, ConfigError | DataError | ModelError) else f" {go_on}"
         return kind(f"{message} [{_who(rank, config)}]{hint}")

@@ -31,7 +31,7 @@ def test_the_page_renders_with_its_table_and_curves(tmp_path: Path) -> None:
     )
     subprocess.run([*common, f"--screenshot={picture}", page.as_uri()], capture_output=True, timeout=60, check=True)
 
-    assert dump.stdout.count("<svg") == 4
+    assert dump.stdout.count("<svg") == page.read_text().count("<svg") >= 4
     assert "ist (seed 2)" in dump.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 50_000  # a blank page of this size has about 10 kB
