@@ -135,10 +135,13 @@ class Runs:
         return found[key]
 
 
-def accuracy(runs: Runs, label: str, contender: Contender, grid: Sequence[float], seeds: Sequence[int]) -> Any:
+def accuracy(
+    runs: Runs, label: str, contenders: Mapping[str, Contender], grid: Sequence[float], seeds: Sequence[int]
+) -> Any:
     """Tune a contender, and train its best setting with every seed."""
-    other, like = (contender.tuned_as, CONTENDERS[contender.tuned_as]) if contender.tuned_as else (label, contender)
-    tuned = {rate: runs.get(other, like, rate, seeds[0], "tune", None)["accuracy"] for rate in grid}
+    contender = contenders[label]
+    tuned_as = contender.tuned_as or label
+    tuned = {rate: runs.get(tuned_as, contenders[tuned_as], rate, seeds[0], "tune", None)["accuracy"] for rate in grid}
     best = max(tuned, key=lambda rate: tuned[rate])
     finals = [runs.get(label, contender, best, seed, "train", None)["accuracy"] for seed in seeds]
     return {
@@ -194,7 +197,7 @@ def main() -> None:
     runs = Runs(name)
     grid, seeds = (GRID[1:2], SEEDS[:1]) if given.quick else (GRID, SEEDS)
     contenders = {label: replace(CONTENDERS[label], epochs=1) if given.quick else CONTENDERS[label] for label in chosen}
-    found = {label: accuracy(runs, label, contender, grid, seeds) for label, contender in contenders.items()}
+    found = {label: accuracy(runs, label, contenders, grid, seeds) for label in contenders}
     for label, contender in contenders.items():
         found[label] |= runs.get(label, contender, found[label]["rate"], seeds[0], "lab", given.link)
     draw(found, name)
