@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from ist._version import VERSION
+from ist.cli_theory import theory
 from ist.config import FROM_PYTHON, num_processes
 from ist.config_file import config_for_method, describe_keys, load_config, with_methods
 from ist.errors import ConfigError, DataError, InterruptedRunError, ISTError, ModelError
@@ -239,6 +240,9 @@ def plan(
         from ist.report.plan_page import write_plan_page
 
         typer.echo(f"report: {write_plan_page(found, page)}", err=True)
+
+
+app.command()(theory)
 
 
 @app.command()

@@ -30,7 +30,7 @@ LAYERS = [
     ["ist.config_file", "ist.registry", "ist.storage"],
     ["ist.data", "ist.models"],
     ["ist.data.idx", "ist.data.nested", "ist.models.mlp", "ist.losses", "ist.attention", "ist.blocks"],
-    ["ist.data.digits", "ist.data.fashion_mnist", "ist.data.text", "ist.data.batches"],
+    ["ist.data.digits", "ist.data.fashion_mnist", "ist.data.text", "ist.data.batches", "ist.data.crime"],
     ["ist.groups"],
     ["ist.groups.labels", "ist.groups.sizes"],
     ["ist.groups.parameters"],
@@ -68,7 +68,20 @@ LAYERS = [
     ["ist.report", "ist.report.table", "ist.report.plots", "ist.api"],
     ["ist.report.page"],
     ["ist.report.plan_page"],
-    ["ist"],
+    ["ist.theory"],
+    ["ist.theory.kernels", "ist.theory.masks", "ist.theory.bounds", "ist.theory.published", "ist.theory.dtypes"],
+    ["ist.theory.problem", "ist.theory.statistics", "ist.theory.quadratic"],
+    ["ist.theory.algorithm", "ist.theory.experiment"],
+    ["ist.theory.practice", "ist.theory.experiments"],
+    ["ist.theory.experiments.maps"],
+    ["ist.theory.experiments.figure2b", "ist.theory.experiments.figure2c"],
+    [
+        f"ist.theory.experiments.{name}"
+        for name in ("figure2a", "calibrate", "rates", "floors", "kernels", "relatives", "bias", "system")
+    ],
+    ["ist.theory.runner"],
+    ["ist.report.theory_page"],
+    ["ist", "ist.cli_theory"],
     ["ist.cli"],
     ["ist.__main__"],
 ]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 
 DATASETS = {
+    "crime": "ist.data.crime:crime",
     "digits": "ist.data.digits:digits",
     "fashion_mnist": "ist.data.fashion_mnist:fashion_mnist",
     "text": "ist.data.text:text",

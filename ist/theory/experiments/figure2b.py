@@ -1,0 +1,98 @@
+"""[MRN] figure 2b: the final error over the number of subnetworks p and the probability xi, Bernoulli masks."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from ist.theory.algorithm import Run, train
+from ist.theory.dtypes import DTYPES
+from ist.theory.experiment import DataSettings, Point, Row, Section, grid_of, mean_by
+from ist.theory.experiments.maps import map_table, side_by_side
+from ist.theory.masks import Law
+from ist.theory.published import FIGURE_2B, XI
+from ist.theory.statistics import rank_correlations, typical_ratio
+
+QUICK: Mapping[str, Any] = {
+    "samples": 30,
+    "m": 300,
+    "K": 60,
+    "tail": 20,
+    "seeds": 1,
+    "p": (1, 4, 10),
+    "xi": (0.1, 0.5, 1.0),
+}
+
+
+class Settings(DataSettings):
+    """Knobs of figure 2b."""
+
+    m: int = Field(4000, ge=1, description="hidden neurons")
+    p: tuple[int, ...] = Field(tuple(range(1, 11)), min_length=2, description="numbers of subnetworks")
+    xi: tuple[float, ...] = Field(XI, min_length=2, description="probabilities that a subnetwork holds a neuron")
+    tau: int = Field(1, ge=1, description="local steps")
+    K: int = Field(200, ge=2, description="rounds")
+    eta: float = Field(0.022, gt=0, description="step size")
+    kappa: float = Field(1.0, gt=0, description="deviation of the initial weights")
+    tail: int = Field(50, ge=1, description="last rounds over which the error is averaged")
+    seeds: int = Field(2, ge=1)
+    dtype: Literal["float64", "float32"] = "float64"
+
+
+def points(settings: Settings) -> Sequence[Point]:
+    """A point for each cell and seed."""
+    cells = [(p, xi) for p in settings.p for xi in settings.xi]
+    for p, xi in cells:
+        Law(settings.m, p, xi)
+    return [{"p": p, "xi": xi, "seed": seed} for p, xi in cells for seed in range(settings.seeds)]
+
+
+def measure(settings: Settings, point: Point) -> Sequence[Row]:
+    """The error at the end: of the last network, and averaged over the last ones."""
+    law = Law(settings.m, point["p"], point["xi"])
+    run = Run(law, settings.tau, settings.K, settings.eta, settings.kappa, point["seed"])
+    errors = train(settings.problem(), [run], dtype=DTYPES[settings.dtype]).errors[0]
+    return [{**point, "last_error": float(errors[-1]), "error": float(errors[-settings.tail :].mean())}]
+
+
+def section(settings: Settings, rows: Sequence[Row]) -> Section:
+    """Our map, the published one, and how alike they are."""
+    ours = grid_of(mean_by(rows, ("p", "xi"), "error"), settings.p, settings.xi)
+    maps = [(f"ours, m = {settings.m}, τ = {settings.tau}, η = {settings.eta:g}", ours)]
+    found = [
+        f"From p = {settings.p[0]} to p = {settings.p[-1]} the error falls in {np.mean(ours[-1] < ours[0]):.0%} of "
+        f"the columns, and from ξ = {settings.xi[0]:g} to ξ = {settings.xi[-1]:g} in "
+        f"{np.mean(ours[:, -1] < ours[:, 0]):.0%} of the rows.",
+    ]
+    theirs = published(settings.p, settings.xi)
+    if theirs is not None:
+        maps.append(("published", theirs))
+        alike = rank_correlations(ours, theirs)
+        found += [
+            f"Spearman's rank correlation with the published map: {alike.rows:.2f} along ξ (mean of the rows), "
+            f"{alike.columns:.2f} along p (mean of the columns), {alike.whole:.2f} over all cells; values typically "
+            f"differ by a factor of {typical_ratio(ours, theirs):.2f}. The column ξ = 1 is plain gradient descent, "
+            "whatever p: it has no order to agree in but noise, in the published map too.",
+        ]
+    return Section(
+        title="Figure 2b: more subnetworks, and larger ones, end lower",
+        claim="With Bernoulli masks the final error falls with the number p of subnetworks and with the probability "
+        "ξ that a subnetwork holds a neuron (Theorem 3: error floor and rate).",
+        method=f"{settings.samples} rows, columns {settings.scaling}, rows scaled to norm 1, K = {settings.K} rounds, "
+        f"κ = {settings.kappa:g}; each cell is the mean squared error of the whole network, averaged over the last "
+        f"{settings.tail} rounds and {settings.seeds} seed(s). Step size, τ and preprocessing are not published: see "
+        "'Which settings reproduce the maps'.",
+        found=found,
+        figures={
+            "figure2b": (side_by_side(maps, settings.p, settings.xi, "probability ξ"), "Final error, ours and theirs.")
+        },
+        tables={"Our values": map_table(ours, settings.p, settings.xi, "ξ")},
+    )
+
+
+def published(p: Sequence[int], xi: Sequence[float]) -> Any:
+    """Return the published values of the cells; None if one is not among the published ones."""
+    if not (set(p) <= set(range(1, 11)) and set(xi) <= set(XI)):
+        return None
+    return np.array([[FIGURE_2B[row - 1][XI.index(column)] for column in xi] for row in p])

@@ -1,0 +1,150 @@
+"""Theorem 3 and Theorem 7: how fast the error falls, against the rates that are proved."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from pydantic import Field
+
+from ist.theory import bounds
+from ist.theory.algorithm import Run, train
+from ist.theory.experiment import Point, Row, Section, Table
+from ist.theory.experiment import Settings as Base
+from ist.theory.kernels import infinite_ntk, least_eigenvalue
+from ist.theory.masks import Law
+from ist.theory.problem import Problem, sphere
+from ist.theory.statistics import exponent
+
+QUICK: Mapping[str, Any] = {"m": 800, "seeds": 4, "p": (1, 4), "xi": (0.2, 0.8), "tau": (1, 4)}
+
+
+class Settings(Base):
+    """Knobs of the rates' experiment, on inputs drawn from the sphere."""
+
+    n: int = Field(10, ge=2, description="samples")
+    d: int = Field(40, ge=2, description="inputs")
+    m: int = Field(4096, ge=1, description="hidden neurons")
+    p: tuple[int, ...] = (1, 2, 4, 8)
+    xi: tuple[float, ...] = (0.1, 0.3, 0.5, 0.9)
+    tau: tuple[int, ...] = (1, 2, 4)
+    eta: float = Field(0.02, gt=0, description="step size")
+    until: float = Field(0.3, gt=0, lt=1, description="the rate is that down to this share of the first error")
+    seeds: int = Field(8, ge=2)
+
+
+def points(settings: Settings) -> Sequence[Point]:
+    """A point for each setting: Bernoulli by p, xi, tau, and categorical by p, tau."""
+    bernoulli = [(p, xi, tau) for p in settings.p for xi in settings.xi for tau in settings.tau]
+    categorical = [(p, 0.0, tau) for p in settings.p for tau in settings.tau]
+    for p, xi, _ in [*bernoulli, *categorical]:
+        Law(settings.m, p, xi or None)
+    return [{"p": p, "xi": xi, "tau": tau} for p, xi, tau in [*bernoulli, *categorical]]
+
+
+def measure(settings: Settings, point: Point) -> Sequence[Row]:
+    """The measured rate of each seed: the mean fall of the log error a round, while it is above `until`."""
+    problem = sphere(settings.n, settings.d)
+    law = Law(settings.m, point["p"], point["xi"] or None)
+    lambda_0 = least_eigenvalue(infinite_ntk(problem.inputs, law.probability))
+    # Twice the rounds that the slowest part of the linearised error needs.
+    slowest = 2 * settings.eta * law.theta * point["tau"] * lambda_0
+    rounds = int(np.clip(-2 * np.log(settings.until) / slowest, 20, 20_000))
+    runs = [Run(law, point["tau"], rounds, settings.eta, seed=seed) for seed in range(settings.seeds)]
+    errors = train(problem, runs).errors
+    mean = errors.mean(dim=0)
+    below = (mean < settings.until * mean[0]).nonzero()
+    last = int(below[0]) if len(below) else rounds
+    falls = -torch.log(errors[:, last] / errors[:, 0]) / last
+    return [{**point, "seed": seed, "rounds": last, "fall": float(fall)} for seed, fall in enumerate(falls)]
+
+
+def section(settings: Settings, rows: Sequence[Row]) -> Section:
+    """Measured against proved rates."""
+    problem = sphere(settings.n, settings.d)
+    measured = []
+    for point in points(settings):
+        falls = [row["fall"] for row in rows if all(row[key] == point[key] for key in point)]
+        setting = _setting(settings, problem, point)
+        rate = bounds.bernoulli_rate(setting) if point["xi"] else bounds.categorical_rate(setting)
+        measured.append(_Measured(point, setting, float(-np.log(rate)), falls))
+    bernoulli = [one for one in measured if one.point["xi"]]
+    fit = exponent(
+        [s.step_size * s.theta * s.local_steps * s.lambda_0 for s in (one.setting for one in bernoulli)],
+        [one.falls for one in bernoulli],
+    )
+    slower = sum(one.looseness < 1 for one in measured)
+    return Section(
+        title="Theorem 3 and Theorem 7: rates",
+        claim="The expected squared error falls, down to a floor, by a factor of 1 − ηθτλ₀/4 a round with Bernoulli "
+        "masks (θ = 1 − (1 − ξ)^p; Theorem 3), and of 1/2 + (1 − ηλ₀/2)^τ/2 with categorical ones (Theorem 7).",
+        method=f"n = {settings.n} inputs on the sphere of d = {settings.d} dimensions, m = {settings.m}, η = "
+        f"{settings.eta:g}, {settings.seeds} seeds; the rate is the mean fall of the log error down to "
+        f"{settings.until:.0%} of the first one.",
+        found=[
+            f"Bernoulli: −log(rate) grows as ηθτλ₀ to the power of {fit} (95 % interval); proved is 1.",
+            f"Measured falls are {min(one.looseness for one in measured):.1f} to "
+            f"{max(one.looseness for one in measured):.1f} times as fast as proved ({slower} of {len(measured)} "
+            "settings are slower). A factor of 8 is the price of the proof, which keeps a quarter of ηθτλ₀: the "
+            "squared error of the slowest direction of the linearised dynamics falls by 2ηθτλ₀. What is above 8 is "
+            "due to all other directions, which fall faster than the slowest.",
+        ],
+        figures={"rates": (_drawn(settings, measured), "Measured against proved rates; bars: two standard errors.")},
+        tables={
+            "Factors of a round": Table(
+                ("masks", "p", "τ", "proved", "measured", "times faster"), [one.line() for one in measured]
+            )
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """The falls of a setting's seeds, beside the one that is proved; all of the log error, a round."""
+
+    point: Point
+    setting: bounds.Setting
+    proved: float
+    falls: list[float]
+
+    @property
+    def looseness(self) -> float:
+        return float(np.mean(self.falls)) / self.proved
+
+    def line(self) -> tuple[str, ...]:
+        masks = f"Bernoulli, ξ = {self.point['xi']:g}" if self.point["xi"] else "categorical"
+        factors = (f"{np.exp(-self.proved):.6f}", f"{np.exp(-np.mean(self.falls)):.6f}")
+        return (masks, str(self.point["p"]), str(self.point["tau"]), *factors, f"{self.looseness:.1f}")
+
+
+def _drawn(settings: Settings, measured: Sequence[_Measured]) -> Figure:
+    figure = Figure(figsize=(10.5, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for one in measured:
+        axes.errorbar(
+            one.proved, float(np.mean(one.falls)), yerr=2 * float(np.std(one.falls)) / len(one.falls) ** 0.5,
+            marker="o" if one.point["xi"] else "s", color=f"C{settings.p.index(one.point['p'])}",
+            markersize=4, capsize=2,
+        )  # fmt: skip
+    reach = np.array([min(one.proved for one in measured), max(one.proved for one in measured)])
+    axes.plot(reach, reach, "k--", label="proved: at least this fast")
+    axes.plot(reach, 8 * reach, "k:", label="8 × proved: 2ηθτλ₀, the linearised dynamics of the slowest direction")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("−log of the proved factor of a round")
+    axes.set_ylabel("−log of the measured one")
+    for number, p in enumerate(settings.p):
+        axes.plot([], [], color=f"C{number}", marker="o", linestyle="", label=f"p = {p} (squares: categorical)")
+    axes.legend(fontsize=7)
+    axes.grid(visible=True, alpha=0.3)
+    return figure
+
+
+def _setting(settings: Settings, problem: Problem, point: Point) -> bounds.Setting:
+    law = Law(settings.m, point["p"], point["xi"] or None)
+    return bounds.Setting(
+        settings.n, settings.d, settings.m, point["p"], point["tau"], law.probability, law.theta, settings.eta,
+        least_eigenvalue(infinite_ntk(problem.inputs, law.probability)),
+    )  # fmt: skip

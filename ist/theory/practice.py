@@ -1,0 +1,105 @@
+"""The analysed network as a real one, trained by the real system.
+
+Where it sits: beside `ist/api.py`, as a user's program would. Not here: Algorithm 1.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from ist import api
+from ist.config_method import Partition
+from ist.groups import Group
+from ist.partition import assign
+from ist.theory.algorithm import Run, initial_weights, signs
+from ist.theory.masks import Draw, Law, Mask
+from ist.theory.problem import Problem
+
+
+class Perceptron(nn.Module):
+    """f(W, x) = (1/sqrt m) sum_r a_r relu(<w_r, x>): a hidden layer that is trained, and signs that are not.
+
+    Args:
+        weights: W, (m, d).
+        signs: a, (m,).
+    """
+
+    def __init__(self, weights: Tensor, signs: Tensor) -> None:
+        super().__init__()
+        width, inputs = weights.shape
+        self.hidden = nn.Linear(inputs, width, bias=False, dtype=weights.dtype)
+        self.output = nn.Linear(width, 1, bias=False, dtype=weights.dtype).requires_grad_(False)
+        with torch.no_grad():
+            self.hidden.weight.copy_(weights)
+            self.output.weight.copy_(signs / math.sqrt(width))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return predictions (..., n) of inputs (..., n, d)."""
+        predicted: Tensor = self.output(torch.relu(self.hidden(inputs))).squeeze(-1)
+        return predicted
+
+
+def half_squared_error(predicted: Tensor, targets: Tensor) -> Tensor:
+    """Return 0.5 ||y - f||^2, the loss of the theory: a sum over the samples."""
+    return (predicted - targets).square().sum() / 2
+
+
+def system_partition(law: Law) -> Partition:
+    """Return the partition of the real system whose masks have the same law."""
+    return Partition(strategy="categorical") if law.xi is None else Partition(strategy="bernoulli", keep=law.xi)
+
+
+def system_masks(law: Law, seed: int) -> Draw:
+    """Return what draws the masks that the real system draws with a seed."""
+    groups = [Group("hidden", law.width, ())]
+
+    def draw(_: int, round_number: int) -> Mask:
+        mask = np.zeros((law.subnetworks, law.width), dtype=np.bool_)
+        shares = assign(groups, law.subnetworks, seed, round_number, system_partition(law))
+        for row, (neurons,) in zip(mask, shares, strict=True):
+            row[neurons] = True
+        return mask
+
+    return draw
+
+
+def train_with_system(problem: Problem, run: Run, folder: Path) -> Tensor:
+    """Train the network of a run by real IST with p workers in this process; every worker has all samples.
+
+    Args:
+        problem: What to learn.
+        run: Initial weights, number of steps and their size; masks are those of `system_masks(run.law, run.seed)`.
+        folder: Where the run is kept.
+
+    Returns:
+        The trained W, (m, d).
+
+    Raises:
+        ConfigError, ModelError: As `ist.train`.
+    """
+    workers = run.law.subnetworks
+    model = Perceptron(initial_weights(run, problem.inputs.shape[1]), signs(run))
+    # A sample is the whole data set, so that a shard of one sample is a full batch.
+    data = TensorDataset(problem.inputs.repeat(workers, 1, 1), problem.targets.repeat(workers, 1))
+    api.train(
+        model,
+        data,
+        loss=half_squared_error,
+        workers=workers,
+        local_steps=run.local_steps,
+        rounds=run.rounds,
+        batch_size=1,
+        optimizer_args={"lr": run.step_size},
+        pool="inline",
+        run_dir=folder / "run",
+        seed=run.seed,
+        progress=False,
+        partition=system_partition(run.law).model_dump(exclude_defaults=True),
+        train_options={"activation_scale": "none"},
+        checkpoint_options={"every": run.rounds},
+    )
+    return model.hidden.weight.detach()

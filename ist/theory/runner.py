@@ -1,0 +1,255 @@
+"""Measure the points of experiments, in several processes, and keep what was measured.
+
+Each finished point is a line of OUT/<experiment>.jsonl, under a first line with the settings: a run that was cut off
+goes on where it was. CSV files and pictures are made of it in the end.
+"""
+
+import csv
+import importlib
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ist.errors import ConfigError, ISTError, RunFolderError
+from ist.theory.experiment import Experiment, Point, Row, Section
+
+EXPERIMENTS = (
+    "figure2a", "figure2b", "figure2c", "calibrate", "rates", "floors", "kernels", "relatives", "bias", "system",
+)  # fmt: skip
+"""In the order of the page."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """An experiment that was measured."""
+
+    name: str
+    settings: Mapping[str, Any]
+    section: Section
+
+
+def experiment(name: str) -> Experiment:
+    """Return an experiment.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
+    if name not in EXPERIMENTS:
+        raise ConfigError(f"'{name}' is no experiment: known are {', '.join(EXPERIMENTS)}, and 'all'")
+    module: Experiment = importlib.import_module(f"ist.theory.experiments.{name}")
+    return module
+
+
+def make_settings(name: str, quick: bool, data: str | None, assignments: Sequence[str]) -> Any:
+    """Return an experiment's settings.
+
+    Args:
+        name: The experiment.
+        quick: Begin with its quick settings.
+        data: Where the data set is; experiments without one ignore it.
+        assignments: 'key=value', values as in YAML.
+
+    Raises:
+        ConfigError: A key is unknown or a value impossible.
+    """
+    module = experiment(name)
+    values: dict[str, Any] = dict(module.QUICK) if quick else {}
+    if data is not None and "data" in module.Settings.model_fields:
+        values["data"] = data
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set '{assignment}': expected KEY=VALUE")
+        if key not in module.Settings.model_fields:
+            raise ConfigError(f"--set '{assignment}': {name} has {', '.join(module.Settings.model_fields)}")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set '{assignment}': the value is no YAML") from error
+    try:
+        return module.Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{name}: '{where}' is {first['input']!r}: {first['msg']}") from error
+
+
+def run_experiments(
+    chosen: Mapping[str, Any], out: Path, processes: int, fresh: bool, console: Console
+) -> Iterator[Done]:
+    """Measure what is not measured yet, write CSV files, and describe what was found.
+
+    Args:
+        chosen: Settings by experiment.
+        out: Where files go.
+        processes: How many points are measured at once, each in a process of its own; 1: in this one.
+        fresh: Measure again what was measured before.
+        console: Where progress is shown.
+
+    Yields:
+        Each experiment when it is done.
+
+    Raises:
+        ConfigError: Settings are impossible, or `out` holds measurements with others.
+        ISTError: A point could not be measured.
+    """
+    points = {name: experiment(name).points(settings) for name, settings in chosen.items()}
+    for name, settings in chosen.items():
+        if "data" in type(settings).model_fields:
+            _check_data(name, settings)
+    ready = {
+        name: (experiment(name), settings, _Store(out, name, settings, fresh)) for name, settings in chosen.items()
+    }
+    with _pool(processes) as pool, _progress(console) as progress:
+        for name, (module, settings, store) in ready.items():
+            rows = _measured(name, settings, points[name], store, pool, progress)
+            _write_csv(out / f"{name}.csv", rows)
+            yield Done(name, settings.model_dump(mode="json"), module.section(settings, rows))
+
+
+def _check_data(name: str, settings: Any) -> None:
+    """Load an experiment's data before any process is started."""
+    from ist.theory.problem import load_problem
+
+    try:
+        for scaling in getattr(settings, "scalings", None) or [settings.scaling]:
+            load_problem(settings.data, settings.samples, scaling)
+    except ISTError as error:
+        raise type(error)(f"{name}: {error}. Or draw inputs from the sphere: --data sphere") from error
+
+
+class _Store:
+    """What was measured of an experiment: a file that grows by a line for each point."""
+
+    def __init__(self, out: Path, name: str, settings: Any, fresh: bool) -> None:
+        self._path = out / f"{name}.jsonl"
+        self._out = out
+        self._head = {"experiment": name, "settings": settings.model_dump(mode="json")}
+        self.rows: dict[str, list[Row]] = {}
+        lines = [] if fresh or not self._path.exists() else self._path.read_text().splitlines()
+        for number, line in enumerate(lines):
+            try:
+                found = json.loads(line)
+            except json.JSONDecodeError:
+                break  # cut off while it was written
+            if number == 0:
+                self._check(found)
+            else:
+                self.rows[found["point"]] = found["rows"]
+        self._begin()
+
+    def add(self, point: Point, rows: Sequence[Row]) -> None:
+        """Keep a point."""
+        self.rows[key_of(point)] = list(rows)
+        with self._path.open("a") as file:
+            file.write(json.dumps({"point": key_of(point), "rows": rows}) + "\n")
+
+    def _check(self, head: Any) -> None:
+        if head != self._head:
+            before, now = head.get("settings", {}), self._head["settings"]
+            keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            raise ConfigError(
+                f"{self._path} was measured with other settings ({', '.join(keys)}): give another --out, or --fresh to "
+                "measure anew"
+            )
+
+    def _begin(self) -> None:
+        lines = [self._head, *({"point": point, "rows": rows} for point, rows in self.rows.items())]
+        try:
+            self._out.mkdir(parents=True, exist_ok=True)
+            self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        except OSError as error:
+            raise RunFolderError(f"{self._path}: cannot be written: {error}") from error
+
+
+def key_of(point: Point) -> str:
+    """Return a point as a line of text."""
+    return json.dumps(dict(point), sort_keys=True)
+
+
+def _measured(
+    name: str, settings: Any, points: Sequence[Point], store: _Store, pool: Executor | None, progress: Progress
+) -> list[Row]:
+    """Measure the points that are missing; return all rows in the order of the points."""
+    bar = progress.add_task(name, total=len(points))
+    missing = [point for point in points if key_of(point) not in store.rows]
+    progress.advance(bar, len(points) - len(missing))
+    for point, rows in _results(name, settings, missing, pool):
+        store.add(point, rows)
+        progress.advance(bar)
+    return [row for point in points for row in store.rows[key_of(point)]]
+
+
+def _results(
+    name: str, settings: Any, points: Sequence[Point], pool: Executor | None
+) -> Iterator[tuple[Point, list[Row]]]:
+    """Measure points and yield each when it is done."""
+    if pool is None:
+        for point in points:
+            yield point, _measure(name, settings, point)
+        return
+    futures = {pool.submit(_measure, name, settings, point): point for point in points}
+    try:
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    except BrokenProcessPool as error:
+        raise ISTError(f"{name}: a process that measured was killed; run the same command again to go on") from error
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _measure(name: str, settings: Any, point: Point) -> list[Row]:
+    return list(experiment(name).measure(settings, point))
+
+
+@contextmanager
+def _pool(processes: int) -> Iterator[Executor | None]:
+    if processes == 1:
+        yield None
+        return
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_one_thread)
+    try:
+        yield pool
+    except BaseException:  # an interrupt does not wait for points that are long
+        for process in list((getattr(pool, "_processes", None) or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:>10}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TimeRemainingColumn(), console=console,
+    )  # fmt: skip
+
+
+def default_processes() -> int:
+    """Return how many processes this machine has cores for."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)

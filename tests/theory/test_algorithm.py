@@ -1,0 +1,148 @@
+"""Algorithm 1: against a plain loop, against finite differences, and its special cases."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ist.errors import ConfigError, DivergedError
+from ist.theory.algorithm import Basis, Run, initial_weights, signs, train
+from ist.theory.masks import Law
+from ist.theory.problem import Problem, sphere
+from tests.theory import loop
+
+PROBLEM = sphere(6, 9)
+
+
+def run(xi: float | None = 0.5, p: int = 3, tau: int = 2, rounds: int = 4, m: int = 14, **more: Any) -> Run:
+    return Run(Law(m, p, xi), tau, rounds, more.pop("eta", 0.3), **more)
+
+
+def by_loop(problem: Problem, one: Run) -> tuple[Any, list[float]]:
+    masks = [one.mask(k).numpy().astype(np.float64) for k in range(one.rounds)]
+    start = initial_weights(one, problem.inputs.shape[1]).numpy()
+    return loop.algorithm_1(
+        start, signs(one).numpy(), masks, problem.inputs.numpy(), problem.targets.numpy(), one.local_steps,
+        one.step_size, one.law.probability,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("basis", ["coefficients", "weights"])
+@pytest.mark.parametrize("tau", [1, 3])
+@pytest.mark.parametrize(("xi", "p"), [(None, 1), (None, 3), (0.2, 1), (0.5, 4), (1.0, 2)])
+def test_it_is_the_plain_loop(basis: Basis, tau: int, xi: float | None, p: int) -> None:
+    one = run(xi, p, tau)
+
+    trace = train(PROBLEM, [one], basis)
+    weights, errors = by_loop(PROBLEM, one)
+
+    np.testing.assert_allclose(trace.weights[0].numpy(), weights, rtol=0, atol=1e-13)
+    np.testing.assert_allclose(trace.errors[0].numpy(), errors, rtol=1e-12)
+
+
+def test_gradients_of_the_loop_are_finite_differences() -> None:
+    one = run()
+    inputs, targets = PROBLEM.inputs.numpy(), PROBLEM.targets.numpy()
+    weights, a, mask = initial_weights(one, 9).numpy(), signs(one).numpy(), one.mask(0)[0].numpy().astype(float)
+
+    def loss(w: Any) -> float:
+        return 0.5 * float(np.sum((targets - loop.predict(w, a, mask, inputs)) ** 2))
+
+    found = loop.gradient(weights, a, mask, inputs, targets)
+
+    for r, j in [(0, 0), (3, 5), (13, 8)]:
+        up, down = weights.copy(), weights.copy()
+        up[r, j] += 1e-6
+        down[r, j] -= 1e-6
+        assert found[r, j] == pytest.approx((loss(up) - loss(down)) / 2e-6, abs=1e-7)
+
+
+def test_runs_side_by_side_are_the_runs_alone() -> None:
+    runs = [run(xi, seed=seed, eta=eta) for seed, (xi, eta) in enumerate([(0.1, 0.1), (0.5, 0.3), (0.9, 0.2)])]
+
+    together = train(PROBLEM, runs, local_errors=True)
+    alone = [train(PROBLEM, [one], local_errors=True) for one in runs]
+
+    assert together.local_errors is not None
+    assert together.local_errors.shape == (3, 4, 3)
+    for number, one in enumerate(alone):
+        assert one.local_errors is not None
+        torch.testing.assert_close(together.errors[number], one.errors[0], rtol=1e-12, atol=0)
+        torch.testing.assert_close(together.local_errors[number], one.local_errors[0], rtol=1e-12, atol=0)
+        torch.testing.assert_close(together.weights[number], one.weights[0], rtol=0, atol=1e-13)
+
+
+def test_one_whole_subnetwork_is_gradient_descent_bit_for_bit() -> None:
+    """Against autograd; local steps make no difference to gradient descent but how many there are."""
+    problem = sphere(20, 30)
+    for tau, rounds in ((1, 20), (5, 4)):
+        one = run(1.0, 1, tau, rounds, m=200, eta=0.1)
+        weights = initial_weights(one, 30).requires_grad_()
+        output = (signs(one) / math.sqrt(200))[None]
+        for _ in range(20):
+            loss = 0.5 * (output @ torch.relu(weights @ problem.inputs.T) - problem.targets).square().sum()
+            (slope,) = torch.autograd.grad(loss, weights)
+            weights = (weights - 0.1 * slope).detach().requires_grad_()
+
+        assert torch.equal(train(problem, [one], "weights").weights[0], weights)
+
+
+def test_dropout_is_one_subnetwork_and_one_step() -> None:
+    """Against autograd through a network whose hidden values are dropped, and not scaled up."""
+    problem = sphere(20, 30)
+    one = run(0.5, 1, 1, 10, m=100, eta=0.1)
+    weights = initial_weights(one, 30).requires_grad_()
+    for k in range(10):
+        kept = one.mask(k)[0].double()
+        hidden = torch.relu(problem.inputs @ weights.T) * kept
+        loss = 0.5 * (hidden @ signs(one) / 10 - problem.targets).square().sum()
+        (slope,) = torch.autograd.grad(loss, weights)
+        weights = (weights - 0.1 * slope).detach().requires_grad_()
+
+    torch.testing.assert_close(train(problem, [one]).weights[0], weights.detach(), rtol=0, atol=1e-13)
+
+
+def test_a_neuron_that_nobody_holds_stays() -> None:
+    one = run(0.1, 2, 3, 1, m=50)
+    held = one.mask(0).any(dim=0)
+
+    moved = (train(PROBLEM, [one], "weights").weights[0] != initial_weights(one, 9)).any(dim=1)
+
+    assert 0 < held.sum() < 50
+    assert not moved[~held].any()
+
+
+def test_float32_is_near_float64() -> None:
+    one = run(m=300, rounds=50)
+
+    torch.testing.assert_close(
+        train(PROBLEM, [one], dtype=torch.float32).errors.double(), train(PROBLEM, [one]).errors, rtol=1e-3, atol=1e-6
+    )
+
+
+def test_the_expectation_of_a_masked_network_is_the_scaled_one() -> None:
+    """Why predictions are scaled by xi: the mean of f^l over masks is u."""
+    one = run(0.3, 4000, 1, 1, m=4000)
+    mask = one.mask(0).double()
+    hidden = torch.relu(PROBLEM.inputs @ initial_weights(one, 9).T) * signs(one) / math.sqrt(4000)
+
+    torch.testing.assert_close((hidden @ mask.T).mean(dim=1), 0.3 * hidden.sum(dim=1), rtol=0, atol=0.05)
+
+
+def test_what_is_impossible_is_named() -> None:
+    for make, words in [
+        (lambda: Law(10, 2, 0.0), "'xi' is 0.0"),
+        (lambda: Law(10, 2, 1.5), "'xi' is 1.5"),
+        (lambda: Law(3, 4, None), "'m' is 3, fewer neurons than the 4"),
+        (lambda: Law(3, 0, None), "'p' is 0"),
+        (lambda: run(tau=0), "'tau' is 0"),
+        (lambda: run(eta=-1.0), "'eta' is -1.0"),
+        (lambda: train(PROBLEM, [run(tau=1), run(tau=2)]), "must agree"),
+        (lambda: train(PROBLEM, [run()], watch=lambda *_: None), "basis 'weights' only"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            make()
+    with pytest.raises(DivergedError, match="the step size eta=50 is too large"):
+        train(PROBLEM, [run(rounds=100, eta=50.0)])

@@ -1,0 +1,142 @@
+"""`ist theory`: files, resumption, knobs, errors, and that the real system is Algorithm 1."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from ist.cli import app
+from ist.errors import ConfigError, DataError
+from ist.theory import runner
+from ist.theory.algorithm import Run, train
+from ist.theory.experiments import figure2b, figure2c
+from ist.theory.masks import Law
+from ist.theory.practice import system_masks, train_with_system
+from ist.theory.problem import sphere
+from tests.conftest import Run as Command
+from tests.theory.test_quantities import write_crime
+
+QUIET = Console(quiet=True)
+
+
+@pytest.mark.parametrize(("xi", "tau"), [(None, 1), (None, 4), (0.5, 4)])
+def test_the_system_is_algorithm_1(tmp_path: Path, xi: float | None, tau: int) -> None:
+    problem = sphere(8, 12)
+    law = Law(40, 3, xi)
+    run = Run(law, tau, 5, 0.2, seed=7, draw=system_masks(law, 7))
+
+    theory = train(problem, [run], "weights").weights[0]
+    system = train_with_system(problem, run, tmp_path)
+
+    torch.testing.assert_close(system, theory, rtol=0, atol=1e-14)
+    assert not torch.equal(theory, train(problem, [Run(law, tau, 5, 0.2, seed=7)], "weights").weights[0])  # other masks
+
+
+@pytest.mark.parametrize("name", runner.EXPERIMENTS)
+def test_every_experiment_measures_and_describes(name: str, tmp_path: Path) -> None:
+    write_crime(tmp_path / "crime.csv", 60)
+    module = runner.experiment(name)
+    settings = runner.make_settings(name, True, str(tmp_path), TINY.get(name, []))
+
+    points = module.points(settings)
+    rows = [row for point in points for row in module.measure(settings, point)]
+    section = module.section(settings, rows)
+
+    assert len({runner.key_of(point) for point in points}) == len(points)
+    assert all(set(row) == set(rows[0]) for row in rows)
+    assert all((section.title, section.claim, section.method, section.found, section.figures, section.tables))
+    for table in section.tables.values():
+        assert all(len(row) == len(table.columns) for row in table.rows)
+
+
+TINY = {
+    "figure2a": ["m=100", "K=4"],
+    "figure2b": ["m=100", "K=20"],
+    "figure2c": ["m=100", "K=20"],
+    "calibrate": ["m=100", "K=8"],
+    "rates": ["m=200", "p=[1,2]", "xi=[0.5]", "until=0.8"],
+    "floors": ["K=30"],
+    "relatives": ["m=100", "steps=20"],
+    "bias": ["rounds=50"],
+}
+
+
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    chosen = {"bias": runner.make_settings("bias", True, None, ["rounds=20"])}
+    list(runner.run_experiments(chosen, tmp_path, 1, False, QUIET))
+    whole = (tmp_path / "bias.jsonl").read_text()
+    lines = whole.splitlines(keepends=True)
+    marked = json.loads(lines[1])
+    marked["rows"][0]["bias"] = 123.0
+    (tmp_path / "bias.jsonl").write_text(lines[0] + json.dumps(marked) + "\n" + lines[2][: len(lines[2]) // 2])
+
+    list(runner.run_experiments(chosen, tmp_path, 1, False, QUIET))
+
+    rows = list(csv.DictReader((tmp_path / "bias.csv").read_text().splitlines()))
+    assert rows[0]["bias"] == "123.0"  # kept, not measured again
+    assert (tmp_path / "bias.jsonl").read_text().splitlines()[2:] == whole.splitlines()[2:]
+
+
+def test_other_settings_do_not_mix(tmp_path: Path) -> None:
+    for number, fresh in ((20, False), (30, True)):
+        chosen = {"bias": runner.make_settings("bias", True, None, [f"rounds={number}"])}
+        list(runner.run_experiments(chosen, tmp_path, 1, fresh, QUIET))
+
+    with pytest.raises(ConfigError, match=r"other settings \(rounds\): give another --out, or --fresh"):
+        list(runner.run_experiments({"bias": runner.make_settings("bias", True, None, [])}, tmp_path, 1, False, QUIET))
+
+
+def test_bad_input_ends_before_anything_is_measured(tmp_path: Path) -> None:
+    for make, kind, words in [
+        (lambda: runner.make_settings("figure9", True, None, []), ConfigError, "no experiment: known are figure2a"),
+        (lambda: runner.make_settings("bias", True, None, ["eta"]), ConfigError, "expected KEY=VALUE"),
+        (lambda: runner.make_settings("bias", True, None, ["eta=1"]), ConfigError, "bias has n, d, step_sizes"),
+        (lambda: runner.make_settings("figure2b", True, None, ["m=-1"]), ConfigError, "figure2b: 'm' is -1"),
+        (lambda: _run("figure2b", tmp_path, ["xi=[0.0,0.5]"]), ConfigError, "'xi' is 0.0"),
+        (lambda: _run("figure2c", tmp_path, ["m=5"]), ConfigError, "'m' is 5, fewer neurons than the 10"),
+        (lambda: _run("figure2b", tmp_path, [], str(tmp_path / "no.csv")), DataError, "figure2b: .*no such file"),
+        (lambda: _run("bias", tmp_path, ["two=[1,4,3]"]), ConfigError, "not positive definite"),
+    ]:
+        with pytest.raises(kind, match=words):
+            make()
+
+
+def _run(name: str, out: Path, assignments: list[str], data: str = "sphere") -> None:
+    settings = runner.make_settings(name, True, data, assignments)
+    list(runner.run_experiments({name: settings}, out, 1, False, QUIET))
+
+
+def test_published_cells_are_found_by_their_names() -> None:
+    assert figure2b.published((1, 10), (0.1, 1.0)).tolist() == [[0.0545, 0.0161], [0.0433, 0.0163]]
+    assert figure2c.published((2,), (1, 10)).tolist() == [[0.0094, 0.0126]]
+    assert figure2b.published((11,), (0.1,)) is None
+    assert figure2c.published((1,), (20,)) is None
+
+
+@pytest.mark.procs
+def test_the_command_writes_everything(tmp_path: Path, ist_command: Command) -> None:
+    done = ist_command(
+        "theory", "figure2b", "--quick", "--data", "sphere", "--out", tmp_path, "--set", "K=20", "--processes", "1"
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "figure2b: From p = 1 to p = 10" in done.stdout
+    assert f"report: {tmp_path}/theory.html" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "figure2b.jsonl", "figure2b.csv", "figure2b.png", "theory.html",
+    }  # fmt: skip
+    page = (tmp_path / "theory.html").read_text()
+    assert page.count('<img src="data:image/png;base64,') == 1
+    assert "<script" not in page
+    assert "--set &#39;K=20&#39;" in page or "--set 'K=20'" in page
+
+
+def test_knobs_of_all_are_refused() -> None:
+    result = CliRunner().invoke(app, ["theory", "all", "--set", "m=3"])
+
+    assert isinstance(result.exception, ConfigError)
+    assert "name it" in str(result.exception)
