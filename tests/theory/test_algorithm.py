@@ -10,6 +10,7 @@ import torch
 from ist.errors import ConfigError, DivergedError
 from ist.theory.algorithm import Basis, Run, initial_weights, signs, train
 from ist.theory.masks import Law
+from ist.theory.noisy_inputs import train_on_masked_inputs
 from ist.theory.problem import Problem, sphere
 from tests.theory import loop
 
@@ -146,3 +147,22 @@ def test_what_is_impossible_is_named() -> None:
             make()
     with pytest.raises(DivergedError, match="the step size eta=50 is too large"):
         train(PROBLEM, [run(rounds=100, eta=50.0)])
+
+
+def test_masked_inputs_without_variance_are_gradient_descent() -> None:
+    one = run(1.0, 1, 1, 20)
+
+    torch.testing.assert_close(train_on_masked_inputs(PROBLEM, [one], 0.0), train(PROBLEM, [one]).errors)
+
+
+def test_masks_on_the_inputs_leave_an_error_that_grows_with_them() -> None:
+    runs = [run(1.0, 1, 1, 300, m=200, seed=seed) for seed in range(4)]
+
+    left = [float(train_on_masked_inputs(PROBLEM, runs, sigma)[:, -100:].mean()) for sigma in (0.0, 0.1, 0.2)]
+
+    assert left[0] < left[1] / 10
+    assert left[2] / left[1] == pytest.approx(4, rel=0.5)  # proportional to the variance
+    with pytest.raises(ConfigError, match="'sigma' is -1"):
+        train_on_masked_inputs(PROBLEM, runs, -1)
+    with pytest.raises(ConfigError, match="p, tau and xi must be 1"):
+        train_on_masked_inputs(PROBLEM, [run()], 0.1)

@@ -61,6 +61,7 @@ TINY = {
     "rates": ["m=200", "p=[1,2]", "xi=[0.5]", "until=0.8"],
     "floors": ["K=30"],
     "relatives": ["m=100", "steps=20"],
+    "inputs": ["steps=30"],
     "bias": ["rounds=50"],
 }
 
@@ -133,6 +134,13 @@ def test_the_command_writes_everything(tmp_path: Path, ist_command: Command) -> 
     assert page.count('<img src="data:image/png;base64,') == 1
     assert "<script" not in page
     assert "--set &#39;K=20&#39;" in page or "--set 'K=20'" in page
+
+
+def test_knobs_are_explained() -> None:
+    result = CliRunner().invoke(app, ["theory", "figure2b", "--knobs"])
+
+    assert "m=4000  hidden neurons" in result.stdout
+    assert result.exit_code == 0
 
 
 def test_knobs_of_all_are_refused() -> None:

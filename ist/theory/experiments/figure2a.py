@@ -10,6 +10,7 @@ from pydantic import Field
 from ist.theory.algorithm import Run, train
 from ist.theory.experiment import DataSettings, Point, Row, Section, Table
 from ist.theory.masks import Law
+from ist.theory.problem import Scaling
 from ist.theory.published import FIGURE_2A
 
 QUICK: Mapping[str, Any] = {"samples": 40, "m": 400, "seeds": 2}
@@ -18,13 +19,14 @@ QUICK: Mapping[str, Any] = {"samples": 40, "m": 400, "seeds": 2}
 class Settings(DataSettings):
     """Knobs of figure 2a."""
 
+    scaling: Scaling = Field("standardised", description="columns standardised, or as they are")
     m: int = Field(4000, ge=1, description="hidden neurons")
     p: int = Field(10, ge=1, description="subnetworks")
     tau: int = Field(10, ge=1, description="local steps")
     K: int = Field(12, ge=2, description="rounds")
     xi: tuple[float, ...] = Field((0.3, 0.5, 0.8), description="probability that a subnetwork holds a neuron")
-    eta: float = Field(0.01, gt=0, description="step size")
-    kappa: float = Field(1.0, gt=0, description="deviation of the initial weights")
+    eta: float = Field(0.015, gt=0, description="step size")
+    kappa: float = Field(0.8, gt=0, description="deviation of the initial weights")
     seeds: int = Field(5, ge=1)
 
 

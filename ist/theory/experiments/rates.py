@@ -18,7 +18,7 @@ from ist.theory.masks import Law
 from ist.theory.problem import Problem, sphere
 from ist.theory.statistics import exponent
 
-QUICK: Mapping[str, Any] = {"m": 800, "seeds": 4, "p": (1, 4), "xi": (0.2, 0.8), "tau": (1, 4)}
+QUICK: Mapping[str, Any] = {"m": 300, "seeds": 3, "p": (1, 4), "xi": (0.2, 0.8), "tau": (1, 4), "until": 0.6}
 
 
 class Settings(Base):
