@@ -75,6 +75,7 @@ CONTENDERS = {
     "ist int8, 4 rounds": Contender("ist", 36, {"train.local_steps": 1062, **INT8}),
     "diloco, 16 rounds": local("diloco", 59),
     "diloco_int8, 16 rounds": local("diloco_int8", 59),
+    "local_sgd, 12 rounds": local("local_sgd", 118, epochs=12),
     "local_sgd, 16 rounds": local("local_sgd", 118, epochs=16),
     "ist, 8 rounds": Contender("ist", 40, {"train.local_steps": 590}),
     "powersgd, rank 4": Contender("powersgd", 8, {"baseline.powersgd_rank": 4}),
