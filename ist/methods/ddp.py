@@ -68,7 +68,8 @@ class DataParallel:
         dtypes = {parameter.dtype for parameter in self._named.values()}
         if self._exchange.powersgd is not None and len(dtypes) > 1:
             raise ModelError(
-                f"method 'powersgd' needs parameters of one dtype, but the network has {', '.join(map(str, dtypes))}: "
+                "method 'powersgd' needs parameters of one dtype, but the network has "
+                f"{' and '.join(sorted(map(str, dtypes)))}: "
                 "DDP keeps each dtype in a bucket of its own, and PowerSGD hangs over several"
             )
         self._settle_order()

@@ -5,6 +5,7 @@ torchrun --nproc-per-node N tests/methods/program.py OUT
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 
 from ist.checkpoint import write_tensors
 from ist.coordinator import follow_rounds, run_rounds
+from ist.errors import ModelError
 from ist.job import Job, make_job
 from ist.pool.torchrun import is_rank_zero
 from ist.run import Following, open_run
@@ -67,6 +69,39 @@ def build_tied() -> nn.Module:
     return model
 
 
+def build_unused() -> nn.Module:
+    """A layer that the network does not use."""
+    model = build()
+    model.register_parameter("spare", nn.Parameter(torch.zeros(3)))
+    return model
+
+
+class Mixed(nn.Module):
+    """Parameters of two dtypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 24)
+        self.last = nn.Linear(24, 5, dtype=torch.float64)
+
+    def forward(self, inputs: Any) -> Any:
+        return self.last(self.first(inputs).double())
+
+
+REFUSED = {"unused": ("ddp", build_unused), "mixed": ("powersgd", lambda: seeded(Mixed))}
+
+
+def refused(name: str) -> str:
+    """What a run is refused with."""
+    method, make = REFUSED[name]
+    config = small_config(train__workers=WORKERS, pool={"kind": "torchrun", "device": "cpu"}, method=method)
+    try:
+        run(make_job(config, make(), make, data(), None, nn.functional.cross_entropy), None, resume=False)
+    except ModelError as error:
+        return str(error)
+    return "nothing"
+
+
 def job(name: str) -> Job:
     """The job of a run."""
     method, tied, _ = name.partition(", tied")
@@ -118,6 +153,9 @@ def main(out: Path) -> None:
         part = run(job(name), folder, resume=True)
         if not isinstance(part, Following):
             write_tensors(out / f"{name}, resumed.safetensors", part.method.model.state_dict(), {})
+    (out / f"refused by rank {os.environ['RANK']}.json").write_text(
+        json.dumps({name: refused(name) for name in REFUSED})
+    )
 
 
 if __name__ == "__main__":

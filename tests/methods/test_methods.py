@@ -158,3 +158,11 @@ def test_tied_weights_stay_tied(runs: Path, name: str) -> None:
 
     assert torch.equal(state["0.weight"], state["2.weight"])
     assert records(runs, name)[-1]["loss"] < records(runs, name)[0]["loss"]
+
+
+def test_networks_that_a_method_cannot_train_are_refused_by_every_rank(runs: Path) -> None:
+    for rank in range(WORKERS):
+        told = json.loads((runs / f"refused by rank {rank}.json").read_text())
+
+        assert "'spare' gets no gradient" in told["unused"]
+        assert "needs parameters of one dtype, but the network has torch.float32 and torch.float64" in told["mixed"]

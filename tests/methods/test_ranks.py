@@ -2,9 +2,13 @@
 
 import pytest
 
+from ist.config_file import config_for_method
 from ist.config_method import METHOD_NAMES
+from ist.errors import ConfigError
 from ist.methods import METHODS
 from ist.methods.ranks import RankRound, summarise
+from ist.run import check_method
+from tests.conftest import small_config
 
 
 def did(seconds: float, cpu_s: float, *transfers_s: float) -> RankRound:
@@ -26,3 +30,28 @@ def test_waiting_for_a_slow_rank_is_idleness_and_no_transfer() -> None:
 
 def test_the_configuration_knows_every_method() -> None:
     assert set(METHOD_NAMES) == {"ist", *METHODS}
+
+
+def test_methods_that_cannot_run_are_refused() -> None:
+    elastic = small_config(method="powersgd", train__min_workers=2, pool={"kind": "torchrun"})
+    with pytest.raises(ConfigError, match="'powersgd' needs a fixed number of workers"):
+        check_method(elastic)
+    with pytest.raises(ConfigError, match="'ddp' needs processes"):
+        check_method(small_config(method="ddp"))
+
+
+def test_labels_need_a_method() -> None:
+    config = small_config(
+        pool={"kind": "torchrun"},
+        compare={"methods": ["ist", "small"], "overrides": {"small": {"baseline.powersgd_rank": 2}}},
+    )
+    with pytest.raises(ConfigError, match="compare.methods: 'small' is no method"):
+        check_method(config_for_method(config, "small"))
+
+    config = small_config(
+        pool={"kind": "torchrun"},
+        compare={"methods": ["ist", "small"], "overrides": {"small": {"method": "powersgd"}}},
+    )
+    made = config_for_method(config, "small")
+    check_method(made)
+    assert (made.method, made.label) == ("powersgd", "small")
