@@ -6,7 +6,7 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
-from ist.errors import ConfigError
+from ist.errors import ConfigError, InterruptedRunError
 
 
 def theory(
@@ -62,8 +62,11 @@ def theory(
     chosen = {name: runner.make_settings(name, quick, data, overrides or []) for name in names}
     console = Console(stderr=True)
     done = []
-    for finished in runner.run_experiments(chosen, out, processes or runner.default_processes(), fresh, console):
-        done.append(finished)
-        for text in finished.section.found:
-            typer.echo(f"{finished.name}: {text}")
+    try:
+        for finished in runner.run_experiments(chosen, out, processes or runner.default_processes(), fresh, console):
+            done.append(finished)
+            for text in finished.section.found:
+                typer.echo(f"{finished.name}: {text}")
+    except KeyboardInterrupt as error:
+        raise InterruptedRunError("interrupted. The same command goes on where it was") from error
     typer.echo(f"report: {write_theory_page(done, out)}")

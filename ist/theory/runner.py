@@ -9,6 +9,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -237,7 +238,7 @@ def _pool(processes: int) -> Iterator[Executor | None]:
     if processes == 1:
         yield None
         return
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_one_thread)
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_begin_worker)
     try:
         yield pool
     except BaseException:  # an interrupt does not wait for points that are long
@@ -248,8 +249,9 @@ def _pool(processes: int) -> Iterator[Executor | None]:
         pool.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
+def _begin_worker() -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt at the keyboard reaches all: the parent ends the others
 
 
 def _progress(console: Console) -> Progress:

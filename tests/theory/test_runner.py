@@ -2,8 +2,12 @@
 
 import csv
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from rich.console import Console
@@ -17,6 +21,7 @@ from ist.theory.experiments import figure2b, figure2c
 from ist.theory.masks import Law
 from ist.theory.practice import system_masks, train_with_system
 from ist.theory.problem import sphere
+from tests.conftest import ROOT, wait_for
 from tests.conftest import Run as Command
 from tests.theory.test_quantities import write_crime
 
@@ -148,3 +153,24 @@ def test_knobs_of_all_are_refused() -> None:
 
     assert isinstance(result.exception, ConfigError)
     assert "name it" in str(result.exception)
+
+
+@pytest.mark.procs
+def test_an_interrupt_ends_all_processes_and_keeps_what_was_measured(tmp_path: Path) -> None:
+    command = [
+        sys.executable, "-m", "ist", "theory", "figure2b", "--quick", "--data", "sphere", "--out", str(tmp_path),
+        "--processes", "2", "--set", "K=2000", "--set", "seeds=20",
+    ]  # fmt: skip
+    store = tmp_path / "figure2b.jsonl"
+    with psutil.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: store.exists() and store.read_text().count("\n") > 2, 90, "two points")
+        children = process.children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+
+    assert process.returncode == 130, err
+    assert [line for line in err.splitlines() if "rror" in line] == [
+        "error: interrupted. The same command goes on where it was"
+    ]
+    wait_for(lambda: not any(child.is_running() for child in children), 10, "the end of all processes")
+    assert store.read_text().count("\n") > 2
