@@ -1,15 +1,13 @@
 """[MRN] figure 2b: the final error over the number of subnetworks p and the probability xi, Bernoulli masks."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from pydantic import Field
 
-from ist.theory.algorithm import Run, train
-from ist.theory.dtypes import DTYPES
-from ist.theory.experiment import DataSettings, Point, Row, Section, grid_of, mean_by
-from ist.theory.experiments.maps import map_table, side_by_side
+from ist.theory.experiment import Point, Row, Section, grid_of, mean_by
+from ist.theory.experiments.maps import MapSettings, map_table, side_by_side
 from ist.theory.masks import Law
 from ist.theory.published import FIGURE_2B, XI
 from ist.theory.statistics import rank_correlations, typical_ratio
@@ -25,19 +23,13 @@ QUICK: Mapping[str, Any] = {
 }
 
 
-class Settings(DataSettings):
+class Settings(MapSettings):
     """Knobs of figure 2b."""
 
-    m: int = Field(4000, ge=1, description="hidden neurons")
-    p: tuple[int, ...] = Field(tuple(range(1, 11)), min_length=2, description="numbers of subnetworks")
     xi: tuple[float, ...] = Field(XI, min_length=2, description="probabilities that a subnetwork holds a neuron")
     tau: int = Field(1, ge=1, description="local steps")
-    K: int = Field(200, ge=2, description="rounds")
     eta: float = Field(0.022, gt=0, description="step size")
-    kappa: float = Field(1.0, gt=0, description="deviation of the initial weights")
-    tail: int = Field(50, ge=1, description="last rounds over which the error is averaged")
     seeds: int = Field(2, ge=1)
-    dtype: Literal["float64", "float32"] = "float64"
 
 
 def points(settings: Settings) -> Sequence[Point]:
@@ -49,11 +41,9 @@ def points(settings: Settings) -> Sequence[Point]:
 
 
 def measure(settings: Settings, point: Point) -> Sequence[Row]:
-    """The error at the end: of the last network, and averaged over the last ones."""
+    """The error of a cell."""
     law = Law(settings.m, point["p"], point["xi"])
-    run = Run(law, settings.tau, settings.K, settings.eta, settings.kappa, point["seed"])
-    errors = train(settings.problem(), [run], dtype=DTYPES[settings.dtype]).errors[0]
-    return [{**point, "last_error": float(errors[-1]), "error": float(errors[-settings.tail :].mean())}]
+    return [{**point, "error": settings.final_error(law, settings.tau, settings.K, settings.eta, point["seed"])}]
 
 
 def section(settings: Settings, rows: Sequence[Row]) -> Section:

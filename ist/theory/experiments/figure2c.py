@@ -6,10 +6,8 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from ist.theory.algorithm import Run, train
-from ist.theory.dtypes import DTYPES
-from ist.theory.experiment import DataSettings, Point, Row, Section, Table, grid_of, mean_by
-from ist.theory.experiments.maps import map_table, side_by_side
+from ist.theory.experiment import Point, Row, Section, Table, grid_of, mean_by
+from ist.theory.experiments.maps import MapSettings, map_table, side_by_side
 from ist.theory.masks import Law
 from ist.theory.published import FIGURE_2C, TAU
 from ist.theory.statistics import rank_correlations, typical_ratio
@@ -23,17 +21,12 @@ CONVENTIONS = {
 }
 
 
-class Settings(DataSettings):
+class Settings(MapSettings):
     """Knobs of figure 2c."""
 
-    m: int = Field(4000, ge=1, description="hidden neurons")
-    p: tuple[int, ...] = Field(tuple(range(1, 11)), min_length=2, description="numbers of subnetworks")
     tau: tuple[int, ...] = Field(TAU, min_length=2, description="numbers of local steps")
-    K: int = Field(200, ge=2, description="rounds")
     eta: float = Field(0.055, gt=0, description="step size")
-    kappa: float = Field(1.0, gt=0, description="deviation of the initial weights")
-    tail: int = Field(10, ge=1, description="last rounds over which the error is averaged")
-    seeds: int = Field(1, ge=1)
+    tail: int = Field(10, ge=1, description="last rounds over which the error is averaged; at most a quarter of them")
     dtype: Literal["float64", "float32"] = "float32"
 
 
@@ -57,10 +50,10 @@ def measure(settings: Settings, point: Point) -> Sequence[Row]:
         rounds = max(1, round(settings.K / tau))
     elif point["convention"] == "η/τ":
         eta = eta / tau
-    run = Run(Law(settings.m, point["p"], None), tau, rounds, eta, settings.kappa, point["seed"])
-    errors = train(settings.problem(), [run], dtype=DTYPES[settings.dtype]).errors[0]
-    tail = min(settings.tail, max(1, rounds // 4))
-    return [{**point, "rounds": rounds, "eta": eta, "error": float(errors[-tail:].mean())}]
+    law = Law(settings.m, point["p"], None)
+    return [
+        {**point, "rounds": rounds, "eta": eta, "error": settings.final_error(law, tau, rounds, eta, point["seed"])}
+    ]
 
 
 def section(settings: Settings, rows: Sequence[Row]) -> Section:

@@ -1,16 +1,38 @@
-"""Two heat maps side by side, ours and the published one."""
+"""What figures 2b and 2c have in common: knobs, a cell, and maps side by side."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from pydantic import Field
 
-from ist.theory.experiment import Table
+from ist.theory.algorithm import Run, train
+from ist.theory.dtypes import DTYPES
+from ist.theory.experiment import DataSettings, Table
+from ist.theory.masks import Law
 
 Matrix = NDArray[np.float64]
+
+
+class MapSettings(DataSettings):
+    """Knobs that both maps have."""
+
+    m: int = Field(4000, ge=1, description="hidden neurons")
+    p: tuple[int, ...] = Field(tuple(range(1, 11)), min_length=2, description="numbers of subnetworks")
+    K: int = Field(200, ge=2, description="rounds")
+    kappa: float = Field(1.0, gt=0, description="deviation of the initial weights")
+    tail: int = Field(50, ge=1, description="last rounds over which the error is averaged; at most a quarter of them")
+    seeds: int = Field(1, ge=1)
+    dtype: Literal["float64", "float32"] = "float64"
+
+    def final_error(self, law: Law, local_steps: int, rounds: int, step_size: float, seed: int) -> float:
+        """Train one network, and return its error averaged over the last rounds."""
+        run = Run(law, local_steps, rounds, step_size, self.kappa, seed)
+        errors = train(self.problem(), [run], dtype=DTYPES[self.dtype]).errors[0]
+        return float(errors[-min(self.tail, max(1, rounds // 4)) :].mean())
 
 
 def side_by_side(
