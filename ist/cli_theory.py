@@ -8,7 +8,6 @@ from rich.console import Console
 
 from ist.errors import ConfigError, InterruptedRunError
 
-
 EXPERIMENT_HELP = (
     "figure2a, figure2b, figure2c, calibrate, rates, floors, kernels, relatives, inputs, bias, system, or all."
 )
