@@ -72,6 +72,7 @@ CONTENDERS = {
     "ist int8, 8 rounds": Contender("ist", 40, {"train.local_steps": 590, **INT8}),
     "local_sgd, 8 rounds": local("local_sgd", 118),
     "powersgd, rank 1": Contender("powersgd", 8),
+    "ist int8, 12 rounds": Contender("ist", 36, {"train.local_steps": 354, **INT8}),
     "ist int8, 4 rounds": Contender("ist", 36, {"train.local_steps": 1062, **INT8}),
     "diloco, 16 rounds": local("diloco", 59),
     "diloco_int8, 16 rounds": local("diloco_int8", 59),

@@ -32,6 +32,11 @@ def rank_correlations(ours: Matrix, theirs: Matrix) -> RankCorrelations:
     return RankCorrelations(along[0], along[1], _spearman(ours.ravel(), theirs.ravel()))
 
 
+def rank_correlation(x: Matrix, y: Matrix) -> float:
+    """Return Spearman's coefficient of all numbers of two arrays of equal shape; 0 where one does not vary."""
+    return _spearman(x.ravel(), y.ravel())
+
+
 def typical_ratio(ours: Matrix, theirs: Matrix) -> float:
     """Return by what factor two maps typically differ: exp of the root mean square of the log ratio."""
     return float(np.exp(np.sqrt(np.mean(np.log(ours / theirs) ** 2))))

@@ -32,7 +32,7 @@ class Settings(Base):
     m: int = Field(4000, ge=1, description="hidden neurons")
     p: tuple[int, ...] = Field((1, 4, 10), min_length=2)
     K: int = Field(200, ge=4, description="rounds")
-    eta: tuple[float, ...] = (0.01, 0.022, 0.055)
+    eta: tuple[float, ...] = (0.012, 0.024, 0.055)
     seed: int = 0
 
 
