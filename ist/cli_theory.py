@@ -50,12 +50,14 @@ def theory(
         return
     chosen = {name: runner.make_settings(name, quick, data, overrides or []) for name in names}
     console = Console(stderr=True)
-    done = []
+    finished = False
     try:
-        for finished in runner.run_experiments(chosen, out, processes or runner.default_processes(), fresh, console):
-            done.append(finished)
-            for text in finished.section.found:
-                typer.echo(f"{finished.name}: {text}")
+        for done in runner.run_experiments(chosen, out, processes or runner.default_processes(), fresh, console):
+            finished = True
+            for text in done.section.found:
+                typer.echo(f"{done.name}: {text}")
     except KeyboardInterrupt as error:
         raise InterruptedRunError("interrupted. The same command goes on where it was") from error
-    typer.echo(f"report: {write_theory_page(done, out)}")
+    finally:
+        if finished:  # a page about what there is, whatever happened then
+            typer.echo(f"report: {write_theory_page(list(runner.measured_before(out)), out)}")

@@ -70,9 +70,9 @@ LAYERS = [
     ["ist.report.plan_page"],
     ["ist.theory"],
     ["ist.theory.kernels", "ist.theory.masks", "ist.theory.bounds", "ist.theory.published", "ist.theory.dtypes"],
-    ["ist.theory.problem", "ist.theory.statistics", "ist.theory.quadratic"],
+    ["ist.theory.problem", "ist.theory.statistics"],
     ["ist.theory.algorithm", "ist.theory.experiment"],
-    ["ist.theory.practice", "ist.theory.noisy_inputs", "ist.theory.experiments"],
+    ["ist.theory.practice", "ist.theory.noisy_inputs", "ist.theory.quadratic", "ist.theory.experiments"],
     ["ist.theory.experiments.maps"],
     ["ist.theory.experiments.figure2b", "ist.theory.experiments.figure2c"],
     [

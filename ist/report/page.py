@@ -84,8 +84,17 @@ def write_page(path: Path, page: str) -> Path:
     Raises:
         RunFolderError: It cannot be written.
     """
+    write_bytes(path, page.encode())
+    return path
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file.
+
+    Raises:
+        RunFolderError: It cannot be written.
+    """
     try:
-        write_atomically(path, page.encode())
+        write_atomically(path, content)
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
-    return path

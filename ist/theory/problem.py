@@ -34,9 +34,8 @@ class Problem:
     def __post_init__(self) -> None:
         norms = self.inputs.norm(dim=1)
         if not torch.allclose(norms, torch.ones_like(norms)):
-            raise ConfigError(
-                f"inputs must have norm 1, but input {int((norms - 1).abs().argmax())} has {norms.max():g}"
-            )
+            worst = int((norms - 1).abs().argmax())
+            raise ConfigError(f"inputs must have norm 1, but input {worst} has {norms[worst]:g}")
         cosines = (self.inputs @ self.inputs.T).fill_diagonal_(0)
         if cosines.max() > 1 - 1e-12:
             one, other = divmod(int(cosines.argmax()), len(cosines))

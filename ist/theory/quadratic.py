@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ist.errors import ConfigError
+from ist.theory.algorithm import check_finite
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ def iterate(
     Returns:
         The function's values less the minimum, (seeds, rounds + 1), and the mean of the second half of each run's
         iterates, (seeds, d).
+
+    Raises:
+        DivergedError: The values have grown beyond all bounds.
     """
     nodes, size = quadratics.vectors.shape
     points = start.repeat(len(seeds), 1)
@@ -97,6 +101,7 @@ def iterate(
         gradients = torch.einsum("ijk,sik->sij", quadratics.matrices, sketch * points[:, None, :]) - quadratics.vectors
         points = points - step_size * (sketch * gradients).mean(dim=1)
         values.append(quadratics.value(points))
+        check_finite(values[-1], f"in round {number}", step_size)
         if number >= rounds // 2:
             total += points
     return torch.stack(values, dim=1), total / (rounds - rounds // 2)

@@ -25,7 +25,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ist.errors import ConfigError, ISTError, RunFolderError
+from ist.storage import write_atomically
 from ist.theory.experiment import Experiment, Point, Row, Section
+from ist.theory.problem import SPHERE, load_problem
 
 EXPERIMENTS = (
     "figure2a",
@@ -79,7 +81,7 @@ def make_settings(name: str, quick: bool, data: str | None, assignments: Sequenc
     module = experiment(name)
     values: dict[str, Any] = dict(module.QUICK) if quick else {}
     if data is not None and "data" in module.Settings.model_fields:
-        values["data"] = data
+        values["data"] = data if data == SPHERE else str(Path(data).resolve())
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
@@ -122,6 +124,7 @@ def run_experiments(
     Raises:
         ConfigError: Settings are impossible, or `out` holds measurements with others.
         ISTError: A point could not be measured.
+        RunFolderError: A file cannot be written.
     """
     points = {name: experiment(name).points(settings) for name, settings in chosen.items()}
     for name, settings in chosen.items():
@@ -139,13 +142,29 @@ def run_experiments(
 
 def _check_data(name: str, settings: Any) -> None:
     """Load an experiment's data before any process is started."""
-    from ist.theory.problem import load_problem
-
     try:
         for scaling in getattr(settings, "scalings", None) or [settings.scaling]:
             load_problem(settings.data, settings.samples, scaling)
     except ISTError as error:
         raise type(error)(f"{name}: {error}. Or draw inputs from the sphere: --data sphere") from error
+
+
+def measured_before(out: Path) -> Iterator[Done]:
+    """Yield the experiments of which `out` holds every point, in the order of the page."""
+    for name in EXPERIMENTS:
+        path = out / f"{name}.jsonl"
+        if not path.exists():
+            continue
+        module = experiment(name)
+        try:
+            settings = module.Settings(**json.loads(path.read_text().split("\n", 1)[0])["settings"])
+            store = _Store(out, name, settings, fresh=False)
+        except (ConfigError, ValueError, KeyError):  # of another version
+            continue
+        points = module.points(settings)
+        if all(key_of(point) in store.rows for point in points):
+            rows = [row for point in points for row in store.rows[key_of(point)]]
+            yield Done(name, settings.model_dump(mode="json"), module.section(settings, rows))
 
 
 class _Store:
@@ -171,7 +190,7 @@ class _Store:
     def add(self, point: Point, rows: Sequence[Row]) -> None:
         """Keep a point."""
         self.rows[key_of(point)] = list(rows)
-        with self._path.open("a") as file:
+        with _told(self._path), self._path.open("a") as file:
             file.write(json.dumps({"point": key_of(point), "rows": rows}) + "\n")
 
     def _check(self, head: Any) -> None:
@@ -185,11 +204,18 @@ class _Store:
 
     def _begin(self) -> None:
         lines = [self._head, *({"point": point, "rows": rows} for point, rows in self.rows.items())]
-        try:
+        with _told(self._path):
             self._out.mkdir(parents=True, exist_ok=True)
-            self._path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        except OSError as error:
-            raise RunFolderError(f"{self._path}: cannot be written: {error}") from error
+            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Tell of a file that cannot be written by its name."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def key_of(point: Point) -> str:
@@ -267,7 +293,7 @@ def default_processes() -> int:
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", newline="") as file:
+    with _told(path), path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

@@ -1,11 +1,13 @@
 """Rank correlations and power laws, with intervals of confidence."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+
+from ist.errors import ConfigError
 
 Matrix = NDArray[np.float64]
 
@@ -27,14 +29,17 @@ class RankCorrelations(NamedTuple):
 
 
 def rank_correlations(ours: Matrix, theirs: Matrix) -> RankCorrelations:
-    """Compare two maps of equal shape, at least 2 x 2."""
-    along = [float(np.mean([_spearman(a, b) for a, b in zip(x, y, strict=True)])) for x, y in _ways(ours, theirs)]
-    return RankCorrelations(along[0], along[1], _spearman(ours.ravel(), theirs.ravel()))
+    """Compare two maps of equal shape, at least 2 x 2; rows and columns in which one does not vary are left out."""
+    along = []
+    for one, other in ((ours, theirs), (ours.T, theirs.T)):
+        found = [_spearman(a, b) for a, b in zip(one, other, strict=True) if _varies(a) and _varies(b)]
+        along.append(float(np.mean(found)) if found else 0.0)
+    return RankCorrelations(along[0], along[1], rank_correlation(ours, theirs))
 
 
 def rank_correlation(x: Matrix, y: Matrix) -> float:
     """Return Spearman's coefficient of all numbers of two arrays of equal shape; 0 where one does not vary."""
-    return _spearman(x.ravel(), y.ravel())
+    return _spearman(x.ravel(), y.ravel()) if _varies(x) and _varies(y) else 0.0
 
 
 def typical_ratio(ours: Matrix, theirs: Matrix) -> float:
@@ -61,8 +66,14 @@ def exponent(x: Sequence[float], samples: Sequence[Sequence[float]]) -> Exponent
         samples: For each of them, the same number of positive measurements; number i of each is from seed i.
 
     Returns:
-        e, and its interval by drawing seeds anew (percentile bootstrap).
+        e, and its interval by drawing seeds anew (percentile bootstrap): what another choice of seeds would give. How
+        well a power law fits is not in it.
+
+    Raises:
+        ConfigError: There are not two different x.
     """
+    if len(set(x)) < 2:
+        raise ConfigError(f"an exponent cannot be fitted to {len(set(x))} value(s): give at least two that differ")
     values = np.asarray(samples, dtype=np.float64)
     logs = np.log(np.asarray(x, dtype=np.float64))
     drawn = np.random.default_rng(0).integers(values.shape[1], size=(_RESAMPLES, values.shape[1]))
@@ -75,12 +86,15 @@ def _slope(x: Matrix, y: Matrix) -> float:
     return float(np.polyfit(x, y, 1)[0])
 
 
-def _ways(ours: Matrix, theirs: Matrix) -> list[tuple[Any, Any]]:
-    return [(ours, theirs), (ours.T, theirs.T)]
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of the mean of at least two measurements."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values)))
+
+
+def _varies(values: Matrix) -> bool:
+    """Whether values differ by more than rounding."""
+    return bool(np.ptp(values) > 1e-6 * np.abs(values).max())
 
 
 def _spearman(x: Matrix, y: Matrix) -> float:
-    """Spearman's coefficient; 0 where one side does not vary."""
-    if np.ptp(x) == 0 or np.ptp(y) == 0:
-        return 0.0
     return float(stats.spearmanr(x, y).statistic)

@@ -122,6 +122,9 @@ def test_missing_or_broken_data_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not installed"):
         read_crime()
     (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(DataError, match="is no text"):
+        read_crime(tmp_path / "b.csv")
     with pytest.raises(DataError, match="no column 'ViolentCrimesPerPop'"):
         read_crime(tmp_path / "a.csv")
     write_crime(tmp_path / "crime.csv")
@@ -144,6 +147,8 @@ def test_fits_find_what_was_put_in() -> None:
 
     assert fit.low < -1.5 < fit.high
     assert fit.high - fit.low < 0.3
+    with pytest.raises(ConfigError, match="at least two that differ"):
+        exponent([2.0, 2.0], [[1.0, 2.0], [1.0, 2.0]])
 
 
 def test_maps_are_compared_by_order() -> None:
@@ -151,6 +156,8 @@ def test_maps_are_compared_by_order() -> None:
 
     assert rank_correlations(one, one**2) == pytest.approx((1.0, 1.0, 1.0))
     assert rank_correlations(one, -one).whole == pytest.approx(-1.0)
+    flat = np.array([[1.0, 2.0, 5.0], [2.0, 3.0, 5.0 + 1e-9]])
+    assert rank_correlations(flat, one).columns == pytest.approx(1.0)  # the last column does not vary
     assert typical_ratio(one, 2 * one) == pytest.approx(2)
 
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from ist.cli import app
-from ist.errors import ConfigError, DataError
+from ist.errors import ConfigError, DataError, DivergedError
+from ist.report.theory_page import write_theory_page
 from ist.theory import runner
 from ist.theory.algorithm import Run, train
 from ist.theory.experiments import figure2b, figure2c
@@ -65,7 +66,7 @@ TINY = {
     "calibrate": ["m=100", "K=8"],
     "rates": ["m=200", "p=[1,2]", "xi=[0.5]", "until=0.8"],
     "floors": ["K=30"],
-    "relatives": ["m=100", "steps=20"],
+    "relatives": ["m=100", "trainings=10"],
     "inputs": ["steps=30"],
     "bias": ["rounds=50"],
 }
@@ -102,7 +103,14 @@ def test_bad_input_ends_before_anything_is_measured(tmp_path: Path) -> None:
         (lambda: runner.make_settings("bias", True, None, ["eta"]), ConfigError, "expected KEY=VALUE"),
         (lambda: runner.make_settings("bias", True, None, ["eta=1"]), ConfigError, "bias has n, d, step_sizes"),
         (lambda: runner.make_settings("figure2b", True, None, ["m=-1"]), ConfigError, "figure2b: 'm' is -1"),
-        (lambda: _run("figure2b", tmp_path, ["xi=[0.0,0.5]"]), ConfigError, "'xi' is 0.0"),
+        (lambda: _run("figure2b", tmp_path, ["xi=[0.0,0.5]"]), ConfigError, r"'xi.0' is 0.0: .*greater than 0"),
+        (lambda: _run("rates", tmp_path, ["xi=[0]"]), ConfigError, "greater than 0"),
+        (lambda: _run("rates", tmp_path, ["p=[1]", "xi=[0.5]", "tau=[1]"]), ConfigError, "fewer than two settings"),
+        (lambda: _run("floors", tmp_path, ["p=[1,2]"]), ConfigError, "'categorical, p .*' takes 1 value"),
+        (lambda: _run("inputs", tmp_path, ["eta=5000"]), DivergedError, "the step size eta=5000 is too large"),
+        (lambda: _run("bias", tmp_path, ["step_sizes=[50]"]), DivergedError, "is too large"),
+        (lambda: _run("kernels", tmp_path, ["m=[]"]), ConfigError, "kernels: 'm' is"),
+        (lambda: _run("calibrate", tmp_path, ["scalings=[standardized]"]), ConfigError, "scalings.0"),
         (lambda: _run("figure2c", tmp_path, ["m=5"]), ConfigError, "'m' is 5, fewer neurons than the 10"),
         (lambda: _run("figure2b", tmp_path, [], str(tmp_path / "no.csv")), DataError, "figure2b: .*no such file"),
         (lambda: _run("bias", tmp_path, ["two=[1,4,3]"]), ConfigError, "not positive definite"),
@@ -114,6 +122,30 @@ def test_bad_input_ends_before_anything_is_measured(tmp_path: Path) -> None:
 def _run(name: str, out: Path, assignments: list[str], data: str = "sphere") -> None:
     settings = runner.make_settings(name, True, data, assignments)
     list(runner.run_experiments({name: settings}, out, 1, False, QUIET))
+
+
+def test_the_page_holds_all_that_was_measured_into_a_folder(tmp_path: Path) -> None:
+    tiny = {"bias": ["rounds=20"], "inputs": ["steps=20"]}
+    for name, assignments in tiny.items():
+        chosen = {name: runner.make_settings(name, True, None, assignments)}
+        list(runner.run_experiments(chosen, tmp_path, 1, False, QUIET))
+    (tmp_path / "rates.jsonl").write_text('{"experiment": "rates", "settings": {}}\n')  # not measured to its end
+
+    done = list(runner.measured_before(tmp_path))
+    page = write_theory_page(done, tmp_path).read_text()
+
+    assert [one.name for one in done] == ["inputs", "bias"]
+    assert page.count("<img") == 2
+
+
+def test_random_inputs_are_not_held_against_published_values() -> None:
+    for name in ("figure2b", "figure2c", "calibrate"):
+        module = runner.experiment(name)
+        settings = runner.make_settings(name, True, "sphere", TINY[name])
+        rows = [row for point in module.points(settings) for row in module.measure(settings, point)]
+        section = module.section(settings, rows)
+        assert not any("ublished map" in text for text in section.found)
+        assert "Communities" not in section.method
 
 
 def test_published_cells_are_found_by_their_names() -> None:

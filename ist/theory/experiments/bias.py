@@ -57,7 +57,7 @@ def measure(settings: Settings, point: Point) -> Sequence[Row]:
     scale = max(float(solution.norm()), 1e-300) if float(solution.norm()) > 0 else 1.0
     return [
         {
-            **point, "index": seed, "value": float(values[seed, -settings.rounds // 2 :].mean()),
+            **point, "index": seed, "value": float(values[seed, -(settings.rounds // 2) :].mean()),
             "bias": float((mean - solution).norm()) / scale,
             "predicted_bias": float((predicted - solution).norm()) / scale,
             "from_prediction": float((mean - predicted).norm()) / scale,
@@ -99,7 +99,7 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
             f"For [[{a:g}, {c:g}], [{c:g}, {b:g}]] the threshold 2ab/(a + b) is {2 * a * b / (a + b):.2f}: the "
             f"averaged matrix has eigenvalues {before[0]:.2f} and {before[1]:.2f}, and from its worst direction f "
             f"rises to {peaks['two']:.3f} of its start before it falls. After diagonal preconditioning they are "
-            f"{after[0]:.2f} and {after[1]:.2f}, and f rises to {peaks['two, preconditioned']:.3f} of its start.",
+            f"{after[0]:.2f} and {after[1]:.2f}, and f is at most {peaks['two, preconditioned']:.3f} of its start.",
         ],
         figures={
             "bias": (_drawn(settings, rows, measured), "Left: bias by step size. Right: the matrix of two coordinates.")

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from ist.theory.experiment import Point, Row, Section, Table, grid_of, mean_by
+from ist.theory.experiment import Count, Point, Row, Section, Table, grid_of, mean_by
 from ist.theory.experiments.maps import MapSettings, map_table, side_by_side
 from ist.theory.masks import Law
 from ist.theory.published import FIGURE_2C, TAU
@@ -16,7 +16,7 @@ QUICK: Mapping[str, Any] = {"samples": 30, "m": 300, "K": 40, "tail": 10, "p": (
 
 CONVENTIONS = {
     "fixed K and η": "K rounds of τ steps of size η: more steps where τ is larger",
-    "fixed K·τ": "K/τ rounds of τ steps of size η: as many steps whatever τ",
+    "fixed K·τ": "K/τ rounds (rounded) of τ steps of size η: as many steps whatever τ",
     "η/τ": "K rounds of τ steps of size η/τ: a round goes as far whatever τ",
 }
 
@@ -24,9 +24,10 @@ CONVENTIONS = {
 class Settings(MapSettings):
     """Knobs of figure 2c."""
 
-    tau: tuple[int, ...] = Field(TAU, min_length=2, description="numbers of local steps")
+    tau: tuple[Count, ...] = Field(TAU, min_length=2, description="numbers of local steps")
     eta: float = Field(0.055, gt=0, description="step size")
-    tail: int = Field(10, ge=1, description="last rounds over which the error is averaged; at most a quarter of them")
+    # Rounds hold different numbers of steps here: a mean over rounds would differ between conventions by itself.
+    tail: int = Field(1, ge=1, description="last rounds over which the error is averaged; at most a quarter of them")
     dtype: Literal["float64", "float32"] = "float32"
 
 
@@ -67,7 +68,7 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
     }
     maps = list(grids.items())
     lines, found = [], []
-    theirs = published(settings.p, settings.tau)
+    theirs = published(settings.p, settings.tau) if settings.is_published else None
     if theirs is not None:
         maps.append(("published", theirs))
     for name, ours in grids.items():
@@ -82,7 +83,7 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
                 f"{typical_ratio(ours, theirs):.2f}",
             ]
         lines.append(line)
-    columns = ["", "error at largest τ / smallest τ, p = 1", "the same, p > 1", "error at largest p / smallest p"]
+    columns = ["", "error at last τ / first τ, first p", "the same, other p", "error at last p / first p"]
     if theirs is not None:
         change = theirs[:, -1] / theirs[:, 0]
         lines.append(
@@ -98,7 +99,7 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
         "after more equal steps.",
         method="What is kept fixed while τ grows is not published. Three conventions: "
         + "; ".join(f"{name}: {meaning}" for name, meaning in CONVENTIONS.items())
-        + f". {settings.samples} rows, columns {settings.scaling}, m = {settings.m}, K = {settings.K}, η = "
+        + f". Data: {settings.describe()}; m = {settings.m}, K = {settings.K}, η = "
         f"{settings.eta:g}, κ = {settings.kappa:g}, {settings.seeds} seed(s), {settings.dtype}; the error is averaged "
         f"over the last {settings.tail} rounds (a quarter of them at most).",
         found=found,
@@ -122,16 +123,11 @@ def published(p: Sequence[int], tau: Sequence[int]) -> Any:
 def _verdict(grids: Mapping[str, Any], theirs: Any) -> str:
     alike = {name: rank_correlations(ours, theirs) for name, ours in grids.items()}
     best = max(alike, key=lambda name: alike[name].rows)
-    rises = grids[best][0, -1] / grids[best][0, 0]
-    along_p = min(found.columns for found in alike.values())
-    text = (
-        f"Along p the rank correlation with the published map is at least {along_p:.2f} for every convention. Along "
-        f"τ, '{best}' comes nearest ({alike[best].rows:.2f}, mean of the rows)."
-    )
-    if rises > 1.2:
-        return f"{text} Its row p = 1 rises by {rises - 1:.0%}, published are {theirs[0, -1] / theirs[0, 0] - 1:.0%}."
+    along_p = [found.columns for found in alike.values()]
+    rises = [f"{name} {(ours[0, -1] / ours[0, 0] - 1):+.0%}" for name, ours in grids.items()]
     return (
-        f"{text} None reproduces the rise of the row p = 1 ({theirs[0, -1] / theirs[0, 0] - 1:.0%} as published, "
-        f"{rises - 1:+.0%} here), nor can any in which all steps have a fixed size and number: something else changed "
-        "with τ in the published runs."
+        f"Rank correlation with the published map along p: {min(along_p):.2f} to {max(along_p):.2f}, by convention; "
+        f"along τ it is largest for '{best}' ({alike[best].rows:.2f}, mean of the rows). From the first τ to the last "
+        f"the error with the fewest subnetworks changes by {', '.join(rises)}; published: "
+        f"{theirs[0, -1] / theirs[0, 0] - 1:+.0%}."
     )

@@ -8,12 +8,12 @@ from matplotlib.figure import Figure
 from pydantic import Field
 
 from ist.theory.algorithm import Run
-from ist.theory.experiment import Point, Row, Section, Table
+from ist.theory.experiment import Point, Positive, Row, Section, Table
 from ist.theory.experiment import Settings as Base
 from ist.theory.masks import Law
 from ist.theory.noisy_inputs import train_on_masked_inputs
 from ist.theory.problem import sphere
-from ist.theory.statistics import exponent
+from ist.theory.statistics import exponent, standard_error
 
 QUICK: Mapping[str, Any] = {"m": 200, "steps": 150, "seeds": 3, "sigma": (0.1, 0.3)}
 
@@ -24,7 +24,7 @@ class Settings(Base):
     n: int = Field(10, ge=2, description="samples")
     d: int = Field(40, ge=2, description="inputs")
     m: int = Field(2048, ge=1, description="hidden neurons")
-    sigma: tuple[float, ...] = Field(
+    sigma: tuple[Positive, ...] = Field(
         (0.03, 0.06, 0.12, 0.25, 0.5), min_length=2, description="standard deviations of the masks, above 0"
     )
     eta: float = Field(0.1, gt=0, description="step size")
@@ -42,7 +42,7 @@ def measure(settings: Settings, point: Point) -> Sequence[Row]:
     """The error of each seed, at twenty steps and averaged over the last third."""
     runs = [Run(Law(settings.m, 1, 1.0), 1, settings.steps, settings.eta, seed=s) for s in range(settings.seeds)]
     errors = train_on_masked_inputs(sphere(settings.n, settings.d), runs, point["sigma"])
-    floors = errors[:, -settings.steps // 3 :].mean(dim=1)
+    floors = errors[:, -(settings.steps // 3) :].mean(dim=1)
     shown = np.linspace(0, settings.steps, 21).astype(int).tolist()
     return [
         {**point, "seed": seed, "step": step, "error": float(errors[seed, step]), "floor": float(floors[seed])}
@@ -69,7 +69,7 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
     fit = exponent([sigma**2 for sigma in settings.sigma], values)
     right.errorbar(
         [sigma**2 for sigma in settings.sigma], [np.mean(v) for v in values],
-        yerr=[2 * np.std(v) / len(v) ** 0.5 for v in values], marker="o", capsize=2, label=f"exponent {fit}",
+        yerr=[2 * standard_error(v) for v in values], marker="o", capsize=2, label=f"exponent {fit}",
     )  # fmt: skip
     right.set_xscale("log")
     right.set_yscale("log")

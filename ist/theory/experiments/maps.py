@@ -11,7 +11,7 @@ from pydantic import Field
 
 from ist.theory.algorithm import Run, train
 from ist.theory.dtypes import DTYPES
-from ist.theory.experiment import DataSettings, Table
+from ist.theory.experiment import Count, DataSettings, Table
 from ist.theory.masks import Law
 
 Matrix = NDArray[np.float64]
@@ -21,7 +21,7 @@ class MapSettings(DataSettings):
     """Knobs that both maps have."""
 
     m: int = Field(4000, ge=1, description="hidden neurons")
-    p: tuple[int, ...] = Field(tuple(range(1, 11)), min_length=2, description="numbers of subnetworks")
+    p: tuple[Count, ...] = Field(tuple(range(1, 11)), min_length=2, description="numbers of subnetworks")
     K: int = Field(200, ge=2, description="rounds")
     kappa: float = Field(1.0, gt=0, description="deviation of the initial weights")
     tail: int = Field(50, ge=1, description="last rounds over which the error is averaged; at most a quarter of them")
