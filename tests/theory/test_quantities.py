@@ -171,21 +171,21 @@ def test_the_mean_operator_is_the_mean_over_sketches() -> None:
     q = quadratics()
     generator = torch.Generator().manual_seed(1)
     total = torch.zeros(6, 6, dtype=torch.float64)
-    for _ in range(20_000):
+    for _ in range(4000):
         owner = torch.empty(6, dtype=torch.int64)
         owner[torch.randperm(6, generator=generator)] = torch.arange(6) % 3
         for node in range(3):
             sketch = 3 * torch.diag((owner == node).double())
             total += sketch @ q.matrices[node] @ sketch / 3
 
-    torch.testing.assert_close(total / 20_000, mean_operator(q), rtol=0, atol=0.15)
+    torch.testing.assert_close(total / 4000, mean_operator(q), rtol=0, atol=0.3)
 
 
 def test_ist_on_quadratics_goes_to_its_predicted_limit_and_not_to_the_solution() -> None:
     q = quadratics()
 
-    for step in (0.02, 0.005):
-        _, means = iterate(q, torch.zeros(6, dtype=torch.float64), step, 4000, range(10))
+    for step in (0.05, 0.02):
+        _, means = iterate(q, torch.zeros(6, dtype=torch.float64), step, 1000, range(20))
         assert float((means.mean(dim=0) - limit(q)).norm()) < 0.1 * float((limit(q) - q.solution).norm())
 
 

@@ -65,7 +65,7 @@ TINY = {
     "figure2c": ["m=100", "K=20"],
     "calibrate": ["m=100", "K=8"],
     "rates": ["m=200", "p=[1,2]", "xi=[0.5]", "until=0.8"],
-    "floors": ["K=30"],
+    "floors": ["K=20", "m=[64,128]", "m_fixed=64", "seeds=2"],
     "relatives": ["m=100", "trainings=10"],
     "inputs": ["steps=30"],
     "bias": ["rounds=50"],
@@ -187,6 +187,7 @@ def test_knobs_of_all_are_refused() -> None:
     assert "name it" in str(result.exception)
 
 
+@pytest.mark.system
 @pytest.mark.procs
 def test_an_interrupt_ends_all_processes_and_keeps_what_was_measured(tmp_path: Path) -> None:
     command = [
