@@ -98,7 +98,7 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
             "from the solution, whatever the step size (both in units of the solution's norm).",
             f"For [[{a:g}, {c:g}], [{c:g}, {b:g}]] the threshold 2ab/(a + b) is {2 * a * b / (a + b):.2f}: the "
             f"averaged matrix has eigenvalues {before[0]:.2f} and {before[1]:.2f}, and from its worst direction f "
-            f"rises to {peaks['two']:.3f} of its start. After diagonal preconditioning they are "
+            f"is at most {peaks['two']:.3f} of its start. After diagonal preconditioning they are "
             f"{after[0]:.2f} and {after[1]:.2f}, and f is at most {peaks['two, preconditioned']:.3f} of its start.",
         ],
         figures={
