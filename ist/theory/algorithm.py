@@ -147,14 +147,20 @@ def signs(run: Run) -> Tensor:
     return torch.randint(0, 2, (run.law.width,), generator=generator).double() * 2 - 1
 
 
-def check_finite(errors: Tensor, where: str, step_size: float) -> None:
-    """Check that a run has not left all bounds.
+def check_finite(errors: Tensor, describe: Callable[[int], str]) -> None:
+    """Check that no run has left all bounds.
+
+    Args:
+        errors: (B,).
+        describe: Says of a run's number where it is, and names its step size.
 
     Raises:
-        DivergedError: It has.
+        DivergedError: One has.
     """
-    if not bool((errors < _DIVERGED).all()):
-        raise DivergedError(f"the error is {errors.max():.3g} {where}: the step size eta={step_size:g} is too large")
+    bad = ~(errors < _DIVERGED)
+    if bad.any():
+        number = int(bad.nonzero()[0])
+        raise DivergedError(f"the error is {errors[number]:.3g} {describe(number)} is too large")
 
 
 class _Basis(Protocol):
@@ -251,10 +257,15 @@ class _Batch:
         """Return the mean squared error of every whole network, xi-scaled: (B,)."""
         predicted = (self._signs.unsqueeze(1) @ active).squeeze(1) * self._xi[:, None]
         found = (predicted - self._targets).square().mean(dim=1)
-        for error, run in zip(found, self._runs, strict=True):
-            shape = f"m={run.law.width}, p={run.law.subnetworks}, xi={run.law.probability:g}, tau={run.local_steps}"
-            check_finite(error, f"in round {round_number} with {shape}", run.step_size)
+        check_finite(found, lambda number: self._describe(number, round_number))
         return found
+
+    def _describe(self, number: int, round_number: int) -> str:
+        run = self._runs[number]
+        return (
+            f"in round {round_number} with m={run.law.width}, p={run.law.subnetworks}, xi={run.law.probability:g}, "
+            f"tau={run.local_steps}: the step size eta={run.step_size:g}"
+        )
 
     def _one_step(self, rows: Tensor, active: Tensor, masks: Tensor) -> Tensor:
         """A round of one local step: all subnetworks' gradients of a neuron are sums over the same hidden values."""

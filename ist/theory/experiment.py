@@ -5,7 +5,6 @@ Where it sits: `experiments/` holds them, `runner.py` measures their points and 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Annotated, Any, Protocol
 
 import numpy as np
@@ -13,6 +12,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from ist.theory import bounds
+from ist.theory.kernels import infinite_ntk, least_eigenvalue
+from ist.theory.masks import Law
 from ist.theory.problem import SPHERE, Problem, Scaling, load_problem
 
 Row = dict[str, Any]
@@ -52,13 +54,8 @@ class DataSettings(Settings):
         return f"the first {self.samples} rows of Communities and Crime, columns {self.scaling}, rows scaled to norm 1"
 
     def problem(self) -> Problem:
-        """Return the data; several points of one process share it."""
-        return _problem(self.data, self.samples, self.scaling)
-
-
-@lru_cache(maxsize=4)
-def _problem(data: str | None, samples: int, scaling: Scaling) -> Problem:
-    return load_problem(data, samples, scaling)
+        """Return the data."""
+        return load_problem(self.data, self.samples, self.scaling)
 
 
 @dataclass(frozen=True)
@@ -113,6 +110,20 @@ class Experiment(Protocol):
 
     def section(self, settings: Any, rows: Sequence[Row]) -> Section:
         """Describe and draw what was measured."""
+
+
+def rows_at(rows: Sequence[Row], point: Point) -> list[Row]:
+    """Return the rows that a point's `measure` made."""
+    return [row for row in rows if all(row[key] == value for key, value in point.items())]
+
+
+def bound_setting(problem: Problem, law: Law, local_steps: int, step_size: float) -> bounds.Setting:
+    """Return what [MRN]'s bounds need to know of a run."""
+    samples, inputs = problem.inputs.shape
+    return bounds.Setting(
+        samples, inputs, law.width, law.subnetworks, local_steps, law.probability, law.theta, step_size,
+        least_eigenvalue(infinite_ntk(problem.inputs, law.probability)),
+    )  # fmt: skip
 
 
 def mean_by(rows: Sequence[Row], keys: Sequence[str], value: str) -> dict[tuple[Any, ...], float]:

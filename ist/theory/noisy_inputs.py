@@ -45,7 +45,10 @@ def train_on_masked_inputs(problem: Problem, runs: Sequence[Run], sigma: float) 
     errors = []
     for step in range(runs[0].rounds + 1):
         errors.append((output @ torch.relu(weights @ inputs.T) - targets).square().mean(dim=(1, 2)))
-        check_finite(errors[-1], f"in step {step} with sigma={sigma:g}", runs[0].step_size)
+        check_finite(
+            errors[-1],
+            lambda number: f"in step {step} with sigma={sigma:g}: the step size eta={runs[number].step_size:g}",  # noqa: B023
+        )
         if step == runs[0].rounds:
             break
         noise = [torch.randn(inputs.shape, dtype=torch.float64, generator=generator) for generator in generators]

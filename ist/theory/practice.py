@@ -4,7 +4,6 @@ Where it sits: beside `ist/api.py`, as a user's program would. Not here: Algorit
 """
 
 import math
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -67,13 +66,12 @@ def system_masks(law: Law, seed: int) -> Draw:
     return draw
 
 
-def train_with_system(problem: Problem, run: Run, folder: Path) -> Tensor:
+def train_with_system(problem: Problem, run: Run) -> Tensor:
     """Train the network of a run by real IST with p workers in this process; every worker has all samples.
 
     Args:
         problem: What to learn.
         run: Initial weights, number of steps and their size; masks are those of `system_masks(run.law, run.seed)`.
-        folder: Where the run is kept.
 
     Returns:
         The trained W, (m, d).
@@ -95,11 +93,9 @@ def train_with_system(problem: Problem, run: Run, folder: Path) -> Tensor:
         batch_size=1,
         optimizer_args={"lr": run.step_size},
         pool="inline",
-        run_dir=folder / "run",
         seed=run.seed,
         progress=False,
         partition=system_partition(run.law).model_dump(exclude_defaults=True),
         train_options={"activation_scale": "none"},
-        checkpoint_options={"every": run.rounds},
     )
     return model.hidden.weight.detach()

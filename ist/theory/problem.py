@@ -1,6 +1,7 @@
 """What is to be learned: inputs of unit norm, and a number for each."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -52,14 +53,10 @@ class Problem:
         """The number n of samples."""
         return len(self.inputs)
 
-    @property
-    def lambda_0(self) -> float:
-        """The least eigenvalue of the infinite-width kernel, without the factor xi."""
-        return least_eigenvalue(infinite_ntk(self.inputs))
 
-
+@lru_cache(maxsize=4)
 def load_problem(data: Path | str | None, samples: int, scaling: Scaling = "raw") -> Problem:
-    """Load the first samples of Communities and Crime, or draw others.
+    """Load the first samples of Communities and Crime, or draw others; points of one process share them.
 
     Args:
         data: See `ist.data.crime.read_crime`; or 'sphere'.

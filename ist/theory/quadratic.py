@@ -9,6 +9,7 @@ arXiv 2306.16484.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -33,23 +34,28 @@ class Quadratics:
         nodes, size = self.vectors.shape
         if size % nodes:
             raise ConfigError(f"'d' is {size}, not a multiple of the {nodes} nodes ('n')")
-        if float(torch.linalg.eigvalsh(self.matrices.mean(dim=0))[0]) <= 0:
+        if float(torch.linalg.eigvalsh(self.mean_matrix)[0]) <= 0:
             raise ConfigError("the mean of the matrices L is not positive definite: there is no minimum")
 
-    @property
+    @cached_property
+    def mean_matrix(self) -> Tensor:
+        """The mean of the matrices: (d, d)."""
+        return self.matrices.mean(dim=0)
+
+    @cached_property
     def solution(self) -> Tensor:
         """The minimum of the mean of the functions: (d,)."""
-        found: Tensor = torch.linalg.solve(self.matrices.mean(dim=0), self.vectors.mean(dim=0))
+        found: Tensor = torch.linalg.solve(self.mean_matrix, self.vectors.mean(dim=0))
         return found
 
     def value(self, points: Tensor) -> Tensor:
         """Return the mean of the functions at (..., d), less its minimum."""
         away = points - self.solution
-        return ((away @ self.matrices.mean(dim=0)) * away).sum(dim=-1) / 2
+        return ((away @ self.mean_matrix) * away).sum(dim=-1) / 2
 
     def preconditioned(self) -> "Quadratics":
         """Return the functions in coordinates in which the mean matrix has ones on its diagonal: x = D^(-1/2) z."""
-        scale = self.matrices.mean(dim=0).diagonal().rsqrt()
+        scale = self.mean_matrix.diagonal().rsqrt()
         return Quadratics(self.matrices * scale[:, None] * scale, self.vectors * scale)
 
 
@@ -60,7 +66,7 @@ def mean_operator(quadratics: Quadratics) -> Tensor:
     both fall to the same node: with probability (d/n - 1)/(d - 1).
     """
     nodes, size = quadratics.vectors.shape
-    mean = quadratics.matrices.mean(dim=0)
+    mean = quadratics.mean_matrix
     together = (size / nodes - 1) / (size - 1) if size > 1 else 1.0
     diagonal = torch.diag(mean.diagonal())
     return nodes * (diagonal + together * (mean - diagonal))
@@ -74,7 +80,7 @@ def limit(quadratics: Quadratics) -> Tensor:
 
 def descent_matrix(quadratics: Quadratics) -> Tensor:
     """Return W = (L E[B] + E[B] L) / 2: where it is indefinite, there are points from which f rises at first."""
-    mean, operator = quadratics.matrices.mean(dim=0), mean_operator(quadratics)
+    mean, operator = quadratics.mean_matrix, mean_operator(quadratics)
     return (mean @ operator + operator @ mean) / 2
 
 
@@ -101,7 +107,7 @@ def iterate(
         gradients = torch.einsum("ijk,sik->sij", quadratics.matrices, sketch * points[:, None, :]) - quadratics.vectors
         points = points - step_size * (sketch * gradients).mean(dim=1)
         values.append(quadratics.value(points))
-        check_finite(values[-1], f"in round {number}", step_size)
+        check_finite(values[-1], lambda _: f"in round {number}: the step size eta={step_size:g}")  # noqa: B023
         if number >= rounds // 2:
             total += points
     return torch.stack(values, dim=1), total / (rounds - rounds // 2)

@@ -26,23 +26,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ist.errors import ConfigError, ISTError, RunFolderError
 from ist.storage import write_atomically
+from ist.theory import EXPERIMENTS
 from ist.theory.experiment import Experiment, Point, Row, Section
 from ist.theory.problem import SPHERE, load_problem
-
-EXPERIMENTS = (
-    "figure2a",
-    "figure2b",
-    "figure2c",
-    "calibrate",
-    "rates",
-    "floors",
-    "kernels",
-    "relatives",
-    "inputs",
-    "bias",
-    "system",
-)
-"""In the order of the page."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +121,9 @@ def run_experiments(
     }
     with _pool(processes) as pool, _progress(console) as progress:
         for name, (module, settings, store) in ready.items():
-            rows = _measured(name, settings, points[name], store, pool, progress)
+            store.begin()
+            _measure_missing(name, settings, points[name], store, pool, progress)
+            rows = store.rows_of(points[name])
             _write_csv(out / f"{name}.csv", rows)
             yield Done(name, settings.model_dump(mode="json"), module.section(settings, rows))
 
@@ -149,11 +137,12 @@ def _check_data(name: str, settings: Any) -> None:
         raise type(error)(f"{name}: {error}. Or draw inputs from the sphere: --data sphere") from error
 
 
-def measured_before(out: Path) -> Iterator[Done]:
-    """Yield the experiments of which `out` holds every point, in the order of the page."""
+def with_measured_before(done: Sequence[Done], out: Path) -> list[Done]:
+    """Return these experiments and all others of which `out` holds every point, in the order of the page."""
+    found = {one.name: one for one in done}
     for name in EXPERIMENTS:
         path = out / f"{name}.jsonl"
-        if not path.exists():
+        if name in found or not path.exists():
             continue
         module = experiment(name)
         try:
@@ -162,9 +151,10 @@ def measured_before(out: Path) -> Iterator[Done]:
         except (ConfigError, ValueError, KeyError):  # of another version
             continue
         points = module.points(settings)
-        if all(key_of(point) in store.rows for point in points):
-            rows = [row for point in points for row in store.rows[key_of(point)]]
-            yield Done(name, settings.model_dump(mode="json"), module.section(settings, rows))
+        if not store.missing(points):
+            section = module.section(settings, store.rows_of(points))
+            found[name] = Done(name, settings.model_dump(mode="json"), section)
+    return [found[name] for name in EXPERIMENTS if name in found]
 
 
 class _Store:
@@ -185,7 +175,21 @@ class _Store:
                 self._check(found)
             else:
                 self.rows[found["point"]] = found["rows"]
-        self._begin()
+
+    def missing(self, points: Sequence[Point]) -> list[Point]:
+        """Return the points that are not measured."""
+        return [point for point in points if key_of(point) not in self.rows]
+
+    def rows_of(self, points: Sequence[Point]) -> list[Row]:
+        """Return the rows of points that are measured, in order."""
+        return [row for point in points for row in self.rows[key_of(point)]]
+
+    def begin(self) -> None:
+        """Write the file anew, without a line that was cut off."""
+        lines = [self._head, *({"point": point, "rows": rows} for point, rows in self.rows.items())]
+        with _told(self._path):
+            self._out.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def add(self, point: Point, rows: Sequence[Row]) -> None:
         """Keep a point."""
@@ -202,12 +206,6 @@ class _Store:
                 "measure anew"
             )
 
-    def _begin(self) -> None:
-        lines = [self._head, *({"point": point, "rows": rows} for point, rows in self.rows.items())]
-        with _told(self._path):
-            self._out.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines).encode())
-
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
@@ -223,17 +221,15 @@ def key_of(point: Point) -> str:
     return json.dumps(dict(point), sort_keys=True)
 
 
-def _measured(
+def _measure_missing(
     name: str, settings: Any, points: Sequence[Point], store: _Store, pool: Executor | None, progress: Progress
-) -> list[Row]:
-    """Measure the points that are missing; return all rows in the order of the points."""
+) -> None:
     bar = progress.add_task(name, total=len(points))
-    missing = [point for point in points if key_of(point) not in store.rows]
+    missing = store.missing(points)
     progress.advance(bar, len(points) - len(missing))
     for point, rows in _results(name, settings, missing, pool):
         store.add(point, rows)
         progress.advance(bar)
-    return [row for point in points for row in store.rows[key_of(point)]]
 
 
 def _results(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ist.theory.runner import EXPERIMENTS
+from ist.theory import EXPERIMENTS
 from tests.conftest import ROOT, Run
 
 DATA = ROOT / ".data" / "crime"

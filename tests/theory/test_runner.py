@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from ist.cli import app
 from ist.errors import ConfigError, DataError, DivergedError
 from ist.report.theory_page import write_theory_page
-from ist.theory import runner
+from ist.theory import EXPERIMENTS, runner
 from ist.theory.algorithm import Run, train
 from ist.theory.experiments import figure2b, figure2c
 from ist.theory.masks import Law
@@ -30,19 +30,19 @@ QUIET = Console(quiet=True)
 
 
 @pytest.mark.parametrize(("xi", "tau"), [(None, 1), (None, 4), (0.5, 4)])
-def test_the_system_is_algorithm_1(tmp_path: Path, xi: float | None, tau: int) -> None:
+def test_the_system_is_algorithm_1(xi: float | None, tau: int) -> None:
     problem = sphere(8, 12)
     law = Law(40, 3, xi)
     run = Run(law, tau, 5, 0.2, seed=7, draw=system_masks(law, 7))
 
     theory = train(problem, [run], "weights").weights[0]
-    system = train_with_system(problem, run, tmp_path)
+    system = train_with_system(problem, run)
 
     torch.testing.assert_close(system, theory, rtol=0, atol=1e-14)
     assert not torch.equal(theory, train(problem, [Run(law, tau, 5, 0.2, seed=7)], "weights").weights[0])  # other masks
 
 
-@pytest.mark.parametrize("name", runner.EXPERIMENTS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_measures_and_describes(name: str, tmp_path: Path) -> None:
     write_crime(tmp_path / "crime.csv", 60)
     module = runner.experiment(name)
@@ -131,7 +131,7 @@ def test_the_page_holds_all_that_was_measured_into_a_folder(tmp_path: Path) -> N
         list(runner.run_experiments(chosen, tmp_path, 1, False, QUIET))
     (tmp_path / "rates.jsonl").write_text('{"experiment": "rates", "settings": {}}\n')  # not measured to its end
 
-    done = list(runner.measured_before(tmp_path))
+    done = runner.with_measured_before([], tmp_path)
     page = write_theory_page(done, tmp_path).read_text()
 
     assert [one.name for one in done] == ["inputs", "bias"]

@@ -50,7 +50,7 @@ def measure(settings: Settings, point: Point) -> Sequence[Row]:
     if point["case"].startswith("two"):
         return _measure_two(settings, point)
     quadratics = _case(point["case"], settings)
-    largest = float(torch.linalg.eigvalsh(quadratics.matrices.mean(dim=0))[-1]) * settings.n
+    largest = float(torch.linalg.eigvalsh(quadratics.mean_matrix)[-1]) * settings.n
     start = torch.ones(settings.d, dtype=torch.float64)
     values, means = iterate(quadratics, start, point["step"] / largest, settings.rounds, range(settings.seeds))
     predicted, solution = limit(quadratics), quadratics.solution

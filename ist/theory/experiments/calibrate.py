@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from pydantic import Field
 
 from ist.errors import DivergedError
 from ist.theory.algorithm import Run, train
-from ist.theory.dtypes import DTYPES
 from ist.theory.experiment import Count, Point, Positive, Row, Section, Table, grid_of, mean_by
 from ist.theory.experiment import Settings as Base
 from ist.theory.experiments import figure2b, figure2c
@@ -57,7 +57,7 @@ def measure(settings: Settings, point: Point) -> Sequence[Row]:
     run = Run(law, 1 if bernoulli else point["across"], settings.K, point["eta"], seed=settings.seed)
     problem = load_problem(settings.data, settings.samples, point["scaling"])
     try:
-        errors = train(problem, [run], dtype=DTYPES["float32"]).errors[0]
+        errors = train(problem, [run], dtype=torch.float32).errors[0]
     except DivergedError:
         return [{**point, "error": float("inf")}]
     return [{**point, "error": float(errors[-(settings.K // 4 if bernoulli else 1) :].mean())}]

@@ -12,7 +12,7 @@ from pydantic import Field
 from ist.errors import ConfigError
 from ist.theory import bounds
 from ist.theory.algorithm import Run, train
-from ist.theory.experiment import Count, Point, Probability, Row, Section, Table
+from ist.theory.experiment import Count, Point, Probability, Row, Section, Table, bound_setting, rows_at
 from ist.theory.experiment import Settings as Base
 from ist.theory.kernels import infinite_ntk, least_eigenvalue
 from ist.theory.masks import Law
@@ -96,7 +96,7 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
     for axes, sweep in zip(panels, SWEEPS, strict=False):
         measured = []
         for point in [point for point in points(settings) if point["sweep"] == sweep]:
-            of_point = [row for row in rows if all(row[key] == point[key] for key in point)]
+            of_point = rows_at(rows, point)
             one = _Measured(_x(sweep, point), [r["floor"] for r in of_point], [r["before"] for r in of_point],
                             _bound(settings, problem, point))  # fmt: skip
             if one.x == 0:  # gradient descent: nothing is random
@@ -191,8 +191,5 @@ def _x(sweep: str, point: Point) -> float:
 def _bound(settings: Settings, problem: Problem, point: Point) -> float:
     """The bound at a point, as a mean over the samples."""
     law = Law(point["m"], point["p"], point["xi"])
-    setting = bounds.Setting(
-        settings.n, settings.d, point["m"], point["p"], point["tau"], law.probability, law.theta, settings.eta,
-        least_eigenvalue(infinite_ntk(problem.inputs, law.probability)),
-    )  # fmt: skip
+    setting = bound_setting(problem, law, point["tau"], settings.eta)
     return (bounds.categorical_floor if law.xi is None else bounds.bernoulli_floor)(setting) / settings.n

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ist.theory import bounds
 from ist.theory.algorithm import Run, initial_weights, train
-from ist.theory.experiment import Count, DataSettings, Point, Probability, Row, Section, Table
-from ist.theory.kernels import finite_ntk, infinite_ntk, least_eigenvalue
+from ist.theory.experiment import Count, DataSettings, Point, Probability, Row, Section, Table, bound_setting
+from ist.theory.kernels import finite_ntk, least_eigenvalue
 from ist.theory.masks import Law
 from ist.theory.problem import Problem, sphere
 
@@ -76,7 +76,8 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
     for column, case in enumerate(("sphere", "data set")):
         points_of_case = [point for point in points(settings) if point["case"] == case]
         problem = _problem(settings, points_of_case[0])
-        theory = _setting(settings, problem, points_of_case[0]["m"])
+        law = Law(points_of_case[0]["m"], settings.p, settings.xi)
+        theory = bound_setting(problem, law, settings.tau, settings.eta)
         of_case = [row for row in rows if row["case"] == case]
         lines += [_line(point, of_case, theory) for point in points_of_case]
         title = settings.describe() if column else f"n = {settings.n} inputs on the sphere, d = {settings.d}"
@@ -144,11 +145,3 @@ def _draw(upper: Axes, lower: Axes, title: str, rows: Sequence[Row], theory: bou
 
 def _problem(settings: Settings, point: Point) -> Problem:
     return sphere(settings.n, settings.d) if point["case"] == "sphere" else settings.problem()
-
-
-def _setting(settings: Settings, problem: Problem, width: int) -> bounds.Setting:
-    samples, inputs = problem.inputs.shape
-    return bounds.Setting(
-        samples, inputs, width, settings.p, settings.tau, settings.xi, Law(width, settings.p, settings.xi).theta,
-        settings.eta, least_eigenvalue(infinite_ntk(problem.inputs, settings.xi)),
-    )  # fmt: skip

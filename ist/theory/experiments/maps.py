@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pydantic import Field
 
 from ist.theory.algorithm import Run, train
-from ist.theory.dtypes import DTYPES
 from ist.theory.experiment import Count, DataSettings, Table
 from ist.theory.masks import Law
 
@@ -31,7 +31,7 @@ class MapSettings(DataSettings):
     def final_error(self, law: Law, local_steps: int, rounds: int, step_size: float, seed: int) -> float:
         """Train one network, and return its error averaged over the last rounds."""
         run = Run(law, local_steps, rounds, step_size, self.kappa, seed)
-        errors = train(self.problem(), [run], dtype=DTYPES[self.dtype]).errors[0]
+        errors = train(self.problem(), [run], dtype=getattr(torch, self.dtype)).errors[0]
         return float(errors[-min(self.tail, max(1, rounds // 4)) :].mean())
 
 

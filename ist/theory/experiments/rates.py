@@ -12,11 +12,11 @@ from pydantic import Field
 from ist.errors import ConfigError
 from ist.theory import bounds
 from ist.theory.algorithm import Run, train
-from ist.theory.experiment import Count, Point, Probability, Row, Section, Table
+from ist.theory.experiment import Count, Point, Probability, Row, Section, Table, bound_setting, rows_at
 from ist.theory.experiment import Settings as Base
 from ist.theory.kernels import infinite_ntk, least_eigenvalue
 from ist.theory.masks import Law
-from ist.theory.problem import Problem, sphere
+from ist.theory.problem import sphere
 from ist.theory.statistics import exponent, standard_error
 
 QUICK: Mapping[str, Any] = {"m": 300, "seeds": 3, "p": (1, 4), "xi": (0.2, 0.8), "tau": (1, 4), "until": 0.6}
@@ -72,10 +72,11 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
     problem = sphere(settings.n, settings.d)
     measured = []
     for point in points(settings):
-        falls = [row["fall"] for row in rows if all(row[key] == point[key] for key in point)]
-        setting = _setting(settings, problem, point)
+        falls = [row["fall"] for row in rows_at(rows, point)]
+        law = Law(settings.m, point["p"], point["xi"])
+        setting = bound_setting(problem, law, point["tau"], settings.eta)
         rate = bounds.bernoulli_rate(setting) if point["xi"] else bounds.categorical_rate(setting)
-        reached = [row["reached"] for row in rows if all(row[key] == point[key] for key in point)]
+        reached = [row["reached"] for row in rows_at(rows, point)]
         measured.append(_Measured(point, setting, float(-np.log(rate)), falls, all(reached)))
     bernoulli = [one for one in measured if one.point["xi"]]
     fit = exponent(
@@ -158,11 +159,3 @@ def _drawn(settings: Settings, measured: Sequence[_Measured]) -> Figure:
     axes.legend(fontsize=7)
     axes.grid(visible=True, alpha=0.3)
     return figure
-
-
-def _setting(settings: Settings, problem: Problem, point: Point) -> bounds.Setting:
-    law = Law(settings.m, point["p"], point["xi"])
-    return bounds.Setting(
-        settings.n, settings.d, settings.m, point["p"], point["tau"], law.probability, law.theta, settings.eta,
-        least_eigenvalue(infinite_ntk(problem.inputs, law.probability)),
-    )  # fmt: skip
