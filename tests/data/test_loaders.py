@@ -1,15 +1,19 @@
 """The shipped loaders, on the real files where a package has them and on small files of the same format."""
 
 import gzip
+import inspect
 import struct
 from pathlib import Path
 
 import pytest
 import torch
 
+from ist.data import DATASETS
+from ist.data.crime import TARGET, crime
 from ist.data.digits import digits
 from ist.data.fashion_mnist import DEBIAN_ROOT, fashion_mnist
 from ist.errors import DataError
+from ist.registry import resolve
 
 
 def test_the_digits_are_scikit_learns() -> None:
@@ -73,3 +77,30 @@ def test_debians_package_holds_the_published_sizes() -> None:
     inputs = splits.train.tensors[0]
     assert abs(float(inputs.mean())) < 0.01
     assert abs(float(inputs.std()) - 1) < 0.01
+
+
+def test_fashion_mnist_comes_as_pictures_where_asked(folder: Path) -> None:
+    flat, pictures = fashion_mnist(folder), fashion_mnist(folder, flat=False)
+
+    assert pictures.train.tensors[0].shape == (3, 1, 28, 28)
+    assert torch.equal(pictures.test.tensors[0].flatten(1), flat.test.tensors[0])
+
+
+def test_crime_is_tuned_on_the_last_rows_that_are_not_for_testing(tmp_path: Path) -> None:
+    path = tmp_path / "crime.csv"
+    path.write_text(f"first,{TARGET}\n" + "".join(f"{row},{row}\n" for row in range(900)))
+
+    splits, tuning = crime(path), crime(path, validation=True)
+
+    assert (len(splits.train), len(splits.test)) == (507, 393)
+    assert (len(tuning.train), len(tuning.test)) == (107, 400)
+    inputs, targets = tuning.train.tensors
+    assert targets.flatten().tolist() == list(range(107))
+    assert tuning.test.tensors[1][-1] == splits.train.tensors[1][-1] == 506
+    assert abs(float(inputs.mean())) < 1e-6
+    assert abs(float(inputs.std()) - 1) < 1e-6
+
+
+def test_every_short_name_leads_to_a_loader() -> None:
+    for name in DATASETS:
+        assert "root" in inspect.signature(resolve(name, "data.name", DATASETS)).parameters

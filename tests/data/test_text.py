@@ -1,0 +1,96 @@
+"""Text that the system has, cut into windows of bytes."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ist.data.text import text
+from ist.errors import DataError
+
+
+def content(part: Any) -> bytes:
+    return bytes(part.tensors[0].flatten().tolist())
+
+
+def test_the_parts_follow_each_other_in_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "letters.txt"
+    path.write_bytes(bytes(range(100)))
+
+    splits = text(path, length=5, held_out=0.2)
+
+    assert content(splits.train) == bytes(range(80))
+    assert content(splits.test) == bytes(range(80, 100))
+
+
+def test_what_is_held_out_for_tuning_lies_right_before_what_is_for_testing(tmp_path: Path) -> None:
+    path = tmp_path / "letters.txt"
+    path.write_bytes(bytes(range(100)))
+
+    splits = text(path, length=5, held_out=0.2, validation=True)
+
+    assert content(splits.train) == bytes(range(60))
+    assert content(splits.test) == bytes(range(60, 80))
+
+
+def test_only_the_first_bytes_are_used(tmp_path: Path) -> None:
+    path = tmp_path / "letters.txt"
+    path.write_bytes(bytes(range(100)))
+
+    splits = text(path, length=5, held_out=0.5, max_bytes=20)
+
+    assert content(splits.train) + content(splits.test) == bytes(range(20))
+
+
+def test_too_little_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "letters.txt"
+    path.write_bytes(bytes(20))
+
+    text(path, length=10, held_out=0.5)
+    with pytest.raises(DataError, match="20 bytes make 2 windows of 10, of which 1 are held out"):
+        text(path, length=10, held_out=0.5, validation=True)
+
+
+def test_the_librarys_sources_leave_out_what_not_every_system_has() -> None:
+    splits = text(source="stdlib", length=1000)
+    whole = content(splits.train) + content(splits.test)
+
+    assert len(whole) > 5_000_000
+    assert b"class Formatter" in whole  # logging
+    assert b"class IdbAdapter" not in whole  # idlelib
+    assert b"import torch" not in whole
+
+
+@pytest.mark.skipif(shutil.which("bible") is None, reason="Debian's bible-kjv is not installed")
+def test_the_bible_is_plain_english() -> None:
+    splits = text(source="kjv", length=100)
+
+    assert content(splits.train).startswith(
+        b"In the beginning God created the heaven and the earth.\nAnd the earth was"
+    )
+    assert not set(b"0123456789") & set(content(splits.train))
+
+
+def test_the_bibles_verses_lose_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    verses = b"Ge1:1 In the beginning\n1Sm2:10 of them: 12 stones\n" * 10
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 0, verses))
+
+    splits = text(source="kjv", length=10)
+
+    assert content(splits.train).startswith(b"In the beginning\nof them: 12 stones\nIn the")
+
+
+def test_without_the_bible_the_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    with pytest.raises(DataError, match="apt-get install bible-kjv"):
+        text(source="kjv")
+
+
+def test_a_source_must_be_known_and_alone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected one of topics, stdlib, kjv"):
+        text(source="novels")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="give one of them"):
+        text(tmp_path, source="kjv")
