@@ -153,6 +153,17 @@ def embedding(scene: Scene, call: Call) -> Sequence[Value]:
     ]
 
 
+def embedding_bag(scene: Scene, call: Call) -> Sequence[Value]:
+    """Some rows of a table, combined: as one row, and nothing that chooses or scales them is split."""
+    for name in ("indices", "offsets", "per_sample_weights"):
+        value = call.args.get(name)
+        if isinstance(value, ParameterView):
+            scene.atoms.freeze(value)
+        elif isinstance(value, Activation):
+            scene.labels.freeze(value.core)
+    return embedding(scene, call)
+
+
 def im2col(scene: Scene, call: Call) -> Sequence[Value]:
     """Every patch of an image as a column."""
     value = scene.activation(mix(scene, call.values[0], {2, 3}))

@@ -199,6 +199,23 @@ class Graph(nn.Module):
         return x
 
 
+class Bags(nn.Module):
+    """Weighted sums of rows of a table, with weights of the input, and with weights that a hidden unit gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given = nn.EmbeddingBag(7, 10, mode="sum", padding_idx=6)
+        self.hidden, self.scales = nn.Linear(3, 8), nn.Linear(8, 3)
+        self.scaled = nn.EmbeddingBag(7, 6, mode="sum")
+        self.mean = nn.EmbeddingBag(7, 9, mode="mean")
+        self.out = nn.Linear(25, 5)
+
+    def forward(self, words: Tensor, weights: Tensor) -> Tensor:
+        scaled = self.scaled(words, per_sample_weights=self.scales(self.hidden(weights).relu()))
+        given = self.given(words, per_sample_weights=weights)
+        return self.out(torch.cat([given.relu(), scaled.relu(), self.mean(words)], dim=1))
+
+
 class Block(nn.Module):
     def __init__(self, width: int = 12) -> None:
         super().__init__()
@@ -257,4 +274,9 @@ CASES: dict[str, Case] = {
     ),
     "not contiguous": Case(NonContiguous, rand(3, 12), {"first": 9}),
     "graph": Case(Graph, (rand(5, 6), torch.tensor([[0, 1, 2, 3, 4], [1, 2, 3, 4, 0]])), {"first": 9}),
+    "bags of embeddings": Case(
+        Bags,
+        (torch.tensor([[0, 1, 6], [2, 2, 5], [3, 4, 1]]), rand(3, 3)),
+        {"given": 10, "hidden": 8, "scaled": 6, "mean": 9},
+    ),
 }  # fmt: skip

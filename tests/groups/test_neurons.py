@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from ist.build import make_job
 from ist.data.nested import call_model, mapped, tensors_in
 from ist.errors import ModelError
 from ist.groups import named_tensors
-from ist.job import Job, make_job
+from ist.job import Job
 from ist.narrow import bind
 from ist.subnet import cut_specs, extract, reassemble
 from ist.verify import verify_cut, verify_cuts
@@ -68,7 +69,7 @@ def test_subnets_written_back_untouched_change_nothing(case: Case) -> None:
         extract(state, cut, part)
         parts.append(part)
 
-    reassemble(state, cuts, list(enumerate(parts)), job.exclusive)
+    reassemble(state, cuts, list(enumerate(parts)), job.exclusive(0))
 
     assert_same(state, before)
     for group in job.groups:
