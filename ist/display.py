@@ -38,7 +38,7 @@ class Display:
         self._last_line = float("-inf")
         self._last_fault = float("-inf")
         self._num_untold = 0
-        self._accuracy = ""
+        self._value = ""
         self._bar: Progress | None = None
         console = Console(stderr=True)
         if enabled and console.is_terminal:
@@ -53,12 +53,13 @@ class Display:
         """Show a round."""
         if not self._enabled:
             return
-        if record.get("accuracy") is not None:
-            self._accuracy = f"  accuracy {record['accuracy']:.2%}"
+        metric = record.get("metric", "accuracy")
+        if record.get(metric) is not None:
+            self._value = f"  {metric_title(metric)} {format_metric(metric, record[metric])}"
         self._show_faults(record)
         done = record["round"] + 1
         numbers = (
-            f"round {done}/{self._num_rounds}  loss {record['loss']:.4f}{self._accuracy}  "
+            f"round {done}/{self._num_rounds}  loss {record['loss']:.4f}{self._value}  "
             f"sent {format_bytes(record['sent_bytes'])}"
         )
         if self._num_workers not in (None, record["workers"]):
@@ -108,6 +109,16 @@ class Display:
         self._tell_rest(0)
         if self._bar:
             self._bar.stop()
+
+
+def metric_title(name: str) -> str:
+    """Return what tables call a metric: 'P@1' for 'precision_at_1'."""
+    return name.replace("precision_at_", "P@").replace("_", " ") if name != "rmse" else "RMSE"
+
+
+def format_metric(name: str, value: float) -> str:
+    """Return a metric's value for people: a part of all as a percentage."""
+    return f"{value:.2%}" if name == "accuracy" or name.startswith("precision_at_") else f"{value:.4f}"
 
 
 def format_ratio(ratio: float) -> str:

@@ -6,7 +6,7 @@ A network whose batch norm keeps no running statistics uses batch statistics her
 depends on the batch size of the evaluation.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,17 @@ from torch.utils.data import Dataset
 
 from ist.data.batches import fetch, length
 from ist.data.nested import call_model, scores
+from ist.errors import DataError
+from ist.metrics import Metric
 from ist.rng import Purpose, permutation
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Mean loss, and accuracy in [0, 1] where asked for, over `samples` samples."""
+    """Mean loss over `samples` samples, and the values of a metric, by name, where one was asked for."""
 
     loss: float
-    accuracy: float | None
+    values: Mapping[str, float]
     samples: int
 
 
@@ -35,7 +37,7 @@ def evaluate(
     loss: Callable[[Any, Any], Tensor],
     batch_size: int,
     device: torch.device,
-    with_accuracy: bool,
+    metric: Metric | None,
 ) -> Metrics:
     """Evaluate a network on a data set.
 
@@ -45,20 +47,26 @@ def evaluate(
         loss: Mean loss of (outputs, targets).
         batch_size: Samples of a batch.
         device: Where the network is.
-        with_accuracy: Whether outputs are (batch, classes) scores and targets class numbers.
+        metric: What to report beside the loss.
+
+    Raises:
+        DataError: The metric counts none of the data set's targets.
     """
     model.eval()
-    count, loss_sum, correct = length(dataset), 0.0, 0
+    count, loss_sum, sums, counted = length(dataset), 0.0, torch.zeros((), dtype=torch.float64, device=device), 0
     with torch.no_grad():
         for start in range(0, count, batch_size):
             batch = np.arange(start, min(start + batch_size, count), dtype=np.int64)
             inputs, targets = fetch(dataset, batch, device)
             outputs = call_model(model, inputs)
             loss_sum += float(loss(outputs, targets)) * len(batch)
-            if with_accuracy:
-                correct += int((scores(outputs).argmax(dim=1) == targets).sum())
+            if metric is not None:
+                batch_sums, batch_count = metric.batch(scores(outputs), targets)
+                sums, counted = sums + batch_sums, counted + batch_count
     model.train()
-    return Metrics(loss_sum / count, correct / count if with_accuracy else None, count)
+    if metric is not None and counted == 0:
+        raise DataError(f"metric '{metric.names[0]}' has nothing to count: no target of the {count} samples is one")
+    return Metrics(loss_sum / count, metric.values(sums, counted) if metric else {}, count)
 
 
 def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:

@@ -26,10 +26,11 @@ _FLUSH_EVERY_S = 10
 def scalars(record: Record) -> dict[str, float]:
     """Return what a record says, by TensorBoard's names."""
     faults = record.get("lost", [])
+    metric = record.get("metric") or "accuracy"
     found = {
         "loss/train": record["loss"],
         "loss/test": record.get("test_loss"),
-        "accuracy/test": record.get("accuracy"),
+        f"{metric}/test": record.get(metric),
         "bytes/sent": record["sent_bytes"],
         **{f"seconds/{phase}": record[f"{phase}_s"] for phase in PHASES},
         "workers/in_round": record["workers"],
@@ -118,6 +119,7 @@ METRICS: dict[str, Metric] = {
     "ist_train_loss": Metric("gauge", "Mean training loss of the last round."),
     "ist_test_loss": Metric("gauge", "Loss of the whole network on the test data."),
     "ist_test_accuracy": Metric("gauge", "Accuracy of the whole network on the test data, from 0 to 1."),
+    "ist_test_metric": Metric("gauge", "What is reported of the whole network on the test data, by name.", "name"),
     "ist_bytes": Metric("counter", "Payload bytes: to_workers, from_workers, or of an all_reduce.", "direction"),
     "ist_phase_seconds": Metric("counter", "Seconds by phase; those of workers are their mean.", "phase"),
     "ist_workers": Metric("gauge", "Workers of the last round."),
@@ -160,6 +162,8 @@ def add_record(values: Values, record: Record, method: str) -> Values:
         "worker": record["memory_bytes"],
         "coordinator": record["coordinator_memory_bytes"],
     }
+    if record.get("metric"):
+        new["ist_test_metric"] = {record["metric"]: record[record["metric"]]}
     plain = {
         "ist_rounds": record["round"] + 1,
         "ist_samples": record["samples"],

@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from ist.checkpoint import Progress
-from ist.coordinator import RoundReport, Seconds
 from ist.evaluate import Metrics
 from ist.job import Job
 from ist.meter import MemoryGauge, Meter
+from ist.rounds import RoundReport, Seconds
 from ist.run_folder import RunFolder
 from ist.watch import Watcher
 
@@ -47,6 +47,7 @@ class RunRecorder:
         gauge: MemoryGauge,
     ) -> None:
         self._job = job
+        self._metric = job.metric
         self._folder = folder
         self._watchers = watchers
         self._meter = meter
@@ -102,7 +103,8 @@ class RunRecorder:
             "coordinator_memory_bytes": self._gauge.peak_bytes(),
         }
         if metrics:
-            record |= {"test_loss": metrics.loss, "accuracy": metrics.accuracy}
+            name = self._metric.names[0] if self._metric else None
+            record |= {"test_loss": metrics.loss, "metric": name, "accuracy": None, **metrics.values}
         if report.lost:
             record["lost"] = [{"worker": lost.worker, "kind": lost.kind, "reason": lost.reason} for lost in report.lost]
         for lost in report.lost:
@@ -117,10 +119,14 @@ class RunRecorder:
 
     def _note_numbers(self, record: Mapping[str, Any]) -> None:
         numbers = self._numbers
-        latest = {key: record[key] for key in ("loss", "test_loss", "accuracy") if record.get(key) is not None}
-        peaks = {"best_accuracy": latest.get("accuracy"), "memory_bytes": record["memory_bytes"]}
+        names = self._metric.names if self._metric else ()
+        latest = {key: record[key] for key in ("loss", "test_loss", *names) if record.get(key) is not None}
         numbers |= latest
-        numbers |= {key: max(peak, numbers.get(key, peak)) for key, peak in peaks.items() if peak is not None}
+        numbers["memory_bytes"] = max(record["memory_bytes"], numbers.get("memory_bytes", 0))
+        if self._metric and names[0] in latest:
+            best = max if self._metric.higher_is_better else min
+            key = f"best_{names[0]}"
+            numbers[key] = best(latest[names[0]], numbers.get(key, latest[names[0]]))
 
     def _since_last_round(self, counter: Counter[int], which: int) -> list[int]:
         counts = [counter[worker] for worker in range(self._job.config.train.workers)]
@@ -151,6 +157,7 @@ class RunRecorder:
     def result(self) -> dict[str, Any]:
         """Return the run's final numbers."""
         config, numbers = self._job.config, self._numbers
+        names = self._metric.names if self._metric else ()
         return {
             "name": config.name,
             "method": config.method,
@@ -160,6 +167,8 @@ class RunRecorder:
             "rounds": self._rounds_done,
             "loss": numbers["loss"],
             "test_loss": numbers.get("test_loss"),
+            "metric": names[0] if names else None,
+            "metrics": {key: numbers[key] for name in names for key in (name, f"best_{name}") if key in numbers},
             "accuracy": numbers.get("accuracy"),
             "best_accuracy": numbers.get("best_accuracy"),
             **self._totals,

@@ -15,16 +15,17 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 import ist.watch
+from ist.build import build_job
 from ist.checkpoint import Progress
-from ist.coordinator import RoundReport, Seconds, run_rounds
 from ist.display import Display
 from ist.errors import ConfigError, PoolError, RunFolderError
 from ist.evaluate import Metrics
 from ist.exporters import METRICS, Prometheus, TensorBoard, scalars
-from ist.job import Job, build_job
+from ist.job import Job
 from ist.meter import MemoryGauge, Meter
 from ist.pool import Lost
 from ist.recorder import RunRecorder
+from ist.rounds import RoundReport, Seconds, run_rounds
 from ist.run import Leading, open_run
 from ist.run_folder import create_run_folder
 from ist.watch import Watcher, check_watch, open_watchers
@@ -52,7 +53,7 @@ def a_record(*lost: Lost, round_number: int = 0, **changes: Any) -> dict[str, An
         "round": round_number, "workers": 4, "loss": 0.5, "samples": 192 * (round_number + 1), "sent_bytes": 1000,
         "compute_s": 0.1, "exchange_s": 0.2, "idle_s": 0.3, "cut_s": 0.01, "merge_s": 0.02, "evaluate_s": 0.5,
         "bytes_to_worker": [100, 100], "bytes_from_worker": [150, 150], "memory_bytes": 300,
-        "coordinator_memory_bytes": 700, "test_loss": 0.4, "accuracy": 0.875,
+        "coordinator_memory_bytes": 700, "test_loss": 0.4, "metric": "accuracy", "accuracy": 0.875,
     }  # fmt: skip
     if lost:
         record["lost"] = [{"worker": fault.worker, "kind": fault.kind, "reason": fault.reason} for fault in lost]
@@ -80,15 +81,15 @@ def test_a_record_says_who_took_part_and_who_was_left_out_and_why(job: Job) -> N
 def test_what_a_run_has_behind_it_survives_its_machine(job: Job, tmp_path: Path) -> None:
     folder = create_run_folder(small_config(), tmp_path / "run")
     first = recorder_for(job, folder=folder)
-    first.round_done(0, report(LOST, LATE), Metrics(0.3, 0.9, 50), Seconds(1.0, 0.5), 10)
-    first.round_done(1, report(), Metrics(0.4, 0.8, 50), Seconds(1.0, 0.5), 20)
+    first.round_done(0, report(LOST, LATE), Metrics(0.3, {"accuracy": 0.9}, 50), Seconds(1.0, 0.5), 10)
+    first.round_done(1, report(), Metrics(0.4, {"accuracy": 0.8}, 50), Seconds(1.0, 0.5), 20)
     first.save(2, {"weight": torch.zeros(2)})
     (folder.path / "metrics.jsonl").unlink()
 
     _, before = folder.rewind()
     second = recorder_for(job, before=before, folder=folder)
     assert second.result() == first.result()
-    second.round_done(2, report(LATE), Metrics(0.2, 0.85, 50), Seconds(1.0, 0.5), 5)
+    second.round_done(2, report(LATE), Metrics(0.2, {"accuracy": 0.85}, 50), Seconds(1.0, 0.5), 5)
 
     expected = {
         "rounds": 3, "faults": {"lost": 1, "late": 2, "rejected": 0}, "accuracy": 0.85, "best_accuracy": 0.9,
@@ -255,7 +256,7 @@ def test_a_run_serves_its_metrics_while_it_lasts(tmp_path: Path, capsys: pytest.
     assert before["ist_rounds_planned",] == after["ist_rounds_planned",] == after["ist_rounds_total",] == 4
     assert after["ist_checkpoint_rounds",] == 4
     assert after["ist_train_loss",] == last["loss"]
-    assert after["ist_test_accuracy",] == last["accuracy"]
+    assert after["ist_test_accuracy",] == after["ist_test_metric", "accuracy"] == last["accuracy"]
     directions = after["ist_bytes_total", "to_workers"], after["ist_bytes_total", "from_workers"]
     assert min(directions) > 0
     assert sum(directions) == last["sent_bytes"]

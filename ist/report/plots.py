@@ -8,6 +8,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from ist.display import format_metric, metric_title
+
 AXES = (
     ("sent_bytes", "bytes sent by all processes", "log"),
     ("train_s", "seconds of training", "log"),
@@ -22,7 +24,7 @@ Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def curve_plot(curves: Curves, x: str, x_label: str, x_scale: str) -> str:
-    """Draw test accuracy (test loss where there is none) against a counter.
+    """Draw what a run reports of its test data (the loss where that is all) against a counter.
 
     Args:
         curves: Label to the records of a run; records without an evaluation are left out.
@@ -34,7 +36,8 @@ def curve_plot(curves: Curves, x: str, x_label: str, x_scale: str) -> str:
         An `<svg>` element. It refers to nothing outside itself.
     """
     seen = {label: [r for r in records if x in r] for label, records in curves.items()}
-    y = "accuracy" if any(r.get("accuracy") is not None for rs in seen.values() for r in rs) else "test_loss"
+    names = [record.get("metric", "accuracy") for records in seen.values() for record in records]
+    y = next((n for n in names if n and any(r.get(n) is not None for rs in seen.values() for r in rs)), "test_loss")
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axes = figure.subplots()
     for number, (label, records) in enumerate(seen.items()):
@@ -44,9 +47,9 @@ def curve_plot(curves: Curves, x: str, x_label: str, x_scale: str) -> str:
         axes.plot(*places, label=label, linewidth=1.4, linestyle=style, marker=".")
     axes.set_xscale(x_scale)
     axes.set_xlabel(x_label)
-    axes.set_ylabel("test accuracy" if y == "accuracy" else "test loss")
+    axes.set_ylabel("test loss" if y == "test_loss" else f"test {metric_title(y)}")
     axes.grid(visible=True, alpha=0.3)
-    if y == "accuracy":
+    if format_metric(y, 0.5).endswith("%"):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.legend()
     axes.spines[["top", "right"]].set_visible(False)

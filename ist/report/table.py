@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ist.display import format_bytes, format_ratio
+from ist.display import format_bytes, format_metric, format_ratio, metric_title
 
 Result = Mapping[str, Any]
 
@@ -13,7 +13,8 @@ Result = Mapping[str, Any]
 def table_columns(results: Sequence[Result]) -> tuple[str, ...]:
     """Return the names of the columns; `on the wire` where any run counted what crossed its links."""
     on_the_wire = ("on the wire",) if _counted(results) else ()
-    return ("method", "accuracy", "bytes sent", *on_the_wire, "ratio", "seconds", "on own cores", "memory a worker")
+    titles = tuple(metric_title(name) for name in _metrics(results)) or ("loss",)
+    return ("method", *titles, "bytes sent", *on_the_wire, "ratio", "seconds", "on own cores", "memory a worker")
 
 
 def table_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
@@ -24,16 +25,16 @@ def table_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     """
     most = max((result["sent_bytes"] for result in results), default=0)
     labels = [_label(result) for result in results]
-    counted = _counted(results)
+    counted, metrics = _counted(results), _metrics(results)
     rows: list[tuple[str, ...]] = []
     for result in results:
         several = labels.count(_label(result)) > 1
-        accuracy, sent = result["accuracy"], result["sent_bytes"]
+        sent = result["sent_bytes"]
         wire = format_bytes(result["wire_bytes"]) if "wire_bytes" in result else "not counted"
         rows.append(
             (
                 f"{_label(result)} (seed {result['seed']})" if several else _label(result),
-                f"{accuracy:.2%}" if accuracy is not None else f"loss {result['test_loss'] or result['loss']:.4f}",
+                *_values(result, metrics),
                 format_bytes(sent),
                 *((wire,) if counted else ()),
                 f"{format_ratio(most / sent)}x fewer" if sent and sent < most else "1x",
@@ -73,6 +74,26 @@ def rich_table(results: Sequence[Result]) -> Table:
 
 def _label(result: Result) -> str:
     return str(result.get("label", result["method"]))
+
+
+def _metrics(results: Sequence[Result]) -> list[str]:
+    """Return what is reported of any of the runs, beside the best of it."""
+    names = dict.fromkeys(name for result in results for name in _reported(result))
+    return [name for name in names if not name.startswith("best_")]
+
+
+def _reported(result: Result) -> Mapping[str, float]:
+    accuracy = {"accuracy": result["accuracy"]} if result.get("accuracy") is not None else {}
+    found: Mapping[str, float] = result.get("metrics", accuracy)
+    return found
+
+
+def _values(result: Result, metrics: Sequence[str]) -> list[str]:
+    found = _reported(result)
+    if not found:
+        loss = result["test_loss"] if result.get("test_loss") is not None else result["loss"]
+        return [f"loss {loss:.4f}", *[""] * (len(metrics) - 1)]
+    return [format_metric(name, found[name]) if name in found else "" for name in metrics]
 
 
 def _counted(results: Sequence[Result]) -> bool:
