@@ -38,6 +38,10 @@ class InterruptedRunError(ISTError):
     """A run that the user, or the system, told to end."""
 
 
+class MemoryLimitError(ISTError):
+    """A worker that needs more memory than it was given."""
+
+
 class DivergedError(ISTError):
     """A worker returned a loss or a weight that is not finite."""
 

@@ -1,0 +1,61 @@
+"""A limit on a worker's memory, which the operating system enforces.
+
+Where it sits: `ist/run.py` puts it around a worker's part of a run.
+Not here: how much memory was used (`ist/meter.py`).
+"""
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ist.errors import ConfigError, MemoryLimitError
+
+_REFUSED = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
+"""What torch and the C++ library say when the operating system gives no more memory."""
+
+
+@contextmanager
+def limited_memory(limit_bytes: int | None, text: str) -> Iterator[None]:
+    """Let this process allocate so much beyond what it holds now (RLIMIT_DATA), as long as the context lasts.
+
+    The interpreter, libraries and data that are there already do not count.
+
+    Args:
+        limit_bytes: The limit; None: there is none.
+        text: The limit as the configuration has it, for the message.
+
+    Raises:
+        ConfigError: This system cannot enforce it.
+        MemoryLimitError: More was asked for.
+    """
+    if limit_bytes is None:
+        yield
+        return
+    if sys.platform != "linux":
+        raise ConfigError(
+            f"'pool.memory_limit' is '{text}', but only Linux limits a process's own memory: leave it out"
+        )
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    allowed = _data_bytes() + limit_bytes
+    if before[1] != resource.RLIM_INFINITY:
+        allowed = min(allowed, before[1])
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, before[1]))
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or any(refused in str(error) for refused in _REFUSED):
+            raise MemoryLimitError(
+                f"a worker needs more memory than 'pool.memory_limit' ({text}) gives it: use a narrower network, or "
+                "more workers by IST, each of which holds a smaller part of it"
+            ) from error
+        raise
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def _data_bytes() -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith("VmData:"))
+    return int(line.split()[1]) * 1024
