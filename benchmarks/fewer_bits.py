@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, write_result
+from ist.build import build_job
 from ist.config_file import load_config
-from ist.coordinator import run_rounds
 from ist.display import format_bytes
-from ist.job import build_job
+from ist.rounds import run_rounds
 from ist.run import Following, open_run
 
 CONFIG = ROOT / "configs" / "fashion_mnist_mlp.yaml"

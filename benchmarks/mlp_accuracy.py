@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, write_result
+from ist.build import build_job
 from ist.config_file import load_config
 from ist.display import format_bytes
-from ist.job import build_job
 from ist.launch import launch
 from ist.run_folder import create_run_folder
 

@@ -32,10 +32,11 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.common import write_result
 from benchmarks.zoo import ENTRIES, Entry
+from ist.build import make_job
 from ist.config_file import validate
 from ist.errors import ISTError
 from ist.groups import Group
-from ist.job import Job, make_job
+from ist.job import Job
 from ist.subnet import cut_specs, extract, reassemble
 from ist.verify import verify_cuts
 
@@ -79,7 +80,7 @@ def check_round_trip(job: Job) -> None:
         part = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in cut_specs(job.specs, cut).items()}
         extract(state, cut, into=part)
         parts.append((worker, part))
-    reassemble(state, cuts, parts, job.exclusive)
+    reassemble(state, cuts, parts, job.exclusive(0))
     changed = [name for name in state if not torch.equal(state[name], before[name])]
     if changed:
         raise ISTError(f"a round trip changes {', '.join(changed)}")

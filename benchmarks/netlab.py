@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import RESULTS, ROOT, commit, write_result
+from ist.build import build_job
 from ist.config_file import load_config
 from ist.display import format_bytes, format_ratio
-from ist.job import build_job
 from ist.lab.run import launch_on_hosts
 from ist.launch import launch
 from ist.report.plots import AXES, curve_plot

@@ -27,8 +27,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.common import write_result
+from ist.build import make_job
 from ist.config_file import validate
-from ist.job import Job, make_job
+from ist.job import Job
 from ist.lab.hosts import hosts, run_ranks, why_not
 from ist.lab.link import Link
 from ist.models.mlp import MLP
@@ -137,7 +138,7 @@ def cut_and_merge(device: torch.device, repeats: int, width: int) -> dict[str, f
             extract(state, cut, message.tensors)
 
     def merge_all() -> None:
-        reassemble(state, cuts, [(w, m.tensors) for w, m in enumerate(messages)], job.exclusive)
+        reassemble(state, cuts, [(w, m.tensors) for w, m in enumerate(messages)], job.exclusive(0))
 
     size = sum(message.nbytes for message in messages)
     flat = torch.zeros(size, dtype=torch.uint8, device=device)

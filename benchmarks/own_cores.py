@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, write_result
+from ist.build import build_job
 from ist.config_file import load_config
-from ist.job import build_job
 from ist.lab.run import launch_on_hosts
 from ist.run_folder import create_run_folder
 

@@ -33,10 +33,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, write_result
+from ist.build import build_job
 from ist.config import Config, num_processes
 from ist.config_file import config_for_method, dump_config, load_config
 from ist.display import format_bytes
-from ist.job import build_job
 from ist.lab.hosts import hosts, run_ranks, why_not
 from ist.lab.link import Link
 

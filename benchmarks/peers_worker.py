@@ -29,11 +29,12 @@ from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ist import optim
+from ist.build import build_job
 from ist.config_file import load_config
-from ist.coordinator import evaluate_whole
-from ist.data.batches import fetch, num_samples, take_shard
+from ist.data.batches import fetch, take_shard
 from ist.data.nested import call_model
-from ist.job import Job, build_job
+from ist.job import Job
+from ist.rounds import evaluate_whole
 from ist.worker import local_steps
 
 TIMEOUT = timedelta(seconds=120)
@@ -223,7 +224,7 @@ def train_with_hivemind(job: Job, model: nn.Module, place: Place, notes: Notes) 
         inputs, targets = fetch(shard, job.dealing.batch(place.rank, notes.local_steps), CPU)
         inner.zero_grad(set_to_none=True)
         job.loss(call_model(model, inputs), targets).backward()  # type: ignore[no-untyped-call]
-        optimizer.step(batch_size=num_samples(targets))
+        optimizer.step(batch_size=len(targets))
         notes.local_steps += 1
         for _ in range(epoch, optimizer.local_epoch):
             notes.outer_step(ear.averaged_over.pop() if ear.averaged_over else 0, model)
@@ -242,7 +243,7 @@ def main() -> None:
     train = {"torchft": train_with_torchft, "hivemind": train_with_hivemind}[system]
     train(job, model, place, notes)
     if place.rank == 0:
-        notes.accuracy = evaluate_whole(job, model, CPU).accuracy
+        notes.accuracy = evaluate_whole(job, model, CPU).values["accuracy"]
     notes.write(Path(folder), place.rank)
     place.leave()
 

@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import write_result
+from ist.build import build_job
 from ist.config_file import validate
-from ist.coordinator import run_rounds
-from ist.job import build_job
+from ist.rounds import run_rounds
 from ist.run import Leading, open_run
 from ist.run_folder import RunFolder, create_run_folder
 

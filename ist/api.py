@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ist.build import loss_function, make_job
 from ist.config import FROM_PYTHON
 from ist.config_file import validate
-from ist.coordinator import follow_rounds, run_rounds
+from ist.data.batched import BatchedDataset
 from ist.data.batches import length
 from ist.errors import DataError, ModelError
 from ist.groups import on_meta
-from ist.job import loss_function, make_job
 from ist.pool.torchrun import is_launched, is_rank_zero
+from ist.rounds import follow_rounds, run_rounds
 from ist.run import Following, open_run
 from ist.run_folder import RunFolder, create_run_folder
 from ist.watch import check_watch
@@ -63,6 +64,7 @@ def train(
     progress: bool = True,
     partition: Mapping[str, Any] | None = None,
     exchange: Mapping[str, Any] | None = None,
+    recipe: Mapping[str, Any] | None = None,
     train_options: Mapping[str, Any] | None = None,
     evaluate_options: Mapping[str, Any] | None = None,
     pool_options: Mapping[str, Any] | None = None,
@@ -98,6 +100,7 @@ def train(
         progress: Whether to show progress on stderr.
         partition: How neurons are dealt: keys of the section `partition`, such as {"exclude": ["layers.0.*"]}.
         exchange: In how many bits slices travel: keys of the section `exchange`, such as {"up": "int8"}.
+        recipe: Stages, outer step and average: keys of the section `recipe`, such as {"average": {"kind": "ema"}}.
         train_options: Further keys of the section `train` of a configuration, see `ist keys`.
         evaluate_options: Keys of the section `evaluate`.
         pool_options: Keys of the section `pool`.
@@ -138,6 +141,7 @@ def train(
             },
             "partition": dict(partition or {}),
             "exchange": dict(exchange or {}),
+            "recipe": dict(recipe or {}),
             "evaluate": {"metric": _metric(test_data), **(evaluate_options or {})},
             "checkpoint": dict(checkpoint_options or {}),
             "watch": dict(watch_options or {}),
@@ -164,6 +168,8 @@ def train(
             return TrainResult(model, [], is_coordinator=False)
         run_rounds(run.job, run.method, run.recorder, run.first_round, run.device)
         run.recorder.finish(run.method.model)
+        if run.method.model is not model:  # an average of it
+            model.load_state_dict(run.method.model.state_dict())
         model.to(device_before)
         return TrainResult(model, run.recorder.history, is_coordinator=True)
 
@@ -180,6 +186,8 @@ def _check_data(data: Any) -> None:
         raise DataError(f"data is a {type(data).__name__}: pass a data set, such as TensorDataset(inputs, targets)")
     if length(data) == 0:
         raise DataError("the data set is empty")
+    if isinstance(data, BatchedDataset):
+        return
     item = data[0]
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise DataError(f"an item of {type(data).__name__} is a {type(item).__name__}, not a pair (input, target)")
@@ -205,6 +213,8 @@ def _metric(test_data: Dataset[Any] | None) -> str:
         return "none"
     if length(test_data) == 0:
         raise DataError("the test data set is empty")
+    if isinstance(test_data, BatchedDataset):
+        return "none"  # what a batch's targets are is for evaluate_options to say
     target = test_data[0][1]
     is_class = isinstance(target, int) or (
         isinstance(target, Tensor) and target.ndim == 0 and not target.is_floating_point()

@@ -178,8 +178,8 @@ def inspect(
     """Show the neuron groups, what each worker gets, and the bytes of a round."""
     config = load_config(config_file, [*(overrides or []), *_flags(workers=workers, method="ist")])
 
+    from ist.build import build_job
     from ist.inspection import inspect_job, print_inspection
-    from ist.job import build_job
 
     found = inspect_job(build_job(config))
     if as_json:
@@ -270,7 +270,7 @@ def options(
 @app.command(hidden=True)
 def process(folder: Path, resume: bool = False) -> None:
     """Be one of the processes of a run that `ist` started."""
-    from ist.job import build_job
+    from ist.build import build_job
     from ist.run_folder import RunFolder
 
     run_folder = RunFolder(folder)
@@ -303,7 +303,7 @@ def _fail(error: ISTError) -> NoReturn:
 
 def _run_here(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
     """Take this process's part in a run."""
-    from ist.coordinator import follow_rounds, run_rounds
+    from ist.rounds import follow_rounds, run_rounds
     from ist.run import Following, open_run
 
     try:

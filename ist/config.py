@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 
 from ist.config_base import Component, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
 from ist.config_method import METHOD_NAMES, Baseline, Exchange, Partition
+from ist.config_recipe import Recipe
 from ist.lab.link import checked_link
 
 TOTAL_STEPS = "total_steps"
@@ -26,6 +27,16 @@ class Data(Component):
     """The data set."""
 
     root: str | None = Field(None, description="folder that holds the files; default: where the package puts them")
+
+
+class Model(Component):
+    """The network."""
+
+    weights: str | None = Field(
+        None,
+        description="a safetensors file with the values to begin with, such as a run's model.safetensors: fine-tuning; "
+        "default: random values of the run's seed",
+    )
 
 
 class Train(Section):
@@ -50,14 +61,18 @@ class Train(Section):
         description="class of torch.optim.lr_scheduler, advanced every local step; an argument "
         f"'{TOTAL_STEPS}' stands for the run's number of steps",
     )
+    schedule_unit: Literal["step", "round"] = Field(
+        "step", description="whether the schedule's settings change every local step, or stay for a round of the run"
+    )
     optimizer_state: Literal["reset", "carried"] = Field(
         "reset", description="'reset' each round, or 'carried' with its neurons (costs bytes)"
     )
-    activation_scale: Literal["none", "width"] = Field(
+    activation_scale: Literal["none", "width", "folded"] = Field(
         "width",
         description="'width': a subnet multiplies hidden activations by full width / own width, as inverted "
-        "dropout does, so that the whole network's outputs have the scale that was trained; 'none': as published, "
-        "for class scores, which need be right only up to a factor",
+        "dropout does, so that the whole network's outputs have the scale that was trained; 'folded': the same, but "
+        "the factor is in the subnet's weights while they are trained, whose steps are then those of any network of "
+        "that width; 'none': as published, for class scores, which need be right only up to a factor",
     )
     running_statistics: Literal["reestimate", "carried"] = Field(
         "reestimate",
@@ -96,7 +111,11 @@ class Evaluate(Section):
 
     every: PositiveInt = Field(1, description="rounds between evaluations; the last round is always evaluated")
     batch_size: PositiveInt = Field(1024, description="samples of one evaluation batch")
-    metric: Literal["accuracy", "none"] = Field("accuracy", description="what to report beside the loss")
+    metric: str = Field(
+        "accuracy",
+        description="what to report beside the loss: accuracy, bits_per_byte, precision (at 1, 3 and 5), rmse, none, "
+        "or the import path of an ist.metrics.Metric",
+    )
     statistics_batches: PositiveInt = Field(
         16, description="training batches for re-estimating batch norm's running statistics"
     )
@@ -175,12 +194,25 @@ class Pool(Section):
     allow_insecure: bool = Field(
         False, description="torchrun: may listen on a public network interface, where anybody can connect"
     )
+    memory_limit: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(MB|GB)$")] | None = Field(
+        None,
+        description="torchrun, on Linux: what a worker's process may allocate beyond interpreter, libraries and data, "
+        "such as 300MB or 1.5GB, enforced by the operating system; a dedicated coordinator is not limited; default: no "
+        "limit",
+    )
     link: Annotated[str, AfterValidator(checked_link)] | None = Field(
         None,
         description="torchrun: every process runs on a host of its own, made on this machine, on a link of this rate: "
         "100mbit, 1gbit, or up/down as the host sees it, such as 20mbit/100mbit; default: no such hosts",
     )
     ray: Ray = Field(default_factory=Ray, description="where and how Ray runs the workers")
+
+    @property
+    def memory_limit_bytes(self) -> int | None:
+        """The limit in bytes, if there is one."""
+        if self.memory_limit is None:
+            return None
+        return int(float(self.memory_limit[:-2]) * {"MB": 10**6, "GB": 10**9}[self.memory_limit[-2:]])
 
 
 class Watch(Section):
@@ -242,10 +274,11 @@ class Config(Section):
         "diloco_int8",
     )
     label: str | None = Field(None, description="what tables call the run; default: the method")
-    model: Component = Field(description="the network")
+    model: Model = Field(description="the network")
     data: Data = Field(description="the data set")
     train: Train = Field(description="how the network is trained")
     partition: Partition = Field(default_factory=Partition, description="how hidden neurons are dealt to workers")
+    recipe: Recipe = Field(default_factory=Recipe, description="how a run changes on its way")
     exchange: Exchange = Field(default_factory=Exchange, description="in how many bits IST's slices travel")
     baseline: Baseline = Field(default_factory=Baseline, description="settings of the other methods")
     evaluate: Evaluate = Field(default_factory=Evaluate, description="how the whole network is evaluated")
@@ -271,6 +304,27 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _covers_every_neuron(self) -> "Config":
+        train, partition = self.train, self.partition
+        if self.method != "ist":
+            return self
+        keeps = {"partition.keep": partition.keep}
+        keeps |= {f"recipe.stages.{number}.keep": stage.keep for number, stage in enumerate(self.recipe.stages)}
+        fewest = train.min_workers or train.workers
+        for key, keep in keeps.items():
+            if keep is not None and partition.strategy == "disjoint" and keep * fewest < 1 - 1e-9:
+                raise ValueError(
+                    f"'{key}' is {keep}, but strategy 'disjoint' gives every neuron an owner, and {fewest} workers "
+                    f"with {keep} each do not hold them all: give at least {1 / fewest:.3g}, or take strategy 'rolling'"
+                )
+            if keep not in (None, 1) and key != "partition.keep" and partition.strategy in ("categorical", "blocks"):
+                raise ValueError(
+                    f"'{key}' is {keep}, but strategy '{partition.strategy}' has no 'keep': only 1, the whole network, "
+                    "makes sense there"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _keeps_what_it_feeds_back(self) -> "Config":
         if self.exchange.error_feedback and self.checkpoint.every == 1:
             raise ValueError(
@@ -293,6 +347,11 @@ class Config(Section):
             raise ValueError(f"'pool.round_deadline_s' is for 'pool.kind' ray, not {kind}: no other pool can go on")
         if self.pool.ray != Ray() and kind != "ray":
             raise ValueError(f"'pool.ray' is set, but 'pool.kind' is {kind}: set it to ray, or leave 'pool.ray' out")
+        if self.pool.memory_limit is not None and kind != "torchrun":
+            raise ValueError(
+                f"'pool.memory_limit' is '{self.pool.memory_limit}', which needs 'pool.kind' torchrun, whose workers "
+                f"are processes of their own here, not {kind}"
+            )
         if self.pool.link is not None and kind != "torchrun":
             raise ValueError(f"'pool.link' is '{self.pool.link}', which needs 'pool.kind' torchrun, not {kind}")
         if kind == "ray" and self.pool.device == "cuda" and self.pool.ray.num_gpus == 0:

@@ -225,6 +225,8 @@ def _explain(detail: ErrorDetails) -> str:
 def _known_keys(path: Sequence[int | str]) -> list[str]:
     model: type[BaseModel] = Config
     for part in path:
+        if isinstance(part, int):  # a place in a list
+            continue
         section = _section_of(model.model_fields[str(part)])
         assert section is not None
         model = section

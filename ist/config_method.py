@@ -11,9 +11,10 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from ist.config_base import Fraction, Pattern, PositiveFloat, PositiveInt, Section
 
 USED_BY: dict[str, tuple[str, ...]] = {
-    "keep": ("bernoulli", "rolling", "nested"),
+    "keep": ("disjoint", "bernoulli", "rolling", "nested"),
     "capacities": ("disjoint", "categorical", "bernoulli", "rolling", "nested"),
     "balance": ("disjoint", "categorical", "bernoulli", "rolling", "nested"),
+    "coverage": ("disjoint",),
     "residual": ("disjoint", "categorical", "bernoulli", "rolling", "nested"),
     "blocks": ("blocks",),
     "min_depth": ("blocks",),
@@ -33,12 +34,18 @@ class Partition(Section):
     keep: Fraction | None = Field(
         None,
         description="bernoulli: the probability that a worker holds a neuron; rolling (default 1 / workers) and "
-        "nested (default 1): the part of every group that a worker of the largest capacity holds",
+        "nested (default 1): the part of every group that a worker of the largest capacity holds; disjoint (default: "
+        "no more than its share): a worker's share is filled up at random to this part, so that shares overlap",
     )
     capacities: Annotated[list[PositiveFloat], Field(min_length=1)] | None = Field(
         None,
         description="one number for each worker, to which its share, its probability or its 'keep' is proportional; "
         "default: equal",
+    )
+    coverage: Literal["random", "balanced"] = Field(
+        "random",
+        description="disjoint: shares are drawn anew every round, or 'balanced': once in as many rounds as there are "
+        "workers, in which every share of a group meets every share of the next one exactly once",
     )
     balance: Literal["equal", "speed"] = Field(
         "equal", description="'speed': capacities follow the measured time of each worker's local steps (inline, ray)"
@@ -91,6 +98,11 @@ class Partition(Section):
             )
         if self.balance == "speed" and self.capacities is not None:
             raise ValueError("'capacities' are measured where 'balance' is 'speed': leave one of the two out")
+        if self.coverage == "balanced" and (self.capacities is not None or self.balance == "speed"):
+            raise ValueError(
+                "'coverage' is 'balanced', in which every worker gets every share in turn, so that shares cannot "
+                f"follow {'capacities' if self.capacities is not None else 'balance'!r}: leave one of the two out"
+            )
         if self.strategy == "blocks" and not self.blocks:
             raise ValueError("strategy 'blocks' needs 'blocks', patterns of module paths, such as ['layer3.*']")
         return self

@@ -1,191 +1,29 @@
-"""The round loop, and what the coordinator does in a round.
+"""What the coordinator does in a round of Independent Subnet Training: cut, exchange, merge.
 
-Where it sits: `ist/run.py` builds what is needed and calls `run_rounds`; a `Method` is what differs
-between IST and the methods that it is compared with.
-Not here: gloo, nccl, ray; files; printing.
+Where it sits: one of the methods that `ist/rounds.py` runs.
+Not here: the round loop; gloo, nccl, ray; files; printing.
 """
 
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from ist import optim
 from ist.balance import SpeedBalance
-from ist.blocks import scaled_blocks
 from ist.config import Config
 from ist.errors import DivergedError, ISTError, PoolError, WorkerLostError
-from ist.evaluate import Metrics, evaluate, reestimate_statistics, statistics_batches
 from ist.exchange import Outgoing, read_trained
 from ist.job import Job
 from ist.meter import Meter
+from ist.outer import PREFIX as OUTER
+from ist.outer import OuterStep
 from ist.pool import Lost, Place, Subnet, WorkerPool
 from ist.pool.wire import Header
+from ist.rounds import RoundReport
 from ist.subnet import Cut, reassemble
-
-
-@dataclass(frozen=True)
-class RoundReport:
-    """What a round did.
-
-    Attributes:
-        steps: Local steps of each worker.
-        samples: Samples of all workers together.
-        loss: Mean training loss over those samples.
-        compute_s: Mean seconds of a worker's local steps.
-        exchange_s: Seconds of the round in which subnets or gradients were on their way and nobody computed.
-        idle_s: Mean seconds that a worker waited for slower ones.
-        cut_s: Seconds of cutting subnets.
-        merge_s: Seconds of merging them.
-        virtual_s: Compute-normalised seconds, as if every worker had a core of its own: the longest CPU time of a
-            worker's local steps, and what else was measured while nobody computed.
-        memory_bytes: Peak memory of each worker so far.
-        workers: Workers of the round, those that were lost included.
-        aside_s: Seconds of the method's that were no training: collecting the states of all ranks for a checkpoint.
-        lost: Workers that were left out of the merge.
-    """
-
-    steps: int
-    samples: int
-    loss: float
-    compute_s: float
-    exchange_s: float
-    idle_s: float
-    cut_s: float
-    merge_s: float
-    virtual_s: float
-    memory_bytes: tuple[int, ...]
-    workers: int
-    lost: tuple[Lost, ...] = ()
-    aside_s: float = 0.0
-
-
-class Method(Protocol):
-    """A way to train the whole network, a round at a time."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The whole network as it is now."""
-        ...
-
-    def train_round(self, round_number: int) -> RoundReport:
-        """Train for one round."""
-        ...
-
-    def checkpoint_state(self) -> Mapping[str, Tensor]:
-        """Return every tensor that the method needs to go on: the network's, and optimiser state."""
-        ...
-
-    def bytes_sent(self) -> int:
-        """Return the payload bytes that all processes have sent so far."""
-        ...
-
-    def close(self) -> None:
-        """Let the workers go."""
-        ...
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Wall-clock seconds of a round: `train` is the method's own; evaluation is a measuring instrument, kept apart."""
-
-    train: float
-    evaluate: float
-
-
-class Follower(Protocol):
-    """A rank's part in a `Method` that another rank coordinates."""
-
-    def train_round(self, round_number: int) -> object:
-        """Take part in a round."""
-        ...
-
-    def close(self) -> None:
-        """Leave."""
-        ...
-
-
-class Recorder(Protocol):
-    """Who is told what happened: the run folder, the progress display, or a list."""
-
-    def round_done(
-        self,
-        round_number: int,
-        report: RoundReport,
-        metrics: Metrics | None,
-        seconds: Seconds,
-        sent_bytes: int,
-    ) -> None:
-        """Take note of a round; `metrics` where it was evaluated."""
-        ...
-
-    def save(self, rounds_done: int, state: Mapping[str, Tensor]) -> None:
-        """Save a checkpoint."""
-        ...
-
-
-def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, device: torch.device) -> None:
-    """Train for the rounds of a run that are left: the one round loop.
-
-    Args:
-        job: The run.
-        method: How to train.
-        recorder: Who is told.
-        first_round: Rounds that were done before.
-        device: Where the method's whole network is.
-
-    Raises:
-        DivergedError: A worker returned a loss or a weight that is not finite; nothing is saved after it.
-        WorkerLostError: Too few workers came back.
-    """
-    config = job.config
-    for round_number in range(first_round, job.num_rounds):
-        started = time.perf_counter()
-        report = method.train_round(round_number)
-        trained = time.perf_counter()
-        rounds_done = round_number + 1
-        last = rounds_done == job.num_rounds
-        metrics = None
-        if job.test_data is not None and (last or rounds_done % config.evaluate.every == 0):
-            metrics = evaluate_whole(job, method.model, device)
-        elif last:
-            refresh_statistics(job, method.model, device)
-        seconds = Seconds(trained - started - report.aside_s, time.perf_counter() - trained)
-        recorder.round_done(round_number, report, metrics, seconds, method.bytes_sent())
-        if last or config.checkpoint.is_due(rounds_done):
-            recorder.save(rounds_done, method.checkpoint_state())
-
-
-def follow_rounds(job: Job, follower: Follower, first_round: int) -> None:
-    """Take part in every round that is left, on a rank that does not coordinate."""
-    for round_number in range(first_round, job.num_rounds):
-        follower.train_round(round_number)
-
-
-def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None:
-    """Re-estimate batch norm's running statistics, where they do not travel with their neurons."""
-    config = job.config
-    if config.train.running_statistics == "reestimate":
-        batches = statistics_batches(
-            job.train_data, config.evaluate.batch_size, config.evaluate.statistics_batches, config.seed, device
-        )
-        with scaled_blocks(model, job.block_scales):
-            reestimate_statistics(model, batches)
-
-
-def evaluate_whole(job: Job, model: nn.Module, device: torch.device) -> Metrics:
-    """Evaluate the whole network on the test data, with fresh batch norm statistics if they do not travel."""
-    config = job.config
-    assert job.test_data is not None
-    refresh_statistics(job, model, device)
-    accuracy = config.evaluate.metric == "accuracy"
-    with scaled_blocks(model, job.block_scales):
-        return evaluate(model, job.test_data, job.loss, config.evaluate.batch_size, device, accuracy)
 
 
 class Coordinator:
@@ -196,7 +34,7 @@ class Coordinator:
         pool: Carries subnets to workers and back.
         model: The whole network, trained in place.
         meter: Counts what the pool sends.
-        carried: Optimiser state to go on with, where it is carried and the run is resumed.
+        carried: Optimiser state to go on with, where it is carried, and the outer step's, where the run is resumed.
     """
 
     def __init__(
@@ -221,7 +59,13 @@ class Coordinator:
         tensors = model.state_dict()
         fresh = optim.initial_state(job.state_slots, job.state_specs, device)
         self._state: dict[str, Tensor] = {name: tensors[name] for name in job.model_specs} | fresh
-        for name, tensor in (carried or {}).items():
+        saved = dict(carried or {})
+        self._outer: OuterStep | None = None
+        if not job.config.recipe.outer.is_plain:
+            trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+            momentum = {name: saved.pop(name) for name in list(saved) if name.startswith(OUTER)}
+            self._outer = OuterStep(job.config.recipe.outer, trained, momentum)
+        for name, tensor in saved.items():
             self._state[name].copy_(tensor)
 
     @property
@@ -251,11 +95,15 @@ class Coordinator:
                 cuts = self._job_now.cuts(round_number)
             headers: list[Header] = []
             lost: list[Lost] = []
+            if self._outer and not failed:
+                self._outer.begin()
             try:
                 with self._meter.phase("merge"):
                     subnets = self._subnets(round_number, places, cuts)
                     trained = self._accept(round_number, subnets, cuts, headers, lost)
-                    reassemble(self._state, cuts, trained, self.job.exclusive)
+                    reassemble(self._state, cuts, trained, self.job.exclusive(round_number))
+                    if self._outer:
+                        self._outer.step(cuts, (header.worker for header in headers))
                 break
             except WorkerLostError:
                 if not left:
@@ -270,8 +118,9 @@ class Coordinator:
         return replace(report, lost=(*failed, *report.lost))
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
-        """Return the whole network's tensors and carried optimiser state."""
-        return {**self._model.state_dict(), **{name: self._state[name] for name in self.job.state_specs}}
+        """Return the whole network's tensors, carried optimiser state, and the outer step's momentum."""
+        outer = self._outer.checkpoint_state() if self._outer else {}
+        return {**self._model.state_dict(), **{name: self._state[name] for name in self.job.state_specs}, **outer}
 
     def bytes_sent(self) -> int:
         """Return the bytes of all messages so far, both ways."""

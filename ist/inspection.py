@@ -25,9 +25,11 @@ def inspect_job(job: Job) -> dict[str, Any]:
     """
     config, workers = job.config, job.config.train.workers
     whole = tensor_specs(job.template, with_statistics=True)
-    shares = [job.plan(worker, 0).specs for worker in range(workers)]
+    main = job.main_round
+    shares = [job.plan(worker, main).specs for worker in range(workers)]
     parameters = {name: parameter.numel() for name, parameter in job.template.named_parameters()}
-    routes = [job.route(worker, 0) for worker in range(workers)]
+    exclusive = job.exclusive(main)
+    routes = [job.route(worker, main) for worker in range(workers)]
     out = [job.sent_bytes(route, 1) for route in routes]
     back = [route.up.nbytes for route in routes]
     remote = range(1 if config.pool.coordinator == "trains" and config.pool.kind == "torchrun" else 0, workers)
@@ -52,7 +54,7 @@ def inspect_job(job: Job) -> dict[str, Any]:
                 "shape": list(spec.shape),
                 "shapes_per_worker": [list(share[name].shape) if name in share else None for share in shares],
                 "travels": name in job.specs,
-                "shared": name not in job.exclusive,
+                "shared": name not in exclusive,
             }
             for name, spec in whole.items()
         ],
@@ -79,8 +81,9 @@ def inspect_job(job: Job) -> dict[str, Any]:
 def _describe_groups(job: Job) -> list[dict[str, Any]]:
     """Describe the groups that are split; `trained_in` counts (round, worker) pairs of the whole run, by neuron."""
     config = job.config
-    shares = job.neurons(0)
-    counts = coverage(job.groups, config.train.workers, config.seed, job.num_rounds, config.partition)
+    shares = job.neurons(job.main_round)
+    partitions = [job.partition(round_number) for round_number in range(job.num_rounds)]
+    counts = coverage(job.groups, config.train.workers, config.seed, partitions)
     return [
         {
             "name": group.name,

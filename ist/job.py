@@ -1,42 +1,34 @@
 """Everything about a run that all its processes know: the network's shape, its groups, the data, the plan.
 
-Where it sits: built once in each process from the configuration (or from a user's own objects); the
+Where it sits: `ist/build.py` builds it once in each process from the configuration (or from a user's own objects); the
 coordinator, the pools and the workers read it.
-Not here: weights, except the initial ones that `initial_model` makes; running anything.
+Not here: weights, except the initial ones that `build` makes; running anything.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import Dataset
 
 from ist import optim
 from ist.config import Config
-from ist.data import DATASETS, Splits
-from ist.data.batches import Dealing, fetch, length
-from ist.data.nested import scores
-from ist.errors import ConfigError, DataError, ModelError
-from ist.fit import fitting_groups
-from ist.groups import Group, TensorSpec, constant_tensors, named_tensors, on_meta, tensor_specs
-from ist.groups.neurons import Found, find_neurons, narrow_sizes
-from ist.groups.select import split_groups
+from ist.config_method import Partition
+from ist.data.batches import Dealing
+from ist.groups import Group, TensorSpec, constant_tensors, named_tensors, tensor_specs
+from ist.groups.neurons import Found, narrow_sizes
 from ist.groups.trace import try_out
-from ist.losses import LOSSES
-from ist.models import MODELS
-from ist.narrow import NarrowPlan, declared_sizes, input_scales, narrow_module
-from ist.partition import Assignment, assign, check_workers, is_disjoint, sizes_vary
+from ist.metrics import Metric
+from ist.narrow import NarrowPlan, Scale, declared_sizes, input_scales, narrow_module
+from ist.partition import Assignment, assign, at_stage, holds_everything, is_disjoint
 from ist.pool.coding import Route, make_route, sent_bytes
 from ist.pool.wire import Layout, layout_of
-from ist.registry import call, resolve
-from ist.rng import Indices, Purpose, torch_seed
+from ist.rng import Indices
+from ist.stages import WHOLE_RUN, Span, spans
 from ist.subnet import Cut, absent_modules, cut_specs, exclusive_names, extract, positions
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -52,6 +44,7 @@ class Job:
         build: Makes the whole network with its initial weights.
         splits: The data; `splits.test` may be None through the Python API.
         loss: Mean loss of (outputs, targets).
+        metric: What is reported beside it, if anything.
         example: Inputs of a batch of two.
         found: What is known of the network: all its neuron groups, and attributes that are sizes.
         groups: Those that are split, optimiser state included where it is carried.
@@ -68,6 +61,7 @@ class Job:
     train_data: Dataset[Any]
     test_data: Dataset[Any] | None
     loss: LossFunction
+    metric: Metric | None
     example: Any
     found: Found
     groups: tuple[Group, ...]
@@ -79,33 +73,44 @@ class Job:
     settings: list[optim.Settings]
 
     @cached_property
+    def spans(self) -> tuple[Span, ...]:
+        """Every round of the run; the last may be shorter than others, and is merged like any other."""
+        train = self.config.train
+        total = train.epochs * self.dealing.steps_per_epoch if train.epochs is not None else None
+        stages = self.config.recipe.stages if self.config.method == "ist" else ()
+        return spans(stages, train.local_steps, train.rounds, total)
+
+    @property
     def total_steps(self) -> int:
         """Local steps of every worker in the whole run."""
-        train = self.config.train
-        if train.rounds is not None:
-            return train.rounds * train.local_steps
-        assert train.epochs is not None
-        return train.epochs * self.dealing.steps_per_epoch
+        return self.spans[-1].steps.stop
 
     @property
     def num_rounds(self) -> int:
-        """Rounds of the run; the last may be shorter, and is merged like any other."""
-        return -(-self.total_steps // self.config.train.local_steps)
+        """Rounds of the run."""
+        return len(self.spans)
 
     def steps(self, round_number: int) -> range:
         """Return the numbers of a round's local steps."""
-        tau = self.config.train.local_steps
-        return range(round_number * tau, min((round_number + 1) * tau, self.total_steps))
+        return self.spans[round_number].steps
+
+    def partition(self, round_number: int) -> Partition:
+        """Return how neurons are dealt in a round."""
+        stage = self.spans[round_number].stage if self.config.recipe.stages else WHOLE_RUN
+        return at_stage(self.config.partition, stage.keep)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """Every tensor that travels: the network's first, carried optimiser state behind."""
         return {**self.model_specs, **self.state_specs}
 
+    def exclusive(self, round_number: int) -> frozenset[str]:
+        """Return the tensors of which no entry has two holders in a round."""
+        return self._of_one_owner if is_disjoint(self.partition(round_number)) else frozenset()
+
     @cached_property
-    def exclusive(self) -> frozenset[str]:
-        """Tensors of which no entry has two holders."""
-        return exclusive_names(self.groups, self.specs) if is_disjoint(self.config.partition) else frozenset()
+    def _of_one_owner(self) -> frozenset[str]:
+        return exclusive_names(self.groups, self.specs)
 
     @cached_property
     def everything(self) -> dict[str, TensorSpec]:
@@ -113,19 +118,34 @@ class Job:
         constants = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in constant_tensors(self.template).items()}
         return tensor_specs(self.template, with_statistics=True) | constants
 
+    @property
+    def main_round(self) -> int:
+        """The first round of the stage that takes what is left of the run: neither warm-up nor finish."""
+        if not self.config.recipe.stages:
+            return 0
+        return next(number for number, span in enumerate(self.spans) if span.stage.rounds is None)
+
+    def looks(self, worker: int, round_number: int) -> Hashable:
+        """Return what is the same for two rounds only if a worker's narrow network looks the same in both."""
+        neurons = self.neurons(round_number)[worker]
+        sizes = tuple(map(len, neurons))
+        if self._by_position.get(sizes) is None:
+            scales = self.plan_for(neurons).scales.values()
+            self._by_position[sizes] = any(isinstance(scale, tuple) for _, scale in scales)
+        if self._by_position[sizes] or self._is_chosen:
+            return tuple(tuple(held.tolist()) for held in neurons)
+        return sizes
+
     @cached_property
-    def is_fixed(self) -> bool:
-        """Whether a worker's narrow network looks the same in every round."""
-        partition = self.config.partition
-        if sizes_vary(partition) or partition.strategy == "blocks":
-            return False
+    def _by_position(self) -> dict[tuple[int, ...], bool]:
+        return {}
+
+    @cached_property
+    def _is_chosen(self) -> bool:
+        """Whether it matters for a narrow network which neurons a worker holds, and not only how many."""
         sliced = {slot.tensor for group in self.groups for slot in group.slots}
-        by_position = any(
-            isinstance(scale, tuple)
-            for worker in range(self.config.train.workers)
-            for _, scale in self.plan(worker, 0).scales.values()
-        )
-        return not by_position and not sliced & set(constant_tensors(self.template))
+        dealt = any(group.modules for group in self.groups)
+        return dealt or bool(sliced & set(constant_tensors(self.template)))
 
     def with_workers(self, num_workers: int, capacities: tuple[float, ...] | None = None) -> "Job":
         """Return the same job for a round with another number of workers, or with other shares.
@@ -157,12 +177,23 @@ class Job:
     @cached_property
     def block_scales(self) -> dict[str, float]:
         """Where residual blocks are dealt: for each, the share of them that a worker holds; see `scaled_blocks`."""
-        shares = self.neurons(0)[0]
+        config = self.config
+        shares = assign(self.groups, config.train.workers, config.seed, 0, config.partition)[0]
         return {
             path: len(held) / group.size
             for group, held in zip(self.groups, shares, strict=True)
             for path in group.modules
         }
+
+    def folded_scales(self, worker: int, round_number: int) -> dict[str, tuple[int, Scale]]:
+        """Return what a worker multiplies its part of a parameter by while it trains it; see `input_scales`."""
+        if self.config.train.activation_scale != "folded":
+            return {}
+        return input_scales(self.groups, self.neurons(round_number)[worker], self.template, self.everything)
+
+    def held_block_scales(self, round_number: int) -> dict[str, float]:
+        """Return what a worker scales residual blocks by in a round: nothing, unless it trains all of them."""
+        return self.block_scales if holds_everything(self.partition(round_number)) else {}
 
     def neurons(self, round_number: int) -> Assignment:
         """Return the neurons that each worker holds in a round, by group."""
@@ -170,7 +201,7 @@ class Job:
             config = self.config
             self._dealt.clear()  # all workers of a process ask for the same round
             self._dealt[round_number] = assign(
-                self.groups, config.train.workers, config.seed, round_number, config.partition
+                self.groups, config.train.workers, config.seed, round_number, self.partition(round_number)
             )
         return self._dealt[round_number]
 
@@ -248,151 +279,5 @@ class Job:
         return sent_bytes(route, self.sent_names(route.plain, round_number))
 
 
-def build_job(config: Config) -> Job:
-    """Build the job that a configuration describes.
-
-    Raises:
-        ConfigError: A name or an argument in it is wrong.
-        DataError: The data set is missing, malformed or too small.
-        ModelError: The network cannot be split among that many workers.
-    """
-    model_class = resolve(config.model.name, "model.name", MODELS)
-
-    def build() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch_seed(config.seed, Purpose.MODEL))
-            model = _make(model_class, config.model.args)
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"'model.name' is '{config.model.name}', which makes no torch.nn.Module")
-        return model
-
-    template = _template(build)
-    splits = _load_data(config)
-    return make_job(config, template, build, splits.train, splits.test, loss_function(config.train.loss))
-
-
-def make_job(
-    config: Config,
-    template: nn.Module,
-    build: Callable[[], nn.Module],
-    train_data: Dataset[Any],
-    test_data: Dataset[Any] | None,
-    loss: LossFunction,
-    example: Any = None,
-) -> Job:
-    """Build a job around objects that are already at hand; see `build_job` and `ist.train`.
-
-    Args are as in `Job`; `template` may be on any device, and `example` is by default made of `train_data`.
-
-    Raises:
-        ConfigError: The optimiser or the schedule is wrong.
-        DataError: The data cannot be dealt to the workers.
-        ModelError: The network cannot be split among that many workers.
-    """
-    train = config.train
-    example = example_inputs(train_data) if example is None else example
-    template = on_meta(template).train()
-    found, groups = Found((), (), {}), tuple[Group, ...]()
-    if config.method == "ist":
-        found = find_neurons(template, example, build)
-        groups = split_groups(found, template, config.partition)
-    model_specs = tensor_specs(template, with_statistics=train.running_statistics == "carried")
-    parameters = {name: model_specs[name] for name, p in template.named_parameters() if p.requires_grad}
-    if not parameters:
-        raise ModelError("the network has no parameter that requires a gradient: nothing would be trained")
-    carried = train.optimizer_state == "carried" and config.method == "ist"
-    slots = optim.state_slots(train.optimizer) if carried else ()
-    dealing = Dealing(length(train_data), train.workers, train.batch_size, config.seed)
-    job = Job(
-        config=config,
-        template=template,
-        build=build,
-        train_data=train_data,
-        test_data=test_data,
-        loss=loss,
-        example=example,
-        found=found,
-        groups=groups,
-        model_specs=model_specs,
-        state_slots=slots,
-        state_specs=optim.carried_specs(slots, parameters),
-        constants=_constants(template, build),
-        dealing=dealing,
-        settings=[],
-    )
-    if config.method == "ist":
-        groups = fitting_groups(groups, job.try_out) if groups and train.workers > 1 else groups
-        check_workers(groups, train.workers, config.partition)
-        job = replace(job, groups=optim.carried_groups(slots, groups, parameters))
-    optim.build_optimizer(train.optimizer, [nn.Parameter(torch.zeros(2, 3))])  # wrong arguments end here
-    job.settings.extend(optim.schedule_settings(train.optimizer, train.schedule, job.total_steps))
-    return job
-
-
-def example_inputs(data: Dataset[Any]) -> Any:
-    """Return the inputs of a batch of two samples (or of one, if there is just one).
-
-    Raises:
-        DataError: They cannot be put together.
-    """
-    try:
-        return fetch(data, np.arange(min(2, length(data))), torch.device("cpu"))[0]
-    except (TypeError, RuntimeError, ValueError) as error:
-        raise DataError(
-            f"two items of {type(data).__name__} do not make a batch of (input, target): {error}"
-        ) from error
-
-
-def loss_function(name: str) -> LossFunction:
-    """Return the loss that a configuration names.
-
-    Raises:
-        ConfigError: It is not known.
-    """
-    found = resolve(name, "train.loss", LOSSES, functional)
-    function: LossFunction = found() if isinstance(found, type) else found
-    if ":" in name:
-        return function
-    return lambda outputs, targets: function(scores(outputs), targets)
-
-
-def _make(model_class: Any, args: Mapping[str, Any]) -> Any:
-    """Make a network from its arguments, or from those of its `config_class`, where it has one (transformers).
-
-    Caches of keys and values are switched off unless asked for: they serve generation, not training.
-    """
-    config_class = getattr(model_class, "config_class", None)
-    if config_class is None or "config" in args:
-        return call(model_class, args, "model.args")
-    settings = call(config_class, args, "model.args")
-    if "use_cache" not in args and getattr(settings, "use_cache", False):
-        settings.use_cache = False
-    return call(model_class, {"config": settings}, "model.args")
-
-
 def _no_build() -> nn.Module:
     raise AssertionError("a worker asked for initial weights, which it does not have")
-
-
-def _constants(template: nn.Module, build: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    if not constant_tensors(template):
-        return {}
-    return {name: tensor.detach().clone().cpu() for name, tensor in constant_tensors(build()).items()}
-
-
-def _template(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return the network on the `meta` device: built there, or moved there if it looks at values while it is built."""
-    try:
-        with torch.device("meta"):
-            return build()
-    except (RuntimeError, NotImplementedError, ConfigError):
-        return on_meta(build())
-
-
-def _load_data(config: Config) -> Splits:
-    loader = resolve(config.data.name, "data.name", DATASETS)
-    root = Path(config.data.root) if config.data.root is not None else None
-    found = call(loader, {"root": root, **config.data.args}, "data.args")
-    if not isinstance(found, tuple) or len(found) != 2:
-        raise DataError(f"'data.name' is '{config.data.name}', which must return a pair (train, test) of data sets")
-    return Splits(*found)

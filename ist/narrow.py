@@ -115,6 +115,14 @@ def collect_buffers(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             tensors[name].copy_(buffer)
 
 
+def multiply(tensors: Mapping[str, Tensor], scales: Mapping[str, tuple[int, Scale]], inverse: bool = False) -> None:
+    """Multiply narrow tensors by the scales that `input_scales` gives, or divide them by these, in place."""
+    with torch.no_grad():
+        for name, (dim, scale) in scales.items():
+            factor = along(scale, dim, tensors[name])
+            tensors[name].div_(factor) if inverse else tensors[name].mul_(factor)
+
+
 def input_scales(
     groups: Sequence[Group],
     neurons: Sequence[Indices],

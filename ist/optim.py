@@ -11,7 +11,7 @@ Not here: moving anything (subnet.py, pool/).
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from ist.config_base import Component
 from ist.errors import ConfigError
 from ist.groups import Group, TensorSpec
 from ist.registry import call, resolve
+from ist.stages import Span
 
 Settings = Mapping[str, Any]
 """What a schedule sets for one step, such as {'lr': 0.1}."""
@@ -92,6 +93,35 @@ def schedule_settings(optimizer: Component, schedule: Component | None, total_st
                 raise ConfigError(f"'train.schedule.args': {error} (the run has {total_steps} local steps)") from error
     varying = {key for key in settings[0] if any(entry[key] != settings[0][key] for entry in settings)} | {"lr"}
     return [{key: entry[key] for key in varying} for entry in settings]
+
+
+def staged_settings(
+    optimizer: Component, settings: list[Settings], spans: Sequence[Span], unit: Literal["step", "round"]
+) -> list[Settings]:
+    """Return what is set at each local step of the run, its stages considered.
+
+    Args:
+        optimizer: The optimiser, whose arguments give the base settings.
+        settings: What `schedule_settings` gave.
+        spans: The run's rounds.
+        unit: Whether settings change every step, or are those of a round's first step throughout it.
+
+    Raises:
+        ConfigError: A stage scales the learning rate of an optimiser that has none.
+    """
+    if not settings and all(span.stage.lr_scale == 1 for span in spans):
+        return settings
+    if not settings:
+        group = build_optimizer(optimizer, _stand_in()).param_groups[0]
+        if "lr" not in group:
+            raise ConfigError(f"'recipe.stages' has an 'lr_scale', but {optimizer.name} has no 'lr'")
+        settings = [{"lr": group["lr"]}] * spans[-1].steps.stop
+    found: list[Settings] = []
+    for span in spans:
+        for step in span.steps:
+            now = settings[span.steps.start if unit == "round" else step]
+            found.append({**now, "lr": now["lr"] * span.stage.lr_scale} if span.stage.lr_scale != 1 else now)
+    return found
 
 
 def state_slots(spec: Component) -> tuple[StateSlot, ...]:

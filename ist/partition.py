@@ -39,12 +39,26 @@ MAX_DRAWS = 1000
 
 def is_disjoint(partition: Partition) -> bool:
     """Return whether no neuron ever has two holders."""
-    return partition.strategy in ("disjoint", "categorical")
+    return partition.strategy in ("disjoint", "categorical") and partition.keep is None
+
+
+def at_stage(partition: Partition, keep: float | None) -> Partition:
+    """Return what applies in a stage of the run that says which part of every group a worker holds; None: no change."""
+    if keep is None:
+        return partition
+    # The whole network is all of it, whatever the capacities.
+    return partition.model_copy(update={"keep": keep} | ({"capacities": None} if keep == 1 else {}))
+
+
+def holds_everything(partition: Partition) -> bool:
+    """Return whether every worker holds the whole network, as in a warm-up or a finish."""
+    whole = partition.keep == 1 and len(set(partition.capacities or [1.0])) == 1
+    return whole and partition.strategy != "bernoulli"  # whose coins of probability 1 are the same, drawn
 
 
 def sizes_vary(partition: Partition) -> bool:
     """Return whether a worker's share of a group may change its size from round to round."""
-    return partition.strategy in ("categorical", "bernoulli")
+    return partition.strategy in ("categorical", "bernoulli") or partition.coverage == "balanced"
 
 
 def check_workers(groups: Sequence[Group], num_workers: int, partition: Partition = DISJOINT) -> None:
@@ -71,14 +85,14 @@ def share_sizes(size: int, num_workers: int, capacities: Sequence[float] | None 
     """Return how many of `size` neurons each worker gets where they are dealt in fixed, disjoint shares.
 
     Args:
-        size: Number of neurons, at least `num_workers`.
+        size: Number of neurons.
         num_workers: Number of workers, at least 1.
         capacities: One positive number for each worker; None: equal.
 
     Returns:
         Numbers that add up to `size` and are proportional to the capacities, rounded by largest remainder (where
-        remainders are equal, the first worker goes first); a worker that would get none gets one. With equal
-        capacities they are equal up to one, and the first workers get the extra ones.
+        remainders are equal, the first worker goes first); a worker that would get none gets one, where there are
+        enough. With equal capacities they are equal up to one, and the first workers get the extra ones.
     """
     if capacities is None:
         return [len(range(worker, size, num_workers)) for worker in range(num_workers)]
@@ -88,7 +102,8 @@ def share_sizes(size: int, num_workers: int, capacities: Sequence[float] | None 
     while sum(sizes) < size:
         sizes[max(range(num_workers), key=lambda worker: quotas[worker] - sizes[worker])] += 1
     while sum(sizes) > size:
-        givers = [worker for worker in range(num_workers) if sizes[worker] > 1]
+        least = 1 if size >= num_workers else 0
+        givers = [worker for worker in range(num_workers) if sizes[worker] > least]
         sizes[max(givers, key=lambda worker: sizes[worker] - quotas[worker])] -= 1
     return sizes
 
@@ -118,6 +133,8 @@ def assign(
         ModelError: A group is so small that `MAX_DRAWS` draws left a worker without a neuron each time.
     """
     assert partition.capacities is None or len(partition.capacities) == num_workers
+    if holds_everything(partition):
+        return (tuple(np.arange(group.size) for group in groups),) * num_workers
     deal = _STRATEGIES[partition.strategy]
     dealt = [
         deal(_Deck(group.name, group.size, num_workers, partition, seed, round_number, number))
@@ -127,7 +144,7 @@ def assign(
 
 
 def coverage(
-    groups: Sequence[Group], num_workers: int, seed: int, rounds: int, partition: Partition = DISJOINT
+    groups: Sequence[Group], num_workers: int, seed: int, partitions: Sequence[Partition]
 ) -> tuple[Indices, ...]:
     """Return how often each neuron is held: it shows which are trained more than others, or never.
 
@@ -135,14 +152,13 @@ def coverage(
         groups: The neuron groups of the network.
         num_workers: Number of workers, at least 1.
         seed: The run's seed.
-        rounds: Number of rounds to count over, from round 0.
-        partition: The strategy and its numbers.
+        partitions: The strategy and its numbers in every round to count over, from round 0.
 
     Returns:
         For each group an int64 array of shape (K,): in how many pairs (worker, round) the neuron is held.
     """
     held = tuple(np.zeros(group.size, np.int64) for group in groups)
-    for round_number in range(rounds):
+    for round_number, partition in enumerate(partitions):
         for share in assign(groups, num_workers, seed, round_number, partition):
             for counts, neurons in zip(held, share, strict=True):
                 counts[neurons] += 1
@@ -163,12 +179,45 @@ class _Deck:
 
 
 def _disjoint(deck: _Deck) -> list[Indices]:
-    """A random order, dealt in turn to the workers whose share is not yet full."""
-    order = permutation(deck.size, deck.seed, Purpose.PARTITION, deck.round_number, deck.number)
+    """A random order, dealt in turn to the workers whose share is not yet full; with `keep`, filled up at random.
+
+    Reference: filling up after everything has a holder: TwIST, arXiv 2511.03983.
+    """
+    if deck.partition.coverage == "balanced":
+        shares = _balanced(deck)
+    else:
+        shares = _shares(deck, permutation(deck.size, deck.seed, Purpose.PARTITION, deck.round_number, deck.number))
+    if deck.partition.keep is None:
+        return shares
+    return [_filled_up(deck, worker, share) for worker, share in enumerate(shares)]
+
+
+def _shares(deck: _Deck, order: Indices) -> list[Indices]:
     sizes = share_sizes(deck.size, deck.num_workers, deck.partition.capacities)
     turns = np.concatenate([np.arange(size) for size in sizes])
     owners = np.repeat(np.arange(deck.num_workers), sizes)[np.argsort(turns, kind="stable")]
     return [order[owners == worker] for worker in range(deck.num_workers)]
+
+
+def _balanced(deck: _Deck) -> list[Indices]:
+    """Shares that last for n rounds, in which those of group g move on by g workers a round.
+
+    So a worker's shares of two neighbouring groups are another pair every round, and every pair comes once: an entry of
+    the matrix between them is trained once in n rounds, instead of so often on average.
+    """
+    cycle, turn = divmod(deck.round_number, deck.num_workers)
+    shares = _shares(deck, permutation(deck.size, deck.seed, Purpose.PARTITION, cycle, deck.number))
+    return [shares[(worker + turn * deck.number) % deck.num_workers] for worker in range(deck.num_workers)]
+
+
+def _filled_up(deck: _Deck, worker: int, share: Indices) -> Indices:
+    """A share and as many other neurons, drawn at random, as make it `keep` of the group."""
+    more = _counts(deck)[worker] - len(share)
+    if more <= 0:
+        return share
+    order = permutation(deck.size, deck.seed, Purpose.PARTITION, deck.round_number, deck.number, worker)
+    others = order[~np.isin(order, share)]
+    return np.concatenate([share, others[:more]])
 
 
 def _categorical(deck: _Deck) -> list[Indices]:

@@ -6,9 +6,10 @@ Not here: reading the file (`ist/config_file.py`), running anything but a rehear
 
 from pathlib import Path
 
+from ist.build import build_job
 from ist.config import Config
 from ist.config_file import validate
-from ist.job import Job, build_job
+from ist.job import Job
 from ist.lab.run import check_hosts
 from ist.pool.device import compute_device
 from ist.pool.torchrun import is_launched

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ist.average import PREFIX as AVERAGE
+from ist.average import Averaged
 from ist.checkpoint import Progress
-from ist.config import Config
-from ist.coordinator import Coordinator, Follower, Method
+from ist.config import Config, num_processes
+from ist.coordinator import Coordinator
 from ist.errors import CheckpointError, ConfigError
 from ist.job import Job
 from ist.meter import MemoryGauge, Meter
@@ -29,10 +31,12 @@ from ist.pool import WorkerPool
 from ist.pool.device import compute_device
 from ist.pool.group import Membership, agree_on_start, join
 from ist.pool.inline import InlinePool
+from ist.pool.limit import limited_memory
 from ist.pool.ports import PRIVATE_STORE
 from ist.pool.torchrun import RankWorker, TorchrunPool, for_world_size, is_launched, is_rank_zero
 from ist.recorder import RunRecorder
 from ist.registry import resolve
+from ist.rounds import Follower, Method
 from ist.run_folder import RunFolder
 from ist.watch import open_watchers
 
@@ -123,31 +127,51 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
     if membership:
         first_round = agree_on_start(membership, first_round, _fingerprint(config))
     meter = Meter()
-    part = _follower(job, membership, meter) if membership and not leads else None
-    if part is not None:
-        yield Following(job, part, first_round)
-        part.close()
-        torch.set_num_threads(threads_before)
-        return
-    device = membership.device if membership else torch.device("cpu")
-    if config.pool.kind == "inline":
-        device = compute_device(config.pool)
-    gauge = MemoryGauge(device)
-    model, optimizer_state = _restored(job, tensors)
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads_before)
-        if config.method == "ist":
-            pool = _pool(job, membership, meter, device, folder, stack)
-            method: Method = Coordinator(job, pool, model.to(device), meter, optimizer_state)
-        else:
-            make = resolve(config.method, "method", METHODS)
-            method = make(job, membership, model.to(device), optimizer_state, meter)
-        stack.callback(method.close)
+        if not (leads and num_processes(config) > config.train.workers):  # a dedicated coordinator is no worker
+            stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit)))
+        if membership and not leads:
+            follower = _follower(job, membership, meter)
+            stack.callback(follower.close)
+            yield Following(job, follower, first_round)
+            return
+        device = membership.device if membership else torch.device("cpu")
+        if config.pool.kind == "inline":
+            device = compute_device(config.pool)
+        gauge = MemoryGauge(device)
+        method = _method(job, membership, meter, device, folder, tensors, stack)
         watchers = open_watchers(config, folder, job.num_rounds, first_round, progress)
         for watcher in watchers:
             stack.callback(watcher.close)
         recorder = RunRecorder(job, folder, watchers, before, meter, gauge)
         yield Leading(job, method, recorder, first_round, device)
+
+
+def _method(
+    job: Job,
+    membership: Membership | None,
+    meter: Meter,
+    device: torch.device,
+    folder: RunFolder | None,
+    tensors: Mapping[str, Tensor],
+    stack: ExitStack,
+) -> Method:
+    """Make what trains, with a checkpoint's tensors if there are any; what the run needs goes on the stack."""
+    config = job.config
+    model, further = _restored(job, tensors)
+    average_state = {name: tensor for name, tensor in further.items() if name.startswith(AVERAGE)}
+    method_state = {name: tensor for name, tensor in further.items() if not name.startswith(AVERAGE)}
+    if config.method == "ist":
+        pool = _pool(job, membership, meter, device, folder, stack)
+        method: Method = Coordinator(job, pool, model.to(device), meter, method_state)
+    else:
+        make = resolve(config.method, "method", METHODS)
+        method = make(job, membership, model.to(device), method_state, meter)
+    if config.recipe.average.kind != "none":
+        method = Averaged(method, config.recipe.average, job.num_rounds, average_state)
+    stack.callback(method.close)
+    return method
 
 
 def _pool(
@@ -182,7 +206,7 @@ def _follower(job: Job, membership: Membership, meter: Meter) -> Follower:
 
 
 def _restored(job: Job, tensors: Mapping[str, Tensor]) -> tuple[torch.nn.Module, dict[str, Tensor]]:
-    """Make the whole network, with a checkpoint's values if there is one; return it and the optimiser's state."""
+    """Make the whole network, with a checkpoint's values if there is one; return it and what else is in there."""
     model = job.build()
     names = set(model.state_dict())
     if tensors:

@@ -135,6 +135,11 @@ def reassemble(
         _merge_mean(state[name], [(cuts[worker][name], parts[worker]) for worker in sorted(parts)])
 
 
+def write_cut(whole: Tensor, cut: TensorCut, value: bool) -> None:
+    """Write one value into a worker's part of a whole tensor."""
+    whole[_mesh(cut, whole)] = value
+
+
 def _slots_by_dim(
     groups: Sequence[Group], specs: Mapping[str, TensorSpec]
 ) -> dict[tuple[str, int], list[tuple[int, Slot]]]:

@@ -195,7 +195,7 @@ def _in_double(job: Job) -> tuple[nn.Module, object]:
 
 
 def _shares(job: Job) -> Iterator[Sequence[Indices]]:
-    shares = job.neurons(0)
+    shares = job.neurons(job.main_round)
     yield shares[0]
     if len(shares) > 1:
         yield shares[-1]

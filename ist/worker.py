@@ -10,12 +10,14 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 
 from ist import optim
-from ist.data.batches import fetch, length, num_samples, take_shard
+from ist.blocks import scaled_blocks
+from ist.data.batches import fetch, length, take_shard
 from ist.data.nested import call_model
 from ist.errors import AbandonedRoundError, ConfigError
 from ist.evaluate import evaluate
@@ -23,7 +25,7 @@ from ist.exchange import WorkerEnd
 from ist.groups import named_tensors
 from ist.job import Job
 from ist.meter import MemoryGauge
-from ist.narrow import bind, collect_buffers
+from ist.narrow import bind, collect_buffers, multiply
 from ist.pool import Place
 from ist.pool.coding import Envelope
 from ist.pool.wire import Header, Message
@@ -47,6 +49,7 @@ class Worker:
         self.shard: Dataset[Any] = take_shard(job.train_data, job.dealing.shard(number))
         self.gauge = MemoryGauge(device)
         self.module = job.narrow(job.neurons(0)[number], device)
+        self._looks = job.looks(number, 0)
         self._end = WorkerEnd(job, number, device)
 
     def train(self, round_number: int, envelope: Envelope, is_over: Callable[[], bool] | None = None) -> None:
@@ -64,19 +67,23 @@ class Worker:
         started, cpu_started = time.perf_counter(), time.thread_time()
         job = self.job
         message = self._end.open(envelope)
-        if not job.is_fixed:
-            self.module = job.narrow(job.neurons(round_number)[self.number], self.device)
+        if self._looks != (looks := job.looks(self.number, round_number)):
+            self._looks, self.module = looks, job.narrow(job.neurons(round_number)[self.number], self.device)
         module = self.module
         bind(module, message.tensors)
+        folded = job.folded_scales(self.number, round_number)
+        multiply(message.tensors, folded)
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         optimizer = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
         if job.state_slots and round_number > 0:
             optim.load_state(optimizer, named, job.state_slots, message.tensors)
-        total, samples = local_steps(
-            job, self.number, self.shard, module, optimizer, round_number, self.device, is_over
-        )
+        with scaled_blocks(module, job.held_block_scales(round_number)):
+            total, samples = local_steps(
+                job, self.number, self.shard, module, optimizer, round_number, self.device, is_over
+            )
         optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the subnet travels
         collect_buffers(module, message.tensors)
+        multiply(message.tensors, folded, inverse=True)
         if job.state_slots:
             optim.store_state(optimizer, named, job.state_slots, message.tensors)
         self._end.close(envelope, message, round_number)
@@ -154,14 +161,14 @@ def local_steps(
                 raise AbandonedRoundError(f"round {round_number} went on without worker {worker}")
             if job.settings:
                 optimizer.param_groups[0].update(job.settings[step])
-            inputs, targets = fetch(shard, job.dealing.batch(worker, step), device)
+            batch = job.dealing.batch(worker, step)
+            inputs, targets = fetch(shard, batch, device)
             optimizer.zero_grad(set_to_none=True)
             loss = job.loss(call_model(module, inputs), targets)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            count = num_samples(targets)
-            loss_sum += loss.detach() * count
-            samples += count
+            loss_sum += loss.detach() * len(batch)
+            samples += len(batch)
     return float(loss_sum), samples
 
 
@@ -198,9 +205,8 @@ def _one_step(job: Job, device: torch.device) -> None:
     optimizer.step()
     _check_constants(job, worker.module)
     if job.test_data is not None:
-        accuracy = job.config.evaluate.metric == "accuracy"
-        few = Subset(job.test_data, range(min(2, length(job.test_data))))
-        evaluate(worker.module, few, job.loss, 2, device, accuracy)
+        few = take_shard(job.test_data, np.arange(min(2, length(job.test_data))))
+        evaluate(worker.module, few, job.loss, 2, device, job.metric)
 
 
 def _check_constants(job: Job, module: nn.Module) -> None:

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from ist.build import make_job
 from ist.config import Config
 from ist.config_file import validate
-from ist.job import Job, make_job
+from ist.job import Job
 
 ROOT = Path(__file__).parent.parent
 

@@ -275,7 +275,7 @@ def test_the_way_from_the_command_to_the_local_step_is_five_calls(
     after_the_command_line = [frame for frame in ways[0] if not frame.startswith("cli.py")]
     # Generators and the spy's caller count: merging pulls subnets out of the pool.
     calls = [frame for frame in after_the_command_line if not frame.endswith((":_accept", ":reassemble"))]
-    assert calls == ["coordinator.py:run_rounds", "coordinator.py:train_round", "inline.py:train", "worker.py:train"]
+    assert calls == ["rounds.py:run_rounds", "coordinator.py:train_round", "inline.py:train", "worker.py:train"]
     assert ROOT.exists()
 
 

@@ -183,7 +183,8 @@ def test_a_wrong_value_is_named_with_file_key_and_what_is_right(tmp_path: Path, 
 
 
 USED = {
-    "keep": (0.5, "bernoulli or rolling or nested"),
+    "keep": (0.5, "disjoint or bernoulli or rolling or nested"),
+    "coverage": ("balanced", "disjoint"),
     "capacities": ([1.0, 2.0, 3.0, 4.0], "disjoint or categorical or bernoulli or rolling or nested"),
     "residual": (True, "disjoint or categorical or bernoulli or rolling or nested"),
     "blocks": (["layer3.*"], "blocks"),

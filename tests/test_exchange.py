@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ist.coordinator import run_rounds
 from ist.exchange import Outgoing, WorkerEnd, read_trained
 from ist.job import Job
 from ist.pool.coding import Envelope
 from ist.quantize import dequantize, packed_columns, quantize
+from ist.rounds import run_rounds
 from ist.run import Following, open_run
 from ist.subnet import reassemble
 from tests.conftest import assert_same, clone, job_for, whole_state
@@ -67,7 +67,7 @@ def there_and_back(job: Job, state: dict[str, Tensor], round_number: int, change
         end.close(envelope, message, round_number)
         trained.append((worker, read_trained(job, state, cut, envelope)))
         envelopes.append(envelope)
-    reassemble(state, cuts, trained, job.exclusive)
+    reassemble(state, cuts, trained, job.exclusive(0))
     return envelopes
 
 
@@ -129,7 +129,7 @@ def test_the_change_is_merged_whatever_rounding_did_on_the_way_down() -> None:
 
     there_and_back(job, state, 0, change=0.25)
 
-    held_by_all = [name for name in state if name not in job.exclusive]
+    held_by_all = [name for name in state if name not in job.exclusive(0)]
     assert held_by_all  # the output's bias
     changes = torch.cat([(state[name] - before[name]).flatten() for name in state])
     # 1e-6: a weight plus a quarter minus the weight in float32. What nobody held did not change.
@@ -172,7 +172,7 @@ def test_what_rounding_took_is_sent_later_and_forgotten_at_a_checkpoint() -> Non
             true_change[name] += change
             tensor.add_(change)
         end.close(envelope, message, round_number)
-        reassemble(state, [cut], [(0, read_trained(job, state, cut, envelope))], job.exclusive)
+        reassemble(state, [cut], [(0, read_trained(job, state, cut, envelope))], job.exclusive(0))
 
     for round_number in range(3):
         one_round(round_number)

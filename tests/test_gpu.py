@@ -33,7 +33,7 @@ def test_cutting_and_merging_on_the_gpu_gives_the_bits_of_the_cpu(network: str) 
             for tensor in part.values():
                 tensor += worker
             trained[device].append((worker, part))
-        reassemble(state, cuts, trained[device], job.exclusive)
+        reassemble(state, cuts, trained[device], job.exclusive(0))
 
     for name, tensor in on_cpu.items():
         torch.testing.assert_close(on_gpu[name].cpu(), tensor, rtol=0, atol=1e-6)

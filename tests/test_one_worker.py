@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ist.api import train
-from ist.coordinator import run_rounds
 from ist.errors import DataError
 from ist.models.mlp import MLP
+from ist.rounds import run_rounds
 from ist.run import Leading, open_run
 from tests.conftest import assert_same, clone, data, job_for
 from tests.networks import NETWORKS, seeded

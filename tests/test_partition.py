@@ -293,7 +293,7 @@ def test_blocks_meet_every_worker_and_each_other_evenly() -> None:
 def test_coverage_counts_workers_and_rounds(name: str) -> None:
     groups = [Group("a", 12, ()), Group("b", 20, ())]
 
-    counts = coverage(groups, 3, 4, 24, EVERY_STRATEGY[name])
+    counts = coverage(groups, 3, 4, [EVERY_STRATEGY[name]] * 24)
 
     assert [count.dtype for count in counts] == [np.int64, np.int64]
     for index, group in enumerate(groups):

@@ -13,9 +13,9 @@ import yaml
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import _should_compress
 
 from ist import cli
+from ist.build import build_job
 from ist.errors import ConfigError
 from ist.inspection import inspect_job
-from ist.job import build_job
 from ist.lab.link import Link
 from ist.methods import METHODS
 from ist.plan import measure

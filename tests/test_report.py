@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from ist.coordinator import run_rounds
+from ist.build import build_job
 from ist.errors import RunFolderError
-from ist.job import build_job
 from ist.report.page import find_runs, write_report
 from ist.report.table import table_rows
+from ist.rounds import run_rounds
 from ist.run import Leading, open_run
 from ist.run_folder import RunFolder, create_run_folder
 from tests.conftest import small_config

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from ist.build import build_job
 from ist.checkpoint import read_tensors
-from ist.coordinator import run_rounds
 from ist.errors import CheckpointError
-from ist.job import build_job
+from ist.rounds import run_rounds
 from ist.run import Leading, open_run
 from ist.run_folder import RunFolder, create_run_folder
 from tests.conftest import assert_same, small_config
@@ -48,7 +48,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rounding that is fed back": {
         "exchange": {"down": "int8", "up": "int3", "values": "deltas", "error_feedback": True},
     },
-}
+    "stages": {
+        "train__activation_scale": "folded",
+        "recipe": {
+            "stages": [{"rounds": 1, "keep": 1}, {}, {"rounds": 2, "keep": 1, "lr_scale": 0.5, "local_steps": 2}]
+        },
+    },
+    "outer momentum": {"recipe": {"outer": {"lr": 0.9, "momentum": 0.5}}, "train__optimizer_state": "carried"},
+    "exponential average": {"recipe": {"average": {"kind": "ema", "decay": 0.6}}},
+    "average of the last rounds": {"recipe": {"average": {"kind": "swa", "start": 0.4}}},
+    "all of a recipe": {
+        "partition": {"coverage": "balanced", "keep": 0.5},
+        "recipe": {
+            "stages": [{}, {"rounds": 2, "keep": 1}], "outer": {"momentum": 0.5}, "average": {"kind": "ema"},
+        },
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

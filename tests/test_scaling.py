@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from ist.coordinator import run_rounds
 from ist.models.mlp import MLP
+from ist.rounds import run_rounds
 from ist.run import Following, open_run
 from tests.conftest import job_for
 

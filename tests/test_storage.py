@@ -12,11 +12,12 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 
+from ist.build import build_job
 from ist.checkpoint import Progress, latest_checkpoint, load_checkpoint, read_tensors, save_checkpoint
 from ist.config_file import dump_config, parse_yaml, validate
-from ist.coordinator import run_rounds
 from ist.errors import CheckpointError, ConfigError, RunFolderError
-from ist.job import Job, build_job
+from ist.job import Job
+from ist.rounds import run_rounds
 from ist.run import Leading, open_run
 from ist.run_folder import RunFolder, create_run_folder, open_or_create
 from ist.storage import RemoteStorage, open_storage

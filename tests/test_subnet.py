@@ -45,7 +45,7 @@ def test_cutting_and_writing_back_untouched_gives_the_same_model(
 
     for round_number in range(3):
         parts = cut_all(job, state, round_number)
-        reassemble(state, job.cuts(round_number), list(enumerate(parts)), job.exclusive)
+        reassemble(state, job.cuts(round_number), list(enumerate(parts)), job.exclusive(0))
 
     assert_same(state, before)
 
@@ -119,8 +119,8 @@ def test_every_entry_has_the_holders_that_its_kind_says(build: Callable[[], nn.M
             if slot.tensor in counts and counts[slot.tensor].ndim == 1:
                 assert (counts[slot.tensor] == 1).all()
     for name, count in counts.items():
-        assert count.max() == (1 if name in job.exclusive else 4)
-        if count.ndim == 2 and name in job.exclusive:
+        assert count.max() == (1 if name in job.exclusive(0) else 4)
+        if count.ndim == 2 and name in job.exclusive(0):
             inner = sum(slot.tensor == name for group in job.groups for slot in group.slots) == 2
             assert bool((count == 0).any()) == inner
 
@@ -135,7 +135,7 @@ def test_an_entry_that_nobody_returned_keeps_its_value() -> None:
         for tensor in part.values():
             tensor += 1
 
-    reassemble(state, job.cuts(0), [(1, parts[1]), (3, parts[3])], job.exclusive)
+    reassemble(state, job.cuts(0), [(1, parts[1]), (3, parts[3])], job.exclusive(0))
 
     lost = assign(job.groups, 4, job.config.seed, 0)
     for group, neurons in zip(job.groups, zip(*lost, strict=True), strict=True):
@@ -156,7 +156,7 @@ def test_a_shared_entry_becomes_the_mean_whatever_the_order_of_arrival() -> None
     results = []
     for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
         state = clone(whole_state(job, model))
-        reassemble(state, job.cuts(0), [(worker, parts[worker]) for worker in order], job.exclusive)
+        reassemble(state, job.cuts(0), [(worker, parts[worker]) for worker in order], job.exclusive(0))
         results.append(state["output.bias"])
 
     assert torch.equal(results[0], results[1])

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ist import optim
-from ist.coordinator import RoundReport
 from ist.data.batches import fetch, take_shard
 from ist.data.nested import call_model
 from ist.errors import ModelError
@@ -27,6 +26,7 @@ from ist.methods.hooks import GradientExchange
 from ist.methods.powersgd import restore_powersgd, saved_powersgd
 from ist.methods.ranks import RankRound, begin_together, is_finite, report_round, spread
 from ist.pool.group import Membership, peer_errors
+from ist.rounds import RoundReport
 from ist.worker import local_steps
 
 

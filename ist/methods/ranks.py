@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ist.coordinator import RoundReport, diverged
+from ist.coordinator import diverged
 from ist.job import Job
 from ist.meter import Meter
 from ist.pool.group import Membership, peer_errors
+from ist.rounds import RoundReport
 
 
 @dataclass(frozen=True)

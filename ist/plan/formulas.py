@@ -152,7 +152,7 @@ def buckets(sizes: Sequence[float]) -> list[range]:
 
 def message_bytes(job: Job, worker: int) -> tuple[int, int]:
     """Return (bytes to a worker, bytes from it) of IST's messages in a full round after the first."""
-    route = job.route(worker, 0)
+    route = job.route(worker, job.main_round)
     return job.sent_bytes(route, 1), route.up.nbytes
 
 

@@ -114,7 +114,7 @@ def measure_narrow(job: Job, number: int, device: torch.device) -> StepCost:
     """
     with _failures_named(job):
         worker = Worker(job, number, device)
-        envelope = Envelope(job.route(number, 0), device)
+        envelope = Envelope(job.route(number, job.main_round), device)
         outgoing, whole, cut = Outgoing(job), _state(job, device), job.cuts(0)[number]
         outgoing.write(whole, cut, 1, envelope)
         fresh = envelope.flat.clone()
@@ -157,7 +157,7 @@ def measure_coordinator(job: Job, device: torch.device) -> CoordinatorCost:
             for tensor in tensors.values():
                 if tensor.is_floating_point() and tensor.numel():
                     tensor.aminmax()
-        reassemble(state, cuts, trained, job.exclusive)
+        reassemble(state, cuts, trained, job.exclusive(job.main_round))
         _synchronized(next(iter(state.values())))
 
     return CoordinatorCost(merge_s=_median_s(merge, device), cut_s=_median_s(cut, device))

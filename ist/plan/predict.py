@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
+from ist.build import build_job
 from ist.config import Config
 from ist.config_file import config_for_method
 from ist.errors import ConfigError, ISTError, first_line
-from ist.job import Job, build_job
+from ist.job import Job
 from ist.lab.link import Link
 from ist.partition import check_workers
 from ist.plan import formulas

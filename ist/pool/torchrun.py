@@ -163,6 +163,7 @@ class RankWorker:
         self._number = membership.rank - (membership.world_size - job.config.train.workers)
         self._worker = Worker(job, self._number, membership.device)
         self._channel = Channel(membership, Meter())
+        self._looks = job.looks(self._number, 0)
         self._envelope = Envelope(job.route(self._number, 0), membership.device)
 
     def train_round(self, round_number: int) -> None:
@@ -171,7 +172,8 @@ class RankWorker:
         Raises:
             PoolError: The coordinator is gone, or sent something else than this round's subnet.
         """
-        if not self._job.is_fixed:
+        if self._looks != (looks := self._job.looks(self._number, round_number)):
+            self._looks = looks
             route = self._job.route(self._number, round_number)
             if route != self._envelope.route:
                 self._envelope = Envelope(route, self._envelope.flat.device)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ist.build import make_job
 from ist.checkpoint import write_tensors
-from ist.coordinator import follow_rounds, run_rounds
 from ist.errors import ModelError
-from ist.job import Job, make_job
+from ist.job import Job
 from ist.pool.torchrun import is_rank_zero
+from ist.rounds import follow_rounds, run_rounds
 from ist.run import Following, open_run
 from ist.run_folder import RunFolder, create_run_folder
 from tests.conftest import data, small_config

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ist.checkpoint import write_tensors
-from ist.coordinator import follow_rounds, run_rounds
 from ist.job import Job
+from ist.rounds import follow_rounds, run_rounds
 from ist.run import Following, open_run
 from tests.conftest import data, job_for
 from tests.groups.networks import stack
@@ -57,6 +57,19 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "whole blocks": {
         "network": "blocks", "partition__strategy": "blocks", "partition__blocks": ["1.*"], "partition__min_depth": 2,
     },
+    "stages, outer momentum, averaged": {
+        "network": "uneven widths", "train__optimizer_state": "carried",
+        "recipe__stages": [{"rounds": 1, "keep": 1, "lr_scale": 0.5}, {}, {"rounds": 1, "keep": 0.6, "local_steps": 2}],
+        "recipe__outer": {"lr": 0.9, "momentum": 0.5}, "recipe__average": {"kind": "ema", "decay": 0.6},
+    },
+    "balanced, filled up, folded": {
+        "network": "no batch norm", "partition__coverage": "balanced", "partition__keep": 0.5,
+        "train__activation_scale": "folded", "recipe__stages": [{}, {"rounds": 1, "keep": 1}],
+    },
+    "blocks, the whole network at the end": {
+        "network": "blocks", "partition__strategy": "blocks", "partition__blocks": ["1.*"],
+        "recipe__stages": [{}, {"rounds": 2, "keep": 1}],
+    },
 }  # fmt: skip
 
 
@@ -94,14 +107,14 @@ def job(name: str, **changes: Any) -> tuple[Job, nn.Module]:
 
 
 def run(name: str, out: Path, **changes: Any) -> None:
-    made, model = job(name, **changes)
+    made, _ = job(name, **changes)
     with open_run(made, None, resume=False, progress=False) as part:
         if isinstance(part, Following):
             follow_rounds(part.job, part.follower, part.first_round)
             return
         run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
         slug = name.replace(" ", "-").replace(",", "")
-        write_tensors(out / f"{slug}.safetensors", model.state_dict(), {})
+        write_tensors(out / f"{slug}.safetensors", part.method.model.state_dict(), {})
         (out / f"{slug}.json").write_text(json.dumps(part.recorder.history))
 
 

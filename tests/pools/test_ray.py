@@ -13,10 +13,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import ist
-from ist.coordinator import run_rounds
 from ist.errors import ConfigError, PoolError, WorkerLostError
 from ist.meter import Meter
 from ist.pool.ray import RayPool
+from ist.rounds import run_rounds
 from ist.run import Leading, check_method, open_run
 from tests.conftest import ROOT, Run, assert_same, config_tree, data, run_group, small_config, wait_for
 from tests.networks import NETWORKS, seeded

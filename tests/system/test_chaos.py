@@ -15,14 +15,16 @@ import torch
 import yaml
 from torch import Tensor
 
+from ist.build import build_job
 from ist.checkpoint import Progress, read_tensors
-from ist.coordinator import Coordinator, run_rounds
+from ist.coordinator import Coordinator
 from ist.display import Display
-from ist.job import Job, build_job
+from ist.job import Job
 from ist.meter import MemoryGauge, Meter
 from ist.pool import Lost, Subnet
 from ist.pool.inline import InlinePool
 from ist.recorder import RunRecorder
+from ist.rounds import run_rounds
 from tests.conftest import ROOT, Run, assert_same, clone, config_tree, node, small_config, wait_for
 from tests.system.faults import Fault, FaultyPool
 

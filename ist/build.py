@@ -1,0 +1,232 @@
+"""Build a job: from a configuration, or around a network and data that are at hand.
+
+Where it sits: `ist/prepare.py`, `ist/run.py` and `ist/api.py` come here; what they get is `ist/job.py`'s.
+Not here: what a job can be asked (`ist/job.py`), running it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from ist import optim
+from ist.config import Config
+from ist.data import DATASETS, Splits
+from ist.data.batches import Dealing, fetch, length
+from ist.data.nested import scores
+from ist.errors import ConfigError, DataError, ModelError
+from ist.fit import fitting_groups
+from ist.groups import Group, constant_tensors, on_meta, tensor_specs
+from ist.groups.neurons import Found, find_neurons
+from ist.groups.select import split_groups
+from ist.job import Job, LossFunction
+from ist.losses import LOSSES
+from ist.metrics import METRICS, Metric
+from ist.models import MODELS
+from ist.partition import check_workers
+from ist.registry import call, resolve
+from ist.rng import Purpose, torch_seed
+
+
+def build_job(config: Config, splits: Splits | None = None) -> Job:
+    """Build the job that a configuration describes.
+
+    Args:
+        config: The configuration.
+        splits: Its data, where they are loaded already (`load_data`).
+
+    Raises:
+        ConfigError: A name or an argument in it is wrong.
+        DataError: The data set is missing, malformed or too small.
+        ModelError: The network cannot be split among that many workers.
+    """
+    model_class = resolve(config.model.name, "model.name", MODELS)
+
+    def make() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch_seed(config.seed, Purpose.MODEL))
+            model = _make(model_class, config.model.args)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"'model.name' is '{config.model.name}', which makes no torch.nn.Module")
+        return model
+
+    def build() -> nn.Module:
+        model = make()
+        if config.model.weights is not None:
+            _load_weights(model, Path(config.model.weights))
+        return model
+
+    template = _template(make)
+    splits = splits or load_data(config)
+    return make_job(config, template, build, splits.train, splits.test, loss_function(config.train.loss))
+
+
+def make_job(
+    config: Config,
+    template: nn.Module,
+    build: Callable[[], nn.Module],
+    train_data: Dataset[Any],
+    test_data: Dataset[Any] | None,
+    loss: LossFunction,
+    example: Any = None,
+) -> Job:
+    """Build a job around objects that are already at hand; see `build_job` and `ist.train`.
+
+    Args are as in `Job`; `template` may be on any device, and `example` is by default made of `train_data`.
+
+    Raises:
+        ConfigError: The optimiser or the schedule is wrong.
+        DataError: The data cannot be dealt to the workers.
+        ModelError: The network cannot be split among that many workers.
+    """
+    train = config.train
+    example = example_inputs(train_data) if example is None else example
+    template = on_meta(template).train()
+    found, groups = Found((), (), {}), tuple[Group, ...]()
+    if config.method == "ist":
+        found = find_neurons(template, example, build)
+        groups = split_groups(found, template, config.partition)
+    model_specs = tensor_specs(template, with_statistics=train.running_statistics == "carried")
+    parameters = {name: model_specs[name] for name, p in template.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ModelError("the network has no parameter that requires a gradient: nothing would be trained")
+    carried = train.optimizer_state == "carried" and config.method == "ist"
+    slots = optim.state_slots(train.optimizer) if carried else ()
+    dealing = Dealing(length(train_data), train.workers, train.batch_size, config.seed)
+    job = Job(
+        config=config,
+        template=template,
+        build=build,
+        train_data=train_data,
+        test_data=test_data,
+        loss=loss,
+        metric=metric_named(config.evaluate.metric),
+        example=example,
+        found=found,
+        groups=groups,
+        model_specs=model_specs,
+        state_slots=slots,
+        state_specs=optim.carried_specs(slots, parameters),
+        constants=_constants(template, build),
+        dealing=dealing,
+        settings=[],
+    )
+    if config.method == "ist":
+        groups = fitting_groups(groups, job.try_out) if groups and train.workers > 1 else groups
+        check_workers(groups, train.workers, config.partition)
+        job = replace(job, groups=optim.carried_groups(slots, groups, parameters))
+    optim.build_optimizer(train.optimizer, [nn.Parameter(torch.zeros(2, 3))])  # wrong arguments end here
+    settings = optim.schedule_settings(train.optimizer, train.schedule, job.total_steps)
+    job.settings.extend(optim.staged_settings(train.optimizer, settings, job.spans, train.schedule_unit))
+    return job
+
+
+def example_inputs(data: Dataset[Any]) -> Any:
+    """Return the inputs of a batch of two samples (or of one, if there is just one).
+
+    Raises:
+        DataError: They cannot be put together.
+    """
+    try:
+        return fetch(data, np.arange(min(2, length(data))), torch.device("cpu"))[0]
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"two items of {type(data).__name__} do not make a batch of (input, target): {error}"
+        ) from error
+
+
+def loss_function(name: str) -> LossFunction:
+    """Return the loss that a configuration names.
+
+    Raises:
+        ConfigError: It is not known.
+    """
+    found = resolve(name, "train.loss", LOSSES, functional)
+    function: LossFunction = found() if isinstance(found, type) else found
+    if ":" in name:
+        return function
+    return lambda outputs, targets: function(scores(outputs), targets)
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Give a network the values of a safetensors file.
+
+    Raises:
+        ConfigError: The file cannot be read, or is of another network.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"'model.weights' is '{path}', which cannot be read as safetensors: {error}") from error
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ConfigError(f"'model.weights' is '{path}', which does not fit the network: {error}") from error
+
+
+def metric_named(name: str) -> Metric | None:
+    """Return the metric that a configuration names, or nothing for 'none'.
+
+    Raises:
+        ConfigError: It is not known.
+    """
+    if name == "none":
+        return None
+    found = resolve(name, "evaluate.metric", METRICS)
+    if not isinstance(found, Metric):
+        raise ConfigError(
+            f"'evaluate.metric' is '{name}', which is a {type(found).__name__}, not an ist.metrics.Metric"
+        )
+    return found
+
+
+def _make(model_class: Any, args: Mapping[str, Any]) -> Any:
+    """Make a network from its arguments, or from those of its `config_class`, where it has one (transformers).
+
+    Caches of keys and values are switched off unless asked for: they serve generation, not training.
+    """
+    config_class = getattr(model_class, "config_class", None)
+    if config_class is None or "config" in args:
+        return call(model_class, args, "model.args")
+    settings = call(config_class, args, "model.args")
+    if "use_cache" not in args and getattr(settings, "use_cache", False):
+        settings.use_cache = False
+    return call(model_class, {"config": settings}, "model.args")
+
+
+def _constants(template: nn.Module, build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    if not constant_tensors(template):
+        return {}
+    return {name: tensor.detach().clone().cpu() for name, tensor in constant_tensors(build()).items()}
+
+
+def _template(build: Callable[[], nn.Module]) -> nn.Module:
+    """Return the network on the `meta` device: built there, or moved there if it looks at values while it is built."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, NotImplementedError, ConfigError):
+        return on_meta(build())
+
+
+def load_data(config: Config) -> Splits:
+    """Load the data set that a configuration names.
+
+    Raises:
+        ConfigError: Its name or an argument is wrong.
+        DataError: It is missing or malformed.
+    """
+    loader = resolve(config.data.name, "data.name", DATASETS)
+    root = Path(config.data.root) if config.data.root is not None else None
+    found = call(loader, {"root": root, **config.data.args}, "data.args")
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise DataError(f"'data.name' is '{config.data.name}', which must return a pair (train, test) of data sets")
+    return Splits(*found)

@@ -1,0 +1,76 @@
+"""The configuration of how IST goes on its way: stages of a run, the outer step, the average of merged networks.
+
+Where it sits: sections of `ist/config.py`. `docs/recipes.md` tells what each was worth.
+Not here: torch.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ist.config_base import Fraction, PositiveFloat, PositiveInt, Section
+
+
+class Stage(Section):
+    """A part of an IST run, some rounds long, in which some settings differ."""
+
+    rounds: PositiveInt | None = Field(
+        None, description="how many rounds it lasts; exactly one stage leaves it out, and takes what is left of the run"
+    )
+    keep: Fraction | None = Field(
+        None,
+        description="the part of every group that a worker holds, in place of partition.keep; 1: every worker trains "
+        "the whole network (local SGD), as a warm-up or a finish",
+    )
+    local_steps: PositiveInt | None = Field(None, description="in place of train.local_steps")
+    lr_scale: PositiveFloat = Field(1.0, description="what the learning rate of the schedule is multiplied by")
+
+
+class Outer(Section):
+    """The step that the coordinator makes with what the workers' rounds add up to."""
+
+    lr: PositiveFloat = Field(1.0, description="what the merged change is multiplied by")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Nesterov momentum of the merged change, for each weight by the rounds in which it was trained; 0: "
+        "the merged weights are taken as they are",
+    )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether merged weights are taken as they are."""
+        return self.momentum == 0 and self.lr == 1
+
+
+class Average(Section):
+    """The average of the whole network over rounds, which is what is evaluated and kept."""
+
+    kind: Literal["none", "ema", "swa"] = Field(
+        "none", description="'ema': exponential, 'swa': every round weighs the same; costs no bytes. Of every method"
+    )
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.8, description="ema: what the average keeps of itself a round")
+    start: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="the part of the rounds that pass before the average begins"
+    )
+
+
+class Recipe(Section):
+    """How an IST run changes on its way, and how what workers trained is taken."""
+
+    stages: list[Stage] = Field(
+        default_factory=list,
+        description="what differs in parts of an IST run, in order, such as [{}, {rounds: 2, keep: 1}]: two rounds of "
+        "the whole network on every worker at the end; default: one stage",
+    )
+    outer: Outer = Field(default_factory=Outer, description="the outer step of IST")
+    average: Average = Field(default_factory=Average, description="the average over rounds")
+
+    @model_validator(mode="after")
+    def _one_takes_the_rest(self) -> "Recipe":
+        open_ended = [number for number, stage in enumerate(self.stages) if stage.rounds is None]
+        if self.stages and len(open_ended) != 1:
+            raise ValueError(
+                f"'stages' has {len(self.stages)} stages, {len(open_ended)} of which have no 'rounds': exactly one "
+                "must leave them out, and takes what is left of the run"
+            )
+        return self

@@ -1,0 +1,62 @@
+"""Which local steps a round has, and which stage of the run it belongs to: a pure function of the configuration.
+
+Where it sits: `ist/config_recipe.py` holds the keys; `ist/job.py` asks.
+Not here: what a stage changes (`ist/partition.py`, `ist/job.py`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ist.config_recipe import Stage
+from ist.errors import ConfigError
+
+WHOLE_RUN = Stage()
+
+
+@dataclass(frozen=True)
+class Span:
+    """A round: its local steps, numbered over the run, and its stage."""
+
+    steps: range
+    stage: Stage
+
+
+def spans(
+    stages: Sequence[Stage], local_steps: int, rounds: int | None = None, total_steps: int | None = None
+) -> tuple[Span, ...]:
+    """Return every round of a run.
+
+    Args:
+        stages: In order; none is one stage that is the whole run. Exactly one has no `rounds` of its own.
+        local_steps: Steps of a round in a stage that does not say.
+        rounds: Length of the run; give this or `total_steps`. Then every round is whole.
+        total_steps: Length of the run in local steps; the last round of the stage that takes what is left may be
+            shorter.
+
+    Raises:
+        ConfigError: The stages that say how long they last leave nothing for the one that does not.
+    """
+    stages = list(stages) or [WHOLE_RUN]
+    steps_of = [stage.local_steps or local_steps for stage in stages]
+    fixed = sum(stage.rounds or 0 for stage in stages)
+    taken = sum((stage.rounds or 0) * steps for stage, steps in zip(stages, steps_of, strict=True))
+    found: list[Span] = []
+    begin = 0
+    for stage, steps in zip(stages, steps_of, strict=True):
+        if stage.rounds is not None:
+            end = begin + stage.rounds * steps
+        elif rounds is not None:
+            end = begin + (rounds - fixed) * steps
+        else:
+            assert total_steps is not None
+            end = begin + total_steps - taken
+        if end <= begin:
+            length = f"{rounds} rounds" if rounds is not None else f"{total_steps} local steps"
+            used = f"{fixed} of them" if rounds is not None else f"{taken} of them"
+            raise ConfigError(
+                f"'recipe.stages': the run has {length}, and the stages that say how long they last take {used}: "
+                "nothing is left for the one that does not. Lengthen the run, or shorten those"
+            )
+        found += [Span(range(first, min(first + steps, end)), stage) for first in range(begin, end, steps)]
+        begin = end
+    return tuple(found)

@@ -1,0 +1,212 @@
+"""Stages of a run: which rounds they are, and what each changes and leaves alone."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ist.blocks import scaled_blocks
+from ist.config_recipe import Stage
+from ist.coordinator import Coordinator
+from ist.data.batches import fetch, take_shard
+from ist.errors import ConfigError
+from ist.inspection import inspect_job
+from ist.job import Job
+from ist.meter import Meter
+from ist.pool.inline import InlinePool
+from ist.stages import spans
+from tests.conftest import clone, data, job_for, small_config
+from tests.groups.networks import stack
+from tests.networks import NETWORKS, seeded
+
+CPU = torch.device("cpu")
+WARM_UP, MAIN, FINISH = Stage(rounds=2, local_steps=3), Stage(keep=0.5), Stage(rounds=1, local_steps=4, keep=1)
+ALL = [WARM_UP, MAIN, FINISH]
+
+
+def coordinator(job: Job, model: nn.Module) -> Coordinator:
+    meter = Meter()
+    return Coordinator(job, InlinePool(job, CPU, meter), model, meter)
+
+
+def table(stages: list[Stage], **length: Any) -> list[tuple[int, int, Stage]]:
+    return [(span.steps.start, span.steps.stop, span.stage) for span in spans(stages, 5, **length)]
+
+
+# Spans
+
+
+def test_without_stages_rounds_are_equal_and_the_last_takes_what_is_left_of_the_epochs() -> None:
+    assert table([], rounds=3) == [(0, 5, Stage()), (5, 10, Stage()), (10, 15, Stage())]
+    assert table([], total_steps=12) == [(0, 5, Stage()), (5, 10, Stage()), (10, 12, Stage())]
+
+
+def test_stages_take_their_rounds_and_the_open_one_what_is_left() -> None:
+    fixed, finish = [(0, 3, WARM_UP), (3, 6, WARM_UP)], [(16, 20, FINISH)]
+
+    assert table(ALL, rounds=5) == [*fixed, (6, 11, MAIN), (11, 16, MAIN), *finish]
+    assert table(ALL, total_steps=20) == table(ALL, rounds=5)
+    assert table(ALL, total_steps=18) == [*fixed, (6, 11, MAIN), (11, 14, MAIN), (14, 18, FINISH)]
+
+
+def test_every_step_belongs_to_one_round() -> None:
+    for total in range(11, 40):
+        steps = [step for span in spans(ALL, 5, total_steps=total) for step in span.steps]
+        assert steps == list(range(total))
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        ({"rounds": 3}, "the run has 3 rounds, and the stages that say how long they last take 3 of them"),
+        ({"total_steps": 10}, "the run has 10 local steps, and the stages that say how long they last take 10 of them"),
+    ],
+)
+def test_stages_that_leave_nothing_for_the_open_one_are_refused(length: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        spans(ALL, 5, **length)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe__stages": [{}, {}]}, "'recipe': 'stages' has 2 stages, 2 of which have no 'rounds': exactly one"),
+        ({"recipe__stages": [{"rounds": 2}]}, "'stages' has 1 stages, 0 of which have no 'rounds'"),
+        ({"recipe__stages": [{"kep": 1}]}, "unknown key 'recipe.stages.0.kep'. Did you mean 'keep'?"),
+        ({"recipe__stages": [{}, {"rounds": 1, "keep": 0.2}]}, "'recipe.stages.1.keep' is 0.2, but strategy 'disjoint'"),
+        (
+            {"partition__strategy": "categorical", "recipe__stages": [{"keep": 0.5}]},
+            "'recipe.stages.0.keep' is 0.5, but strategy 'categorical' has no 'keep': only 1",
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_stage_is_named_by_its_key(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        small_config(**changes)
+
+    assert message in str(caught.value)
+
+
+# The whole network on every worker
+
+
+def trained_by_hand(job: Job, model: nn.Module, worker: int, round_number: int) -> nn.Module:
+    """A worker's local SGD on the whole network, without anything of ist but whose samples those are."""
+    mine = copy.deepcopy(model).train()
+    optimizer = torch.optim.SGD(mine.parameters(), lr=0.1, momentum=0.9)
+    shard = take_shard(job.train_data, job.dealing.shard(worker))
+    for step in job.steps(round_number):
+        inputs, targets = fetch(shard, job.dealing.batch(worker, step), CPU)
+        optimizer.zero_grad()
+        functional.cross_entropy(mine(inputs), targets).backward()
+        optimizer.step()
+    return mine
+
+
+@pytest.mark.parametrize("scale", ["none", "width", "folded"])
+@pytest.mark.parametrize("partition", [{}, {"strategy": "categorical", "capacities": [1, 2, 5]}])
+def test_a_finish_with_everything_kept_is_local_sgd(scale: str, partition: dict[str, Any]) -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    stages = [{}, {"rounds": 1, "keep": 1, "local_steps": 4}]
+    job = job_for(
+        model, train__workers=3, train__rounds=2, train__activation_scale=scale, partition=partition,
+        recipe__stages=stages,
+    )  # fmt: skip
+    made = coordinator(job, model)
+    made.train_round(0)
+    whole = [dict(trained_by_hand(job, model, worker, 1).named_parameters()) for worker in range(3)]
+
+    report = made.train_round(1)
+
+    assert report.steps == 4
+    assert not job.exclusive(1)
+    for name, found in model.named_parameters():
+        mean = torch.stack([parameters[name].detach() for parameters in whole]).mean(dim=0)
+        torch.testing.assert_close(found.detach(), mean, rtol=0, atol=1e-6)  # float32's rounding of a mean
+
+
+def test_blocks_have_the_scale_in_a_stage_of_the_whole_network_that_they_have_in_evaluation() -> None:
+    model = seeded(stack)
+    job = job_for(
+        model, train__workers=3, train__rounds=2, train__local_steps=1, recipe__stages=[{"rounds": 1, "keep": 1}, {}],
+        partition={"strategy": "blocks", "blocks": ["1.*"], "min_depth": 3},
+    )  # fmt: skip
+    batches = [
+        fetch(take_shard(job.train_data, job.dealing.shard(worker)), job.dealing.batch(worker, 0), CPU)
+        for worker in range(3)
+    ]
+    with scaled_blocks(model, {f"1.{block}": 3 / 5 for block in range(5)}), torch.no_grad():
+        total = sum(float(functional.cross_entropy(model(x), y, reduction="sum")) for x, y in batches)
+    made = coordinator(job, model)
+
+    report = made.train_round(0)
+
+    assert report.loss == pytest.approx(total / report.samples, rel=1e-5)
+    assert set(job.held_block_scales(0).values()) == {3 / 5}
+    assert job.held_block_scales(1) == {}
+    assert not any(module._forward_hooks for module in model.modules())
+    before = clone(model.state_dict())
+    made.train_round(1)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_what_is_inspected_is_the_stage_that_takes_what_is_left() -> None:
+    job = job_for(seeded(NETWORKS["no batch norm"]), recipe__stages=[{"rounds": 2, "keep": 1}, {}], train__rounds=6)
+
+    found = inspect_job(job)
+
+    assert job.main_round == 2
+    narrow = job_for(seeded(NETWORKS["no batch norm"]))
+    assert [share["parameters"] for share in found["shares"]] == [
+        share["parameters"] for share in inspect_job(narrow)["shares"]
+    ]
+    assert [len(held) for held in job.neurons(0)[0]] == [16, 8]
+    assert [len(held) for held in job.neurons(2)[0]] == [4, 2]
+
+
+# Settings of the steps
+
+COSINE = {"name": "CosineAnnealingLR", "args": {"T_max": "total_steps"}}
+
+
+def settings_of(**changes: Any) -> list[float]:
+    return [step["lr"] for step in job_for(seeded(NETWORKS["no batch norm"]), **changes).settings]
+
+
+def test_a_stage_multiplies_the_learning_rate() -> None:
+    stages = [{}, {"rounds": 2, "lr_scale": 0.25}]
+
+    assert settings_of(recipe__stages=stages) == [0.1] * 6 + [0.025] * 6
+    plain = settings_of(train__schedule=COSINE)
+    scheduled = settings_of(train__schedule=COSINE, recipe__stages=stages)
+    assert scheduled == [*plain[:6], *[0.25 * rate for rate in plain[6:]]]
+    assert settings_of() == settings_of(recipe__stages=[{}, {"rounds": 2, "keep": 1}]) == []
+
+
+def test_a_schedule_by_rounds_stays_for_a_round() -> None:
+    by_step = settings_of(train__schedule=COSINE)
+
+    by_round = settings_of(train__schedule=COSINE, train__schedule_unit="round")
+
+    assert by_round == [by_step[3 * (step // 3)] for step in range(12)]
+    assert len(set(by_step)) == 12
+
+
+def test_a_scaled_learning_rate_is_the_one_that_is_trained_with() -> None:
+    moved = []
+    for scale in (1.0, 0.5):
+        model = seeded(NETWORKS["no batch norm"])
+        before = clone(model.state_dict())
+        job = job_for(
+            model, data(), train__local_steps=1, train__optimizer={"name": "SGD", "args": {"lr": 0.1}},
+            recipe__stages=[{"lr_scale": scale}],
+        )  # fmt: skip
+        coordinator(job, model).train_round(0)
+        moved.append({name: tensor - before[name] for name, tensor in model.state_dict().items()})
+
+    for name, change in moved[0].items():
+        torch.testing.assert_close(moved[1][name], change / 2, rtol=0, atol=1e-6)
+    assert float(moved[0]["output.weight"].abs().max()) > 1e-3
