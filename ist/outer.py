@@ -48,13 +48,13 @@ class OuterStep:
             cuts: Every worker's positions.
             returned: The workers whose part was merged; what no other held stays as it is.
         """
-        returned = sorted(returned)
+        returned = tuple(returned)
         for name, tensor in self._parameters.items():
-            trained = torch.zeros_like(tensor, dtype=torch.bool)
+            change = tensor - self._before[name]
+            trained = change != 0  # also what came back of an attempt at the round that lost too many workers
             for worker in returned:
                 if name in cuts[worker]:
                     write_cut(trained, cuts[worker][name], True)
-            change = tensor - self._before[name]
             momentum = self._momentum[name]
             momentum.copy_(torch.where(trained, self._settings.momentum * momentum + change, momentum))
             moved = self._before[name] + self._settings.lr * (change + self._settings.momentum * momentum)
