@@ -1,0 +1,98 @@
+"""Widths that one worker's memory does not hold under data-parallel training, and does under IST.
+
+    python -m benchmarks.wider [--limit 250MB] [--widths 64,128,256,512] [--epochs 2]
+
+Claim: with four workers of limited memory, IST trains networks of a width at which data-parallel training is refused
+memory by the operating system, and a wider network is better (Table 2 of the IST paper, at our scale).
+
+The network of configs/wordnet_hypernyms.yaml at growing widths, by data-parallel training and by IST, in processes of
+their own. `pool.memory_limit` is what a worker's process may allocate beyond interpreter, libraries and data
+(RLIMIT_DATA); the dedicated coordinator holds the whole network, is no worker and not limited.
+
+Reference: Yuan et al., arXiv 1910.02120, Table 2 (Amazon-670k: data-parallel training has no memory above width 512).
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import ROOT, write_result
+from ist.build import build_job
+from ist.config_file import config_for_method, dump_config, load_config
+from ist.display import format_bytes
+from ist.errors import MemoryLimitError
+from ist.launch import launch
+from ist.run_folder import create_run_folder
+
+METHODS = ("ddp", "ist")
+FINISHES = {"recipe.stages": "[]"}
+"""Whole networks on every worker are what the limit forbids: no finish."""
+
+
+def run(method: str, width: int, limit: str | None, epochs: dict[str, int]) -> dict[str, Any]:
+    """Train once; a result without metrics is of a run that was refused memory."""
+    path = ROOT / "configs" / "wordnet_hypernyms.yaml"
+    base = config_for_method(load_config(path), method)
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch) / "config.yaml"
+        source.write_text(dump_config(base))
+        config = load_config(
+            source,
+            [
+                f"model.args.hidden={width}",
+                f"train.epochs={epochs[method]}",
+                f"pool.memory_limit={limit or 'null'}",
+                "pool.coordinator=dedicated",
+                "evaluate.every=100000",
+                "checkpoint.every=100000",
+                *(f"{key}={value}" for key, value in FINISHES.items()),
+            ],
+        )
+        build_job(config)
+        folder = create_run_folder(config, Path(scratch) / "run")
+        try:
+            launch(config, folder.path, resume=False)
+        except MemoryLimitError as error:
+            print(f"{method}, width {width}: {error}", file=sys.stderr, flush=True)
+            return {"refused": str(error)}
+        result = folder.result()
+    print(f"{method}, width {width}: {result['metrics']}", file=sys.stderr, flush=True)
+    kept = ("metrics", "memory_bytes", "sent_bytes", "virtual_s", "parameters")
+    return {key: result[key] for key in kept}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", default="250MB", help="of a worker's process")
+    parser.add_argument("--widths", default="64,128,256,512")
+    parser.add_argument("--ddp-epochs", type=int, default=2)
+    parser.add_argument("--ist-epochs", type=int, default=4)
+    asked = parser.parse_args()
+    widths = [int(width) for width in asked.widths.split(",")]
+    epochs = {"ddp": asked.ddp_epochs, "ist": asked.ist_epochs}
+    shown = Table(
+        "width", "weights", "method", "P@1", "P@3", "P@5", "memory a worker", title=f"{asked.limit} a worker, 4 workers"
+    )
+    found: dict[str, Any] = {}
+    for width in widths:
+        for method in METHODS:
+            row = run(method, width, asked.limit, epochs)
+            found[f"{method} {width}"] = row
+            if "refused" in row:
+                shown.add_row(str(width), "", method, "out of memory", "", "", "")
+                continue
+            precisions = [f"{row['metrics'][f'precision_at_{top}']:.2%}" for top in (1, 3, 5)]
+            memory = format_bytes(row["memory_bytes"])
+            shown.add_row(str(width), format_bytes(4 * row["parameters"]), method, *precisions, memory)
+            write_result("wider", {"limit": asked.limit, "epochs": epochs, "runs": found})
+    Console(width=120).print(shown)
+    print(write_result("wider", {"limit": asked.limit, "epochs": epochs, "runs": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The workloads: IST's recipe against tuned data-parallel training, and the best of the others at IST's bytes.
+
+    python -m benchmarks.workloads [--only crime_mlp,kjv_decoder] [--fsdd FILE] [--cora FILE]
+
+Claim: on each workload, with four workers, IST ends within 0.3 points (or 1 % of a loss) of tuned data-parallel
+training with 50 times fewer bytes, and ahead of local SGD and DiLoCo with as many bytes as IST or more.
+
+Each is a file in `configs/`, whose `compare.methods` are the contenders; `ist compare` of it is a row each, for a seed.
+*Tune*: every contender over the same learning rates, one seed, on held-out training data; IST only at its recipe's rate
+where a run takes a minute. *Final*: at the best rate, which is the configuration's, three seeds, on the test data.
+Finished runs are lines of `results/workloads_runs.jsonl`; see `benchmarks/session.py`. `--quick` shows that it runs.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import RESULTS, ROOT, write_result
+from benchmarks.session import Run, Session
+from ist.config_file import load_config
+from ist.display import format_bytes, format_metric, format_ratio, metric_title
+
+SEEDS = (0, 1, 2)
+REFERENCE = "ddp"
+LOWER = ("bits_per_byte", "rmse", "test_loss")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A configuration, and what it is compared by.
+
+    Attributes:
+        metric: What is compared: a metric's name, or test_loss.
+        grid: Learning rates that every contender is tuned over.
+        ist_grid: Those of IST, where a run takes a minute and it has only the rate that its recipe was found with.
+        files: Keys of the configuration and the option of this command whose file they name.
+    """
+
+    metric: str
+    grid: tuple[float, ...]
+    ist_grid: tuple[float, ...] | None = None
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def rates(self, label: str) -> tuple[float, ...]:
+        """Return the learning rates of a contender."""
+        return self.ist_grid if label == "ist" and self.ist_grid else self.grid
+
+
+WORKLOADS = {
+    "crime_mlp": Workload("rmse", (0.01, 0.03, 0.09), files={"data.root": "crime"}),
+    "speech_mlp": Workload("accuracy", (0.0333, 0.1, 0.3), files={"data.root": "fsdd"}),
+    "cora_gcn": Workload("accuracy", (0.00333, 0.01, 0.03), files={"data.root": "cora"}),
+    "wordnet_gcn": Workload("accuracy", (0.003, 0.01, 0.03)),
+    "wordnet_sage": Workload("accuracy", (0.003, 0.01), ist_grid=(0.01,)),
+    "wordnet_hypernyms": Workload("precision_at_1", (0.003, 0.01, 0.03), ist_grid=(0.01,)),
+    "kjv_decoder": Workload("bits_per_byte", (0.003, 0.006, 0.012), ist_grid=(0.006,)),
+    "finetune_llama": Workload(
+        "test_loss", (0.0015, 0.003, 0.006), ist_grid=(0.003,), files={"model.weights": "llama"}
+    ),
+    "fashion_mnist_loft": Workload("accuracy", (0.03, 0.1, 0.3), ist_grid=(0.1,)),
+    "fashion_mnist_resist": Workload("accuracy", (0.1,)),  # its reference is that of fashion_mnist_loft
+}
+
+
+def value(result: Mapping[str, Any], metric: str) -> float:
+    """Return what is compared."""
+    return float({**result["metrics"], "test_loss": result["test_loss"]}[metric])
+
+
+def contenders(workload: str) -> list[str]:
+    """Return the labels of a configuration's methods."""
+    return load_config(ROOT / "configs" / f"{workload}.yaml").compare.methods
+
+
+def tuning(workload: str, given: Sequence[str]) -> dict[tuple[str, float], Run]:
+    """Return the runs on held-out training data, by contender and learning rate."""
+    return {
+        (label, rate): Run(
+            f"tune: {workload}, {label}, lr {rate}", workload, label,
+            ("data.args.validation=true", f"train.optimizer.args.lr={rate}", *given),
+        )
+        for label in contenders(workload)
+        for rate in WORKLOADS[workload].rates(label)
+    }  # fmt: skip
+
+
+def finals(workload: str, best: Mapping[str, float], given: Sequence[str], quick: bool) -> dict[tuple[str, int], Run]:
+    """Return the runs on the test data, by contender and seed, at the learning rates that were best."""
+    short = ("train.epochs=null", "train.rounds=2", "train.local_steps=2", "recipe.stages=[]") if quick else ()
+    return {
+        (label, seed): Run(
+            f"final: {workload}, {label}, lr {rate}, seed {seed}", workload, label,
+            (f"seed={seed}", f"train.optimizer.args.lr={rate}", *given, *short),
+        )
+        for label, rate in best.items()
+        for seed in (SEEDS[:1] if quick else SEEDS)
+    }  # fmt: skip
+
+
+def summary(workload: str, found: Mapping[str, Any], runs: Mapping[tuple[str, int], Run]) -> dict[str, Any]:
+    """Set a workload's contenders beside each other."""
+    metric = WORKLOADS[workload].metric
+    rows: dict[str, Any] = {}
+    for label in contenders(workload):
+        results = [found[run.key] for (name, _), run in runs.items() if name == label and found.get(run.key)]
+        if not results:
+            continue
+        values = [value(result, metric) for result in results]
+        others = {name: [r["metrics"][name] for r in results] for name in results[0]["metrics"] if name != metric}
+        rows[label] = {
+            "values": values,
+            "mean": statistics.mean(values),
+            "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
+            "others": {name: statistics.mean(v) for name, v in others.items() if not name.startswith("best_")},
+            "sent_bytes": results[0]["sent_bytes"],
+            "train_s": statistics.median(r["train_s"] for r in results),
+            "virtual_s": statistics.median(r["virtual_s"] for r in results),
+            "memory_bytes": max(r["memory_bytes"] for r in results),
+        }
+    return {"metric": metric, "rows": rows}
+
+
+def behind(metric: str, mean: float, base: float) -> str:
+    """Return how far a mean is behind another: in points, or in per cent of a loss."""
+    if metric in LOWER:
+        return f"{(mean / base - 1) * 100:+.2f} %"
+    return f"{(base - mean) * 100:+.2f} points"
+
+
+def table(found: Mapping[str, Any]) -> Table:
+    """Set all workloads below each other."""
+    shown = Table(
+        "workload", "contender", "metric", "mean, spread", "behind", "sent", "fewer", "own cores, s", "memory"
+    )
+    for workload, entry in found.items():
+        metric, base = entry["metric"], entry["rows"].get(REFERENCE)
+        for label, row in entry["rows"].items():
+            name = "loss" if metric == "test_loss" else metric_title(metric)
+            shown.add_row(
+                workload, label, name,
+                f"{format_metric(metric, row['mean'])} ± {format_metric(metric, row['spread'])}",
+                behind(metric, row["mean"], base["mean"]) if base else "",
+                format_bytes(row["sent_bytes"]),
+                f"{format_ratio(base['sent_bytes'] / row['sent_bytes'])}x" if base else "",
+                f"{row['virtual_s']:.1f}",
+                format_bytes(row["memory_bytes"]),
+            )  # fmt: skip
+        shown.add_section()
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="names of configurations")
+    parser.add_argument("--crime", default=".data/crime", help="Communities and Crime")
+    parser.add_argument("--fsdd", default="fsdd.npz", help="the Free Spoken Digits")
+    parser.add_argument("--cora", default="cora.npz", help="Cora")
+    parser.add_argument(
+        "--llama", default="runs/base/model.safetensors", help="what is fine-tuned, see the configuration"
+    )
+    parser.add_argument("--quick", action="store_true", help="two short rounds, one seed, no tuning: only that it runs")
+    asked = parser.parse_args()
+    name = "workloads_quick" if asked.quick else "workloads"
+    session = Session(name)
+    chosen = asked.only.split(",") if asked.only else list(WORKLOADS)
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    summaries, tuned = before.get("workloads", {}), before.get("tuning", {})
+    for workload in chosen:
+        files = {key: Path(getattr(asked, option)).absolute() for key, option in WORKLOADS[workload].files.items()}
+        given = [f"{key}={file}" for key, file in files.items()]
+        metric = WORKLOADS[workload].metric
+        better = min if metric in LOWER else max
+        best = {label: WORKLOADS[workload].rates(label)[0] for label in contenders(workload)}
+        if not asked.quick:
+            runs = tuning(workload, given)
+            found = session.run(runs.values())
+            reached: dict[str, dict[float, float]] = {label: {} for label in best}
+            for (label, rate), run in runs.items():
+                if found[run.key]:  # a run that diverged has no result
+                    reached[label][rate] = value(found[run.key], metric)
+            best = {label: better(rates, key=lambda rate: rates[rate]) for label, rates in reached.items()}
+            tuned[workload] = reached
+        last = finals(workload, best, given, asked.quick)
+        session.run(last.values())
+        summaries[workload] = {**summary(workload, session.found(), last), "rates": best}
+        write_result(name, {"seeds": SEEDS, "tuning": tuned, "workloads": summaries})
+    Console(width=160).print(table(summaries))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""A worker gets as much memory as the configuration gives it, and the operating system sees to it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ist.errors import ConfigError, MemoryLimitError
+from ist.pool.limit import limited_memory
+from tests.conftest import ROOT, Run, small_config
+
+MB = 10**6
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's own memory")
+
+
+def test_more_than_the_limit_is_refused_and_less_is_not() -> None:
+    with limited_memory(200 * MB, "200MB"):
+        torch.zeros(100 * MB, dtype=torch.uint8)
+
+    with pytest.raises(MemoryLimitError, match=r"'pool.memory_limit' \(200MB\)"), limited_memory(200 * MB, "200MB"):
+        torch.zeros(300 * MB, dtype=torch.uint8)
+
+    torch.zeros(300 * MB, dtype=torch.uint8)  # the limit went with the context
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="something else"), limited_memory(200 * MB, "200MB"):
+        raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize(("text", "count"), [("300MB", 300 * MB), ("1.5GB", 1500 * MB)])
+def test_a_limit_is_a_number_of_bytes(text: str, count: int) -> None:
+    assert small_config(pool={"kind": "torchrun", "memory_limit": text}).pool.memory_limit_bytes == count
+
+
+def test_a_limit_needs_processes_and_a_unit() -> None:
+    with pytest.raises(ConfigError, match=r"'pool.memory_limit' is '300MB', which needs 'pool.kind' torchrun"):
+        small_config(pool={"kind": "inline", "memory_limit": "300MB"})
+    with pytest.raises(ConfigError, match="pool.memory_limit"):
+        small_config(pool={"kind": "torchrun", "memory_limit": "300"})
+
+
+@pytest.mark.procs
+def test_a_width_that_data_parallel_training_cannot_hold_trains_by_ist(ist_command: Run, tmp_path: Path) -> None:
+    wide = [
+        "--set", "model.args.widths=[64, 2048, 2048, 10]", "--set", "pool.memory_limit=50MB", "--set", "train.rounds=2",
+    ]  # fmt: skip
+    config = str(ROOT / "configs" / "quickstart.yaml")
+
+    refused = ist_command("train", config, "--method", "ddp", *wide, "--run-dir", str(tmp_path / "ddp"))
+    trained = ist_command("train", config, *wide, "--run-dir", str(tmp_path / "ist"))
+
+    assert refused.returncode == 1
+    assert "a worker needs more memory than 'pool.memory_limit' (50MB) gives it" in refused.stderr
+    assert trained.returncode == 0
+    assert json.loads((tmp_path / "ist" / "result.json").read_text())["rounds"] == 2
