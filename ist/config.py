@@ -68,11 +68,11 @@ class Train(Section):
         "reset", description="'reset' each round, or 'carried' with its neurons (costs bytes)"
     )
     activation_scale: Literal["none", "width", "folded"] = Field(
-        "width",
-        description="'width': a subnet multiplies hidden activations by full width / own width, as inverted "
-        "dropout does, so that the whole network's outputs have the scale that was trained; 'folded': the same, but "
-        "the factor is in the subnet's weights while they are trained, whose steps are then those of any network of "
-        "that width; 'none': as published, for class scores, which need be right only up to a factor",
+        "folded",
+        description="'folded': while a subnet trains them, weights that sum over hidden neurons are multiplied by "
+        "full width / own width, so that the whole network's outputs have the scale that was trained; 'width': the "
+        "same, but activations are multiplied, as in inverted dropout, and with them the weights' steps; 'none': as "
+        "published, for class scores, which need be right only up to a factor",
     )
     running_statistics: Literal["reestimate", "carried"] = Field(
         "reestimate",

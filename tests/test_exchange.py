@@ -205,7 +205,9 @@ def test_what_rounding_took_is_kept_for_blocks_that_another_round_brings() -> No
 def test_a_rounded_run_learns_and_one_of_two_bits_learns_less() -> None:
     losses = {}
     for coding in ("exact", "int8", "int2"):
-        job = job_for(seeded(BUILD), train__rounds=6, exchange={"down": coding, "up": coding})
+        job = job_for(
+            seeded(BUILD), train__rounds=6, train__activation_scale="width", exchange={"down": coding, "up": coding}
+        )
         with open_run(job, None, resume=False, progress=False) as part:
             run_rounds(part.job, part.method, part.recorder, 0, part.device)  # type: ignore[union-attr]
             losses[coding] = part.recorder.history[-1]["loss"]  # type: ignore[union-attr]
