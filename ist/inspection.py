@@ -4,6 +4,7 @@ Every number follows from the job alone; nothing is trained.
 """
 
 import math
+from collections.abc import Hashable
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from ist.display import format_bytes, format_ratio
 from ist.groups import Group, tensor_specs
-from ist.job import Job
+from ist.job import Job, remote_workers
 from ist.partition import coverage
 from ist.pool.wire import HEADER_BYTES
 
@@ -20,8 +21,9 @@ from ist.pool.wire import HEADER_BYTES
 def inspect_job(job: Job) -> dict[str, Any]:
     """Return what a job splits and what that costs, as plain values for JSON.
 
-    Bytes are those of one full round after the first. Data-parallel training makes the same number of steps
-    in it, and its ring all-reduce sends 2 (n - 1) times the gradient a step, over all workers.
+    Bytes of a round are those of a full one after the first, of the stage that is neither warm-up nor finish.
+    Data-parallel training makes as many steps in it, and its ring all-reduce sends 2 (n - 1) times the gradient a step,
+    over all workers.
     """
     config, workers = job.config, job.config.train.workers
     whole = tensor_specs(job.template, with_statistics=True)
@@ -32,9 +34,8 @@ def inspect_job(job: Job) -> dict[str, Any]:
     routes = [job.route(worker, main) for worker in range(workers)]
     out = [job.sent_bytes(route, 1) for route in routes]
     back = [route.up.nbytes for route in routes]
-    remote = range(1 if config.pool.coordinator == "trains" and config.pool.kind == "torchrun" else 0, workers)
     gradient = sum(whole[name].nbytes for name in parameters)
-    ist_bytes = sum(out[worker] + back[worker] for worker in remote)
+    ist_bytes = sum(out[worker] + back[worker] for worker in remote_workers(job))
     ddp_bytes = 2 * (workers - 1) * gradient * config.train.local_steps
     return {
         "model": config.model.name,
@@ -75,7 +76,22 @@ def inspect_job(job: Job) -> dict[str, Any]:
             "ddp": ddp_bytes,
             "ratio": ddp_bytes / ist_bytes if ist_bytes else None,
         },
+        "bytes_of_run": run_bytes(job),
     }
+
+
+def run_bytes(job: Job) -> int:
+    """Return what all messages of an IST run will have, its stages considered."""
+    known: dict[tuple[int, Hashable, bool], int] = {}
+    total = 0
+    for round_number in range(job.num_rounds):
+        for worker in remote_workers(job):
+            key = (worker, job.looks(worker, round_number), round_number > 0)
+            if key not in known:
+                route = job.route(worker, round_number)
+                known[key] = job.sent_bytes(route, round_number) + route.up.nbytes
+            total += known[key]
+    return total
 
 
 def _describe_groups(job: Job) -> list[dict[str, Any]]:
@@ -154,6 +170,7 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
     console.print(f"A round sends {format_bytes(total['ist'])} in all; data-parallel training sends ", end="")
     ratio = f": {format_ratio(total['ratio'])} times more" if total["ratio"] else ""
     console.print(f"{format_bytes(total['ddp'])} for the same steps{ratio}.")
+    console.print(f"The run sends {format_bytes(found['bytes_of_run'])} in {found['rounds']} rounds.")
 
 
 def _group_table(found: dict[str, Any]) -> Table:

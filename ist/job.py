@@ -281,3 +281,9 @@ class Job:
 
 def _no_build() -> nn.Module:
     raise AssertionError("a worker asked for initial weights, which it does not have")
+
+
+def remote_workers(job: Job) -> range:
+    """Return the workers whose messages cross a link: all, or all but the one that is rank 0 itself."""
+    pool = job.config.pool
+    return range(int(pool.coordinator == "trains" and pool.kind == "torchrun"), job.config.train.workers)

@@ -16,6 +16,7 @@ from ist import cli
 from ist.build import build_job
 from ist.errors import ConfigError
 from ist.inspection import inspect_job
+from ist.job import remote_workers
 from ist.lab.link import Link
 from ist.methods import METHODS
 from ist.plan import measure
@@ -27,7 +28,6 @@ from ist.plan.formulas import (
     message_bytes,
     powersgd_bytes,
     rank_bytes,
-    remote_workers,
     ring_bytes,
     trained_shapes,
 )  # fmt: skip

@@ -210,3 +210,16 @@ def test_a_scaled_learning_rate_is_the_one_that_is_trained_with() -> None:
     for name, change in moved[0].items():
         torch.testing.assert_close(moved[1][name], change / 2, rtol=0, atol=1e-6)
     assert float(moved[0]["output.weight"].abs().max()) > 1e-3
+
+
+def test_the_bytes_that_inspect_foretells_are_those_that_a_run_with_stages_sends() -> None:
+    job = job_for(
+        stack(), train__workers=3, train__rounds=6, recipe__stages=[stage.model_dump() for stage in ALL],
+        exchange={"down": "int8", "up": "int8", "values": "deltas"},
+    )  # fmt: skip
+    made = coordinator(job, job.build())
+
+    for number in range(job.num_rounds):
+        made.train_round(number)
+
+    assert made.bytes_sent() == inspect_job(job)["bytes_of_run"]

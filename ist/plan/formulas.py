@@ -156,12 +156,6 @@ def message_bytes(job: Job, worker: int) -> tuple[int, int]:
     return job.sent_bytes(route, 1), route.up.nbytes
 
 
-def remote_workers(job: Job) -> range:
-    """Return the workers whose messages cross a link: all, or all but the one that is rank 0 itself."""
-    pool = job.config.pool
-    return range(int(pool.coordinator == "trains" and pool.kind == "torchrun"), job.config.train.workers)
-
-
 def trained_shapes(module: nn.Module) -> list[tuple[int, ...]]:
     """Return the shapes of the parameters that are trained."""
     return [tuple(parameter.shape) for parameter in module.parameters() if parameter.requires_grad]

@@ -25,11 +25,11 @@ from ist.build import build_job
 from ist.config import Config
 from ist.config_file import config_for_method
 from ist.errors import ConfigError, ISTError, first_line
-from ist.job import Job
+from ist.job import Job, remote_workers
 from ist.lab.link import Link
 from ist.partition import check_workers
 from ist.plan import formulas
-from ist.plan.formulas import COLLECTIVES, exchanges, message_bytes, rank_bytes, remote_workers, ring_bytes
+from ist.plan.formulas import COLLECTIVES, exchanges, message_bytes, rank_bytes, ring_bytes
 from ist.plan.measure import CoordinatorCost, StepCost, WholeCost, measure_coordinator, measure_narrow, measure_whole
 from ist.plan.request import Hosts, Request
 from ist.pool.device import compute_device
