@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/recipes.md")]
 
 SHARED = ROOT.parent / "shared" / "data"
 GIVEN = {"crime": ROOT / ".data" / "crime", "spoken_digits": SHARED / "fsdd.npz", "cora": SHARED / "cora.npz"}
