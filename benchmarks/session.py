@@ -1,7 +1,7 @@
 """Many runs in one set of processes: what a study of many short runs would else spend on starting them.
 
 Each finished run is a line of `results/NAME_runs.jsonl`, and is not made again: delete the file, or a line, to have it
-made anew. A run is the same as `ist train` or `ist compare` would make it, in real processes over gloo, of which rank 0 is
+made anew. A run is the same as `ist train` or `ist compare` would make it, in real processes over gloo, where rank 0 is
 a worker too. Only its memory is read from processes that have run others before, and is therefore a lower bound.
 
     torchrun --nproc-per-node N -m benchmarks.session QUEUE RUNS     # what `Session.run` starts
