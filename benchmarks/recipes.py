@@ -27,16 +27,16 @@ PLAIN = (
     "exchange.up=exact",
     "exchange.down=exact",
     "exchange.values=weights",
-    "train.activation_scale=width",
+    "train.activation_scale=folded",
     "train.optimizer_state=reset",
 )
-"""IST as published, with activations scaled by width."""
+"""IST as published, with scales folded into the weights."""
 
 # {t} is the configuration's number of local steps, {r} a sixth of its rounds.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "scale: none": ("train.activation_scale=none",),
-    "scale: folded": ("train.activation_scale=folded",),
+    "scale: width": ("train.activation_scale=width",),
     "finish: whole networks": ("recipe.stages=[{{}}, {{rounds: {r}, keep: 1}}]",),
     "warm-up: whole networks": ("recipe.stages=[{{rounds: {r}, keep: 1}}, {{}}]",),
     "growth: keep 1/2, then 3/4": ("recipe.stages=[{{}}, {{rounds: {r}, keep: 0.5}}, {{rounds: {r}, keep: 0.75}}]",),

@@ -59,11 +59,11 @@ WORKLOADS = {
     "crime_mlp": Workload("rmse", (0.01, 0.03, 0.09), files={"data.root": "crime"}),
     "speech_mlp": Workload("accuracy", (0.0333, 0.1, 0.3), files={"data.root": "fsdd"}),
     "cora_gcn": Workload("accuracy", (0.00333, 0.01, 0.03), files={"data.root": "cora"}),
-    "wordnet_gcn": Workload("accuracy", (0.003, 0.01, 0.03)),
+    "wordnet_gcn": Workload("accuracy", (0.003, 0.01)),
     "wordnet_sage": Workload("accuracy", (0.003,), ist_grid=(0.01,)),  # the rates of wordnet_gcn
-    "wordnet_hypernyms": Workload("precision_at_1", (0.01, 0.03), ist_grid=(0.01,)),
+    "wordnet_hypernyms": Workload("precision_at_1", (0.01,)),
     "kjv_decoder": Workload("bits_per_byte", (0.0015, 0.003, 0.006), ist_grid=(0.006,)),
-    "finetune_llama": Workload("test_loss", (0.0015, 0.003, 0.006), (0.003,), files={"model.weights": "llama"}),
+    "finetune_llama": Workload("test_loss", (0.003,), files={"model.weights": "llama"}),
     "fashion_mnist_loft": Workload("accuracy", (0.03, 0.1, 0.3), ist_grid=(0.1, 0.3)),
     "fashion_mnist_resist": Workload("accuracy", (0.03, 0.1, 0.3), (0.1, 0.3), reference_of="fashion_mnist_loft"),
 }

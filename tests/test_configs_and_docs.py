@@ -1,5 +1,6 @@
 """Every shipped configuration loads and runs, and the README names only what exists."""
 
+import json
 import math
 import re
 import shlex
@@ -61,8 +62,9 @@ def test_every_configuration_trains_a_round_and_says_what_it_is(path: Path) -> N
     for method in config.compare.methods:
         build_job(config_for_method(config, method), splits)
 
-    rounds = 1 + sum(stage.rounds or 0 for stage in config.recipe.stages)
-    changes = ["train.epochs=null", f"train.rounds={rounds}", "train.local_steps=2"]
+    stages = [{**stage.model_dump(), "rounds": stage.rounds and 1, "local_steps": 2} for stage in config.recipe.stages]
+    changes = ["train.epochs=null", f"train.rounds={max(1, len(stages))}", "train.local_steps=2"]
+    changes += [f"recipe.stages={json.dumps(stages)}"]
     short = load_config(path, [*where, *changes, "pool.kind=inline", "pool.device=cpu"])
     with open_run(build_job(short, splits), None, resume=False, progress=False) as part:
         assert isinstance(part, Leading)
