@@ -1,6 +1,6 @@
 """Widths that one worker's memory does not hold under data-parallel training, and does under IST.
 
-    python -m benchmarks.wider [--limit 250MB] [--widths 128,256,512]
+    python -m benchmarks.wider [--limit 250MB] [--widths 128,512]
 
 Claim: with four workers of limited memory, IST trains networks of a width at which data-parallel training is refused
 memory by the operating system, and a wider network is better (Table 2 of the IST paper, at our scale).
@@ -69,7 +69,7 @@ def run(method: str, width: int, limit: str | None, epochs: dict[str, int]) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", default="250MB", help="of a worker's process")
-    parser.add_argument("--widths", default="128,256,512")
+    parser.add_argument("--widths", default="128,512")
     parser.add_argument("--ddp-epochs", type=int, default=2)
     parser.add_argument("--ist-epochs", type=int, default=8)
     asked = parser.parse_args()

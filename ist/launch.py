@@ -26,6 +26,7 @@ from ist.errors import (
     DataError,
     InterruptedRunError,
     ISTError,
+    MemoryLimitError,
     ModelError,
     PoolError,
     WorkerLostError,
@@ -148,7 +149,8 @@ def _explain(error: ChildFailedError, config: Config, folder: Path) -> ISTError:
         # Whoever lost a peer tells of a consequence, even where it was the first to tell.
         rank, failure = min(told, key=lambda item: (issubclass(_recorded(item[1])[0], PoolError), item[1].timestamp))
         kind, message = _recorded(failure)
-        hint = "" if issubclass(kind, ConfigError | DataError | ModelError) else f" {go_on}"
+        again = not issubclass(kind, ConfigError | DataError | ModelError | MemoryLimitError)
+        hint = f" {go_on}" if again else ""
         return kind(f"{message} [{_who(rank, config)}]{hint}")
     rank, failure = min(failures, key=lambda item: item[1].timestamp)
     return WorkerLostError(f"{_who(rank, config)} ended with exit code {failure.exitcode}, see above. {go_on}")

@@ -25,6 +25,9 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/recipes.md")]
 
+DEAR = ("wordnet_sage.yaml",)
+"""Configurations that differ from another by little, and take a while to load."""
+
 SHARED = ROOT.parent / "shared" / "data"
 GIVEN = {"crime": ROOT / ".data" / "crime", "spoken_digits": SHARED / "fsdd.npz", "cora": SHARED / "cora.npz"}
 """Where the data sets are looked for that no package brings."""
@@ -48,7 +51,11 @@ def missing_data(config: Config) -> str | None:
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch_geometric's own
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.system) if path.name in DEAR else path for path in CONFIGS],
+    ids=lambda path: path.name,
+)
 def test_every_configuration_trains_a_round_and_says_what_it_is(path: Path) -> None:
     needed = GIVEN.get(load_config(path).data.name)
     where = [f"data.root={needed}"] if needed else []

@@ -43,7 +43,7 @@ def test_a_limit_needs_processes_and_a_unit() -> None:
         small_config(pool={"kind": "torchrun", "memory_limit": "300"})
 
 
-@pytest.mark.procs
+@pytest.mark.system
 def test_a_width_that_data_parallel_training_cannot_hold_trains_by_ist(ist_command: Run, tmp_path: Path) -> None:
     wide = [
         "--set", "model.args.widths=[64, 2048, 2048, 10]", "--set", "pool.memory_limit=50MB", "--set", "train.rounds=2",
@@ -55,5 +55,6 @@ def test_a_width_that_data_parallel_training_cannot_hold_trains_by_ist(ist_comma
 
     assert refused.returncode == 1
     assert "a worker needs more memory than 'pool.memory_limit' (50MB) gives it" in refused.stderr
+    assert "--resume" not in refused.stderr  # it would be refused again
     assert trained.returncode == 0
     assert json.loads((tmp_path / "ist" / "result.json").read_text())["rounds"] == 2
