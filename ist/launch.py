@@ -140,7 +140,9 @@ def _explain(error: ChildFailedError, config: Config, folder: Path) -> ISTError:
     """Turn the agent's report into the one cause: what died by itself, before what failed because of it."""
     failures: list[tuple[int, ProcessFailure]] = sorted(error.failures.items())
     killed = [(rank, f) for rank, f in failures if f.exitcode < 0 and f.signal_name() != "SIGTERM"]
-    told = [(rank, f) for rank, f in failures if f.exitcode > 0 and f.error_file_data["message"] != "<NONE>"]
+    # One that has told its error may be ended by the agent, because of another's, before it has left by itself.
+    ended = [(rank, f) for rank, f in failures if f.exitcode > 0 or f.signal_name() == "SIGTERM"]
+    told = [(rank, f) for rank, f in ended if f.error_file_data["message"] != "<NONE>"]
     go_on = f"Go on from the last checkpoint with: ist train --resume {folder}"
     if killed:
         rank, failure = killed[0]
