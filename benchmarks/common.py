@@ -22,6 +22,19 @@ def write_result(name: str, values: Mapping[str, Any]) -> Path:
     return path
 
 
+def finished_runs(path: Path) -> dict[str, Any]:
+    """Return the results in a file of finished runs, a line each, by what the run is called."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {line["key"]: line["result"] for line in map(json.loads, lines)}
+
+
+def add_run(path: Path, key: str, result: Any) -> None:
+    """Add a finished run to a file to which several processes may add."""
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({"key": key, "commit": commit(), "result": result}) + "\n")
+
+
 def hardware() -> dict[str, Any]:
     """Describe this machine."""
     return {

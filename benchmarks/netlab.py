@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import RESULTS, ROOT, commit, write_result
+from benchmarks.common import RESULTS, ROOT, add_run, finished_runs, write_result
 from ist.build import build_job
 from ist.config_file import load_config
 from ist.display import format_bytes, format_ratio
@@ -125,13 +125,10 @@ class Runs:
     def get(self, label: str, contender: Contender, rate: float, seed: int, part: str, link: str | None) -> Any:
         """Return a run's result; makes the run if it is not there."""
         key = f"{part}: {label}, {contender.epochs} epochs, lr {rate}, seed {seed}{f', {link}' if link else ''}"
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        found = {line["key"]: line["result"] for line in map(json.loads, lines)}
+        found = finished_runs(self._path)
         if key not in found:
             found[key] = run(contender, rate, seed, part == "tune", link)
-            self._path.parent.mkdir(exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(json.dumps({"key": key, "commit": commit(), "result": found[key]}) + "\n")
+            add_run(self._path, key, found[key])
             shown = {name: value for name, value in found[key].items() if name != "records"}
             print(f"{key}: {shown}", file=sys.stderr, flush=True)
         return found[key]

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, commit
+from benchmarks.common import RESULTS, ROOT, add_run, finished_runs
 from ist.config import Config
 from ist.config_file import config_for_method, load_config
 
@@ -79,20 +79,15 @@ class Session:
             self._launch(missing)
             after = self.found()
             if not any(run.key in after for run in missing):  # the first one ended the processes
-                self._note(missing[0].key, None)
+                add_run(self._path, missing[0].key, None)
         found = self.found()
         return {run.key: found[run.key] for run in runs}
 
     def found(self) -> dict[str, Any]:
         """Return the results that are there."""
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        return {line["key"]: line["result"] for line in map(json.loads, lines)}
-
-    def _note(self, key: str, result: Any) -> None:
-        append(self._path, key, result)
+        return finished_runs(self._path)
 
     def _launch(self, runs: Sequence[Run]) -> None:
-        self._path.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory() as scratch:
             queue = Path(scratch) / "queue.json"
             queue.write_text(json.dumps([asdict(run) for run in runs]))
@@ -103,12 +98,6 @@ class Session:
                 "-m", "benchmarks.session", str(queue), str(self._path),
             ]  # fmt: skip
             subprocess.run(command, check=False, cwd=ROOT)
-
-
-def append(path: Path, key: str, result: Any) -> None:
-    """Add a finished run to a file of them."""
-    with path.open("a") as file:
-        file.write(json.dumps({"key": key, "commit": commit(), "result": result}) + "\n")
 
 
 def main() -> None:
@@ -147,7 +136,7 @@ def main() -> None:
             assert not isinstance(part, Following)
             result: Mapping[str, Any] = part.recorder.result()
             kept = {key: result[key] for key in KEPT}
-            append(Path(sys.argv[2]), run.key, kept)
+            add_run(Path(sys.argv[2]), run.key, kept)
             shown = {**kept["metrics"], "test_loss": kept["test_loss"], "MB": kept["sent_bytes"] / 1e6}
             shown |= {
                 "train_s": kept["train_s"],

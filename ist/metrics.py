@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ist.data.batched import IGNORED
+
 METRICS = {
     "accuracy": "ist.metrics:ACCURACY",
     "bits_per_byte": "ist.metrics:BITS_PER_BYTE",
     "precision": "ist.metrics:PRECISION",
     "rmse": "ist.metrics:RMSE",
 }
-
-IGNORED = -100
-"""A target that does not count, as in torch's cross entropy."""
 
 
 def _as_it_is(mean: float) -> float:

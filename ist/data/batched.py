@@ -11,6 +11,9 @@ from torch.utils.data import Dataset
 
 from ist.rng import Indices
 
+IGNORED = -100
+"""A target that counts for nothing: what PyTorch's cross entropy, and our accuracy, leave out."""
+
 
 class BatchedDataset(Dataset[Any]):
     """A map-style data set whose batches are not a stack of its items."""

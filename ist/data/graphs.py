@@ -10,13 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ist.data.batched import BatchedDataset
+from ist.data.batched import IGNORED, BatchedDataset
 from ist.data.sparse import SparseRows
 from ist.errors import DataError
 from ist.rng import Indices
-
-IGNORED = -100
-"""The target of a node that is neither learnt nor tested: what PyTorch's losses leave out."""
 
 GraphBatch = tuple[tuple[Tensor, Tensor], Tensor]
 
