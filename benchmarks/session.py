@@ -2,7 +2,8 @@
 
 Each finished run is a line of `results/NAME_runs.jsonl`, and is not made again: delete the file, or a line, to have it
 made anew. A run is the same as `ist train` or `ist compare` would make it, in real processes over gloo, where rank 0 is
-a worker too. Only its memory is read from processes that have run others before, and is therefore a lower bound.
+a worker too. Only its memory is read from processes that have run others before, and is therefore a lower bound, unless
+it is run alone.
 
     torchrun --nproc-per-node N -m benchmarks.session QUEUE RUNS     # what `Session.run` starts
 """
@@ -68,15 +69,20 @@ class Session:
         self._path = RESULTS / f"{name}_runs.jsonl"
         self._workers = workers
 
-    def run(self, runs: Iterable[Run]) -> dict[str, Any]:
-        """Make those that are not there, and return the results of all by key; None for one that failed."""
+    def run(self, runs: Iterable[Run], alone: bool = False) -> dict[str, Any]:
+        """Make those that are not there, and return the results of all by key; None for one that failed.
+
+        Args:
+            runs: The runs.
+            alone: Start new processes for each.
+        """
         runs = list(runs)
         for _ in runs:
             found = self.found()
             missing = [run for run in runs if run.key not in found]
             if not missing:
                 break
-            self._launch(missing)
+            self._launch(missing[:1] if alone else missing)
             after = self.found()
             if not any(run.key in after for run in missing):  # the first one ended the processes
                 add_run(self._path, missing[0].key, None)

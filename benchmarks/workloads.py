@@ -8,6 +8,7 @@ training with 50 times fewer bytes, and ahead of local SGD and DiLoCo with as ma
 Each is a file in `configs/`, whose `compare.methods` are the contenders; `ist compare` of it is a row each, for a seed.
 *Tune*: every contender over the same learning rates, one seed, on held-out training data; IST at fewer of
 them where a run takes a minute. *Final*: at the best rate, which is the configuration's, three seeds, on the test data.
+*Memory*: what a worker's process held at most beyond what it began with, in a few steps of new processes.
 Finished runs are lines of `results/workloads_runs.jsonl`; see `benchmarks/session.py`. `--quick` shows that it runs.
 """
 
@@ -110,7 +111,28 @@ def finals(workload: str, best: Mapping[str, float], given: Sequence[str], quick
     }  # fmt: skip
 
 
-def summary(workload: str, found: Mapping[str, Any], runs: Mapping[tuple[str, int], Run]) -> dict[str, Any]:
+def memory(workload: str, given: Sequence[str]) -> dict[str, Run]:
+    """Return a short run of every contender, through all that it does, whose memory is measured."""
+    config = load_config(ROOT / "configs" / f"{workload}.yaml")
+    stages = [
+        {"keep": stage.keep} if stage.rounds is None else {"keep": stage.keep, "rounds": 1}
+        for stage in config.recipe.stages
+    ]
+    short = (
+        "train.epochs=null",
+        f"train.rounds={len(stages) + 1}",
+        "train.local_steps=3",
+        f"recipe.stages={json.dumps(stages)}",
+    )
+    return {
+        label: Run(f"memory: {home(workload, label)}, {label}", home(workload, label), label, (*given, *short))
+        for label in contenders(workload)
+    }
+
+
+def summary(
+    workload: str, found: Mapping[str, Any], runs: Mapping[tuple[str, int], Run], held: Mapping[str, Run]
+) -> dict[str, Any]:
     """Set a workload's contenders beside each other."""
     metric = WORKLOADS[workload].metric
     rows: dict[str, Any] = {}
@@ -125,6 +147,7 @@ def summary(workload: str, found: Mapping[str, Any], runs: Mapping[tuple[str, in
             "mean": statistics.mean(values),
             "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
             "others": {name: statistics.mean(v) for name, v in others.items() if not name.startswith("best_")},
+            "memory_bytes": found[held[label].key]["memory_bytes"],
             "sent_bytes": results[0]["sent_bytes"],
             "train_s": statistics.median(r["train_s"] for r in results),
             "virtual_s": statistics.median(r["virtual_s"] for r in results),
@@ -141,7 +164,9 @@ def behind(metric: str, mean: float, base: float) -> str:
 
 def table(found: Mapping[str, Any]) -> Table:
     """Set all workloads below each other."""
-    shown = Table("workload", "contender", "metric", "mean, spread", "behind", "sent", "fewer", "own cores, s")
+    shown = Table(
+        "workload", "contender", "metric", "mean, spread", "behind", "sent", "fewer", "own cores, s", "memory"
+    )
     for workload, entry in found.items():
         metric, base = entry["metric"], entry["rows"].get(REFERENCE)
         for label, row in entry["rows"].items():
@@ -153,6 +178,7 @@ def table(found: Mapping[str, Any]) -> Table:
                 format_bytes(row["sent_bytes"]),
                 f"{format_ratio(base['sent_bytes'] / row['sent_bytes'])}x" if base else "",
                 f"{row['virtual_s']:.1f}",
+                format_bytes(row["memory_bytes"]),
             )  # fmt: skip
         shown.add_section()
     return shown
@@ -191,8 +217,10 @@ def main() -> None:
             best = {label: better(rates, key=lambda rate: rates[rate]) for label, rates in reached.items()}
             tuned[workload] = reached
         last = finals(workload, best, given, asked.quick)
+        held = memory(workload, given)
         session.run(last.values())
-        summaries[workload] = {**summary(workload, session.found(), last), "rates": best}
+        session.run(held.values(), alone=True)
+        summaries[workload] = {**summary(workload, session.found(), last, held), "rates": best}
         write_result(name, {"seeds": SEEDS, "tuning": tuned, "workloads": summaries})
     Console(width=160).print(table(summaries))
     print(path)

@@ -100,7 +100,7 @@ def make_job(
         raise ModelError("the network has no parameter that requires a gradient: nothing would be trained")
     carried = train.optimizer_state == "carried" and config.method == "ist"
     slots = optim.state_slots(train.optimizer) if carried else ()
-    dealing = Dealing(length(train_data), train.workers, train.batch_size, config.seed)
+    dealing = Dealing(length(train_data), train.workers, train.batch_size, config.seed, config.data.shuffle)
     job = Job(
         config=config,
         template=template,

@@ -27,6 +27,11 @@ class Data(Component):
     """The data set."""
 
     root: str | None = Field(None, description="folder that holds the files; default: where the package puts them")
+    shuffle: Literal["local", "global"] = Field(
+        "local",
+        description="'local': every worker owns a fixed part of the training data, which never moves; 'global': parts "
+        "are dealt anew every epoch, for which every worker's machine must hold all of it",
+    )
 
 
 class Model(Component):
@@ -64,8 +69,11 @@ class Train(Section):
     schedule_unit: Literal["step", "round"] = Field(
         "step", description="whether the schedule's settings change every local step, or stay for a round of the run"
     )
-    optimizer_state: Literal["reset", "carried"] = Field(
-        "reset", description="'reset' each round, or 'carried' with its neurons (costs bytes)"
+    optimizer_state: Literal["reset", "kept", "carried"] = Field(
+        "reset",
+        description="IST's: 'reset' each round; 'kept' by a worker that holds the same neurons as in the round before, "
+        "as in a finish of whole networks (costs no bytes; forgotten at every checkpoint, lest a resumed run be "
+        "another one); 'carried' with its neurons (costs bytes)",
     )
     activation_scale: Literal["none", "width", "folded"] = Field(
         "folded",
@@ -325,11 +333,16 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _keeps_what_it_feeds_back(self) -> "Config":
+    def _keeps_what_it_needs(self) -> "Config":
         if self.exchange.error_feedback and self.checkpoint.every == 1:
             raise ValueError(
                 "'exchange.error_feedback' is true, but what rounding took is forgotten at every checkpoint and "
                 "'checkpoint.every' is 1: set it to 10 or so"
+            )
+        if self.train.optimizer_state == "kept" and self.method == "ist" and self.checkpoint.every == 1:
+            raise ValueError(
+                "'train.optimizer_state' is 'kept', but what workers keep is forgotten at every checkpoint and "
+                "'checkpoint.every' is 1: set it to 10 or more"
             )
         if self.exchange.error_feedback and self.partition.balance == "speed":
             raise ValueError(

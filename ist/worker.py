@@ -7,7 +7,8 @@ Not here: how the message got here, whose neurons they are, what happens to them
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from ist.narrow import bind, collect_buffers, multiply
 from ist.pool import Place
 from ist.pool.coding import Envelope
 from ist.pool.wire import Header, Message
-from ist.rng import Purpose, torch_seed
+from ist.rng import Indices, Purpose, torch_seed
 from ist.verify import verify_cuts
 
 
@@ -49,6 +50,7 @@ class Worker:
         self.shard: Dataset[Any] = take_shard(job.train_data, job.dealing.shard(number))
         self.gauge = MemoryGauge(device)
         self.module = job.narrow(job.neurons(0)[number], device)
+        self._kept: _Kept | None = None
         self._looks = job.looks(number, 0)
         self._end = WorkerEnd(job, number, device)
 
@@ -74,7 +76,7 @@ class Worker:
         folded = job.folded_scales(self.number, round_number)
         multiply(message.tensors, folded)
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        optimizer = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
+        optimizer = self._optimizer(list(named.values()), round_number)
         if job.state_slots and round_number > 0:
             optim.load_state(optimizer, named, job.state_slots, message.tensors)
         with scaled_blocks(module, job.held_block_scales(round_number)):
@@ -86,6 +88,8 @@ class Worker:
         multiply(message.tensors, folded, inverse=True)
         if job.state_slots:
             optim.store_state(optimizer, named, job.state_slots, message.tensors)
+        if job.config.train.optimizer_state == "kept":
+            self._kept = _Kept(optimizer, module, job.neurons(round_number)[self.number])
         self._end.close(envelope, message, round_number)
         elapsed = time.perf_counter() - started
         envelope.up.write_header(
@@ -101,6 +105,24 @@ class Worker:
                 self.gauge.peak_bytes(),
             )
         )
+
+    def _optimizer(self, parameters: Sequence[nn.Parameter], round_number: int) -> torch.optim.Optimizer:
+        """Return a round's optimiser: a new one, or the last round's where its state is kept and still fits."""
+        kept, self._kept = self._kept, None  # not after a round that fails
+        if kept is not None and not self.job.config.checkpoint.is_due(round_number):
+            neurons = self.job.neurons(round_number)[self.number]
+            if kept.module is self.module and all(map(np.array_equal, kept.neurons, neurons)):
+                return kept.optimizer
+        return optim.build_optimizer(self.job.config.train.optimizer, parameters)
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """An optimiser that may go on with the next round, and whose state it has."""
+
+    optimizer: torch.optim.Optimizer
+    module: nn.Module
+    neurons: Sequence[Indices]
 
 
 class Seat:

@@ -51,8 +51,9 @@ def run(job: Any) -> None:
         run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
 
 
+@pytest.mark.parametrize("state", ["carried", "kept"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_one_worker_with_carried_state_is_plain_training_bit_for_bit(optimizer: str) -> None:
+def test_one_worker_whose_state_is_not_reset_is_plain_training_bit_for_bit(optimizer: str, state: str) -> None:
     ours, plain = (seeded(NETWORKS["two hidden layers, batch norm"]) for _ in range(2))
     args = OPTIMIZERS[optimizer]
     job = job_for(
@@ -60,8 +61,9 @@ def test_one_worker_with_carried_state_is_plain_training_bit_for_bit(optimizer: 
         train__workers=1,
         train__rounds=3,
         train__optimizer={"name": optimizer, "args": args},
-        train__optimizer_state="carried",
+        train__optimizer_state=state,
         train__running_statistics="carried",
+        checkpoint__every=100,
     )
 
     run(job)

@@ -54,6 +54,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "stages": [{"rounds": 1, "keep": 1}, {}, {"rounds": 2, "keep": 1, "lr_scale": 0.5, "local_steps": 2}]
         },
     },
+    "state that is kept": {
+        "train__optimizer": {"name": "Adam", "args": {"lr": 0.01}},
+        "train__optimizer_state": "kept",
+        "recipe": {"stages": [{}, {"rounds": 4, "keep": 1}]},
+        "checkpoint": {"every": 2},
+    },
+    "a global shuffle": {"data__shuffle": "global"},
     "outer momentum": {"recipe": {"outer": {"lr": 0.9, "momentum": 0.5}}, "train__optimizer_state": "carried"},
     "exponential average": {"recipe": {"average": {"kind": "ema", "decay": 0.6}}},
     "average of the last rounds": {"recipe": {"average": {"kind": "swa", "start": 0.4}}},

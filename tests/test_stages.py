@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 
 from ist.blocks import scaled_blocks
 from ist.config_recipe import Stage
@@ -223,3 +224,60 @@ def test_the_bytes_that_inspect_foretells_are_those_that_a_run_with_stages_sends
         made.train_round(number)
 
     assert made.bytes_sent() == inspect_job(job)["bytes_of_run"]
+
+
+# State that a worker keeps
+
+
+def trained(state: str, stages: list[dict[str, Any]], **changes: Any) -> tuple[dict[str, torch.Tensor], int]:
+    """Return the weights of two workers' run, and the bytes they have sent."""
+    model = seeded(NETWORKS["no batch norm"]).double()
+    samples, targets = data().tensors
+    job = job_for(
+        model, TensorDataset(samples.double(), targets), train__workers=2, train__optimizer_state=state,
+        train__optimizer={"name": "Adam", "args": {"lr": 0.01}}, train__rounds=5, recipe__stages=stages,
+        **{"checkpoint__every": 100, **changes},
+    )  # fmt: skip
+    method = coordinator(job, model)
+    for round_number in range(job.num_rounds):
+        method.train_round(round_number)
+    return clone(model.state_dict()), method.bytes_sent()
+
+
+def test_kept_state_of_whole_networks_is_local_training_whose_optimisers_go_on() -> None:
+    found, _ = trained("kept", [{"keep": 1}])
+
+    common = seeded(NETWORKS["no batch norm"]).double()
+    workers = [copy.deepcopy(common) for _ in range(2)]
+    optimizers = [torch.optim.Adam(worker.parameters(), lr=0.01) for worker in workers]
+    samples, targets = data().tensors
+    dealing = job_for(common, train__workers=2).dealing
+    for round_number in range(5):
+        for number, (worker, optimizer) in enumerate(zip(workers, optimizers, strict=True)):
+            worker.load_state_dict(common.state_dict())
+            shard = torch.from_numpy(dealing.shard(number))
+            for step in range(3 * round_number, 3 * round_number + 3):
+                rows = shard[torch.from_numpy(dealing.batch(number, step))]
+                optimizer.zero_grad()
+                functional.cross_entropy(worker(samples[rows].double()), targets[rows]).backward()
+                optimizer.step()
+        for name, value in common.state_dict().items():
+            value.copy_(torch.stack([worker.state_dict()[name] for worker in workers]).mean(dim=0))
+    for name, value in common.state_dict().items():
+        torch.testing.assert_close(found[name], value)
+
+
+def test_state_is_kept_only_where_neurons_are_the_same_and_costs_nothing() -> None:
+    anew, anew_bytes = trained("reset", [])
+    drawn, drawn_bytes = trained("kept", [])
+    assert anew_bytes == drawn_bytes
+    assert all(torch.equal(anew[name], drawn[name]) for name in anew)  # a new deal every round
+
+    finish = [{}, {"rounds": 3, "keep": 1}]
+    reset, reset_bytes = trained("reset", finish)
+    kept, kept_bytes = trained("kept", finish)
+    forgotten, _ = trained("kept", finish, checkpoint__every=2)  # rounds 2 to 4 are the finish, 2 and 4 begin anew
+    assert reset_bytes == kept_bytes
+    assert any((kept[name] - reset[name]).abs().max() > 1e-4 for name in kept)
+    assert any((kept[name] - forgotten[name]).abs().max() > 1e-4 for name in kept)
+    assert any((reset[name] - forgotten[name]).abs().max() > 1e-4 for name in kept)

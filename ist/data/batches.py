@@ -1,16 +1,17 @@
 """Deal a data set to workers and cut it into batches.
 
-Each worker owns a fixed shard (its own data never moves). An epoch is one shuffled pass of
-every worker over its shard, in the same number of batches for all; batches of an epoch differ
-in size by at most one, so there is no runt batch to upset batch norm. Which samples a step
-uses is a pure function of (seed, worker, step): a resumed run needs no saved position.
+Each worker owns a fixed shard (its own data never moves); or, where every machine holds all data, shards are dealt anew
+every epoch, as `torch.utils.data.DistributedSampler` does. An epoch is one shuffled pass of every worker over its
+shard, in the same number of batches for all; batches of an epoch differ in size by at most one, so there is no runt
+batch to upset batch norm. Which samples a step uses is a pure function of (seed, worker, step): a resumed run needs no
+saved position.
 
 Not here: which data set, what is done with a batch.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ class Dealing:
     Batches are made even, so they may be smaller; where a shard holds fewer samples than another gives it steps,
     larger by one.
 
+    Attributes:
+        shuffle: `local`: a worker's shard is the same in every epoch; `global`: it is drawn anew.
+
     Raises:
         DataError: There are fewer samples than workers.
     """
@@ -37,6 +41,7 @@ class Dealing:
     num_workers: int
     batch_size: int
     seed: int
+    shuffle: Literal["local", "global"] = "local"
 
     def __post_init__(self) -> None:
         if self.num_samples < self.num_workers:
@@ -55,13 +60,21 @@ class Dealing:
         return self.num_samples // self.num_workers // self.steps_per_epoch
 
     def shard(self, worker: int) -> Indices:
-        """Return the sample numbers that worker `worker` owns: int64, sorted, disjoint and complete over workers."""
+        """Return the sample numbers that worker `worker` needs: int64, sorted.
+
+        Disjoint and complete over workers; with a global shuffle, all of them.
+        """
+        if self.shuffle == "global":
+            return np.arange(self.num_samples)
         return np.sort(permutation(self.num_samples, self.seed, Purpose.SHARD)[worker :: self.num_workers])
 
     def batch(self, worker: int, step: int) -> Indices:
         """Return the positions, within the worker's shard, of the samples of its local step `step` (from 0)."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        order = _epoch_order(len(range(worker, self.num_samples, self.num_workers)), self.seed, epoch, worker)
+        if self.shuffle == "global":
+            order = _epoch_order(self.num_samples, self.seed, epoch, 0)[worker :: self.num_workers]
+        else:
+            order = _epoch_order(len(range(worker, self.num_samples, self.num_workers)), self.seed, epoch, worker)
         size, longer = divmod(len(order), self.steps_per_epoch)  # the first `longer` batches hold one sample more
         start = position * size + min(position, longer)
         return order[start : start + size + (position < longer)]
@@ -86,6 +99,8 @@ def length(dataset: Dataset[Any]) -> int:
 
 def take_shard(dataset: Dataset[Any], indices: Indices) -> Dataset[Any]:
     """Return the part of a data set that one worker needs, without keeping the rest alive where that can be."""
+    if len(indices) == length(dataset):
+        return dataset
     if isinstance(dataset, BatchedDataset):
         return dataset.part(indices)
     if type(dataset) is TensorDataset:  # a subclass may change what an item is

@@ -94,3 +94,30 @@ def test_a_source_must_be_known_and_alone(tmp_path: Path) -> None:
         text(source="novels")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="give one of them"):
         text(tmp_path, source="kjv")
+
+
+def test_passages_for_testing_are_spread_over_the_text_and_those_for_tuning_are_beside_them(tmp_path: Path) -> None:
+    path = tmp_path / "numbers.txt"
+    windows = 64 * 25
+    path.write_bytes(b"".join(f"{number:04}".encode() for number in range(windows)))
+
+    def numbers(part: Any) -> set[int]:
+        return {int(bytes(window.tolist())) for window in part.tensors[0]}
+
+    final, tuning = (text(path, length=4, held_out=0.1, split="spread", validation=held) for held in (False, True))
+
+    assert numbers(final.test) == {number for number in range(windows) if number // 64 in (9, 19)}
+    assert numbers(tuning.test) == {number for number in range(windows) if number // 64 in (8, 18)}
+    everything = set(range(windows))
+    assert numbers(final.train) == everything - numbers(final.test)
+    assert numbers(tuning.train) == everything - numbers(final.test) - numbers(tuning.test)
+
+
+def test_a_text_without_a_whole_passage_to_hold_out_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_bytes(bytes(64 * 9))
+
+    with pytest.raises(DataError, match="make 576 windows of 1, of which 0 are held out"):
+        text(path, length=1, split="spread")
+    with pytest.raises(ValueError, match="split is 'middle': expected one of end, spread"):
+        text(path, length=1, split="middle")  # type: ignore[arg-type]

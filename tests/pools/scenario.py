@@ -57,6 +57,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "whole blocks": {
         "network": "blocks", "partition__strategy": "blocks", "partition__blocks": ["1.*"], "partition__min_depth": 2,
     },
+    "kept in a finish, dealt anew": {
+        "network": "uneven widths", "train__optimizer_state": "kept", "checkpoint__every": 100,
+        "recipe__stages": [{}, {"rounds": 2, "keep": 1}], "data__shuffle": "global",
+    },
     "stages, outer momentum, averaged": {
         "network": "uneven widths", "train__optimizer_state": "carried",
         "recipe__stages": [{"rounds": 1, "keep": 1, "lr_scale": 0.5}, {}, {"rounds": 1, "keep": 0.6, "local_steps": 2}],
