@@ -29,6 +29,7 @@ PLAIN = (
     "exchange.values=weights",
     "train.activation_scale=folded",
     "train.optimizer_state=reset",
+    "data.shuffle=local",
 )
 """IST as published, with scales folded into the weights."""
 
@@ -38,12 +39,17 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "scale: none": ("train.activation_scale=none",),
     "scale: width": ("train.activation_scale=width",),
     "finish: whole networks": ("recipe.stages=[{{}}, {{rounds: {r}, keep: 1}}]",),
+    "finish, optimiser state kept": (
+        "recipe.stages=[{{}}, {{rounds: {r}, keep: 1}}]",
+        "train.optimizer_state=kept",
+    ),
     "warm-up: whole networks": ("recipe.stages=[{{rounds: {r}, keep: 1}}, {{}}]",),
     "growth: keep 1/2, then 3/4": ("recipe.stages=[{{}}, {{rounds: {r}, keep: 0.5}}, {{rounds: {r}, keep: 0.75}}]",),
     "overlap: keep 1/2": ("partition.keep=0.5",),
     "longer rounds late": ("recipe.stages=[{{}}, {{rounds: {r}, local_steps: {tt}}}]",),
     "schedule over rounds": ("train.schedule_unit=round",),
     "optimiser state carried": ("train.optimizer_state=carried",),
+    "global shuffle": ("data.shuffle=global",),
     "outer Nesterov 0.5": ("recipe.outer.momentum=0.5",),
     "outer Nesterov 0.9, rate 0.3": ("recipe.outer.momentum=0.9", "recipe.outer.lr=0.3"),
     "EMA 0.8": ("recipe.average.kind=ema",),

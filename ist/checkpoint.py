@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from ist.errors import CheckpointError
+from ist.pool.limit import lifted_limit
 from ist.storage import Storage, write_atomically
 
 _PATTERN = "round-*.safetensors"
@@ -119,7 +120,8 @@ def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> b
         if tensor.data_ptr() in seen:
             plain[name] = tensor.clone()
         seen.add(tensor.data_ptr())
-    data: bytes = save(plain, {**metadata, "sha256": _checksum(plain, metadata)})
+    with lifted_limit():
+        data: bytes = save(plain, {**metadata, "sha256": _checksum(plain, metadata)})
     return data
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ist.checkpoint import read_tensors, write_tensors
 from ist.errors import ConfigError, MemoryLimitError
 from ist.pool.limit import limited_memory
 from tests.conftest import ROOT, Run, small_config
@@ -24,6 +25,17 @@ def test_more_than_the_limit_is_refused_and_less_is_not() -> None:
         torch.zeros(300 * MB, dtype=torch.uint8)
 
     torch.zeros(300 * MB, dtype=torch.uint8)  # the limit went with the context
+
+
+def test_what_is_written_does_not_count(tmp_path: Path) -> None:
+    whole = {"weight": torch.zeros(100 * MB, dtype=torch.uint8)}
+
+    with limited_memory(50 * MB, "50MB"):
+        write_tensors(tmp_path / "model.safetensors", whole, {})
+        with pytest.raises(RuntimeError, match="allocate memory"):
+            torch.zeros(100 * MB, dtype=torch.uint8)
+
+    assert torch.equal(read_tensors(tmp_path / "model.safetensors")[0]["weight"], whole["weight"])
 
 
 def test_other_errors_stay_what_they_are() -> None:

@@ -55,6 +55,20 @@ def limited_memory(limit_bytes: int | None, text: str) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
+@contextmanager
+def lifted_limit() -> Iterator[None]:
+    """Let this process allocate beyond its limit for what is no part of training: the files that rank 0 writes.
+
+    safetensors ends the process, without an error, where it gets no memory.
+    """
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (before[1], before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
 def _data_bytes() -> int:
     status = Path("/proc/self/status").read_text(encoding="ascii")
     line = next(line for line in status.splitlines() if line.startswith("VmData:"))
