@@ -29,8 +29,8 @@ class Data(Component):
     root: str | None = Field(None, description="folder that holds the files; default: where the package puts them")
     shuffle: Literal["local", "global"] = Field(
         "local",
-        description="'local': every worker owns a fixed part of the training data, which never moves; 'global': parts "
-        "are dealt anew every epoch, for which every worker's machine must hold all of it",
+        description="'local': a worker owns a fixed part of the training data; 'global': parts are dealt anew every "
+        "epoch, for which every worker's machine must hold all of it",
     )
 
 
@@ -71,9 +71,8 @@ class Train(Section):
     )
     optimizer_state: Literal["reset", "kept", "carried"] = Field(
         "reset",
-        description="IST's: 'reset' each round; 'kept' by a worker that holds the same neurons as in the round before, "
-        "as in a finish of whole networks (costs no bytes; forgotten at every checkpoint, lest a resumed run be "
-        "another one); 'carried' with its neurons (costs bytes)",
+        description="IST's: 'reset' each round; 'kept' by a worker whose neurons are those of the round before, as in "
+        "a finish of whole networks (no bytes; forgotten at every checkpoint); 'carried' with neurons (costs bytes)",
     )
     activation_scale: Literal["none", "width", "folded"] = Field(
         "folded",
@@ -334,16 +333,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _keeps_what_it_needs(self) -> "Config":
+        forgets = "is forgotten at every checkpoint and 'checkpoint.every' is 1: set it to 10 or more"
         if self.exchange.error_feedback and self.checkpoint.every == 1:
-            raise ValueError(
-                "'exchange.error_feedback' is true, but what rounding took is forgotten at every checkpoint and "
-                "'checkpoint.every' is 1: set it to 10 or so"
-            )
+            raise ValueError(f"'exchange.error_feedback' is true, but what rounding took {forgets}")
         if self.train.optimizer_state == "kept" and self.method == "ist" and self.checkpoint.every == 1:
-            raise ValueError(
-                "'train.optimizer_state' is 'kept', but what workers keep is forgotten at every checkpoint and "
-                "'checkpoint.every' is 1: set it to 10 or more"
-            )
+            raise ValueError(f"'train.optimizer_state' is 'kept', but what workers keep {forgets}")
         if self.exchange.error_feedback and self.partition.balance == "speed":
             raise ValueError(
                 "'exchange.error_feedback' is true, but what rounding took is forgotten whenever shares change, which "
