@@ -56,7 +56,7 @@ class Workload:
         return self.grids.get(label, self.grid)
 
 
-IMAGES = {"ist": (0.1,), "diloco_int8": (0.1,)}
+IMAGES = {"ist": (0.1,), "ddp": (0.3,), "diloco_int8": (0.1,)}  # the best of 0.03, 0.1 and 0.3 in shorter runs
 WORKLOADS = {
     "crime_mlp": Workload("rmse", (0.01, 0.03, 0.09), files={"data.root": "crime"}),
     "speech_mlp": Workload("accuracy", (0.0333, 0.1, 0.3), files={"data.root": "fsdd"}),
@@ -65,10 +65,12 @@ WORKLOADS = {
     "wordnet_gcn": Workload("accuracy", (0.003, 0.01)),
     "wordnet_sage": Workload("accuracy", (0.003, 0.01)),
     "wordnet_hypernyms": Workload("precision_at_1", (0.01,)),
-    "kjv_decoder": Workload("bits_per_byte", (0.003,), {"ist": (0.006,)}),
-    "finetune_llama": Workload("test_loss", (0.003, 0.006), {"ist": (0.006,)}, files={"model.weights": "llama"}),
-    "fashion_mnist_loft": Workload("accuracy", (0.1, 0.3), IMAGES),
-    "fashion_mnist_resist": Workload("accuracy", (0.1, 0.3), IMAGES, reference_of="fashion_mnist_loft"),
+    "kjv_decoder": Workload("bits_per_byte", (0.003,), {"ist": (0.006,), "diloco_int8": (0.0003, 0.001)}),
+    "finetune_llama": Workload(
+        "test_loss", (0.003, 0.006), {"ist": (0.006,), "diloco_int8": (0.001, 0.003)}, files={"model.weights": "llama"}
+    ),
+    "fashion_mnist_loft": Workload("accuracy", (0.1,), IMAGES),
+    "fashion_mnist_resist": Workload("accuracy", (0.1,), IMAGES, reference_of="fashion_mnist_loft"),
 }
 
 
