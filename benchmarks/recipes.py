@@ -34,15 +34,13 @@ PLAIN = (
 """IST as published, with scales folded into the weights."""
 
 # {t} is the configuration's number of local steps, {r} a sixth of its rounds.
+FINISH = "recipe.stages=[{{}}, {{rounds: {r}, keep: 1}}]"
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "scale: none": ("train.activation_scale=none",),
     "scale: width": ("train.activation_scale=width",),
-    "finish: whole networks": ("recipe.stages=[{{}}, {{rounds: {r}, keep: 1}}]",),
-    "finish, optimiser state kept": (
-        "recipe.stages=[{{}}, {{rounds: {r}, keep: 1}}]",
-        "train.optimizer_state=kept",
-    ),
+    "finish: whole networks": (FINISH,),
+    "finish, optimiser state kept": (FINISH, "train.optimizer_state=kept"),
     "warm-up: whole networks": ("recipe.stages=[{{rounds: {r}, keep: 1}}, {{}}]",),
     "growth: keep 1/2, then 3/4": ("recipe.stages=[{{}}, {{rounds: {r}, keep: 0.5}}, {{rounds: {r}, keep: 0.75}}]",),
     "overlap: keep 1/2": ("partition.keep=0.5",),

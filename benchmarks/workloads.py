@@ -56,7 +56,7 @@ class Workload:
         return self.grids.get(label, self.grid)
 
 
-IMAGES = {"ist": (0.1,), "ddp": (0.3,), "diloco_int8": (0.1,)}  # the best of 0.03, 0.1 and 0.3 in shorter runs
+IMAGES = {"ddp": (0.3,)}  # with 0.1 for the others, the best of 0.03, 0.1 and 0.3 in shorter runs
 WORKLOADS = {
     "crime_mlp": Workload("rmse", (0.01, 0.03, 0.09), files={"data.root": "crime"}),
     "speech_mlp": Workload("accuracy", (0.0333, 0.1, 0.3), files={"data.root": "fsdd"}),
@@ -118,10 +118,7 @@ def finals(workload: str, best: Mapping[str, float], given: Sequence[str], quick
 def memory(workload: str, given: Sequence[str]) -> dict[str, Run]:
     """Return a short run of every contender, through all that it does, whose memory is measured."""
     config = load_config(ROOT / "configs" / f"{workload}.yaml")
-    stages = [
-        {"keep": stage.keep} if stage.rounds is None else {"keep": stage.keep, "rounds": 1}
-        for stage in config.recipe.stages
-    ]
+    stages = [{"keep": stage.keep, "rounds": stage.rounds and 1} for stage in config.recipe.stages]
     short = (
         "train.epochs=null",
         f"train.rounds={len(stages) + 1}",
@@ -200,8 +197,10 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 def table(found: Mapping[str, Any]) -> Table:
     """Set all workloads below each other."""
     shown = Table(*HEADS)
-    for row in rows(found):
-        shown.add_row(*row)
+    for workload, entry in found.items():
+        for row in rows({workload: entry}):
+            shown.add_row(*row)
+        shown.add_section()
     return shown
 
 

@@ -89,7 +89,7 @@ class Worker:
         if job.state_slots:
             optim.store_state(optimizer, named, job.state_slots, message.tensors)
         if job.config.train.optimizer_state == "kept":
-            self._kept = _Kept(optimizer, module, job.neurons(round_number)[self.number])
+            self._kept = _Kept(optimizer, job.neurons(round_number)[self.number])
         self._end.close(envelope, message, round_number)
         elapsed = time.perf_counter() - started
         envelope.up.write_header(
@@ -111,7 +111,7 @@ class Worker:
         kept, self._kept = self._kept, None  # not after a round that fails
         if kept is not None and not self.job.config.checkpoint.is_due(round_number):
             neurons = self.job.neurons(round_number)[self.number]
-            if kept.module is self.module and all(map(np.array_equal, kept.neurons, neurons)):
+            if all(map(np.array_equal, kept.neurons, neurons)):  # then the network is the same too
                 return kept.optimizer
         return optim.build_optimizer(self.job.config.train.optimizer, parameters)
 
@@ -121,7 +121,6 @@ class _Kept:
     """An optimiser that may go on with the next round, and whose state it has."""
 
     optimizer: torch.optim.Optimizer
-    module: nn.Module
     neurons: Sequence[Indices]
 
 

@@ -98,7 +98,12 @@ def length(dataset: Dataset[Any]) -> int:
 
 
 def take_shard(dataset: Dataset[Any], indices: Indices) -> Dataset[Any]:
-    """Return the part of a data set that one worker needs, without keeping the rest alive where that can be."""
+    """Return the part of a data set that one worker needs, without keeping the rest alive where that can be.
+
+    Args:
+        dataset: The data set.
+        indices: What is needed of it, int64, sorted, none twice.
+    """
     if len(indices) == length(dataset):
         return dataset
     if isinstance(dataset, BatchedDataset):
