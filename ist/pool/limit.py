@@ -4,6 +4,7 @@ Where it sits: `ist/run.py` puts it around a worker's part of a run.
 Not here: how much memory was used (`ist/meter.py`).
 """
 
+import gc
 import resource
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ def limited_memory(limit_bytes: int | None, text: str) -> Iterator[None]:
             f"'pool.memory_limit' is '{text}', but only Linux limits a process's own memory: leave it out"
         )
     before = resource.getrlimit(resource.RLIMIT_DATA)
+    gc.collect()  # what is garbage now would be so much more than the limit when it is freed
     allowed = _data_bytes() + limit_bytes
     if before[1] != resource.RLIM_INFINITY:
         allowed = min(allowed, before[1])
