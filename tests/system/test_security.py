@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -89,12 +89,14 @@ def stranger(prefix: list[str], find: Sockets, *options: str) -> Iterator[Strang
 def listening_under(parents: list[psutil.Process]) -> set[tuple[str, int]]:
     """Where the processes that these started listen: no others of this machine, such as the tests' own Ray."""
     found = set()
-    for child in (child for parent in parents if parent.is_running() for child in parent.children(recursive=True)):
-        try:
-            sockets = child.net_connections("tcp")
-        except psutil.Error:
-            continue
-        found |= {(entry.laddr.ip, entry.laddr.port) for entry in sockets if entry.status == psutil.CONN_LISTEN}
+    for parent in parents:
+        with suppress(psutil.Error):  # it may end while it is looked at, and so may each of its children
+            for child in parent.children(recursive=True):
+                with suppress(psutil.Error):
+                    sockets = child.net_connections("tcp")
+                    found |= {
+                        (entry.laddr.ip, entry.laddr.port) for entry in sockets if entry.status == psutil.CONN_LISTEN
+                    }
     return found
 
 
