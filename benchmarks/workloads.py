@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.common import RESULTS, ROOT, write_result
 from benchmarks.session import Run, Session
-from ist.config_file import load_config
+from ist.config_file import config_for_method, load_config
 from ist.display import format_bytes, format_metric, format_ratio, metric_title
 
 SEEDS = (0, 1, 2)
@@ -111,33 +111,39 @@ def tuning(workload: str, given: Sequence[str]) -> dict[tuple[str, float], Run]:
     }  # fmt: skip
 
 
-def finals(workload: str, best: Mapping[str, float], given: Sequence[str], quick: bool) -> dict[tuple[str, int], Run]:
-    """Return the runs on the test data, by contender and seed, at the learning rates that were best."""
-    short = ("train.epochs=null", "train.rounds=2", "train.local_steps=2", "recipe.stages=[]") if quick else ()
-    return {
-        (label, seed): Run(
-            f"final: {home(workload, label)}, {label}, lr {rate}, seed {seed}", home(workload, label), label,
-            (f"seed={seed}", f"train.optimizer.args.lr={rate}", *given, *short),
-        )
-        for label, rate in best.items()
-        for seed in (SEEDS[:1] if quick else WORKLOADS[workload].seeds)
-    }  # fmt: skip
-
-
-def memory(workload: str, given: Sequence[str]) -> dict[str, Run]:
-    """Return a short run of every contender, through all that it does, whose memory is measured."""
-    config = load_config(ROOT / "configs" / f"{workload}.yaml")
+def short(workload: str, label: str) -> tuple[str, ...]:
+    """Return what makes a contender's run short, through all that it does."""
+    config = config_for_method(load_config(ROOT / "configs" / f"{workload}.yaml"), label)
     stages = [{"keep": stage.keep, "rounds": stage.rounds and 1} for stage in config.recipe.stages]
-    short = (
+    return (
         "train.epochs=null",
         f"train.rounds={len(stages) + 1}",
         "train.local_steps=3",
         f"recipe.stages={json.dumps(stages)}",
     )
+
+
+def finals(workload: str, best: Mapping[str, float], given: Sequence[str], quick: bool) -> dict[tuple[str, int], Run]:
+    """Return the runs on the test data, by contender and seed, at the learning rates that were best."""
     return {
-        label: Run(f"memory: {home(workload, label)}, {label}", home(workload, label), label, (*given, *short))
+        (label, seed): Run(
+            f"final: {home(workload, label)}, {label}, lr {rate}, seed {seed}", home(workload, label), label,
+            (f"seed={seed}", f"train.optimizer.args.lr={rate}", *given, *(short(workload, label) if quick else ())),
+        )
+        for label, rate in best.items()
+        for seed in WORKLOADS[workload].seeds[: 1 if quick else None]
+    }  # fmt: skip
+
+
+def memory(workload: str, given: Sequence[str]) -> dict[str, Run]:
+    """Return a short run of every contender, whose memory is measured."""
+    return {
+        label: Run(
+            f"memory: {home(workload, label)}, {label}", home(workload, label), label,
+            (*given, *short(workload, label)),
+        )
         for label in contenders(workload)
-    }
+    }  # fmt: skip
 
 
 def summary(
@@ -228,7 +234,7 @@ def main() -> None:
     parser.add_argument(
         "--llama", default="runs/base/model.safetensors", help="what is fine-tuned, see the configuration"
     )
-    parser.add_argument("--quick", action="store_true", help="two short rounds, one seed, no tuning: only that it runs")
+    parser.add_argument("--quick", action="store_true", help="short rounds, one seed, no tuning: only that it runs")
     parser.add_argument("--markdown", action="store_true", help="only print the table of what is there")
     asked = parser.parse_args()
     name = "workloads_quick" if asked.quick else "workloads"
