@@ -21,6 +21,7 @@ from ist.meter import Meter
 from ist.outer import PREFIX as OUTER
 from ist.outer import OuterStep
 from ist.pool import Lost, Place, Subnet, WorkerPool
+from ist.pool.coding import SCALE
 from ist.pool.wire import Header
 from ist.rounds import RoundReport
 from ist.subnet import Cut, reassemble
@@ -170,8 +171,8 @@ class Coordinator:
                 if isinstance(result, Subnet):
                     try:
                         header = result.envelope.up.read_header(round_number, result.worker)
+                        _check_finite(header, result.envelope.up.tensors)
                         tensors = read_trained(self.job, self._state, cuts[result.worker], result.envelope)
-                        _check_finite(header, tensors)
                     except (PoolError, DivergedError) as error:
                         causes.append(error)
                         lost.append(Lost(result.worker, str(error), "rejected"))
@@ -208,7 +209,7 @@ def _check_finite(header: Header, tensors: Mapping[str, Tensor]) -> None:
         bad = next((name for name, t in tensors.items() if t.is_floating_point() and not _is_finite(t)), None)
         if bad is None:
             return
-        what = f"values in '{bad}' that are not finite"
+        what = f"values in '{bad.removesuffix(SCALE)}' that are not finite"
     raise diverged(header.worker, what, header.round_number)
 
 

@@ -6,25 +6,24 @@ Law: a worker that reads a subnet and writes it back untouched changes nothing, 
 Not here: how matrices are rounded (`ist/pool/coding.py`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from ist.config_method import Coding
+from ist.config_method import Coding, Exchange
 from ist.groups import TensorSpec
 from ist.job import Job
-from ist.pool.coding import Envelope, Route, coded_specs, decode, encode, make_route, travels_as_delta
+from ist.pool.coding import Envelope, Route, coded_specs, decode, decoded, encode, make_route, travels_as_delta
 from ist.pool.wire import Message, layout_of
 from ist.subnet import Cut, cut_specs, extract, positions, reassemble
 
 
 class Outgoing:
-    """The coordinator's end of the way down; holds memory for one subnet where it is rounded on the way."""
+    """The coordinator's end of the way down."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._scratch: Message | None = None
 
     def route(self, cut: Cut) -> Route:
         """Return what the messages of a cut look like."""
@@ -32,16 +31,15 @@ class Outgoing:
 
     def write(self, state: Mapping[str, Tensor], cut: Cut, round_number: int, envelope: Envelope) -> int:
         """Cut a subnet into an envelope; return how many bytes of it are to be sent."""
-        route = envelope.route
-        message = envelope.down
-        if not route.is_plain:
-            if self._scratch is None or self._scratch.layout != route.plain:
-                self._scratch = Message(route.plain, envelope.flat.device)
-            message = self._scratch
-        tensors = {name: message.tensors[name] for name in self._job.sent_names(route.plain, round_number)}
-        extract(state, cut, into=tensors)
-        if not route.is_plain:
-            encode(tensors, envelope.down.tensors, self._job.config.exchange.down)
+        route, into = envelope.route, envelope.down.tensors
+        for name in self._job.sent_names(route.plain, round_number):
+            if route.is_plain:
+                extract(state, cut, into={name: into[name]})
+            else:  # one tensor after the other: a subnet more would be the memory of a whole network in a finish
+                spec = route.plain.specs[name]
+                part = {name: torch.empty(spec.shape, dtype=spec.dtype, device=envelope.flat.device)}
+                extract(state, cut, into=part)
+                encode(part, into, self._job.config.exchange.down)
         return self._job.sent_bytes(route, round_number)
 
 
@@ -50,23 +48,38 @@ def read_trained(job: Job, state: Mapping[str, Tensor], cut: Cut, envelope: Enve
 
     Args:
         job: The run.
-        state: Whole tensors, as they were when the subnet was cut, but for what other workers alone hold.
+        state: Whole tensors. A tensor, when it is read, must be as it was when the subnet was cut, but for what other
+            workers alone hold.
         cut: The worker's positions.
         envelope: Its messages; the one up is read.
     """
-    route, settings = envelope.route, job.config.exchange
-    if route.is_plain:
-        return envelope.up.tensors
-    trained = {}
-    for name, value in decode(envelope.up.tensors, route.plain.specs, settings.up):
-        spec = route.plain.specs[name]
-        if settings.values == "deltas" and travels_as_delta(name, spec):
-            whole = torch.empty(spec.shape, dtype=spec.dtype, device=value.device)
-            extract(state, cut, into={name: whole})
-            trained[name] = whole.add_(value)
-        else:
-            trained[name] = value
-    return trained
+    return envelope.up.tensors if envelope.route.is_plain else _Trained(job.config.exchange, state, cut, envelope)
+
+
+class _Trained(Mapping[str, Tensor]):
+    """Tensors that are made of what has travelled when they are read, so that not all of all workers are in memory."""
+
+    def __init__(self, settings: Exchange, state: Mapping[str, Tensor], cut: Cut, envelope: Envelope) -> None:
+        self._settings = settings
+        self._state = state
+        self._cut = cut
+        self._coded = envelope.up.tensors
+        self._specs = envelope.route.plain.specs
+
+    def __getitem__(self, name: str) -> Tensor:
+        spec = self._specs[name]
+        value = decoded(self._coded, name, spec, self._settings.up)
+        if not (self._settings.values == "deltas" and travels_as_delta(name, spec)):
+            return value
+        before = torch.empty(spec.shape, dtype=spec.dtype, device=value.device)
+        extract(self._state, self._cut, into={name: before})
+        return before.add_(value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
 
 
 class WorkerEnd:

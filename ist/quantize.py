@@ -50,8 +50,8 @@ def quantize(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def dequantize(codes: Tensor, scale: Tensor, columns: int, bits: int) -> Tensor:
     """Return the rounded matrix, float32, shape (R, `columns`); see `quantize`."""
     levels = 2 ** (bits - 1) - 1
-    numbers: Tensor = _unpack(codes, columns, bits).float() - levels
-    return numbers.mul_(scale[:, None])
+    numbers: Tensor = _unpack(codes, columns, bits).float()
+    return numbers.sub_(levels).mul_(scale[:, None])
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:

@@ -45,7 +45,8 @@ def positions(groups: Sequence[Group], specs: Mapping[str, TensorSpec], neurons:
         shared = _uncovered([(slot, groups[number].size) for number, slot in slots], specs[name].shape[dim])
         parts = [*pieces, *([shared] if len(shared) else [])]
         ordered = len(parts) == 1 and slots[0][1].order is None
-        cuts[name][dim] = parts[0] if ordered else np.sort(np.concatenate(parts))
+        held = parts[0] if ordered else np.sort(np.concatenate(parts))
+        cuts[name][dim] = held if len(held) < specs[name].shape[dim] else None
     absent = absent_modules(groups, neurons)
     return {name: tuple(dims) for name, dims in cuts.items() if not _within(name, absent)}
 
@@ -117,22 +118,26 @@ def reassemble(
         state: Whole tensors, contiguous, overwritten.
         cuts: Every worker's positions.
         trained: (worker, tensors), in any order; an iterator is consumed as subnets arrive. The tensors must
-            stay as they are until this returns.
+            stay as they are until this returns; each is read once, before its part of `state` is written.
         exclusive: Tensors of which no entry has two holders; they are written at once.
 
     Reference: Yuan et al., arXiv 1910.02120, section 3 (disjoint parts); Liao and Kyrillidis,
     arXiv 2112.02668, Algorithm 1 (mean over those that trained an entry).
     """
-    shared: dict[str, dict[int, Tensor]] = {}
+    returned: dict[int, Mapping[str, Tensor]] = {}
+    holders: dict[str, list[int]] = {}
     for worker, tensors in trained:
-        for name, part in tensors.items():
+        returned[worker] = tensors
+        for name in tensors:
             if name in exclusive:
-                _put(state[name], cuts[worker][name], part)
+                _put(state[name], cuts[worker][name], tensors[name])
             else:
-                shared.setdefault(name, {})[worker] = part
-    for name, parts in shared.items():
+                holders.setdefault(name, []).append(worker)
+    for name, workers in holders.items():
         # In the order of workers, not of arrival: a sum of floats depends on its order.
-        _merge_mean(state[name], [(cuts[worker][name], parts[worker]) for worker in sorted(parts)])
+        workers.sort()
+        parts = (returned[worker][name] for worker in workers)
+        _merge_mean(state[name], [cuts[worker][name] for worker in workers], parts)
 
 
 def write_cut(whole: Tensor, cut: TensorCut, value: bool) -> None:
@@ -220,23 +225,27 @@ def _mesh(cut: TensorCut, whole: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def _merge_mean(whole: Tensor, parts: Sequence[tuple[TensorCut, Tensor]]) -> None:
-    """Mean over holders, as old value + mean change: exact when nothing changed, unlike sum / count."""
-    if whole.dtype == torch.bool:  # there is no mean of truth values: the first holder's counts
-        for cut, part in reversed(parts):
-            whole[_mesh(cut, whole)] = part
+def _merge_mean(whole: Tensor, cuts: Sequence[TensorCut], parts: Iterable[Tensor]) -> None:
+    """Mean over holders, as old value + mean change: exact when nothing changed, unlike sum / count.
+
+    `parts` may read `whole` while they are made, so that is written last.
+    """
+    if len(cuts) == 1 or whole.dtype == torch.bool:  # there is no mean of truth values: the first holder's counts
+        for cut, part in reversed(list(zip(cuts, parts, strict=True))):
+            _put(whole, cut, part)
         return
-    if len(parts) > 1 and all(held is None for cut, _ in parts for held in cut):
-        change = sum((part - whole for _, part in parts), torch.zeros((), dtype=torch.float32))
-        whole.add_((change / len(parts)).to(whole.dtype))
-        return
-    old = whole.clone()
     change = torch.zeros_like(whole, dtype=torch.promote_types(whole.dtype, torch.float32))
-    count = torch.zeros_like(whole, dtype=torch.int64)
-    for cut, part in parts:
+    if all(held is None for cut in cuts for held in cut):
+        for part in parts:
+            change += part - whole
+        whole += change.div_(len(cuts)).to(whole.dtype)
+        return
+    merged = whole.clone()
+    count = torch.zeros_like(whole, dtype=torch.int32)
+    for cut, part in zip(cuts, parts, strict=True):
         index = _mesh(cut, whole)
-        change[index] += part - old[index]
+        change[index] += part - whole[index]
         count[index] += 1
-        whole[index] = part
-    mean = old + (change / count.clamp(min=1)).to(whole.dtype)
-    whole.copy_(torch.where(count > 1, mean, whole))
+        merged[index] = part
+    mean = change.div_(count.clamp(min=1)).to(whole.dtype).add_(whole)
+    whole.copy_(torch.where(count > 1, mean, merged))

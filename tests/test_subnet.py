@@ -1,6 +1,8 @@
 """Identities 1, 2 and 4: round trip, a subnet is the masked full model, disjoint and complete."""
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from ist.groups import Group, Slot, TensorSpec
 from ist.job import Job
 from ist.narrow import bind
 from ist.partition import assign
-from ist.subnet import cut_specs, exclusive_names, extract, positions, reassemble
+from ist.subnet import Cut, cut_specs, exclusive_names, extract, positions, reassemble
 from tests.conftest import assert_same, clone, job_for, whole_state
 from tests.networks import NETWORKS, seeded
 
@@ -196,8 +198,58 @@ def test_slots_with_blocks_offsets_and_gaps_round_trip(draw: st.DataObject) -> N
     reassemble(state, cuts, parts, exclusive_names([group], specs))
 
     assert torch.equal(state["w"], whole)
-    held = np.concatenate([cut["w"][dim] for cut in cuts])
-    assert len(held) == width + (workers - 1) * (lead + gap + tail)
+    held = sum(cut_specs(specs, cut)["w"].shape[dim] for cut in cuts)
+    assert held == width + (workers - 1) * (lead + gap + tail)
+
+
+def test_a_dim_that_is_held_wholly_is_not_indexed() -> None:
+    group = Group("g", 4, (Slot("w", 0), Slot("v", 1)))
+    specs = {"w": TensorSpec((4, 3), torch.float32), "v": TensorSpec((2, 4), torch.float32)}
+
+    assert positions([group], specs, [np.arange(4)]) == {"w": (None, None), "v": (None, None)}
+
+
+class MadeWhenRead(Mapping[str, Tensor]):
+    """What a worker changed, added to the whole when it is read; knows how many tensors are alive at a time."""
+
+    alive: ClassVar[list[weakref.ref[Tensor]]] = []
+    most = 0
+
+    def __init__(self, state: Mapping[str, Tensor], cut: Cut, changes: Mapping[str, Tensor]) -> None:
+        self.state, self.cut, self.changes = state, cut, changes
+
+    def __getitem__(self, name: str) -> Tensor:
+        part = torch.empty_like(self.changes[name])
+        extract(self.state, self.cut, {name: part})
+        part += self.changes[name]
+        self.alive.append(weakref.ref(part))
+        MadeWhenRead.most = max(self.most, sum(made() is not None for made in self.alive))
+        return part
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.changes)
+
+    def __len__(self) -> int:
+        return len(self.changes)
+
+
+@pytest.mark.parametrize("held", [(0, 1, 2, 3), (0, 1, 2), (1, 2, 3)])
+def test_parts_may_be_made_of_the_whole_when_they_are_read(held: tuple[int, ...]) -> None:
+    group = Group("g", 4, (Slot("w", 0), Slot("v", 1)))
+    specs = {"w": TensorSpec((4, 3), torch.float32), "v": TensorSpec((2, 4), torch.float32)}
+    state = {name: torch.zeros(spec.shape) for name, spec in specs.items()}
+    cuts = [positions([group], specs, [np.array(neurons)]) for neurons in (held, (0, 1, 2, 3), (0, 1, 2))]
+    changes = [{name: torch.full(s.shape, 3.0**w) for name, s in cut_specs(specs, cuts[w]).items()} for w in range(3)]
+    MadeWhenRead.most = 0
+
+    trained = [(worker, MadeWhenRead(state, cuts[worker], changes[worker])) for worker in (2, 0, 1)]
+    reassemble(state, cuts, trained, frozenset())
+
+    for neuron in range(4):
+        of = [3.0**w for w, neurons in enumerate((held, (0, 1, 2, 3), (0, 1, 2))) if neuron in neurons]
+        assert torch.allclose(state["w"][neuron], torch.tensor(sum(of) / len(of)))
+        assert torch.allclose(state["v"][:, neuron], torch.tensor(sum(of) / len(of)))
+    assert MadeWhenRead.most <= 2
 
 
 def test_two_dims_that_are_not_the_first_are_cut_too() -> None:

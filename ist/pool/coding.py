@@ -112,20 +112,24 @@ def encode(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor], coding: Co
 def decode(
     coded: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], coding: Coding
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the plain tensors of a message, one after the other: new ones, or the message's own where they are plain.
+    """Yield the plain tensors of a message, one after the other; see `decoded`."""
+    for name, spec in specs.items():
+        yield name, decoded(coded, name, spec, coding)
+
+
+def decoded(coded: Mapping[str, Tensor], name: str, spec: TensorSpec, coding: Coding) -> Tensor:
+    """Return a plain tensor of a message: a new one, or the message's own where it is plain.
 
     Args:
         coded: The message's tensors.
-        specs: The plain tensors' shapes and dtypes.
+        name: Which.
+        spec: Its shape and dtype.
         coding: How matrices were written.
     """
-    bits = _bits(coding)
-    for name, spec in specs.items():
-        if name + SCALE in coded:
-            matrix = dequantize(coded[name], coded[name + SCALE], prod(spec.shape[1:]), bits)
-            yield name, matrix.view(spec.shape).to(spec.dtype)
-        else:
-            yield name, coded[name].to(spec.dtype)
+    if name + SCALE not in coded:
+        return coded[name].to(spec.dtype)
+    matrix = dequantize(coded[name], coded[name + SCALE], prod(spec.shape[1:]), _bits(coding))
+    return matrix.view(spec.shape).to(spec.dtype)
 
 
 def travels_as_delta(name: str, spec: TensorSpec) -> bool:
