@@ -15,7 +15,14 @@ class Stage(Section):
     """A part of an IST run, some rounds long, in which some settings differ."""
 
     rounds: PositiveInt | None = Field(
-        None, description="how many rounds it lasts; exactly one stage leaves it out, and takes what is left of the run"
+        None,
+        description="how many rounds it lasts; exactly one stage has neither this nor share, and takes what is left of "
+        "the run",
+    )
+    share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="what part of the run it lasts, to the nearest round, in place of rounds: of its rounds where "
+        "train.rounds is given, else of its local steps",
     )
     keep: Fraction | None = Field(
         None,
@@ -24,6 +31,17 @@ class Stage(Section):
     )
     local_steps: PositiveInt | None = Field(None, description="in place of train.local_steps")
     lr_scale: PositiveFloat = Field(1.0, description="what the learning rate of the schedule is multiplied by")
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes what the others leave of the run."""
+        return self.rounds is None and self.share is None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Stage":
+        if self.rounds is not None and self.share is not None:
+            raise ValueError("'rounds' and 'share' both say how long the stage lasts: give one")
+        return self
 
 
 class Outer(Section):
@@ -59,18 +77,18 @@ class Recipe(Section):
 
     stages: list[Stage] = Field(
         default_factory=list,
-        description="what differs in parts of an IST run, in order, such as [{}, {rounds: 2, keep: 1}]: two rounds of "
-        "the whole network on every worker at the end; default: one stage",
+        description="what differs in parts of an IST run, in order, such as [{}, {share: 0.2, keep: 1}]: the last "
+        "fifth with the whole network on every worker; default: one stage",
     )
     outer: Outer = Field(default_factory=Outer, description="the outer step of IST")
     average: Average = Field(default_factory=Average, description="the average over rounds")
 
     @model_validator(mode="after")
     def _one_takes_the_rest(self) -> "Recipe":
-        open_ended = [number for number, stage in enumerate(self.stages) if stage.rounds is None]
-        if self.stages and len(open_ended) != 1:
+        open_ended = sum(stage.is_open for stage in self.stages)
+        if self.stages and open_ended != 1:
             raise ValueError(
-                f"'stages' has {len(self.stages)} stages, {len(open_ended)} of which have no 'rounds': exactly one "
-                "must leave them out, and takes what is left of the run"
+                f"'stages' has {len(self.stages)} stages, {open_ended} of which have no 'rounds' and no 'share': "
+                "exactly one must leave both out, and takes what is left of the run"
             )
         return self

@@ -123,7 +123,7 @@ class Job:
         """The first round of the stage that takes what is left of the run: neither warm-up nor finish."""
         if not self.config.recipe.stages:
             return 0
-        return next(number for number, span in enumerate(self.spans) if span.stage.rounds is None)
+        return next(number for number, span in enumerate(self.spans) if span.stage.is_open)
 
     def looks(self, worker: int, round_number: int) -> Hashable:
         """Return what is the same for two rounds only if a worker's narrow network looks the same in both."""

@@ -27,7 +27,7 @@ def spans(
     """Return every round of a run.
 
     Args:
-        stages: In order; none is one stage that is the whole run. Exactly one has no `rounds` of its own.
+        stages: In order; none is one stage that is the whole run. Exactly one does not say how long it lasts.
         local_steps: Steps of a round in a stage that does not say.
         rounds: Length of the run; give this or `total_steps`. Then every round is whole.
         total_steps: Length of the run in local steps; the last round of the stage that takes what is left may be
@@ -38,13 +38,14 @@ def spans(
     """
     stages = list(stages) or [WHOLE_RUN]
     steps_of = [stage.local_steps or local_steps for stage in stages]
-    fixed = sum(stage.rounds or 0 for stage in stages)
-    taken = sum((stage.rounds or 0) * steps for stage, steps in zip(stages, steps_of, strict=True))
+    rounds_of = [_own_rounds(stage, steps, rounds, total_steps) for stage, steps in zip(stages, steps_of, strict=True)]
+    fixed = sum(rounds_of)
+    taken = sum(number * steps for number, steps in zip(rounds_of, steps_of, strict=True))
     found: list[Span] = []
     begin = 0
-    for stage, steps in zip(stages, steps_of, strict=True):
-        if stage.rounds is not None:
-            end = begin + stage.rounds * steps
+    for stage, steps, number in zip(stages, steps_of, rounds_of, strict=True):
+        if not stage.is_open:
+            end = begin + number * steps
         elif rounds is not None:
             end = begin + (rounds - fixed) * steps
         else:
@@ -60,3 +61,13 @@ def spans(
         found += [Span(range(first, min(first + steps, end)), stage) for first in range(begin, end, steps)]
         begin = end
     return tuple(found)
+
+
+def _own_rounds(stage: Stage, steps: int, rounds: int | None, total_steps: int | None) -> int:
+    """Return how many rounds a stage says that it lasts; 0 where it takes what is left."""
+    if stage.share is None:
+        return stage.rounds or 0
+    if rounds is not None:
+        return max(1, round(stage.share * rounds))
+    assert total_steps is not None
+    return max(1, round(stage.share * total_steps / steps))

@@ -69,7 +69,10 @@ def test_every_configuration_trains_a_round_and_says_what_it_is(path: Path) -> N
     for method in config.compare.methods:
         build_job(config_for_method(config, method), splits)
 
-    stages = [{**stage.model_dump(), "rounds": stage.rounds and 1, "local_steps": 2} for stage in config.recipe.stages]
+    stages = [
+        {**stage.model_dump(), "rounds": None if stage.is_open else 1, "share": None, "local_steps": 2}
+        for stage in config.recipe.stages
+    ]
     changes = ["train.epochs=null", f"train.rounds={max(1, len(stages))}", "train.local_steps=2"]
     changes += [f"recipe.stages={json.dumps(stages)}"]
     short = load_config(path, [*where, *changes, "pool.kind=inline", "pool.device=cpu"])

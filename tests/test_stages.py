@@ -53,6 +53,21 @@ def test_stages_take_their_rounds_and_the_open_one_what_is_left() -> None:
     assert table(ALL, total_steps=18) == [*fixed, (6, 11, MAIN), (11, 14, MAIN), (14, 18, FINISH)]
 
 
+def test_a_share_is_of_the_rounds_or_of_the_steps_to_the_nearest_round() -> None:
+    main, finish = Stage(), Stage(share=0.4, local_steps=4, keep=1)
+    last = [(10, 14, finish), (14, 18, finish)]
+
+    assert table([main, finish], rounds=4) == [(0, 5, main), (5, 10, main), *last]
+    assert table([main, finish], total_steps=18) == [(0, 5, main), (5, 10, main), *last]
+    assert table([main, finish], total_steps=22) == [
+        (0, 5, main),
+        (5, 10, main),
+        (10, 14, main),
+        *((begin, begin + 4, finish) for begin in (14, 18)),
+    ]
+    assert table([main, Stage(share=0.01)], rounds=2)[1][2].share == 0.01, "at least one round"
+
+
 def test_every_step_belongs_to_one_round() -> None:
     for total in range(11, 40):
         steps = [step for span in spans(ALL, 5, total_steps=total) for step in span.steps]
@@ -74,7 +89,9 @@ def test_stages_that_leave_nothing_for_the_open_one_are_refused(length: dict[str
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recipe__stages": [{}, {}]}, "'recipe': 'stages' has 2 stages, 2 of which have no 'rounds': exactly one"),
+        ({"recipe__stages": [{}, {}]}, "'recipe': 'stages' has 2 stages, 2 of which have no 'rounds' and no 'share': exactly one"),
+        ({"recipe__stages": [{}, {"rounds": 1, "share": 0.5}]}, "'recipe.stages.1': 'rounds' and 'share' both say"),
+        ({"recipe__stages": [{}, {"share": 1}]}, "'recipe.stages.1.share' is 1"),
         ({"recipe__stages": [{"rounds": 2}]}, "'stages' has 1 stages, 0 of which have no 'rounds'"),
         ({"recipe__stages": [{"kep": 1}]}, "unknown key 'recipe.stages.0.kep'. Did you mean 'keep'?"),
         ({"recipe__stages": [{}, {"rounds": 1, "keep": 0.2}]}, "'recipe.stages.1.keep' is 0.2, but strategy 'disjoint'"),
