@@ -122,7 +122,8 @@ class RunRecorder:
         names = self._metric.names if self._metric else ()
         latest = {key: record[key] for key in ("loss", "test_loss", *names) if record.get(key) is not None}
         numbers |= latest
-        numbers["memory_bytes"] = max(record["memory_bytes"], numbers.get("memory_bytes", 0))
+        for peak in ("memory_bytes", "coordinator_memory_bytes"):
+            numbers[peak] = max(record[peak], numbers.get(peak, 0))
         if self._metric and names[0] in latest:
             best = max if self._metric.higher_is_better else min
             key = f"best_{names[0]}"
@@ -174,6 +175,7 @@ class RunRecorder:
             **self._totals,
             "faults": dict(self._faults),
             "memory_bytes": numbers["memory_bytes"],
+            "coordinator_memory_bytes": numbers["coordinator_memory_bytes"],
             **({"block_scales": self._job.block_scales} if self._job.block_scales else {}),
             "parameters": sum(parameter.numel() for parameter in self._job.template.parameters()),
         }

@@ -49,7 +49,10 @@ def test_train_writes_a_run_folder_and_keeps_progress_apart_from_results(ist: An
     assert "round 4/4" not in outcome.out
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "result.json"}
-    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    record, result = records[-1], json.loads((tmp_path / "run" / "result.json").read_text())
+    for peak in ("memory_bytes", "coordinator_memory_bytes"):
+        assert result[peak] == max(one[peak] for one in records) > 0
     assert {"round", "loss", "accuracy", "sent_bytes", "compute_s", "exchange_s", "idle_s", "memory_bytes"} <= set(
         record
     )
