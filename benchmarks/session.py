@@ -3,7 +3,7 @@
 Each finished run is a line of `results/NAME_runs.jsonl`, and is not made again: delete the file, or a line, to have it
 made anew. A run is the same as `ist train` or `ist compare` would make it, in real processes over gloo, where rank 0 is
 a worker too. Only its memory is read from processes that have run others before, and is therefore a lower bound, unless
-it is run alone.
+it is run alone; memory_bytes is that of the largest worker beside rank 0, which coordinates and evaluates too.
 
     torchrun --nproc-per-node N -m benchmarks.session QUEUE RUNS     # what `Session.run` starts
 """
@@ -25,8 +25,8 @@ from ist.config import Config
 from ist.config_file import config_for_method, load_config
 
 KEPT = (
-    "metrics", "test_loss", "loss", "sent_bytes", "train_s", "virtual_s", "memory_bytes", "rounds", "samples",
-    "parameters",
+    "metrics", "test_loss", "loss", "sent_bytes", "train_s", "virtual_s", "coordinator_memory_bytes", "rounds",
+    "samples", "parameters",
 )  # fmt: skip
 
 
@@ -142,6 +142,8 @@ def main() -> None:
             assert not isinstance(part, Following)
             result: Mapping[str, Any] = part.recorder.result()
             kept = {key: result[key] for key in KEPT}
+            others = part.recorder.history[-1]["memory_bytes_by_worker"][1:]
+            kept["memory_bytes"] = max(others, default=result["memory_bytes"])
             add_run(Path(sys.argv[2]), run.key, kept)
             shown = {**kept["metrics"], "test_loss": kept["test_loss"], "MB": kept["sent_bytes"] / 1e6}
             shown |= {

@@ -10,7 +10,8 @@ Among them is IST's own recipe without its narrow rounds (local_sgd_int8): what 
 *Tune*: every contender over the same learning rates, one seed, on held-out training data; some at one of
 them where a run takes minutes. *Final*: at the best rate, which is the configuration's, on the test data: three seeds,
 or six where runs are short and the test part is small.
-*Memory*: what a worker's process held at most beyond what it began with, in a few steps of new processes.
+*Memory*: what a worker's process held at most beyond what it began with, in a few steps of new processes; and that of
+rank 0, which coordinates and evaluates too.
 Finished runs are lines of `results/workloads_runs.jsonl`; see `benchmarks/session.py`. `--quick` shows that it runs.
 """
 
@@ -61,15 +62,16 @@ class Workload:
 
 
 MANY = tuple(range(6))  # where a test part is of few hundred, and runs are short
-IMAGES = {"ddp": (0.3,)}  # with 0.1 for the others, the best of 0.03, 0.1 and 0.3 in shorter runs
+# With 0.1 for the others, the best of 0.03, 0.1 and 0.3 in shorter runs; whole networks alone have the finish's rate.
+IMAGES = {"ddp": (0.3,), "local_sgd_int8": (0.2,)}
 WORKLOADS = {
     "crime_mlp": Workload("rmse", (0.01, 0.03, 0.09), files={"data.root": "crime"}),
     "speech_mlp": Workload("accuracy", (0.0333, 0.1, 0.3), files={"data.root": "fsdd"}, seeds=MANY),
     "speech_speaker": Workload("accuracy", (0.0333, 0.1), files={"data.root": "fsdd"}),
     "cora_gcn": Workload("accuracy", (0.00333, 0.01, 0.03), files={"data.root": "cora"}, seeds=MANY),
     "wordnet_gcn": Workload("accuracy", (0.003, 0.01)),
-    "wordnet_sage": Workload("accuracy", (0.01,)),
-    "wordnet_hypernyms": Workload("precision_at_1", (0.01,), {"diloco_int8": (0.003, 0.01)}),
+    "wordnet_sage": Workload("accuracy", (0.003, 0.01), {"ddp": (0.003, 0.01, 0.03)}),
+    "wordnet_hypernyms": Workload("precision_at_1", (0.01,), dict.fromkeys(("ddp", "diloco_int8"), (0.003, 0.01))),
     "kjv_decoder": Workload(
         "bits_per_byte",
         (0.0015, 0.003),
@@ -112,12 +114,15 @@ def tuning(workload: str, given: Sequence[str]) -> dict[tuple[str, float], Run]:
 
 
 def short(workload: str, label: str) -> tuple[str, ...]:
-    """Return what makes a contender's run short, through all that it does."""
+    """Return what makes a contender's run short, through all that it does.
+
+    Every stage has two rounds: what is held from one to the next is held in the second.
+    """
     config = config_for_method(load_config(ROOT / "configs" / f"{workload}.yaml"), label)
-    stages = [{"keep": stage.keep, "rounds": stage.rounds and 1} for stage in config.recipe.stages]
+    stages = [{"keep": stage.keep, "rounds": None if stage.is_open else 2} for stage in config.recipe.stages]
     return (
         "train.epochs=null",
-        f"train.rounds={len(stages) + 1}",
+        f"train.rounds={2 * max(1, len(stages))}",
         "train.local_steps=3",
         f"recipe.stages={json.dumps(stages)}",
     )
@@ -164,6 +169,7 @@ def summary(
             "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
             "others": {name: statistics.mean(v) for name, v in others.items() if not name.startswith("best_")},
             "memory_bytes": found[held[label].key]["memory_bytes"],
+            "coordinator_memory_bytes": found[held[label].key]["coordinator_memory_bytes"],
             "sent_bytes": results[0]["sent_bytes"],
             "train_s": statistics.median(r["train_s"] for r in results),
             "virtual_s": statistics.median(r["virtual_s"] for r in results),
@@ -188,6 +194,7 @@ HEADS = (
     "fewer",
     "own cores, s",
     "memory a worker",
+    "of rank 0",
 )
 
 
@@ -206,6 +213,7 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
                 f"{format_ratio(base['sent_bytes'] / row['sent_bytes'])}x" if base else "",
                 f"{row['virtual_s']:.1f}",
                 format_bytes(row["memory_bytes"]),
+                format_bytes(row["coordinator_memory_bytes"]),
             )
 
 
