@@ -111,6 +111,8 @@ def _child_environment(config: Config, private: Path, where: Sequence[Host] = ()
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(config.pool.threads)),
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
+    if config.pool.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # PyTorch's PowerSGD waits for a GPU wherever it sees one
     interface = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
     if where:
         interface = INTERFACE

@@ -54,6 +54,7 @@ class MemoryGauge:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         if device.type == "cuda":
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # before that there are no statistics to reset
             torch.cuda.reset_peak_memory_stats(device)
             self._start = 0
         else:

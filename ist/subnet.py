@@ -179,7 +179,10 @@ def _take(whole: Tensor, cut: TensorCut, part: Tensor) -> None:
     if not dims:
         part.copy_(whole)
     elif not _has_integers(whole):
-        part.copy_(whole[_mesh(cut, whole)])
+        if len(dims) == 1:
+            torch.index_select(whole, dims[0], _index(cut, dims[0], whole.device), out=part)
+        else:
+            part.copy_(whole[_mesh(cut, whole)])
     else:
         source, target = _as_integers(whole), _as_integers(part)
         last = cut[dims[-1]]
@@ -199,7 +202,10 @@ def _put(whole: Tensor, cut: TensorCut, part: Tensor) -> None:
     if not dims:
         whole.copy_(part)
     elif not _has_integers(whole):
-        whole[_mesh(cut, whole)] = part
+        if len(dims) == 1:
+            whole.index_copy_(dims[0], _index(cut, dims[0], whole.device), part)
+        else:
+            whole[_mesh(cut, whole)] = part
     else:
         target, source = _as_integers(whole), _as_integers(part)
         last = cut[dims[-1]]
@@ -213,6 +219,12 @@ def _put(whole: Tensor, cut: TensorCut, part: Tensor) -> None:
                 target[row][index] = source_row
         else:
             whole[_mesh(cut, whole)] = part
+
+
+def _index(cut: TensorCut, dim: int, device: torch.device) -> Tensor:
+    held = cut[dim]
+    assert held is not None
+    return torch.from_numpy(held).to(device)
 
 
 def _mesh(cut: TensorCut, whole: Tensor) -> tuple[Tensor, ...]:

@@ -188,7 +188,7 @@ def local_steps(
             loss = job.loss(call_model(module, inputs), targets)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            loss_sum += loss.detach() * len(batch)
+            loss_sum.add_(loss.detach(), alpha=len(batch))
             samples += len(batch)
     return float(loss_sum), samples
 

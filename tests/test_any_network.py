@@ -76,6 +76,7 @@ def test_a_buffer_that_changes_and_is_not_kept_is_named_in_a_warning() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.filterwarnings("ignore:RNN module weights")  # cuDNN gathers them at every call: they lie in the message
 def test_a_projected_lstm_is_trained() -> None:
     class Projected(Recurrent):
         def __init__(self) -> None:

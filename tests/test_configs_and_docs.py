@@ -1,18 +1,18 @@
 """Every shipped configuration loads and runs, and the README names only what exists."""
 
-import json
 import math
 import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from ist.build import build_job, load_data, metric_named
 from ist.config import Config
-from ist.config_file import config_for_method, load_config
+from ist.config_file import config_for_method, load_config, validate
 from ist.data import Splits
 from ist.data.batches import length, take_shard
 from ist.data.fashion_mnist import DEBIAN_ROOT as FASHION_MNIST
@@ -57,35 +57,47 @@ def missing_data(config: Config) -> str | None:
     ids=lambda path: path.name,
 )
 def test_every_configuration_trains_a_round_and_says_what_it_is(path: Path) -> None:
-    needed = GIVEN.get(load_config(path).data.name)
-    where = [f"data.root={needed}"] if needed else []
-    config = load_config(path, where)
-    if missing := missing_data(config):
-        pytest.skip(missing)
     for word in ("# What:", "# Hardware:", "# Duration:", "# Result:", "# Command:"):
         assert word in path.read_text()
-    train, test = load_data(config)
-    splits = Splits(train, take_shard(test, np.arange(min(64, length(test)))))
+    config, splits = loaded(path)
     for method in config.compare.methods:
         build_job(config_for_method(config, method), splits)
 
-    stages = [
-        {**stage.model_dump(), "rounds": None if stage.is_open else 1, "share": None, "local_steps": 2}
-        for stage in config.recipe.stages
-    ]
-    changes = ["train.epochs=null", f"train.rounds={max(1, len(stages))}", "train.local_steps=2"]
-    changes += [f"recipe.stages={json.dumps(stages)}"]
-    short = load_config(path, [*where, *changes, "pool.kind=inline", "pool.device=cpu"])
-    with open_run(build_job(short, splits), None, resume=False, progress=False) as part:
-        assert isinstance(part, Leading)
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+    last = train_a_round(config, splits, "cpu")
 
-    last = part.recorder.history[-1]
     metric = metric_named(config.evaluate.metric)
     assert last["test_loss"] > 0
     assert last["metric"] == (metric.names[0] if metric else None)
     assert all(math.isfinite(last[name]) for name in (metric.names if metric else ()))
     assert (last["accuracy"] is not None) == (config.evaluate.metric == "accuracy")
+
+
+def loaded(path: Path) -> tuple[Config, Splits]:
+    """Load a configuration and its data, with few of those that test; skip where there are none."""
+    needed = GIVEN.get(load_config(path).data.name)
+    config = load_config(path, [f"data.root={needed}"] if needed else [])
+    if missing := missing_data(config):
+        pytest.skip(missing)
+    train, test = load_data(config)
+    return config, Splits(train, take_shard(test, np.arange(min(64, length(test)))))
+
+
+def train_a_round(config: Config, splits: Splits, device: str) -> dict[str, Any]:
+    """Make a short round of every stage in this process; return the last one's record."""
+    stages = [
+        {**stage.model_dump(), "rounds": None if stage.is_open else 1, "share": None, "local_steps": 2}
+        for stage in config.recipe.stages
+    ]
+    tree = config.model_dump()
+    tree["train"] |= {"epochs": None, "rounds": max(1, len(stages)), "local_steps": 2}
+    tree["recipe"]["stages"] = stages
+    tree["pool"] |= {"kind": "inline", "device": device}
+    short = validate(tree, config.name)
+    with open_run(build_job(short, splits), None, resume=False, progress=False) as part:
+        assert isinstance(part, Leading)
+        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+    last: dict[str, Any] = part.recorder.history[-1]
+    return last
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))

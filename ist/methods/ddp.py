@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ist import optim
 from ist.data.batches import fetch, take_shard
 from ist.data.nested import call_model
-from ist.errors import ModelError
+from ist.errors import ConfigError, ModelError
 from ist.job import Job
 from ist.meter import MemoryGauge, Meter
 from ist.methods.hooks import GradientExchange
@@ -52,6 +52,11 @@ class DataParallel:
         self._gauge = MemoryGauge(membership.device)
         self._shard = take_shard(job.train_data, job.dealing.shard(membership.rank))
         self._model = model.to(membership.device)
+        if job.config.method == "powersgd" and membership.device.type == "cpu" and torch.cuda.is_available():
+            raise ConfigError(
+                "pool.device is 'cpu', but PyTorch's PowerSGD waits for a GPU wherever it sees one: set "
+                "CUDA_VISIBLE_DEVICES to nothing for these processes, or pool.device to 'cuda'"
+            )
         self._exchange = GradientExchange(job.config, membership.world_size)
         # Buffers are batch norm's running statistics, re-estimated before evaluation: not worth a broadcast a step.
         # Newer versions of torch have renamed the option that says so.

@@ -73,8 +73,10 @@ class GradientExchange:
     ) -> Future:
         """Average a bucket of gradients over the ranks; a communication hook of DDP."""
         if self.rehearses:
-            as_it_is: Future = torch.futures.Future()
-            as_it_is.set_result(bucket.buffer())
+            gradients = bucket.buffer()
+            devices = [gradients.device] if gradients.is_cuda else []  # a future knows the devices of its value
+            as_it_is: Future = torch.futures.Future(devices=devices)
+            as_it_is.set_result(gradients)
             return as_it_is
         last = bucket.is_last()
         with self._lock:

@@ -1,6 +1,6 @@
 """Runs by every method that IST is compared with; the program of torchrun's processes.
 
-torchrun --nproc-per-node N tests/methods/program.py OUT
+torchrun --nproc-per-node N tests/methods/program.py OUT [DEVICE]
 """
 
 import contextlib
@@ -25,6 +25,10 @@ from tests.conftest import data, small_config
 from tests.networks import seeded
 
 WORKERS = 3
+POOL = {
+    "kind": "torchrun", "backend": "gloo",
+    "device": sys.argv[2] if __name__ == "__main__" and len(sys.argv) > 2 else "cpu",
+}  # fmt: skip
 STOPPED_AFTER = 2
 
 PLAIN = {"optimizer": {"name": "SGD", "args": {"lr": 0.2}}}
@@ -95,7 +99,7 @@ REFUSED = {"unused": ("ddp", build_unused), "mixed": ("powersgd", lambda: seeded
 def refused(name: str) -> str:
     """What a run is refused with."""
     method, make = REFUSED[name]
-    config = small_config(train__workers=WORKERS, pool={"kind": "torchrun", "device": "cpu"}, method=method)
+    config = small_config(train__workers=WORKERS, pool=POOL, method=method)
     try:
         run(make_job(config, make(), make, data(), None, nn.functional.cross_entropy), None, resume=False)
     except ModelError as error:
@@ -107,7 +111,7 @@ def job(name: str) -> Job:
     """The job of a run."""
     method, tied, _ = name.partition(", tied")
     settings, make = ({"method": method}, build_tied) if tied else (RUNS[name], build)
-    config = small_config(train__workers=WORKERS, pool={"kind": "torchrun", "device": "cpu"}, **settings)
+    config = small_config(train__workers=WORKERS, pool=POOL, **settings)
     return make_job(config, make(), make, data(), data(40, seed=4), nn.functional.cross_entropy)
 
 

@@ -1,6 +1,6 @@
 """Runs that every pool must agree on; under torchrun this file is the processes' program.
 
-torchrun --nproc-per-node N tests/pools/scenario.py OUT NAME...
+torchrun --nproc-per-node N tests/pools/scenario.py OUT COORDINATOR [DEVICE]
 """
 
 import json
@@ -124,6 +124,6 @@ def run(name: str, out: Path, **changes: Any) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    coordinator = sys.argv[2]
+    place = {"kind": "torchrun", "coordinator": sys.argv[2], "device": (*sys.argv[3:], "cpu")[0]}
     for scenario in SCENARIOS:
-        run(scenario, Path(sys.argv[1]), pool__kind="torchrun", pool__coordinator=coordinator)
+        run(scenario, Path(sys.argv[1]), pool=place)
