@@ -1,13 +1,15 @@
 """Widths that one worker's memory does not hold under data-parallel training, and does under IST.
 
-    python -m benchmarks.wider [--limit 250MB] [--widths 128,512]
+    python -m benchmarks.wider [--device cuda] [--limit 250MB] [--widths 128,512]
 
 Claim: with four workers of limited memory, IST trains networks of a width at which data-parallel training is refused
-memory by the operating system, and a wider network is better (Table 2 of the IST paper, at our scale).
+memory by the operating system, or by torch on a GPU, and a wider network is better (Table 2 of the IST paper, at our
+scale).
 
 The network of configs/wordnet_hypernyms.yaml at growing widths, by data-parallel training and by IST, in processes of
 their own. `pool.memory_limit` is what a worker's process may allocate beyond interpreter, libraries and data
-(RLIMIT_DATA); the dedicated coordinator holds the whole network, is no worker and not limited.
+(RLIMIT_DATA), or what torch may allocate on the GPU that they share; the dedicated coordinator holds the whole network,
+is no worker and not limited.
 
 Reference: Yuan et al., arXiv 1910.02120, Table 2 (Amazon-670k: data-parallel training has no memory above width 512).
 """
@@ -34,7 +36,7 @@ FINISHES = {"recipe.stages": "[]"}
 """Whole networks on every worker are what the limit forbids: no finish."""
 
 
-def run(method: str, width: int, limit: str | None, epochs: dict[str, int]) -> dict[str, Any]:
+def run(method: str, width: int, limit: str | None, epochs: dict[str, int], device: str) -> dict[str, Any]:
     """Train once; a result without metrics is of a run that was refused memory."""
     path = ROOT / "configs" / "wordnet_hypernyms.yaml"
     base = config_for_method(load_config(path), method)
@@ -47,6 +49,7 @@ def run(method: str, width: int, limit: str | None, epochs: dict[str, int]) -> d
                 f"model.args.hidden={width}",
                 f"train.epochs={epochs[method]}",
                 f"pool.memory_limit={limit or 'null'}",
+                f"pool.device={device}",
                 "pool.coordinator=dedicated",
                 "evaluate.every=100000",
                 "checkpoint.every=100000",
@@ -68,11 +71,13 @@ def run(method: str, width: int, limit: str | None, epochs: dict[str, int]) -> d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--limit", default="250MB", help="of a worker's process")
     parser.add_argument("--widths", default="128,512")
-    parser.add_argument("--ddp-epochs", type=int, default=2)
-    parser.add_argument("--ist-epochs", type=int, default=8)
+    parser.add_argument("--ddp-epochs", type=int, default=4)
+    parser.add_argument("--ist-epochs", type=int, default=16)
     asked = parser.parse_args()
+    name = "wider" if asked.device == "cpu" else "wider_cuda"
     widths = [int(width) for width in asked.widths.split(",")]
     epochs = {"ddp": asked.ddp_epochs, "ist": asked.ist_epochs}
     shown = Table(
@@ -81,7 +86,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     for width in widths:
         for method in METHODS:
-            row = run(method, width, asked.limit, epochs)
+            row = run(method, width, asked.limit, epochs, asked.device)
             found[f"{method} {width}"] = row
             if "refused" in row:
                 shown.add_row(str(width), "", method, "out of memory", "", "", "")
@@ -89,9 +94,9 @@ def main() -> None:
             precisions = [f"{row['metrics'][f'precision_at_{top}']:.2%}" for top in (1, 3, 5)]
             memory = format_bytes(row["memory_bytes"])
             shown.add_row(str(width), format_bytes(4 * row["parameters"]), method, *precisions, memory)
-            write_result("wider", {"limit": asked.limit, "epochs": epochs, "runs": found})
+            write_result(name, {"limit": asked.limit, "epochs": epochs, "runs": found})
     Console(width=120).print(shown)
-    print(write_result("wider", {"limit": asked.limit, "epochs": epochs, "runs": found}))
+    print(write_result(name, {"limit": asked.limit, "epochs": epochs, "runs": found}))
 
 
 if __name__ == "__main__":

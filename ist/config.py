@@ -203,9 +203,8 @@ class Pool(Section):
     )
     memory_limit: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(MB|GB)$")] | None = Field(
         None,
-        description="torchrun, on Linux: what a worker's process may allocate beyond interpreter, libraries and data, "
-        "such as 300MB or 1.5GB, enforced by the operating system; a dedicated coordinator is not limited; default: no "
-        "limit",
+        description="torchrun: what a worker's process may allocate, such as 300MB or 1.5GB: of its GPU, else beyond "
+        "interpreter, libraries and data, enforced by Linux; a dedicated coordinator is not limited; default: no limit",
     )
     link: Annotated[str, AfterValidator(checked_link)] | None = Field(
         None,

@@ -129,16 +129,16 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
     meter = Meter()
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads_before)
+        device = membership.device if membership else torch.device("cpu")
+        if config.pool.kind == "inline":
+            device = compute_device(config.pool)
         if not (leads and num_processes(config) > config.train.workers):  # a dedicated coordinator is no worker
-            stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit)))
+            stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))
         if membership and not leads:
             follower = _follower(job, membership, meter)
             stack.callback(follower.close)
             yield Following(job, follower, first_round)
             return
-        device = membership.device if membership else torch.device("cpu")
-        if config.pool.kind == "inline":
-            device = compute_device(config.pool)
         gauge = MemoryGauge(device)
         method = _method(job, membership, meter, device, folder, tensors, stack)
         watchers = open_watchers(config, folder, job.num_rounds, first_round, progress)

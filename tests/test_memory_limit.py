@@ -13,15 +13,19 @@ from ist.pool.limit import limited_memory
 from tests.conftest import ROOT, Run, small_config
 
 MB = 10**6
+CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's own memory")
 
 
 def test_more_than_the_limit_is_refused_and_less_is_not() -> None:
-    with limited_memory(200 * MB, "200MB"):
+    with limited_memory(200 * MB, "200MB", CPU):
         torch.zeros(100 * MB, dtype=torch.uint8)
 
-    with pytest.raises(MemoryLimitError, match=r"'pool.memory_limit' \(200MB\)"), limited_memory(200 * MB, "200MB"):
+    with (
+        pytest.raises(MemoryLimitError, match=r"'pool.memory_limit' \(200MB\)"),
+        limited_memory(200 * MB, "200MB", CPU),
+    ):
         torch.zeros(300 * MB, dtype=torch.uint8)
 
     torch.zeros(300 * MB, dtype=torch.uint8)  # the limit went with the context
@@ -30,7 +34,7 @@ def test_more_than_the_limit_is_refused_and_less_is_not() -> None:
 def test_what_is_written_does_not_count(tmp_path: Path) -> None:
     whole = {"weight": torch.zeros(100 * MB, dtype=torch.uint8)}
 
-    with limited_memory(50 * MB, "50MB"):
+    with limited_memory(50 * MB, "50MB", CPU):
         write_tensors(tmp_path / "model.safetensors", whole, {})
         with pytest.raises(RuntimeError, match="allocate memory"):
             torch.empty(10_000 * MB, dtype=torch.uint8)  # more than earlier tests may leave to be freed
@@ -39,7 +43,7 @@ def test_what_is_written_does_not_count(tmp_path: Path) -> None:
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="something else"), limited_memory(200 * MB, "200MB"):
+    with pytest.raises(RuntimeError, match="something else"), limited_memory(200 * MB, "200MB", CPU):
         raise RuntimeError("something else")
 
 

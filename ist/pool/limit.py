@@ -1,4 +1,4 @@
-"""A limit on a worker's memory, which the operating system enforces.
+"""A limit on a worker's memory, which the operating system enforces, and torch's allocator on a GPU.
 
 Where it sits: `ist/run.py` puts it around a worker's part of a run.
 Not here: how much memory was used (`ist/meter.py`).
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from ist.errors import ConfigError, MemoryLimitError
 
 _REFUSED = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
@@ -18,14 +20,16 @@ _REFUSED = ("can't allocate memory", "not enough memory", "Cannot allocate memor
 
 
 @contextmanager
-def limited_memory(limit_bytes: int | None, text: str) -> Iterator[None]:
-    """Let this process allocate so much beyond what it holds now (RLIMIT_DATA), as long as the context lasts.
+def limited_memory(limit_bytes: int | None, text: str, device: torch.device) -> Iterator[None]:
+    """Let this process allocate only so much where it computes, as long as the context lasts.
 
-    The interpreter, libraries and data that are there already do not count.
+    On a CPU: so much beyond what it holds now (RLIMIT_DATA); the interpreter, libraries and data that are there already
+    do not count. On a GPU: so much of it; CUDA's own context does not count, nor does memory that is not the GPU's.
 
     Args:
         limit_bytes: The limit; None: there is none.
         text: The limit as the configuration has it, for the message.
+        device: Where this process computes.
 
     Raises:
         ConfigError: This system cannot enforce it.
@@ -34,6 +38,31 @@ def limited_memory(limit_bytes: int | None, text: str) -> Iterator[None]:
     if limit_bytes is None:
         yield
         return
+    with _limited_gpu(limit_bytes, device) if device.type == "cuda" else _limited_process(limit_bytes, text):
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            refused = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+            if refused or any(said in str(error) for said in _REFUSED):
+                raise MemoryLimitError(
+                    f"a worker needs more memory than 'pool.memory_limit' ({text}) gives it: use a narrower network, "
+                    "or more workers by IST, each of which holds a smaller part of it"
+                ) from error
+            raise
+
+
+@contextmanager
+def _limited_gpu(limit_bytes: int, device: torch.device) -> Iterator[None]:
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+@contextmanager
+def _limited_process(limit_bytes: int, text: str) -> Iterator[None]:
     if sys.platform != "linux":
         raise ConfigError(
             f"'pool.memory_limit' is '{text}', but only Linux limits a process's own memory: leave it out"
@@ -46,13 +75,6 @@ def limited_memory(limit_bytes: int | None, text: str) -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_DATA, (allowed, before[1]))
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or any(refused in str(error) for refused in _REFUSED):
-            raise MemoryLimitError(
-                f"a worker needs more memory than 'pool.memory_limit' ({text}) gives it: use a narrower network, or "
-                "more workers by IST, each of which holds a smaller part of it"
-            ) from error
-        raise
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
