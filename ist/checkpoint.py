@@ -2,7 +2,8 @@
 
 A checkpoint is one safetensors file: the network under its plain names, optimiser state under
 `key@name`, and a metadata entry with the round, counters and a SHA-256 over everything else. It is
-written so that a crash leaves the previous one (`ist/storage.py`).
+written so that a crash leaves the previous one (`ist/storage.py`). What workers keep for themselves lies beside it,
+a file for each.
 
 Law: load(save(x)) == x, bit for bit. Nothing is pickled.
 """
@@ -10,6 +11,7 @@ Law: load(save(x)) == x, bit for bit. Nothing is pickled.
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -19,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ist.errors import CheckpointError
+from ist.errors import CheckpointError, RunFolderError
 from ist.pool.limit import lifted_limit
 from ist.storage import Storage, write_atomically
 
 _PATTERN = "round-*.safetensors"
+_KEPT = "worker-{}.round-{}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,57 @@ def load_checkpoint(storage: Storage, name: str) -> tuple[dict[str, Tensor], Pro
 
 def _checkpoints(storage: Storage) -> list[str]:
     return [name for name in storage.names() if fnmatch(name, _PATTERN)]
+
+
+def save_kept(
+    storage: Storage, worker: int, rounds_done: int, tensors: Mapping[str, Tensor], of: str, keep: int
+) -> None:
+    """Write what a worker keeps beside the run's checkpoints, and delete its files of all but the newest `keep`.
+
+    Args:
+        storage: Where the run's checkpoints live.
+        worker: Whose it is; every worker writes its own, before the run's checkpoint after the same round.
+        rounds_done: Rounds done.
+        tensors: Any device.
+        of: What of the network it belongs to.
+        keep: How many checkpoints of the run there are at most.
+
+    Raises:
+        RunFolderError: It cannot be written; earlier files are untouched.
+    """
+    storage.write(_KEPT.format(f"{worker:04d}", f"{rounds_done:08d}"), _serialized(tensors, {"of": of}))
+    pattern, now = _KEPT.format(f"{worker:04d}", "*"), _KEPT.format(f"{worker:04d}", f"{rounds_done:08d}")
+    mine = [name for name in storage.names() if fnmatch(name, pattern)]
+    before = [name for name in mine if name < now]
+    # Those of checkpoints that are there stay. Later ones are of a run that was broken off, and went on from earlier.
+    for old in [*before[:-keep], *(name for name in mine if name > now)]:
+        with suppress(RunFolderError):  # no harm, and the next round tries again
+            storage.delete(old)
+
+
+def load_kept(storage: Storage, worker: int, rounds_done: int, of: str) -> dict[str, Tensor] | None:
+    """Read what `save_kept` wrote; None where there is nothing, or it belongs to something else of the network.
+
+    Raises:
+        CheckpointError: The file is truncated or altered.
+        RunFolderError: The storage cannot be read.
+    """
+    name = _KEPT.format(f"{worker:04d}", f"{rounds_done:08d}")
+    if name not in storage.names():
+        return None
+    tensors, metadata = _verified(storage.load(name), storage.where(name))
+    return tensors if metadata.get("of") == of else None
+
+
+def forget_kept(storage: Storage) -> None:
+    """Delete what all workers kept.
+
+    Raises:
+        RunFolderError: The storage cannot be read, or refuses.
+    """
+    for name in storage.names():
+        if fnmatch(name, _KEPT.format("*", "*")):
+            storage.delete(name)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -69,10 +69,10 @@ class Train(Section):
     schedule_unit: Literal["step", "round"] = Field(
         "step", description="whether the schedule's settings change every local step, or stay for a round of the run"
     )
-    optimizer_state: Literal["reset", "kept", "carried"] = Field(
-        "reset",
-        description="IST's: 'reset' each round; 'kept' by a worker whose neurons are those of the round before, as in "
-        "a finish of whole networks (no bytes; forgotten at every checkpoint); 'carried' with neurons (costs bytes)",
+    optimizer_state: Literal["kept", "reset", "carried"] = Field(
+        "kept",
+        description="IST's: 'kept' by a worker whose neurons are those of the round before, as in a finish of whole "
+        "networks, and new for other neurons (no bytes); 'reset' each round; 'carried' with neurons (costs bytes)",
     )
     activation_scale: Literal["none", "width", "folded"] = Field(
         "folded",
@@ -330,13 +330,13 @@ class Config(Section):
                 )
         return self
 
+    @property
+    def workers_keep(self) -> bool:
+        """Whether a worker has something of its own that outlasts a round."""
+        return self.method == "ist" and (self.train.optimizer_state == "kept" or self.exchange.error_feedback)
+
     @model_validator(mode="after")
     def _keeps_what_it_needs(self) -> "Config":
-        forgets = "is forgotten at every checkpoint and 'checkpoint.every' is 1: set it to 10 or more"
-        if self.exchange.error_feedback and self.checkpoint.every == 1:
-            raise ValueError(f"'exchange.error_feedback' is true, but what rounding took {forgets}")
-        if self.train.optimizer_state == "kept" and self.method == "ist" and self.checkpoint.every == 1:
-            raise ValueError(f"'train.optimizer_state' is 'kept', but what workers keep {forgets}")
         if self.exchange.error_feedback and self.partition.balance == "speed":
             raise ValueError(
                 "'exchange.error_feedback' is true, but what rounding took is forgotten whenever shares change, which "

@@ -131,8 +131,7 @@ class Exchange(Section):
     error_feedback: bool = Field(
         False,
         description="a worker adds to its next deltas what rounding took from the last ones; it holds that for the "
-        "whole network, and forgets it when the number of workers changes and at every checkpoint, lest a resumed run "
-        "be another one",
+        "whole network, and forgets it when the number of workers changes",
     )
 
     @model_validator(mode="after")

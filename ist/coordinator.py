@@ -230,7 +230,10 @@ def _is_finite(tensor: Tensor) -> bool:
 def _report(headers: Sequence[Header], lost: Sequence[Lost], spent: Mapping[str, float], parallel: bool) -> RoundReport:
     computes = [header.compute_s for header in headers]
     critical = max(computes) if parallel else sum(computes)
-    exchange = max(0.0, spent["train"] - spent["cut"] - critical)  # subnets are cut while the pool asks for them
+    asides = [header.aside_s for header in headers]
+    aside = max(asides) if parallel else sum(asides)
+    # Subnets are cut while the pool asks for them.
+    exchange = max(0.0, spent["train"] - spent["cut"] - critical - aside)
     mean = sum(computes) / len(computes)
     samples = sum(header.samples for header in headers)
     merge = spent["merge"] - spent["train"]
@@ -247,4 +250,5 @@ def _report(headers: Sequence[Header], lost: Sequence[Lost], spent: Mapping[str,
         memory_bytes=tuple(h.memory_bytes for h in sorted(headers, key=lambda header: header.worker)),
         workers=len(headers) + len(lost),
         lost=tuple(lost),
+        aside_s=aside,
     )

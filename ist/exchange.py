@@ -92,6 +92,9 @@ class WorkerEnd:
         worker: Which worker.
         device: Where it computes.
 
+    Attributes:
+        taken: What rounding took from this worker's changes and was not made up for yet, whole tensors by name.
+
     Reference: Seide et al., Interspeech 2014, and Karimireddy et al., arXiv 1901.09847 (error feedback).
     """
 
@@ -101,7 +104,7 @@ class WorkerEnd:
         self._device = device
         self._settings = job.config.exchange
         self._plain: Message | None = None
-        self._taken: dict[str, Tensor] = {}
+        self.taken: dict[str, Tensor] = {}
 
     def open(self, envelope: Envelope) -> Message:
         """Return the subnet that an envelope holds, to be trained in place."""
@@ -132,14 +135,14 @@ class WorkerEnd:
     def _encode_with_feedback(self, envelope: Envelope, tensors: Mapping[str, Tensor], round_number: int) -> None:
         job, plain, coding = self._job, envelope.route.plain.specs, self._settings.up
         rounded = {name: spec for name, spec in job.specs.items() if _is_rounded(name, spec, coding)}
-        if not self._taken or job.config.checkpoint.is_due(round_number):
-            self._taken = {
+        if not self.taken:
+            self.taken = {
                 name: torch.zeros(spec.shape, dtype=torch.float32, device=self._device)
                 for name, spec in rounded.items()
             }
         cut = positions(job.groups, rounded, job.neurons(round_number)[self._worker])
         parts = {name: torch.empty(plain[name].shape, device=self._device) for name in cut}
-        extract(self._taken, cut, into=parts)
+        extract(self.taken, cut, into=parts)
         # In float32, whatever the network's dtype: what was taken is small beside the change.
         for name, part in parts.items():
             part.add_(tensors[name])
@@ -147,7 +150,7 @@ class WorkerEnd:
         for name, value in decode(envelope.up.tensors, plain, coding):
             if name in parts:
                 parts[name].sub_(value)
-        reassemble(self._taken, [cut], [(0, parts)], frozenset(parts))
+        reassemble(self.taken, [cut], [(0, parts)], frozenset(parts))
 
 
 def _is_rounded(name: str, spec: TensorSpec, coding: Coding) -> bool:

@@ -199,7 +199,8 @@ class Job:
         """Return the neurons that each worker holds in a round, by group."""
         if round_number not in self._dealt:
             config = self.config
-            self._dealt.clear()  # all workers of a process ask for the same round
+            while len(self._dealt) > 1:  # all workers of a process ask for the same round, and for the next one
+                self._dealt.pop(next(iter(self._dealt)))
             self._dealt[round_number] = assign(
                 self.groups, config.train.workers, config.seed, round_number, self.partition(round_number)
             )

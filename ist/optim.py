@@ -1,11 +1,11 @@
 """Any `torch.optim` optimiser and schedule by name, and the optimiser's state as named tensors.
 
-A worker makes a new optimiser each round, for the subnet it holds then. The schedule belongs to the
+A worker makes a new optimiser for a subnet that it has not held in the round before. The schedule belongs to the
 whole run, so it is played once on a stand-in parameter, and every step's settings are read off.
 
-State is either reset each round, or carried: then each state tensor that is shaped like its parameter
-(momentum, second moments) is cut, sent and merged as the parameter is, and scalars (step counts) are
-shared. Names: `momentum_buffer@linear_1.weight`.
+State is reset each round; or kept by the worker, whose own it then is (`ist/kept.py`); or carried: then
+each state tensor that is shaped like its parameter (momentum, second moments) is cut, sent and merged
+as the parameter is, and scalars (step counts) are shared. Names: `momentum_buffer@linear_1.weight`.
 Not here: moving anything (subnet.py, pool/).
 """
 
@@ -27,6 +27,8 @@ Settings = Mapping[str, Any]
 """What a schedule sets for one step, such as {'lr': 0.1}."""
 
 _SAMPLE_SHAPE = (2, 3)
+_NUMBER = "#"
+_DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
 @dataclass(frozen=True)
@@ -234,13 +236,15 @@ def store_state(
 
 
 def named_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return an optimiser's state tensors by `state_name`."""
-    return {
-        state_name(key, name): value
-        for name, parameter in named.items()
-        for key, value in optimizer.state[parameter].items()
-        if isinstance(value, Tensor)
-    }
+    """Return an optimiser's state by `state_name`: tensors, and plain numbers as tensors whose names say so."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in named.items():
+        for key, value in optimizer.state[parameter].items():
+            if isinstance(value, Tensor):
+                found[state_name(key, name)] = value
+            elif isinstance(value, int | float):
+                found[state_name(key + _NUMBER, name)] = torch.tensor(value, dtype=_DTYPES[type(value)])
+    return found
 
 
 def restore_named_state(
@@ -250,7 +254,11 @@ def restore_named_state(
     for full_name, tensor in state.items():
         key, _, name = full_name.partition("@")
         parameter = named[name]
-        device = parameter.device if tensor.ndim else scalar_device(optimizer, parameter)
+        if key.endswith(_NUMBER):
+            optimizer.state[parameter][key.removesuffix(_NUMBER)] = tensor.item()
+            continue
+        like_parameter = tensor.ndim > 0 or (parameter.ndim == 0 and key != "step")
+        device = parameter.device if like_parameter else scalar_device(optimizer, parameter)
         optimizer.state[parameter][key] = tensor.to(device)
 
 

@@ -36,7 +36,8 @@ class RoundReport:
             worker's local steps, and what else was measured while nobody computed.
         memory_bytes: Peak memory of each worker so far.
         workers: Workers of the round, those that were lost included.
-        aside_s: Seconds of the method's that were no training: collecting the states of all ranks for a checkpoint.
+        aside_s: Seconds of the method's that were no training: collecting the states of all ranks for a checkpoint, or
+            having workers save what they keep.
         lost: Workers that were left out of the merge.
     """
 

@@ -11,7 +11,7 @@ import secrets
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,11 +25,12 @@ from ist.config import Config, num_processes
 from ist.coordinator import Coordinator
 from ist.errors import CheckpointError, ConfigError
 from ist.job import Job
+from ist.kept import Site
 from ist.meter import MemoryGauge, Meter
 from ist.methods import METHODS
 from ist.pool import WorkerPool
 from ist.pool.device import compute_device
-from ist.pool.group import Membership, agree_on_start, join
+from ist.pool.group import Membership, agree_on_start, join, tell
 from ist.pool.inline import InlinePool
 from ist.pool.limit import limited_memory
 from ist.pool.ports import PRIVATE_STORE
@@ -101,7 +102,8 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
 
     Args:
         job: The run.
-        folder: Where rank 0 writes; None writes nothing. Other ranks do not touch it.
+        folder: Where rank 0 writes; None writes nothing. Other ranks need not have it: they are told where to save
+            what their workers keep.
         resume: Go on from the newest checkpoint in `folder`.
         progress: Whether to show progress.
 
@@ -126,6 +128,7 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
     first_round = before.rounds_done
     if membership:
         first_round = agree_on_start(membership, first_round, _fingerprint(config))
+    site = _site(config, folder, membership) if config.workers_keep else None
     meter = Meter()
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads_before)
@@ -135,12 +138,12 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
         if not (leads and num_processes(config) > config.train.workers):  # a dedicated coordinator is no worker
             stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))
         if membership and not leads:
-            follower = _follower(job, membership, meter)
+            follower = _follower(job, membership, meter, site)
             stack.callback(follower.close)
             yield Following(job, follower, first_round)
             return
         gauge = MemoryGauge(device)
-        method = _method(job, membership, meter, device, folder, tensors, stack)
+        method = _method(job, membership, meter, device, folder, site, tensors, stack)
         watchers = open_watchers(config, folder, job.num_rounds, first_round, progress)
         for watcher in watchers:
             stack.callback(watcher.close)
@@ -154,6 +157,7 @@ def _method(
     meter: Meter,
     device: torch.device,
     folder: RunFolder | None,
+    site: Site | None,
     tensors: Mapping[str, Tensor],
     stack: ExitStack,
 ) -> Method:
@@ -163,7 +167,7 @@ def _method(
     average_state = {name: tensor for name, tensor in further.items() if name.startswith(AVERAGE)}
     method_state = {name: tensor for name, tensor in further.items() if not name.startswith(AVERAGE)}
     if config.method == "ist":
-        pool = _pool(job, membership, meter, device, folder, stack)
+        pool = _pool(job, membership, meter, device, folder, site, stack)
         method: Method = Coordinator(job, pool, model.to(device), meter, method_state)
     else:
         make = resolve(config.method, "method", METHODS)
@@ -180,27 +184,37 @@ def _pool(
     meter: Meter,
     device: torch.device,
     folder: RunFolder | None,
+    site: Site | None,
     stack: ExitStack,
 ) -> WorkerPool:
     """Make the pool; what it needs for as long as the run lasts goes on the stack."""
     if membership:
-        return TorchrunPool(job, membership, meter)
+        return TorchrunPool(job, membership, meter, site)
     if job.config.pool.kind == "inline":
-        return InlinePool(job, device, meter)
+        return InlinePool(job, device, meter, site)
     from ist.pool.ray import RayPool
     from ist.pool.ray_cluster import connected
 
     stack.enter_context(connected(job.config))
     name = folder.path.name if folder else job.config.name
-    pool = RayPool(job, meter, f"{name}-{secrets.token_hex(3)}")
+    pool = RayPool(job, meter, f"{name}-{secrets.token_hex(3)}", site=site)
     stack.callback(pool.close)
     pool.gather(0)  # starting actors is no part of the first round
     return pool
 
 
-def _follower(job: Job, membership: Membership, meter: Meter) -> Follower:
+def _site(config: Config, folder: RunFolder | None, membership: Membership | None) -> Site | None:
+    """Return where this process's workers may save what they keep: where rank 0 saves the run, if it does."""
+    site = Site.of(folder.load_config(), folder.path) if folder else None
+    if membership is None:
+        return site
+    told: dict[str, Any] = json.loads(tell(membership, json.dumps(asdict(site.without_url()) if site else {})))
+    return Site(**told).with_url(config.checkpoint.storage) if told else None
+
+
+def _follower(job: Job, membership: Membership, meter: Meter, site: Site | None) -> Follower:
     if job.config.method == "ist":
-        return RankWorker(job, membership)
+        return RankWorker(job, membership, site)
     made: Follower = resolve(job.config.method, "method", METHODS)(job, membership, job.build(), {}, meter)
     return made
 

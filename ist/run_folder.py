@@ -2,7 +2,7 @@
 
     config.yaml        the configuration, every key written out
     metrics.jsonl      one JSON object a round
-    checkpoints/       safetensors, the newest few
+    checkpoints/       safetensors, the newest few; until the end also what workers keep, written by themselves
     tensorboard/       event files, with watch.tensorboard
     model.safetensors  the trained network's state_dict, at the end
     result.json        final numbers, at the end
@@ -15,6 +15,7 @@ Not here: what the numbers mean (`ist/recorder.py`), what they look like (`ist/r
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from ist.checkpoint import (
     Progress,
+    forget_kept,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -32,7 +34,7 @@ from ist.checkpoint import (
 from ist.config import Config
 from ist.config_file import dump_config, load_config, parse_yaml, validate
 from ist.errors import CheckpointError, RunFolderError
-from ist.storage import LocalStorage, Storage, is_url, open_storage, write_atomically
+from ist.storage import Storage, is_url, run_storage, write_atomically
 
 Record = Mapping[str, Any]
 
@@ -177,6 +179,8 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
         self._write("result.json", json.dumps(result, indent=2).encode())
+        with suppress(RunFolderError):  # of no use any more, and no harm
+            forget_kept(self.storage)
 
     def result(self) -> dict[str, Any]:
         """Return the final numbers.
@@ -344,8 +348,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 
 def _storage_of(config: Config, path: Path) -> Storage:
-    storage = config.checkpoint.storage
-    return LocalStorage(path / "checkpoints") if storage is None else open_storage(storage, path.resolve().name)
+    return run_storage(config.checkpoint.storage, path)
 
 
 def _with_absolute_storage(config: Config) -> Config:

@@ -195,6 +195,19 @@ class RemoteStorage:
             raise RunFolderError(f"{where}: cannot be {what}: {reason}") from error
 
 
+def run_storage(storage: str | None, folder: Path) -> Storage:
+    """Open where a run's checkpoints are.
+
+    Args:
+        storage: `checkpoint.storage`; None: in the run folder.
+        folder: The run folder.
+
+    Raises:
+        ConfigError: The URL is not understood, or a package for its protocol is missing.
+    """
+    return LocalStorage(folder / "checkpoints") if storage is None else open_storage(storage, folder.resolve().name)
+
+
 def is_url(storage: str) -> bool:
     """Return whether `checkpoint.storage` is a URL, and not a folder."""
     return "://" in storage or "::" in storage

@@ -7,8 +7,7 @@ Not here: how the message got here, whose neurons they are, what happens to them
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,12 +24,13 @@ from ist.evaluate import evaluate
 from ist.exchange import WorkerEnd
 from ist.groups import named_tensors
 from ist.job import Job
+from ist.kept import Keeper, Site
 from ist.meter import MemoryGauge
 from ist.narrow import bind, collect_buffers, multiply
 from ist.pool import Place
 from ist.pool.coding import Envelope
 from ist.pool.wire import Header, Message
-from ist.rng import Indices, Purpose, torch_seed
+from ist.rng import Purpose, torch_seed
 from ist.verify import verify_cuts
 
 
@@ -41,16 +41,18 @@ class Worker:
         job: The run.
         number: Which worker this is, from 0.
         device: Where it computes.
+        site: Where this worker saves what it keeps; None: nowhere.
     """
 
-    def __init__(self, job: Job, number: int, device: torch.device) -> None:
+    def __init__(self, job: Job, number: int, device: torch.device, site: Site | None = None) -> None:
         self.job = job
         self.number = number
         self.device = device
         self.shard: Dataset[Any] = take_shard(job.train_data, job.dealing.shard(number))
         self.gauge = MemoryGauge(device)
         self.module = job.narrow(job.neurons(0)[number], device)
-        self._kept: _Kept | None = None
+        self._keeper = Keeper(job, number, site)
+        self._is_new = True
         self._looks = job.looks(number, 0)
         self._end = WorkerEnd(job, number, device)
 
@@ -68,6 +70,10 @@ class Worker:
         """
         started, cpu_started = time.perf_counter(), time.thread_time()
         job = self.job
+        if self._is_new:
+            taken = self._keeper.recover(round_number)
+            self._end.taken = {name: tensor.to(self.device) for name, tensor in taken.items()}
+            self._is_new = False
         message = self._end.open(envelope)
         if self._looks != (looks := job.looks(self.number, round_number)):
             self._looks, self.module = looks, job.narrow(job.neurons(round_number)[self.number], self.device)
@@ -76,7 +82,7 @@ class Worker:
         folded = job.folded_scales(self.number, round_number)
         multiply(message.tensors, folded)
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        optimizer = self._optimizer(list(named.values()), round_number)
+        optimizer = self._keeper.optimizer(named, round_number)
         if job.state_slots and round_number > 0:
             optim.load_state(optimizer, named, job.state_slots, message.tensors)
         with scaled_blocks(module, job.held_block_scales(round_number)):
@@ -88,10 +94,12 @@ class Worker:
         multiply(message.tensors, folded, inverse=True)
         if job.state_slots:
             optim.store_state(optimizer, named, job.state_slots, message.tensors)
-        if job.config.train.optimizer_state == "kept":
-            self._kept = _Kept(optimizer, job.neurons(round_number)[self.number])
         self._end.close(envelope, message, round_number)
         elapsed = time.perf_counter() - started
+        # A GPU is nobody else's.
+        cpu_s = time.thread_time() - cpu_started if self.device.type == "cpu" else elapsed
+        memory_bytes = self.gauge.peak_bytes()
+        self._keeper.keep(optimizer, named, self._end.taken, round_number)
         envelope.up.write_header(
             Header(
                 round_number,
@@ -100,28 +108,11 @@ class Worker:
                 samples,
                 total,
                 elapsed,
-                # A GPU is nobody else's.
-                time.thread_time() - cpu_started if self.device.type == "cpu" else elapsed,
-                self.gauge.peak_bytes(),
+                cpu_s,
+                memory_bytes,
+                aside_s=time.perf_counter() - started - elapsed,
             )
         )
-
-    def _optimizer(self, parameters: Sequence[nn.Parameter], round_number: int) -> torch.optim.Optimizer:
-        """Return a round's optimiser: a new one, or the last round's where its state is kept and still fits."""
-        kept, self._kept = self._kept, None  # not after a round that fails
-        if kept is not None and not self.job.config.checkpoint.is_due(round_number):
-            neurons = self.job.neurons(round_number)[self.number]
-            if all(map(np.array_equal, kept.neurons, neurons)):  # then the network is the same too
-                return kept.optimizer
-        return optim.build_optimizer(self.job.config.train.optimizer, parameters)
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """An optimiser that may go on with the next round, and whose state it has."""
-
-    optimizer: torch.optim.Optimizer
-    neurons: Sequence[Indices]
 
 
 class Seat:
@@ -130,10 +121,12 @@ class Seat:
     Args:
         job: The run, for as many workers as there may be.
         device: Where it computes.
+        site: Where workers save what they keep; None: nowhere.
     """
 
-    def __init__(self, job: Job, device: torch.device) -> None:
+    def __init__(self, job: Job, device: torch.device, site: Site | None = None) -> None:
         self._job = job
+        self._site = site
         self._device = device
         self._taken: tuple[Place, Worker] | None = None
 
@@ -141,7 +134,7 @@ class Seat:
         """Return the worker of a place: the same as before, while the place is."""
         if self._taken is None or self._taken[0] != place:
             job = self._job.with_workers(place.num_workers, place.capacities)
-            self._taken = place, Worker(job, place.worker, self._device)
+            self._taken = place, Worker(job, place.worker, self._device, self._site)
         return self._taken[1]
 
 

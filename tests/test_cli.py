@@ -245,7 +245,7 @@ def test_help_and_keys_explain_themselves(ist: Any) -> None:
     assert "train.local_steps" in keys
     assert "(tau)" in keys
     assert "FieldInfo" not in keys
-    assert "train.optimizer_state  (reset or kept or carried; default reset)" in keys
+    assert "train.optimizer_state  (kept or reset or carried; default kept)" in keys
     assert ist("--version").out.strip() == "0.1.0"
 
 

@@ -81,14 +81,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"exchange": {"error_feedback": True, "values": "deltas"}},
         "'exchange': 'error_feedback' is for rounded deltas, but 'up' is exact and 'values' is deltas",
     ),
-    "error feedback forgotten every round": (
-        {"exchange": {"error_feedback": True, "values": "deltas", "up": "int8"}, "checkpoint": {"every": 1}},
-        "'exchange.error_feedback' is true, but what rounding took is forgotten at every checkpoint and 'checkpoint.every' is 1",
-    ),
-    "kept state that is always forgotten": (
-        {"train__optimizer_state": "kept", "checkpoint": {"every": 1}},
-        "'train.optimizer_state' is 'kept', but what workers keep is forgotten at every checkpoint and 'checkpoint.every' is 1",
-    ),
     "no such shuffle": ({"data__shuffle": "none"}, "'data.shuffle' is 'none' (a string): input should be 'local' or 'global'"),
     "an unknown coding": (
         {"exchange": {"up": "int9"}}, "'exchange.up' is 'int9' (a string): input should be 'exact', 'bfloat16'",

@@ -84,3 +84,17 @@ def test_loading_what_was_stored_gives_the_same_optimiser_state() -> None:
     expected: Any = first.state[named["w"]]
     for key, value in second.state[named["w"]].items():
         assert torch.equal(value, expected[key]), key
+
+
+def test_numbers_among_an_optimisers_state_stay_numbers() -> None:
+    named = {"w": nn.Parameter(torch.zeros(3, 2))}
+    first, second = (optim.build_optimizer(Component(name="SGD", args={"lr": 0.1}), [named["w"]]) for _ in range(2))
+    kept = {"step": 7, "rate": 0.5, "warm": True, "moment": torch.ones(3, 2)}  # SparseAdam counts in a plain number
+    first.state[named["w"]].update(kept)
+
+    optim.restore_named_state(second, named, optim.named_state(first, named))
+
+    found = second.state[named["w"]]
+    assert {key: found[key] for key in ("step", "rate", "warm")} == {"step": 7, "rate": 0.5, "warm": True}
+    assert type(found["step"]) is int
+    assert torch.equal(found["moment"], kept["moment"])

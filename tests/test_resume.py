@@ -1,18 +1,27 @@
 """Identity 7: a resumed run is the same run."""
 
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from ist.build import build_job
-from ist.checkpoint import read_tensors
-from ist.errors import CheckpointError
+from ist.checkpoint import read_tensors, save_kept
+from ist.config_file import dump_config
+from ist.errors import CheckpointError, RunFolderError
+from ist.job import Job
+from ist.kept import Keeper, Site
+from ist.optim import build_optimizer, named_state
 from ist.rounds import run_rounds
 from ist.run import Leading, open_run
 from ist.run_folder import RunFolder, create_run_folder
-from tests.conftest import assert_same, small_config
+from ist.storage import LocalStorage
+from tests.conftest import assert_same, job_for, small_config
+from tests.networks import NETWORKS, seeded
 
 
 class PowerCutError(Exception):
@@ -58,7 +67,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train__optimizer": {"name": "Adam", "args": {"lr": 0.01}},
         "train__optimizer_state": "kept",
         "recipe": {"stages": [{}, {"rounds": 4, "keep": 1}]},
-        "checkpoint": {"every": 2},
+        "checkpoint": {"every": 1},
+    },
+    "state that is kept, seldom saved": {
+        "train__optimizer_state": "kept",
+        "recipe": {"stages": [{"keep": 1}]},
+        "checkpoint": {"every": 2, "keep": 1},
+    },
+    "kept state and rounding that is fed back": {
+        "train__optimizer_state": "kept",
+        "exchange": {"down": "int8", "up": "int4", "values": "deltas", "error_feedback": True},
+        "recipe": {"stages": [{}, {"rounds": 3, "keep": 1}]},
+        "checkpoint": {"every": 1},
     },
     "a global shuffle": {"data__shuffle": "global"},
     "outer momentum": {"recipe": {"outer": {"lr": 0.9, "momentum": 0.5}}, "train__optimizer_state": "carried"},
@@ -92,6 +112,146 @@ def test_a_run_stopped_anywhere_and_resumed_ends_in_the_same_weights(
     records = [[{key: record[key] for key in stable} for record in f.records()] for f in (whole, broken)]
     assert records[0] == records[1]
     assert broken.result()["rounds"] == 5
+
+
+KEPT: dict[str, Any] = {"train__optimizer_state": "kept", "recipe": {"stages": [{"keep": 1}]}}
+
+
+def test_what_workers_keep_is_beside_the_checkpoints_until_the_run_is_done(tmp_path: Path) -> None:
+    folder = create_run_folder(
+        small_config(**KEPT, train__rounds=6, checkpoint={"every": 1, "keep": 2}), tmp_path / "run"
+    )
+    with pytest.raises(PowerCutError):
+        run(folder, resume=False, stop_after=4)
+
+    names = {path.name for path in (folder.path / "checkpoints").glob("worker-*")}
+    # Of the checkpoint that was not written any more, and of both that are there.
+    assert names == {f"worker-{w:04d}.round-{done:08d}.safetensors" for w in range(4) for done in (3, 4, 5)}
+
+    run(folder, resume=True)
+    assert not list((folder.path / "checkpoints").glob("worker-*"))
+    assert sorted(path.name for path in (folder.path / "checkpoints").iterdir()) == [
+        f"round-{done:08d}.safetensors" for done in (5, 6)
+    ]
+
+
+def test_a_worker_that_does_not_find_what_it_kept_says_so_and_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_config(**KEPT, train__rounds=5, checkpoint={"every": 1})
+    whole, broken = (create_run_folder(config, tmp_path / name) for name in ("whole", "broken"))
+    expected = run(whole, resume=False)
+    with pytest.raises(PowerCutError):
+        run(broken, resume=False, stop_after=3)
+    (broken.path / "checkpoints" / "worker-0002.round-00000003.safetensors").unlink()
+
+    found = run(broken, resume=True)
+
+    assert "worker 2 goes on without what it kept before round 4, which should be in" in caplog.text
+    assert caplog.text.count("goes on without") == 1
+    assert any(not torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_was_kept_is_found_where_the_run_is_saved_at_other_rounds_from_now_on(tmp_path: Path) -> None:
+    config = small_config(**KEPT, train__rounds=5, checkpoint={"every": 2})
+    whole, broken = (create_run_folder(config, tmp_path / name) for name in ("whole", "broken"))
+    expected = run(whole, resume=False)
+    with pytest.raises(PowerCutError):
+        run(broken, resume=False, stop_after=3)
+    broken.config_path.write_text(dump_config(small_config(**KEPT, train__rounds=5, checkpoint={"every": 3})))
+
+    assert_same(run(broken, resume=True), expected)
+
+
+def kept_job(**changes: Any) -> tuple[Job, Mapping[str, nn.Parameter]]:
+    """A job whose workers hold the whole network, and the network's parameters."""
+    model = seeded(NETWORKS["no batch norm"])
+    job = job_for(model, **{**KEPT, "train__rounds": 5, **changes})
+    return job, dict(model.named_parameters())
+
+
+def stepped(job: Job, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimiser that has made a step."""
+    optimizer = build_optimizer(job.config.train.optimizer, list(named.values()))
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def test_a_worker_takes_what_it_kept_of_the_same_neurons_among_as_many(tmp_path: Path) -> None:
+    job, named = kept_job()
+    site = Site(str(tmp_path), None, every=1, keep=2)
+    optimizer = stepped(job, named)
+    Keeper(job, 0, site).keep(optimizer, named, {}, 0)
+
+    def taken_by(other: Job, worker: int = 0, round_number: int = 1) -> dict[str, Tensor]:
+        keeper = Keeper(other, worker, site)
+        keeper.recover(round_number)
+        return named_state(keeper.optimizer(named, round_number), named)
+
+    assert_same(taken_by(job), named_state(optimizer, named))
+    assert taken_by(job, worker=1) == {}
+    assert taken_by(job, round_number=2) == {}
+    assert taken_by(job.with_workers(3)) == {}
+    assert taken_by(kept_job(recipe={})[0]) == {}  # who draws neurons anew has no use for it
+
+
+def test_a_place_that_cannot_be_reached_is_told_and_costs_what_was_kept_alone(caplog: pytest.LogCaptureFixture) -> None:
+    job, named = kept_job()
+    keeper = Keeper(job, 0, Site("/nowhere", "nosuch://bucket", every=1, keep=2))
+
+    assert keeper.recover(1) == {}
+    keeper.keep(stepped(job, named), named, {}, 1)
+
+    assert "worker 0 goes on without what it kept before round 2, which should be in nosuch://bucket" in caplog.text
+    assert "worker 0 cannot save what it keeps" in caplog.text
+
+
+def test_a_password_in_a_url_stays_with_who_was_configured_with_it() -> None:
+    site = Site("/runs/first", "s3://me:secret@bucket/runs", every=1, keep=2)
+
+    assert "secret" not in str(site.without_url())
+    assert site.without_url().with_url("s3://me:secret@bucket/runs") == site
+    folder = Site("/runs/first", "/checkpoints", every=1, keep=2)
+    assert folder.without_url() == folder == folder.with_url(None)
+
+
+def test_files_of_checkpoints_stay_and_those_of_a_broken_off_run_go(tmp_path: Path) -> None:
+    storage, tensors = LocalStorage(tmp_path), {"weight": torch.ones(2)}
+    for rounds_done in (1, 2, 3, 97, 98, 99):
+        (tmp_path / f"worker-0000.round-{rounds_done:08d}.safetensors").touch()
+    (tmp_path / "worker-0001.round-00000001.safetensors").touch()
+
+    save_kept(storage, 0, 4, tensors, "all", keep=2)
+
+    left = {"worker-0001.round-00000001"} | {f"worker-0000.round-0000000{n}" for n in (2, 3, 4)}
+    assert {path.stem for path in tmp_path.iterdir()} == left
+
+
+def test_saving_what_is_kept_counts_as_no_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ist.kept.save_kept", lambda *_: time.sleep(0.2))
+    folder = create_run_folder(small_config(**KEPT, train__rounds=2, checkpoint={"every": 1}), tmp_path / "run")
+
+    run(folder, resume=False)
+
+    first, _ = folder.records()
+    assert first["exchange_s"] < 0.2
+    assert first["train_s"] < 0.8  # four workers, one after the other
+
+
+def test_a_worker_that_cannot_save_what_it_keeps_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RunFolderError("no room")
+
+    monkeypatch.setattr("ist.kept.save_kept", refuse)
+    folder = create_run_folder(small_config(**KEPT, checkpoint={"every": 1}), tmp_path / "run")
+
+    run(folder, resume=False)
+
+    assert caplog.text.count("worker 1 cannot save what it keeps, and would go on without: no room") == 1
 
 
 def test_half_a_line_that_a_crash_left_does_not_hurt(tmp_path: Path) -> None:

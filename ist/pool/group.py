@@ -253,6 +253,19 @@ def agree_on_start(membership: Membership, first_round: int, fingerprint: int) -
     return int(first)
 
 
+def tell(membership: Membership, text: str) -> str:
+    """Return rank 0's text on every rank; other ranks' own do not matter."""
+    where = membership.device if membership.backend == "nccl" else torch.device("cpu")
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=where)
+    size = torch.tensor([len(data)], device=where)
+    with peer_errors("starting together"):
+        dist.broadcast(size, src=0)
+        if membership.rank != 0:
+            data = torch.empty(int(size), dtype=torch.uint8, device=where)
+        dist.broadcast(data, src=0)
+    return bytes(data.tolist()).decode()
+
+
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

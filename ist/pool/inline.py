@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterable
 import torch
 
 from ist.job import Job
+from ist.kept import Site
 from ist.meter import Meter
 from ist.pool import Buffers, Lost, Subnet
 from ist.pool.coding import Envelope, Route
@@ -20,9 +21,9 @@ class InlinePool:
 
     parallel = False
 
-    def __init__(self, job: Job, device: torch.device, meter: Meter) -> None:
+    def __init__(self, job: Job, device: torch.device, meter: Meter, site: Site | None = None) -> None:
         self._names = tuple(f"worker {number}" for number in range(job.config.train.workers))
-        self._seats = [Seat(job, device) for _ in self._names]
+        self._seats = [Seat(job, device, site) for _ in self._names]
         self._buffers = Buffers(device)
         self._meter = meter
 

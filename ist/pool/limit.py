@@ -81,7 +81,7 @@ def _limited_process(limit_bytes: int, text: str) -> Iterator[None]:
 
 @contextmanager
 def lifted_limit() -> Iterator[None]:
-    """Let this process allocate beyond its limit for what is no part of training: the files that rank 0 writes.
+    """Let this process allocate beyond its limit for what is no part of training: files that are written.
 
     safetensors ends the process, without an error, where it gets no memory.
     """

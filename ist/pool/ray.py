@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ist.config import Ray
 from ist.errors import PoolError, WorkerLostError, first_line
 from ist.job import Job
+from ist.kept import Site
 from ist.meter import Meter
 from ist.pool import Lost, Subnet
 from ist.pool.coding import Envelope, Route
@@ -67,6 +68,7 @@ class RayPool:
         meter: Counts payload bytes.
         label: What actors are named after; must be this run's own in the cluster.
         worker_class: The class of the actors.
+        site: Where workers save what they keep; None: nowhere.
 
     Raises:
         PoolError: The job cannot be sent to actors.
@@ -74,10 +76,13 @@ class RayPool:
 
     parallel = True
 
-    def __init__(self, job: Job, meter: Meter, label: str, worker_class: type = RayWorker) -> None:
+    def __init__(
+        self, job: Job, meter: Meter, label: str, worker_class: type = RayWorker, site: Site | None = None
+    ) -> None:
         config = job.config
         self._meter = meter
         self._label = label
+        self._site = site
         self._settings = config.pool.ray
         self._round_s = config.pool.round_deadline_s or config.pool.timeout_s
         self._has_deadline = config.pool.round_deadline_s is not None
@@ -235,7 +240,7 @@ class RayPool:
                 scheduling_strategy=strategy,
                 max_restarts=0,
                 max_task_retries=0,
-            ).remote(self._job, name)
+            ).remote(self._job, name, self._site)
             self._members[slot] = _Member(slot, name, actor, actor.where.remote())
 
     def _dismiss_the_dead(self) -> None:

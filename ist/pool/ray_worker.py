@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ist import optim
 from ist.errors import PoolError
 from ist.job import Job
+from ist.kept import Site
 from ist.pool import Place
 from ist.pool.coding import Envelope
 from ist.pool.device import compute_device
@@ -27,14 +28,15 @@ class RayWorker:
     Args:
         job: The run, for as many workers as there may be.
         name: What the actor is called.
+        site: Where workers save what they keep; None: nowhere.
     """
 
-    def __init__(self, job: Job, name: str) -> None:
+    def __init__(self, job: Job, name: str, site: Site | None = None) -> None:
         torch.set_num_threads(job.config.pool.threads)
         self._threads = job.config.pool.threads
         # Ray does not hide the GPUs that this actor did not reserve.
         self._device = compute_device(job.config.pool) if ray.get_gpu_ids() else torch.device("cpu")
-        self._seat = Seat(job, self._device)
+        self._seat = Seat(job, self._device, site)
         # The first optimiser imports much of torch: neither the first round's time nor the subnet's memory.
         optim.build_optimizer(job.config.train.optimizer, [torch.nn.Parameter(torch.zeros(2, 3))])
         self._envelope: Envelope | None = None

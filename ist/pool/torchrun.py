@@ -15,6 +15,7 @@ from torch import Tensor
 from ist.config import num_processes
 from ist.errors import ConfigError, PoolError
 from ist.job import Job
+from ist.kept import Site
 from ist.meter import Meter
 from ist.pool import Buffers, Lost, Subnet
 from ist.pool.coding import Envelope, Route
@@ -101,11 +102,11 @@ class TorchrunPool:
 
     parallel = True
 
-    def __init__(self, job: Job, membership: Membership, meter: Meter) -> None:
+    def __init__(self, job: Job, membership: Membership, meter: Meter, site: Site | None = None) -> None:
         self._channel = Channel(membership, meter)
         self._early = membership.backend == "gloo"
         self._first_rank = membership.world_size - job.config.train.workers
-        self._local = Worker(job, 0, membership.device) if self._first_rank == 0 else None
+        self._local = Worker(job, 0, membership.device, site) if self._first_rank == 0 else None
         self._names = tuple(f"rank {self._rank(worker)}" for worker in range(job.config.train.workers))
         self._buffers = Buffers(membership.device)
 
@@ -156,12 +157,13 @@ class RankWorker:
     Args:
         job: The run.
         membership: This rank.
+        site: Where workers save what they keep; None: nowhere.
     """
 
-    def __init__(self, job: Job, membership: Membership) -> None:
+    def __init__(self, job: Job, membership: Membership, site: Site | None = None) -> None:
         self._job = job
         self._number = membership.rank - (membership.world_size - job.config.train.workers)
-        self._worker = Worker(job, self._number, membership.device)
+        self._worker = Worker(job, self._number, membership.device, site)
         self._channel = Channel(membership, Meter())
         self._looks = job.looks(self._number, 0)
         self._envelope = Envelope(job.route(self._number, 0), membership.device)

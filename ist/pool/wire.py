@@ -20,7 +20,7 @@ from ist.errors import PoolError
 from ist.groups import TensorSpec
 
 HEADER_BYTES = 128
-_HEADER_VALUES = 9
+_HEADER_VALUES = 10
 ALIGNMENT = 64  # a cache line, and what torch's own allocator guarantees its kernels
 
 
@@ -33,6 +33,7 @@ class Header:
     Attributes:
         compute_s: Wall-clock seconds of the local steps.
         cpu_s: Seconds that they would have taken on a core of their own: CPU time of the thread that trains.
+        aside_s: Wall-clock seconds of what is no training: saving what the worker keeps.
     """
 
     round_number: int
@@ -43,6 +44,7 @@ class Header:
     compute_s: float = 0.0
     cpu_s: float = 0.0
     memory_bytes: int = 0
+    aside_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ class Message:
             header.compute_s,
             header.cpu_s,
             header.memory_bytes,
+            header.aside_s,
         ]
         self._header().copy_(torch.tensor(values, dtype=torch.float64))
 
@@ -116,8 +119,10 @@ class Message:
             PoolError: The message belongs to something else.
         """
         found, *numbers = self._header().tolist()
-        round_sent, sender, steps, samples, loss_sum, compute_s, cpu_s, memory = numbers
-        header = Header(int(round_sent), int(sender), int(steps), int(samples), loss_sum, compute_s, cpu_s, int(memory))
+        round_sent, sender, steps, samples, loss_sum, compute_s, cpu_s, memory, aside_s = numbers
+        header = Header(
+            int(round_sent), int(sender), int(steps), int(samples), loss_sum, compute_s, cpu_s, int(memory), aside_s
+        )
         expected = (self.layout.fingerprint, round_number, worker)
         if (found, header.round_number, header.worker) != expected:
             raise PoolError(

@@ -56,9 +56,14 @@ RUNS: dict[str, dict[str, Any]] = {
         "method": "diloco_int8", "baseline": {"outer_lr": 1.0, "outer_momentum": 0.0},
         **{f"train__{key}": value for key, value in PLAIN.items()},
     },
+    "ist that keeps": {
+        "method": "ist", **{f"train__{key}": value for key, value in ADAM.items()}, "train__optimizer_state": "kept",
+        "exchange": {"up": "int8", "values": "deltas", "error_feedback": True},
+        "recipe": {"stages": [{}, {"rounds": 3, "keep": 1}]},
+    },
 }  # fmt: skip
 TIED = ("ddp", "local_sgd", "diloco_int8")
-RESUMED = ("ddp", "powersgd", "local_sgd", "diloco", "diloco_int8")
+RESUMED = ("ddp", "powersgd", "local_sgd", "diloco", "diloco_int8", "ist that keeps")
 
 
 def build() -> nn.Module:

@@ -18,10 +18,13 @@ from ist.meter import Meter
 from ist.pool.ray import RayPool
 from ist.rounds import run_rounds
 from ist.run import Leading, check_method, open_run
+from ist.run_folder import create_run_folder
 from tests.conftest import ROOT, Run, assert_same, config_tree, data, run_group, small_config, wait_for
 from tests.networks import NETWORKS, seeded
 from tests.pools.scenario import SCENARIOS, job, run
 from tests.pools.test_conformance import message_bytes, outcome
+from tests.test_resume import KEPT, PowerCutError
+from tests.test_resume import run as run_folder
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_address")]
 
@@ -63,6 +66,16 @@ def test_a_cluster_without_room_ends_the_run_and_says_what_is_missing() -> None:
     assert "0 of 3 Ray workers are there for round 0 after 1 s (pool.ray.start_timeout_s)" in text
     assert "'moonbeam': 1.0" in text
     assert "(train.workers: {min: 1, max: 3})" in text
+
+
+def test_new_actors_go_on_with_what_those_before_them_kept(tmp_path: Path) -> None:
+    config = small_config(**KEPT, checkpoint={"every": 1}, pool={"kind": "ray"})
+    whole, broken = (create_run_folder(config, tmp_path / name) for name in ("whole", "broken"))
+
+    with pytest.raises(PowerCutError):
+        run_folder(broken, resume=False, stop_after=2)
+
+    assert_same(run_folder(broken, resume=True), run_folder(whole, resume=False))
 
 
 def test_workers_that_all_fail_in_a_round_end_the_run_with_the_first_cause() -> None:

@@ -1,0 +1,181 @@
+"""What a worker keeps for itself from one round to the next, and how that outlives its process.
+
+An optimiser goes on where the worker's neurons are those of the round before; what rounding took from its changes is
+added to the next ones. Neither is anybody else's: when the run is saved, the worker writes a file of its own where the
+checkpoint will be (on its own machine, unless that is a place that all see), and sends nobody a byte of it.
+
+Where it sits: `ist/worker.py` asks for it when a round begins and hands it over when the round is done.
+Law: a worker that is made anew from what was saved trains on as the one before it would have. One that cannot save, or
+finds nothing, says so and trains on without: what it keeps is worth something, and never the run.
+Not here: writing files (`ist/checkpoint.py`), rounding (`ist/exchange.py`).
+"""
+
+import logging
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ist import optim
+from ist.checkpoint import load_kept, save_kept
+from ist.config import Config
+from ist.errors import CheckpointError, ConfigError, RunFolderError
+from ist.job import Job
+from ist.rng import Indices
+from ist.storage import Storage, is_url, run_storage
+
+_log = logging.getLogger(__name__)
+
+_TAKEN = "taken/"
+_A_URL = "url"
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where and when a run is saved, as workers on any machine need to know it.
+
+    Attributes:
+        folder: The run folder on rank 0's machine, an absolute path.
+        storage: `checkpoint.storage`.
+        every: `checkpoint.every`.
+        keep: `checkpoint.keep`.
+    """
+
+    folder: str
+    storage: str | None
+    every: int
+    keep: int
+
+    @classmethod
+    def of(cls, config: Config, folder: Path) -> "Site":
+        """Return a run folder's."""
+        checkpoint = config.checkpoint
+        return cls(str(folder.resolve()), checkpoint.storage, checkpoint.every, checkpoint.keep)
+
+    def without_url(self) -> "Site":
+        """Return what may be sent in clear: a URL may hold a password."""
+        return replace(self, storage=_A_URL) if self.storage and is_url(self.storage) else self
+
+    def with_url(self, storage: str | None) -> "Site":
+        """Undo `without_url` on a rank that was configured with the URL itself."""
+        return replace(self, storage=storage) if self.storage == _A_URL else self
+
+
+@dataclass(frozen=True)
+class _Last:
+    """The last round's optimiser, and the neurons whose it is."""
+
+    optimizer: torch.optim.Optimizer
+    neurons: Sequence[Indices]
+
+
+class Keeper:
+    """Keeps for one worker.
+
+    Args:
+        job: The run.
+        worker: Which worker.
+        site: Where to save; None: nowhere.
+    """
+
+    def __init__(self, job: Job, worker: int, site: Site | None) -> None:
+        self._job = job
+        self._worker = worker
+        self._site = site
+        self._last: _Last | None = None
+        self._state: dict[str, Tensor] | None = None
+        self._cannot_save = False
+
+    def recover(self, round_number: int) -> dict[str, Tensor]:
+        """Look for what the worker kept when the run was saved before this round: to be called once, at its first.
+
+        Returns:
+            What rounding took, by name; empty where nothing is fed back, or found.
+
+        Raises:
+            CheckpointError: The file is truncated or altered.
+        """
+        if self._site is None or round_number == 0:
+            return {}
+        goes_on = self._goes_on(round_number - 1)
+        if not (goes_on or self._job.config.exchange.error_feedback):
+            return {}
+        of, why = self._fingerprint(self._held(round_number - 1)), "it is not there"
+        found = None
+        try:
+            found = load_kept(self._storage, self._worker, round_number, of)
+        except CheckpointError:
+            raise
+        except (ConfigError, RunFolderError) as error:
+            why = str(error)
+        if found is None:
+            if round_number % self._site.every == 0:
+                _log.warning(
+                    "worker %d goes on without what it kept before round %d, which should be in %s: %s",
+                    self._worker, round_number + 1, self._site.storage or self._site.folder, why,
+                )  # fmt: skip
+            return {}
+        if goes_on:
+            self._state = {name: tensor for name, tensor in found.items() if not name.startswith(_TAKEN)}
+        return {name.removeprefix(_TAKEN): tensor for name, tensor in found.items() if name.startswith(_TAKEN)}
+
+    def optimizer(self, named: Mapping[str, nn.Parameter], round_number: int) -> torch.optim.Optimizer:
+        """Return a round's optimiser: a new one, or the last round's where its state is kept and still fits."""
+        (last, self._last), (state, self._state) = (self._last, None), (self._state, None)  # not after a failed round
+        if last is not None and all(map(np.array_equal, last.neurons, self._held(round_number))):
+            return last.optimizer  # the network is the same too
+        made = optim.build_optimizer(self._job.config.train.optimizer, list(named.values()))
+        if state is not None:
+            optim.restore_named_state(made, named, state)
+        return made
+
+    def keep(
+        self,
+        optimizer: torch.optim.Optimizer,
+        named: Mapping[str, nn.Parameter],
+        taken: Mapping[str, Tensor],
+        round_number: int,
+    ) -> None:
+        """Keep what is to be kept of a round that is done, and save it where the run will be."""
+        job, held, rounds_done = self._job, self._held(round_number), round_number + 1
+        goes_on = self._goes_on(round_number)
+        if goes_on:  # else its state would be held in vain while the subnet travels
+            self._last = _Last(optimizer, held)
+        due = self._site is not None and rounds_done % self._site.every == 0 and rounds_done < job.num_rounds
+        if self._site is None or not due or not (goes_on or job.config.exchange.error_feedback):
+            return
+        state = optim.named_state(optimizer, named) if goes_on else {}
+        tensors = {**state, **{_TAKEN + name: tensor for name, tensor in taken.items()}}
+        try:
+            save_kept(self._storage, self._worker, rounds_done, tensors, self._fingerprint(held), self._site.keep)
+        except (ConfigError, RunFolderError) as error:
+            if not self._cannot_save:
+                _log.warning("worker %d cannot save what it keeps, and would go on without: %s", self._worker, error)
+            self._cannot_save = True
+
+    @cached_property
+    def _storage(self) -> Storage:
+        assert self._site is not None
+        return run_storage(self._site.storage, Path(self._site.folder))
+
+    def _held(self, round_number: int) -> Sequence[Indices]:
+        return self._job.neurons(round_number)[self._worker]
+
+    def _goes_on(self, round_number: int) -> bool:
+        """Whether the optimiser will be of use in the round after this one."""
+        job = self._job
+        if job.config.train.optimizer_state != "kept" or round_number + 1 >= job.num_rounds:
+            return False
+        return all(map(np.array_equal, self._held(round_number), self._held(round_number + 1)))
+
+    def _fingerprint(self, neurons: Sequence[Indices]) -> str:
+        """Name what a worker holds, of how much: another number of workers, or other shares, deal other data too."""
+        code = zlib.crc32(repr(self._job.config.partition.capacities).encode())
+        for held in neurons:
+            code = zlib.crc32(held.tobytes(), zlib.crc32(str(len(held)).encode(), code))
+        return f"{code:08x} of {self._job.config.train.workers}"
