@@ -105,7 +105,7 @@ class Keeper:
         goes_on = self._goes_on(round_number - 1)
         if not (goes_on or self._job.config.exchange.error_feedback):
             return {}
-        of, why = self._fingerprint(self._held(round_number - 1)), "it is not there"
+        of, why = self._fingerprint(self._held(round_number - 1)), "nothing that fits is there"
         found = None
         try:
             found = load_kept(self._storage, self._worker, round_number, of)

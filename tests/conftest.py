@@ -40,6 +40,10 @@ if "IST_TESTS" not in os.environ:
     Path(private, "ray-token").write_text(secrets.token_hex(32))
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"  # else Ray warns of it, and warnings are errors
 
+# A shell that starts the tests in the background has them ignore interrupts, and with them all that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 LONG_LIVED: list[psutil.Process] = []
 """Processes of the test session: they and what they start are nobody's leftovers."""
 
