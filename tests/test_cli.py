@@ -52,7 +52,8 @@ def test_train_writes_a_run_folder_and_keeps_progress_apart_from_results(ist: An
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     record, result = records[-1], json.loads((tmp_path / "run" / "result.json").read_text())
     for peak in ("memory_bytes", "coordinator_memory_bytes"):
-        assert result[peak] == max(one[peak] for one in records) > 0
+        # Of this process, which earlier tests may have left with room for all of it: it can be 0.
+        assert result[peak] == max(one[peak] for one in records)
     assert {"round", "loss", "accuracy", "sent_bytes", "compute_s", "exchange_s", "idle_s", "memory_bytes"} <= set(
         record
     )
