@@ -111,9 +111,9 @@ def save_kept(
     Raises:
         RunFolderError: It cannot be written; earlier files are untouched.
     """
-    storage.write(_KEPT.format(f"{worker:04d}", f"{rounds_done:08d}"), _serialized(tensors, {"of": of}))
-    pattern, now = _KEPT.format(f"{worker:04d}", "*"), _KEPT.format(f"{worker:04d}", f"{rounds_done:08d}")
-    mine = [name for name in storage.names() if fnmatch(name, pattern)]
+    now = _kept_name(worker, rounds_done)
+    storage.write(now, _serialized(tensors, {"of": of}))
+    mine = [name for name in storage.names() if fnmatch(name, _KEPT.format(f"{worker:04d}", "*"))]
     before = [name for name in mine if name < now]
     # Those of checkpoints that are there stay. Later ones are of a run that was broken off, and went on from earlier.
     for old in [*before[:-keep], *(name for name in mine if name > now)]:
@@ -128,7 +128,7 @@ def load_kept(storage: Storage, worker: int, rounds_done: int, of: str) -> dict[
         CheckpointError: The file is truncated or altered.
         RunFolderError: The storage cannot be read.
     """
-    name = _KEPT.format(f"{worker:04d}", f"{rounds_done:08d}")
+    name = _kept_name(worker, rounds_done)
     if name not in storage.names():
         return None
     tensors, metadata = _verified(storage.load(name), storage.where(name))
@@ -144,6 +144,10 @@ def forget_kept(storage: Storage) -> None:
     for name in storage.names():
         if fnmatch(name, _KEPT.format("*", "*")):
             storage.delete(name)
+
+
+def _kept_name(worker: int, rounds_done: int) -> str:
+    return _KEPT.format(f"{worker:04d}", f"{rounds_done:08d}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

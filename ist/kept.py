@@ -10,10 +10,11 @@ finds nothing, says so and trains on without: what it keeps is worth something, 
 Not here: writing files (`ist/checkpoint.py`), rounding (`ist/exchange.py`).
 """
 
+import json
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from ist import optim
 from ist.checkpoint import load_kept, save_kept
-from ist.config import Config
+from ist.config import Checkpoint
 from ist.errors import CheckpointError, ConfigError, RunFolderError
 from ist.job import Job
 from ist.rng import Indices
@@ -41,29 +42,27 @@ class Site:
 
     Attributes:
         folder: The run folder on rank 0's machine, an absolute path.
-        storage: `checkpoint.storage`.
-        every: `checkpoint.every`.
-        keep: `checkpoint.keep`.
+        checkpoint: Rank 0's settings.
     """
 
     folder: str
-    storage: str | None
-    every: int
-    keep: int
+    checkpoint: Checkpoint
+
+    def to_text(self) -> str:
+        """Return what may be sent in clear: not a URL, which may hold a password."""
+        checkpoint = self.checkpoint
+        if checkpoint.storage and is_url(checkpoint.storage):
+            checkpoint = checkpoint.model_copy(update={"storage": _A_URL})
+        return json.dumps({"folder": self.folder, "checkpoint": checkpoint.model_dump()})
 
     @classmethod
-    def of(cls, config: Config, folder: Path) -> "Site":
-        """Return a run folder's."""
-        checkpoint = config.checkpoint
-        return cls(str(folder.resolve()), checkpoint.storage, checkpoint.every, checkpoint.keep)
-
-    def without_url(self) -> "Site":
-        """Return what may be sent in clear: a URL may hold a password."""
-        return replace(self, storage=_A_URL) if self.storage and is_url(self.storage) else self
-
-    def with_url(self, storage: str | None) -> "Site":
-        """Undo `without_url` on a rank that was configured with the URL itself."""
-        return replace(self, storage=storage) if self.storage == _A_URL else self
+    def from_text(cls, text: str, own: Checkpoint) -> "Site":
+        """Undo `to_text` on a rank whose own settings have the URL."""
+        told = json.loads(text)
+        checkpoint = Checkpoint(**told["checkpoint"])
+        if checkpoint.storage == _A_URL:
+            checkpoint = checkpoint.model_copy(update={"storage": own.storage})
+        return cls(told["folder"], checkpoint)
 
 
 @dataclass(frozen=True)
@@ -105,6 +104,7 @@ class Keeper:
         goes_on = self._goes_on(round_number - 1)
         if not (goes_on or self._job.config.exchange.error_feedback):
             return {}
+        checkpoint = self._site.checkpoint
         of, why = self._fingerprint(self._held(round_number - 1)), "nothing that fits is there"
         found = None
         try:
@@ -114,10 +114,10 @@ class Keeper:
         except (ConfigError, RunFolderError) as error:
             why = str(error)
         if found is None:
-            if round_number % self._site.every == 0:
+            if checkpoint.is_due(round_number):
                 _log.warning(
                     "worker %d goes on without what it kept before round %d, which should be in %s: %s",
-                    self._worker, round_number + 1, self._site.storage or self._site.folder, why,
+                    self._worker, round_number + 1, checkpoint.storage or self._site.folder, why,
                 )  # fmt: skip
             return {}
         if goes_on:
@@ -127,7 +127,7 @@ class Keeper:
     def optimizer(self, named: Mapping[str, nn.Parameter], round_number: int) -> torch.optim.Optimizer:
         """Return a round's optimiser: a new one, or the last round's where its state is kept and still fits."""
         (last, self._last), (state, self._state) = (self._last, None), (self._state, None)  # not after a failed round
-        if last is not None and all(map(np.array_equal, last.neurons, self._held(round_number))):
+        if last is not None and _same(last.neurons, self._held(round_number)):
             return last.optimizer  # the network is the same too
         made = optim.build_optimizer(self._job.config.train.optimizer, list(named.values()))
         if state is not None:
@@ -146,13 +146,15 @@ class Keeper:
         goes_on = self._goes_on(round_number)
         if goes_on:  # else its state would be held in vain while the subnet travels
             self._last = _Last(optimizer, held)
-        due = self._site is not None and rounds_done % self._site.every == 0 and rounds_done < job.num_rounds
-        if self._site is None or not due or not (goes_on or job.config.exchange.error_feedback):
+        if self._site is None or not (goes_on or job.config.exchange.error_feedback):
+            return
+        checkpoint = self._site.checkpoint
+        if rounds_done == job.num_rounds or not checkpoint.is_due(rounds_done):
             return
         state = optim.named_state(optimizer, named) if goes_on else {}
         tensors = {**state, **{_TAKEN + name: tensor for name, tensor in taken.items()}}
         try:
-            save_kept(self._storage, self._worker, rounds_done, tensors, self._fingerprint(held), self._site.keep)
+            save_kept(self._storage, self._worker, rounds_done, tensors, self._fingerprint(held), checkpoint.keep)
         except (ConfigError, RunFolderError) as error:
             if not self._cannot_save:
                 _log.warning("worker %d cannot save what it keeps, and would go on without: %s", self._worker, error)
@@ -161,7 +163,7 @@ class Keeper:
     @cached_property
     def _storage(self) -> Storage:
         assert self._site is not None
-        return run_storage(self._site.storage, Path(self._site.folder))
+        return run_storage(self._site.checkpoint.storage, Path(self._site.folder))
 
     def _held(self, round_number: int) -> Sequence[Indices]:
         return self._job.neurons(round_number)[self._worker]
@@ -171,7 +173,7 @@ class Keeper:
         job = self._job
         if job.config.train.optimizer_state != "kept" or round_number + 1 >= job.num_rounds:
             return False
-        return all(map(np.array_equal, self._held(round_number), self._held(round_number + 1)))
+        return _same(self._held(round_number), self._held(round_number + 1))
 
     def _fingerprint(self, neurons: Sequence[Indices]) -> str:
         """Name what a worker holds, of how much: another number of workers, or other shares, deal other data too."""
@@ -179,3 +181,7 @@ class Keeper:
         for held in neurons:
             code = zlib.crc32(held.tobytes(), zlib.crc32(str(len(held)).encode(), code))
         return f"{code:08x} of {self._job.config.train.workers}"
+
+
+def _same(neurons: Sequence[Indices], others: Sequence[Indices]) -> bool:
+    return all(map(np.array_equal, neurons, others))

@@ -28,7 +28,6 @@ Settings = Mapping[str, Any]
 
 _SAMPLE_SHAPE = (2, 3)
 _NUMBER = "#"
-_DTYPES = {bool: torch.bool, int: torch.int64, float: torch.float64}
 
 
 @dataclass(frozen=True)
@@ -243,7 +242,9 @@ def named_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Paramet
             if isinstance(value, Tensor):
                 found[state_name(key, name)] = value
             elif isinstance(value, int | float):
-                found[state_name(key + _NUMBER, name)] = torch.tensor(value, dtype=_DTYPES[type(value)])
+                found[state_name(key + _NUMBER, name)] = torch.tensor(
+                    value, dtype=torch.float64 if isinstance(value, float) else None
+                )
     return found
 
 

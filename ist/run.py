@@ -11,7 +11,7 @@ import secrets
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -205,11 +205,11 @@ def _pool(
 
 def _site(config: Config, folder: RunFolder | None, membership: Membership | None) -> Site | None:
     """Return where this process's workers may save what they keep: where rank 0 saves the run, if it does."""
-    site = Site.of(folder.load_config(), folder.path) if folder else None
+    site = Site(str(folder.path.resolve()), folder.load_config().checkpoint) if folder else None
     if membership is None:
         return site
-    told: dict[str, Any] = json.loads(tell(membership, json.dumps(asdict(site.without_url()) if site else {})))
-    return Site(**told).with_url(config.checkpoint.storage) if told else None
+    told = tell(membership, site.to_text() if site else "")
+    return Site.from_text(told, config.checkpoint) if told else None
 
 
 def _follower(job: Job, membership: Membership, meter: Meter, site: Site | None) -> Follower:

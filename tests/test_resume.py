@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ist.build import build_job
 from ist.checkpoint import read_tensors, save_kept
+from ist.config import Checkpoint
 from ist.config_file import dump_config
 from ist.errors import CheckpointError, RunFolderError
 from ist.job import Job
@@ -181,7 +182,7 @@ def stepped(job: Job, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimize
 
 def test_a_worker_takes_what_it_kept_of_the_same_neurons_among_as_many(tmp_path: Path) -> None:
     job, named = kept_job()
-    site = Site(str(tmp_path), None, every=1, keep=2)
+    site = Site(str(tmp_path), Checkpoint())
     optimizer = stepped(job, named)
     Keeper(job, 0, site).keep(optimizer, named, {}, 0)
 
@@ -199,7 +200,7 @@ def test_a_worker_takes_what_it_kept_of_the_same_neurons_among_as_many(tmp_path:
 
 def test_a_place_that_cannot_be_reached_is_told_and_costs_what_was_kept_alone(caplog: pytest.LogCaptureFixture) -> None:
     job, named = kept_job()
-    keeper = Keeper(job, 0, Site("/nowhere", "nosuch://bucket", every=1, keep=2))
+    keeper = Keeper(job, 0, Site("/nowhere", Checkpoint(storage="nosuch://bucket")))
 
     assert keeper.recover(1) == {}
     keeper.keep(stepped(job, named), named, {}, 1)
@@ -209,12 +210,12 @@ def test_a_place_that_cannot_be_reached_is_told_and_costs_what_was_kept_alone(ca
 
 
 def test_a_password_in_a_url_stays_with_who_was_configured_with_it() -> None:
-    site = Site("/runs/first", "s3://me:secret@bucket/runs", every=1, keep=2)
+    site = Site("/runs/first", Checkpoint(storage="s3://me:secret@bucket/runs"))
 
-    assert "secret" not in str(site.without_url())
-    assert site.without_url().with_url("s3://me:secret@bucket/runs") == site
-    folder = Site("/runs/first", "/checkpoints", every=1, keep=2)
-    assert folder.without_url() == folder == folder.with_url(None)
+    assert "secret" not in site.to_text()
+    assert Site.from_text(site.to_text(), site.checkpoint) == site
+    folder = Site("/runs/first", Checkpoint(storage="/checkpoints", every=3))
+    assert Site.from_text(folder.to_text(), Checkpoint()) == folder
 
 
 def test_files_of_checkpoints_stay_and_those_of_a_broken_off_run_go(tmp_path: Path) -> None:
@@ -283,8 +284,6 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
         run(folder, resume=False, stop_after=3)
     other = small_config(model__args={"widths": [64, 28, 20, 10]})
     folder.config_path.unlink()
-    from ist.config_file import dump_config
-
     folder.config_path.write_text(dump_config(other))
 
     with pytest.raises(CheckpointError, match="does not fit the configured network"):

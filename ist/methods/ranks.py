@@ -16,7 +16,7 @@ from torch import Tensor
 from ist.coordinator import diverged
 from ist.job import Job
 from ist.meter import Meter
-from ist.pool.group import Membership, peer_errors
+from ist.pool.group import Membership, broadcast_bytes, peer_errors
 from ist.rounds import RoundReport
 
 
@@ -106,19 +106,12 @@ def is_finite(parameters: Iterable[Tensor]) -> bool:
 
 def spread(membership: Membership, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return rank 0's tensors on every rank, on the CPU; other ranks' own do not matter."""
-    where = _where(membership)
-    data = _packed(tensors).to(where)
-    size = torch.tensor([len(data)], device=where)
-    dist.broadcast(size, src=0)
-    if membership.rank != 0:
-        data = torch.empty(int(size), dtype=torch.uint8, device=where)
-    dist.broadcast(data, src=0)
-    return _unpacked(data)
+    return _unpacked(broadcast_bytes(membership, _packed(tensors)))
 
 
 def collect(membership: Membership, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """Return every rank's tensors on rank 0, in the order of ranks; nothing on the others."""
-    where = _where(membership)
+    where = membership.carrier
     mine = _packed(tensors).to(where)
     sizes = [int(size) for (size,) in _gather(membership, [len(mine)])]
     if membership.rank != 0:
@@ -134,14 +127,10 @@ def collect(membership: Membership, tensors: Mapping[str, Tensor]) -> list[dict[
 
 def _gather(membership: Membership, own: Sequence[float]) -> list[list[float]]:
     """Give every rank's numbers to every rank: 8 bytes each."""
-    mine = torch.tensor(own, dtype=torch.float64, device=_where(membership))
+    mine = torch.tensor(own, dtype=torch.float64, device=membership.carrier)
     all_ranks = [torch.zeros_like(mine) for _ in range(membership.world_size)]
     dist.all_gather(all_ranks, mine)
     return [numbers.tolist() for numbers in all_ranks]
-
-
-def _where(membership: Membership) -> torch.device:
-    return membership.device if membership.backend == "nccl" else torch.device("cpu")
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> Tensor:

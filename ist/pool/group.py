@@ -18,6 +18,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
@@ -42,6 +43,11 @@ class Membership:
     world_size: int
     device: torch.device
     backend: str
+
+    @property
+    def carrier(self) -> torch.device:
+        """Where tensors must lie for the backend to carry them: NCCL's on the GPU, gloo's on the CPU."""
+        return self.device if self.backend == "nccl" else torch.device("cpu")
 
 
 def join(settings: Pool) -> Membership:
@@ -211,7 +217,7 @@ def _ranks_without(secret: bytes, membership: Membership, timeout_s: float) -> l
 
 def _swap(membership: Membership, outgoing: Mapping[int, bytes], timeout_s: float) -> dict[int, bytes]:
     """Send 32 bytes to each of some ranks, and return the 32 bytes that each sends."""
-    where = membership.device if membership.backend == "nccl" else torch.device("cpu")
+    where = membership.carrier
     mine = {peer: torch.frombuffer(bytearray(data), dtype=torch.uint8).to(where) for peer, data in outgoing.items()}
     theirs = {peer: torch.zeros_like(data) for peer, data in mine.items()}
     operations = [dist.P2POp(dist.isend, data, peer) for peer, data in mine.items()]
@@ -243,7 +249,7 @@ def agree_on_start(membership: Membership, first_round: int, fingerprint: int) -
     Raises:
         PoolError: This rank's configuration is not rank 0's.
     """
-    where = membership.device if membership.backend == "nccl" else torch.device("cpu")
+    where = membership.carrier
     said = torch.tensor([first_round, fingerprint], dtype=torch.int64, device=where)
     with peer_errors("starting together"):
         dist.broadcast(said, src=0)
@@ -253,16 +259,21 @@ def agree_on_start(membership: Membership, first_round: int, fingerprint: int) -
     return int(first)
 
 
+def broadcast_bytes(membership: Membership, data: Tensor) -> Tensor:
+    """Return rank 0's bytes, uint8, on every rank, where the backend carries them; other ranks' own do not matter."""
+    data = data.to(membership.carrier)
+    size = torch.tensor([len(data)], device=membership.carrier)
+    dist.broadcast(size, src=0)
+    if membership.rank != 0:
+        data = torch.empty(int(size), dtype=torch.uint8, device=membership.carrier)
+    dist.broadcast(data, src=0)
+    return data
+
+
 def tell(membership: Membership, text: str) -> str:
     """Return rank 0's text on every rank; other ranks' own do not matter."""
-    where = membership.device if membership.backend == "nccl" else torch.device("cpu")
-    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=where)
-    size = torch.tensor([len(data)], device=where)
     with peer_errors("starting together"):
-        dist.broadcast(size, src=0)
-        if membership.rank != 0:
-            data = torch.empty(int(size), dtype=torch.uint8, device=where)
-        dist.broadcast(data, src=0)
+        data = broadcast_bytes(membership, torch.tensor(list(text.encode()), dtype=torch.uint8))
     return bytes(data.tolist()).decode()
 
 
