@@ -160,6 +160,15 @@ def run_group(command: Sequence[str], cwd: Path, env: dict[str, str], timeout: f
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
+def run_torchrun(program: Sequence[str], processes: int, timeout: float, **env: str) -> None:
+    """Run a program, or `-m` a module, as so many processes of torchrun, and see that all end well."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
+    done = run_group([sys.executable, *launcher, *program], ROOT, environment, timeout)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """A Ray cluster of one node with room for ten workers, for the whole session; this process is connected to it."""

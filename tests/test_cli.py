@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from ist import cli
-from tests.conftest import ROOT, config_tree
+from tests.conftest import ROOT, Run, config_tree
 
 
 class Outcome(NamedTuple):
@@ -40,20 +40,20 @@ def written(tmp_path: Path, **changes: Any) -> Path:
     return path
 
 
-def test_train_writes_a_run_folder_and_keeps_progress_apart_from_results(ist: Any, tmp_path: Path) -> None:
-    outcome = ist("train", written(tmp_path), "--run-dir", tmp_path / "run")
+def test_train_writes_a_run_folder_and_keeps_progress_apart_from_results(ist_command: Run, tmp_path: Path) -> None:
+    # In a process of its own: this one may hold enough from earlier tests to need no memory for a run.
+    outcome = ist_command("train", written(tmp_path), "--run-dir", tmp_path / "run")
 
-    assert outcome.code == 0
-    assert "round 4/4" in outcome.err
-    assert "accuracy" in outcome.out
-    assert "round 4/4" not in outcome.out
+    assert outcome.returncode == 0
+    assert "round 4/4" in outcome.stderr
+    assert "accuracy" in outcome.stdout
+    assert "round 4/4" not in outcome.stdout
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "result.json"}
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     record, result = records[-1], json.loads((tmp_path / "run" / "result.json").read_text())
     for peak in ("memory_bytes", "coordinator_memory_bytes"):
-        # Of this process, which earlier tests may have left with room for all of it: it can be 0.
-        assert result[peak] == max(one[peak] for one in records)
+        assert result[peak] == max(one[peak] for one in records) > 0
     assert {"round", "loss", "accuracy", "sent_bytes", "compute_s", "exchange_s", "idle_s", "memory_bytes"} <= set(
         record
     )

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from ist.errors import MemoryLimitError
 from ist.pool.limit import limited_memory
 from ist.run_folder import create_run_folder
 from ist.subnet import cut_specs, extract, reassemble
-from tests.conftest import ROOT, Run, assert_same, clone, config_tree, job_for, run_group, small_config, whole_state
+from tests.conftest import ROOT, Run, assert_same, clone, config_tree, job_for, run_torchrun, small_config, whole_state
 from tests.methods.program import RESUMED, RUNS
 from tests.methods.program import WORKERS as RANKS
 from tests.networks import NETWORKS, seeded
@@ -34,15 +32,6 @@ pytestmark = [
 ]  # fmt: skip
 
 MB = 10**6
-
-
-def torchrun(program: list[str], processes: int, gpu: bool = True) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
-    if not gpu:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    done = run_group([sys.executable, *launcher, *program], ROOT, environment, 280)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -67,10 +56,9 @@ def test_cutting_and_merging_on_the_gpu_gives_the_bits_of_the_cpu(network: str) 
         torch.testing.assert_close(on_gpu[name].cpu(), tensor, rtol=0, atol=1e-6)
 
 
-def drawing(name: str) -> str | None:
-    """What draws random numbers in a scenario's training."""
-    network = SCENARIOS[name]["network"]
-    return network if network in ("dropout", "attention") else None
+def draws(name: str) -> bool:
+    """Whether a scenario's training draws random numbers."""
+    return SCENARIOS[name]["network"] in ("dropout", "attention")
 
 
 def assert_near(name: str, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
@@ -96,7 +84,7 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("torchrun")
     program = [str(ROOT / "tests/pools/scenario.py"), str(folder), request.param, "cuda"]
-    torchrun(program, WORKERS + (request.param == "dedicated"))
+    run_torchrun(program, WORKERS + (request.param == "dedicated"), timeout=280)
     return folder
 
 
@@ -122,7 +110,7 @@ def test_actors_that_share_a_gpu_end_with_weights_of_inline(inline: dict[str, Pa
 
 
 # Not with dropout, which attention has too: a GPU draws other random numbers.
-@pytest.mark.parametrize("name", [name for name in SCENARIOS if drawing(name) is None])
+@pytest.mark.parametrize("name", [name for name in SCENARIOS if not draws(name)])
 def test_a_run_on_the_gpu_ends_near_the_one_on_the_cpu(inline: dict[str, Path], name: str) -> None:
     assert_near(name, outcome(inline["cuda"], name)[0], outcome(inline["cpu"], name)[0])
 
@@ -131,7 +119,9 @@ def test_a_run_on_the_gpu_ends_near_the_one_on_the_cpu(inline: dict[str, Path], 
 def methods(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {device: tmp_path_factory.mktemp(device) for device in ("cpu", "cuda")}
     for device, folder in folders.items():
-        torchrun([str(ROOT / "tests/methods/program.py"), str(folder), device], RANKS, device == "cuda")
+        # PowerSGD on the CPU wants to see no GPU.
+        visible = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+        run_torchrun([str(ROOT / "tests/methods/program.py"), str(folder), device], RANKS, timeout=280, **visible)
     return folders
 
 
@@ -187,7 +177,7 @@ def test_processes_of_a_backend_train_as_on_the_cpu(tmp_path: Path) -> None:
     ):
         config = tmp_path / f"{name}.yaml"
         config.write_text(yaml.safe_dump(config_tree(train__workers=processes, pool={"kind": "torchrun", **pool})))
-        torchrun(["-m", "ist", "train", str(config), "--run-dir", str(tmp_path / name)], processes)
+        run_torchrun(["-m", "ist", "train", str(config), "--run-dir", str(tmp_path / name)], processes, timeout=280)
         weights[name] = read_tensors(tmp_path / name / "model.safetensors")[0]
 
     for gpu, cpu in (("nccl", "cpu of one"), ("auto", "cpu of two")):
@@ -215,12 +205,12 @@ def test_a_width_that_the_gpu_has_no_room_for_in_data_parallel_training_trains_b
     ist_command: Run, tmp_path: Path
 ) -> None:
     changes = {"model__args": {"widths": [64, 4096, 4096, 10]}, "train__rounds": 2}
-    place = {"kind": "torchrun", "coordinator": "dedicated", "device": "cuda", "memory_limit": "150MB"}
+    place = {"kind": "torchrun", "device": "cuda", "memory_limit": "150MB"}
     codes = {}
     for method in ("ddp", "ist"):
-        kind = {**place, "coordinator": "trains" if method == "ddp" else "dedicated"}
+        pool = {**place, "coordinator": "trains" if method == "ddp" else "dedicated"}
         config = tmp_path / f"{method}.yaml"
-        config.write_text(dump_config(small_config(**changes, method=method, pool=kind)))
+        config.write_text(dump_config(small_config(**changes, method=method, pool=pool)))
         codes[method] = ist_command("train", config, "--run-dir", tmp_path / method, timeout=200)
 
     assert codes["ddp"].returncode == 1

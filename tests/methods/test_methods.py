@@ -1,8 +1,6 @@
 """The methods that IST is compared with: each is what it says, sends what its formula says, and can be resumed."""
 
 import json
-import os
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from torch import Tensor, nn
 from ist.checkpoint import read_tensors
 from ist.data.batches import fetch, take_shard
 from ist.job import Job
-from tests.conftest import ROOT, assert_same, run_group
+from tests.conftest import ROOT, assert_same, run_torchrun
 from tests.methods.program import RESUMED, RUNS, WORKERS, build, job
 
 pytestmark = [pytest.mark.system, pytest.mark.procs, pytest.mark.timeout(200)]
@@ -27,12 +25,7 @@ STEPS, ROUNDS = 3, 4
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORKERS),
-        str(ROOT / "tests/methods/program.py"), str(folder),
-    ]  # fmt: skip
-    done = run_group(command, ROOT, {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=180)
-    assert done.returncode == 0, done.stderr
+    run_torchrun([str(ROOT / "tests/methods/program.py"), str(folder)], WORKERS, timeout=180)
     return folder
 
 

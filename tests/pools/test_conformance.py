@@ -1,8 +1,6 @@
 """Identities 5 and 6 on every pool: the same weights, and the bytes that the formula says."""
 
 import json
-import os
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from ist.checkpoint import read_tensors
 from ist.inspection import inspect_job
 from ist.job import Job
 from ist.partition import sizes_vary
-from tests.conftest import ROOT, assert_same, run_group
+from tests.conftest import ROOT, assert_same, run_torchrun
 from tests.pools.scenario import SCENARIOS, WORKERS, job, run
 
 Outcome = tuple[dict[str, Tensor], list[dict[str, Any]]]
@@ -37,12 +35,7 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def torchrun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("torchrun")
     processes = WORKERS + (request.param == "dedicated")
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
-        str(ROOT / "tests/pools/scenario.py"), str(folder), request.param,
-    ]  # fmt: skip
-    done = run_group(command, ROOT, {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=100)
-    assert done.returncode == 0, done.stderr
+    run_torchrun([str(ROOT / "tests/pools/scenario.py"), str(folder), request.param], processes, timeout=100)
     return folder, request.param
 
 
