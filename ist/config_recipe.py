@@ -11,6 +11,22 @@ from pydantic import Field, model_validator
 from ist.config_base import Fraction, PositiveFloat, PositiveInt, Section
 
 
+class Outer(Section):
+    """The step that the coordinator makes with what the workers' rounds add up to."""
+
+    lr: PositiveFloat = Field(1.0, description="what the merged change is multiplied by")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Nesterov momentum of the merged change, for each weight by the rounds in which it was trained; 0: "
+        "the merged weights are taken as they are",
+    )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether merged weights are taken as they are."""
+        return self.momentum == 0 and self.lr == 1
+
+
 class Stage(Section):
     """A part of an IST run, some rounds long, in which some settings differ."""
 
@@ -31,6 +47,7 @@ class Stage(Section):
     )
     local_steps: PositiveInt | None = Field(None, description="in place of train.local_steps")
     lr_scale: PositiveFloat = Field(1.0, description="what the learning rate of the schedule is multiplied by")
+    outer: Outer | None = Field(None, description="in place of recipe.outer, such as {lr: 0.7, momentum: 0.9}")
 
     @property
     def is_open(self) -> bool:
@@ -42,22 +59,6 @@ class Stage(Section):
         if self.rounds is not None and self.share is not None:
             raise ValueError("'rounds' and 'share' both say how long the stage lasts: give one")
         return self
-
-
-class Outer(Section):
-    """The step that the coordinator makes with what the workers' rounds add up to."""
-
-    lr: PositiveFloat = Field(1.0, description="what the merged change is multiplied by")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0,
-        description="Nesterov momentum of the merged change, for each weight by the rounds in which it was trained; 0: "
-        "the merged weights are taken as they are",
-    )
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether merged weights are taken as they are."""
-        return self.momentum == 0 and self.lr == 1
 
 
 class Average(Section):
@@ -82,6 +83,15 @@ class Recipe(Section):
     )
     outer: Outer = Field(default_factory=Outer, description="the outer step of IST")
     average: Average = Field(default_factory=Average, description="the average over rounds")
+
+    def outer_of(self, stage: Stage) -> Outer:
+        """Return the outer step of a stage's rounds."""
+        return stage.outer or self.outer
+
+    @property
+    def has_outer_step(self) -> bool:
+        """Whether merged weights are moved on in any round."""
+        return any(not self.outer_of(stage).is_plain for stage in self.stages or [Stage()])
 
     @model_validator(mode="after")
     def _one_takes_the_rest(self) -> "Recipe":

@@ -62,10 +62,10 @@ class Coordinator:
         self._state: dict[str, Tensor] = {name: tensors[name] for name in job.model_specs} | fresh
         saved = dict(carried or {})
         self._outer: OuterStep | None = None
-        if not job.config.recipe.outer.is_plain:
+        if job.config.recipe.has_outer_step:
             trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
             momentum = {name: saved.pop(name) for name in list(saved) if name.startswith(OUTER)}
-            self._outer = OuterStep(job.config.recipe.outer, trained, momentum)
+            self._outer = OuterStep(trained, momentum)
         for name, tensor in saved.items():
             self._state[name].copy_(tensor)
 
@@ -88,6 +88,7 @@ class Coordinator:
         Reference: Yuan et al., arXiv 1910.02120, Algorithm 1.
         """
         failed: list[Lost] = []
+        outer = None if self.job.outer(round_number).is_plain else self._outer
         for left in reversed(range(attempts(self.job.config))):
             names = self._pool.gather(round_number)
             before = dict(self._meter.seconds)
@@ -96,15 +97,15 @@ class Coordinator:
                 cuts = self._job_now.cuts(round_number)
             headers: list[Header] = []
             lost: list[Lost] = []
-            if self._outer and not failed:
-                self._outer.begin()
+            if outer and not failed:
+                outer.begin()
             try:
                 with self._meter.phase("merge"):
                     subnets = self._subnets(round_number, places, cuts)
                     trained = self._accept(round_number, subnets, cuts, headers, lost)
                     reassemble(self._state, cuts, trained, self.job.exclusive(round_number))
-                    if self._outer:
-                        self._outer.step(cuts, (header.worker for header in headers))
+                    if outer:
+                        outer.step(self.job.outer(round_number), cuts, (header.worker for header in headers))
                 break
             except WorkerLostError:
                 if not left:

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from ist import optim
 from ist.config import Config
 from ist.config_method import Partition
+from ist.config_recipe import Outer
 from ist.data.batches import Dealing
 from ist.groups import Group, TensorSpec, constant_tensors, named_tensors, tensor_specs
 from ist.groups.neurons import Found, narrow_sizes
@@ -98,6 +99,10 @@ class Job:
         """Return how neurons are dealt in a round."""
         stage = self.spans[round_number].stage if self.config.recipe.stages else WHOLE_RUN
         return at_stage(self.config.partition, stage.keep)
+
+    def outer(self, round_number: int) -> Outer:
+        """Return the outer step of a round."""
+        return self.config.recipe.outer_of(self.spans[round_number].stage)
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:

@@ -23,13 +23,11 @@ class OuterStep:
     """Momentum of the merged change.
 
     Args:
-        settings: Learning rate and momentum.
         parameters: The whole network's trained parameters by name, which are moved in place.
         state: What a checkpoint holds of it, by name; empty at the beginning.
     """
 
-    def __init__(self, settings: Outer, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        self._settings = settings
+    def __init__(self, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
         self._momentum = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
         self._before = {name: tensor.clone() for name, tensor in parameters.items()}
@@ -41,10 +39,11 @@ class OuterStep:
         for name, tensor in self._parameters.items():
             self._before[name].copy_(tensor)
 
-    def step(self, cuts: Sequence[Cut], returned: Iterable[int]) -> None:
+    def step(self, settings: Outer, cuts: Sequence[Cut], returned: Iterable[int]) -> None:
         """Move the network on from where a round's merge has left it.
 
         Args:
+            settings: Learning rate and momentum.
             cuts: Every worker's positions.
             returned: The workers whose part was merged; what no other held stays as it is.
         """
@@ -56,8 +55,8 @@ class OuterStep:
                 if name in cuts[worker]:
                     write_cut(trained, cuts[worker][name], True)
             momentum = self._momentum[name]
-            momentum.copy_(torch.where(trained, self._settings.momentum * momentum + change, momentum))
-            moved = self._before[name] + self._settings.lr * (change + self._settings.momentum * momentum)
+            momentum.copy_(torch.where(trained, settings.momentum * momentum + change, momentum))
+            moved = self._before[name] + settings.lr * (change + settings.momentum * momentum)
             tensor.copy_(torch.where(trained, moved, tensor))
 
     def checkpoint_state(self) -> dict[str, Tensor]:

@@ -202,7 +202,7 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
 def test_an_outer_step_is_the_loop_over_entries_and_leaves_what_nobody_trained(returned: list[int]) -> None:
     model = seeded(NETWORKS["no batch norm"])
     job, parameters = job_for(model, train__workers=3), trained_parameters(model)
-    step = OuterStep(SETTINGS, parameters, {})
+    step = OuterStep(parameters, {})
     momentum = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
     generator = torch.Generator().manual_seed(0)
 
@@ -214,7 +214,7 @@ def test_an_outer_step_is_the_loop_over_entries_and_leaves_what_nobody_trained(r
         for name, tensor in parameters.items():
             tensor.add_(masks[name] * torch.randn(tensor.shape, generator=generator))
         merged, momentum_before = clone(parameters), clone(momentum)
-        step.step(cuts, returned)
+        step.step(SETTINGS, cuts, returned)
 
         for name, tensor in parameters.items():
             moved, momentum[name] = entry_by_entry(SETTINGS, before[name], merged[name], momentum[name], masks[name])
@@ -248,6 +248,50 @@ def test_the_coordinator_steps_from_what_the_merge_alone_would_have_left() -> No
         for name, merged in reference.state_dict().items():
             moved, momentum[name] = entry_by_entry(SETTINGS, before[name], merged, momentum[name], masks[name])
             torch.testing.assert_close(model.state_dict()[name], moved, rtol=0, atol=1e-5)
+
+
+def test_a_stage_has_an_outer_step_of_its_own() -> None:
+    model, reference = seeded(NETWORKS["no batch norm"]), seeded(NETWORKS["no batch norm"])
+    finish = {"rounds": 2, "keep": 1}
+    made = coordinator(job_for(model, recipe__stages=[{}, {**finish, "outer": SETTINGS.model_dump()}]), model)
+    plain = coordinator(job_for(reference, recipe__stages=[{}, finish]), reference)
+    momentum = {name: torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
+
+    for round_number in range(made.job.num_rounds):
+        reference.load_state_dict(model.state_dict())
+        before = clone(model.state_dict())
+        plain.train_round(round_number)
+        made.train_round(round_number)
+
+        if round_number < made.job.num_rounds - 2:
+            assert_same(clone(model.state_dict()), clone(reference.state_dict()))
+            continue
+        for name, merged in reference.state_dict().items():
+            everything = torch.ones(merged.shape, dtype=torch.bool)
+            moved, momentum[name] = entry_by_entry(SETTINGS, before[name], merged, momentum[name], everything)
+            torch.testing.assert_close(model.state_dict()[name], moved, rtol=0, atol=1e-5)
+
+
+def test_a_stage_may_do_without_the_outer_step_of_the_run() -> None:
+    plain, stages = {"lr": 1.0, "momentum": 0.0}, [{"rounds": 2}, {}]
+    networks = [seeded(NETWORKS["no batch norm"]) for _ in range(2)]
+    with_step = coordinator(
+        job_for(networks[0], recipe={"stages": stages, "outer": SETTINGS.model_dump()}), networks[0]
+    )
+    stages[0]["outer"] = plain
+    without = coordinator(job_for(networks[1], recipe={"stages": stages, "outer": SETTINGS.model_dump()}), networks[1])
+
+    for made in (with_step, without):
+        made.train_round(0)
+        made.train_round(1)
+
+    momenta = [
+        [t for n, t in made.checkpoint_state().items() if n.startswith("outer/")] for made in (with_step, without)
+    ]
+    assert all(bool(tensor.any()) for tensor in momenta[0])
+    assert not any(bool(tensor.any()) for tensor in momenta[1])
+    without.train_round(2)
+    assert any(n.startswith("outer/") and bool(t.any()) for n, t in without.checkpoint_state().items())
 
 
 def test_an_outer_step_that_is_resumed_is_the_same_step() -> None:
