@@ -35,7 +35,7 @@ from ist.lab.link import Link
 from ist.models.mlp import MLP
 from ist.pool.coding import Envelope
 from ist.pool.wire import Message, layout_of
-from ist.subnet import cut_specs, extract, reassemble
+from ist.subnet import cut_specs, extract, placed, reassemble
 from ist.worker import Worker
 
 RATE_MBIT = 100
@@ -130,11 +130,12 @@ def cut_and_merge(device: torch.device, repeats: int, width: int) -> dict[str, f
     model = MLP([784, width, width, 10]).to(device)
     tensors = model.state_dict()
     state = {name: tensors[name] for name in job.specs}
-    cuts = job.cuts(0)
+    computed = job.cuts(0)
+    cuts = placed(computed, device)
     messages = [Message(layout_of(cut_specs(job.specs, cut)), device) for cut in cuts]
 
     def cut_all() -> None:
-        for cut, message in zip(cuts, messages, strict=True):
+        for cut, message in zip(placed(computed, device), messages, strict=True):
             extract(state, cut, message.tensors)
 
     def merge_all() -> None:

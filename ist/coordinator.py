@@ -24,7 +24,7 @@ from ist.pool import Lost, Place, Subnet, WorkerPool
 from ist.pool.coding import SCALE
 from ist.pool.wire import Header
 from ist.rounds import RoundReport
-from ist.subnet import Cut, reassemble
+from ist.subnet import Cut, placed, reassemble
 
 
 class Coordinator:
@@ -54,7 +54,7 @@ class Coordinator:
         self._balance = SpeedBalance() if job.config.partition.balance == "speed" else None
         self._job_now = job
         self._outgoing = Outgoing(job)
-        device = next(model.parameters()).device
+        self._device = device = next(model.parameters()).device
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data = tensor.data.contiguous()
         tensors = model.state_dict()
@@ -94,7 +94,7 @@ class Coordinator:
             before = dict(self._meter.seconds)
             places = self._places(names)
             with self._meter.phase("cut"):
-                cuts = self._job_now.cuts(round_number)
+                cuts = placed(self._job_now.cuts(round_number), self._device)
             headers: list[Header] = []
             lost: list[Lost] = []
             if outer and not failed:

@@ -19,8 +19,8 @@ from torch import Tensor
 from ist.groups import Group, Slot, TensorSpec
 from ist.rng import Indices
 
-TensorCut = tuple[Indices | None, ...]
-"""For every dim of a tensor, the sorted positions that a worker holds; None: all of them."""
+TensorCut = tuple[Indices | Tensor | None, ...]
+"""For every dim of a tensor, the sorted positions that a worker holds; None: all of them. Tensors where `placed`."""
 
 Cut = Mapping[str, TensorCut]
 """A worker's part of every tensor, by name."""
@@ -49,6 +49,18 @@ def positions(groups: Sequence[Group], specs: Mapping[str, TensorSpec], neurons:
         cuts[name][dim] = held if len(held) < specs[name].shape[dim] else None
     absent = absent_modules(groups, neurons)
     return {name: tuple(dims) for name, dims in cuts.items() if not _within(name, absent)}
+
+
+def placed(cuts: Sequence[Cut], device: torch.device) -> Sequence[Cut]:
+    """Return cuts whose positions lie where the tensors do: on a GPU after one transfer, on the CPU as they are."""
+    if device.type == "cpu":
+        return cuts
+    held = {id(dim): dim for cut in cuts for dims in cut.values() for dim in dims if isinstance(dim, np.ndarray)}
+    if not held:
+        return cuts
+    joined = torch.from_numpy(np.concatenate(list(held.values()))).to(device)
+    there = dict(zip(held, torch.split(joined, [len(dim) for dim in held.values()]), strict=True))
+    return [{name: tuple(there.get(id(dim), dim) for dim in dims) for name, dims in cut.items()} for cut in cuts]
 
 
 def absent_modules(groups: Sequence[Group], neurons: Sequence[Indices]) -> list[str]:
@@ -180,17 +192,17 @@ def _take(whole: Tensor, cut: TensorCut, part: Tensor) -> None:
         part.copy_(whole)
     elif not _has_integers(whole):
         if len(dims) == 1:
-            torch.index_select(whole, dims[0], _index(cut, dims[0], whole.device), out=part)
+            torch.index_select(whole, dims[0], _index(cut, dims[0], whole), out=part)
         else:
             part.copy_(whole[_mesh(cut, whole)])
     else:
         source, target = _as_integers(whole), _as_integers(part)
         last = cut[dims[-1]]
-        assert last is not None
+        assert isinstance(last, np.ndarray)
         if len(dims) == 1:
             np.take(source, last, axis=dims[0], out=target, mode="clip")  # 'clip' skips a bounds-checked copy
         elif dims[0] == 0 and len(dims) == 2:
-            assert cut[0] is not None
+            assert isinstance(cut[0], np.ndarray)
             for row, target_row in zip(cut[0].tolist(), target, strict=True):
                 np.take(source[row], last, axis=dims[1] - 1, out=target_row, mode="clip")
         else:
@@ -203,17 +215,17 @@ def _put(whole: Tensor, cut: TensorCut, part: Tensor) -> None:
         whole.copy_(part)
     elif not _has_integers(whole):
         if len(dims) == 1:
-            whole.index_copy_(dims[0], _index(cut, dims[0], whole.device), part)
+            whole.index_copy_(dims[0], _index(cut, dims[0], whole), part)
         else:
             whole[_mesh(cut, whole)] = part
     else:
         target, source = _as_integers(whole), _as_integers(part)
         last = cut[dims[-1]]
-        assert last is not None
+        assert isinstance(last, np.ndarray)
         if len(dims) == 1:
             target[(slice(None),) * dims[0] + (last,)] = source
         elif dims[0] == 0 and len(dims) == 2:
-            assert cut[0] is not None
+            assert isinstance(cut[0], np.ndarray)
             index = (slice(None),) * (dims[1] - 1) + (last,)
             for row, source_row in zip(cut[0].tolist(), source, strict=True):
                 target[row][index] = source_row
@@ -221,20 +233,16 @@ def _put(whole: Tensor, cut: TensorCut, part: Tensor) -> None:
             whole[_mesh(cut, whole)] = part
 
 
-def _index(cut: TensorCut, dim: int, device: torch.device) -> Tensor:
+def _index(cut: TensorCut, dim: int, whole: Tensor) -> Tensor:
     held = cut[dim]
-    assert held is not None
-    return torch.from_numpy(held).to(device)
+    if held is None:
+        return torch.arange(whole.shape[dim], device=whole.device)
+    return held if isinstance(held, Tensor) else torch.from_numpy(held).to(whole.device)
 
 
 def _mesh(cut: TensorCut, whole: Tensor) -> tuple[Tensor, ...]:
     """Index tensors that broadcast against each other and select the cut."""
-    return tuple(
-        (torch.arange(whole.shape[dim]) if held is None else torch.from_numpy(held))
-        .to(whole.device)
-        .view(-1, *([1] * (whole.ndim - dim - 1)))
-        for dim, held in enumerate(cut)
-    )
+    return tuple(_index(cut, dim, whole).view(-1, *([1] * (whole.ndim - dim - 1))) for dim in range(whole.ndim))
 
 
 def _merge_mean(whole: Tensor, cuts: Sequence[TensorCut], parts: Iterable[Tensor]) -> None:

@@ -15,7 +15,7 @@ from ist.config_file import dump_config
 from ist.errors import MemoryLimitError
 from ist.pool.limit import limited_memory
 from ist.run_folder import create_run_folder
-from ist.subnet import cut_specs, extract, reassemble
+from ist.subnet import cut_specs, extract, placed, reassemble
 from tests.conftest import ROOT, Run, assert_same, clone, config_tree, job_for, run_torchrun, small_config, whole_state
 from tests.methods.program import RESUMED, RUNS
 from tests.methods.program import WORKERS as RANKS
@@ -43,14 +43,15 @@ def test_cutting_and_merging_on_the_gpu_gives_the_bits_of_the_cpu(network: str) 
     cuts = job.cuts(1)
     trained: dict[str, list[Any]] = {"cpu": [], "cuda": []}
     for device, state in (("cpu", on_cpu), ("cuda", on_gpu)):
-        for worker, cut in enumerate(cuts):
+        there = placed(cuts, torch.device(device))
+        for worker, cut in enumerate(there):
             specs = cut_specs(job.specs, cut)
             part = {name: torch.empty(s.shape, dtype=s.dtype, device=device) for name, s in specs.items()}
             extract(state, cut, part)
             for tensor in part.values():
                 tensor += worker
             trained[device].append((worker, part))
-        reassemble(state, cuts, trained[device], job.exclusive(0))
+        reassemble(state, there, trained[device], job.exclusive(0))
 
     for name, tensor in on_cpu.items():
         torch.testing.assert_close(on_gpu[name].cpu(), tensor, rtol=0, atol=1e-6)
