@@ -160,12 +160,17 @@ def run_group(command: Sequence[str], cwd: Path, env: dict[str, str], timeout: f
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def run_torchrun(program: Sequence[str], processes: int, timeout: float, **env: str) -> None:
-    """Run a program, or `-m` a module, as so many processes of torchrun, and see that all end well."""
+def torchrun(program: Sequence[str], processes: int, timeout: float, cwd: Path = ROOT, **env: str) -> Done:
+    """Run a program, or `-m` a module, as so many processes of torchrun."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
-    done = run_group([sys.executable, *launcher, *program], ROOT, environment, timeout)
+    return run_group([sys.executable, *launcher, *program], cwd, environment, timeout)
+
+
+def run_torchrun(program: Sequence[str], processes: int, timeout: float, **env: str) -> None:
+    """Run what `torchrun` does, and see that all processes end well."""
+    done = torchrun(program, processes, timeout, **env)
     assert done.returncode == 0, done.stderr
 
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from ist.checkpoint import read_tensors
-from tests.conftest import ROOT, Run, assert_same, config_tree, run_group, wait_for
+from tests.conftest import ROOT, Run, assert_same, config_tree, run_group, torchrun, wait_for
 
 many_processes = pytest.mark.system  # ten seconds for every start of a few processes on two cores
 
@@ -35,18 +35,12 @@ def weights(run: Path) -> Any:
     return read_tensors(run / "model.safetensors")[0]
 
 
-def torchrun(arguments: list[str | Path], processes: int) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return run_group([*command, "-m", "ist", *map(str, arguments)], ROOT, environment, timeout=100)
-
-
 @many_processes
 def test_torchrun_and_the_own_launcher_give_the_same_run(tmp_path: Path, ist_command: Run) -> None:
     config = written(tmp_path)
 
     own = ist_command("train", config, "--run-dir", tmp_path / "own")
-    theirs = torchrun(["train", config, "--run-dir", tmp_path / "theirs"], 2)
+    theirs = torchrun(["-m", "ist", "train", str(config), "--run-dir", str(tmp_path / "theirs")], 2, 100)
 
     assert own.returncode == 0, own.stderr
     assert theirs.returncode == 0, theirs.stderr
@@ -57,7 +51,7 @@ def test_torchrun_and_the_own_launcher_give_the_same_run(tmp_path: Path, ist_com
 
 @many_processes
 def test_a_wrong_number_of_processes_says_both_numbers(tmp_path: Path) -> None:
-    done = torchrun(["train", written(tmp_path)], 3)
+    done = torchrun(["-m", "ist", "train", str(written(tmp_path))], 3, 100)
 
     assert done.returncode != 0
     assert "3 processes were started (WORLD_SIZE), but train.workers is 2" in done.stderr
@@ -177,11 +171,9 @@ def test_data_parallel_is_large_batch_training_and_resumes_bit_for_bit(tmp_path:
 @pytest.mark.parametrize(("name", "percent"), [("own_network", 95), ("graph_network", 90)])
 def test_an_example_runs_alone_and_under_torchrun(tmp_path: Path, name: str, percent: float) -> None:
     example = str(ROOT / "examples" / f"{name}.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
 
-    alone = run_group([sys.executable, example], tmp_path, environment, 100)
-    together = run_group([sys.executable, *launcher, example], tmp_path, environment, 100)
+    alone = run_group([sys.executable, example], tmp_path, {**os.environ, "OMP_NUM_THREADS": "1"}, 100)
+    together = torchrun([example], 4, 100, cwd=tmp_path)
 
     for done in (alone, together):
         assert done.returncode == 0, done.stderr
