@@ -135,14 +135,15 @@ def load_kept(storage: Storage, worker: int, rounds_done: int, of: str) -> dict[
     return tensors if metadata.get("of") == of else None
 
 
-def forget_kept(storage: Storage) -> None:
-    """Delete what all workers kept.
+def forget_kept(storage: Storage, after: int = 0) -> None:
+    """Delete what all workers kept beside checkpoints of more rounds than `after`.
 
     Raises:
         RunFolderError: The storage cannot be read, or refuses.
     """
+    last = _kept_name(0, after).partition(".")[2]
     for name in storage.names():
-        if fnmatch(name, _KEPT.format("*", "*")):
+        if fnmatch(name, _KEPT.format("*", "*")) and name.partition(".")[2] > last:
             storage.delete(name)
 
 

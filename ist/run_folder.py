@@ -102,7 +102,7 @@ class RunFolder:
         return self._parsed(self._lines())
 
     def rewind(self) -> tuple[dict[str, Tensor], Progress]:
-        """Go back to the newest checkpoint: return it, and drop later rounds from metrics.jsonl.
+        """Go back to the newest checkpoint: return it, and drop what is of later rounds.
 
         Without a checkpoint that is the beginning: no tensors. Records of earlier rounds may be missing, where
         only the checkpoints outlived the machine.
@@ -122,6 +122,8 @@ class RunFolder:
             del lines[-1]
         kept = [line for line, r in zip(lines, self._parsed(lines), strict=True) if r["round"] < progress.rounds_done]
         self._write("metrics.jsonl", "".join(line + "\n" for line in kept).encode())
+        # Else a worker that comes back later would take what it kept in a run that was broken off.
+        forget_kept(self.storage, after=progress.rounds_done)
         return tensors, progress
 
     def has_checkpoint(self) -> bool:

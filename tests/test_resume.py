@@ -129,6 +129,12 @@ def test_what_workers_keep_is_beside_the_checkpoints_until_the_run_is_done(tmp_p
     # Of the checkpoint that was not written any more, and of both that are there.
     assert names == {f"worker-{w:04d}.round-{done:08d}.safetensors" for w in range(4) for done in (3, 4, 5)}
 
+    _, progress = folder.rewind()
+    # Also of workers that are not there in the next round: one that comes back later must not find them.
+    names = {path.name for path in (folder.path / "checkpoints").glob("worker-*")}
+    assert progress.rounds_done == 4
+    assert names == {f"worker-{w:04d}.round-{done:08d}.safetensors" for w in range(4) for done in (3, 4)}
+
     run(folder, resume=True)
     assert not list((folder.path / "checkpoints").glob("worker-*"))
     assert sorted(path.name for path in (folder.path / "checkpoints").iterdir()) == [
