@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from ist import optim
 from ist.balance import SpeedBalance
 from ist.config import Config
-from ist.errors import DivergedError, ISTError, PoolError, WorkerLostError
+from ist.errors import CheckpointError, DivergedError, ISTError, PoolError, WorkerLostError
 from ist.exchange import Outgoing, read_trained
+from ist.finite import is_finite
 from ist.job import Job
 from ist.meter import Meter
 from ist.outer import PREFIX as OUTER
 from ist.outer import OuterStep
+from ist.partition import holds_everything
 from ist.pool import Lost, Place, Subnet, WorkerPool
 from ist.pool.coding import SCALE
 from ist.pool.wire import Header
@@ -36,6 +38,9 @@ class Coordinator:
         model: The whole network, trained in place.
         meter: Counts what the pool sends.
         carried: Optimiser state to go on with, where it is carried, and the outer step's, where the run is resumed.
+
+    Raises:
+        CheckpointError: `carried` holds what the configuration has no use for.
     """
 
     def __init__(
@@ -67,6 +72,11 @@ class Coordinator:
             momentum = {name: saved.pop(name) for name in list(saved) if name.startswith(OUTER)}
             self._outer = OuterStep(trained, momentum)
         for name, tensor in saved.items():
+            if name not in self._state:
+                raise CheckpointError(
+                    f"the checkpoint holds '{name}', for which this configuration has no use: go on with the one that "
+                    "the run began with (recipe.outer, train.optimizer_state)"
+                )
             self._state[name].copy_(tensor)
 
     @property
@@ -81,18 +91,20 @@ class Coordinator:
         too few come back and others may take their places, the round is begun anew; what did come back stays merged.
 
         Raises:
-            DivergedError: Too few came back, and first of all one with something that is not finite.
-            PoolError: Too few came back, and first of all one with a message of another round or shape.
+            DivergedError: Too few came back well, nobody was lost, and the first had something that is not finite.
+            PoolError: Too few came back well, nobody was lost, and the first had a message of another round or shape.
             WorkerLostError: Too few came back, or too few are there to begin with.
 
         Reference: Yuan et al., arXiv 1910.02120, Algorithm 1.
         """
         failed: list[Lost] = []
         outer = None if self.job.outer(round_number).is_plain else self._outer
+        # Where all hold everything, how long a worker takes says nothing of shares, and does not follow them.
+        balance = None if holds_everything(self.job.partition(round_number)) else self._balance
         for left in reversed(range(attempts(self.job.config))):
             names = self._pool.gather(round_number)
             before = dict(self._meter.seconds)
-            places = self._places(names)
+            places = self._places(names, balance)
             with self._meter.phase("cut"):
                 cuts = placed(self._job_now.cuts(round_number), self._device)
             headers: list[Header] = []
@@ -112,10 +124,10 @@ class Coordinator:
                     raise
                 failed += lost
         spent = {phase: seconds - before.get(phase, 0.0) for phase, seconds in self._meter.seconds.items()}
-        if self._balance:
+        if balance:
             took = {header.worker: header.compute_s for header in headers}
             took |= {late.worker: spent["train"] for late in lost if late.kind == "late"}
-            self._balance.note({names[worker]: seconds for worker, seconds in took.items()})
+            balance.note({names[worker]: seconds for worker, seconds in took.items()})
         report = _report(headers, lost, spent, self._pool.parallel)
         return replace(report, lost=(*failed, *report.lost))
 
@@ -132,9 +144,9 @@ class Coordinator:
         """Let the workers go."""
         self._pool.close()
 
-    def _places(self, names: Sequence[str]) -> list[Place]:
+    def _places(self, names: Sequence[str], balance: SpeedBalance | None) -> list[Place]:
         """Give the workers that are there their places, and see to it that `_job_now` is the job for so many."""
-        capacities = self._balance.capacities(names) if self._balance else None
+        capacities = balance.capacities(names) if balance else None
         self._job_now = self.job.with_workers(len(names), capacities)
         return [Place(worker, len(names), capacities) for worker in range(len(names))]
 
@@ -185,7 +197,8 @@ class Coordinator:
                     text = f"worker {result.worker} was {result.kind} in round {round_number} ({result.reason})"
                     causes.append(WorkerLostError(f"{text}; {needed} of {num_workers} workers are needed"))
                 if num_workers - len(lost) < needed:
-                    raise causes[0]
+                    # Who was lost can be replaced: that comes before who returned nonsense.
+                    raise next((cause for cause in causes if isinstance(cause, WorkerLostError)), causes[0])
 
 
 def min_returned(config: Config) -> int:
@@ -207,7 +220,7 @@ def _check_finite(header: Header, tensors: Mapping[str, Tensor]) -> None:
     if not math.isfinite(header.loss_sum):
         what = f"a loss of {header.loss_sum}"
     else:
-        bad = next((name for name, t in tensors.items() if t.is_floating_point() and not _is_finite(t)), None)
+        bad = next((name for name, tensor in tensors.items() if not is_finite([tensor])), None)
         if bad is None:
             return
         what = f"values in '{bad.removesuffix(SCALE)}' that are not finite"
@@ -220,12 +233,6 @@ def diverged(worker: int, what: str, round_number: int) -> DivergedError:
         f"worker {worker} returned {what} in round {round_number}: training has diverged. "
         "Lower the learning rate (train.optimizer.args.lr); checkpoints of earlier rounds are as they were"
     )
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # aminmax carries NaN along and needs one pass and no temporary, unlike isfinite().all().
-    low, high = tensor.aminmax()
-    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def _report(headers: Sequence[Header], lost: Sequence[Lost], spent: Mapping[str, float], parallel: bool) -> RoundReport:

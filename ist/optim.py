@@ -229,8 +229,10 @@ def store_state(
     """Write an optimiser's state into the tensors of `state`, the inverse of `load_state`."""
     for name, parameter in named.items():
         for slot in slots:
-            target, source = state[state_name(slot.key, name)], optimizer.state[parameter][slot.key]
-            if target.data_ptr() != source.data_ptr():
+            target, source = state[state_name(slot.key, name)], optimizer.state[parameter].get(slot.key)
+            if source is None:  # it has had no gradient yet
+                target.fill_(slot.initial)
+            elif target.data_ptr() != source.data_ptr():
                 target.copy_(source)
 
 

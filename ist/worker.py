@@ -5,6 +5,7 @@ it back.
 Not here: how the message got here, whose neurons they are, what happens to them next.
 """
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from ist.data.nested import call_model
 from ist.errors import AbandonedRoundError, ConfigError
 from ist.evaluate import evaluate
 from ist.exchange import WorkerEnd
+from ist.finite import is_finite
 from ist.groups import named_tensors
 from ist.job import Job
 from ist.kept import Keeper, Site
@@ -71,9 +73,7 @@ class Worker:
         started, cpu_started = time.perf_counter(), time.thread_time()
         job = self.job
         if self._is_new:
-            taken = self._keeper.recover(round_number)
-            self._end.taken = {name: tensor.to(self.device) for name, tensor in taken.items()}
-            self._is_new = False
+            self._recover(round_number)
         message = self._end.open(envelope)
         if self._looks != (looks := job.looks(self.number, round_number)):
             self._looks, self.module = looks, job.narrow(job.neurons(round_number)[self.number], self.device)
@@ -94,12 +94,16 @@ class Worker:
         multiply(message.tensors, folded, inverse=True)
         if job.state_slots:
             optim.store_state(optimizer, named, job.state_slots, message.tensors)
+        is_sound = math.isfinite(total) and is_finite(message.tensors.values())
         self._end.close(envelope, message, round_number)
         elapsed = time.perf_counter() - started
         # A GPU is nobody else's.
         cpu_s = time.thread_time() - cpu_started if self.device.type == "cpu" else elapsed
         memory_bytes = self.gauge.peak_bytes()
-        self._keeper.keep(optimizer, named, self._end.taken, round_number)
+        if not is_sound:  # the coordinator will refuse it, and what is kept must not spoil the rounds to come
+            self._end.taken = {}
+        else:
+            self._keeper.keep(optimizer, named, self._end.taken, round_number)
         envelope.up.write_header(
             Header(
                 round_number,
@@ -113,6 +117,12 @@ class Worker:
                 aside_s=time.perf_counter() - started - elapsed,
             )
         )
+
+    def _recover(self, round_number: int) -> None:
+        """Take up what was kept where this worker's first round follows a checkpoint."""
+        taken = self._keeper.recover(round_number)
+        self._end.taken = {name: tensor.to(self.device) for name, tensor in taken.items()}
+        self._is_new = False
 
 
 class Seat:

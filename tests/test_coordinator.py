@@ -2,17 +2,20 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from ist.coordinator import Coordinator
-from ist.errors import DivergedError, PoolError, WorkerLostError
+from ist.errors import CheckpointError, DivergedError, PoolError, WorkerLostError
 from ist.meter import Meter
 from ist.pool import Buffers, Lost, Subnet
 from ist.pool.coding import Envelope, Route
 from ist.pool.inline import InlinePool
 from ist.pool.wire import Header
+from ist.worker import Worker
 from tests.conftest import assert_same, clone, job_for
 from tests.networks import NETWORKS, seeded
 
@@ -73,6 +76,61 @@ def test_a_lost_worker_leaves_its_neurons_untouched() -> None:
 def test_by_default_one_lost_worker_ends_the_run_and_names_the_cause() -> None:
     with pytest.raises(WorkerLostError, match=r"worker 1 was lost in round 0 \(it burnt down\); 4 of 4 workers"):
         coordinator(lost=[1]).train_round(0)
+
+
+def test_where_some_are_lost_and_one_returns_nonsense_it_is_the_loss_that_counts() -> None:
+    with pytest.raises(WorkerLostError, match=r"worker 2 was lost in round 0 \(it burnt down\); 2 of 4 workers"):
+        coordinator(min_returned=2, spoil=0, how="loss", lost=[2, 3]).train_round(0)
+
+
+class SpoiltOnce(nn.Module):
+    """A network in which one step of one round's one worker gives infinite weights."""
+
+    spoils = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(12, 24), nn.Linear(24, 5)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.linear_2(self.linear_1(inputs).relu())
+        return outputs * (math.inf if SpoiltOnce.spoils else 1.0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train__optimizer_state": "kept", "recipe__stages": [{"keep": 1}]},
+        {"exchange": {"down": "int8", "up": "int4", "values": "deltas", "error_feedback": True}},
+    ],
+    ids=["state that is kept", "rounding that is fed back"],
+)
+def test_a_worker_that_has_once_trained_nonsense_keeps_none_of_it(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SpoiltOnce()
+    job, meter = job_for(model, pool__min_returned=3, train__rounds=6, **settings), Meter()
+    made = Coordinator(job, InlinePool(job, torch.device("cpu"), meter), model, meter)
+    train = Worker.train
+
+    def spoilt(self: Worker, round_number: int, *rest: Any) -> None:
+        monkeypatch.setattr(SpoiltOnce, "spoils", (round_number, self.number) == (2, 1))
+        train(self, round_number, *rest)
+
+    monkeypatch.setattr(Worker, "train", spoilt)
+
+    lost = [(r, left.worker, left.kind) for r in range(6) for left in made.train_round(r).lost]
+
+    assert lost == [(2, 1, "rejected")]
+
+
+def test_what_a_checkpoint_holds_and_nobody_wants_is_named() -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    job, meter = job_for(model), Meter()
+    pool = InlinePool(job, torch.device("cpu"), meter)
+
+    with pytest.raises(CheckpointError, match="holds 'outer/linear_1.bias', for which this configuration has no use"):
+        Coordinator(job, pool, model, meter, {"outer/linear_1.bias": torch.zeros(24)})
 
 
 def test_a_round_that_trained_nothing_is_an_error_whatever_the_floor() -> None:

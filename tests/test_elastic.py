@@ -53,6 +53,27 @@ def changing(
     return Coordinator(job, pool, model, meter), pool
 
 
+def test_shares_stay_what_they_were_where_all_hold_everything() -> None:
+    stages = [{}, {"rounds": 3, "keep": 1}]
+    made, pool = changing({}, {"worker 0": 9.0}, partition__balance="speed", recipe__stages=stages, train__rounds=6)
+    for round_number in range(3):
+        made.train_round(round_number)
+    assert made._balance
+    names = pool.gather(3)
+    measured, workers = made._balance.capacities(names), set()
+
+    for round_number in range(3, 6):
+        made.train_round(round_number)
+        workers.add(tuple(id(seat._taken) for seat in pool._seats))
+
+    assert measured
+    assert measured[0] < measured[1]
+    assert made._balance.capacities(names) == measured
+    whole = tuple(made.model.state_dict()["linear_1.bias"].shape)
+    assert all(shapes == [whole] * 4 for shapes in pool.shapes[3:])
+    assert len(workers) == 1  # and so their optimisers go on
+
+
 def test_the_next_partition_uses_who_is_there() -> None:
     made, pool = changing({0: 4, 1: 2, 2: 3}, train__workers={"min": 2, "max": 4})
 

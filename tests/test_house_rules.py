@@ -25,7 +25,7 @@ LAYERS = [
     ["ist._version", "ist.errors", "ist.theory"],
     ["ist.lab"],
     ["ist.lab.link"],
-    ["ist.rng", "ist.config_base", "ist.balance", "ist.lab.hosts"],
+    ["ist.rng", "ist.config_base", "ist.balance", "ist.finite", "ist.lab.hosts"],
     ["ist.config_method", "ist.config_recipe"],
     ["ist.config"],
     ["ist.config_file", "ist.registry", "ist.storage"],

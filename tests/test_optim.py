@@ -8,7 +8,12 @@ from torch import nn
 
 from ist import optim
 from ist.config_base import Component
+from ist.coordinator import Coordinator
 from ist.errors import ConfigError
+from ist.meter import Meter
+from ist.pool.inline import InlinePool
+from tests.conftest import job_for
+from tests.networks import NETWORKS, seeded
 
 REFUSED = {"Adafactor": "row_var", "ASGD": "ax"}
 
@@ -98,3 +103,21 @@ def test_numbers_among_an_optimisers_state_stay_numbers() -> None:
     assert {key: found[key] for key in ("step", "rate", "warm")} == {"step": 7, "rate": 0.5, "warm": True}
     assert type(found["step"]) is int
     assert torch.equal(found["moment"], kept["moment"])
+
+
+def test_state_of_a_parameter_without_gradients_is_carried_too() -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    model.register_parameter("idle", nn.Parameter(torch.ones(3)))
+    job, meter = (
+        job_for(model, train__optimizer={"name": "Adam", "args": {}}, train__optimizer_state="carried"),
+        Meter(),
+    )
+    made = Coordinator(job, InlinePool(job, torch.device("cpu"), meter), model, meter)
+
+    for round_number in range(3):
+        made.train_round(round_number)
+
+    state = made.checkpoint_state()
+    assert torch.equal(state["idle"], torch.ones(3))
+    assert not state["exp_avg@idle"].any()
+    assert bool(state["exp_avg@linear_1.weight"].any())

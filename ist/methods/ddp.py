@@ -20,11 +20,12 @@ from ist import optim
 from ist.data.batches import fetch, take_shard
 from ist.data.nested import call_model
 from ist.errors import ConfigError, ModelError
+from ist.finite import is_finite
 from ist.job import Job
 from ist.meter import MemoryGauge, Meter
 from ist.methods.hooks import GradientExchange
 from ist.methods.powersgd import restore_powersgd, saved_powersgd
-from ist.methods.ranks import RankRound, begin_together, is_finite, report_round, spread
+from ist.methods.ranks import RankRound, begin_together, report_round, spread
 from ist.pool.group import Membership, peer_errors
 from ist.rounds import RoundReport
 from ist.worker import local_steps

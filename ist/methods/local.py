@@ -19,10 +19,11 @@ from torch.distributed.algorithms.model_averaging.utils import average_parameter
 
 from ist import optim
 from ist.data.batches import take_shard
+from ist.finite import is_finite
 from ist.job import Job
 from ist.meter import MemoryGauge, Meter
 from ist.methods.quantized import mean_in_int8
-from ist.methods.ranks import RankRound, begin_together, collect, is_finite, report_round, spread
+from ist.methods.ranks import RankRound, begin_together, collect, report_round, spread
 from ist.pool.group import Membership, peer_errors
 from ist.rounds import RoundReport
 from ist.worker import local_steps

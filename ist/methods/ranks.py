@@ -5,7 +5,7 @@ Not here: training traffic. Nothing of this module is counted as such.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 import safetensors.torch
@@ -97,11 +97,6 @@ def summarise(steps: int, ranks: Sequence[RankRound]) -> RoundReport:
         memory_bytes=tuple(did.memory_bytes for did in ranks),
         workers=size,
     )
-
-
-def is_finite(parameters: Iterable[Tensor]) -> bool:
-    """Return whether all numbers are."""
-    return all(bool(parameter.detach().isfinite().all()) for parameter in parameters)
 
 
 def spread(membership: Membership, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ class _Member:
         slot: Which of the run's workers it stands for; an actor that takes over after a loss has the same.
         starting: Answers when the actor runs, for the first time or still; None afterwards.
         busy: A round that goes on without it, but that it may still be training; since when.
+        failures: How many rounds in a row its code has failed in.
     """
 
     slot: int
@@ -54,6 +55,7 @@ class _Member:
     where: str = _NOWHERE
     busy: Any | None = None
     busy_since: float = 0.0
+    failures: int = 0
 
     @property
     def is_free(self) -> bool:
@@ -196,11 +198,15 @@ class RayPool:
         try:
             # Its bytes may be on a node that is gone; then they never come.
             trained = ray.get(ref, timeout=self._round_s)
-        except RayTaskError as error:  # the actor is well, its code failed
+        except RayTaskError as error:  # the actor is well, its code failed: once may be chance
+            member.failures += 1
+            if member.failures > 1:
+                self._dismiss(member)
             return Lost(subnet.worker, f"{member.name} on {member.where} failed: {first_line(_cause(error))}")
         except RayError as error:
             self._dismiss(member)
             return Lost(subnet.worker, f"{member.name} on {member.where} is gone: {_why_gone(error)}")
+        member.failures = 0
         route = subnet.envelope.route
         if not isinstance(trained, np.ndarray) or trained.dtype != np.uint8 or trained.shape != (route.up.nbytes,):
             what = f"{trained.dtype} {trained.shape}" if isinstance(trained, np.ndarray) else type(trained).__name__

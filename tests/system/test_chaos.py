@@ -122,6 +122,15 @@ def test_a_worker_whose_code_fails_is_left_out_and_stays() -> None:
     assert "failed: a memory module was pulled out" in lost["reason"]
 
 
+def test_a_worker_whose_code_fails_twice_in_a_row_is_replaced() -> None:
+    rounds = [1, 2, 4]
+    ended = on_ray([Fault(round_number, 0, "while training", "raise") for round_number in rounds])
+
+    assert_only_that_is_missing(ended, {(round_number, 0): "lost" for round_number in rounds})
+    first, second, third = (ended[1][r]["lost"][0]["reason"].split()[0] for r in rounds)
+    assert first == second != third
+
+
 def test_several_workers_may_go_in_one_round_and_one_more_than_once() -> None:
     faults = [Fault(1, 0, "while training"), Fault(3, 0, "before send"), Fault(5, 2, "while sending back")]
 
