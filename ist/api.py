@@ -22,7 +22,7 @@ from ist.groups import on_meta
 from ist.pool.torchrun import is_launched, is_rank_zero
 from ist.rounds import follow_rounds, run_rounds
 from ist.run import Following, open_run
-from ist.run_folder import RunFolder, create_run_folder
+from ist.run_folder import RunFolder, create_run_folder, reopen
 from ist.watch import check_watch
 from ist.worker import rehearse
 
@@ -115,7 +115,7 @@ def train(
         DataError: The data cannot be dealt to the workers.
         ModelError: The network cannot be split among that many workers.
         DivergedError: A worker returned a loss or weight that is not finite.
-        RunFolderError: `run_dir` cannot be written, or (with `resume`) holds no run.
+        RunFolderError: `run_dir` cannot be written, or (with `resume`) holds no run, or another one.
 
     Example:
         >>> result = ist.train(model, dataset, workers=4, local_steps=50, rounds=200)
@@ -161,7 +161,7 @@ def train(
     rehearse(job)
     folder: RunFolder | None = None
     if run_dir is not None and is_rank_zero():
-        folder = RunFolder(Path(run_dir)) if resume else create_run_folder(config, Path(run_dir))
+        folder = (reopen if resume else create_run_folder)(config, Path(run_dir))
     with open_run(job, folder, resume, progress) as run:
         if isinstance(run, Following):
             follow_rounds(run.job, run.follower, run.first_round)

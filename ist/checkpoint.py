@@ -37,11 +37,13 @@ class Progress:
         rounds_done: Rounds done.
         totals: Counters at that moment.
         numbers: The latest loss, accuracy and the like, for the result of a run whose first records are elsewhere.
+        start: A name for the start of the run's processes that saved it: with them, workers saved what they keep.
     """
 
     rounds_done: int = 0
     totals: dict[str, float] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
+    start: str = ""
 
 
 def save_checkpoint(storage: Storage, tensors: Mapping[str, Tensor], progress: Progress, keep: int) -> str:

@@ -14,7 +14,7 @@ import json
 import logging
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -43,17 +43,27 @@ class Site:
     Attributes:
         folder: The run folder on rank 0's machine, an absolute path.
         checkpoint: Rank 0's settings.
+        start: A name for this start of the run's processes.
+        first_round: The round that they begin with.
+        before: The start whose checkpoint they go on from; empty at the beginning of a run.
     """
 
     folder: str
     checkpoint: Checkpoint
+    start: str = ""
+    first_round: int = 0
+    before: str = ""
+
+    def saved_by(self, round_number: int) -> str:
+        """Return the start in which the run was saved before a round: what others left there is of another course."""
+        return self.before if round_number == self.first_round else self.start
 
     def to_text(self) -> str:
         """Return what may be sent in clear: not a URL, which may hold a password."""
         checkpoint = self.checkpoint
         if checkpoint.storage and is_url(checkpoint.storage):
             checkpoint = checkpoint.model_copy(update={"storage": _A_URL})
-        return json.dumps({"folder": self.folder, "checkpoint": checkpoint.model_dump()})
+        return json.dumps({**asdict(self), "checkpoint": checkpoint.model_dump()})
 
     @classmethod
     def from_text(cls, text: str, own: Checkpoint) -> "Site":
@@ -62,7 +72,7 @@ class Site:
         checkpoint = Checkpoint(**told["checkpoint"])
         if checkpoint.storage == _A_URL:
             checkpoint = checkpoint.model_copy(update={"storage": own.storage})
-        return cls(told["folder"], checkpoint)
+        return cls(**{**told, "checkpoint": checkpoint})
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,8 @@ class Keeper:
         if not (goes_on or self._job.config.exchange.error_feedback):
             return {}
         checkpoint = self._site.checkpoint
-        of, why = self._fingerprint(self._held(round_number - 1)), "nothing that fits is there"
+        of = self._fingerprint(self._held(round_number - 1), self._site.saved_by(round_number))
+        why = "nothing that fits is there"
         found = None
         try:
             found = load_kept(self._storage, self._worker, round_number, of)
@@ -154,7 +165,8 @@ class Keeper:
         state = optim.named_state(optimizer, named) if goes_on else {}
         tensors = {**state, **{_TAKEN + name: tensor for name, tensor in taken.items()}}
         try:
-            save_kept(self._storage, self._worker, rounds_done, tensors, self._fingerprint(held), checkpoint.keep)
+            of = self._fingerprint(held, self._site.start)
+            save_kept(self._storage, self._worker, rounds_done, tensors, of, checkpoint.keep)
         except (ConfigError, RunFolderError) as error:
             if not self._cannot_save:
                 _log.warning("worker %d cannot save what it keeps, and would go on without: %s", self._worker, error)
@@ -175,12 +187,12 @@ class Keeper:
             return False
         return _same(self._held(round_number), self._held(round_number + 1))
 
-    def _fingerprint(self, neurons: Sequence[Indices]) -> str:
+    def _fingerprint(self, neurons: Sequence[Indices], start: str) -> str:
         """Name what a worker holds, of how much: another number of workers, or other shares, deal other data too."""
         code = zlib.crc32(repr(self._job.config.partition.capacities).encode())
         for held in neurons:
             code = zlib.crc32(held.tobytes(), zlib.crc32(str(len(held)).encode(), code))
-        return f"{code:08x} of {self._job.config.train.workers}"
+        return f"{code:08x} of {self._job.config.train.workers} by {start}"
 
 
 def _same(neurons: Sequence[Indices], others: Sequence[Indices]) -> bool:

@@ -128,7 +128,8 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
     first_round = before.rounds_done
     if membership:
         first_round = agree_on_start(membership, first_round, _fingerprint(config))
-    site = _site(config, folder, membership) if config.workers_keep else None
+    start = secrets.token_hex(4)
+    site = _site(config, folder, membership, start, before) if config.workers_keep else None
     meter = Meter()
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads_before)
@@ -147,7 +148,7 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
         watchers = open_watchers(config, folder, job.num_rounds, first_round, progress)
         for watcher in watchers:
             stack.callback(watcher.close)
-        recorder = RunRecorder(job, folder, watchers, before, meter, gauge)
+        recorder = RunRecorder(job, folder, watchers, before, meter, gauge, start)
         yield Leading(job, method, recorder, first_round, device)
 
 
@@ -203,9 +204,14 @@ def _pool(
     return pool
 
 
-def _site(config: Config, folder: RunFolder | None, membership: Membership | None) -> Site | None:
+def _site(
+    config: Config, folder: RunFolder | None, membership: Membership | None, start: str, before: Progress
+) -> Site | None:
     """Return where this process's workers may save what they keep: where rank 0 saves the run, if it does."""
-    site = Site(str(folder.path.resolve()), folder.load_config().checkpoint) if folder else None
+    site = None
+    if folder:
+        checkpoint = folder.load_config().checkpoint
+        site = Site(str(folder.path.resolve()), checkpoint, start, before.rounds_done, before.start)
     if membership is None:
         return site
     told = tell(membership, site.to_text() if site else "")

@@ -122,8 +122,8 @@ class RunFolder:
             del lines[-1]
         kept = [line for line, r in zip(lines, self._parsed(lines), strict=True) if r["round"] < progress.rounds_done]
         self._write("metrics.jsonl", "".join(line + "\n" for line in kept).encode())
-        # Else a worker that comes back later would take what it kept in a run that was broken off.
-        forget_kept(self.storage, after=progress.rounds_done)
+        with suppress(RunFolderError):  # of no use any more, and no harm
+            forget_kept(self.storage, after=progress.rounds_done)
         return tensors, progress
 
     def has_checkpoint(self) -> bool:
@@ -278,6 +278,17 @@ def open_or_create(config: Config, path: Path) -> tuple[RunFolder, bool]:
     return _written(config, path), latest_checkpoint(storage) is not None
 
 
+def reopen(config: Config, path: Path) -> RunFolder:
+    """Open the folder of a run that is to go on, as a program means it that configures the run itself.
+
+    Raises:
+        RunFolderError: It holds no run, or another one.
+    """
+    folder = RunFolder(path)
+    _refuse_moved(path, config)
+    return folder
+
+
 def _written(config: Config, path: Path) -> RunFolder:
     """Make the folder where it is missing, and write the configuration: there, and where checkpoints will be."""
     config = _with_absolute_storage(config)
@@ -331,7 +342,7 @@ def _refuse_foreign(storage: Storage, config: Config) -> None:
 
 def _refuse_other(there: Config, config: Config, where: str) -> None:
     """Refuse a place that holds a run which is not the configured one."""
-    trees = [dict(_flat(c.model_dump(exclude=NOT_COMPARED))) for c in (there, config)]
+    trees = [dict(_flat(c.model_dump(mode="json", exclude=NOT_COMPARED))) for c in (there, config)]
     for key in dict.fromkeys([*trees[1], *trees[0]]):
         old, new = (repr(tree[key]) if key in tree else "not set" for tree in trees)
         if old != new:

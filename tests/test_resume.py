@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ist
 from ist.build import build_job
 from ist.checkpoint import read_tensors, save_kept
 from ist.config import Checkpoint
@@ -21,7 +23,7 @@ from ist.rounds import run_rounds
 from ist.run import Leading, open_run
 from ist.run_folder import RunFolder, create_run_folder
 from ist.storage import LocalStorage
-from tests.conftest import assert_same, job_for, small_config
+from tests.conftest import assert_same, data, job_for, small_config
 from tests.networks import NETWORKS, seeded
 
 
@@ -188,16 +190,20 @@ def stepped(job: Job, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimize
 
 def test_a_worker_takes_what_it_kept_of_the_same_neurons_among_as_many(tmp_path: Path) -> None:
     job, named = kept_job()
-    site = Site(str(tmp_path), Checkpoint())
+    site = Site(str(tmp_path), Checkpoint(), start="a")
     optimizer = stepped(job, named)
     Keeper(job, 0, site).keep(optimizer, named, {}, 0)
 
-    def taken_by(other: Job, worker: int = 0, round_number: int = 1) -> dict[str, Tensor]:
+    def taken_by(other: Job, worker: int = 0, round_number: int = 1, site: Site = site) -> dict[str, Tensor]:
         keeper = Keeper(other, worker, site)
         keeper.recover(round_number)
         return named_state(keeper.optimizer(named, round_number), named)
 
     assert_same(taken_by(job), named_state(optimizer, named))
+    # Of the start whose checkpoint is gone on from, and of no other.
+    assert_same(taken_by(job, site=replace(site, start="b", first_round=1, before="a")), named_state(optimizer, named))
+    assert taken_by(job, site=replace(site, start="b", first_round=1, before="c")) == {}
+    assert taken_by(job, site=replace(site, start="b")) == {}
     assert taken_by(job, worker=1) == {}
     assert taken_by(job, round_number=2) == {}
     assert taken_by(job.with_workers(3)) == {}
@@ -216,7 +222,7 @@ def test_a_place_that_cannot_be_reached_is_told_and_costs_what_was_kept_alone(ca
 
 
 def test_a_password_in_a_url_stays_with_who_was_configured_with_it() -> None:
-    site = Site("/runs/first", Checkpoint(storage="s3://me:secret@bucket/runs"))
+    site = Site("/runs/first", Checkpoint(storage="s3://me:secret@bucket/runs"), "b", 7, "a")
 
     assert "secret" not in site.to_text()
     assert Site.from_text(site.to_text(), site.checkpoint) == site
@@ -308,3 +314,21 @@ def test_the_result_loads_into_the_plain_network(tmp_path: Path) -> None:
     model.load_state_dict(load_file(folder.path / "model.safetensors"))
 
     assert all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values())
+
+
+def test_a_program_that_resumes_another_run_is_told_what_differs(tmp_path: Path) -> None:
+    def trained(**changes: Any) -> int:
+        settings = {"optimizer_args": {"lr": 0.1, "betas": (0.8, 0.9)}, "resume": True, **changes}
+        model = seeded(NETWORKS["no batch norm"])
+        found = ist.train(
+            model, data(), workers=2, local_steps=2, rounds=2, optimizer="Adam", run_dir=tmp_path / "run",
+            progress=False, **settings,
+        )  # fmt: skip
+        return len(found.history)
+
+    assert trained(resume=False) == 2
+    assert trained() == 2  # it is done, and the same run, tuples and all
+    with pytest.raises(RunFolderError, match=r"run: holds another run: its 'seed' is 0, not 5"):
+        trained(seed=5)
+    with pytest.raises(RunFolderError, match=r"its 'recipe.outer.momentum' is 0.0, not 0.5"):
+        trained(recipe={"outer": {"momentum": 0.5}})
