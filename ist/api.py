@@ -17,7 +17,7 @@ from ist.config import FROM_PYTHON
 from ist.config_file import validate
 from ist.data.batched import BatchedDataset
 from ist.data.batches import length
-from ist.errors import DataError, ModelError
+from ist.errors import ConfigError, DataError, ModelError
 from ist.groups import on_meta
 from ist.pool.torchrun import is_launched, is_rank_zero
 from ist.rounds import follow_rounds, run_rounds
@@ -65,6 +65,7 @@ def train(
     partition: Mapping[str, Any] | None = None,
     exchange: Mapping[str, Any] | None = None,
     recipe: Mapping[str, Any] | None = None,
+    data_options: Mapping[str, Any] | None = None,
     train_options: Mapping[str, Any] | None = None,
     evaluate_options: Mapping[str, Any] | None = None,
     pool_options: Mapping[str, Any] | None = None,
@@ -101,6 +102,7 @@ def train(
         partition: How neurons are dealt: keys of the section `partition`, such as {"exclude": ["layers.0.*"]}.
         exchange: In how many bits slices travel: keys of the section `exchange`, such as {"up": "int8"}.
         recipe: Stages, outer step and average: keys of the section `recipe`, such as {"average": {"kind": "ema"}}.
+        data_options: Keys of the section `data`, such as {"shuffle": "global"}.
         train_options: Further keys of the section `train` of a configuration, see `ist keys`.
         evaluate_options: Keys of the section `evaluate`.
         pool_options: Keys of the section `pool`.
@@ -120,6 +122,7 @@ def train(
     Example:
         >>> result = ist.train(model, dataset, workers=4, local_steps=50, rounds=200)
     """
+    _check_arguments(locals())
     if optimizer_args is None:
         optimizer_args = {"lr": 0.1} if optimizer == "SGD" else {}
     config = validate(
@@ -127,7 +130,7 @@ def train(
             "name": "api",
             "seed": seed,
             "model": {"name": FROM_PYTHON + type(model).__name__},
-            "data": {"name": type(data).__name__},
+            "data": {"name": type(data).__name__, **(data_options or {})},
             "train": {
                 "workers": workers,
                 "rounds": rounds,
@@ -153,7 +156,6 @@ def train(
         "ist.train",
     )
     check_watch(config)
-    _check_data(data)
     _check_model(model)
     device_before = next(model.parameters()).device
     function = loss_function(loss) if isinstance(loss, str) else loss
@@ -174,18 +176,42 @@ def train(
         return TrainResult(model, run.recorder.history, is_coordinator=True)
 
 
-def _check_data(data: Any) -> None:
+_MAPPINGS = ("optimizer_args", "schedule_args", "partition", "exchange", "recipe")
+
+
+def _check_arguments(given: Mapping[str, Any]) -> None:
+    """Refuse arguments of `train` of which torch or pydantic would speak in other words.
+
+    Raises:
+        ConfigError: A class is given for its name or for what it makes, or something else for a mapping.
+        DataError: `data` or `test_data` is no data set.
+    """
+    if isinstance(given["optimizer"], type):
+        name = given["optimizer"].__name__
+        raise ConfigError(f"optimizer is the class {name}: give its name, '{name}', and optimizer_args")
+    if isinstance(given["loss"], type):
+        name = given["loss"].__name__
+        raise ConfigError(f"loss is the class {name}: give a function, such as {name}()")
+    for name, value in given.items():
+        if (name in _MAPPINGS or name.endswith("_options")) and not isinstance(value, Mapping | None):
+            raise ConfigError(f"{name} is {value!r} (a {type(value).__name__}): give a mapping of keys to values")
+    _check_data(given["data"], "data")
+    if given["test_data"] is not None:
+        _check_data(given["test_data"], "test_data")
+
+
+def _check_data(data: Any, name: str) -> None:
     """Refuse what looks like a data set and is none.
 
     Raises:
         DataError: It is a DataLoader, bare tensors, or its items are not pairs.
     """
     if isinstance(data, DataLoader):
-        raise DataError("data is a DataLoader: pass its data set; batches are made for each worker")
+        raise DataError(f"{name} is a DataLoader: pass its data set; batches are made for each worker")
     if isinstance(data, tuple | list | Tensor):
-        raise DataError(f"data is a {type(data).__name__}: pass a data set, such as TensorDataset(inputs, targets)")
+        raise DataError(f"{name} is a {type(data).__name__}: pass a data set, such as TensorDataset(inputs, targets)")
     if length(data) == 0:
-        raise DataError("the data set is empty")
+        raise DataError("the data set is empty" if name == "data" else "the test data set is empty")
     if isinstance(data, BatchedDataset):
         return
     item = data[0]
@@ -211,8 +237,6 @@ def _metric(test_data: Dataset[Any] | None) -> str:
     """Accuracy where the targets are class numbers."""
     if test_data is None:
         return "none"
-    if length(test_data) == 0:
-        raise DataError("the test data set is empty")
     if isinstance(test_data, BatchedDataset):
         return "none"  # what a batch's targets are is for evaluate_options to say
     target = test_data[0][1]

@@ -279,6 +279,8 @@ def process(folder: Path, resume: bool = False) -> None:
 
 def main() -> None:
     """Run the command line; the entry point of `ist` and `python -m ist`."""
+    if (here := str(Path.cwd())) not in sys.path:  # as `python -m` has it: networks and data may be in a file there
+        sys.path.append(here)
     try:
         app()
     except ISTError as error:

@@ -204,18 +204,26 @@ def _with_value(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]
     return {**tree, head: _with_value(child if isinstance(child, Mapping) else {}, rest, value)}
 
 
+_OF_OPTIMISERS = ("lr", "momentum", "weight_decay", "betas")
+
+
 def _explain(detail: ErrorDetails) -> str:
     path = ".".join(str(part) for part in detail["loc"])
     value = detail["input"]
     if detail["type"] == "extra_forbidden":
         known = _known_keys(detail["loc"][:-1])
         near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
+        if "args" in known:  # of something that is named, with its arguments
+            near = near or [f"{path.rpartition('.')[0]}.args.{detail['loc'][-1]}"]
         inside = [dotted for dotted, *_ in describe_keys() if dotted.rpartition(".")[2] == path]
-        near = near or inside
+        near = near or ([f"train.optimizer.args.{path}"] if path in _OF_OPTIMISERS else inside)
         hint = f"Did you mean '{near[0]}'?" if near else f"Known keys: {', '.join(sorted(known))}."
         return f"unknown key '{path}'. {hint}"
     if detail["type"] == "missing":
         return f"'{path}' is required"
+    if detail["type"] == "model_type":
+        keys = ", ".join(_known_keys(detail["loc"]))
+        return f"'{path}' is {value!r} ({_kind(value)}): expected a mapping with some of the keys {keys}"
     if detail["type"] == "value_error":
         message = detail["msg"].removeprefix("Value error, ")
         return f"'{path}': {message}" if path else message

@@ -6,6 +6,7 @@ Every number follows from the job alone; nothing is trained.
 import math
 from collections.abc import Hashable
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -36,14 +37,16 @@ def inspect_job(job: Job) -> dict[str, Any]:
     back = [route.up.nbytes for route in routes]
     gradient = sum(whole[name].nbytes for name in parameters)
     ist_bytes = sum(out[worker] + back[worker] for worker in remote_workers(job))
-    ddp_bytes = 2 * (workers - 1) * gradient * config.train.local_steps
+    local_steps = job.spans[main].stage.local_steps or config.train.local_steps
+    ddp_bytes = 2 * (workers - 1) * gradient * local_steps
     return {
         "model": config.model.name,
         "parameters": sum(parameters.values()),
         "parameter_bytes": gradient,
         "workers": workers,
-        "local_steps": config.train.local_steps,
+        "local_steps": local_steps,
         "rounds": job.num_rounds,
+        "stages": _describe_stages(job),
         "steps_per_epoch": job.dealing.steps_per_epoch,
         "strategy": config.partition.strategy,
         "groups": _describe_groups(job),
@@ -62,13 +65,11 @@ def inspect_job(job: Job) -> dict[str, Any]:
         "shares": [
             {
                 "worker": worker,
-                "parameters": sum(
-                    math.prod(shares[worker][name].shape) for name in parameters if name in shares[worker]
-                ),
+                "parameters": sum(math.prod(share[name].shape) for name in parameters if name in share),
                 "sent_bytes": out[worker],
                 "returned_bytes": back[worker],
             }
-            for worker in range(workers)
+            for worker, share in enumerate(shares)
         ],
         "header_bytes": HEADER_BYTES,
         "bytes_per_round": {
@@ -92,6 +93,22 @@ def run_bytes(job: Job) -> int:
                 known[key] = job.sent_bytes(route, round_number) + route.up.nbytes
             total += known[key]
     return total
+
+
+def _describe_stages(job: Job) -> list[dict[str, Any]]:
+    """Describe the parts of the run in which rounds are alike, in order."""
+    described = []
+    for stage, spans in groupby(job.spans, key=lambda span: span.stage):
+        steps = [len(span.steps) for span in spans]
+        described.append(
+            {
+                "rounds": len(steps),
+                "local_steps": max(steps),
+                "steps": sum(steps),
+                "keep": job.config.partition.keep if stage.keep is None else stage.keep,
+            }
+        )
+    return described
 
 
 def _describe_groups(job: Job) -> list[dict[str, Any]]:
@@ -151,7 +168,8 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
     """Print what `inspect_job` returns, for a person."""
     console.print(
         f"{found['model']}: {found['parameters']:,} parameters, {format_bytes(found['parameter_bytes'])}; "
-        f"{found['workers']} workers, {found['local_steps']} local steps a round, {found['rounds']} rounds"
+        f"{found['workers']} workers, {found['local_steps']} local steps a round, {found['rounds']} rounds, "
+        f"{found['steps_per_epoch']} steps an epoch"
     )
     console.print(_group_table(found))
     for group in found["left_whole"]:
@@ -170,6 +188,12 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
     console.print(f"A round sends {format_bytes(total['ist'])} in all; data-parallel training sends ", end="")
     ratio = f": {format_ratio(total['ratio'])} times more" if total["ratio"] else ""
     console.print(f"{format_bytes(total['ddp'])} for the same steps{ratio}.")
+    if len(found["stages"]) > 1:
+        for number, stage in enumerate(found["stages"], start=1):
+            part = stage["steps"] / sum(other["steps"] for other in found["stages"])
+            held = "the whole network" if stage["keep"] == 1 else "its share"
+            length = f"{stage['rounds']} rounds of {stage['local_steps']} steps, {part:.0%} of all"
+            console.print(f"Stage {number}: {length}; a worker holds {held}.")
     console.print(f"The run sends {format_bytes(found['bytes_of_run'])} in {found['rounds']} rounds.")
 
 

@@ -49,6 +49,8 @@ class Metric:
 
 def _correct(scores: Tensor, targets: Tensor) -> tuple[Tensor, int]:
     """Scores (things, classes), and class numbers (things,), of which some may be ignored."""
+    if targets.is_floating_point():
+        raise ValueError("accuracy is of class numbers: set evaluate.metric to 'rmse' or 'none'")
     counts = targets != IGNORED
     return ((scores.argmax(dim=1) == targets) & counts).sum()[None].double(), int(counts.sum())
 

@@ -127,7 +127,7 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
         membership = join(config.pool)
     first_round = before.rounds_done
     if membership:
-        first_round = agree_on_start(membership, first_round, _fingerprint(config))
+        first_round = agree_on_start(membership, first_round, _fingerprint(config), job.dealing.num_samples)
     start = secrets.token_hex(4)
     site = _site(config, folder, membership, start, before) if config.workers_keep else None
     meter = Meter()

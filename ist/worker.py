@@ -209,9 +209,11 @@ def rehearse(job: Job) -> None:
     if job.config.method == "ist":
         verify_cuts(job)
     try:
-        with torch.random.fork_rng(devices=[]):  # dropout draws from global state
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # dropout draws from global state
+            # What torch warns of, and computes: (N, 1) and (N,) are spread over each other.
+            warnings.filterwarnings("error", message="Using a target size")
             _one_step(job, device)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except (UserWarning, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(
             f"network, data, loss and optimiser do not fit each other: a step on a batch of "
             f"{job.dealing.smallest_batch} fails: {type(error).__name__}: {error}".splitlines()[0]

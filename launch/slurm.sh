@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train on a Slurm cluster, one process a task:
 #
-#   sbatch --ntasks 4 launch/slurm.sh configs/quickstart.yaml [ist train options]
+#   sbatch --ntasks 5 launch/slurm.sh configs/quickstart.yaml [ist train options]
 #
 # train.workers must be the number of tasks (one less with pool.coordinator=dedicated).
 #SBATCH --job-name=ist

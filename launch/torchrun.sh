@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Train on several machines with torchrun: run this on each of them with the same arguments.
 #
-#   HEAD=10.0.0.1:29500 NODES=2 PER_NODE=2 launch/torchrun.sh configs/quickstart.yaml [ist train options]
+#   HEAD=10.0.0.1:29500 NODES=2 PER_NODE=2 launch/torchrun.sh configs/quickstart.yaml --set pool.coordinator=trains
 #
+# What follows the script are the arguments of `ist train`. All machines need this package, your own modules and the data.
 # NODES may be a range such as 1:4 for machines that come and go (with train.workers={min: ..., max: ...}), and RESTARTS how
 # often the processes are started anew after one has died: add --run-dir DIR --auto-resume, DIR on a shared disk.
 # IST_SECRET_FILE names the run's secret, the same on all machines; by default ~/.ist/secret, made on first use.

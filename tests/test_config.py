@@ -62,6 +62,14 @@ def test_overrides_reach_any_key_and_the_last_one_wins(tmp_path: Path) -> None:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"train__local_step": 3}, "unknown key 'train.local_step'. Did you mean 'local_steps'?"),
+    "an optimiser's argument at the wrong place": (
+        {"train__optimizer": {"name": "SGD", "lr": 0.1}},
+        "unknown key 'train.optimizer.lr'. Did you mean 'train.optimizer.args.lr'?",
+    ),
+    "an optimiser's argument at the top": ({"lr": 0.1}, "unknown key 'lr'. Did you mean 'train.optimizer.args.lr'?"),
+    "a name for a section": (
+        {"train__optimizer": "SGD"}, "'train.optimizer' is 'SGD' (a string): expected a mapping with some of the keys name, args",
+    ),
     "unknown section": ({"modle": 3}, "unknown key 'modle'. Did you mean 'model'?"),
     "wrong type": ({"train__local_steps": "many"}, "'train.local_steps' is 'many' (a string): input should be a valid integer"),
     "number as text": ({"train__batch_size": "32"}, "'train.batch_size' is '32' (a string)"),

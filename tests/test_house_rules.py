@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 FILE_LINES = 400
 FUNCTION_LINES = 60
 # ist.train's signature and docstring are the API's reference: 90 lines of it are not code.
-LONGER_FUNCTIONS = {"ist/api.py:train": 130}
+LONGER_FUNCTIONS = {"ist/api.py:train": 132}
 # Code lines, see code_lines. 3,000 were enough for perceptrons; 1,600 more find, cut and check the neurons of any network;
 # 1,200 more let workers come and go, keep checkpoints elsewhere, prove a secret and tell others how a run goes.
 # 400 more round what travels and hold the settings of the methods that IST is compared with. 400 more are stages of a

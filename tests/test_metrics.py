@@ -103,6 +103,7 @@ def test_rmse_does_not_spread_outputs_over_targets_of_another_shape() -> None:
     ("name", "message"),
     [
         ("acuracy", "'evaluate.metric' is 'acuracy': did you mean 'accuracy'?"),
+        ("my_metrics.recall", "did you mean 'my_metrics:recall'"),
         ("loss_of_hair", "'evaluate.metric' is 'loss_of_hair': known are accuracy, bits_per_byte, precision, rmse"),
         ("tests.test_metrics:NO_METRIC", "which is a str, not an ist.metrics.Metric"),
         ("tests.test_metrics:MISSING", "module 'tests.test_metrics' has no 'MISSING'"),

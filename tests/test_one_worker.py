@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from ist.api import train
-from ist.errors import DataError
+from ist.errors import ConfigError, DataError
 from ist.models.mlp import MLP
 from ist.rounds import run_rounds
 from ist.run import Leading, open_run
@@ -165,6 +165,45 @@ def test_a_regression_by_several_workers_has_the_right_scale(batch_norm: bool) -
 def test_what_is_no_data_set_of_pairs_is_refused(wrong: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         train(seeded(NETWORKS["no batch norm"]), wrong, workers=2, rounds=1)
+    with pytest.raises(DataError, match=message.replace("data is", "test_data is")):
+        train(seeded(NETWORKS["no batch norm"]), data(), test_data=wrong, workers=2, rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"exchange": "int8"}, r"exchange is 'int8' \(a str\): give a mapping of keys to values"),
+        ({"pool_options": ["cpu"]}, r"pool_options is \['cpu'\] \(a list\): give a mapping"),
+        ({"data_options": {"shufle": "global"}}, "unknown key 'data.shufle'. Did you mean 'shuffle'"),
+        ({"optimizer": torch.optim.Adam}, "optimizer is the class Adam: give its name, 'Adam', and optimizer_args"),
+        (
+            {"loss": nn.CrossEntropyLoss},
+            r"loss is the class CrossEntropyLoss: give a function, such as CrossEntropyLoss\(\)",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_named(wrong: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(seeded(NETWORKS["no batch norm"]), data(), workers=2, rounds=1, **wrong)
+
+
+def test_outputs_and_targets_that_would_be_spread_over_each_other_are_refused() -> None:
+    inputs = torch.randn(60, 12)
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    with pytest.raises(ConfigError, match="Using a target size .* that is different to the input size"):
+        train(model, TensorDataset(inputs, inputs[:, 0]), loss="mse_loss", workers=2, rounds=1)
+    train(model, TensorDataset(inputs, inputs[:, :1]), loss="mse_loss", workers=2, rounds=1, progress=False)
+
+
+def test_accuracy_of_what_are_no_class_numbers_is_refused() -> None:
+    inputs = torch.randn(60, 12)
+    data, model = TensorDataset(inputs, inputs[:, :1]), nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    with pytest.raises(ConfigError, match="accuracy is of class numbers: set evaluate.metric to 'rmse' or 'none'"):
+        train(
+            model, data, loss="mse_loss", workers=2, rounds=1, test_data=data, evaluate_options={"metric": "accuracy"}
+        )
 
 
 def test_frozen_parameters_stay_as_they_are_with_carried_state_too() -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
@@ -14,7 +15,7 @@ from ist.config_recipe import Stage
 from ist.coordinator import Coordinator
 from ist.data.batches import fetch, take_shard
 from ist.errors import ConfigError
-from ist.inspection import inspect_job
+from ist.inspection import inspect_job, print_inspection
 from ist.job import Job
 from ist.meter import Meter
 from ist.pool.inline import InlinePool
@@ -169,6 +170,22 @@ def test_blocks_have_the_scale_in_a_stage_of_the_whole_network_that_they_have_in
     before = clone(model.state_dict())
     made.train_round(1)
     assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_stages_are_told_with_their_part_of_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = [{"local_steps": 4}, {"share": 0.5, "keep": 1, "local_steps": 2}]
+    length = {"train__rounds": None, "train__epochs": 8}  # of two steps: 100 samples, four workers, batches of 16
+    job = job_for(seeded(NETWORKS["no batch norm"]), recipe__stages=stages, **length)
+
+    found = inspect_job(job)
+    print_inspection(found, Console(width=120))
+
+    assert job.total_steps == 16
+    assert found["local_steps"] == 4
+    assert [(s["rounds"], s["local_steps"], s["steps"]) for s in found["stages"]] == [(2, 4, 8), (4, 2, 8)]
+    assert "Stage 2: 4 rounds of 2 steps, 50% of all; a worker holds the whole network." in capsys.readouterr().out
+    one = inspect_job(job_for(seeded(NETWORKS["no batch norm"]), train__local_steps=1))
+    assert found["bytes_per_round"]["ddp"] == 4 * one["bytes_per_round"]["ddp"]
 
 
 def test_what_is_inspected_is_the_stage_that_takes_what_is_left() -> None:

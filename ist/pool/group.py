@@ -238,24 +238,31 @@ def _listed(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks))
 
 
-def agree_on_start(membership: Membership, first_round: int, fingerprint: int) -> int:
-    """Return the first round as rank 0 knows it, after checking that all ranks run the same configuration.
+def agree_on_start(membership: Membership, first_round: int, fingerprint: int, samples: int) -> int:
+    """Return the first round as rank 0 knows it, after checking that all ranks run the same configuration and data.
 
     Args:
         membership: This process.
         first_round: Where rank 0 begins; other ranks' value does not matter.
         fingerprint: A number made of the configuration.
+        samples: Of the training data.
 
     Raises:
-        PoolError: This rank's configuration is not rank 0's.
+        PoolError: A rank's configuration, or number of samples, is not rank 0's. Every rank raises it.
     """
-    where = membership.carrier
-    said = torch.tensor([first_round, fingerprint], dtype=torch.int64, device=where)
+    own = torch.tensor([first_round, fingerprint, samples], dtype=torch.int64, device=membership.carrier)
+    said = [torch.empty_like(own) for _ in range(membership.world_size)]
     with peer_errors("starting together"):
-        dist.broadcast(said, src=0)
-    first, theirs = said.tolist()
-    if theirs != fingerprint:
-        raise PoolError(f"rank {membership.rank} runs another configuration than rank 0: give all nodes the same file")
+        dist.all_gather(said, own)
+    first, *expected = said[0].tolist()
+    for rank, (_, theirs, count) in enumerate(numbers.tolist() for numbers in said):
+        if theirs != expected[0]:
+            raise PoolError(f"rank {rank} runs another configuration than rank 0: give all nodes the same file")
+        if count != expected[1]:
+            raise PoolError(
+                f"rank {rank} has {count} training samples, rank 0 has {expected[1]}: every process must load the same "
+                "whole data set, which is dealt to workers here"
+            )
     return int(first)
 
 

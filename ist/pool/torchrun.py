@@ -48,7 +48,8 @@ def for_world_size(job: Job) -> Job:
         raise ConfigError(
             f"{world_size} processes were started (WORLD_SIZE), but train.workers is {job.config.train.workers} and "
             f"pool.coordinator is '{job.config.pool.coordinator}', which makes {needed}: start {needed} processes, or "
-            f"give --workers {world_size - spare}"
+            f"give --workers {world_size - spare} (workers={world_size - spare} in Python)"
+            + (", or --set pool.coordinator=trains" if spare else "")
         )
     return job
 
