@@ -35,12 +35,14 @@ PLAIN = (
 
 # {t} is the configuration's number of local steps, {r} a sixth of its rounds.
 FINISH = "recipe.stages=[{{}}, {{rounds: {r}, keep: 1}}]"
+OUTER_FINISH = FINISH.replace("keep: 1", "keep: 1, outer: {{lr: 0.7, momentum: 0.9}}")
 VARIANTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "scale: none": ("train.activation_scale=none",),
     "scale: width": ("train.activation_scale=width",),
     "finish: whole networks": (FINISH,),
     "finish, optimiser state kept": (FINISH, "train.optimizer_state=kept"),
+    "finish, state kept, outer step of 0.7 and 0.9": (OUTER_FINISH, "train.optimizer_state=kept"),
     "warm-up: whole networks": ("recipe.stages=[{{rounds: {r}, keep: 1}}, {{}}]",),
     "growth: keep 1/2, then 3/4": ("recipe.stages=[{{}}, {{rounds: {r}, keep: 0.5}}, {{rounds: {r}, keep: 0.75}}]",),
     "overlap: keep 1/2": ("partition.keep=0.5",),

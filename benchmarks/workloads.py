@@ -78,7 +78,10 @@ WORKLOADS = {
         {"ist": (0.006,), "local_sgd_int8": (0.001, 0.003), "diloco_int8": (0.0003, 0.001)},
     ),
     "finetune_llama": Workload(
-        "test_loss", (0.003, 0.006), {"ist": (0.006,), "diloco_int8": (0.001, 0.003)}, files={"model.weights": "llama"}
+        "test_loss",
+        (0.003,),
+        {"ddp": (0.003, 0.006), "diloco_int8": (0.001, 0.003)},
+        files={"model.weights": "llama"},
     ),
     "fashion_mnist_loft": Workload("accuracy", (0.1,), IMAGES),
     "fashion_mnist_resist": Workload("accuracy", (0.1,), IMAGES, reference_of="fashion_mnist_loft"),
