@@ -109,10 +109,7 @@ class Keeper:
         Raises:
             CheckpointError: The file is truncated or altered.
         """
-        if self._site is None or round_number == 0:
-            return {}
-        goes_on = self._goes_on(round_number - 1)
-        if not (goes_on or self._job.config.exchange.error_feedback):
+        if self._site is None or round_number == 0 or not self.keeps(round_number - 1):
             return {}
         checkpoint = self._site.checkpoint
         of = self._fingerprint(self._held(round_number - 1), self._site.saved_by(round_number))
@@ -131,7 +128,7 @@ class Keeper:
                     self._worker, round_number + 1, checkpoint.storage or self._site.folder, why,
                 )  # fmt: skip
             return {}
-        if goes_on:
+        if self._goes_on(round_number - 1):
             self._state = {name: tensor for name, tensor in found.items() if not name.startswith(_TAKEN)}
         return {name.removeprefix(_TAKEN): tensor for name, tensor in found.items() if name.startswith(_TAKEN)}
 
@@ -145,6 +142,10 @@ class Keeper:
             optim.restore_named_state(made, named, state)
         return made
 
+    def keeps(self, round_number: int) -> bool:
+        """Return whether anything of a round is of use to this worker afterwards."""
+        return self._job.config.exchange.error_feedback or self._goes_on(round_number)
+
     def keep(
         self,
         optimizer: torch.optim.Optimizer,
@@ -157,7 +158,7 @@ class Keeper:
         goes_on = self._goes_on(round_number)
         if goes_on:  # else its state would be held in vain while the subnet travels
             self._last = _Last(optimizer, held)
-        if self._site is None or not (goes_on or job.config.exchange.error_feedback):
+        if self._site is None or not self.keeps(round_number):
             return
         checkpoint = self._site.checkpoint
         if rounds_done == job.num_rounds or not checkpoint.is_due(rounds_done):

@@ -94,13 +94,13 @@ class Worker:
         multiply(message.tensors, folded, inverse=True)
         if job.state_slots:
             optim.store_state(optimizer, named, job.state_slots, message.tensors)
-        is_sound = math.isfinite(total) and is_finite(message.tensors.values())
+        is_spoilt = self._is_spoilt(round_number, total, message)
         self._end.close(envelope, message, round_number)
         elapsed = time.perf_counter() - started
         # A GPU is nobody else's.
         cpu_s = time.thread_time() - cpu_started if self.device.type == "cpu" else elapsed
         memory_bytes = self.gauge.peak_bytes()
-        if not is_sound:  # the coordinator will refuse it, and what is kept must not spoil the rounds to come
+        if is_spoilt:
             self._end.taken = {}
         else:
             self._keeper.keep(optimizer, named, self._end.taken, round_number)
@@ -123,6 +123,14 @@ class Worker:
         taken = self._keeper.recover(round_number)
         self._end.taken = {name: tensor.to(self.device) for name, tensor in taken.items()}
         self._is_new = False
+
+    def _is_spoilt(self, round_number: int, loss_sum: float, trained: Message) -> bool:
+        """Return whether the coordinator will refuse a round of which something would be kept.
+
+        It would spoil the rounds to come.
+        """
+        keeps = self._keeper.keeps(round_number)
+        return keeps and not (math.isfinite(loss_sum) and is_finite(trained.tensors.values()))
 
 
 class Seat:

@@ -85,6 +85,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "a global shuffle": {"data__shuffle": "global"},
     "outer momentum": {"recipe": {"outer": {"lr": 0.9, "momentum": 0.5}}, "train__optimizer_state": "carried"},
+    "outer momentum in a finish": {"recipe": {"stages": [{}, {"rounds": 3, "keep": 1, "outer": {"lr": 0.7, "momentum": 0.9}}]}},
     "exponential average": {"recipe": {"average": {"kind": "ema", "decay": 0.6}}},
     "average of the last rounds": {"recipe": {"average": {"kind": "swa", "start": 0.4}}},
     "all of a recipe": {
