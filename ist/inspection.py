@@ -15,7 +15,7 @@ from rich.table import Table
 from ist.display import format_bytes, format_ratio
 from ist.groups import Group, tensor_specs
 from ist.job import Job, remote_workers
-from ist.partition import coverage
+from ist.partition import coverage, holds_everything
 from ist.pool.wire import HEADER_BYTES
 
 
@@ -37,7 +37,7 @@ def inspect_job(job: Job) -> dict[str, Any]:
     back = [route.up.nbytes for route in routes]
     gradient = sum(whole[name].nbytes for name in parameters)
     ist_bytes = sum(out[worker] + back[worker] for worker in remote_workers(job))
-    local_steps = job.spans[main].stage.local_steps or config.train.local_steps
+    local_steps = len(job.steps(main))
     ddp_bytes = 2 * (workers - 1) * gradient * local_steps
     return {
         "model": config.model.name,
@@ -98,14 +98,15 @@ def run_bytes(job: Job) -> int:
 def _describe_stages(job: Job) -> list[dict[str, Any]]:
     """Describe the parts of the run in which rounds are alike, in order."""
     described = []
-    for stage, spans in groupby(job.spans, key=lambda span: span.stage):
-        steps = [len(span.steps) for span in spans]
+    for _, rounds in groupby(range(job.num_rounds), key=lambda number: job.spans[number].stage):
+        numbers = list(rounds)
+        steps = [len(job.steps(number)) for number in numbers]
         described.append(
             {
                 "rounds": len(steps),
                 "local_steps": max(steps),
                 "steps": sum(steps),
-                "keep": job.config.partition.keep if stage.keep is None else stage.keep,
+                "whole": holds_everything(job.partition(numbers[0])),
             }
         )
     return described
@@ -191,7 +192,7 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
     if len(found["stages"]) > 1:
         for number, stage in enumerate(found["stages"], start=1):
             part = stage["steps"] / sum(other["steps"] for other in found["stages"])
-            held = "the whole network" if stage["keep"] == 1 else "its share"
+            held = "the whole network" if stage["whole"] else "its share"
             length = f"{stage['rounds']} rounds of {stage['local_steps']} steps, {part:.0%} of all"
             console.print(f"Stage {number}: {length}; a worker holds {held}.")
     console.print(f"The run sends {format_bytes(found['bytes_of_run'])} in {found['rounds']} rounds.")

@@ -33,10 +33,13 @@ def resolve(name: str, key: str, short_names: Mapping[str, str], module: ModuleT
     by_lower = {candidate.lower(): candidate for candidate in known}
     near = difflib.get_close_matches(name.lower(), by_lower, n=1)
     near = near or sorted(candidate for candidate in by_lower if candidate.startswith(name.lower()))
-    hint = f"known are {', '.join(sorted(short_names))}." if short_names else "not known."
-    hint = f"did you mean '{by_lower[near[0]]}'?" if near else hint
     package, dot, attribute = name.rpartition(".")
-    hint = f"did you mean '{package}:{attribute}'?" if dot and not near else hint
+    if near:
+        hint = f"did you mean '{by_lower[near[0]]}'?"
+    elif dot:
+        hint = f"did you mean '{package}:{attribute}'?"
+    else:
+        hint = f"known are {', '.join(sorted(short_names))}." if short_names else "not known."
     where = f" an attribute of {module.__name__}," if module else ""
     raise ConfigError(f"'{key}' is '{name}': {hint} Or give{where} an import path 'package.module:Name'")
 
