@@ -26,6 +26,7 @@ from ist.build import make_job
 from ist.config import Config
 from ist.config_file import validate
 from ist.job import Job
+from tests.sizes import longer_than_the_guide
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,6 +49,14 @@ LONG_LIVED: list[psutil.Process] = []
 """Processes of the test session: they and what they start are nobody's leftovers."""
 
 Tree = dict[str, Any]
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    lines = list(longer_than_the_guide(ROOT))
+    if lines:
+        terminalreporter.section("longer than the guide", sep="-")
+        for line in lines:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)
