@@ -20,6 +20,7 @@ from ist.data.batches import length
 from ist.errors import ConfigError, DataError, ModelError
 from ist.groups import on_meta
 from ist.pool.torchrun import is_launched, is_rank_zero
+from ist.rng import Purpose, seeded
 from ist.rounds import follow_rounds, run_rounds
 from ist.run import Following, open_run
 from ist.run_folder import RunFolder, create_run_folder, reopen
@@ -42,6 +43,7 @@ class TrainResult:
     is_coordinator: bool
 
 
+@seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # looking at data must not move the caller's generators
 def train(
     model: nn.Module,
     data: Dataset[Any],

@@ -33,7 +33,7 @@ from ist.metrics import METRICS, Metric
 from ist.models import MODELS
 from ist.partition import check_workers
 from ist.registry import call, resolve
-from ist.rng import Purpose, torch_seed
+from ist.rng import Purpose, seeded
 
 
 def build_job(config: Config, splits: Splits | None = None) -> Job:
@@ -51,8 +51,7 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
     model_class = resolve(config.model.name, "model.name", MODELS)
 
     def make() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch_seed(config.seed, Purpose.MODEL))
+        with seeded(torch.device("cpu"), config.seed, Purpose.MODEL):
             model = _make(model_class, config.model.args)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"'model.name' is '{config.model.name}', which makes no torch.nn.Module")
@@ -69,6 +68,7 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
     return make_job(config, template, build, splits.train, splits.test, loss_function(config.train.loss))
 
 
+@seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # what is found of a network is the same in every process
 def make_job(
     config: Config,
     template: nn.Module,
@@ -226,7 +226,8 @@ def load_data(config: Config) -> Splits:
     """
     loader = resolve(config.data.name, "data.name", DATASETS)
     root = Path(config.data.root) if config.data.root is not None else None
-    found = call(loader, {"root": root, **config.data.args}, "data.args")
+    with seeded(torch.device("cpu"), config.seed, Purpose.DATA):  # one that draws gives all processes the same data
+        found = call(loader, {"root": root, **config.data.args}, "data.args")
     if not isinstance(found, tuple) or len(found) != 2:
         raise DataError(f"'data.name' is '{config.data.name}', which must return a pair (train, test) of data sets")
     return Splits(*found)

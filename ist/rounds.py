@@ -17,6 +17,7 @@ from ist.blocks import scaled_blocks
 from ist.evaluate import Metrics, evaluate, reestimate_statistics, statistics_batches
 from ist.job import Job
 from ist.pool import Lost
+from ist.rng import Purpose, seeded
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None
         batches = statistics_batches(
             job.train_data, config.evaluate.batch_size, config.evaluate.statistics_batches, config.seed, device
         )
-        with scaled_blocks(model, job.block_scales):
+        with scaled_blocks(model, job.block_scales), seeded(device, config.seed, Purpose.STATISTICS):
             reestimate_statistics(model, batches)
 
 
@@ -174,5 +175,6 @@ def evaluate_whole(job: Job, model: nn.Module, device: torch.device) -> Metrics:
     config = job.config
     assert job.test_data is not None
     refresh_statistics(job, model, device)
-    with scaled_blocks(model, job.block_scales):
+    # The same draws at every evaluation: where test data are random, rounds can be compared.
+    with scaled_blocks(model, job.block_scales), seeded(device, config.seed, Purpose.EVALUATION):
         return evaluate(model, job.test_data, job.loss, config.evaluate.batch_size, device, job.metric)

@@ -23,7 +23,7 @@ from ist.groups import Group, TensorSpec, named_tensors
 from ist.groups.trace import comparable, without_inner_dropout
 from ist.job import Job
 from ist.narrow import NarrowPlan, along, bind, leave_out
-from ist.rng import Indices, Purpose, torch_seed
+from ist.rng import Indices, Purpose, seeded
 from ist.subnet import Cut, cut_specs, extract, positions
 
 MOST_FOR_DOUBLE = 100_000_000
@@ -42,8 +42,7 @@ def verify_cuts(job: Job) -> None:
     Raises:
         ModelError: A narrow network fails, or computes something else than the masked whole network.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch_seed(job.config.seed, Purpose.TRAINING))
+    with seeded(torch.device("cpu"), job.config.seed, Purpose.TRAINING):
         original = job.build()
         _check_storage(original)
         _check_copies(original, job.example)

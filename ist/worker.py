@@ -32,7 +32,7 @@ from ist.narrow import bind, collect_buffers, multiply
 from ist.pool import Place
 from ist.pool.coding import Envelope
 from ist.pool.wire import Header, Message
-from ist.rng import Purpose, torch_seed
+from ist.rng import Purpose, seeded
 from ist.verify import verify_cuts
 
 
@@ -185,9 +185,7 @@ def local_steps(
         AbandonedRoundError: It has.
     """
     loss_sum, samples = torch.zeros((), device=device), 0
-    # manual_seed reaches every GPU, so every GPU's generator is put back.
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else []):
-        torch.manual_seed(torch_seed(job.config.seed, Purpose.TRAINING, round_number, worker))
+    with seeded(device, job.config.seed, Purpose.TRAINING, round_number, worker):
         for step in job.steps(round_number):
             if is_over is not None and is_over():
                 raise AbandonedRoundError(f"round {round_number} went on without worker {worker}")
@@ -217,7 +215,7 @@ def rehearse(job: Job) -> None:
     if job.config.method == "ist":
         verify_cuts(job)
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # dropout draws from global state
+        with seeded(device, job.config.seed, Purpose.REHEARSAL), warnings.catch_warnings():
             # What torch warns of, and computes: (N, 1) and (N,) are spread over each other.
             warnings.filterwarnings("error", message="Using a target size")
             _one_step(job, device)

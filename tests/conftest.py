@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from ist.build import make_job
 from ist.config import Config
@@ -120,7 +120,7 @@ def data(size: int = 100, features: int = 12, classes: int = 5, seed: int = 0) -
     return TensorDataset(inputs, (inputs @ teacher).argmax(dim=1))
 
 
-def job_for(model: nn.Module, dataset: TensorDataset | None = None, test: Any = None, **changes: Any) -> Job:
+def job_for(model: nn.Module, dataset: Dataset[Any] | None = None, test: Any = None, **changes: Any) -> Job:
     """A job around a network that is at hand."""
     return make_job(small_config(**changes), model, lambda: model, dataset or data(), test, nn.functional.cross_entropy)
 

@@ -56,6 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train__schedule": {"name": "CosineAnnealingLR", "args": {"T_max": "total_steps"}},
     },
     "dropout": {"model__args": {"widths": [64, 24, 20, 10], "dropout": 0.3}},
+    "items that are drawn": {"data": {"name": "tests.augmented:load"}},
     "carried statistics": {"train__running_statistics": "carried"},
     "rounding that is fed back": {
         "exchange": {"down": "int8", "up": "int3", "values": "deltas", "error_feedback": True},

@@ -27,6 +27,7 @@ from ist.methods.hooks import GradientExchange
 from ist.methods.powersgd import restore_powersgd, saved_powersgd
 from ist.methods.ranks import RankRound, begin_together, report_round, spread
 from ist.pool.group import Membership, peer_errors
+from ist.rng import Purpose, seeded
 from ist.rounds import RoundReport
 from ist.worker import local_steps
 
@@ -140,7 +141,7 @@ class DataParallel:
         job, device = self.job, self._membership.device
         before = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
         self._exchange.rehearses = True
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if device.type == "cuda" else []):
+        with seeded(device, job.config.seed, Purpose.REHEARSAL):
             inputs, targets = fetch(self._shard, job.dealing.batch(self._membership.rank, 0), device)
             job.loss(call_model(self._ddp, inputs), targets).backward()  # type: ignore[no-untyped-call]
         self._exchange.rehearses = False

@@ -27,6 +27,7 @@ from ist.job import Job
 from ist.narrow import bind
 from ist.pool import Buffers
 from ist.pool.coding import Envelope
+from ist.rng import Purpose, seeded
 from ist.subnet import Cut, reassemble
 from ist.worker import Worker, local_steps
 
@@ -280,7 +281,7 @@ def _synchronized(tensor: Tensor) -> None:
 def _failures_named(job: Job) -> Iterator[None]:
     """Say what failed for whom, in place of torch's bare words; leave the global random numbers as they were."""
     try:
-        with torch.random.fork_rng(devices=[]):
+        with seeded(torch.device("cpu"), job.config.seed, Purpose.REHEARSAL):
             yield
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(

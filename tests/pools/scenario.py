@@ -17,6 +17,7 @@ from ist.checkpoint import write_tensors
 from ist.job import Job
 from ist.rounds import follow_rounds, run_rounds
 from ist.run import Following, open_run
+from tests.augmented import Augmented
 from tests.conftest import data, job_for
 from tests.groups.networks import stack
 from tests.networks import NETWORKS, seeded
@@ -40,6 +41,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "train__schedule": {"name": "CosineAnnealingLR", "args": {"T_max": "total_steps"}},
     },
     "dropout": {"network": "dropout"},
+    "items that are drawn": {"network": "two hidden layers, batch norm", "items": Augmented},
     "attention, carried": {"network": "attention", "train__optimizer_state": "carried"},
     "shares that vary": {"network": "uneven widths", "partition__strategy": "categorical"},
     "overlapping shares": {
@@ -105,8 +107,9 @@ EXTRA = {
 def job(name: str, **changes: Any) -> tuple[Job, nn.Module]:
     settings = {**SCENARIOS[name], **changes}
     build = {**NETWORKS, **EXTRA}[settings.pop("network")]
+    items = settings.pop("items", lambda dataset: dataset)
     model = seeded(build)
-    made = job_for(model, data(), data(40, seed=4), **{"train__workers": WORKERS, **settings})
+    made = job_for(model, items(data()), items(data(40, seed=4)), **{"train__workers": WORKERS, **settings})
     return replace(made, build=lambda: model), model
 
 
