@@ -2,30 +2,39 @@
 
 A checkpoint is one safetensors file: the network under its plain names, optimiser state under
 `key@name`, and a metadata entry with the round, counters and a SHA-256 over everything else. It is
-written so that a crash leaves the previous one (`ist/storage.py`). What workers keep for themselves lies beside it,
-a file for each.
+written so that a crash leaves the previous one (`ist/storage.py`). One that is damaged all the same is set aside, and
+the newest whole one takes its place. What workers keep for themselves lies beside it, a file for each.
 
 Law: load(save(x)) == x, bit for bit. Nothing is pickled.
 """
 
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import ClassVar
 
 import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ist.config_base import NonNegativeInt
 from ist.errors import CheckpointError, RunFolderError
 from ist.pool.limit import lifted_limit
 from ist.storage import Storage, write_atomically
 
-_PATTERN = "round-*.safetensors"
+_log = logging.getLogger(__name__)
+
+_NAME = "round-{:08d}.safetensors"
+_PATTERN = re.compile(r"round-\d{8}\.safetensors")
+_DAMAGED = ".damaged"
 _KEPT = "worker-{}.round-{}.safetensors"
 
 
@@ -40,10 +49,15 @@ class Progress:
         start: A name for the start of the run's processes that saved it: with them, workers saved what they keep.
     """
 
-    rounds_done: int = 0
-    totals: dict[str, float] = field(default_factory=dict)
-    numbers: dict[str, float] = field(default_factory=dict)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
+
+    rounds_done: NonNegativeInt = 0
+    totals: dict[str, int | float] = field(default_factory=dict)
+    numbers: dict[str, int | float] = field(default_factory=dict)
     start: str = ""
+
+
+_PROGRESS = TypeAdapter(Progress)
 
 
 def save_checkpoint(storage: Storage, tensors: Mapping[str, Tensor], progress: Progress, keep: int) -> str:
@@ -61,7 +75,7 @@ def save_checkpoint(storage: Storage, tensors: Mapping[str, Tensor], progress: P
     Raises:
         RunFolderError: It cannot be written; earlier checkpoints are untouched.
     """
-    name = f"round-{progress.rounds_done:08d}.safetensors"
+    name = _NAME.format(progress.rounds_done)
     storage.write(name, _serialized(tensors, {"progress": json.dumps(asdict(progress))}))
     for old in _checkpoints(storage)[:-keep]:
         storage.delete(old)
@@ -77,24 +91,78 @@ def latest_checkpoint(storage: Storage) -> str | None:
     return max(_checkpoints(storage), default=None)
 
 
+def load_newest(storage: Storage) -> tuple[dict[str, Tensor], Progress] | None:
+    """Read the newest checkpoint that is whole, and set aside those after it, which are damaged.
+
+    A damaged file gets another name, under which nothing looks for a checkpoint, and a warning names it.
+
+    Returns:
+        What `load_checkpoint` returns; None where there is no checkpoint at all.
+
+    Raises:
+        CheckpointError: There are checkpoints, and none of them is whole. They stay as they are.
+        RunFolderError: The storage cannot be read, or a damaged file cannot be renamed.
+    """
+    damaged: dict[str, CheckpointError] = {}
+    for name in reversed(_checkpoints(storage)):
+        try:
+            found = load_checkpoint(storage, name)
+        except CheckpointError as error:
+            damaged[name] = error
+            continue
+        for bad, reason in damaged.items():
+            aside = _set_aside(storage, bad)
+            _log.warning("%s. It is now called %s, and the run goes on from %s", reason, aside, name)
+        return found
+    if not damaged:
+        return None
+    newest = next(iter(damaged.values()))
+    raise CheckpointError(
+        f"{newest}. No other checkpoint is whole ({len(damaged)} damaged): to start over, delete what is in "
+        f"{storage.where()}"
+    )
+
+
 def load_checkpoint(storage: Storage, name: str) -> tuple[dict[str, Tensor], Progress]:
     """Read and verify a checkpoint.
 
     Raises:
-        CheckpointError: The file is missing, truncated or altered.
+        CheckpointError: The file is missing, truncated or altered, or its progress entry is not one, or another's.
         RunFolderError: The storage cannot be read.
     """
     where = storage.where(name)
     tensors, metadata = _verified(storage.load(name), where)
     try:
-        progress = Progress(**json.loads(metadata["progress"]))
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{where}: is no checkpoint of a run (no progress entry)") from error
+        progress = _PROGRESS.validate_json(metadata["progress"])
+    except (KeyError, ValidationError) as error:
+        raise CheckpointError(f"{where}: is no checkpoint of a run ({_what_is_wrong(error)})") from error
+    if name != _NAME.format(progress.rounds_done):
+        raise CheckpointError(f"{where}: its progress entry is of round {progress.rounds_done}, and not its name's")
     return tensors, progress
 
 
+def _what_is_wrong(error: KeyError | ValidationError) -> str:
+    if isinstance(error, KeyError):
+        return "no progress entry"
+    detail = error.errors()[0]
+    key = ".".join(str(part) for part in detail["loc"][:2])
+    return f"its progress entry: {key}{': ' if key else ''}{detail['msg']}"
+
+
 def _checkpoints(storage: Storage) -> list[str]:
-    return [name for name in storage.names() if fnmatch(name, _PATTERN)]
+    return [name for name in storage.names() if _PATTERN.fullmatch(name)]
+
+
+def _set_aside(storage: Storage, name: str) -> str:
+    """Rename a damaged file, so that nothing takes it for a checkpoint; return its new name."""
+    there = storage.names()
+    aside = name + _DAMAGED
+    number = 1
+    while aside in there:
+        number += 1
+        aside = f"{name}{_DAMAGED}-{number}"
+    storage.rename(name, aside)
+    return aside
 
 
 def save_kept(
@@ -191,13 +259,13 @@ def _verified(source: Path | bytes, where: str) -> tuple[dict[str, Tensor], dict
         tensors, metadata = _parsed(source) if isinstance(source, bytes) else _opened(source)
     except FileNotFoundError as error:
         raise CheckpointError(f"{where}: no such checkpoint") from error
+    except PermissionError as error:  # no damage: another user may read it
+        raise RunFolderError(f"{where}: cannot be read: {error.strerror or error}") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{where}: truncated or not a safetensors file: {error}") from error
     expected = metadata.pop("sha256", None)
     if expected != _checksum(tensors, metadata):
-        raise CheckpointError(
-            f"{where}: its contents do not match its checksum: it was altered. Delete it to fall back to an earlier one"
-        )
+        raise CheckpointError(f"{where}: its contents do not match its checksum: it was altered")
     return tensors, metadata
 
 

@@ -105,24 +105,20 @@ class Keeper:
 
         Returns:
             What rounding took, by name; empty where nothing is fed back, or found.
-
-        Raises:
-            CheckpointError: The file is truncated or altered.
         """
         if self._site is None or round_number == 0 or not self.keeps(round_number - 1):
             return {}
         checkpoint = self._site.checkpoint
         of = self._fingerprint(self._held(round_number - 1), self._site.saved_by(round_number))
-        why = "nothing that fits is there"
+        why, damaged = "nothing that fits is there", False
         found = None
         try:
             found = load_kept(self._storage, self._worker, round_number, of)
-        except CheckpointError:
-            raise
         except (ConfigError, RunFolderError) as error:
             why = str(error)
+            damaged = isinstance(error, CheckpointError)
         if found is None:
-            if checkpoint.is_due(round_number):
+            if damaged or checkpoint.is_due(round_number):
                 _log.warning(
                     "worker %d goes on without what it kept before round %d, which should be in %s: %s",
                     self._worker, round_number + 1, checkpoint.storage or self._site.folder, why,

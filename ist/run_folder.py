@@ -27,7 +27,7 @@ from ist.checkpoint import (
     Progress,
     forget_kept,
     latest_checkpoint,
-    load_checkpoint,
+    load_newest,
     save_checkpoint,
     write_tensors,
 )
@@ -102,20 +102,20 @@ class RunFolder:
         return self._parsed(self._lines())
 
     def rewind(self) -> tuple[dict[str, Tensor], Progress]:
-        """Go back to the newest checkpoint: return it, and drop what is of later rounds.
+        """Go back to the newest checkpoint that is whole: return it, and drop what is of later rounds.
 
         Without a checkpoint that is the beginning: no tensors. Records of earlier rounds may be missing, where
         only the checkpoints outlived the machine.
 
         Raises:
-            CheckpointError: The newest checkpoint is truncated or altered, or there must be one and is none.
+            CheckpointError: There are checkpoints and all are damaged, or there must be one and is none.
             RunFolderError: The folder is not writable.
         """
-        newest = latest_checkpoint(self.storage)
+        newest = load_newest(self.storage)
         lines = self._lines()
         if newest is None:
             self._check_never_saved(len(lines))
-        tensors, progress = load_checkpoint(self.storage, newest) if newest else ({}, Progress())
+        tensors, progress = newest or ({}, Progress())
         try:
             json.loads(lines[-1] if lines else "{}")
         except ValueError:  # half a line, which a crash left
@@ -131,15 +131,12 @@ class RunFolder:
         return latest_checkpoint(self.storage) is not None
 
     def check_checkpoint(self) -> None:
-        """Verify the newest checkpoint, if there is one.
+        """Find the newest checkpoint that is whole, if there are any; those that are damaged are set aside.
 
         Raises:
-            CheckpointError: It is truncated or altered, or there must be one and is none.
+            CheckpointError: There are checkpoints and all are damaged, or there must be one and is none.
         """
-        newest = latest_checkpoint(self.storage)
-        if newest:
-            load_checkpoint(self.storage, newest)
-        else:
+        if load_newest(self.storage) is None:
             self._check_never_saved(len(self._lines()))
 
     def _check_never_saved(self, num_records: int) -> None:

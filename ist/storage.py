@@ -50,6 +50,14 @@ class Storage(Protocol):
         """
         ...
 
+    def rename(self, name: str, new: str) -> None:
+        """Give a file another name.
+
+        Raises:
+            RunFolderError: It cannot be renamed.
+        """
+        ...
+
     def delete(self, name: str) -> None:
         """Delete a file.
 
@@ -90,6 +98,14 @@ class LocalStorage:
     def load(self, name: str) -> Path:
         """Return a file's path."""
         return self.folder / name
+
+    def rename(self, name: str, new: str) -> None:
+        """Give a file another name."""
+        path = self.folder / name
+        try:
+            path.rename(self.folder / new)
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be renamed: {error.strerror or error}") from error
 
     def delete(self, name: str) -> None:
         """Delete a file."""
@@ -155,6 +171,11 @@ class RemoteStorage:
             except FileNotFoundError as error:
                 raise CheckpointError(f"{self.where(name)}: no such checkpoint") from error
         return found
+
+    def rename(self, name: str, new: str) -> None:
+        """Give a file another name; object stores copy it and delete the first."""
+        with self._translated(self.where(name), "renamed"):
+            self._system.mv(self._path(name), self._path(new))
 
     def delete(self, name: str) -> None:
         """Delete a file."""
