@@ -19,6 +19,8 @@ from ist.data.batched import BatchedDataset
 from ist.data.batches import length
 from ist.errors import ConfigError, DataError, ModelError
 from ist.groups import on_meta
+from ist.job import Job
+from ist.modes import kept_modes
 from ist.pool.torchrun import is_launched, is_rank_zero
 from ist.rng import Purpose, seeded
 from ist.rounds import follow_rounds, run_rounds
@@ -80,7 +82,8 @@ def train(
     every process calls this function and is one of the workers; rank 0 ends up with the network.
 
     Args:
-        model: Any network; trained in place. Its neuron groups are found by running it once on two inputs of `data`.
+        model: Any network; trained in place, and in the modes that it has: a module in evaluation mode (a frozen
+            batch norm) stays so. Its neuron groups are found by running it once on two inputs of `data`.
         data: Pairs (input, target); dealt to the workers. An input that is a tuple gives positional arguments, one
             that is a mapping gives keyword arguments.
         loss: Name of a function of torch.nn.functional, applied to the outputs or to their `logits`; or any mean loss
@@ -159,9 +162,16 @@ def train(
     )
     check_watch(config)
     _check_model(model)
-    device_before = next(model.parameters()).device
     function = loss_function(loss) if isinstance(loss, str) else loss
-    job = make_job(config, on_meta(model), lambda: model, data, test_data, function)
+    with kept_modes(model):
+        job = make_job(config, on_meta(model), lambda: model, data, test_data, function)
+        return _train(job, model, run_dir, resume, progress)
+
+
+def _train(job: Job, model: nn.Module, run_dir: str | Path | None, resume: bool, progress: bool) -> TrainResult:
+    """Rehearse a job and run it; see `train`."""
+    config = job.config
+    device_before = next(model.parameters()).device
     rehearse(job)
     folder: RunFolder | None = None
     if run_dir is not None and is_rank_zero():

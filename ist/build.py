@@ -4,6 +4,7 @@ Where it sits: `ist/prepare.py`, `ist/run.py` and `ist/api.py` come here; what t
 Not here: what a job can be asked (`ist/job.py`), running it.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from ist.job import Job, LossFunction
 from ist.losses import LOSSES
 from ist.metrics import METRICS, Metric
 from ist.models import MODELS
+from ist.modes import set_modes, settle_modes
 from ist.partition import check_workers
 from ist.registry import call, resolve
 from ist.rng import Purpose, seeded
@@ -89,10 +91,23 @@ def make_job(
     """
     train = config.train
     example = example_inputs(train_data) if example is None else example
-    template = on_meta(template).train()
+    template = on_meta(template)
+    modes = settle_modes(template)
+    if not template.training:
+        warnings.warn(
+            "the network as a whole is in evaluation mode, and is trained so: without dropout, and with batch norm's "
+            "statistics as they are. Call model.train() first if that is not meant",
+            stacklevel=2,
+        )
+
+    def build_in_modes() -> nn.Module:
+        model = build()
+        set_modes(model, modes)
+        return model
+
     found, groups = Found((), (), {}), tuple[Group, ...]()
     if config.method == "ist":
-        found = find_neurons(template, example, build)
+        found = find_neurons(template, example, build_in_modes)
         groups = split_groups(found, template, config.partition)
     model_specs = tensor_specs(template, with_statistics=train.running_statistics == "carried")
     parameters = {name: model_specs[name] for name, p in template.named_parameters() if p.requires_grad}
@@ -104,7 +119,7 @@ def make_job(
     job = Job(
         config=config,
         template=template,
-        build=build,
+        build=build_in_modes,
         train_data=train_data,
         test_data=test_data,
         loss=loss,

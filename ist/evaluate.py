@@ -19,6 +19,7 @@ from ist.data.batches import fetch, length
 from ist.data.nested import call_model, scores
 from ist.errors import DataError
 from ist.metrics import Metric
+from ist.modes import kept_modes
 from ist.rng import Purpose, permutation
 
 
@@ -42,7 +43,7 @@ def evaluate(
     """Evaluate a network on a data set.
 
     Args:
-        model: The whole network, on `device`; left in training mode.
+        model: The whole network, on `device`; evaluated in evaluation mode, and left in the modes that it had.
         dataset: Pairs (input, target).
         loss: Mean loss of (outputs, targets).
         batch_size: Samples of a batch.
@@ -52,9 +53,9 @@ def evaluate(
     Raises:
         DataError: The metric counts none of the data set's targets.
     """
-    model.eval()
     count, loss_sum, sums, counted = length(dataset), 0.0, torch.zeros((), dtype=torch.float64, device=device), 0
-    with torch.no_grad():
+    with kept_modes(model), torch.no_grad():
+        model.eval()
         for start in range(0, count, batch_size):
             batch = np.arange(start, min(start + batch_size, count), dtype=np.int64)
             inputs, targets = fetch(dataset, batch, device)
@@ -63,7 +64,6 @@ def evaluate(
             if metric is not None:
                 batch_sums, batch_count = metric.batch(scores(outputs), targets)
                 sums, counted = sums + batch_sums, counted + batch_count
-    model.train()
     if metric is not None and counted == 0:
         raise DataError(f"metric '{metric.names[0]}' has nothing to count: no target of the {count} samples is one")
     return Metrics(loss_sum / count, metric.values(sums, counted) if metric else {}, count)
@@ -76,29 +76,30 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     off while the statistics of the network as evaluated are taken.
 
     Args:
-        model: The whole network; left in training mode.
+        model: The whole network; left in the modes that it had. A norm in evaluation mode keeps its statistics, which
+            are like weights.
         batches: Training inputs, one batch each, on the network's device.
     """
-    model.train()
     norms = [
         module
         for module in model.modules()
-        # One that stays in evaluation mode is frozen by its network: its statistics are like weights.
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.training
     ]
+    if not norms:
+        return
     momenta = [norm.momentum for norm in norms]
-    if norms:
+    with kept_modes(model), torch.no_grad():
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a plain mean over the batches
             norm.train()
-        with torch.no_grad():
+        try:
             for inputs in batches:
                 call_model(model, inputs)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-    model.train()
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
 
 
 def statistics_batches(

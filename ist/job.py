@@ -41,8 +41,8 @@ class Job:
 
     Attributes:
         config: The validated configuration.
-        template: The whole network on the `meta` device.
-        build: Makes the whole network with its initial weights.
+        template: The whole network on the `meta` device, in the modes (`ist/modes.py`) in which it is trained.
+        build: Makes the whole network with its initial weights, in the same modes.
         splits: The data; `splits.test` may be None through the Python API.
         loss: Mean loss of (outputs, targets).
         metric: What is reported beside it, if anything.

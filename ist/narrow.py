@@ -58,7 +58,7 @@ def leave_out(module: nn.Module, path: str) -> None:
 def narrow_module(
     template: nn.Module, plan: NarrowPlan, device: torch.device, constants: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """Return a copy of `template` with narrow tensors, in training mode.
+    """Return a copy of `template` with narrow tensors, in the same modes.
 
     Args:
         template: The whole network on the `meta` device: it costs no memory.
@@ -78,7 +78,6 @@ def narrow_module(
         if not origin.path.startswith(tuple(f"{path}." for path in plan.absent)) and origin.path not in plan.absent:
             holder: Any = module.get_submodule(origin.path)
             vars(holder.config if origin.of_config else holder)[origin.attribute] = value
-    module.train()
     for child in module.modules():
         _narrow_attributes(child)
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:

@@ -237,7 +237,7 @@ def _part_specs(job: Job, cut: Cut, state: dict[str, Tensor]) -> dict[str, Tenso
 
 def _outputs_and_gradients(module: nn.Module, example: object) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Run a network, and differentiate a fixed random combination of its outputs."""
-    without_inner_dropout(module).train()
+    without_inner_dropout(module)
     module.zero_grad()
     with comparable():
         outputs = [t for t in tensors_in(call_model(module, example)) if t.is_floating_point()]

@@ -135,7 +135,7 @@ def statistics_names(module: nn.Module) -> list[str]:
     A norm that its network keeps in evaluation mode normalises by its statistics: they are like weights.
 
     Args:
-        module: A network in training mode.
+        module: A network in the modes in which it is trained.
     """
     return [
         f"{name}.{buffer}" if name else buffer

@@ -114,7 +114,7 @@ def _floats_on_meta(example: Any) -> Any:
 
 
 def _trace(module: nn.Module, example: Any) -> Traced:
-    without_inner_dropout(module).train()
+    without_inner_dropout(module)
     watch = _Watch()
     watch.scene.atoms.buffers = {name for name, _ in module.named_buffers()}
     for name, tensor in named_tensors(module).items():
