@@ -396,3 +396,13 @@ def num_processes(config: Config) -> int:
     """
     dedicated = config.method == "ist" and config.pool.coordinator == "dedicated"
     return config.train.workers + (1 if dedicated else 0)
+
+
+def min_returned(config: Config) -> int:
+    """Return how many workers must come back from a round, lest the run end."""
+    train, pool = config.train, config.pool
+    if pool.min_returned is not None:
+        return pool.min_returned
+    if train.is_elastic:
+        return train.min_workers or 1
+    return -(-train.workers // 2) if pool.kind == "ray" else train.workers

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ist import optim
 from ist.balance import SpeedBalance
-from ist.config import Config
+from ist.config import Config, min_returned
 from ist.errors import CheckpointError, DivergedError, ISTError, PoolError, WorkerLostError
 from ist.exchange import Outgoing, read_trained
 from ist.finite import is_finite
@@ -199,16 +199,6 @@ class Coordinator:
                 if num_workers - len(lost) < needed:
                     # Who was lost can be replaced: that comes before who returned nonsense.
                     raise next((cause for cause in causes if isinstance(cause, WorkerLostError)), causes[0])
-
-
-def min_returned(config: Config) -> int:
-    """Return how many workers must come back from a round, lest the run end."""
-    train, pool = config.train, config.pool
-    if pool.min_returned is not None:
-        return pool.min_returned
-    if train.is_elastic:
-        return train.min_workers or 1
-    return -(-train.workers // 2) if pool.kind == "ray" else train.workers
 
 
 def attempts(config: Config) -> int:

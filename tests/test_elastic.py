@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ist.balance import SMALLEST, SpeedBalance, rebalanced
+from ist.config import min_returned
 from ist.config_file import dump_config, parse_yaml, validate
-from ist.coordinator import Coordinator, min_returned
+from ist.coordinator import Coordinator
 from ist.errors import ConfigError
 from ist.meter import Meter
 from ist.pool import Lost, Subnet

@@ -5,7 +5,9 @@ puts each into the store (one copy); an actor copies it into the message it trai
 into the store (one copy), where the driver merges from it without copying.
 
 Whoever is lost in a round is replaced before the next. A fixed number of actors shares a placement group, so that they
-are placed together or not at all; where their number may vary, each is placed as soon as there is room for it.
+are placed together or not at all; where their number may vary, each is placed as soon as there is room for it. A round
+begins only after every worker has just answered. Where workers of a fixed number keep dying while others start, it
+begins with those that are there, if they are enough (`pool.min_returned`); the others are lost in that round.
 Not here: starting or finding a cluster (`ist/pool/ray_cluster.py`), what a lost worker means (`ist/coordinator.py`).
 """
 
@@ -18,11 +20,11 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ist.config import Ray
+from ist.config import Ray, min_returned
 from ist.errors import PoolError, WorkerLostError, first_line
 from ist.job import Job
 from ist.kept import Site
@@ -32,6 +34,11 @@ from ist.pool.coding import Envelope, Route
 from ist.pool.ray_worker import RayWorker, as_tensor
 
 _START_ATTEMPTS = 3
+"""Errors in a row in an actor's constructor after which its slot is given up: the next would fail as well."""
+_START_DEATHS = 20
+"""The same for processes that die while they start, of which the next may live."""
+_DEATHS_WHILE_WAITING = 2
+"""After so many, waiting for a full crew may never end."""
 _POLL_S = 0.2
 _NOWHERE = "?"
 _SIGN_OF_LIFE_S = 5.0
@@ -90,6 +97,7 @@ class RayPool:
         self._has_deadline = config.pool.round_deadline_s is not None
         self._most = config.train.workers
         self._least = config.train.min_workers or self._most
+        self._fewest = self._least if config.train.is_elastic else min_returned(config)
         remote: Any = ray.remote  # its annotations leave concurrency groups out
         self._class = remote(concurrency_groups={"control": 1})(worker_class)
         try:
@@ -106,10 +114,11 @@ class RayPool:
         if not config.train.is_elastic:
             self._group = placement_group([_bundle(self._settings)] * self._most, self._settings.placement)
         self._members: dict[int, _Member] = {}
-        self._crew: list[_Member] = []
+        self._crew: list[_Member | None] = []  # None: one that the round begins without
         self._generation = 0
         self._ticket = -1
         self._failed_starts: dict[int, int] = {}
+        self._hopeless: set[int] = set()
         self._retry_at: dict[int, float] = {}
         self._last_cause = ""
 
@@ -123,16 +132,25 @@ class RayPool:
         if any(member.busy is not None for member in self._members.values()):
             deadline += self._round_s  # for those who may be replaced only after that
         self._dismiss_the_dead()
+        has_waited, deaths = False, 0
         while True:
             self._fill_slots()
-            self._poll()
-            self._crew = [member for _, member in sorted(self._members.items()) if member.is_free]
-            if len(self._crew) >= self._least:
-                return tuple(f"worker-{member.slot}" for member in self._crew)
-            hopeless = sum(failed >= _START_ATTEMPTS for failed in self._failed_starts.values())
-            failing = self._most - hopeless < self._least
+            deaths += self._poll()
+            free = [member for _, member in sorted(self._members.items()) if member.is_free]
+            if len(free) >= (self._fewest if deaths >= _DEATHS_WHILE_WAITING else self._least):
+                died = self._dismiss_the_dead() if has_waited else 0
+                if not died:
+                    enough = len(free) >= self._least
+                    slots = [member.slot for member in free] if enough else list(range(self._most))
+                    there = {member.slot: member for member in free}
+                    self._crew = [there.get(slot) for slot in slots]
+                    return tuple(f"worker-{slot}" for slot in slots)
+                deaths += died
+                continue
+            failing = self._most - len(self._hopeless) < self._least
             if failing or time.monotonic() > deadline:
-                raise WorkerLostError(self._too_few(round_number, failing))
+                raise WorkerLostError(self._too_few(round_number, len(free), failing))
+            has_waited = True
             waited_for = [ref for member in self._members.values() for ref in (member.starting, member.busy) if ref]
             if waited_for:
                 ray.wait(waited_for, timeout=_POLL_S, fetch_local=False)
@@ -154,12 +172,15 @@ class RayPool:
             yield from self._train(round_number, subnets, pending, began)
         finally:  # also where the round ends early
             for ref, subnet in pending.items():
-                self._abandon(self._crew[subnet.worker], ref)
+                self._abandon(self._member(subnet), ref)
 
     def _train(
         self, round_number: int, subnets: Iterable[Subnet], pending: dict[Any, Subnet], began: float
     ) -> Iterator[Subnet | Lost]:
         for subnet in subnets:
+            if self._crew[subnet.worker] is None:
+                yield Lost(subnet.worker, "it died, and others keep dying while its replacement starts")
+                continue
             try:
                 sent = ray.put(subnet.envelope.flat[: subnet.sent_bytes].numpy())
             except RayError as error:
@@ -167,7 +188,7 @@ class RayPool:
                     f"a subnet of {subnet.sent_bytes} bytes does not fit into the object store ({first_line(error)}): "
                     "give nodes a larger one (ray start --object-store-memory; shm_size in containers)"
                 ) from error
-            actor = self._crew[subnet.worker].actor
+            actor = self._member(subnet).actor
             pending[actor.train.remote(self._ticket, round_number, subnet.place, sent)] = subnet
             self._meter.sent[subnet.worker] += subnet.sent_bytes
         while pending:
@@ -193,8 +214,13 @@ class RayPool:
         self._members.clear()
         self._crew.clear()
 
-    def _result(self, ref: Any, subnet: Subnet) -> Subnet | Lost:
+    def _member(self, subnet: Subnet) -> _Member:
         member = self._crew[subnet.worker]
+        assert member is not None
+        return member
+
+    def _result(self, ref: Any, subnet: Subnet) -> Subnet | Lost:
+        member = self._member(subnet)
         try:
             # Its bytes may be on a node that is gone; then they never come.
             trained = ray.get(ref, timeout=self._round_s)
@@ -216,7 +242,7 @@ class RayPool:
         return Subnet(subnet.place, Envelope(route, flat=as_tensor(trained)), subnet.sent_bytes)
 
     def _late(self, ref: Any, subnet: Subnet) -> Lost:
-        member = self._crew[subnet.worker]
+        member = self._member(subnet)
         waited = f"{member.name} on {member.where} was not back after {self._round_s:g} s"
         if not self._has_deadline:  # pool.timeout_s: it is given up
             self._dismiss(member)
@@ -249,8 +275,9 @@ class RayPool:
             ).remote(self._job, name, self._site)
             self._members[slot] = _Member(slot, name, actor, actor.where.remote())
 
-    def _dismiss_the_dead(self) -> None:
-        """Look for actors that died since the last round: whoever is replaced now costs no round its part."""
+    def _dismiss_the_dead(self) -> int:
+        """Dismiss actors that have died: whoever is replaced now costs no round its part; return how many."""
+        dead = 0
         answers = {member.actor.where.remote(): member for member in self._members.values() if member.is_free}
         if answers:
             ray.wait(list(answers), num_returns=len(answers), timeout=_SIGN_OF_LIFE_S, fetch_local=False)
@@ -260,10 +287,17 @@ class RayPool:
                 if done:  # who does not answer in time may yet: the round will tell
                     ray.get(answer)
             except RayError:
+                dead += 1
                 self._dismiss(member)
+        return dead
 
-    def _poll(self) -> None:
-        """See which actors have started, which are done with a round they were left out of, and which have failed."""
+    def _poll(self) -> int:
+        """See which actors have started, which are done with a round they were left out of, and which have failed.
+
+        Returns:
+            How many have died.
+        """
+        dead = 0
         for member in list(self._members.values()):
             ref = member.starting or member.busy
             if ref is None:
@@ -281,19 +315,27 @@ class RayPool:
             try:
                 member.where = str(ray.get(ref))
             except RayError as error:
+                dead += 1
                 if member.where == _NOWHERE:
-                    self._start_failed(member, _cause(error) if isinstance(error, RayTaskError) else error)
+                    self._start_failed(member, error)
                 else:
                     self._dismiss(member)
             else:
                 self._failed_starts.pop(member.slot, None)
+                self._hopeless.discard(member.slot)
+        return dead
 
-    def _start_failed(self, member: _Member, error: BaseException) -> None:
+    def _start_failed(self, member: _Member, error: RayError) -> None:
         self._dismiss(member)
-        self._last_cause = f"{member.name}: {_why_gone(error)}"
+        cause = _cause(error) if isinstance(error, RayTaskError) else error
+        self._last_cause = f"{member.name}: {_why_gone(cause)}"
         failed = self._failed_starts.get(member.slot, 0) + 1
         self._failed_starts[member.slot] = failed
-        self._retry_at[member.slot] = time.monotonic() + min(60.0, 2.0**failed)
+        # An error in the constructor comes again, and its node may need a pause; a process that was killed may not be.
+        comes_again = isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)
+        if failed >= (_START_ATTEMPTS if comes_again else _START_DEATHS):
+            self._hopeless.add(member.slot)
+        self._retry_at[member.slot] = time.monotonic() + (min(60.0, 2.0**failed) if comes_again else _POLL_S)
 
     def _dismiss(self, member: _Member) -> None:
         """Give an actor up; its slot is filled before the next round."""
@@ -301,8 +343,8 @@ class RayPool:
         if self._members.get(member.slot) is member:
             del self._members[member.slot]
 
-    def _too_few(self, round_number: int, failing: bool) -> str:
-        there = f"{len(self._crew)} of {self._least} Ray workers are there for round {round_number}"
+    def _too_few(self, round_number: int, found: int, failing: bool) -> str:
+        there = f"{found} of {self._least} Ray workers are there for round {round_number}"
         if failing:
             return f"{there}: they fail as they start. {self._last_cause}"
         cause = f" Last failure: {self._last_cause}" if self._last_cause else ""

@@ -4,11 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -23,6 +26,7 @@ from ist.job import Job
 from ist.meter import MemoryGauge, Meter
 from ist.pool import Lost, Subnet
 from ist.pool.inline import InlinePool
+from ist.pool.ray import RayPool
 from ist.recorder import RunRecorder
 from ist.rounds import run_rounds
 from tests.conftest import ROOT, Run, assert_same, clone, config_tree, node, small_config, wait_for
@@ -175,6 +179,42 @@ def test_a_slow_worker_gets_a_smaller_share_where_shares_follow_speed() -> None:
     even, uneven = history[0]["bytes_to_worker"], history[1]["bytes_to_worker"]
     assert max(even) == min(even)
     assert uneven[1] < 0.5 * min(uneven[0], uneven[2])
+
+
+def test_a_run_goes_on_where_workers_die_faster_than_they_start() -> None:
+    """One of four dies, also while it starts, more often than one starts."""
+    stop, killed, started = threading.Event(), [], time.monotonic()
+
+    class Hail(RayPool):
+        def gather(self, round_number: int) -> tuple[str, ...]:
+            names = super().gather(round_number)
+            if not killer.is_alive():
+                killer.start()
+            return names
+
+    def kill_now_and_then() -> None:
+        random, pause = np.random.default_rng(7), 0.7 * (time.monotonic() - started)
+        while not stop.wait(pause):
+            ours = psutil.Process().children(recursive=True)
+            workers = [process for process in ours if "RayWorker" in process.name()]
+            if workers:
+                victim = workers[random.integers(len(workers))]
+                victim.kill()
+                killed.append(victim.pid)
+
+    killer = threading.Thread(target=kill_now_and_then)
+    settings = {**SETTINGS, "train__workers": 4, "train__rounds": 500, "evaluate": {"every": 500}}
+    job = build_job(small_config(**{**settings, "pool": {"kind": "ray"}}))
+    try:
+        weights, history = run(lambda job, meter: Hail(job, meter, f"hail-{os.urandom(3).hex()}"), job)
+    finally:
+        stop.set()
+        killer.join()
+
+    assert len(history) == 500
+    assert len(killed) >= 3
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights.values())
+    assert history[-1]["accuracy"] > 0.9
 
 
 DRIVER = """
