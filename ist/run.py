@@ -196,7 +196,8 @@ def _pool(
     from ist.pool.ray import RayPool
     from ist.pool.ray_cluster import connected
 
-    stack.enter_context(connected(job.config))
+    go_on = f"Go on from the last checkpoint with: ist train --resume {folder.path}" if folder else ""
+    stack.enter_context(connected(job.config, go_on))
     name = folder.path.name if folder else job.config.name
     pool = RayPool(job, meter, f"{name}-{secrets.token_hex(3)}", site=site)
     stack.callback(pool.close)

@@ -46,7 +46,7 @@ LAYERS = [
     ["ist.evaluate", "ist.checkpoint", "ist.verify", "ist.exchange"],
     ["ist.kept"],
     ["ist.worker"],
-    ["ist.pool.device", "ist.pool.secret", "ist.pool.ports"],
+    ["ist.pool.device", "ist.pool.secret", "ist.pool.ports", "ist.pool.ray_guard"],
     ["ist.pool.ray_worker"],
     ["ist.pool.group"],
     ["ist.pool.inline", "ist.pool.torchrun", "ist.pool.ray", "ist.pool.ray_cluster"],

@@ -9,8 +9,10 @@ import logging
 import math
 import os
 import secrets
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,16 +21,22 @@ from ray.exceptions import RayError
 
 from ist.config import Config
 from ist.errors import PoolError, first_line
+from ist.pool.ray_guard import guarded
 
 _KNOCK_S = 10.0
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @contextlib.contextmanager
-def connected(config: Config) -> Iterator[None]:
+def connected(config: Config, go_on: str = "") -> Iterator[None]:
     """Be connected to a Ray cluster: `pool.ray.address`, or one that lasts as long as this block.
 
-    A connection that this process has already is used as it is, and left open.
+    A connection that this process has already is used as it is, and left open. Beside one that is made here, a guard
+    says so if the process is ended without a Python exception, which Ray does when the cluster is lost.
+
+    Args:
+        config: The run's configuration.
+        go_on: How the run is resumed, for the guard's message.
 
     Raises:
         PoolError: The cluster cannot be reached, refuses this process, or could not be started.
@@ -37,16 +45,44 @@ def connected(config: Config) -> Iterator[None]:
         yield
         return
     address = config.pool.ray.address
-    if address is None:
-        _start(config)
-    else:
-        _join(address)
+    with _own_signal_handling():
+        if address is None:
+            _start(config)
+        else:
+            _join(address)
     try:
+        session = _session_folder() if address is None else ""
         # Ray reports lost workers on stdout, which is for results.
-        with contextlib.redirect_stdout(sys.stderr):
+        with guarded(session, _last_words(address, go_on)), contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
         ray.shutdown()
+
+
+def _session_folder() -> str:
+    """Return the folder of the cluster of one node that this process has started."""
+    (node,) = ray.nodes()  # type: ignore[no-untyped-call]
+    return str(Path(node["ObjectStoreSocketName"]).parent.parent)
+
+
+def _last_words(address: str | None, go_on: str) -> str:
+    cluster = f"the Ray cluster at {address}" if address else "the run's own Ray cluster"
+    return (
+        f"error: process {os.getpid()}, which coordinates the run, ended without a Python exception: it was killed, or "
+        f"Ray ended it because {cluster} was lost (its GCS or raylet stopped). {go_on}".rstrip()
+    )
+
+
+@contextlib.contextmanager
+def _own_signal_handling() -> Iterator[None]:
+    """Put back the handler of SIGTERM that Ray replaces: by one that prints a C++ stack and exits with code 15."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if in_main_thread and before is not None:  # None: not Python's, and cannot be set from here
+            signal.signal(signal.SIGTERM, before)
 
 
 def _start(config: Config) -> None:

@@ -1,11 +1,13 @@
 """The Ray pool: identical weights, true bytes, and an end with a cause where no worker can be had."""
 
 import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import yaml
@@ -99,6 +101,26 @@ def test_workers_join_as_they_find_room() -> None:
 
     assert 1 <= len(at_first) <= 2
     assert in_the_end == ("worker-0", "worker-1")  # four CPUs each, of ten
+
+
+def test_a_driver_that_ray_ends_says_so_and_leaves_no_process_behind(tmp_path: Path) -> None:
+    path, folder = tmp_path / "job.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(config_tree(train__workers=2, train__rounds=100000, pool={"kind": "ray"})))
+    command = [sys.executable, "-m", "ist", "train", str(path), "--run-dir", str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        wait_for((folder / "metrics.jsonl").exists, 60, "a round")
+        family = psutil.Process(process.pid).children(recursive=True)
+        (raylet,) = [member for member in family if member.name() == "raylet"]
+
+        raylet.kill()
+        _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 1
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "Ray ended it because the run's own Ray cluster was lost (its GCS or raylet stopped)" in error
+    assert error.endswith(f"Go on from the last checkpoint with: ist train --resume {folder}")
+    _, alive = psutil.wait_procs(family, timeout=15)
+    assert not alive
 
 
 def test_an_address_without_a_cluster_is_an_error(tmp_path: Path, ist_command: Run) -> None:
