@@ -20,6 +20,7 @@ from ist.config import Config
 from ist.config_method import Partition
 from ist.config_recipe import Outer
 from ist.data.batches import Dealing
+from ist.data.content import NOTHING, Content, content
 from ist.groups import Group, TensorSpec, constant_tensors, named_tensors, tensor_specs
 from ist.groups.neurons import Found, narrow_sizes
 from ist.groups.trace import try_out
@@ -80,6 +81,12 @@ class Job:
         total = train.epochs * self.dealing.steps_per_epoch if train.epochs is not None else None
         stages = self.config.recipe.stages if self.config.method == "ist" else ()
         return spans(stages, train.local_steps, train.rounds, total)
+
+    @cached_property
+    def contents(self) -> tuple[Content, Content]:
+        """What a few items of the training data hold, and of the test data."""
+        test = NOTHING if self.test_data is None else content(self.test_data, self.config.seed)
+        return content(self.train_data, self.config.seed), test
 
     @property
     def total_steps(self) -> int:

@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     EVALUATION = 6
     REHEARSAL = 7
     DATA = 8
+    CONTENT = 9
 
 
 def _bits(seed: int, purpose: Purpose, *counters: int) -> np.random.Philox:

@@ -109,6 +109,7 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
 
     Raises:
         ConfigError: The processes that were started do not fit the configuration.
+        DataError: They have not loaded the same training data.
         PoolError: The process group cannot be formed, or no Ray cluster be reached.
         RunFolderError: `folder` cannot be read, or its checkpoint is damaged.
     """
@@ -127,7 +128,7 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
         membership = join(config.pool)
     first_round = before.rounds_done
     if membership:
-        first_round = agree_on_start(membership, first_round, _fingerprint(config), job.dealing.num_samples)
+        first_round = agree_on_start(membership, first_round, _fingerprint(config), job.contents)
     start = secrets.token_hex(4)
     site = _site(config, folder, membership, start, before) if config.workers_keep else None
     meter = Meter()

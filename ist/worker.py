@@ -205,13 +205,15 @@ def local_steps(
 def rehearse(job: Job) -> None:
     """Check the cuts, make one step of worker 0 on a small batch and evaluate it: what cannot work ends before the run.
 
-    Costs the memory of two whole networks and a subnet for a moment; changes nothing.
+    Costs the memory of two whole networks and a subnet for a moment; changes nothing. Warns of data of which an item
+    changes from look to look.
 
     Raises:
         ModelError: A narrow network computes something else than the masked whole one.
         ConfigError: Network, data, loss, metric and optimiser do not fit each other; the message is torch's.
     """
     device = torch.device("cpu")
+    _warn_of_unrepeatable(job)
     if job.config.method == "ist":
         verify_cuts(job)
     try:
@@ -224,6 +226,21 @@ def rehearse(job: Job) -> None:
             f"network, data, loss and optimiser do not fit each other: a step on a batch of "
             f"{job.dealing.smallest_batch} fails: {type(error).__name__}: {error}".splitlines()[0]
         ) from error
+
+
+def _warn_of_unrepeatable(job: Job) -> None:
+    """Warn of data sets that draw from generators which nobody can seed, or that change as they are looked at."""
+    for which, dataset, content in zip(
+        ("training", "test"), (job.train_data, job.test_data), job.contents, strict=True
+    ):
+        if dataset is not None and content.unrepeatable is not None:
+            warnings.warn(
+                f"the {which} data ({type(dataset).__name__}): item {content.unrepeatable} is another one at a second "
+                "look, though the generators of torch, random and numpy.random are seeded alike: runs with one seed, "
+                "and resumed ones, will differ. Draw from these generators, not from one that the data set holds, and "
+                "let items not depend on those that were asked for before",
+                stacklevel=3,
+            )
 
 
 def _one_step(job: Job, device: torch.device) -> None:

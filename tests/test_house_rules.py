@@ -25,7 +25,7 @@ LAYERS = [
     ["ist.data.batched", "ist.data.idx", "ist.data.nested", "ist.losses", "ist.attention", "ist.blocks", "ist.modes"],
     ["ist.models.mlp", "ist.models.preact_resnet", "ist.models.decoder", "ist.models.wide"],
     ["ist.data.digits", "ist.data.fashion_mnist", "ist.data.text", "ist.data.batches", "ist.data.crime"],
-    ["ist.data.hypernyms", "ist.data.graphs", "ist.data.spoken_digits", "ist.data.speech_commands"],
+    ["ist.data.hypernyms", "ist.data.graphs", "ist.data.spoken_digits", "ist.data.speech_commands", "ist.data.content"],
     ["ist.data.cora", "ist.data.wordnet_graph"],
     ["ist.groups"],
     ["ist.groups.labels", "ist.groups.sizes"],

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: i
 from torch.distributed.rendezvous import rendezvous
 
 from ist.config import Pool
-from ist.errors import ConfigError, PoolError, first_line
+from ist.data.content import Content
+from ist.errors import ConfigError, DataError, PoolError, first_line
 from ist.pool.device import compute_device
 from ist.pool.ports import PRIVATE_STORE, briefly_open, refuse_public, store_socket
 from ist.pool.secret import FILE_VARIABLE, is_proven, new_challenge, prove, run_secret
@@ -238,32 +240,63 @@ def _listed(ranks: Sequence[int]) -> str:
     return ", ".join(map(str, ranks))
 
 
-def agree_on_start(membership: Membership, first_round: int, fingerprint: int, samples: int) -> int:
+def agree_on_start(
+    membership: Membership, first_round: int, fingerprint: int, contents: tuple[Content, Content]
+) -> int:
     """Return the first round as rank 0 knows it, after checking that all ranks run the same configuration and data.
+
+    Warns on rank 0 of test data that are not the same: rank 0 alone evaluates.
 
     Args:
         membership: This process.
         first_round: Where rank 0 begins; other ranks' value does not matter.
         fingerprint: A number made of the configuration.
-        samples: Of the training data.
+        contents: What the training data and the test data hold.
 
     Raises:
-        PoolError: A rank's configuration, or number of samples, is not rank 0's. Every rank raises it.
+        PoolError: A rank's configuration is not rank 0's. Every rank raises it.
+        DataError: A rank's training data are not rank 0's. Every rank raises it.
     """
-    own = torch.tensor([first_round, fingerprint, samples], dtype=torch.int64, device=membership.carrier)
+    train, test = (content.to_numbers() for content in contents)
+    own = torch.tensor([first_round, fingerprint, *train, *test], dtype=torch.float64, device=membership.carrier)
     said = [torch.empty_like(own) for _ in range(membership.world_size)]
     with peer_errors("starting together"):
         dist.all_gather(said, own)
-    first, *expected = said[0].tolist()
-    for rank, (_, theirs, count) in enumerate(numbers.tolist() for numbers in said):
-        if theirs != expected[0]:
+    first, expected, *_ = said[0].tolist()
+    training, testing = {}, {}
+    for rank, (_, theirs, *numbers) in enumerate(numbers.tolist() for numbers in said):
+        if theirs != expected:
             raise PoolError(f"rank {rank} runs another configuration than rank 0: give all nodes the same file")
-        if count != expected[1]:
-            raise PoolError(
-                f"rank {rank} has {count} training samples, rank 0 has {expected[1]}: every process must load the same "
-                "whole data set, which is dealt to workers here"
-            )
+        half = len(numbers) // 2
+        training[rank] = Content.from_numbers(numbers[:half])
+        testing[rank] = Content.from_numbers(numbers[half:])
+    if differing := _differing(training, "training"):
+        raise DataError(
+            f"{differing}: every process must load the same whole data set, which is dealt to workers here. Load it "
+            "from a file, or seed what makes it"
+        )
+    there = {rank: content for rank, content in testing.items() if content.count}
+    if membership.rank == 0 and 0 in there and (differing := _differing(there, "test")):
+        warnings.warn(f"{differing}: rank 0 alone evaluates, on its own", stacklevel=2)
     return int(first)
+
+
+def _differing(contents: Mapping[int, Content], which: str) -> str:
+    """Say which ranks have loaded other data than rank 0, and what differs first; nothing where none has."""
+    first = contents[0]
+    counts = {rank: theirs.count for rank, theirs in contents.items() if theirs.count != first.count}
+    if counts:
+        rank, count = next(iter(counts.items()))
+        return f"rank {rank} has {count} {which} samples, rank 0 has {first.count}"
+    items = {rank: first.other_item(theirs) for rank, theirs in contents.items()}
+    apart = [rank for rank, item in items.items() if item is not None]
+    if not apart:
+        return ""
+    looked_at = _listed(sorted(set(first.indices)))
+    return (
+        f"the {which} data of rank {_listed(apart)} are not those of rank 0: sample {items[apart[0]]} is another one "
+        f"(samples {looked_at} were compared)"
+    )
 
 
 def broadcast_bytes(membership: Membership, data: Tensor) -> Tensor:

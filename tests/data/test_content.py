@@ -1,0 +1,159 @@
+"""Whether two processes have loaded the same data, told from a few items."""
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+
+from ist.data.content import NOTHING, Content, content
+from ist.errors import DataError
+from ist.pool import group
+from ist.worker import rehearse
+from tests.augmented import Augmented
+from tests.conftest import data, job_for
+from tests.networks import NETWORKS, seeded
+
+
+class Items(Dataset[Any]):
+    """Given items."""
+
+    def __init__(self, *items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.items[index]
+
+
+def alike(one: Dataset[Any], other: Dataset[Any]) -> bool:
+    return content(one, 3).other_item(content(other, 3)) is None
+
+
+@pytest.mark.parametrize("make", [data, lambda seed: Augmented(data(seed=seed))], ids=["as they are", "drawn"])
+def test_the_same_data_are_alike_and_others_are_not(make: Any) -> None:
+    assert alike(make(seed=1), make(seed=1))
+    assert not alike(make(seed=1), make(seed=2))
+
+
+def test_data_that_differ_in_their_last_digits_are_alike() -> None:
+    inputs, targets = data().tensors
+
+    assert alike(TensorDataset(inputs, targets), TensorDataset(inputs * (1 + 1e-5), targets))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((torch.ones(3), 1), (torch.ones(3), 2)),
+        ((torch.ones(3), 1), (torch.ones(3), torch.tensor(1))),
+        ((torch.ones(3), 1), (torch.ones(4), 1)),
+        ((torch.ones(3), 1), (torch.ones(3).double(), 1)),
+        ((torch.ones(3), 1.5), (torch.ones(3), 1.7)),
+        ((torch.tensor(2.0), "a"), (torch.tensor(2.0), "b")),
+        (({"a": torch.ones(2)}, 0), ({"b": torch.ones(2)}, 0)),
+        (((torch.ones(2), torch.zeros(2)), 0), ((torch.zeros(2), torch.ones(2)), 0)),
+        ((torch.arange(40), 0), (torch.arange(40).flip(0), 0)),
+        ((300 + torch.arange(9.0), 0), (300 + torch.arange(9.0).flip(0), 0)),
+        ((np.arange(3), 0), (np.arange(3)[::-1].copy(), 0)),
+        ((torch.full((3,), 1j), 0), (torch.full((3,), -1j), 0)),
+        ((torch.ones(3, dtype=torch.bfloat16), 0), (torch.zeros(3, dtype=torch.bfloat16), 0)),
+        ((torch.tensor([torch.nan, 1.0]), 0), (torch.tensor([0.0, 1.0]), 0)),
+        ((torch.tensor([True] * 20), 0), (torch.tensor([False] * 20), 0)),
+    ],
+)
+def test_whatever_an_item_holds_is_compared(one: Any, other: Any) -> None:
+    assert alike(Items(one), Items(one))
+    assert not alike(Items(one), Items(other))
+
+
+def test_content_survives_being_sent_as_numbers() -> None:
+    made = content(Augmented(data()), 3)
+
+    assert Content.from_numbers(torch.tensor(made.to_numbers(), dtype=torch.float64).tolist()) == made
+
+
+def test_looking_at_data_leaves_the_generators_as_they_were() -> None:
+    torch.manual_seed(1)
+    random.seed(1)
+    expected = torch.rand(1).item(), random.random()
+    torch.manual_seed(1)
+    random.seed(1)
+
+    content(Augmented(data()), 3)
+
+    assert (torch.rand(1).item(), random.random()) == expected
+
+
+class OwnGenerator(Dataset[tuple[Tensor, Tensor]]):
+    """A data set that draws from a generator of its own, which nobody can seed."""
+
+    def __init__(self, inner: TensorDataset) -> None:
+        self.inner = inner
+        self.generator = np.random.default_rng(5)
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        item, target = self.inner[index]
+        return item + self.generator.random(), target
+
+
+def test_items_that_nobody_can_repeat_are_compared_with_nothing() -> None:
+    made = content(OwnGenerator(data(seed=1)), 3)
+
+    assert made.unrepeatable == 0
+    assert alike(OwnGenerator(data(seed=1)), OwnGenerator(data(seed=2)))
+    assert content(Augmented(data()), 3).unrepeatable is None
+
+
+@pytest.mark.parametrize(("train", "test"), [(OwnGenerator, Augmented), (Augmented, OwnGenerator)])
+def test_data_that_change_from_look_to_look_are_warned_of_by_name(train: Any, test: Any) -> None:
+    job = job_for(seeded(NETWORKS["no batch norm"]), train(data()), test(data(40, seed=4)))
+    which = "training" if train is OwnGenerator else "test"
+
+    with pytest.warns(UserWarning, match=rf"the {which} data \(OwnGenerator\): item 0 is another one at a second look"):
+        rehearse(job)
+
+
+def test_data_that_are_seeded_are_not_warned_of() -> None:
+    rehearse(job_for(seeded(NETWORKS["no batch norm"]), Augmented(data()), Augmented(data(40, seed=4))))
+    rehearse(job_for(nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5))))
+
+
+def agreed(monkeypatch: pytest.MonkeyPatch, contents: list[tuple[Content, Content]], rank: int = 0) -> int:
+    """What a rank makes of a start where ranks have these training and test data."""
+
+    def gather(said: list[Tensor], own: Tensor) -> None:
+        for slot, (train, test) in zip(said, contents, strict=True):
+            slot.copy_(torch.tensor([*own[:2].tolist(), *train.to_numbers(), *test.to_numbers()], dtype=own.dtype))
+
+    monkeypatch.setattr(group.dist, "all_gather", gather)
+    membership = group.Membership(rank, len(contents), torch.device("cpu"), "gloo")
+    return group.agree_on_start(membership, 7, 2**32 - 1, contents[rank])
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_every_rank_refuses_to_start_with_different_training_data(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    ours, theirs, fewer = (content(data(size, seed=seed), 3) for size, seed in ((100, 1), (100, 2), (90, 1)))
+
+    assert agreed(monkeypatch, [(ours, NOTHING)] * 3, rank) == 7
+    with pytest.raises(DataError, match=r"training data of rank 2 are not those of rank 0: sample 0 is another one"):
+        agreed(monkeypatch, [(ours, NOTHING), (ours, NOTHING), (theirs, NOTHING)], rank)
+    with pytest.raises(DataError, match="rank 1 has 90 training samples, rank 0 has 100"):
+        agreed(monkeypatch, [(ours, NOTHING), (fewer, NOTHING), (theirs, NOTHING)], rank)
+
+
+def test_different_test_data_are_warned_of_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, ours, theirs = (content(data(seed=seed), 3) for seed in (1, 2, 3))
+
+    with pytest.warns(UserWarning, match=r"test data of rank 2 are not those of rank 0.*rank 0 alone evaluates"):
+        agreed(monkeypatch, [(train, ours), (train, NOTHING), (train, theirs)])
+    agreed(monkeypatch, [(train, ours), (train, NOTHING), (train, theirs)], rank=2)
+    agreed(monkeypatch, [(train, ours), (train, NOTHING), (train, ours)])
