@@ -46,10 +46,13 @@ _FILLED = """
     empty_strided new_empty_strided rand rand_like randn randn_like randint randint_like scalar_tensor
 """
 _NUMBERED = "arange linspace logspace eye tril_indices triu_indices randperm hann_window"
-_FILLING = "fill zero bernoulli normal uniform random exponential"
+_FILLING = "fill zero"
+_DRAWN = """
+    bernoulli normal uniform random exponential cauchy log_normal geometric poisson binomial _standard_gamma
+"""
 _REDUCTIONS = """
     sum mean amax amin max min prod var std var_mean std_mean logsumexp linalg_vector_norm norm any all argmax argmin
-    count_nonzero median nansum aminmax mode
+    count_nonzero median nansum aminmax mode _is_all_true _is_any_true
 """
 _ALONG = "_softmax _log_softmax _safe_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort"
 _MATRIX_POSITIONS = "tril triu"
@@ -115,6 +118,8 @@ def _move(scene: Scene, call: Call) -> Sequence[Value]:
         ]
     found = [scene.activation(value) for value in values]
     depth = max(value.depth for value in found)
+    if call.name == "expand" and torch.Size(found[0].shape).numel() == 1 and scene.labels.is_frozen(found[0]):
+        return free(scene, call)  # one number, repeated: it fits any width
     made = [scene.labels.activation(labels, depth) for labels in _run(call, [value.full for value in found])]
     if call.name == "cat" and found[0].shape:
         # A class token before patches: pieces that vary along other dims only are parts of the same neurons.
@@ -166,6 +171,16 @@ def _topk(scene: Scene, call: Call) -> Sequence[Value]:
     return resized(scene, call, {call.args["dim"] % len(call.values[0].shape)})
 
 
+def _last(scene: Scene, call: Call) -> Sequence[Value]:
+    """What mixes along the last dim."""
+    return [mix(scene, call.values[0], {len(call.values[0].shape) - 1})]
+
+
+def _chosen(scene: Scene, call: Call) -> Sequence[Value]:
+    """Numbers of positions of the last dim, drawn by chance."""
+    return resized(scene, call, {len(call.values[0].shape) - 1})
+
+
 def _complex(scene: Scene, call: Call) -> Sequence[Value]:
     value = scene.activation(call.values[0])
     if call.name == "view_as_real":
@@ -178,6 +193,7 @@ def _table() -> dict[str, Rule]:
     rules: dict[str, Rule] = {}
     families: list[tuple[str, Rule]] = [
         (_MOVES, _move), (_SAME, _same), (_FILLED, free), (_NUMBERED, frozen), (_FILLING, _same),
+        (_DRAWN, _elementwise), ("multinomial", _chosen), ("_sample_dirichlet", _last),
         (_REDUCTIONS, _reduction), (_ALONG, _along), (_MATRIX_POSITIONS, _matrix_positions), (_POOLS, pool),
         (_BATCH_NORMS, batch_norm), ("native_layer_norm _fused_rms_norm", layer_norm),
         ("native_group_norm", group_norm),

@@ -140,6 +140,7 @@ def _grouped(scene: Scene, x: Activation, w: Value, groups: int, shape: Shape, t
 def embedding(scene: Scene, call: Call) -> Sequence[Value]:
     """A row of the table for each index: new neurons, whose width is that of the table."""
     table = mix(scene, call.args["weight"], {0})
+    scene.labels.freeze(scene.activation(call.args["indices"]).core)
     width = table.shape[1]
     depth = 1
     if isinstance(table, ParameterView):

@@ -38,9 +38,9 @@ _MADE = {"zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", 
 
 
 class WithoutChance(TorchFunctionMode):
-    """Turns dropout off and makes every Bernoulli draw 1, in training mode too.
+    """Turns dropout off and makes every Bernoulli mask 1, in training mode too.
 
-    A narrow network draws other random numbers than the whole one; only what is not random can be compared.
+    So every unit takes part in the comparison. What else is random is drawn alike (`ist/groups/draws.py`).
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -50,6 +50,9 @@ class WithoutChance(TorchFunctionMode):
             return args[0] if args else kwargs["input"]
         if name == "bernoulli_":
             return args[0].fill_(1)
+        if name == "rrelu":
+            lower, upper = (*args[1:3], *[kwargs[k] for k in ("lower", "upper") if k in kwargs], 1 / 8, 1 / 3)[:2]
+            return torch.nn.functional.leaky_relu(args[0] if args else kwargs["input"], (lower + upper) / 2)
         if name == "scaled_dot_product_attention":
             args, kwargs = args[:4], {"dropout_p": 0.0, **kwargs} | {"dropout_p": 0.0}
         return func(*args, **kwargs)

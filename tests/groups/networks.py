@@ -216,6 +216,55 @@ class Bags(nn.Module):
         return self.out(torch.cat([given.relu(), scaled.relu(), self.mean(words)], dim=1))
 
 
+class Variational(nn.Module):
+    """A variational autoencoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.mean, self.log_variance = nn.Linear(12, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.decode, self.out = nn.Linear(3, 7), nn.Linear(7, 12)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = self.encode(x).relu()
+        mean, log_variance = self.mean(hidden), self.log_variance(hidden)
+        code = mean + torch.randn_like(mean) * (log_variance / 2).exp()
+        return self.out(self.decode(code).relu()), mean, log_variance
+
+
+class MaskedAutoencoder(nn.Module):
+    """Hides half of the positions, chosen by sorting noise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.block, self.mask = nn.Linear(12, 10), Block(10), nn.Parameter(torch.ones(1, 1, 10))
+        self.decode, self.out = nn.Linear(10, 9), nn.Linear(9, 12)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        size, length, _ = x.shape
+        order = torch.rand(size, length, device=x.device).argsort(dim=1)
+        back = order.argsort(dim=1)
+        x = self.embed(x)
+        seen = self.block(x.gather(1, order[:, : length // 2, None].expand(-1, -1, 10)))
+        whole = torch.cat([seen, self.mask.repeat(size, length - length // 2, 1)], dim=1)
+        whole = whole.gather(1, back[:, :, None].expand(-1, -1, 10))
+        return self.out(self.decode(whole).relu()), (back >= length // 2)
+
+
+class NoisyUnits(nn.Module):
+    """Noise on hidden units, and a generator's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)
+        self.generate = nn.Linear(3, 6)
+        self.read = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.first(x + 0.1 * torch.randn_like(x))).relu()
+        h = h * (1 + 0.5 * torch.randn(h.shape[1], dtype=x.dtype))
+        return self.last(h) + self.read(self.generate(torch.randn(len(x), 3, dtype=x.dtype)).relu())
+
+
 class Block(nn.Module):
     def __init__(self, width: int = 12) -> None:
         super().__init__()
@@ -279,4 +328,7 @@ CASES: dict[str, Case] = {
         (torch.tensor([[0, 1, 6], [2, 2, 5], [3, 4, 1]]), rand(3, 3)),
         {"given": 10, "hidden": 8, "scaled": 6, "mean": 9},
     ),
+    "variational autoencoder": Case(Variational, rand(4, 12), {"encode": 8, "decode": 7}),
+    "masked autoencoder": Case(MaskedAutoencoder, rand(2, 6, 12), {"block": 16, "decode": 9}),
+    "noise": Case(NoisyUnits, rand(6, 12), {"0": 8, "1": 6}),
 }  # fmt: skip
