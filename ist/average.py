@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
+from ist.checkpoint import check_tensors
 from ist.config_recipe import Average
 from ist.rounds import Method, RoundReport
 
@@ -28,16 +29,22 @@ class Averaged:
         method: How to train.
         settings: The kind of average; not 'none'.
         num_rounds: Rounds of the run.
-        state: What a checkpoint holds of the average, by name; empty at the beginning.
+        state: What a checkpoint holds of the average, by name; None: the run begins.
+
+    Raises:
+        CheckpointError: `state` is not of such an average.
     """
 
-    def __init__(self, method: Method, settings: Average, num_rounds: int, state: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, method: Method, settings: Average, num_rounds: int, state: Mapping[str, Tensor] | None = None
+    ) -> None:
         ema = settings.kind == "ema"
         average = get_ema_multi_avg_fn(settings.decay) if ema else get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
         self._method = method
         self._averaged = AveragedModel(method.model, multi_avg_fn=average)
         self._first_round = math.floor(settings.start * num_rounds)
-        if state:
+        if state is not None:
+            check_tensors(state, self._own_state())
             self._averaged.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in state.items()})
 
     @property
@@ -59,8 +66,7 @@ class Averaged:
 
     def checkpoint_state(self) -> dict[str, Tensor]:
         """Return every tensor that the method and the average need to go on."""
-        mine = {f"{PREFIX}{name}": tensor for name, tensor in self._averaged.state_dict().items()}
-        return {**self._method.checkpoint_state(), **mine}
+        return {**self._method.checkpoint_state(), **self._own_state()}
 
     def bytes_sent(self) -> int:
         """Return what the method has sent."""
@@ -69,3 +75,6 @@ class Averaged:
     def close(self) -> None:
         """Let the workers go."""
         self._method.close()
+
+    def _own_state(self) -> dict[str, Tensor]:
+        return {f"{PREFIX}{name}": tensor for name, tensor in self._averaged.state_dict().items()}

@@ -35,6 +35,8 @@ _log = logging.getLogger(__name__)
 _NAME = "round-{:08d}.safetensors"
 _PATTERN = re.compile(r"round-\d{8}\.safetensors")
 _DAMAGED = ".damaged"
+_NAMES = "tensors"
+_MISFIT = "the checkpoint does not fit the configured network and run"
 _KEPT = "worker-{}.round-{}.safetensors"
 
 
@@ -76,7 +78,8 @@ def save_checkpoint(storage: Storage, tensors: Mapping[str, Tensor], progress: P
         RunFolderError: It cannot be written; earlier checkpoints are untouched.
     """
     name = _NAME.format(progress.rounds_done)
-    storage.write(name, _serialized(tensors, {"progress": json.dumps(asdict(progress))}))
+    metadata = {"progress": json.dumps(asdict(progress)), _NAMES: json.dumps(sorted(tensors))}
+    storage.write(name, _serialized(tensors, metadata))
     for old in _checkpoints(storage)[:-keep]:
         storage.delete(old)
     return name
@@ -136,6 +139,9 @@ def load_checkpoint(storage: Storage, name: str) -> tuple[dict[str, Tensor], Pro
         progress = _PROGRESS.validate_json(metadata["progress"])
     except (KeyError, ValidationError) as error:
         raise CheckpointError(f"{where}: is no checkpoint of a run ({_what_is_wrong(error)})") from error
+    lacking = set(json.loads(metadata.get(_NAMES, "[]"))) - set(tensors)  # earlier versions did not note them
+    if lacking:
+        raise CheckpointError(f"{where}: is altered: it lacks '{min(lacking)}' ({len(lacking)} tensors missing)")
     if name != _NAME.format(progress.rounds_done):
         raise CheckpointError(f"{where}: its progress entry is of round {progress.rounds_done}, and not its name's")
     return tensors, progress
@@ -163,6 +169,28 @@ def _set_aside(storage: Storage, name: str) -> str:
         aside = f"{name}{_DAMAGED}-{number}"
     storage.rename(name, aside)
     return aside
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Check that a part of a checkpoint holds just the tensors that a run goes on with.
+
+    Args:
+        found: What the checkpoint has.
+        expected: Tensors of the names, shapes and dtypes that it must have.
+
+    Raises:
+        CheckpointError: A tensor is missing, superfluous, or of another shape or dtype.
+    """
+    if missing := [name for name in expected if name not in found]:
+        raise CheckpointError(f"{_MISFIT}: it lacks '{missing[0]}' ({len(missing)} tensors missing)")
+    for name, tensor in found.items():
+        if name not in expected:
+            raise CheckpointError(f"{_MISFIT}: it holds '{name}', for which this run has no use")
+        shape, dtype = tuple(expected[name].shape), expected[name].dtype
+        if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+            raise CheckpointError(
+                f"{_MISFIT}: its '{name}' is {tuple(tensor.shape)} of {tensor.dtype}, not {shape} of {dtype}"
+            )
 
 
 def save_kept(

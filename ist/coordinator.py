@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ist import optim
 from ist.balance import SpeedBalance
+from ist.checkpoint import check_tensors
 from ist.config import Config, min_returned
-from ist.errors import CheckpointError, DivergedError, ISTError, PoolError, WorkerLostError
+from ist.errors import DivergedError, ISTError, PoolError, WorkerLostError
 from ist.exchange import Outgoing, read_trained
 from ist.finite import is_finite
 from ist.job import Job
@@ -37,10 +38,10 @@ class Coordinator:
         pool: Carries subnets to workers and back.
         model: The whole network, trained in place.
         meter: Counts what the pool sends.
-        carried: Optimiser state to go on with, where it is carried, and the outer step's, where the run is resumed.
+        carried: Of a run that is resumed: optimiser state, where it is carried, and the outer step's. None: it begins.
 
     Raises:
-        CheckpointError: `carried` holds what the configuration has no use for.
+        CheckpointError: `carried` lacks something, or holds what the configuration has no use for.
     """
 
     def __init__(
@@ -65,18 +66,17 @@ class Coordinator:
         tensors = model.state_dict()
         fresh = optim.initial_state(job.state_slots, job.state_specs, device)
         self._state: dict[str, Tensor] = {name: tensors[name] for name in job.model_specs} | fresh
+        trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+        momentum = (
+            {f"{OUTER}{name}": tensor for name, tensor in trained.items()} if job.config.recipe.has_outer_step else {}
+        )
+        if carried is not None:
+            check_tensors(carried, {**fresh, **momentum})
         saved = dict(carried or {})
         self._outer: OuterStep | None = None
         if job.config.recipe.has_outer_step:
-            trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
-            momentum = {name: saved.pop(name) for name in list(saved) if name.startswith(OUTER)}
-            self._outer = OuterStep(trained, momentum)
+            self._outer = OuterStep(trained, {name: saved.pop(name) for name in list(saved) if name.startswith(OUTER)})
         for name, tensor in saved.items():
-            if name not in self._state:
-                raise CheckpointError(
-                    f"the checkpoint holds '{name}', for which this configuration has no use: go on with the one that "
-                    "the run began with (recipe.outer, train.optimizer_state)"
-                )
             self._state[name].copy_(tensor)
 
     @property

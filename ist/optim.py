@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ist.config import TOTAL_STEPS
 from ist.config_base import Component
-from ist.errors import ConfigError
+from ist.errors import CheckpointError, ConfigError
 from ist.groups import Group, TensorSpec
 from ist.registry import call, resolve
 from ist.stages import Span
@@ -253,9 +253,15 @@ def named_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Paramet
 def restore_named_state(
     optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
 ) -> None:
-    """Give an optimiser the state that `named_state` returned."""
+    """Give an optimiser the state that `named_state` returned.
+
+    Raises:
+        CheckpointError: It holds something of no parameter of these.
+    """
     for full_name, tensor in state.items():
         key, _, name = full_name.partition("@")
+        if name not in named:
+            raise CheckpointError(f"the checkpoint holds '{full_name}', which is no optimiser state of this network")
         parameter = named[name]
         if key.endswith(_NUMBER):
             optimizer.state[parameter][key.removesuffix(_NUMBER)] = tensor.item()

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ist.checkpoint import Progress
+from ist.errors import CheckpointError
 from ist.evaluate import Metrics
 from ist.job import Job
 from ist.meter import MemoryGauge, Meter
@@ -159,8 +160,17 @@ class RunRecorder:
             self._folder.finish(model.state_dict(), self.result())
 
     def result(self) -> dict[str, Any]:
-        """Return the run's final numbers."""
+        """Return the run's final numbers.
+
+        Raises:
+            CheckpointError: The run went on from a checkpoint after its last round, which does not tell them.
+        """
         config, numbers = self._job.config, self._numbers
+        if unknown := [key for key in ("loss", "memory_bytes", "coordinator_memory_bytes") if key not in numbers]:
+            raise CheckpointError(
+                f"the checkpoint of the last round has no '{unknown[0]}' in its progress entry, and metrics.jsonl has "
+                "no record that would tell it: delete that checkpoint, and go on from the one before"
+            )
         names = self._metric.names if self._metric else ()
         return {
             "name": config.name,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ist.average import PREFIX as AVERAGE
 from ist.average import Averaged
-from ist.checkpoint import Progress
+from ist.checkpoint import Progress, check_tensors
 from ist.config import Config, num_processes
 from ist.coordinator import Coordinator
 from ist.errors import CheckpointError, ConfigError
@@ -127,6 +127,11 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
         job = for_world_size(job)
         membership = join(config.pool)
     first_round = before.rounds_done
+    if first_round > job.num_rounds:
+        raise CheckpointError(
+            f"the checkpoint has {first_round} rounds behind it, but the configured run has {job.num_rounds}: "
+            "configure what it was"
+        )
     if membership:
         first_round = agree_on_start(membership, first_round, _fingerprint(config), job.contents)
     start = secrets.token_hex(4)
@@ -145,7 +150,8 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
             yield Following(job, follower, first_round)
             return
         gauge = MemoryGauge(device)
-        method = _method(job, membership, meter, device, folder, site, tensors, stack)
+        saved = tensors if before.rounds_done else None
+        method = _method(job, membership, meter, device, folder, site, saved, stack)
         watchers = open_watchers(config, folder, job.num_rounds, first_round, progress)
         for watcher in watchers:
             stack.callback(watcher.close)
@@ -160,22 +166,26 @@ def _method(
     device: torch.device,
     folder: RunFolder | None,
     site: Site | None,
-    tensors: Mapping[str, Tensor],
+    saved: Mapping[str, Tensor] | None,
     stack: ExitStack,
 ) -> Method:
-    """Make what trains, with a checkpoint's tensors if there are any; what the run needs goes on the stack."""
+    """Make what trains, with a checkpoint's tensors if the run is resumed; what it needs goes on the stack."""
     config = job.config
-    model, further = _restored(job, tensors)
+    model, further = _restored(job, saved)
     average_state = {name: tensor for name, tensor in further.items() if name.startswith(AVERAGE)}
     method_state = {name: tensor for name, tensor in further.items() if not name.startswith(AVERAGE)}
     if config.method == "ist":
         pool = _pool(job, membership, meter, device, folder, site, stack)
-        method: Method = Coordinator(job, pool, model.to(device), meter, method_state)
+        method: Method = Coordinator(job, pool, model.to(device), meter, method_state if saved is not None else None)
     else:
         make = resolve(config.method, "method", METHODS)
         method = make(job, membership, model.to(device), method_state, meter)
     if config.recipe.average.kind != "none":
-        method = Averaged(method, config.recipe.average, job.num_rounds, average_state)
+        method = Averaged(method, config.recipe.average, job.num_rounds, average_state if saved is not None else None)
+    elif average_state:
+        raise CheckpointError(
+            "the checkpoint holds an average, but 'recipe.average.kind' is 'none': configure what it was"
+        )
     stack.callback(method.close)
     return method
 
@@ -227,16 +237,16 @@ def _follower(job: Job, membership: Membership, meter: Meter, site: Site | None)
     return made
 
 
-def _restored(job: Job, tensors: Mapping[str, Tensor]) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+def _restored(job: Job, saved: Mapping[str, Tensor] | None) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     """Make the whole network, with a checkpoint's values if there is one; return it and what else is in there."""
     model = job.build()
-    names = set(model.state_dict())
-    if tensors:
-        try:
-            model.load_state_dict({name: tensor for name, tensor in tensors.items() if name in names})
-        except RuntimeError as error:
-            raise CheckpointError(f"the checkpoint does not fit the configured network: {error}") from error
-    return model, {name: tensor for name, tensor in tensors.items() if name not in names}
+    if saved is None:
+        return model, {}
+    state = model.state_dict()
+    of_network = {name: tensor for name, tensor in saved.items() if name in state}
+    check_tensors(of_network, state)
+    model.load_state_dict(of_network)
+    return model, {name: tensor for name, tensor in saved.items() if name not in state}
 
 
 def _fingerprint(config: Config) -> int:

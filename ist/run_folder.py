@@ -13,6 +13,7 @@ Not here: what the numbers mean (`ist/recorder.py`), what they look like (`ist/r
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -34,7 +35,10 @@ from ist.checkpoint import (
 from ist.config import Config
 from ist.config_file import dump_config, load_config, parse_yaml, validate
 from ist.errors import CheckpointError, RunFolderError
+from ist.run_files import Lines, parse_records, parse_result
 from ist.storage import Storage, is_url, run_storage, write_atomically
+
+_log = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 
@@ -71,6 +75,11 @@ class RunFolder:
         """The resolved configuration."""
         return self.path / _CONFIG
 
+    @property
+    def metrics_path(self) -> Path:
+        """The records of its rounds."""
+        return self.path / "metrics.jsonl"
+
     def load_config(self) -> Config:
         """Return the run's configuration."""
         return load_config(self.config_path)
@@ -86,7 +95,7 @@ class RunFolder:
         Raises:
             RunFolderError: The disk is full or not writable.
         """
-        path = self.path / "metrics.jsonl"
+        path = self.metrics_path
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
@@ -97,31 +106,51 @@ class RunFolder:
         """Return the rounds in metrics.jsonl.
 
         Raises:
-            RunFolderError: A line is not JSON.
+            RunFolderError: The file is damaged.
         """
-        return self._parsed(self._lines())
+        lines = self._lines()
+        if lines.cut:
+            raise RunFolderError(f"{self.metrics_path}: line {len(lines.texts) + 1} is damaged: it is not JSON")
+        return list(lines.records)
+
+    def finished_records(self) -> list[dict[str, Any]]:
+        """Return the rounds of a run that has finished: up to its last, if there are any.
+
+        The first rounds are missing, or all, where the run went on from checkpoints alone.
+
+        Raises:
+            RunFolderError: The run has not finished, or the file is damaged, or ends too early.
+        """
+        records, rounds = self.records(), self.result()["rounds"]
+        if not records:
+            _log.warning("%s: holds no records of the run's %d rounds: it has no curve", self.metrics_path, rounds)
+        elif (last := records[-1]["round"] + 1) != rounds:
+            raise RunFolderError(f"{self.metrics_path} is damaged: it ends with round {last}, and the run had {rounds}")
+        return records
 
     def rewind(self) -> tuple[dict[str, Tensor], Progress]:
         """Go back to the newest checkpoint that is whole: return it, and drop what is of later rounds.
 
         Without a checkpoint that is the beginning: no tensors. Records of earlier rounds may be missing, where
-        only the checkpoints outlived the machine.
+        only the checkpoints outlived the machine. A damaged end of metrics.jsonl is dropped, with a warning.
 
         Raises:
             CheckpointError: There are checkpoints and all are damaged, or there must be one and is none.
-            RunFolderError: The folder is not writable.
+            RunFolderError: metrics.jsonl is damaged before its end, or the folder is not writable.
         """
+        lines = self._lines_to_go_on()
         newest = load_newest(self.storage)
-        lines = self._lines()
         if newest is None:
-            self._check_never_saved(len(lines))
+            self._check_never_saved(len(lines.records))
         tensors, progress = newest or ({}, Progress())
-        try:
-            json.loads(lines[-1] if lines else "{}")
-        except ValueError:  # half a line, which a crash left
-            del lines[-1]
-        kept = [line for line, r in zip(lines, self._parsed(lines), strict=True) if r["round"] < progress.rounds_done]
-        self._write("metrics.jsonl", "".join(line + "\n" for line in kept).encode())
+        if lines.cut:
+            _log.warning(
+                "%s: the end, after %d whole lines, is damaged, as a crash leaves it: it is dropped",
+                self.metrics_path, len(lines.texts),
+            )  # fmt: skip
+        numbered = zip(lines.texts, lines.records, strict=True)
+        kept = [text for text, record in numbered if record["round"] < progress.rounds_done]
+        self._write("metrics.jsonl", b"".join(text + b"\n" for text in kept))
         with suppress(RunFolderError):  # of no use any more, and no harm
             forget_kept(self.storage, after=progress.rounds_done)
         return tensors, progress
@@ -135,9 +164,11 @@ class RunFolder:
 
         Raises:
             CheckpointError: There are checkpoints and all are damaged, or there must be one and is none.
+            RunFolderError: metrics.jsonl is damaged before its end.
         """
+        lines = self._lines_to_go_on()
         if load_newest(self.storage) is None:
-            self._check_never_saved(len(self._lines()))
+            self._check_never_saved(len(lines.records))
 
     def _check_never_saved(self, num_records: int) -> None:
         """Refuse to start over where checkpoints were kept elsewhere and are not found there."""
@@ -145,18 +176,31 @@ class RunFolder:
         if config.storage is not None and num_records > config.every:
             raise CheckpointError(
                 f"{self.storage.where()}: holds no checkpoint, but {self.path} has {num_records} rounds behind it: is "
-                f"the storage (checkpoint.storage) complete? To start over, delete {self.path / 'metrics.jsonl'}"
+                f"the storage (checkpoint.storage) complete? To start over, delete {self.metrics_path}"
             )
 
-    def _lines(self) -> list[str]:
-        path = self.path / "metrics.jsonl"
-        return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-
-    def _parsed(self, lines: Sequence[str]) -> list[dict[str, Any]]:
+    def _lines(self) -> Lines:
         try:
-            return [json.loads(line) for line in lines]
-        except ValueError as error:
-            raise RunFolderError(f"{self.path / 'metrics.jsonl'}: holds a line that is not JSON: {error}") from error
+            return parse_records(self._read("metrics.jsonl"), str(self.metrics_path))
+        except FileNotFoundError:
+            return Lines([], [], cut=False)
+
+    def _lines_to_go_on(self) -> Lines:
+        try:
+            return self._lines()
+        except RunFolderError as error:
+            raise RunFolderError(
+                f"{error}. To go on without the records of earlier rounds, move the file away"
+            ) from error
+
+    def _read(self, name: str) -> bytes:
+        path = self.path / name
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be read: {error.strerror or error}") from error
 
     def save_checkpoint(self, tensors: Mapping[str, Tensor], progress: Progress, keep: int) -> None:
         """Save a checkpoint.
@@ -185,18 +229,20 @@ class RunFolder:
         """Return the final numbers.
 
         Raises:
-            RunFolderError: The run has not finished.
+            RunFolderError: The run has not finished, or the file is damaged.
         """
-        path = self.path / "result.json"
         try:
-            loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            raw = self._read("result.json")
         except FileNotFoundError as error:
             raise RunFolderError(
                 f"{self.path}: has no result.json: the run has not finished. Go on with: ist train --resume {self.path}"
             ) from error
-        except ValueError as error:
-            raise RunFolderError(f"{path}: is not JSON: {error}") from error
-        return loaded
+        try:
+            return parse_result(raw, str(self.path / "result.json"))
+        except RunFolderError as error:
+            raise RunFolderError(
+                f"{error}. Delete it, and have it written anew with: ist train --resume {self.path}"
+            ) from error
 
     def add_to_result(self, values: Record) -> None:
         """Write more numbers into result.json.

@@ -129,7 +129,7 @@ def test_what_a_checkpoint_holds_and_nobody_wants_is_named() -> None:
     job, meter = job_for(model), Meter()
     pool = InlinePool(job, torch.device("cpu"), meter)
 
-    with pytest.raises(CheckpointError, match="holds 'outer/linear_1.bias', for which this configuration has no use"):
+    with pytest.raises(CheckpointError, match="holds 'outer/linear_1.bias', for which this run has no use"):
         Coordinator(job, pool, model, meter, {"outer/linear_1.bias": torch.zeros(24)})
 
 

@@ -78,7 +78,7 @@ def test_the_average_is_that_of_its_formula_after_every_round(settings: dict[str
     average = Average(**settings)
     values = [torch.randn(3, generator=torch.Generator().manual_seed(number)) for number in range(6)]
     method = Trajectory(values)
-    averaged = Averaged(method, average, 6, {})
+    averaged = Averaged(method, average, 6)
 
     for number in range(6):
         averaged.train_round(number)
@@ -94,10 +94,10 @@ def test_the_average_is_that_of_its_formula_after_every_round(settings: dict[str
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_an_average_that_is_resumed_is_the_same_average(settings: dict[str, Any], stop: int) -> None:
     values = [torch.randn(3, generator=torch.Generator().manual_seed(number)) for number in range(6)]
-    whole = Averaged(Trajectory(values), Average(**settings), 6, {})
+    whole = Averaged(Trajectory(values), Average(**settings), 6)
     for number in range(6):
         whole.train_round(number)
-    first = Averaged(Trajectory(values), Average(**settings), 6, {})
+    first = Averaged(Trajectory(values), Average(**settings), 6)
     for number in range(stop):
         first.train_round(number)
     saved = {name: tensor.clone() for name, tensor in first.checkpoint_state().items() if name.startswith("average/")}

@@ -21,7 +21,7 @@ from ist.rounds import run_rounds
 from ist.run import Leading, open_run
 from ist.run_folder import RunFolder, create_run_folder, open_or_create
 from ist.storage import RemoteStorage, open_storage
-from tests.conftest import assert_same, small_config
+from tests.conftest import a_record, assert_same, small_config
 
 TENSORS = {"weight": torch.randn(50, 3), "steps": torch.tensor(7), "half": torch.randn(4).bfloat16()}
 
@@ -206,7 +206,7 @@ def test_a_run_whose_machine_is_gone_goes_on_from_the_storage(tmp_path: Path, pl
 def test_a_storage_that_lost_its_checkpoints_is_no_reason_to_start_over_in_silence(tmp_path: Path, place: str) -> None:
     folder = create_run_folder(small_config(checkpoint={"every": 1, "storage": place}), tmp_path / "run")
     for round_number in range(2):
-        folder.append_record({"round": round_number})
+        folder.append_record(a_record(round_number))
 
     for again in (folder.rewind, folder.check_checkpoint):
         with pytest.raises(CheckpointError, match="holds no checkpoint, but .* has 2 rounds behind it"):
@@ -247,7 +247,7 @@ def test_an_empty_or_missing_folder_becomes_a_new_run(tmp_path: Path) -> None:
 def test_the_same_run_is_resumed_and_takes_over_how_it_is_run(tmp_path: Path) -> None:
     folder = create_run_folder(small_config(), tmp_path / "run")
     for round_number in range(4):
-        folder.append_record({"round": round_number})
+        folder.append_record(a_record(round_number))
     save_checkpoint(folder.storage, TENSORS, Progress(2), keep=2)
     now = small_config(pool={"kind": "torchrun"}, watch={"tensorboard": True}, output="other", data__root="/data")
 
@@ -271,7 +271,7 @@ def test_a_folder_of_another_run_is_refused_by_the_first_key_that_differs(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     folder = create_run_folder(small_config(), tmp_path / "run")
-    folder.append_record({"round": 0})
+    folder.append_record(a_record(0))
 
     with pytest.raises(RunFolderError, match=message):
         open_or_create(small_config(**changes), tmp_path / "run")

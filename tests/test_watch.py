@@ -29,6 +29,7 @@ from ist.rounds import RoundReport, Seconds, run_rounds
 from ist.run import Leading, open_run
 from ist.run_folder import create_run_folder
 from ist.watch import Watcher, check_watch, open_watchers
+from tests import conftest
 from tests.conftest import ROOT, job_for, small_config
 from tests.networks import NETWORKS, seeded
 
@@ -49,12 +50,7 @@ def recorder_for(job: Job, *watchers: Watcher, before: Progress | None = None, f
 
 
 def a_record(*lost: Lost, round_number: int = 0, **changes: Any) -> dict[str, Any]:
-    record = {
-        "round": round_number, "workers": 4, "loss": 0.5, "samples": 192 * (round_number + 1), "sent_bytes": 1000,
-        "compute_s": 0.1, "exchange_s": 0.2, "idle_s": 0.3, "cut_s": 0.01, "merge_s": 0.02, "evaluate_s": 0.5,
-        "bytes_to_worker": [100, 100], "bytes_from_worker": [150, 150], "memory_bytes": 300,
-        "coordinator_memory_bytes": 700, "test_loss": 0.4, "metric": "accuracy", "accuracy": 0.875,
-    }  # fmt: skip
+    record = conftest.a_record(round_number)
     if lost:
         record["lost"] = [{"worker": fault.worker, "kind": fault.kind, "reason": fault.reason} for fault in lost]
     return record | changes

@@ -19,6 +19,7 @@ from torch.distributed.algorithms.model_averaging.utils import average_parameter
 
 from ist import optim
 from ist.data.batches import take_shard
+from ist.errors import CheckpointError
 from ist.finite import is_finite
 from ist.job import Job
 from ist.meter import MemoryGauge, Meter
@@ -58,6 +59,12 @@ class LocalTraining:
         with peer_errors("starting together"):
             self._model.load_state_dict(spread(membership, self._model.state_dict()))
             state = spread(membership, state)
+        ranks = [_RANK.format(rank) for rank in range(membership.world_size)]
+        prefixes = (*ranks, _OUTER) if job.config.method != "local_sgd" else tuple(ranks)
+        if foreign := [name for name in state if not name.startswith(prefixes)]:
+            raise CheckpointError(
+                f"the checkpoint holds '{foreign[0]}', for which method '{job.config.method}' has no use"
+            )
         trained = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         self._named = trained
         self._optimizer = optim.build_optimizer(job.config.train.optimizer, list(trained.values()))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 
+from ist.errors import CheckpointError
 from ist.methods.ranks import collect
 from ist.pool.group import Membership
 
@@ -28,10 +29,18 @@ def saved_powersgd(state: PowerSGDState, membership: Membership) -> dict[str, Te
 
 
 def restore_powersgd(state: PowerSGDState, saved: Mapping[str, Tensor], membership: Membership) -> dict[str, Tensor]:
-    """Go on with this rank's part of what `saved_powersgd` returned; return the rest of `saved`."""
+    """Go on with this rank's part of what `saved_powersgd` returned; return the rest of `saved`.
+
+    Raises:
+        CheckpointError: It holds something that `saved_powersgd` does not return.
+    """
     prefix = f"{_PREFIX}{membership.rank}/"
     own = {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
     if own:
+        if wrong := {"iter"} - set(own) or set(own) - {"iter", "error", "p", "q"}:
+            raise CheckpointError(
+                f"the checkpoint's state of PowerSGD, of rank {membership.rank}, is wrong in '{min(wrong)}'"
+            )
         state.iter = int(own.pop("iter"))
         places = {"error": state.error_dict, "p": state.p_memory_dict, "q": state.q_memory_dict}
         for name, tensor in own.items():

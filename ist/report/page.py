@@ -43,14 +43,14 @@ def write_report(runs: Sequence[RunFolder], path: Path) -> Path:
         `path`.
 
     Raises:
-        RunFolderError: A run has not finished, or the file cannot be written.
+        RunFolderError: A run has not finished, one of its files is damaged, or the page cannot be written.
     """
     results = [run.result() for run in runs]
     rows = table_rows(results)
     labels = [row[0] for row in rows]
     if len(set(labels)) < len(labels):
         labels = [f"{label}: {run.path.name}" for label, run in zip(labels, runs, strict=True)]
-    curves = {label: run.records() for label, run in zip(labels, runs, strict=True)}
+    curves = {label: run.finished_records() for label, run in zip(labels, runs, strict=True)}
     configs = [run.load_config() for run in runs]
     page = render(
         "page.html",
