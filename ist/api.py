@@ -17,10 +17,11 @@ from ist.config import FROM_PYTHON
 from ist.config_file import validate
 from ist.data.batched import BatchedDataset
 from ist.data.batches import length
-from ist.errors import ConfigError, DataError, ModelError
+from ist.errors import ConfigError, DataError
 from ist.groups import on_meta
 from ist.job import Job
 from ist.modes import kept_modes
+from ist.network import check_network
 from ist.pool.torchrun import is_launched, is_rank_zero
 from ist.rng import Purpose, seeded
 from ist.rounds import follow_rounds, run_rounds
@@ -161,7 +162,7 @@ def train(
         "ist.train",
     )
     check_watch(config)
-    _check_model(model)
+    check_network(model, is_split=True)
     function = loss_function(loss) if isinstance(loss, str) else loss
     with kept_modes(model):
         job = make_job(config, on_meta(model), lambda: model, data, test_data, function)
@@ -229,20 +230,6 @@ def _check_data(data: Any, name: str) -> None:
     item = data[0]
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise DataError(f"an item of {type(data).__name__} is a {type(item).__name__}, not a pair (input, target)")
-
-
-def _check_model(model: nn.Module) -> None:
-    """Refuse networks that cannot be copied and narrowed.
-
-    Raises:
-        ModelError: It is compiled to TorchScript, or some of its parameters have no shape yet.
-    """
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise ModelError(
-            "the network is TorchScript, whose forward cannot be watched: pass the module it was made from"
-        )
-    if any(isinstance(parameter, nn.parameter.UninitializedParameter) for parameter in model.parameters()):
-        raise ModelError("some parameters have no shape yet (a lazy module): run the network once on an input first")
 
 
 def _metric(test_data: Dataset[Any] | None) -> str:

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_m
 
 from ist.checkpoint import check_tensors
 from ist.config_recipe import Average
+from ist.copies import copied
 from ist.rounds import Method, RoundReport
 
 PREFIX = "average/"
@@ -41,7 +42,8 @@ class Averaged:
         ema = settings.kind == "ema"
         average = get_ema_multi_avg_fn(settings.decay) if ema else get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
         self._method = method
-        self._averaged = AveragedModel(method.model, multi_avg_fn=average)
+        self._averaged = AveragedModel(nn.Identity(), multi_avg_fn=average)
+        self._averaged.module = copied(method.model)
         self._first_round = math.floor(settings.start * num_rounds)
         if state is not None:
             check_tensors(state, self._own_state())

@@ -33,6 +33,7 @@ from ist.losses import LOSSES
 from ist.metrics import METRICS, Metric
 from ist.models import MODELS
 from ist.modes import set_modes, settle_modes
+from ist.network import check_network
 from ist.partition import check_workers
 from ist.registry import call, resolve
 from ist.rng import Purpose, seeded
@@ -57,6 +58,7 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
             model = _make(model_class, config.model.args)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"'model.name' is '{config.model.name}', which makes no torch.nn.Module")
+        check_network(model, is_split=config.method == "ist")
         return model
 
     def build() -> nn.Module:

@@ -5,7 +5,6 @@ coordinator, the pools and the workers read it.
 Not here: weights, except the initial ones that `build` makes; running anything.
 """
 
-import copy
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +18,7 @@ from ist import optim
 from ist.config import Config
 from ist.config_method import Partition
 from ist.config_recipe import Outer
+from ist.copies import copied
 from ist.data.batches import Dealing
 from ist.data.content import NOTHING, Content, content
 from ist.groups import Group, TensorSpec, constant_tensors, named_tensors, tensor_specs
@@ -184,7 +184,7 @@ class Job:
 
     def build_copy(self) -> nn.Module:
         """Return a whole network with its initial weights, on the CPU, that is nobody else's."""
-        return copy.deepcopy(self.build()).cpu()
+        return copied(self.build()).cpu()
 
     @cached_property
     def block_scales(self) -> dict[str, float]:

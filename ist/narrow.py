@@ -4,7 +4,6 @@ Where it sits: subnet.py cuts values; this file makes the module that holds them
 Not here: masks. The masked full model is the check of a narrow one (`ist/verify.py`), not an implementation.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ist.attention import with_some_heads
+from ist.copies import copied, like
 from ist.errors import ConfigError, ModelError
 from ist.groups import Group, TensorSpec
 from ist.groups.sizes import Origin
@@ -70,7 +70,7 @@ def narrow_module(
     Returns:
         The module; parameters have no values yet (`bind` gives them), buffers are as at the start.
     """
-    module = copy.deepcopy(template)
+    module = copied(template)
     for path in plan.absent:
         leave_out(module, path)
     _narrow_tensors(module, plan, device, constants or {})
@@ -238,8 +238,7 @@ def _narrow_tensors(module: nn.Module, plan: NarrowPlan, device: torch.device, c
                 made[id(tensor)] = constants[name].to(device, copy=True)
             else:
                 made[id(tensor)] = torch.empty(shape, dtype=tensor.dtype, device=device)
-            if isinstance(tensor, nn.Parameter):
-                made[id(tensor)] = nn.Parameter(made[id(tensor)], tensor.requires_grad)
+            made[id(tensor)] = like(tensor, made[id(tensor)])
         return made[id(tensor)]
 
     for prefix, child in module.named_modules():

@@ -8,7 +8,6 @@ first round and for the smallest cut; a network for which it does not hold is re
 Where it sits: `ist/worker.py` calls it when a run is rehearsed.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ist.blocks import scaled_blocks
+from ist.copies import copied
 from ist.data.nested import call_model, mapped, tensors_in
 from ist.errors import ModelError, first_line
 from ist.fit import FAILURES
@@ -129,7 +129,7 @@ def _compared(
             break
     if differing:
         # Batch norm of few samples magnifies rounding errors: measure how much, and allow for that.
-        rounded = copy.deepcopy(masked)
+        rounded = copied(masked)
         _round_differently(rounded)
         (_, _, other), _ = with_same_draws(seed, [*runs, lambda: _repeatable_results(rounded, example)])
         noise = {name: _distance(expected[name], tensor) for name, tensor in restricted(other).items()}
@@ -171,7 +171,7 @@ def _check_copies(original: nn.Module, example: object) -> None:
     for parameter, _ in gradients:
         parameter.grad = None
     try:
-        _outputs_and_gradients(copy.deepcopy(original).cpu(), example)
+        _outputs_and_gradients(copied(original).cpu(), example)
         reached = [name for name, parameter in original.named_parameters() if parameter.grad is not None]
     except FAILURES as error:
         raise ModelError(f"the network fails on an example of the data: {first_line(error)}") from error
@@ -191,7 +191,7 @@ def _verify_blocks(job: Job, whole: nn.Module, example: object) -> None:
     Raises:
         ModelError: They do something else.
     """
-    empty, skipping = copy.deepcopy(whole), copy.deepcopy(whole)
+    empty, skipping = copied(whole), copied(whole)
     for path in job.block_scales:
         for parameter in empty.get_submodule(path).parameters():
             nn.init.zeros_(parameter)
@@ -217,11 +217,11 @@ def _in_double(job: Job) -> tuple[nn.Module, object]:
     _disturb(whole)
     if sum(p.numel() for p in whole.parameters()) <= MOST_FOR_DOUBLE:
         double, example = (
-            copy.deepcopy(whole).double(),
+            copied(whole).double(),
             mapped(job.example, lambda t: t.double() if t.is_floating_point() else t),
         )
         try:
-            _outputs_and_gradients(copy.deepcopy(double), example)
+            _outputs_and_gradients(copied(double), example)
         except (RuntimeError, ValueError, TypeError):
             return whole, job.example
         return double, example
@@ -247,7 +247,7 @@ def _disturb(module: nn.Module) -> None:
 
 def _masked(job: Job, whole: nn.Module, plan: NarrowPlan, cut: Cut, neurons: Sequence[Indices]) -> nn.Module:
     """The whole network with the outgoing weights of all other neurons set to zero: the oracle of a subnet."""
-    masked = copy.deepcopy(whole)
+    masked = copied(whole)
     for path in plan.absent:
         leave_out(masked, path)
     tensors = dict(masked.named_parameters())

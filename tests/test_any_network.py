@@ -122,21 +122,6 @@ def test_two_parameters_in_the_same_memory_are_refused() -> None:
         train(model)
 
 
-def test_a_forward_that_reaches_the_original_through_a_closure_is_refused() -> None:
-    class Closure(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.last = nn.Linear(12, 8), nn.Linear(8, 5)
-            self.gain = nn.Parameter(torch.ones(1))
-            self.activation = lambda x: x.relu() * self.gain
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.last(self.activation(self.first(x)))
-
-    with pytest.raises(ModelError, match="a copy of the network uses 'gain' of the original"):
-        train(Closure())
-
-
 Pair = namedtuple("Pair", ["x", "y"])
 
 

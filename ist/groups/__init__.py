@@ -12,7 +12,6 @@ Where it sits: `ist/groups/trace.py` watches a network run, and `ist/groups/neur
 it found; `ist/partition.py` deals their neurons; `ist/subnet.py` cuts tensors by them.
 """
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ist.copies import copied, like
 from ist.errors import ModelError
 from ist.rng import Indices
 
@@ -124,9 +124,8 @@ def on_meta(module: nn.Module) -> nn.Module:
     """Return a copy of a network without values; tied parameters stay tied."""
     memo: dict[int, object] = {}
     for tensor in [*module.parameters(), *module.buffers(), *constant_tensors(module).values()]:
-        empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(module, memo)
+        memo[id(tensor)] = like(tensor, torch.empty_like(tensor, device="meta"))
+    return copied(module, memo)
 
 
 def statistics_names(module: nn.Module) -> list[str]:

@@ -9,7 +9,6 @@ Tracing elementary operators as they run was chosen over `torch.export` because 
 that come from attributes, needs no support of control flow, and works alike in all versions of torch.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ist.copies import copied
 from ist.data.nested import call_model, mapped, moved, tensors_in
 from ist.errors import ModelError, first_line
 from ist.groups import named_tensors, on_meta
@@ -92,7 +92,7 @@ def trace(template: nn.Module, example: Any, build: Any = None) -> Traced:
         if build is None:
             raise ModelError(f"the network fails on the example: {first_line(error)}") from error
     try:
-        return _trace(copy.deepcopy(build()).cpu(), moved(example, torch.device("cpu")))
+        return _trace(copied(build()).cpu(), moved(example, torch.device("cpu")))
     except Exception as error:  # whatever a forward raises
         raise ModelError(
             f"the network fails on an example of the data: {type(error).__name__}: {first_line(error)}"
