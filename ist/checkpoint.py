@@ -211,10 +211,12 @@ def save_kept(
     """
     now = _kept_name(worker, rounds_done)
     storage.write(now, _serialized(tensors, {"of": of}))
-    mine = [name for name in storage.names() if fnmatch(name, _KEPT.format(f"{worker:04d}", "*"))]
+    files, there = _KEPT.format(f"{worker:04d}", "*"), storage.names()
+    mine = [name for name in there if fnmatch(name, files)]
+    killed = [name for name in there if fnmatch(name, f".{files}.*.tmp")]  # while an earlier process of it was saving
     before = [name for name in mine if name < now]
     # Those of checkpoints that are there stay. Later ones are of a run that was broken off, and went on from earlier.
-    for old in [*before[:-keep], *(name for name in mine if name > now)]:
+    for old in [*killed, *before[:-keep], *(name for name in mine if name > now)]:
         with suppress(RunFolderError):  # no harm, and the next round tries again
             storage.delete(old)
 

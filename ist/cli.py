@@ -330,10 +330,12 @@ def _start(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
         return
     from ist.lab.run import launch_on_hosts
     from ist.launch import launch
+    from ist.run_lock import sole_writer
 
     assert folder is not None
-    if resume:
-        folder.check_checkpoint()
+    with sole_writer(folder.path):  # rank 0 holds the folder from its start on
+        if resume:
+            folder.check_checkpoint()
     on_links = f", each on a link of {config.pool.link}" if config.pool.link else ""
     typer.echo(f"{config.method}: starting {num_processes(config)} processes{on_links}", err=True)
     if config.pool.link is None:

@@ -10,7 +10,7 @@ import os
 import secrets
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -39,6 +39,7 @@ from ist.recorder import RunRecorder
 from ist.registry import resolve
 from ist.rounds import Follower, Method
 from ist.run_folder import RunFolder
+from ist.run_lock import sole_writer
 from ist.watch import open_watchers
 
 
@@ -111,8 +112,21 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
         ConfigError: The processes that were started do not fit the configuration.
         DataError: They have not loaded the same training data.
         PoolError: The process group cannot be formed, or no Ray cluster be reached.
-        RunFolderError: `folder` cannot be read, or its checkpoint is damaged.
+        RunFolderError: `folder` cannot be read, or its checkpoints are damaged, or another process writes into it.
     """
+    leads = job.config.pool.kind != "torchrun" or is_rank_zero()
+    with sole_writer(folder.path) if folder and leads else nullcontext():
+        if folder and leads:
+            folder.sweep()
+            if not resume:
+                folder.refuse_started()
+        with _opened(job, folder, resume, progress) as run:
+            yield run
+
+
+@contextmanager
+def _opened(job: Job, folder: RunFolder | None, resume: bool, progress: bool) -> Iterator[Leading | Following]:
+    """Do what `open_run` does, where nobody else writes into the folder."""
     config = job.config
     check_method(config)
     threads_before = torch.get_num_threads()

@@ -6,6 +6,7 @@
     tensorboard/       event files, with watch.tensorboard
     model.safetensors  the trained network's state_dict, at the end
     result.json        final numbers, at the end
+    run.lock           while a process writes here: which one
 
 With `checkpoint.storage`, checkpoints are there, in a folder of the run folder's name, with a copy of config.yaml.
 
@@ -16,7 +17,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,8 @@ from ist.config import Config
 from ist.config_file import dump_config, load_config, parse_yaml, validate
 from ist.errors import CheckpointError, RunFolderError
 from ist.run_files import Lines, parse_records, parse_result
-from ist.storage import Storage, is_url, run_storage, write_atomically
+from ist.run_lock import LOCK, sole_writer
+from ist.storage import LocalStorage, Storage, is_url, refuse_link, run_storage, sweep, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -62,11 +64,13 @@ class RunFolder:
         path: An existing run folder; see `create_run_folder`.
 
     Raises:
-        RunFolderError: It is none.
+        RunFolderError: It is none, or a file of it is a symbolic link.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        for name in (_CONFIG, "metrics.jsonl", "model.safetensors", "result.json", "tensorboard", LOCK):
+            refuse_link(path / name)
         if not self.config_path.is_file():
             raise RunFolderError(f"{path}: is no run folder (it has no config.yaml)")
 
@@ -127,6 +131,22 @@ class RunFolder:
         elif (last := records[-1]["round"] + 1) != rounds:
             raise RunFolderError(f"{self.metrics_path} is damaged: it ends with round {last}, and the run had {rounds}")
         return records
+
+    def sweep(self) -> None:
+        """Delete what saves that were killed have left; nobody else may be writing."""
+        for place in (LocalStorage(self.path.resolve()), self.storage):
+            sweep(place)
+
+    def refuse_started(self) -> None:
+        """Check that a run which is about to begin has not begun in another process meanwhile.
+
+        Raises:
+            RunFolderError: It has.
+        """
+        if self.is_finished() or self._lines().texts or self.has_checkpoint():
+            raise RunFolderError(
+                f"{self.path}: another process has begun this run meanwhile: go on with: ist train --resume {self.path}"
+            )
 
     def rewind(self) -> tuple[dict[str, Tensor], Progress]:
         """Go back to the newest checkpoint that is whole: return it, and drop what is of later rounds.
@@ -273,17 +293,18 @@ def create_run_folder(config: Config, path: Path | None = None) -> RunFolder:
     Raises:
         ConfigError: `checkpoint.storage` is not understood, or a package for it is missing.
         RunFolderError: The folder exists and is not empty, or the storage holds a run of that name, or one of the two
-            is not writable.
+            is not writable, or another process writes into the folder.
     """
     path = path or new_folder(config.output, config.name)
     storage = _storage_of(config, path)
-    _refuse_contents(path)
-    if config.checkpoint.storage is not None and storage.names():
-        raise RunFolderError(
-            f"{storage.where()}: holds a run already (checkpoint.storage): give the run folder another name, or go on "
-            f"with: ist train --auto-resume --run-dir {path}"
-        )
-    return _written(config, path)
+    with _made_and_held(path):
+        _refuse_contents(path)
+        if config.checkpoint.storage is not None and storage.names():
+            raise RunFolderError(
+                f"{storage.where()}: holds a run already (checkpoint.storage): give the run folder another name, or go "
+                f"on with: ist train --auto-resume --run-dir {path}"
+            )
+        return _written(config, path)
 
 
 def open_or_create(config: Config, path: Path) -> tuple[RunFolder, bool]:
@@ -300,18 +321,27 @@ def open_or_create(config: Config, path: Path) -> tuple[RunFolder, bool]:
 
     Raises:
         ConfigError: `checkpoint.storage` is not understood, or a package for it is missing.
-        RunFolderError: The folder or the storage holds another run, or something else, or is not writable.
+        RunFolderError: The folder or the storage holds another run, or something else, or is not writable, or another
+            process writes into the folder.
     """
-    storage, file = _storage_of(config, path), path / _CONFIG
+    storage = _storage_of(config, path)
+    with _made_and_held(path):
+        return _open_or_written(config, path, storage)
+
+
+def _open_or_written(config: Config, path: Path, storage: Storage) -> tuple[RunFolder, bool]:
+    file = path / _CONFIG
+    refuse_link(file)
     try:
         text = file.read_text(encoding="utf-8") if file.is_file() else ""
         torn = dump_config(_with_absolute_storage(config)).startswith(text.rstrip("\0"))
-        if text and not (torn and list(path.iterdir()) == [file]):
+        inside = set(path.iterdir()) - {path / LOCK}
+        if text and not (torn and inside == {file}):
             _refuse_moved(path, config)
             _refuse_foreign(storage, config)
             return _written(config, path), True
-        torn_files = [file, *path.glob(f".{_CONFIG}.*.tmp")]  # a crash while the folder was made
-        if path.is_dir() and set(path.iterdir()) <= set(torn_files):
+        torn_files = {file, *path.glob(f".{_CONFIG}.*.tmp")}  # a crash while the folder was made
+        if inside <= torn_files:
             for left in torn_files:
                 left.unlink(missing_ok=True)
     except OSError as error:
@@ -332,12 +362,29 @@ def reopen(config: Config, path: Path) -> RunFolder:
     return folder
 
 
+@contextmanager
+def _made_and_held(path: Path) -> Iterator[None]:
+    """Make a folder where it is missing, and keep other processes out of it; unmake it if that comes to nothing."""
+    missing = not os.path.lexists(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be made or written: {error.strerror or error}") from error
+    try:
+        with sole_writer(path):
+            yield
+    except BaseException:
+        if missing:
+            with suppress(OSError):
+                path.rmdir()
+        raise
+
+
 def _written(config: Config, path: Path) -> RunFolder:
-    """Make the folder where it is missing, and write the configuration: there, and where checkpoints will be."""
+    """Write the configuration: into the folder, and where checkpoints will be."""
     config = _with_absolute_storage(config)
     text = dump_config(config).encode()
     try:
-        path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / _CONFIG, text)
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be made or written: {error.strerror or error}") from error
@@ -348,7 +395,7 @@ def _written(config: Config, path: Path) -> RunFolder:
 
 def _refuse_contents(path: Path) -> None:
     try:
-        empty = not path.exists() or not any(path.iterdir())
+        empty = not set(path.iterdir()) - {path / LOCK}
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be made or written: {error.strerror or error}") from error
     if not empty:

@@ -68,7 +68,10 @@ class Storage(Protocol):
 
 
 class LocalStorage:
-    """A folder of this machine, made when it is first written to; a `Storage`."""
+    """A folder of this machine, made when it is first written to; a `Storage`.
+
+    Neither the folder nor a file in it may be a symbolic link, which leads elsewhere.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -79,6 +82,7 @@ class LocalStorage:
 
     def names(self) -> list[str]:
         """Return the names of the files, sorted."""
+        refuse_link(self.folder)
         try:
             return sorted(path.name for path in self.folder.iterdir())
         except (FileNotFoundError, NotADirectoryError):
@@ -89,6 +93,7 @@ class LocalStorage:
     def write(self, name: str, data: bytes) -> None:
         """Write a file beside its place, have it reach the disk, and rename it."""
         path = self.folder / name
+        refuse_link(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_atomically(path, data)
@@ -97,7 +102,10 @@ class LocalStorage:
 
     def load(self, name: str) -> Path:
         """Return a file's path."""
-        return self.folder / name
+        path = self.folder / name
+        for link in (self.folder, path):
+            refuse_link(link)
+        return path
 
     def rename(self, name: str, new: str) -> None:
         """Give a file another name."""
@@ -261,6 +269,36 @@ def open_storage(storage: str, name: str) -> Storage:
     return RemoteStorage(system, folder, url)
 
 
+def refuse_link(path: Path) -> None:
+    """Check that a file or folder of a run is where it seems to be.
+
+    Raises:
+        RunFolderError: It is a symbolic link.
+    """
+    if path.is_symlink():
+        raise RunFolderError(
+            f"{path}: is a symbolic link to {path.readlink()}, and what belongs to a run is not followed out of its "
+            "folder: put the files there in its place (checkpoints may be elsewhere: checkpoint.storage)"
+        )
+
+
+_TEMPORARY = re.compile(
+    r"\.(config\.yaml|metrics\.jsonl|result\.json|model\.safetensors|(worker-\d{4}\.)?round-\d{8}\.safetensors)\.\d+\.tmp"
+)
+
+
+def sweep(storage: Storage) -> None:
+    """Delete what was written beside its place by a process that was killed; a failure to do so is no harm.
+
+    Raises:
+        RunFolderError: The storage cannot be read.
+    """
+    for name in storage.names():
+        if _TEMPORARY.fullmatch(name):
+            with contextlib.suppress(RunFolderError):
+                storage.delete(name)
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that its name never stands for half of it.
 
@@ -269,7 +307,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+        with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
