@@ -138,7 +138,7 @@ def make_job(
     )
     if config.method == "ist":
         groups = fitting_groups(groups, job.try_out) if groups and train.workers > 1 else groups
-        check_workers(groups, train.workers, config.partition)
+        check_workers(groups, train.workers, config.partition, found.causes)
         job = replace(job, groups=optim.carried_groups(slots, groups, parameters))
     optim.build_optimizer(train.optimizer, [nn.Parameter(torch.zeros(2, 3))])  # wrong arguments end here
     settings = optim.schedule_settings(train.optimizer, train.schedule, job.total_steps)

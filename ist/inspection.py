@@ -52,6 +52,8 @@ def inspect_job(job: Job) -> dict[str, Any]:
         "groups": _describe_groups(job),
         "left_whole": _describe_whole(job),
         "unknown_operators": dict(job.found.unknown),
+        "kept_whole_by": list(job.found.causes),
+        "unreached": list(job.found.unreached),
         "tensors": [
             {
                 "name": name,
@@ -175,8 +177,12 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
     console.print(_group_table(found))
     for group in found["left_whole"]:
         console.print(f"Left whole{' (a residual stream)' if group['residual'] else ''}: {group['title']}")
-    for operator, path in found["unknown_operators"].items():
-        console.print(f"No rule for operator {operator} in {path or 'the network'}: what reaches it is not split")
+    for operator, where in found["unknown_operators"].items():
+        console.print(f"No rule for operator {operator} in {where}: what reaches it is not split")
+    for cause in found["kept_whole_by"]:
+        console.print(f"Neurons are kept whole by {cause}")
+    for name in found["unreached"]:
+        console.print(f"Not reached by the example, so whole: {name}")
     console.print(_tensor_table(found))
     shares = Table("worker", "parameters", "sent to it", "sent back", title="A round, by worker", title_justify="left")
     for share in found["shares"]:

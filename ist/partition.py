@@ -61,8 +61,16 @@ def sizes_vary(partition: Partition) -> bool:
     return partition.strategy in ("categorical", "bernoulli") or partition.coverage == "balanced"
 
 
-def check_workers(groups: Sequence[Group], num_workers: int, partition: Partition = DISJOINT) -> None:
+def check_workers(
+    groups: Sequence[Group], num_workers: int, partition: Partition = DISJOINT, causes: Sequence[str] = ()
+) -> None:
     """Check that every worker can hold at least one neuron of every group.
+
+    Args:
+        groups: The groups that are split.
+        num_workers: Workers of a round.
+        partition: How neurons are dealt.
+        causes: What keeps neurons whole, for the message.
 
     Raises:
         ModelError: A group has fewer neurons than there are workers although none may have two holders, or no
@@ -70,8 +78,8 @@ def check_workers(groups: Sequence[Group], num_workers: int, partition: Partitio
     """
     if num_workers > 1 and not groups:
         raise ModelError(
-            "the network has no hidden neurons to split among workers: use train.workers 1. Inputs, outputs and what a "
-            "norm ranges over stay whole (docs/groups.md)"
+            "the network has no hidden neurons to split among workers: use train.workers 1. Inputs, outputs and what "
+            f"an operator mixes stay whole (docs/groups.md){_causes(causes)}"
         )
     for group in groups:
         if is_disjoint(partition) and group.size < num_workers:
@@ -79,6 +87,12 @@ def check_workers(groups: Sequence[Group], num_workers: int, partition: Partitio
                 f"group '{group.name}' has {group.size} neurons, fewer than the {num_workers} workers "
                 f"(train.workers): widen it, use at most {group.size} workers, or share it (partition.exclude)"
             )
+
+
+def _causes(causes: Sequence[str]) -> str:
+    """Return the end of a message: which operators keep neurons whole, and where."""
+    further = f"; and {len(causes) - 6} more" if len(causes) > 6 else ""
+    return f". Kept whole by: {'; '.join(causes[:6])}{further}" if causes else ""
 
 
 def share_sizes(size: int, num_workers: int, capacities: Sequence[float] | None = None) -> list[int]:

@@ -49,14 +49,18 @@ class Found:
     Attributes:
         groups: Every group of at least two neurons, residual streams included, in the order of the network.
         sizes: Integer attributes that are sizes of what is split.
-        unknown: Operators without a rule, and the module where each was first met.
+        unknown: Operators without a rule, and where each was first met: module and line of the network's code.
         on_meta: Whether the network could be traced without values.
+        causes: What keeps neurons whole: operator, module and line.
+        unreached: Parameters that the example did not reach; they stay whole.
     """
 
     groups: tuple[Group, ...]
     sizes: tuple[AttributeSize, ...]
     unknown: Mapping[str, str]
     on_meta: bool = True
+    causes: tuple[str, ...] = ()
+    unreached: tuple[str, ...] = ()
 
 
 def find_neurons(template: nn.Module, example: Any, build: Callable[[], nn.Module] | None = None) -> Found:
@@ -97,7 +101,14 @@ def find_neurons(template: nn.Module, example: Any, build: Callable[[], nn.Modul
     neuron = {
         root: (name, k) for name, (members, _) in zip(names, found, strict=True) for k, root in enumerate(members)
     }
-    return Found(groups, tuple(_attribute_size(size, neuron) for size in traced.sizes), traced.unknown, traced.on_meta)
+    return Found(
+        groups,
+        tuple(_attribute_size(size, neuron) for size in traced.sizes),
+        traced.unknown,
+        traced.on_meta,
+        causes=tuple(traced.causes),
+        unreached=tuple(traced.unreached),
+    )
 
 
 def _roots_in(labels: Labels, cores: Sequence[Tensor]) -> set[int]:

@@ -6,18 +6,22 @@ Where it sits: `ist/groups/trace.py` and `ist/groups/draws.py` ask while a netwo
 import sys
 import sysconfig
 from pathlib import Path
+from types import FrameType
 
 import torch
 
-_OURS = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent), sysconfig.get_paths()["stdlib"])
+_PASSED_OVER = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+_LIBRARY = sysconfig.get_paths()["stdlib"]
+_CALLER = str(Path(__file__).parents[1] / "data" / "nested.py")
 
 
 def users_line() -> str:
-    """Return 'file:line' of the innermost frame outside torch, Python's library and this package."""
-    frame = sys._getframe(1)
-    while frame is not None:
+    """Return 'file:line' of the innermost code of a running network; none where only torch's own modules run."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != _CALLER:
         file = frame.f_code.co_filename
-        if not file.startswith((*_OURS, "<")) or ("site-packages" in file and not file.startswith(_OURS[:2])):
+        of_python = file.startswith("<") or (file.startswith(_LIBRARY) and "-packages" not in file)
+        if not of_python and not file.startswith(_PASSED_OVER):
             return f"{file}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""

@@ -31,9 +31,9 @@ def split_groups(found: Found, template: nn.Module, partition: Partition) -> tup
         ConfigError: A pattern of the configuration matches nothing.
         ModelError: Nothing is left to split.
     """
-    for operator, path in found.unknown.items():
+    for operator, where in found.unknown.items():
         warnings.warn(
-            f"operator {operator} (in {path or 'the network itself'}) has no rule: what reaches it is not split",
+            f"operator {operator} (in {where}) has no rule: what reaches it is not split",
             stacklevel=2,
         )
     if partition.strategy == "blocks":

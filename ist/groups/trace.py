@@ -9,7 +9,7 @@ Tracing elementary operators as they run was chosen over `torch.export` because 
 that come from attributes, needs no support of control flow, and works alike in all versions of torch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +26,14 @@ from ist.errors import ModelError, first_line
 from ist.groups import named_tensors, on_meta
 from ist.groups.call import Call
 from ist.groups.combine import Scene, Value
-from ist.groups.labels import FROZEN, Activation
+from ist.groups.draws import Draws, fixed_draws
+from ist.groups.labels import FREE, FROZEN, Activation
 from ist.groups.parameters import ParameterView
+from ist.groups.places import users_line
+from ist.groups.reads import reads_that_matter
 from ist.groups.rules import labels_of_results
 from ist.groups.sizes import Size, SizeLabels, plant, sizes_in
+from ist.groups.tape import Step, influenced, needed, step_of, storages, tensors_of
 
 _RANDOM = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
 
@@ -65,14 +69,22 @@ class Traced:
     Attributes:
         scene: Labels, and which are joined.
         sizes: Attributes that are sizes of labelled axes.
-        unknown: Operators without a rule, and the module where each was first met.
+        unknown: Operators without a rule, and where each was first met: module and line of the network's code.
         on_meta: Whether the network ran without values.
+        causes: What keeps neurons whole: operator, module and line, in the order in which they were met.
+        unreached: Parameters that the example did not reach.
     """
 
     scene: Scene
     sizes: list[SizeLabels]
     unknown: dict[str, str]
     on_meta: bool
+    causes: list[str]
+    unreached: list[str]
+
+
+MOST_RUNS = 6
+"""A network that takes branches by chance is run so many times, until all of its parameters have been reached."""
 
 
 def trace(template: nn.Module, example: Any, build: Any = None) -> Traced:
@@ -91,12 +103,19 @@ def trace(template: nn.Module, example: Any, build: Any = None) -> Traced:
     except Exception as error:  # a forward that looks at values may fail in any way without them
         if build is None:
             raise ModelError(f"the network fails on the example: {first_line(error)}") from error
+
+    def fresh() -> nn.Module:
+        return without_inner_dropout(copied(build()).cpu())
+
+    inputs = moved(example, torch.device("cpu"))
     try:
-        return _trace(copied(build()).cpu(), moved(example, torch.device("cpu")))
+        with comparable(), fixed_draws(Draws(0)), torch.no_grad():
+            call_model(fresh(), inputs)
     except Exception as error:  # whatever a forward raises
         raise ModelError(
             f"the network fails on an example of the data: {type(error).__name__}: {first_line(error)}"
         ) from error
+    return _trace(fresh(), inputs, fresh)
 
 
 def try_out(module: nn.Module, example: Any) -> None:
@@ -116,22 +135,50 @@ def _floats_on_meta(example: Any) -> Any:
     return mapped(example, lambda tensor: tensor.to("meta" if tensor.is_floating_point() else "cpu"))
 
 
-def _trace(module: nn.Module, example: Any) -> Traced:
+def _trace(module: nn.Module, example: Any, fresh: Callable[[], nn.Module] | None = None) -> Traced:
+    """Run a network, and give labels to what its outputs depend on.
+
+    Args:
+        module: The network.
+        example: What its forward takes.
+        fresh: Makes the network with values anew, if it has values.
+    """
     without_inner_dropout(module)
     watch = _Watch()
     watch.scene.atoms.buffers = {name for name, _ in module.named_buffers()}
-    for name, tensor in named_tensors(module).items():
+    named = named_tensors(module)
+    for name, tensor in named.items():
         watch.know(tensor, watch.scene.atoms.view(name, tuple(tensor.shape)))
     plant(module)
     for tensor in tensors_in(example):
         watch.know(tensor, watch.scene.labels.constant(tuple(tensor.shape), FROZEN))
-    with comparable(), _modules(module, watch), _Arguments(watch), watch, torch.no_grad():
-        outputs = call_model(module, example)
-    for tensor in tensors_in(outputs):
+    outputs: list[Tensor] = []
+    reads = set[int]()
+    for run in range(MOST_RUNS):
+        draws, start = Draws(run), len(watch.steps)
+        with comparable(), fixed_draws(draws), _modules(module, watch), _Arguments(watch), watch, torch.no_grad():
+            outputs += tensors_in(call_model(module, example))
+        steps = watch.steps[start:]
+        if fresh is not None:
+            depends = influenced(steps, named.values())
+            suspects = [n for n, step in enumerate(steps) if step.value is not None and depends[n]]
+            found = reads_that_matter(steps, suspects, run, fresh, lambda network: _plainly(network, example))
+            reads |= {start + number for number in found}
+        reached = frozenset[int]().union(*[step.reads for step in watch.steps])
+        unreached = [name for name, p in module.named_parameters() if not storages([p]) & reached and p.numel()]
+        if not unreached or not (draws.made or draws.others):
+            break
+    watch.replay(needed(watch.steps, [*outputs, *tensors_of(module)], reads))
+    for tensor in outputs:
         watch.freeze(tensor)
     watch.scene.settle()
     on_meta = all(parameter.is_meta for parameter in module.parameters())
-    return Traced(watch.scene, watch.size_labels(), watch.unknown, on_meta)
+    return Traced(watch.scene, watch.size_labels(), watch.unknown, on_meta, list(watch.causes), unreached)
+
+
+def _plainly(module: nn.Module, example: Any) -> Any:
+    with comparable():
+        return call_model(module, example)
 
 
 @contextmanager
@@ -204,7 +251,7 @@ class _MetaAndIntegers(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every elementary operator, and keeps the labels of every tensor."""
+    """Notes every elementary operator, and keeps the labels of every tensor."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -212,6 +259,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.path: list[str] = []
         self.unknown: dict[str, str] = {}
         self.sizes: list[Size] = []
+        self.steps: list[Step] = []
+        self.causes: dict[str, None] = {}
         self._values: dict[int, Value] = {}
         self._kept: list[Tensor] = []  # an id is good only while its tensor lives
         self._sharing: dict[int, list[int]] = {}  # ids of the tensors in the same memory
@@ -251,30 +300,67 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator, and apply its rule."""
+        """Run an operator, and note it."""
         schema = func._schema.arguments
         raw = dict(zip([argument.name for argument in schema], args, strict=False)) | (kwargs or {})
         result = _run(func, raw)
         raw = {argument.name: argument.default_value for argument in schema if argument.has_default_value()} | raw
+        self.steps.append(step_of(func, raw, result, self.path[-1] if self.path else "", users_line()))
+        return result
+
+    def replay(self, wanted: Sequence[bool]) -> None:
+        """Apply the rules of the steps that are wanted, in their order."""
+        for step, is_wanted in zip(self.steps, wanted, strict=True):
+            if is_wanted:
+                before = self._free_labels(step)
+                self._apply(step)
+                self._note_cause(step, before)
+
+    def _apply(self, step: Step) -> None:
+        """Apply an operator's rule."""
+        raw = step.arguments
         results = [
-            item for item in (result if isinstance(result, tuple | list) else [result]) if isinstance(item, Tensor)
+            tensor if tensor.shape == shape else torch.empty(shape, device="meta")
+            for tensor, shape in zip(step.results, step.shapes, strict=True)
         ]
-        call = Call(func, {name: self._replaced(item) for name, item in raw.items()}, raw, results)
-        found = labels_of_results(self.scene, call) if results else None
+        call = Call(step.operator, {name: self._replaced(item) for name, item in raw.items()}, raw, results)
+        try:
+            found = labels_of_results(self.scene, call) if results else None
+        except (IndexError, ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+            # Arguments that the rule does not foresee: as for an operator without a rule.
+            self.unknown.setdefault(f"{step.operator} ({type(error).__name__} in its rule)", _where(step))
+            found = None
         if found is None:
-            if results:
-                self.unknown.setdefault(str(func), self.path[-1] if self.path else "")
+            if results and not any(name.startswith(str(step.operator)) for name in self.unknown):
+                self.unknown[str(step.operator)] = _where(step)
             for tensor in tensors_in(raw):
                 self.freeze(tensor)
             found = [self.scene.labels.constant(tuple(item.shape), FROZEN) for item in results]
         made_whole = call.name in _MADE or (
             call.name in ("detach", "alias") and any(id(tensor) in self._whole for tensor in tensors_in(raw))
         )
-        for tensor, value in zip(results, found, strict=False):
+        for tensor, value in zip(step.results, found, strict=False):
             self._write(tensor, value)
             if made_whole:
                 self._whole.add(id(tensor))
-        return result
+
+    def _free_labels(self, step: Step) -> list[Tensor]:
+        """Return, for each argument of an operator, the different labels that a worker may be without."""
+        values = [self.value(tensor) for tensor in tensors_in(list(step.arguments.values()))]
+        cores = [value.core for value in values if isinstance(value, Activation)]
+        if not cores:  # a function of parameters only
+            atoms = self.scene.atoms.of
+            cores = [atoms[v.name, dim] for v in values if isinstance(v, ParameterView) for dim in v.planes]
+        found = [torch.unique(self.scene.labels.roots(core)) for core in cores]
+        return [labels[labels > FREE] for labels in found]
+
+    def _note_cause(self, step: Step, before: Sequence[Tensor]) -> None:
+        """Note an operator that makes neurons whole, or one of many."""
+        for labels in before:
+            after = torch.unique(self.scene.labels.roots(labels))
+            if len(labels) > 1 and (len(after) < len(labels) or bool((after <= FREE).any())):
+                self.causes.setdefault(f"{step.operator} in {_where(step)}")
+                return
 
     def _write(self, tensor: Tensor, value: Value) -> None:
         """Note an operator's result, which may have been written over a tensor that had other labels."""
@@ -295,6 +381,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(item, Tensor):
             return self.value(item)
         return [self._replaced(part) for part in item] if isinstance(item, list | tuple) else item
+
+
+def _where(step: Step) -> str:
+    """Return the module and the line of the network's code that called an operator."""
+    return f"{step.path or 'the network itself'}{f' ({step.line})' if step.line else ''}"
 
 
 class _Arguments(TorchFunctionMode):
