@@ -5,6 +5,9 @@ trip through another process. The string says what was found, where, what was
 expected, and what to do. Only `ist/cli.py` prints them and sets exit codes.
 """
 
+import traceback
+from pathlib import Path
+
 
 class ISTError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -61,3 +64,24 @@ class CheckpointError(RunFolderError):
 def first_line(error: BaseException) -> str:
     """Return what an error says, on one line."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def said_at(error: BaseException) -> str:
+    """Return the class of an error, what it says, and the line of the code outside of torch that raised it."""
+    own = Path(__file__).parent
+    lines = [
+        f" ({Path(frame.filename).name}, line {frame.lineno})"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if own not in Path(frame.filename).parents and "torch" not in Path(frame.filename).parts
+    ]
+    return f"{type(error).__name__}: {first_line(error)}{lines[-1] if lines else ''}"
+
+
+_REFUSED = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
+"""What torch and the C++ library say when the operating system gives no more memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that there is no more memory."""
+    refused = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return refused or any(said in str(error) for said in _REFUSED)

@@ -6,7 +6,7 @@ A network whose batch norm keeps no running statistics uses batch statistics her
 depends on the batch size of the evaluation.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch.utils.data import Dataset
 from ist.data.batches import fetch, length
 from ist.data.nested import call_model, scores
 from ist.errors import DataError
+from ist.failures import loss_errors, loss_of, network_errors
 from ist.metrics import Metric
 from ist.modes import kept_modes
-from ist.rng import Purpose, permutation
+from ist.rng import Indices, Purpose, permutation
 
 
 @dataclass(frozen=True)
@@ -51,22 +52,42 @@ def evaluate(
         metric: What to report beside the loss.
 
     Raises:
-        DataError: The metric counts none of the data set's targets.
+        DataError: The metric counts none of the data set's targets; or a sample cannot be read, or its loss or metric
+            fails.
+        ModelError: The network fails.
     """
     count, loss_sum, sums, counted = length(dataset), 0.0, torch.zeros((), dtype=torch.float64, device=device), 0
     with kept_modes(model), torch.no_grad():
         model.eval()
-        for start in range(0, count, batch_size):
-            batch = np.arange(start, min(start + batch_size, count), dtype=np.int64)
+        for batch in evaluation_batches(count, batch_size):
+
+            def numbers(batch: Indices = batch) -> Indices:
+                return batch
+
             inputs, targets = fetch(dataset, batch, device)
-            outputs = call_model(model, inputs)
-            loss_sum += float(loss(outputs, targets)) * len(batch)
+            with network_errors(model):
+                outputs = call_model(model, inputs)
+            with loss_errors(numbers):
+                loss_sum += float(loss_of(loss, outputs, targets, numbers)) * len(batch)
             if metric is not None:
-                batch_sums, batch_count = metric.batch(scores(outputs), targets)
+                with loss_errors(numbers, f"metric '{metric.names[0]}'"):
+                    batch_sums, batch_count = metric.batch(scores(outputs), targets)
                 sums, counted = sums + batch_sums, counted + batch_count
     if metric is not None and counted == 0:
         raise DataError(f"metric '{metric.names[0]}' has nothing to count: no target of the {count} samples is one")
     return Metrics(loss_sum / count, metric.values(sums, counted) if metric else {}, count)
+
+
+def evaluation_batches(count: int, batch_size: int) -> Iterator[Indices]:
+    """Yield the positions of `count` samples in batches of `batch_size`; the last may be smaller.
+
+    But not a single sample, which a batch norm without running statistics cannot normalise: it joins the batch before.
+    """
+    starts = list(range(0, count, batch_size))
+    if batch_size > 1 and len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    for start, stop in zip(starts, [*starts[1:], count], strict=True):
+        yield np.arange(start, stop, dtype=np.int64)
 
 
 def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
@@ -96,7 +117,8 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
             norm.train()
         try:
             for inputs in batches:
-                call_model(model, inputs)
+                with network_errors(model):
+                    call_model(model, inputs)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

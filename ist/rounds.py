@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ist.blocks import scaled_blocks
 from ist.evaluate import Metrics, evaluate, reestimate_statistics, statistics_batches
+from ist.failures import located
 from ist.job import Job
 from ist.pool import Lost
 from ist.rng import Purpose, seeded
@@ -134,6 +135,8 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
     Raises:
         DivergedError: A worker returned a loss or a weight that is not finite; nothing is saved after it.
         WorkerLostError: Too few workers came back.
+        DataError: A sample of the data cannot be read, or its loss or metric fails.
+        ModelError: The network fails.
     """
     config = job.config
     for round_number in range(first_round, job.num_rounds):
@@ -143,10 +146,11 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
         rounds_done = round_number + 1
         last = rounds_done == job.num_rounds
         metrics = None
-        if job.test_data is not None and (last or rounds_done % config.evaluate.every == 0):
-            metrics = evaluate_whole(job, method.model, device)
-        elif last:
-            refresh_statistics(job, method.model, device)
+        with located(f"evaluating the whole network after round {round_number}"):
+            if job.test_data is not None and (last or rounds_done % config.evaluate.every == 0):
+                metrics = evaluate_whole(job, method.model, device)
+            elif last:
+                refresh_statistics(job, method.model, device)
         seconds = Seconds(trained - started - report.aside_s, time.perf_counter() - trained)
         recorder.round_done(round_number, report, metrics, seconds, method.bytes_sent())
         if last or config.checkpoint.is_due(rounds_done):

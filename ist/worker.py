@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ist import optim
@@ -21,8 +21,9 @@ from ist.blocks import scaled_blocks
 from ist.data.batches import fetch, length, take_shard
 from ist.data.nested import call_model
 from ist.errors import AbandonedRoundError, ConfigError
-from ist.evaluate import evaluate
+from ist.evaluate import evaluate, reestimate_statistics, statistics_batches
 from ist.exchange import WorkerEnd
+from ist.failures import located, loss_errors, loss_of, network_errors
 from ist.finite import is_finite
 from ist.groups import named_tensors
 from ist.job import Job
@@ -32,7 +33,7 @@ from ist.narrow import bind, collect_buffers, multiply
 from ist.pool import Place
 from ist.pool.coding import Envelope
 from ist.pool.wire import Header, Message
-from ist.rng import Purpose, seeded
+from ist.rng import Indices, Purpose, seeded
 from ist.verify import verify_cuts
 
 
@@ -183,6 +184,8 @@ def local_steps(
 
     Raises:
         AbandonedRoundError: It has.
+        DataError: A sample cannot be read, or its loss fails; the message names it, the round and the worker.
+        ModelError: The network fails; the message names the module.
     """
     loss_sum, samples = torch.zeros((), device=device), 0
     with seeded(device, job.config.seed, Purpose.TRAINING, round_number, worker):
@@ -192,14 +195,37 @@ def local_steps(
             if job.settings:
                 optimizer.param_groups[0].update(job.settings[step])
             batch = job.dealing.batch(worker, step)
-            inputs, targets = fetch(shard, batch, device)
-            optimizer.zero_grad(set_to_none=True)
-            loss = job.loss(call_model(module, inputs), targets)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            loss_sum.add_(loss.detach(), alpha=len(batch))
+            with located(f"round {round_number}, worker {worker}"):
+                loss = _step(job, worker, shard, module, optimizer, batch, device)
+            loss_sum.add_(loss, alpha=len(batch))
             samples += len(batch)
     return float(loss_sum), samples
+
+
+def _step(
+    job: Job,
+    worker: int,
+    shard: Dataset[Any],
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Indices,
+    device: torch.device,
+) -> Tensor:
+    """Make one optimiser step on a batch, and return its loss."""
+
+    def numbers() -> Indices:
+        return job.dealing.shard(worker)[batch]
+
+    inputs, targets = fetch(shard, batch, device, numbers)
+    optimizer.zero_grad(set_to_none=True)
+    with network_errors(module):
+        outputs = call_model(module, inputs)
+    with loss_errors(numbers):
+        loss = loss_of(job.loss, outputs, targets, numbers)
+    with network_errors(module, "the backward pass"):
+        loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach()
 
 
 def rehearse(job: Job) -> None:
@@ -209,7 +235,8 @@ def rehearse(job: Job) -> None:
     changes from look to look.
 
     Raises:
-        ModelError: A narrow network computes something else than the masked whole one.
+        ModelError: A narrow network computes something else than the masked whole one, or fails where it is evaluated.
+        DataError: A sample cannot be read, or its loss fails.
         ConfigError: Network, data, loss, metric and optimiser do not fit each other; the message is torch's.
     """
     device = torch.device("cpu")
@@ -249,13 +276,25 @@ def _one_step(job: Job, device: torch.device) -> None:
     bind(worker.module, message.tensors)
     named = [parameter for parameter in worker.module.parameters() if parameter.requires_grad]
     optimizer = optim.build_optimizer(job.config.train.optimizer, named)
-    inputs, targets = fetch(worker.shard, job.dealing.batch(0, 0)[: job.dealing.smallest_batch], device)
-    job.loss(call_model(worker.module, inputs), targets).backward()  # type: ignore[no-untyped-call]
+    batch = job.dealing.batch(0, 0)[: job.dealing.smallest_batch]
+
+    def numbers() -> Indices:
+        return job.dealing.shard(0)[batch]
+
+    inputs, targets = fetch(worker.shard, batch, device, numbers)
+    with located("network, data and loss do not fit each other"):
+        loss = loss_of(job.loss, call_model(worker.module, inputs), targets, numbers)
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     _check_constants(job, worker.module)
-    if job.test_data is not None:
-        few = take_shard(job.test_data, np.arange(min(2, length(job.test_data))))
-        evaluate(worker.module, few, job.loss, 2, device, job.metric)
+    size = min(2, job.config.evaluate.batch_size)
+    with located(f"evaluating with evaluate.batch_size {job.config.evaluate.batch_size}"):
+        if job.config.train.running_statistics == "reestimate":
+            batches = statistics_batches(job.train_data, size, 1, job.config.seed, device)
+            reestimate_statistics(worker.module, batches)
+        if job.test_data is not None:
+            few = take_shard(job.test_data, np.arange(min(2, length(job.test_data))))
+            evaluate(worker.module, few, job.loss, size, device, job.metric)
 
 
 def _check_constants(job: Job, module: nn.Module) -> None:

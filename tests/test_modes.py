@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import ist
-from ist.errors import ISTError
+from ist.errors import ISTError, ModelError
 from ist.evaluate import evaluate, reestimate_statistics
 from ist.modes import kept_modes, modes_of, set_modes, settle_modes
 from tests.conftest import data, job_for
@@ -96,9 +96,9 @@ def test_evaluation_is_in_evaluation_mode_and_puts_every_mode_back() -> None:
 def test_evaluation_that_fails_puts_every_mode_and_momentum_back() -> None:
     model = network()
 
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+    with pytest.raises(ModelError, match="mat1 and mat2"):
         reestimate_statistics(model, [torch.zeros(4, 99)])
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+    with pytest.raises(ModelError, match="mat1 and mat2"):
         evaluate(model, data(20, features=99), nn.functional.cross_entropy, 10, CPU, None)
 
     assert list(modes_of(model).values()) == MODES

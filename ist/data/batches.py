@@ -9,6 +9,7 @@ saved position.
 Not here: which data set, what is done with a batch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 from ist.data.batched import BatchedDataset
 from ist.data.nested import moved
-from ist.errors import DataError
+from ist.errors import DataError, ISTError, is_out_of_memory, said_at
 from ist.rng import Indices, Purpose, permutation
 
 
@@ -114,16 +115,81 @@ def take_shard(dataset: Dataset[Any], indices: Indices) -> Dataset[Any]:
     return Subset(dataset, indices.tolist())
 
 
-def fetch(dataset: Dataset[Any], indices: Indices, device: torch.device) -> tuple[Any, Any]:
+def fetch(
+    dataset: Dataset[Any], indices: Indices, device: torch.device, numbers: Callable[[], Indices] | None = None
+) -> tuple[Any, Any]:
     """Return the samples at `indices` as one batch (inputs, targets) on `device`.
 
     Inputs and targets are tensors, or tuples or mappings of tensors.
+
+    Args:
+        dataset: The data set, or a part of it.
+        indices: Positions in it.
+        device: Where the batch will be.
+        numbers: Tells by which numbers these samples are known, for messages; None: by their positions.
+
+    Raises:
+        DataError: A sample cannot be read, or samples make no batch of (inputs, targets); the message names them.
     """
-    if isinstance(dataset, BatchedDataset):
-        inputs, targets = dataset.batch(indices)
-    elif type(dataset) is TensorDataset:
+    numbers = numbers or (lambda: indices)
+    if type(dataset) is TensorDataset:
         rows = torch.from_numpy(indices)
-        inputs, targets = (tensor[rows] for tensor in dataset.tensors)
+        batch: Any = [tensor[rows] for tensor in dataset.tensors]
     else:
-        inputs, targets = default_collate([dataset[int(index)] for index in indices])
+        try:
+            if isinstance(dataset, BatchedDataset):
+                batch = dataset.batch(indices)
+            else:
+                batch = _collated(dataset, indices, numbers)
+        except (ISTError, MemoryError):
+            raise
+        except Exception as error:  # whatever a data set raises
+            if is_out_of_memory(error):
+                raise
+            raise DataError(
+                f"{named_samples(numbers())} of {_class_name(dataset)} do not make a batch of (inputs, targets): "
+                f"{said_at(error)}"
+            ) from error
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        what = f"{len(batch)} parts" if isinstance(batch, tuple | list) else f"a {type(batch).__name__}"
+        raise DataError(f"a batch of {_class_name(dataset)} is {what}, not a pair (inputs, targets)")
+    inputs, targets = batch
     return moved(inputs, device), moved(targets, device)
+
+
+_MOST_NAMED = 8
+
+
+def named_samples(numbers: Indices) -> str:
+    """Name samples by their numbers, the first of them at least."""
+    listed = ", ".join(map(str, numbers[:_MOST_NAMED].tolist()))
+    more = f", ... ({len(numbers)})" if len(numbers) > _MOST_NAMED else ""
+    return f"sample{'s' if len(numbers) > 1 else ''} {listed}{more}"
+
+
+def _collated(dataset: Dataset[Any], indices: Indices, numbers: Callable[[], Indices]) -> Any:
+    items = []
+    for place, index in enumerate(indices):
+        try:
+            items.append(dataset[int(index)])
+        except (ISTError, MemoryError):
+            raise
+        except Exception as error:  # whatever a data set raises
+            if is_out_of_memory(error):
+                raise
+            raise DataError(f"sample {numbers()[place]} of {_class_name(dataset)}: {said_at(error)}") from error
+    try:
+        return default_collate(items)
+    except Exception as error:
+        for place in range(1, len(items)):
+            try:
+                default_collate([items[0], items[place]])
+            except Exception as single:
+                pair = named_samples(numbers()[[0, place]])
+                raise DataError(f"{pair} of {_class_name(dataset)} do not make a batch: {said_at(single)}") from error
+        raise
+
+
+def _class_name(dataset: Dataset[Any]) -> str:
+    """Name the class of a data set, not of the part of it that a worker has."""
+    return type(dataset.dataset if isinstance(dataset, Subset) else dataset).__name__

@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 from ist.config import Pool
 from ist.data.content import Content
 from ist.errors import ConfigError, DataError, PoolError, first_line
+from ist.failures import is_peer_failure
 from ist.pool.device import compute_device
 from ist.pool.ports import PRIVATE_STORE, briefly_open, refuse_public, store_socket
 from ist.pool.secret import FILE_VARIABLE, is_proven, new_challenge, prove, run_secret
@@ -322,17 +323,12 @@ def _leave() -> None:
         dist.destroy_process_group()
 
 
-def _is_peer_failure(error: RuntimeError) -> bool:
-    text = str(error)
-    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "Gloo", "NCCL", "onnection"))
-
-
 @contextmanager
 def peer_errors(what: str) -> Iterator[None]:
     """Turn the failure of a peer into a `PoolError` that says what was going on; let other errors pass."""
     try:
         yield
     except RuntimeError as error:
-        if not _is_peer_failure(error):
+        if not is_peer_failure(error):
             raise
         raise PoolError(f"{what}: {first_line(error)}") from error

@@ -13,10 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ist.errors import ConfigError, MemoryLimitError
-
-_REFUSED = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
-"""What torch and the C++ library say when the operating system gives no more memory."""
+from ist.errors import ConfigError, MemoryLimitError, is_out_of_memory
 
 
 @contextmanager
@@ -42,8 +39,7 @@ def limited_memory(limit_bytes: int | None, text: str, device: torch.device) -> 
         try:
             yield
         except (RuntimeError, MemoryError) as error:
-            refused = isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-            if refused or any(said in str(error) for said in _REFUSED):
+            if is_out_of_memory(error):
                 raise MemoryLimitError(
                     f"a worker needs more memory than 'pool.memory_limit' ({text}) gives it: use a narrower network, "
                     "or more workers by IST, each of which holds a smaller part of it"
