@@ -23,6 +23,7 @@ from ist.job import Job
 from ist.modes import kept_modes
 from ist.network import check_network
 from ist.pool.torchrun import is_launched, is_rank_zero
+from ist.reach import check_held
 from ist.rng import Purpose, seeded
 from ist.rounds import follow_rounds, run_rounds
 from ist.run import Following, open_run
@@ -88,7 +89,7 @@ def train(
         data: Pairs (input, target); dealt to the workers. An input that is a tuple gives positional arguments, one
             that is a mapping gives keyword arguments.
         loss: Name of a function of torch.nn.functional, applied to the outputs or to their `logits`; or any mean loss
-            of (outputs, targets).
+            of (outputs, targets). It must not hold `model`, of which workers train narrow copies, nor own weights.
         workers: How many subnets a round; where neurons are dealt disjointly, at most the size of the smallest group.
         local_steps: Optimiser steps of a worker in a round.
         rounds: Length of the run; give this or `epochs`.
@@ -163,6 +164,7 @@ def train(
     )
     check_watch(config)
     check_network(model, is_split=True)
+    check_held(loss, model)
     function = loss_function(loss) if isinstance(loss, str) else loss
     with kept_modes(model):
         job = make_job(config, on_meta(model), lambda: model, data, test_data, function)

@@ -178,7 +178,7 @@ def _holding(value: Any, parts: Mapping[int, str], seen: set[int]) -> Iterator[t
         return
     seen.add(id(value))
     if isinstance(value, FunctionType):
-        for held in _held(value):
+        for held in held_by(value):
             for part in [held, *(held.values() if isinstance(held, dict) else held if isinstance(held, list) else [])]:
                 if id(part) in parts:
                     yield value, part
@@ -198,8 +198,8 @@ def _holding(value: Any, parts: Mapping[int, str], seen: set[int]) -> Iterator[t
         yield from _holding(vars(value), parts, seen)
 
 
-def _held(function: FunctionType) -> Iterator[Any]:
-    """Yield what a function holds: what it closes over, its defaults, and global variables that its code names."""
+def held_by(function: FunctionType) -> Iterator[Any]:
+    """Yield what a function closes over, its defaults, and the global modules and tensors that its code names."""
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents

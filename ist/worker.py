@@ -33,6 +33,7 @@ from ist.narrow import bind, collect_buffers, multiply
 from ist.pool import Place
 from ist.pool.coding import Envelope
 from ist.pool.wire import Header, Message
+from ist.reach import check_reach
 from ist.rng import Indices, Purpose, seeded
 from ist.verify import verify_cuts
 
@@ -283,7 +284,9 @@ def _one_step(job: Job, device: torch.device) -> None:
 
     inputs, targets = fetch(worker.shard, batch, device, numbers)
     with located("network, data and loss do not fit each other"):
-        loss = loss_of(job.loss, call_model(worker.module, inputs), targets, numbers)
+        outputs = call_model(worker.module, inputs)
+        loss = loss_of(job.loss, outputs, targets, numbers)
+    check_reach(loss, lambda: job.loss(outputs, targets), worker.module, (inputs, targets), outputs, job.build)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     _check_constants(job, worker.module)

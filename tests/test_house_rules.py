@@ -45,7 +45,7 @@ LAYERS = [
     ["ist.groups.rules"],
     ["ist.groups.trace"],
     ["ist.groups.neurons"],
-    ["ist.stages", "ist.metrics", "ist.network", "ist.failures"],
+    ["ist.stages", "ist.metrics", "ist.network", "ist.failures", "ist.reach"],
     ["ist.groups.select", "ist.fit", "ist.partition", "ist.optim", "ist.narrow"],
     ["ist.subnet", "ist.pool.wire", "ist.quantize"],
     ["ist.pool.coding"],
