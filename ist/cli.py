@@ -285,6 +285,12 @@ def main() -> None:
         app()
     except ISTError as error:
         _fail(error)
+    except Exception as error:  # a fault of this package: the launcher tells it as the cause, with the traceback above
+        if "torch" in sys.modules:
+            from ist.launch import report_to_launcher
+
+            report_to_launcher(error)
+        raise
 
 
 def _fail(error: ISTError) -> NoReturn:

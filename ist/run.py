@@ -30,7 +30,7 @@ from ist.meter import MemoryGauge, Meter
 from ist.methods import METHODS
 from ist.pool import WorkerPool
 from ist.pool.device import compute_device
-from ist.pool.group import Membership, agree_on_start, join, tell
+from ist.pool.group import Membership, agree_on_start, causes_told, join, tell
 from ist.pool.inline import InlinePool
 from ist.pool.limit import limited_memory
 from ist.pool.ports import PRIVATE_STORE
@@ -129,30 +129,30 @@ def _opened(job: Job, folder: RunFolder | None, resume: bool, progress: bool) ->
     """Do what `open_run` does, where nobody else writes into the folder."""
     config = job.config
     check_method(config)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(config.pool.threads)
     # Before the others are joined: a damaged checkpoint must not leave them waiting.
     leads = config.pool.kind != "torchrun" or is_rank_zero()
     tensors, before = folder.rewind() if leads and resume and folder else ({}, Progress())
-    membership = None
-    if config.pool.kind == "torchrun":
-        if not is_launched():
-            raise ConfigError("pool.kind is 'torchrun', but no launcher started this process: run it with torchrun")
-        job = for_world_size(job)
-        membership = join(config.pool)
-    first_round = before.rounds_done
-    if first_round > job.num_rounds:
-        raise CheckpointError(
-            f"the checkpoint has {first_round} rounds behind it, but the configured run has {job.num_rounds}: "
-            "configure what it was"
-        )
-    if membership:
-        first_round = agree_on_start(membership, first_round, _fingerprint(config), job.contents)
-    start = secrets.token_hex(4)
-    site = _site(config, folder, membership, start, before) if config.workers_keep else None
-    meter = Meter()
     with ExitStack() as stack:
-        stack.callback(torch.set_num_threads, threads_before)
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(config.pool.threads)
+        membership = None
+        if config.pool.kind == "torchrun":
+            if not is_launched():
+                raise ConfigError("pool.kind is 'torchrun', but no launcher started this process: run it with torchrun")
+            job = for_world_size(job)
+            membership = join(config.pool)
+            stack.enter_context(causes_told(membership))
+        first_round = before.rounds_done
+        if first_round > job.num_rounds:
+            raise CheckpointError(
+                f"the checkpoint has {first_round} rounds behind it, but the configured run has {job.num_rounds}: "
+                "configure what it was"
+            )
+        if membership:
+            first_round = agree_on_start(membership, first_round, _fingerprint(config), job.contents)
+        start = secrets.token_hex(4)
+        site = _site(config, folder, membership, start, before) if config.workers_keep else None
+        meter = Meter()
         device = membership.device if membership else torch.device("cpu")
         if config.pool.kind == "inline":
             device = compute_device(config.pool)

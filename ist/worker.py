@@ -225,7 +225,8 @@ def _step(
         loss = loss_of(job.loss, outputs, targets, numbers)
     with network_errors(module, "the backward pass"):
         loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
+    with network_errors(module, f"a step of {type(optimizer).__name__}"):
+        optimizer.step()
     return loss.detach()
 
 

@@ -1,6 +1,8 @@
 """What fails late in a user's data, network or loss is told with the sample, the round, the worker and the module."""
 
 import re
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,9 @@ from torch.utils.data import Dataset, TensorDataset
 import ist
 from ist.data.batched import BatchedDataset
 from ist.data.batches import fetch
-from ist.errors import DataError, ISTError, ModelError
+from ist.errors import DataError, ISTError, ModelError, PoolError, WorkerLostError
 from ist.evaluate import evaluate
+from ist.pool import group
 from ist.worker import rehearse
 from tests.conftest import data, job_for
 from tests.networks import NETWORKS, seeded
@@ -43,6 +46,12 @@ class Damaged(Dataset[Any]):
             if self.how == "target":
                 return inputs, torch.tensor(11)
         return inputs, target
+
+
+def load(root: Path | None, damaged: str) -> tuple[Dataset[Any], Dataset[Any]]:  # noqa: ARG001
+    """Training and test data, of which one has a target that is no class."""
+    train, test = data(), data(90, seed=4)
+    return (Damaged("target", train), test) if damaged == "train" else (train, Damaged("target", test))
 
 
 TOLD = {
@@ -225,3 +234,44 @@ def test_a_metric_that_fails_names_the_samples() -> None:
         DataError, match=r"metric 'accuracy' of samples 0, 1, .* fails: ValueError: accuracy is of class"
     ):
         evaluate(model, floats, lambda outputs, _: functional.mse_loss(outputs, outputs), 16, CPU, job.metric)
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> list[group.Membership]:
+    """Three ranks that share a store."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(group.dist.distributed_c10d, "_get_default_store", lambda: store)
+    return [group.Membership(rank, 3, CPU, "gloo") for rank in range(3)]
+
+
+def failed(membership: group.Membership, error: Exception) -> str:
+    """What a rank says that fails with an error."""
+    with pytest.raises(type(error)) as caught, group.causes_told(membership):
+        raise error
+    return str(caught.value)
+
+
+def test_a_rank_that_lost_a_peer_says_what_the_peer_has_told(ranks: list[group.Membership]) -> None:
+    assert failed(ranks[0], PoolError("rank 0 lost rank 1")) == "rank 0 lost rank 1"
+    assert failed(ranks[2], DataError("sample 77 is bad\nand more")) == "sample 77 is bad\nand more"
+    assert failed(ranks[0], WorkerLostError("rank 0 lost rank 1")) == "rank 2 failed: DataError: sample 77 is bad"
+    assert failed(ranks[1], ValueError("its own")) == "its own"
+
+
+def test_what_a_rank_told_of_an_earlier_run_is_forgotten(ranks: list[group.Membership]) -> None:
+    failed(ranks[2], ValueError("\x1b[31mred\x07"))
+    assert failed(ranks[0], PoolError("lost")) == "rank 2 failed: ValueError:  [31mred "
+
+    with group.causes_told(ranks[2]):
+        assert failed(ranks[0], PoolError("lost")) == "lost"
+
+
+def test_a_store_that_is_gone_hides_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: Any) -> Any:
+        raise RuntimeError("Connection reset by peer")
+
+    store = SimpleNamespace(set=gone, check=gone)
+    monkeypatch.setattr(group.dist.distributed_c10d, "_get_default_store", lambda: store)
+
+    assert failed(group.Membership(0, 2, CPU, "gloo"), DataError("bad")) == "bad"
+    assert failed(group.Membership(0, 2, CPU, "gloo"), PoolError("lost")) == "lost"

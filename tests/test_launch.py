@@ -41,3 +41,7 @@ def test_a_lost_peer_is_told_only_if_nobody_knows_more(tmp_path: Path, monkeypat
     del failures[0]
     with pytest.raises(ISTError, match="worker 1 lost the coordinator"):
         launching.launch(job, tmp_path, resume=False)
+
+    failures[0] = failure(tmp_path, 0, "ValueError: Expected more than 1 value per channel", 101)
+    with pytest.raises(ISTError, match=r"ValueError: Expected more than 1 value per channel \[rank 0 \(worker 0\)\]"):
+        launching.launch(job, tmp_path, resume=False)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -235,3 +236,26 @@ def test_a_file_of_the_current_folder_is_found_by_the_command(tmp_path: Path) ->
     )
 
     assert done.returncode == 0, done.stderr
+
+
+@many_processes
+@pytest.mark.parametrize("damaged", ["train", "test"])
+def test_every_rank_and_the_launcher_tell_the_cause_of_a_failure(
+    tmp_path: Path, ist_command: Run, damaged: str
+) -> None:
+    """A bad sample that one worker meets, or the coordinator where it evaluates: the other rank only loses a peer."""
+    loader = {"name": "tests.test_failures:load", "args": {"damaged": damaged}}
+    config = written(tmp_path, data=loader, model={"name": "mlp", "args": {"widths": [12, 9, 8, 5]}}, train__rounds=40)
+
+    own = ist_command("train", config)
+    theirs = torchrun(["-m", "ist", "train", str(config)], 2, 100)
+
+    cause = r"round \d+.*: the loss of sample 77 fails \(its target is 11, where classes are 0 to 4\)"
+    (error,) = [line for line in own.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(cause, error)
+    assert own.returncode == 2
+    assert "Traceback" not in own.stderr
+    errors = [line for line in theirs.stderr.splitlines() if line.startswith("error: ")]
+    assert any(re.match(r"error: rank \d failed: DataError: .*" + cause, line) for line in errors)
+    assert all(re.search(cause, line) for line in errors)
+    assert len(errors) == 2

@@ -13,7 +13,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -36,6 +36,7 @@ _log = logging.getLogger(__name__)
 _ATTEMPTS = 3
 _PROOF_TIMEOUT_S = 30.0
 _POLL_S = 0.02
+_MOST_TOLD = 500
 
 
 @dataclass(frozen=True)
@@ -332,3 +333,36 @@ def peer_errors(what: str) -> Iterator[None]:
         if not is_peer_failure(error):
             raise
         raise PoolError(f"{what}: {first_line(error)}") from error
+
+
+@contextmanager
+def causes_told(membership: Membership) -> Iterator[None]:
+    """Let all ranks know why one of them fails, so that those who only lose a peer can say what has happened to it.
+
+    Raises:
+        PoolError: A peer is gone; the message is what it has told, where it could.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    keys = [f"ist/cause/{rank}" for rank in range(membership.world_size)]
+    with suppress(RuntimeError):  # a rank must not fail because it cannot tell why
+        store.set(keys[membership.rank], "")  # what an earlier run of these processes may have left
+    try:
+        yield
+    except PoolError as error:
+        if not (told := _told(store, keys)):
+            raise
+        raise type(error)(told) from error
+    except Exception as error:
+        with suppress(RuntimeError):
+            store.set(keys[membership.rank], f"{type(error).__name__}: {first_line(error)}")
+        raise
+
+
+def _told(store: Store, keys: Sequence[str]) -> str:
+    """Return what the first rank has told that knows why it failed; nothing where none has."""
+    with suppress(RuntimeError):  # the store may be gone with rank 0
+        for rank, key in enumerate(keys):
+            if cause := _heard(store, key):
+                text = "".join(letter if letter.isprintable() else " " for letter in cause[:_MOST_TOLD])
+                return f"rank {rank} failed: {text}"
+    return ""
