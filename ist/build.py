@@ -137,9 +137,12 @@ def make_job(
         settings=[],
     )
     if config.method == "ist":
-        groups = fitting_groups(groups, job.try_out) if groups and train.workers > 1 else groups
+        if groups and train.workers > 1:
+            groups, found = fitting_groups(groups, found, job.try_out)
+        else:
+            found = replace(found, calls=(), sites={})
         check_workers(groups, train.workers, config.partition, found.causes)
-        job = replace(job, groups=optim.carried_groups(slots, groups, parameters))
+        job = replace(job, found=found, groups=optim.carried_groups(slots, groups, parameters))
     optim.build_optimizer(train.optimizer, [nn.Parameter(torch.zeros(2, 3))])  # wrong arguments end here
     settings = optim.schedule_settings(train.optimizer, train.schedule, job.total_steps)
     job.settings.extend(optim.staged_settings(train.optimizer, settings, job.spans, train.schedule_unit))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -22,7 +23,7 @@ from ist.copies import copied
 from ist.data.batches import Dealing
 from ist.data.content import NOTHING, Content, content
 from ist.groups import Group, TensorSpec, constant_tensors, named_tensors, tensor_specs
-from ist.groups.neurons import Found, narrow_sizes
+from ist.groups.neurons import Found, narrow_calls, narrow_sizes
 from ist.groups.trace import try_out
 from ist.metrics import Metric
 from ist.narrow import NarrowPlan, Scale, declared_sizes, input_scales, narrow_module
@@ -32,6 +33,7 @@ from ist.pool.wire import Layout, layout_of
 from ist.rng import Indices
 from ist.stages import WHOLE_RUN, Span, spans
 from ist.subnet import Cut, absent_modules, cut_specs, exclusive_names, extract, positions
+from ist.trial import Trial
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -157,7 +159,19 @@ class Job:
         """Whether it matters for a narrow network which neurons a worker holds, and not only how many."""
         sliced = {slot.tensor for group in self.groups for slot in group.slots}
         dealt = any(group.modules for group in self.groups)
-        return dealt or bool(sliced & set(constant_tensors(self.template)))
+        return dealt or bool(sliced & set(constant_tensors(self.template))) or self._is_counted_in_part
+
+    @property
+    def _is_counted_in_part(self) -> bool:
+        """Whether some number in a narrow network says how many it holds of certain neurons of a group."""
+        sizes = {group.name: group.size for group in self.groups}
+        sizes_in_calls = [call.size for calls in self.found.resized.values() for call in calls]
+        counts = [*(s.counted for s in self.found.sizes), *(s.counted for s in sizes_in_calls)]
+        return any(
+            name in sizes and len(set(np.bincount(numbers, minlength=sizes[name]).tolist())) > 1
+            for counted in counts
+            for name, numbers in counted.items()
+        )
 
     def with_workers(self, num_workers: int, capacities: tuple[float, ...] | None = None) -> "Job":
         """Return the same job for a round with another number of workers, or with other shares.
@@ -248,6 +262,7 @@ class Job:
             narrow_sizes([size for size in self.found.sizes if size.origin not in declared], held) | declared,
             input_scales(self.groups, neurons, self.template, self.everything) if scaled else {},
             tuple(absent_modules(self.groups, neurons)),
+            narrow_calls(self.found, held),
         )
 
     def narrow(self, neurons: Sequence[Indices], device: torch.device) -> nn.Module:
@@ -261,9 +276,22 @@ class Job:
             extract(held, cut, into=constants)
         return narrow_module(self.template, plan, device, constants)
 
-    def try_out(self, groups: Sequence[Group], neurons: Sequence[Indices]) -> None:
-        """Run a narrow network on the example, without values if that can be."""
-        job = replace(self, groups=tuple(groups))
+    def try_out(
+        self, groups: Sequence[Group], neurons: Sequence[Indices], found: Found, trial: Trial | None = None
+    ) -> None:
+        """Run a narrow network on the example, without values if that can be.
+
+        Args:
+            groups: The groups that are split.
+            neurons: For each of them, the neurons that are held.
+            found: What is known of the network.
+            trial: Watches the network.
+        """
+        job = replace(self, groups=tuple(groups), found=found)
+        held = {group.name: numbers for group, numbers in zip(groups, neurons, strict=True)}
+        if trial is not None:
+            declared = declared_sizes(job.template, job.config.partition.sizes, job.everything, job.everything)
+            trial.note_conflicts(held, declared)
         where = torch.device("meta" if self.found.on_meta else "cpu")
         narrow = job.narrow(neurons, where)
         if where.type == "cpu":
@@ -272,7 +300,7 @@ class Job:
                 name: t.detach().contiguous() for name, t in named_tensors(self.build_copy()).items() if name in cut
             }
             extract(whole, cut, into={n: t.data for n, t in named_tensors(narrow).items() if n in whole})
-        try_out(narrow, self.example)
+        try_out(narrow, self.example, trial.watching(narrow, held) if trial is not None else None)
 
     def layout(self, worker: int, round_number: int) -> Layout:
         """Return the layout of what a worker trains in a round."""

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ist.attention import with_some_heads
+from ist.call_sizes import resize_calls
 from ist.copies import copied, like
 from ist.errors import ConfigError, ModelError
 from ist.groups import Group, TensorSpec
+from ist.groups.sites import Resizes
 from ist.groups.sizes import Origin
 from ist.rng import Indices
 
@@ -33,12 +35,14 @@ class NarrowPlan:
         sizes: Integer attributes with another value than in the whole network.
         scales: For a parameter, a dim of it and the factor of what is summed over it.
         absent: Paths of modules that are left out; what goes in comes out.
+        calls: For the path of a module, what becomes of the sizes that its forward computes.
     """
 
     specs: Mapping[str, TensorSpec]
     sizes: Mapping[Origin, int] = field(default_factory=dict)
     scales: Mapping[str, tuple[int, Scale]] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    calls: Mapping[str, Resizes] = field(default_factory=dict)
 
 
 class Skip(nn.Module):
@@ -75,17 +79,24 @@ def narrow_module(
         leave_out(module, path)
     _narrow_tensors(module, plan, device, constants or {})
     for origin, value in plan.sizes.items():
-        if not origin.path.startswith(tuple(f"{path}." for path in plan.absent)) and origin.path not in plan.absent:
+        if not _is_absent(origin.path, plan):
             holder: Any = module.get_submodule(origin.path)
             vars(holder.config if origin.of_config else holder)[origin.attribute] = value
     for child in module.modules():
         _narrow_attributes(child)
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
             child.reset_running_stats()
+    for path, resizes in plan.calls.items():
+        if not _is_absent(path, plan):
+            resize_calls(module.get_submodule(path), resizes)
     for tensor, (dim, scale) in plan.scales.items():
         path, _, name = tensor.rpartition(".")
         _scale(module.get_submodule(path), name, dim, scale)
     return module
+
+
+def _is_absent(path: str, plan: NarrowPlan) -> bool:
+    return path in plan.absent or path.startswith(tuple(f"{absent}." for absent in plan.absent))
 
 
 def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

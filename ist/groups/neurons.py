@@ -6,9 +6,9 @@ are alike, and one group, if they occupy equally many positions of the same dims
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ist.errors import ModelError
 from ist.groups import Group, Slot
 from ist.groups.labels import FROZEN, Labels
+from ist.groups.sites import Call, CallSize, Resize, Resizes, Site
 from ist.groups.sizes import Origin, SizeLabels
-from ist.groups.trace import trace
+from ist.groups.trace import CallLabels, trace
 
 Positions = NDArray[np.int64]
 Places = dict[tuple[str, int], Positions]
@@ -34,12 +35,26 @@ class AttributeSize:
         factor: The count is this multiple of it.
         whole: How many of the counted positions no worker is without.
         counted: For each group, by name, the neurons at the other positions.
+        user: The module whose forward uses it.
     """
 
     origin: Origin
     factor: int
     whole: int
     counted: Mapping[str, Positions]
+    user: str = ""
+
+
+class ResizedCall(NamedTuple):
+    """A call that a narrow network makes with another size than its forward computes.
+
+    Attributes:
+        size: Which, and what it counts.
+        is_inferred: Whether the size is left to torch (-1).
+    """
+
+    size: CallSize
+    is_inferred: bool
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,9 @@ class Found:
         on_meta: Whether the network could be traced without values.
         causes: What keeps neurons whole: operator, module and line.
         unreached: Parameters that the example did not reach; they stay whole.
+        calls: Sizes that calls of torch functions were given, of a number that is known.
+        sites: For each module, the places in its code that make such calls, and how many times one run makes them.
+        resized: The modules that make calls with other sizes than their forward computes, and these sizes.
     """
 
     groups: tuple[Group, ...]
@@ -61,6 +79,9 @@ class Found:
     on_meta: bool = True
     causes: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
+    calls: tuple[CallSize, ...] = ()
+    sites: Mapping[str, Mapping[Site, int]] = field(default_factory=dict)
+    resized: Mapping[str, tuple["ResizedCall", ...]] = field(default_factory=dict)
 
 
 def find_neurons(template: nn.Module, example: Any, build: Callable[[], nn.Module] | None = None) -> Found:
@@ -108,6 +129,8 @@ def find_neurons(template: nn.Module, example: Any, build: Callable[[], nn.Modul
         traced.on_meta,
         causes=tuple(traced.causes),
         unreached=tuple(traced.unreached),
+        calls=tuple(_call_size(call, neuron) for call in traced.calls if call.labels is not None),
+        sites=_sites([call.call for call in traced.calls]),
     )
 
 
@@ -115,15 +138,35 @@ def _roots_in(labels: Labels, cores: Sequence[Tensor]) -> set[int]:
     return {root for core in cores for root in labels.roots(core).reshape(-1).tolist()}
 
 
-def _attribute_size(size: SizeLabels, neuron: Mapping[int, tuple[str, int]]) -> AttributeSize:
-    found = size.labels.tolist()
+def _counted(labels: Tensor, neuron: Mapping[int, tuple[str, int]]) -> dict[str, Positions]:
+    """Return, for each group, the neurons that some labels stand for."""
     counted: dict[str, list[int]] = defaultdict(list)
-    for root in found:
+    for root in labels.tolist():
         if root in neuron:
             name, number = neuron[root]
             counted[name].append(number)
-    whole = len(found) - sum(map(len, counted.values()))
-    return AttributeSize(size.origin, size.factor, whole, {name: np.array(k) for name, k in counted.items()})
+    return {name: np.array(numbers) for name, numbers in counted.items()}
+
+
+def _attribute_size(size: SizeLabels, neuron: Mapping[int, tuple[str, int]]) -> AttributeSize:
+    counted = _counted(size.labels, neuron)
+    whole = len(size.labels) - sum(map(len, counted.values()))
+    return AttributeSize(size.origin, size.factor, whole, counted, size.user)
+
+
+def _call_size(found: CallLabels, neuron: Mapping[int, tuple[str, int]]) -> CallSize:
+    assert found.size is not None
+    assert found.labels is not None
+    size = found.size
+    counted = _counted(found.labels, neuron)
+    return CallSize(found.call, size.location, int(size.number), counted, size.in_shape, found.where)
+
+
+def _sites(calls: Sequence[Call]) -> dict[str, dict[Site, int]]:
+    sites: dict[str, dict[Site, int]] = defaultdict(dict)
+    for call in calls:
+        sites[call.path][call.site] = max(call.visit + 1, sites[call.path].get(call.site, 0))
+    return dict(sites)
 
 
 def narrow_sizes(sizes: Sequence[AttributeSize], held: Mapping[str, Positions]) -> dict[Origin, int]:
@@ -136,24 +179,53 @@ def narrow_sizes(sizes: Sequence[AttributeSize], held: Mapping[str, Positions]) 
     Raises:
         ModelError: An attribute would need two values.
     """
-    values: dict[Origin, int] = {}
-    changed: set[Origin] = set()
+    narrow = {}
+    for origin, values in _wanted(sizes, held).items():
+        if len(values) > 1:
+            raise ModelError(
+                f"{origin} is the size of two things that are split differently: a narrow network would need it to be "
+                f"{' and '.join(map(str, values))} at once. Share one of them (partition.exclude)"
+            )
+        if any(is_split for is_split in values.values()):
+            narrow[origin] = next(iter(values))
+    return narrow
+
+
+def of_two_values(sizes: Sequence[AttributeSize], held: Mapping[str, Positions]) -> set[Origin]:
+    """Return the attributes that would need two values at once; arguments as in `narrow_sizes`."""
+    return {origin for origin, values in _wanted(sizes, held).items() if len(values) > 1}
+
+
+def _wanted(sizes: Sequence[AttributeSize], held: Mapping[str, Positions]) -> dict[Origin, dict[int, bool]]:
+    """Return the values that each attribute should have, and whether what they count is split."""
+    wanted: dict[Origin, dict[int, bool]] = {}
     # A multiple may be narrow because of its other factor: it counts only where nothing plainer is known.
     for size in sorted(sizes, key=lambda size: size.factor > 1):
         split = [(numbers, held[name]) for name, numbers in size.counted.items() if name in held]
         count = size.whole + sum(map(len, size.counted.values())) - sum(len(numbers) for numbers, _ in split)
         count += sum(int(np.isin(numbers, owned).sum()) for numbers, owned in split)
         value, rest = divmod(count, size.factor)
-        if size.factor > 1 and (rest or size.origin in values):
-            continue
-        if values.setdefault(size.origin, value) != value:
-            raise ModelError(
-                f"{size.origin} is the size of two things that are split differently: a narrow network would need it "
-                f"to be {values[size.origin]} and {value} at once. Share one of them (partition.exclude)"
-            )
-        if split:
-            changed.add(size.origin)
-    return {origin: value for origin, value in values.items() if origin in changed}
+        if size.factor == 1 or not (rest or size.origin in wanted):
+            values = wanted.setdefault(size.origin, {})
+            values[value] = values.get(value, False) or bool(split)
+    return wanted
+
+
+def narrow_calls(found: Found, held: Mapping[str, Positions]) -> dict[str, Resizes]:
+    """Return, for each module that makes calls with other sizes than its forward computes, what becomes of them.
+
+    Args:
+        found: What is known of the network.
+        held: For each group that is split, by name, the neurons that a worker holds.
+    """
+    made: dict[str, Resizes] = {}
+    for path, resized in found.resized.items():
+        visits = {site: [list[Resize]() for _ in range(number)] for site, number in found.sites[path].items()}
+        for size, is_inferred in resized:
+            narrow = None if is_inferred else size.narrow(held)
+            visits[size.call.site][size.call.visit].append(Resize(size.location, size.size, narrow, size.in_proportion))
+        made[path] = {site: each[:1] if all(one == each[0] for one in each) else each for site, each in visits.items()}
+    return made
 
 
 def _alike(keys: Sequence[tuple[str, int]], roots: Sequence[Positions]) -> list[tuple[list[int], Places]]:

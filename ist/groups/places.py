@@ -10,9 +10,12 @@ from types import FrameType
 
 import torch
 
-_PASSED_OVER = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+_OURS = Path(__file__).parents[1]
+_PASSED_OVER = (
+    str(Path(__file__).parent), str(Path(torch.__file__).parent), str(_OURS / "trial.py"), str(_OURS / "call_sizes.py")
+)  # fmt: skip
 _LIBRARY = sysconfig.get_paths()["stdlib"]
-_CALLER = str(Path(__file__).parents[1] / "data" / "nested.py")
+_CALLER = str(_OURS / "data" / "nested.py")
 
 
 def users_line() -> str:

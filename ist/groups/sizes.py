@@ -7,14 +7,17 @@ neurons held there.
 
 Where it sits: `ist/groups/trace.py` puts the integers in place; `ist/groups/neurons.py` makes of them
 what `ist/narrow.py` sets.
-Not here: numbers that a forward computes from shapes; if such a number is wrong in a narrow network, the
-check at the start (`ist/verify.py`) finds it.
+Not here: numbers that a forward computes from shapes (`ist/groups/calls.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+Location = tuple[int | str, ...]
+"""Where an integer is among the arguments of a call: a position or a name, then positions or the bound of a slice."""
 
 
 class Origin(NamedTuple):
@@ -62,21 +65,23 @@ class TracedInt(int):
 
 
 class Size(NamedTuple):
-    """An attribute that was used as the size of an axis.
+    """An integer argument of a torch function that is the size of an axis.
 
     Attributes:
-        origin: The attribute.
-        factor: The size is this multiple of it.
+        number: The integer as it was given.
+        location: Where it is among the arguments.
         tensor: The tensor whose axis it is.
         axis: The axis.
         positions: Which positions of the axis it counts.
+        in_shape: Whether it belongs to the shape that a tensor is brought into, of which one size may be -1.
     """
 
-    origin: Origin
-    factor: int
+    number: int
+    location: Location
     tensor: Tensor
     axis: int
     positions: range
+    in_shape: bool = False
 
 
 def plant(module: nn.Module) -> None:
@@ -93,95 +98,157 @@ def plant(module: nn.Module) -> None:
                     vars(holder)[name] = TracedInt.of(value, Origin(path, name, of_config))
 
 
+def takes_sizes(function: Any) -> bool:
+    """Return whether a torch function is one that `sizes_in` reads."""
+    return getattr(function, "__name__", "") in _READERS
+
+
 def sizes_in(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Iterator[Size]:
-    """Yield the traced integers among the arguments of a torch function that are sizes of labelled axes."""
+    """Yield the integers among the arguments of a torch function that are sizes of axes; -1 and the like left out."""
     reader = _READERS.get(getattr(function, "__name__", ""))
-    if reader is None:
-        return
-    for number, tensor, axis, positions in reader(args, kwargs, result):
-        if isinstance(number, TracedInt):
-            yield Size(number.origin, number.factor, tensor, axis, positions)
+    if reader is not None:
+        for size in reader(args, kwargs, result):
+            if isinstance(size.number, int) and not isinstance(size.number, bool) and size.number >= 0:
+                yield size
 
 
-_Found = Iterator[tuple[Any, Tensor, int, range]]
+def with_sizes(
+    args: Sequence[Any], kwargs: Mapping[str, Any], values: Mapping[Location, int]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call with other integers at some locations."""
+    positional, named = list(args), dict(kwargs)
+    for (first, *rest), value in values.items():
+        if isinstance(first, int):
+            positional[first] = _replaced(positional[first], rest, value)
+        else:
+            named[first] = _replaced(named[first], rest, value)
+    return tuple(positional), named
+
+
+def number_at(args: Sequence[Any], kwargs: Mapping[str, Any], location: Location) -> int:
+    """Return the integer at a location among the arguments of a call."""
+    first, *rest = location
+    value = args[first] if isinstance(first, int) else kwargs[first]
+    for step in rest:
+        value = value[step] if isinstance(step, int) else getattr(value, step)
+    number: int = value
+    return number
+
+
+def _replaced(value: Any, steps: Sequence[int | str], number: int) -> Any:
+    if not steps:
+        return number
+    step, *rest = steps
+    if isinstance(value, slice):
+        bounds = {"start": value.start, "stop": value.stop, "step": value.step} | {step: number}
+        return slice(bounds["start"], bounds["stop"], bounds["step"])
+    items = list(value)
+    assert isinstance(step, int)
+    items[step] = _replaced(items[step], rest, number)
+    return tuple(items) if isinstance(value, tuple) else items
+
+
+_Found = Iterator[Size]
 _Reader = Callable[[Sequence[Any], Mapping[str, Any], Any], _Found]
 
 
-def _shaped(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
-    shape = args[1:] if len(args) > 1 else (kwargs.get("shape", kwargs.get("size", ())),)
-    sizes = list(shape[0]) if len(shape) == 1 and isinstance(shape[0], tuple | list) else list(shape)
+def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, *names: str) -> tuple[Location, Any]:
+    """Return where an argument is, and its value; None if it is not given."""
+    if len(args) > position:
+        return (position,), args[position]
+    return next((((name,), kwargs[name]) for name in names if name in kwargs), ((), None))
+
+
+def _listed(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, *names: str) -> list[tuple[Location, Any]]:
+    """Return the integers of an argument that is a list, or all arguments from one on, with their locations."""
+    location, value = _argument(args, kwargs, position, *names)
+    if isinstance(value, tuple | list):
+        return [((*location, number), item) for number, item in enumerate(value)]
+    return [((number,), item) for number, item in enumerate(args) if number >= position]
+
+
+def _shape(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, in_shape: bool) -> _Found:
+    sizes = _listed(args, kwargs, 1, "shape", "size")
     lead = result.ndim - len(sizes)
-    for axis, size in enumerate(sizes):
-        yield size, result, lead + axis, range(result.shape[lead + axis])
+    for axis, (location, size) in enumerate(sizes):
+        yield Size(size, location, result, lead + axis, range(result.shape[lead + axis]), in_shape)
+
+
+def _reshaped(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
+    yield from _shape(args, kwargs, result, in_shape=True)
+
+
+def _expanded(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
+    yield from _shape(args, kwargs, result, in_shape=False)
 
 
 def _unflattened(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
-    dim = kwargs["dim"] if "dim" in kwargs else args[1]
-    sizes = kwargs["sizes"] if "sizes" in kwargs else args[2]
+    dim = _argument(args, kwargs, 1, "dim")[1]
+    location, sizes = _argument(args, kwargs, 2, "sizes")
     for axis, size in enumerate(sizes):
         place = dim % args[0].ndim + axis
-        yield size, result, place, range(result.shape[place])
+        yield Size(size, (*location, axis), result, place, range(result.shape[place]), in_shape=True)
 
 
 def _split(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
-    sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
-    dim = kwargs.get("dim", args[2] if len(args) > 2 else 0)
+    location, sizes = _argument(args, kwargs, 1, "split_size_or_sections", "split_size", "split_sizes")
+    dim = _argument(args, kwargs, 2, "dim")[1] or 0
     for number, part in enumerate(result):
-        size = sizes if isinstance(sizes, int) else sizes[number]
-        yield size, part, dim % part.ndim, range(part.shape[dim])
+        if not isinstance(sizes, int):
+            yield Size(sizes[number], (*location, number), part, dim % part.ndim, range(part.shape[dim]))
+        elif part.shape[dim] == sizes:  # the last part may be smaller
+            yield Size(sizes, location, part, dim % part.ndim, range(part.shape[dim]))
 
 
 def _indexed(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:  # noqa: ARG001 (one signature)
     source, index = args
-    items = list(index) if isinstance(index, tuple) else [index]
-    if Ellipsis in [item for item in items if not isinstance(item, Tensor)]:
-        place = next(k for k, item in enumerate(items) if item is Ellipsis)
-        consumed = sum(item is not None for item in items) - 1
-        items[place : place + 1] = [slice(None)] * (source.ndim - consumed)
+    items: list[tuple[Location, Any]] = (
+        [((1, number), item) for number, item in enumerate(index)] if isinstance(index, tuple) else [((1,), index)]
+    )
+    if any(item is Ellipsis for _, item in items):
+        place = next(k for k, (_, item) in enumerate(items) if item is Ellipsis)
+        consumed = sum(item is not None for _, item in items) - 1
+        items[place : place + 1] = [((), slice(None))] * (source.ndim - consumed)
     axis = 0
-    for item in items:
+    for location, item in items:
         if isinstance(item, slice):
             size = source.shape[axis]
-            for bound in (item.start, item.stop):
-                if isinstance(bound, TracedInt) and 0 <= bound <= size:
-                    yield bound, source, axis, range(int(bound))
-        axis += item is not None
+            for name, bound in (("start", item.start), ("stop", item.stop)):
+                if isinstance(bound, int) and 0 <= bound <= size:
+                    yield Size(bound, (*location, name), source, axis, range(int(bound)))
+        axis += item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else item is not None
 
 
 def _narrowed(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
-    source, dim, start, length = [*args, *[kwargs[k] for k in ("dim", "start", "length") if k in kwargs]][:4]
-    dim %= source.ndim
-    yield start, source, dim, range(int(start))
-    yield length, result, dim, range(int(length))
+    source, dim = args[0], _argument(args, kwargs, 1, "dim")[1] % args[0].ndim
+    start, length = _argument(args, kwargs, 2, "start"), _argument(args, kwargs, 3, "length")
+    if isinstance(start[1], int) and start[1] >= 0:
+        yield Size(start[1], start[0], source, dim, range(int(start[1])))
+    yield Size(length[1], length[0], result, dim, range(int(length[1])))
 
 
 def _normalised(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
-    groups = kwargs.get("num_groups", args[1] if len(args) > 1 else 1)
+    location, groups = _argument(args, kwargs, 1, "num_groups")
     if groups > 1:
-        yield groups, result, 1, range(0, result.shape[1], result.shape[1] // groups)
+        yield Size(groups, location, result, 1, range(0, result.shape[1], result.shape[1] // groups))
 
 
 def _convolved(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given = dict(zip(names, args, strict=False)) | dict(kwargs)
-    groups = given.get("groups", 1)
-    axis = result.ndim - (given["weight"].ndim - 1)
+    # Transposed convolutions have the same position: output_padding takes that of dilation.
+    location, groups = _argument(args, kwargs, 6, "groups")
+    weight = _argument(args, kwargs, 1, "weight")[1]
+    axis = result.ndim - (weight.ndim - 1)
     channels = result.shape[axis]
-    if groups > 1:
-        yield groups, result, axis, range(0, channels, channels // groups)
-
-
-def _convolved_transposed(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
-    names = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups")
-    given = dict(zip(names, args, strict=False)) | dict(kwargs)
-    yield from _convolved((), {"weight": given["weight"], "groups": given.get("groups", 1)}, result)
+    if groups is not None and groups > 1:
+        yield Size(groups, location, result, axis, range(0, channels, channels // groups))
 
 
 _READERS: dict[str, _Reader] = {
-    **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _shaped),
+    **dict.fromkeys(("view", "reshape"), _reshaped),
+    **dict.fromkeys(("expand", "broadcast_to"), _expanded),
     **dict.fromkeys(("split", "split_with_sizes"), _split),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolved),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolved_transposed),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolved),
     "unflatten": _unflattened,
     "__getitem__": _indexed,
     "narrow": _narrowed,
@@ -190,8 +257,9 @@ _READERS: dict[str, _Reader] = {
 
 
 class SizeLabels(NamedTuple):
-    """An attribute, the multiple of it that was used, and the final labels of the positions it counts."""
+    """An attribute, the multiple of it that was used, the final labels of the positions it counts, and who used it."""
 
     origin: Origin
     factor: int
     labels: Tensor
+    user: str

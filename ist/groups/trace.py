@@ -9,10 +9,11 @@ Tracing elementary operators as they run was chosen over `torch.export` because 
 that come from attributes, needs no support of control flow, and works alike in all versions of torch.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,9 @@ from ist.groups.parameters import ParameterView
 from ist.groups.places import users_line
 from ist.groups.reads import reads_that_matter
 from ist.groups.rules import labels_of_results
-from ist.groups.sizes import Size, SizeLabels, plant, sizes_in
+from ist.groups.sites import Call as SizedCall
+from ist.groups.sites import Running
+from ist.groups.sizes import Size, SizeLabels, TracedInt, plant, sizes_in, takes_sizes
 from ist.groups.tape import Step, influenced, needed, step_of, storages, tensors_of
 
 _RANDOM = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
@@ -62,6 +65,15 @@ class WithoutChance(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class CallLabels(NamedTuple):
+    """A size that a call was given, and the labels of the positions that it counts; none if that is not known."""
+
+    call: SizedCall
+    size: Size | None
+    labels: Tensor | None
+    where: str
+
+
 @dataclass(frozen=True)
 class Traced:
     """What a trace found.
@@ -69,6 +81,7 @@ class Traced:
     Attributes:
         scene: Labels, and which are joined.
         sizes: Attributes that are sizes of labelled axes.
+        calls: Every size that a call was given, with the labels of what it counts and the line of the code.
         unknown: Operators without a rule, and where each was first met: module and line of the network's code.
         on_meta: Whether the network ran without values.
         causes: What keeps neurons whole: operator, module and line, in the order in which they were met.
@@ -77,6 +90,7 @@ class Traced:
 
     scene: Scene
     sizes: list[SizeLabels]
+    calls: list[CallLabels]
     unknown: dict[str, str]
     on_meta: bool
     causes: list[str]
@@ -118,16 +132,17 @@ def trace(template: nn.Module, example: Any, build: Any = None) -> Traced:
     return _trace(fresh(), inputs, fresh)
 
 
-def try_out(module: nn.Module, example: Any) -> None:
+def try_out(module: nn.Module, example: Any, watched: AbstractContextManager[Any] | None = None) -> None:
     """Run a network without gradients and without chance, as it would be traced.
 
     Args:
         module: A network, on `meta` or on the CPU.
         example: What its forward takes, on the CPU.
+        watched: Entered last while it runs.
     """
     on_meta = all(parameter.is_meta for parameter in module.parameters())
     integers = _MetaAndIntegers()  # type: ignore[no-untyped-call]
-    with comparable(), integers, torch.no_grad():
+    with comparable(), integers, torch.no_grad(), watched or nullcontext():
         call_model(module, _floats_on_meta(example) if on_meta else example)
 
 
@@ -156,7 +171,14 @@ def _trace(module: nn.Module, example: Any, fresh: Callable[[], nn.Module] | Non
     reads = set[int]()
     for run in range(MOST_RUNS):
         draws, start = Draws(run), len(watch.steps)
-        with comparable(), fixed_draws(draws), _modules(module, watch), _Arguments(watch), watch, torch.no_grad():
+        with (
+            comparable(),
+            fixed_draws(draws),
+            watch.running.watching(module),
+            _Arguments(watch),
+            watch,
+            torch.no_grad(),
+        ):
             outputs += tensors_in(call_model(module, example))
         steps = watch.steps[start:]
         if fresh is not None:
@@ -173,7 +195,7 @@ def _trace(module: nn.Module, example: Any, fresh: Callable[[], nn.Module] | Non
         watch.freeze(tensor)
     watch.scene.settle()
     on_meta = all(parameter.is_meta for parameter in module.parameters())
-    return Traced(watch.scene, watch.size_labels(), watch.unknown, on_meta, list(watch.causes), unreached)
+    return Traced(watch.scene, *watch.size_labels(), watch.unknown, on_meta, list(watch.causes), unreached)
 
 
 def _plainly(module: nn.Module, example: Any) -> Any:
@@ -201,24 +223,6 @@ def without_inner_dropout(module: nn.Module) -> nn.Module:
         if isinstance(child, nn.RNNBase | nn.MultiheadAttention):
             child.dropout = 0.0
     return module
-
-
-@contextmanager
-def _modules(module: nn.Module, watch: "_Watch") -> Iterator[None]:
-    """Let the watch know which module is running, for messages."""
-
-    def leave(*_: Any) -> None:
-        watch.path.pop()
-
-    handles = []
-    for path, child in module.named_modules():
-        handles.append(child.register_forward_pre_hook(lambda *_, path=path: watch.path.append(path)))
-        handles.append(child.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _run(func: Any, arguments: dict[str, Any]) -> Any:
@@ -256,9 +260,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.scene = Scene()
-        self.path: list[str] = []
+        self.running = Running()
         self.unknown: dict[str, str] = {}
-        self.sizes: list[Size] = []
+        self.calls: list[tuple[SizedCall, list[Size], str]] = []
         self.steps: list[Step] = []
         self.causes: dict[str, None] = {}
         self._values: dict[int, Value] = {}
@@ -286,18 +290,29 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             self.scene.labels.freeze(value.core)
 
-    def size_labels(self) -> list[SizeLabels]:
-        """Return the sizes that were met, with the labels of what they count."""
-        found = []
-        for origin, factor, tensor, axis, positions in self.sizes:
-            value = self._values.get(id(tensor))
-            if isinstance(value, Activation):
-                core = self.scene.labels.reduced(value).core
-                along = core.movedim(axis, 0).reshape(core.shape[axis], -1)[:, 0]
-                if len(along) == 1:  # not cut along this axis
-                    along = torch.full([value.shape[axis]], FROZEN)
-                found.append(SizeLabels(origin, factor, self.scene.labels.roots(along[list(positions)])))
-        return found
+    def size_labels(self) -> tuple[list[SizeLabels], list[CallLabels]]:
+        """Return the attributes and the calls with sizes that were met, with the labels of what they count."""
+        attributes, calls = [], []
+        for call, sizes, where in self.calls:
+            calls.append(CallLabels(call, None, None, where))
+            for size in sizes:
+                labels = self._labels_along(size.tensor, size.axis)
+                counted = None if labels is None else labels[list(size.positions)]
+                calls.append(CallLabels(call, size, counted, where))
+                if counted is not None and isinstance(size.number, TracedInt):
+                    attributes.append(SizeLabels(size.number.origin, size.number.factor, counted, call.path))
+        return attributes, calls
+
+    def _labels_along(self, tensor: Tensor, axis: int) -> Tensor | None:
+        """Return the final labels along an axis of a tensor; None if they are not known, or it is a constant."""
+        value = self._values.get(id(tensor))
+        if not isinstance(value, Activation) or self.scene.labels.is_free(value):
+            return None
+        core = self.scene.labels.reduced(value).core
+        along = core.movedim(axis, 0).reshape(core.shape[axis], -1)[:, 0]
+        if len(along) == 1:  # not cut along this axis
+            along = torch.full([value.shape[axis]], FROZEN)
+        return self.scene.labels.roots(along)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, and note it."""
@@ -305,7 +320,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         raw = dict(zip([argument.name for argument in schema], args, strict=False)) | (kwargs or {})
         result = _run(func, raw)
         raw = {argument.name: argument.default_value for argument in schema if argument.has_default_value()} | raw
-        self.steps.append(step_of(func, raw, result, self.path[-1] if self.path else "", users_line()))
+        self.steps.append(step_of(func, raw, result, self.running.path, users_line()))
         return result
 
     def replay(self, wanted: Sequence[bool]) -> None:
@@ -396,7 +411,10 @@ class _Arguments(TorchFunctionMode):
         self._watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function, and note the traced integers among its arguments."""
+        """Run a function, and note the sizes among its arguments."""
         result = func(*args, **(kwargs or {}))
-        self._watch.sizes.extend(sizes_in(func, args, kwargs or {}, result))
+        if takes_sizes(func):
+            frame = sys._getframe(1)
+            found = list(sizes_in(func, args, kwargs or {}, result))
+            self._watch.calls.append((self._watch.running.call(frame), found, users_line()))
         return result

@@ -1,0 +1,294 @@
+"""Attention and recurrence as users write them, with what their groups must be.
+
+Each network keeps the code of the best-known program that spells it so, shortened where that does not matter.
+"""
+
+# ruff: noqa: N806 (the letters that these programs give to sizes)
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tests.groups.networks import Case, rand
+
+TOKENS, STATES = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(3)), rand(2, 6, 32)
+
+
+class GPTAttention(nn.Module):
+    """nanoGPT: a fused projection; the width of its input is the width of its heads together."""
+
+    def __init__(self, n_embd: int = 32, n_head: int = 4, dropout: float = 0.1, flash: bool = True) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(n_embd, 3 * n_embd), nn.Linear(n_embd, n_embd)
+        self.attn_dropout, self.resid_dropout = nn.Dropout(dropout), nn.Dropout(dropout)
+        self.n_head, self.n_embd, self.dropout, self.flash = n_head, n_embd, dropout, flash
+        if not flash:
+            self.register_buffer("bias", torch.tril(torch.ones(16, 16)).view(1, 1, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.size()
+        q, k, v = self.c_attn(x).split(self.n_embd, dim=2)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        if self.flash:
+            dropout = self.dropout if self.training else 0
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=dropout, is_causal=True)
+        else:
+            att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+            att = att.masked_fill(self.bias[:, :, :T, :T] == 0, float("-inf"))
+            y = self.attn_dropout(F.softmax(att, dim=-1)) @ v
+        y = y.transpose(1, 2).contiguous().view(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class GPTBlock(nn.Module):
+    def __init__(self, attention: nn.Module, n_embd: int) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2, self.attn = nn.LayerNorm(n_embd), nn.LayerNorm(n_embd), attention
+        self.mlp = nn.Sequential(nn.Linear(n_embd, 24), nn.GELU(), nn.Linear(24, n_embd), nn.Dropout(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """nanoGPT: tied embeddings."""
+
+    def __init__(self, n_embd: int = 32, layers: int = 2, flash: bool = True) -> None:
+        super().__init__()
+        self.wte, self.wpe, self.drop = nn.Embedding(50, n_embd), nn.Embedding(16, n_embd), nn.Dropout(0.1)
+        self.h = nn.ModuleList([GPTBlock(GPTAttention(n_embd, flash=flash), n_embd) for _ in range(layers)])
+        self.ln_f, self.lm_head = nn.LayerNorm(n_embd), nn.Linear(n_embd, 50, bias=False)
+        self.wte.weight = self.lm_head.weight
+
+    def forward(self, idx: Tensor) -> Tensor:
+        x = self.drop(self.wte(idx) + self.wpe(torch.arange(0, idx.size(1), dtype=torch.long, device=idx.device)))
+        for block in self.h:
+            x = block(x)
+        return self.lm_head(self.ln_f(x))
+
+
+class Separate(nn.Module):
+    """minGPT: three projections, a causal mask in a buffer."""
+
+    def __init__(self, n_embd: int = 32, n_head: int = 4) -> None:
+        super().__init__()
+        self.key, self.query, self.value, self.proj = (nn.Linear(n_embd, n_embd) for _ in range(4))
+        self.attn_drop, self.n_head = nn.Dropout(0.1), n_head
+        self.register_buffer("mask", torch.tril(torch.ones(16, 16)).view(1, 1, 16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.size()
+        k = self.key(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        q = self.query(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        v = self.value(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+        att = att.masked_fill(self.mask[:, :, :T, :T] == 0, float("-inf"))
+        y = self.attn_drop(F.softmax(att, dim=-1)) @ v
+        return self.proj(y.transpose(1, 2).contiguous().view(B, T, C))
+
+
+class ViTAttention(nn.Module):
+    """DINO and timm: everything in one reshape; the scale may be computed in the forward."""
+
+    def __init__(self, dim: int = 32, num_heads: int = 4, scale: float | None = None) -> None:
+        super().__init__()
+        self.num_heads, self.scale = num_heads, scale
+        self.qkv, self.proj = nn.Linear(dim, dim * 3), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv[0], qkv[1], qkv[2]
+        attn = (q @ k.transpose(-2, -1)) * (self.scale or (C // self.num_heads) ** -0.5)
+        x = (attn.softmax(dim=-1) @ v).transpose(1, 2).reshape(B, N, C)
+        return self.proj(x)
+
+
+class HeadDim(ViTAttention):
+    """Newer timm: the width of a head is an attribute, the width of all is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head_dim, self.q_norm = 8, nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(self.q_norm(q), k, v)
+        return self.proj(x.transpose(1, 2).reshape(B, N, C))
+
+
+class GroupedQueries(nn.Module):
+    def __init__(self, width: int = 32, n_head: int = 8, n_kv: int = 4) -> None:
+        super().__init__()
+        self.n_head, self.n_kv = n_head, n_kv
+        self.q, self.o = nn.Linear(width, width), nn.Linear(width, width)
+        self.k, self.v = (nn.Linear(width, n_kv * width // n_head) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q = self.q(x).view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        k = self.k(x).view(B, T, self.n_kv, C // self.n_head).transpose(1, 2)
+        v = self.v(x).view(B, T, self.n_kv, C // self.n_head).transpose(1, 2)
+        rep = self.n_head // self.n_kv
+        k = k[:, :, None].expand(B, self.n_kv, rep, T, C // self.n_head).reshape(B, self.n_head, T, C // self.n_head)
+        v = v.repeat_interleave(rep, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.o(y.transpose(1, 2).contiguous().view(B, T, C))
+
+
+class SharedKeys(nn.Module):
+    """Multi-query attention in one projection: one attribute is the width of two things."""
+
+    def __init__(self, width: int = 32, n_head: int = 4) -> None:
+        super().__init__()
+        self.n_head, self.hd = n_head, width // n_head
+        self.c_attn, self.o = nn.Linear(width, width + 2 * self.hd), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split((C, self.hd, self.hd), dim=2)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)
+        k, v = k.unsqueeze(1), v.unsqueeze(1)
+        y = F.softmax(q @ k.transpose(-2, -1) / math.sqrt(self.hd), dim=-1) @ v
+        return self.o(y.transpose(1, 2).contiguous().view(B, T, C))
+
+
+class Asserting(nn.Module):
+    """fairseq: heads beside the batch, and shapes that are compared with attributes."""
+
+    def __init__(self, width: int = 32, n_head: int = 4) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = n_head, width // n_head
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = x.transpose(0, 1)
+        tgt_len, bsz, embed_dim = query.size()
+        q = self.q_proj(query) * self.head_dim**-0.5
+        q = q.contiguous().view(tgt_len, bsz * self.num_heads, self.head_dim).transpose(0, 1)
+        k = self.k_proj(query).contiguous().view(-1, bsz * self.num_heads, self.head_dim).transpose(0, 1)
+        v = self.v_proj(query).contiguous().view(-1, bsz * self.num_heads, self.head_dim).transpose(0, 1)
+        src_len = k.size(1)
+        weights = torch.bmm(q, k.transpose(1, 2))
+        assert list(weights.size()) == [bsz * self.num_heads, tgt_len, src_len]
+        weights = weights.view(bsz, self.num_heads, tgt_len, src_len).softmax(-1)
+        attn = torch.bmm(weights.view(bsz * self.num_heads, tgt_len, src_len), v)
+        attn = attn.transpose(0, 1).contiguous().view(tgt_len, bsz, embed_dim)
+        return self.out_proj(attn).transpose(0, 1)
+
+
+class CountedHeads(nn.Module):
+    """The number of heads is computed from a width."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.hd, self.qkv, self.o = 8, nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (t.reshape(B, T, C // self.hd, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, C))
+
+
+class OwnWidth(nn.Module):
+    """Everything follows from shapes of what is narrow: attributes alone are enough."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.h = 4
+        self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
+
+    def heads(self, t: Tensor) -> Tensor:
+        b, n, w = t.shape
+        return t.view(b, n, self.h, w // self.h).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x)))
+        y = y.transpose(1, 2)
+        return self.o(y.reshape(*x.shape[:2], y.shape[2] * y.shape[3]))
+
+
+class Unrolled(nn.Module):
+    """Layers of different heads in one forward: the same line of code has other sizes at each visit."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.heads = [4, 2]
+        self.qkv = nn.ModuleList([nn.Linear(width, 3 * width) for _ in self.heads])
+        self.o = nn.ModuleList([nn.Linear(width, width) for _ in self.heads])
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        for h, qkv, o in zip(self.heads, self.qkv, self.o, strict=True):
+            q, k, v = qkv(x).view(B, T, 3, h, C // h).permute(2, 0, 3, 1, 4)
+            x = x + o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, C))
+        return x
+
+
+class Windows(ViTAttention):
+    """Swin: windows beside the batch, a relative bias for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 4))
+        rows, columns = torch.meshgrid(torch.arange(2), torch.arange(2), indexing="ij")
+        where = torch.stack([rows.flatten(), columns.flatten()])
+        self.register_buffer(
+            "index", ((where[:, :, None] - where[:, None, :] + 1) * torch.tensor([3, 1])[:, None, None]).sum(0)
+        )
+        self.register_buffer("mask", torch.zeros(2, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B0, L, C = x.shape
+        x = x.view(-1, 4, C)
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv[0], qkv[1], qkv[2]
+        attn = q * (C // self.num_heads) ** -0.5 @ k.transpose(-2, -1)
+        bias = self.table[self.index.view(-1)].view(N, N, -1).permute(2, 0, 1).contiguous()
+        attn = attn + bias.unsqueeze(0)
+        attn = attn.view(B // 2, 2, self.num_heads, N, N) + self.mask.unsqueeze(1).unsqueeze(0)
+        attn = attn.view(-1, self.num_heads, N, N).softmax(-1)
+        return self.proj((attn @ v).transpose(1, 2).reshape(B, N, C)).view(B0, L, C)
+
+
+class Inside(nn.Module):
+    """A transformer's layer around an attention, with 24 units beside its heads."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.block, self.head = GPTBlock(attention, 32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x).mean(1))
+
+
+def layer(attention: Callable[[], nn.Module], heads: int, example: Any = STATES) -> Case:
+    return Case(lambda: Inside(attention()), example, {"block.attn": heads, "block.mlp": 24})
+
+
+SPELLINGS: dict[str, Case] = {
+    "nanoGPT": Case(GPT, TOKENS, {"h.0.attn": 4, "h.0.mlp": 24, "h.1.attn": 4, "h.1.mlp": 24}),
+    "nanoGPT without flash attention": Case(lambda: GPT(layers=1, flash=False), TOKENS, {"h.0.attn": 4, "h.0.mlp": 24}),
+    "minGPT": layer(Separate, 4),
+    "DINO": layer(lambda: ViTAttention(scale=8**-0.5), 4),
+    "scale computed in the forward": layer(ViTAttention, 4),
+    "timm": layer(HeadDim, 4),
+    "grouped queries": layer(GroupedQueries, 4),
+    "shared keys": layer(SharedKeys, 8),
+    "fairseq": layer(Asserting, 4),
+    "counted heads": layer(CountedHeads, 4),
+    "own width": layer(OwnWidth, 4),
+    "unrolled": Case(
+        lambda: Inside(Unrolled()), STATES, {"block.attn.qkv.0": 4, "block.attn.qkv.1": 2, "block.mlp": 24}
+    ),
+    "Swin": layer(Windows, 4, rand(2, 8, 32)),
+}
