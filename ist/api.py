@@ -3,7 +3,9 @@
 Not here: the command line (`ist/cli.py`), which builds the same job from a file.
 """
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +49,34 @@ class TrainResult:
     is_coordinator: bool
 
 
+_training: dict[int, object] = {}
+"""By process id, what stands for the `train` that runs: a forked child inherits its parent's entry, not its own."""
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Refuse a second `train` in this process while one runs.
+
+    They would seed and draw from the same generators in turns, and share the number of threads: both would differ from
+    what each gives alone.
+
+    Raises:
+        ConfigError: One runs, in another thread or around this one.
+    """
+    me = object()
+    if _training.setdefault(os.getpid(), me) is not me:
+        raise ConfigError(
+            "another ist.train runs in this process (in another thread, or around this one), and both would use the "
+            "process's random generators and number of threads: run them one after the other, or each in a process of "
+            "its own"
+        )
+    try:
+        yield
+    finally:
+        del _training[os.getpid()]
+
+
+@_alone()
 @seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # looking at data must not move the caller's generators
 def train(
     model: nn.Module,
@@ -82,6 +112,9 @@ def train(
 
     Run as a plain script, all workers train in this process, one after the other. Run under torchrun,
     every process calls this function and is one of the workers; rank 0 ends up with the network.
+
+    One run at a time in a process: while it lasts, the generators of torch, `random` and `numpy.random` are seeded for
+    each round, and are put back afterwards. Other threads should not draw from them meanwhile.
 
     Args:
         model: Any network; trained in place, and in the modes that it has: a module in evaluation mode (a frozen
@@ -120,7 +153,7 @@ def train(
         The trained network and the history.
 
     Raises:
-        ConfigError: An argument is wrong.
+        ConfigError: An argument is wrong, or another `train` runs in this process.
         DataError: The data cannot be dealt to the workers.
         ModelError: The network cannot be split among that many workers.
         DivergedError: A worker returned a loss or weight that is not finite.

@@ -1,0 +1,70 @@
+"""One `ist.train` at a time in a process; from whichever thread."""
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import ist
+from ist.errors import ConfigError
+from tests.conftest import assert_same, clone, data
+from tests.networks import NETWORKS, seeded
+
+
+class Waiting(Dataset[Any]):
+    """Data that can be held back."""
+
+    def __init__(self) -> None:
+        self.inner = data()
+        self.asked, self.go_on = threading.Event(), threading.Event()
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Any:
+        self.asked.set()
+        assert self.go_on.wait(30)
+        return self.inner[index]
+
+
+def trained(dataset: Dataset[Any], **options: Any) -> dict[str, Tensor]:
+    model = seeded(NETWORKS["no batch norm"])
+    ist.train(model, dataset, workers=2, rounds=2, local_steps=2, progress=False, **options)
+    return clone(model.state_dict())
+
+
+def test_a_second_run_in_the_same_process_is_refused_and_leaves_the_first_as_it_would_be_alone() -> None:
+    dataset = Waiting()
+    with ThreadPoolExecutor(1) as executor:
+        first = executor.submit(trained, dataset)
+        assert dataset.asked.wait(30)
+        with pytest.raises(ConfigError, match=r"another ist\.train runs in this process .* one after the other"):
+            trained(data())
+        dataset.go_on.set()
+        found = first.result(60)
+
+    dataset = Waiting()
+    dataset.go_on.set()
+    assert_same(found, trained(dataset))  # and the next run goes ahead
+
+
+def test_a_run_that_was_refused_or_failed_stands_in_no_ones_way() -> None:
+    with pytest.raises(ConfigError, match="optimizer"):
+        trained(data(), optimizer="NoSuchOptimizer")
+
+    trained(data())
+
+
+def test_a_run_within_a_run_is_refused() -> None:
+    class Nested(Dataset[Any]):
+        def __len__(self) -> int:
+            return 100
+
+        def __getitem__(self, index: int) -> Any:
+            trained(data())
+
+    with pytest.raises(ConfigError, match=r"another ist\.train runs in this process \(in another thread, or around"):
+        trained(Nested())
