@@ -7,6 +7,7 @@ depends on the batch size of the evaluation.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +58,7 @@ def evaluate(
         ModelError: The network fails.
     """
     count, loss_sum, sums, counted = length(dataset), 0.0, torch.zeros((), dtype=torch.float64, device=device), 0
-    with kept_modes(model), torch.no_grad():
+    with kept_modes(model), _kept_tensors(model), torch.no_grad():
         model.eval()
         for batch in evaluation_batches(count, batch_size):
 
@@ -109,7 +110,7 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
-    with kept_modes(model), torch.no_grad():
+    with kept_modes(model), _kept_tensors(model), torch.no_grad():
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
@@ -122,6 +123,34 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+
+
+@contextmanager
+def _kept_tensors(model: nn.Module) -> Iterator[None]:
+    """Let a forward replace parameters and buffers inside of the `with` block only.
+
+    The values are kept, in the tensors that were there before: whoever holds these goes on holding the network's.
+    """
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (held, name, tensor)
+        for module in model.modules()
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    ]
+    try:
+        yield
+    finally:
+        for held, name, tensor in places:
+            new = held.get(name)
+            if new is not None and new is not tensor and new.shape == tensor.shape:  # a cache may have grown
+                tensor.data.copy_(new.detach())
+                held[name] = tensor
+        for parameter, data in parameters:
+            if parameter.data_ptr() != data.data_ptr() and parameter.shape == data.shape:
+                data.copy_(parameter.detach())
+                parameter.data = data
 
 
 def statistics_batches(

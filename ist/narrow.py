@@ -17,7 +17,7 @@ from ist.attention import with_some_heads
 from ist.call_sizes import resize_calls
 from ist.copies import copied, like
 from ist.errors import ConfigError, ModelError
-from ist.groups import Group, TensorSpec
+from ist.groups import Group, TensorSpec, named_tensors
 from ist.groups.sites import Resizes
 from ist.groups.sizes import Origin
 from ist.rng import Indices
@@ -118,11 +118,24 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 child._buffers[name] = tensors[path].data
 
 
-def collect_buffers(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Write buffers that a forward has replaced, instead of written to, back into the bound tensors."""
-    for name, buffer in module.named_buffers():
-        if name in tensors and buffer.data_ptr() != tensors[name].data_ptr():
-            tensors[name].copy_(buffer)
+def collect(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Write what a forward has replaced, instead of written to, back into the bound tensors: the inverse of `bind`.
+
+    A forward may give a module another buffer, or a parameter other `data`, in another dtype too.
+
+    Raises:
+        ModelError: What it put there has another shape.
+    """
+    for name, tensor in named_tensors(module).items():
+        bound = tensors.get(name)
+        if bound is None or (tensor.data_ptr(), tensor.stride()) == (bound.data_ptr(), bound.stride()):
+            continue
+        if tensor.shape != bound.shape:
+            raise ModelError(
+                f"the forward replaces '{name}', of shape {tuple(bound.shape)}, by a tensor of shape "
+                f"{tuple(tensor.shape)}: what is trained must keep its shape"
+            )
+        bound.copy_(tensor.detach().clone())  # it may lie in the same memory in another order
 
 
 def multiply(tensors: Mapping[str, Tensor], scales: Mapping[str, tuple[int, Scale]], inverse: bool = False) -> None:

@@ -20,7 +20,7 @@ from ist import optim
 from ist.blocks import scaled_blocks
 from ist.data.batches import fetch, length, take_shard
 from ist.data.nested import call_model
-from ist.errors import AbandonedRoundError, ConfigError
+from ist.errors import AbandonedRoundError, ConfigError, ModelError
 from ist.evaluate import evaluate, reestimate_statistics, statistics_batches
 from ist.exchange import WorkerEnd
 from ist.failures import located, loss_errors, loss_of, network_errors
@@ -29,7 +29,7 @@ from ist.groups import named_tensors
 from ist.job import Job
 from ist.kept import Keeper, Site
 from ist.meter import MemoryGauge
-from ist.narrow import bind, collect_buffers, multiply
+from ist.narrow import bind, collect, multiply
 from ist.pool import Place
 from ist.pool.coding import Envelope
 from ist.pool.wire import Header, Message
@@ -92,7 +92,7 @@ class Worker:
                 job, self.number, self.shard, module, optimizer, round_number, self.device, is_over
             )
         optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the subnet travels
-        collect_buffers(module, message.tensors)
+        collect(module, message.tensors)
         multiply(message.tensors, folded, inverse=True)
         if job.state_slots:
             optim.store_state(optimizer, named, job.state_slots, message.tensors)
@@ -290,6 +290,7 @@ def _one_step(job: Job, device: torch.device) -> None:
     check_reach(loss, lambda: job.loss(outputs, targets), worker.module, (inputs, targets), outputs, job.build)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
+    _check_replaced(job, worker.module, message)
     _check_constants(job, worker.module)
     size = min(2, job.config.evaluate.batch_size)
     with located(f"evaluating with evaluate.batch_size {job.config.evaluate.batch_size}"):
@@ -299,6 +300,21 @@ def _one_step(job: Job, device: torch.device) -> None:
         if job.test_data is not None:
             few = take_shard(job.test_data, np.arange(min(2, length(job.test_data))))
             evaluate(worker.module, few, job.loss, size, device, job.metric)
+
+
+def _check_replaced(job: Job, module: nn.Module, message: Message) -> None:
+    """Check that what a forward has put in the place of parameters and buffers can be written back.
+
+    Raises:
+        ModelError: It cannot.
+    """
+    collect(module, message.tensors)
+    for name, parameter in module.named_parameters():
+        if job.state_slots and parameter.requires_grad and parameter.dtype != message.tensors[name].dtype:
+            raise ModelError(
+                f"the forward makes '{name}', which is {message.tensors[name].dtype}, a {parameter.dtype}, and "
+                "'train.optimizer_state' is 'carried', whose state has the dtype of what it was: use 'kept' or 'reset'"
+            )
 
 
 def _check_constants(job: Job, module: nn.Module) -> None:

@@ -70,6 +70,74 @@ def test_a_buffer_that_is_replaced_in_the_forward_comes_back() -> None:
     assert train(Counting()).count == 6
 
 
+class Replacing(nn.Module):
+    """Gives a parameter other memory in its forward, and a buffer whether it trains or not."""
+
+    def __init__(self, change: Any = lambda tensor: tensor.clone()) -> None:
+        super().__init__()
+        self.first, self.last, self.scale = nn.Linear(12, 8), nn.Linear(8, 5), nn.Parameter(torch.ones(5))
+        self.register_buffer("count", torch.zeros(1))
+        self.change = change
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.data = self.change(self.scale.data)
+        self.count = self.count + 1
+        return self.last(self.first(x).relu()) * self.scale
+
+
+KEPT = {"optimizer_state": "kept"}
+CARRIED = {"optimizer_state": "carried"}
+
+
+@pytest.mark.parametrize("options", [{"workers": 1, "train_options": KEPT}, {"train_options": CARRIED}, {}])
+def test_a_parameter_whose_data_is_replaced_in_the_forward_trains_as_one_that_is_not(options: Any) -> None:
+    options = {"test_data": data(20), "rounds": 3, "optimizer_args": {"lr": 0.1, "momentum": 0.9}} | options
+
+    found = train(seeded(Replacing), **options).state_dict()
+    expected = train(seeded(lambda: Replacing(lambda tensor: tensor)), **options).state_dict()
+
+    assert not torch.equal(expected["scale"], seeded(Replacing).state_dict()["scale"])
+    for name in expected:
+        assert torch.equal(found[name], expected[name]), name
+    assert found["count"] == 9 + 3  # nine steps, and an evaluation after each three of them
+
+
+def test_a_parameter_that_the_forward_makes_wider_numbers_of_is_trained_and_keeps_its_dtype() -> None:
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router, self.first, self.last = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 5)
+            self.bfloat16()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.router = self.router.float()
+            hidden = self.first(x.bfloat16()) * self.router(x).softmax(dim=-1).bfloat16()
+            return self.last(hidden).float()
+
+    model = seeded(Router)
+    before = model.router.weight.detach().clone()
+
+    trained = train(model, test_data=data(20), workers=1)
+
+    assert trained.router.weight.dtype == torch.bfloat16
+    assert (trained.router.weight - before).abs().max() > 1e-3
+    with pytest.raises(
+        ModelError, match=r"makes 'router\.weight', which is torch\.bfloat16, a torch\.float32, and 'train"
+    ):
+        train(seeded(Router), workers=1, train_options=CARRIED, optimizer_args={"lr": 0.1, "momentum": 0.9})
+
+
+class Growing(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = torch.cat([self.count, self.count])
+        return self.last(self.first(x).relu())
+
+
+def test_a_buffer_that_the_forward_makes_longer_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"the forward replaces 'count', of shape \(1,\), by a tensor of shape \(2,\)"):
+        train(Growing())
+
+
 def test_a_buffer_that_changes_and_is_not_kept_is_named_in_a_warning() -> None:
     with pytest.warns(UserWarning, match="buffer 'count' changes in training but is not persistent"):
         train(Counting(persistent=False))
