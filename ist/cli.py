@@ -19,6 +19,7 @@ from ist.cli_theory import theory
 from ist.config import FROM_PYTHON, num_processes
 from ist.config_file import config_for_method, describe_keys, load_config, with_methods
 from ist.errors import ConfigError, DataError, InterruptedRunError, ISTError, ModelError
+from ist.redact import redacted
 
 if TYPE_CHECKING:
     from ist.job import Job
@@ -303,7 +304,7 @@ def _fail(error: ISTError) -> NoReturn:
     echo = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0" and isinstance(error, ConfigError)
     if not told_elsewhere and not echo:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {redacted(line)}", file=sys.stderr)
     if isinstance(error, InterruptedRunError):
         sys.exit(130)
     sys.exit(2 if isinstance(error, ConfigError | DataError | ModelError) else 1)

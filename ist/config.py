@@ -136,7 +136,8 @@ class Checkpoint(Section):
     storage: str | None = Field(
         None,
         description="folder or fsspec URL, such as s3://bucket/runs, under which checkpoints are kept, in a folder "
-        "named after the run folder; default: in the run folder",
+        "named after the run folder; default: in the run folder. Keys and passwords belong into the environment or "
+        "fsspec's configuration, not into the URL",
     )
 
     def is_due(self, rounds_done: int) -> bool:

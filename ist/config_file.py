@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 
 from ist.config import Config
 from ist.errors import ConfigError
+from ist.redact import holds_secret, redacted
 
 
 class _Yaml12Loader(yaml.SafeLoader):
@@ -111,8 +112,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--set {override}: expected dotted.key=value, such as train.local_steps=20")
-        tree = _with_override(tree, key, parse_yaml(value, f"--set {override}"))
+            raise ConfigError(f"--set {redacted(override)}: expected dotted.key=value, such as train.local_steps=20")
+        tree = _with_override(tree, key, parse_yaml(value, f"--set {redacted(override)}"))
     config = validate(tree, str(path))
     return with_methods(config, config.compare.methods, str(path))
 
@@ -126,7 +127,9 @@ def validate(tree: Mapping[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{source}: {_explain(detail)}" for detail in error.errors())) from error
+        lines = [redacted(f"{source}: {_explain(detail)}") for detail in error.errors()]
+        # pydantic's own text quotes values as they are
+        raise ConfigError("\n".join(lines)) from (None if holds_secret(str(error)) else error)
 
 
 def with_methods(config: Config, methods: Sequence[str], source: str) -> Config:

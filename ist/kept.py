@@ -27,6 +27,7 @@ from ist.checkpoint import load_kept, save_kept
 from ist.config import Checkpoint
 from ist.errors import CheckpointError, ConfigError, RunFolderError
 from ist.job import Job
+from ist.redact import redacted
 from ist.rng import Indices
 from ist.storage import Storage, is_url, run_storage
 
@@ -121,7 +122,7 @@ class Keeper:
             if damaged or checkpoint.is_due(round_number):
                 _log.warning(
                     "worker %d goes on without what it kept before round %d, which should be in %s: %s",
-                    self._worker, round_number + 1, checkpoint.storage or self._site.folder, why,
+                    self._worker, round_number + 1, redacted(checkpoint.storage or self._site.folder), why,
                 )  # fmt: skip
             return {}
         if self._goes_on(round_number - 1):

@@ -36,6 +36,7 @@ from ist.checkpoint import (
 from ist.config import Config
 from ist.config_file import dump_config, load_config, parse_yaml, validate
 from ist.errors import CheckpointError, RunFolderError
+from ist.redact import holds_secret, redacted
 from ist.run_files import Lines, parse_records, parse_result
 from ist.run_lock import LOCK, sole_writer
 from ist.storage import LocalStorage, Storage, is_url, refuse_link, run_storage, sweep, write_atomically
@@ -383,13 +384,13 @@ def _made_and_held(path: Path) -> Iterator[None]:
 def _written(config: Config, path: Path) -> RunFolder:
     """Write the configuration: into the folder, and where checkpoints will be."""
     config = _with_absolute_storage(config)
-    text = dump_config(config).encode()
+    text = dump_config(config)
     try:
-        write_atomically(path / _CONFIG, text)
+        write_atomically(path / _CONFIG, text.encode(), private=holds_secret(text))
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be made or written: {error.strerror or error}") from error
     if config.checkpoint.storage is not None:  # and so it is found to be writable before anything is trained
-        _storage_of(config, path).write(_CONFIG, text)
+        _storage_of(config, path).write(_CONFIG, redacted(text).encode())
     return RunFolder(path)
 
 
@@ -434,7 +435,7 @@ def _refuse_other(there: Config, config: Config, where: str) -> None:
     """Refuse a place that holds a run which is not the configured one."""
     trees = [dict(_flat(c.model_dump(mode="json", exclude=NOT_COMPARED))) for c in (there, config)]
     for key in dict.fromkeys([*trees[1], *trees[0]]):
-        old, new = (repr(tree[key]) if key in tree else "not set" for tree in trees)
+        old, new = (redacted(repr(tree[key])) if key in tree else "not set" for tree in trees)
         if old != new:
             raise RunFolderError(
                 f"{where}: holds another run: its '{key}' is {old}, not {new}. Give another folder, or configure what "

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from ist.errors import CheckpointError, ConfigError, RunFolderError
+from ist.redact import holds_secret, redacted
 
 WHOLE_PUTS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory"})
 """Protocols with which an object appears whole or not at all; with others it is written beside its place and moved."""
@@ -136,7 +137,8 @@ class RemoteStorage:
     def __init__(self, system: Any, folder: str, url: str) -> None:
         self._system = system
         self._folder = folder.rstrip("/")
-        self._url = re.sub(r"://[^/@]*@", "://", url.rstrip("/"))  # without user and password
+        self._secret_url = url
+        self._url = redacted(url.rstrip("/"))
         protocols = system.protocol if isinstance(system.protocol, list | tuple) else (system.protocol,)
         self._puts_whole = not WHOLE_PUTS.isdisjoint(protocols)
 
@@ -218,10 +220,11 @@ class RemoteStorage:
         except RunFolderError:
             raise
         except ImportError as error:  # some import their libraries when they are first used
-            raise ConfigError(f"'checkpoint.storage': {where}: {error}") from error
+            reason = redacted(str(error), self._secret_url)
+            raise ConfigError(f"'checkpoint.storage': {where}: {reason}") from _shown(error, self._secret_url)
         except Exception as error:
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            raise RunFolderError(f"{where}: cannot be {what}: {reason}") from error
+            reason = redacted(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}", self._secret_url)
+            raise RunFolderError(f"{where}: cannot be {what}: {reason}") from _shown(error, self._secret_url)
 
 
 def run_storage(storage: str | None, folder: Path) -> Storage:
@@ -261,9 +264,15 @@ def open_storage(storage: str, name: str) -> Storage:
     try:
         system, folder = url_to_fs(url)
     except ImportError as error:
-        raise ConfigError(f"'checkpoint.storage' is '{storage}', and a package is missing: {error}") from error
+        reason = redacted(str(error), url)
+        raise ConfigError(
+            f"'checkpoint.storage' is '{redacted(storage)}', and a package is missing: {reason}"
+        ) from _shown(error, url)
     except Exception as error:
-        raise ConfigError(f"'checkpoint.storage' is '{storage}', which fsspec cannot open: {error}") from error
+        reason = redacted(str(error), url)
+        raise ConfigError(
+            f"'checkpoint.storage' is '{redacted(storage)}', which fsspec cannot open: {reason}"
+        ) from _shown(error, url)
     if isinstance(system, LocalFileSystem):
         return LocalStorage(Path(folder))
     return RemoteStorage(system, folder, url)
@@ -299,15 +308,27 @@ def sweep(storage: Storage) -> None:
                 storage.delete(name)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def _shown(error: Exception, url: str) -> Exception | None:
+    """Return an error as a cause that a traceback may show, or nothing where it quotes the password of a URL."""
+    return None if holds_secret(url) else error
+
+
+def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
     """Write a file so that its name never stands for half of it.
+
+    Args:
+        path: Where.
+        data: What.
+        private: For its owner only (mode 600).
 
     Raises:
         OSError: The disk refuses; a file of that name is as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600 if private else 0o666
+        )
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()

@@ -12,6 +12,7 @@ job's driver can read it again, the run goes on from its last checkpoint.
 import argparse
 import asyncio
 import os
+import re
 import shlex
 import sys
 import time
@@ -52,6 +53,10 @@ def main() -> None:
     run_dir = folder.parse_known_args()[0].run_dir
     if run_dir is None or not run_dir.is_absolute() or {"-h", "--help"} & set(sys.argv):
         sys.exit(f"{__doc__}\n--run-dir is needed: an absolute path")
+    if any(re.search(r"://\S*:\S*@", argument) for argument in sys.argv):
+        sys.exit(
+            "a URL on this command line holds a password, which Ray's dashboard would show: give it in the environment"
+        )
     command = ["python", "-m", "ist", "train", *sys.argv[1:], "--pool", "ray", "--address", "auto", "--auto-resume"]
     client = JobSubmissionClient(os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"))
     job = submit(client, shlex.join(command))

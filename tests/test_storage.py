@@ -144,7 +144,7 @@ def test_a_move_that_breaks_half_way_leaves_no_half_of_a_checkpoint(monkeypatch:
 def test_user_and_password_in_a_url_are_not_shown() -> None:
     storage = RemoteStorage(MemoryFileSystem(), "/kept/run", "sftp://me:secret@host/kept/run")
 
-    assert storage.where("file") == "sftp://host/kept/run/file"
+    assert storage.where("file") == "sftp://***@host/kept/run/file"
 
 
 @pytest.mark.parametrize(

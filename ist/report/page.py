@@ -11,6 +11,7 @@ from markupsafe import Markup
 from ist._version import VERSION
 from ist.config_file import dump_config
 from ist.errors import RunFolderError
+from ist.redact import redacted
 from ist.report.plots import AXES, curve_plot, phase_plot
 from ist.report.table import fault_text, link_text, table_columns, table_rows
 from ist.run_folder import RunFolder
@@ -61,11 +62,11 @@ def write_report(runs: Sequence[RunFolder], path: Path) -> Path:
         results=results,
         links=link_text(results),
         faults=[(label, text) for label, text in zip(labels, map(fault_text, results), strict=True) if text],
-        model=yaml.safe_dump(configs[0].model.model_dump(), default_flow_style=True, width=1000).strip(),
+        model=redacted(yaml.safe_dump(configs[0].model.model_dump(), default_flow_style=True, width=1000).strip()),
         data=configs[0].data.name,
         plots=[Markup(curve_plot(curves, *axis)) for axis in AXES],
         phases=Markup(phase_plot(curves)),
-        configs=[(label, dump_config(config)) for label, config in zip(labels, configs, strict=True)],
+        configs=[(label, redacted(dump_config(config))) for label, config in zip(labels, configs, strict=True)],
     )
     return write_page(path, page)
 
