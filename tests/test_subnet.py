@@ -148,21 +148,51 @@ def test_an_entry_that_nobody_returned_keeps_its_value() -> None:
     torch.testing.assert_close(state["output.bias"], before["output.bias"] + 1)
 
 
+ORDERS = ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0])
+
+
+def wide(shape: tuple[int, ...], worker: int) -> Tensor:
+    """Random numbers of many magnitudes, of which a sum in another order is another sum."""
+    generator = torch.Generator().manual_seed(worker)
+    return torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-12, 12, shape, generator=generator)
+
+
 def test_a_shared_entry_becomes_the_mean_whatever_the_order_of_arrival() -> None:
     model = seeded(NETWORKS["no batch norm"])
-    job = job_for(model)
-    parts = cut_all(job, whole_state(job, model), 0)
+    job = job_for(model, partition__strategy="bernoulli", partition__keep=0.7)
+    before = whole_state(job, model)
+    parts = cut_all(job, before, 0)
     for worker, part in enumerate(parts):
-        part["output.bias"] += worker * 0.1
-    expected = torch.stack([part["output.bias"].double() for part in parts]).mean(dim=0)
+        for tensor in part.values():
+            tensor += wide(tuple(tensor.shape), worker)
     results = []
-    for order in ([0, 1, 2, 3], [3, 1, 0, 2]):
-        state = clone(whole_state(job, model))
+    for order in ORDERS:
+        state = clone(before)
         reassemble(state, job.cuts(0), [(worker, parts[worker]) for worker in order], job.exclusive(0))
-        results.append(state["output.bias"])
+        results.append(state)
 
-    assert torch.equal(results[0], results[1])
-    torch.testing.assert_close(results[0].double(), expected, rtol=0, atol=1e-7)  # float32 rounding of numbers near 1
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+    # One tensor that all hold whole, and one of which each holds some rows.
+    expected = torch.stack([part["output.bias"].double() for part in parts]).mean(dim=0)
+    sums, counts = torch.zeros(16, dtype=torch.float64), torch.zeros(16)
+    for cut, part in zip(job.cuts(0), parts, strict=True):
+        rows = cut["linear_1.bias"][0]
+        assert rows is not None
+        sums[rows] += part["linear_1.bias"].double()
+        counts[rows] += 1
+    # float32 rounding of numbers up to some thousands
+    torch.testing.assert_close(results[0]["output.bias"].double(), expected, rtol=1e-6, atol=1e-3)
+    some = counts > 0
+    torch.testing.assert_close(results[0]["linear_1.bias"][some].double(), (sums / counts)[some], rtol=1e-6, atol=1e-3)
+
+
+def test_the_numbers_that_orders_are_told_apart_by_do_tell_them_apart() -> None:
+    changes = [wide((5,), worker) for worker in range(4)]
+    sums = [sum((changes[worker] for worker in order), torch.zeros(5)) for order in ORDERS]
+
+    assert not torch.equal(sums[0], sums[1])
+    assert not torch.equal(sums[0], sums[2])
 
 
 def test_a_large_integer_count_survives_the_mean() -> None:
