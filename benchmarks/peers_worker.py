@@ -35,6 +35,7 @@ from ist.data.batches import fetch, take_shard
 from ist.data.nested import call_model
 from ist.job import Job
 from ist.rounds import evaluate_whole
+from ist.schedule import apply_settings, matching_groups
 from ist.worker import local_steps
 
 TIMEOUT = timedelta(seconds=120)
@@ -148,7 +149,8 @@ def train_with_torchft(job: Job, model: nn.Module, place: Place, notes: Notes) -
         hostname=place.address,
         init_sync=False,  # one seed has made the same weights everywhere
     )
-    inner = optim.build_optimizer(job.config.train.optimizer, list(model.parameters()))
+    named = dict(model.named_parameters())
+    inner = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
     outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
     shard = take_shard(job.train_data, job.dealing.shard(place.rank))
     place.meet("the start")
@@ -156,7 +158,7 @@ def train_with_torchft(job: Job, model: nn.Module, place: Place, notes: Notes) -
     with DiLoCo(manager, [model], inner, outer, sync_every=job.config.train.local_steps):
         for number in range(job.num_rounds):
             committed = manager.current_step()
-            local_steps(job, place.rank, shard, model, inner, number, CPU)  # the last one makes the outer step
+            local_steps(job, place.rank, shard, model, named, inner, number, CPU)  # the last one makes the outer step
             notes.local_steps += len(job.steps(number))
             notes.outer_step(manager.num_participants() if manager.current_step() > committed else 0, model)
     notes.train_s = time.perf_counter() - started
@@ -197,7 +199,9 @@ def train_with_hivemind(job: Job, model: nn.Module, place: Place, notes: Notes) 
     dht = hivemind.DHT(initial_peers=initial_peers, host_maddrs=[f"/ip4/{place.address}/tcp/0"], start=True)
     if place.rank == 0:
         place.store.set("peer", str(dht.get_visible_maddrs()[0]))
-    inner = optim.build_optimizer(job.config.train.optimizer, list(model.parameters()))
+    named = dict(model.named_parameters())
+    inner = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
+    groups = matching_groups(inner, named, job.group_of)
     samples_per_step = job.dealing.num_samples / job.dealing.steps_per_epoch
     optimizer = hivemind.Optimizer(
         dht=dht,
@@ -220,7 +224,7 @@ def train_with_hivemind(job: Job, model: nn.Module, place: Place, notes: Notes) 
     while optimizer.local_epoch < job.num_rounds:
         epoch = optimizer.local_epoch
         ear.averaged_over.clear()
-        inner.param_groups[0].update(job.settings[min(notes.local_steps, job.total_steps - 1)])
+        apply_settings(inner, groups, job.settings[min(notes.local_steps, job.total_steps - 1)])
         inputs, targets = fetch(shard, job.dealing.batch(place.rank, notes.local_steps), CPU)
         inner.zero_grad(set_to_none=True)
         job.loss(call_model(model, inputs), targets).backward()  # type: ignore[no-untyped-call]

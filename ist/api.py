@@ -130,7 +130,7 @@ def train(
         batch_size: Samples of one worker's step.
         optimizer: Class of torch.optim.
         optimizer_args: Its arguments; default: lr 0.1 for SGD, torch's own for others.
-        schedule: Class of torch.optim.lr_scheduler, advanced every local step.
+        schedule: Class of torch.optim.lr_scheduler, advanced every local step; it reaches every parameter group.
         schedule_args: Its arguments; the value 'total_steps' stands for the run's number of steps.
         test_data: Evaluated every round, if given; accuracy is reported where targets are class numbers.
         pool: 'auto' is 'torchrun' under torchrun and 'inline' otherwise; 'ray' trains on the cluster that this process

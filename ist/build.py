@@ -37,6 +37,7 @@ from ist.network import check_network
 from ist.partition import check_workers
 from ist.registry import call, resolve
 from ist.rng import Purpose, seeded
+from ist.schedule import groups_by_name, schedule_settings, staged_settings, stand_ins
 
 
 def build_job(config: Config, splits: Splits | None = None) -> Job:
@@ -116,7 +117,7 @@ def make_job(
     if not parameters:
         raise ModelError("the network has no parameter that requires a gradient: nothing would be trained")
     carried = train.optimizer_state == "carried" and config.method == "ist"
-    slots = optim.state_slots(train.optimizer) if carried else ()
+    slots = optim.state_slots(train.optimizer, (len(spec.shape) for spec in parameters.values())) if carried else ()
     dealing = Dealing(length(train_data), train.workers, train.batch_size, config.seed, config.data.shuffle)
     job = Job(
         config=config,
@@ -135,6 +136,7 @@ def make_job(
         constants=_constants(template, build),
         dealing=dealing,
         settings=[],
+        group_of={},
     )
     if config.method == "ist":
         if groups and train.workers > 1:
@@ -143,9 +145,10 @@ def make_job(
             found = replace(found, calls=(), sites={})
         check_workers(groups, train.workers, config.partition, found.causes)
         job = replace(job, found=found, groups=optim.carried_groups(slots, groups, parameters))
-    optim.build_optimizer(train.optimizer, [nn.Parameter(torch.zeros(2, 3))])  # wrong arguments end here
-    settings = optim.schedule_settings(train.optimizer, train.schedule, job.total_steps)
-    job.settings.extend(optim.staged_settings(train.optimizer, settings, job.spans, train.schedule_unit))
+    named, optimizer = stand_ins(template, train.optimizer)  # wrong arguments end here
+    job.group_of.update(groups_by_name(optimizer, named))
+    settings = schedule_settings(optimizer, train.schedule, job.total_steps)
+    job.settings.extend(staged_settings(optimizer, settings, job.spans, train.schedule_unit))
     return job
 
 

@@ -31,6 +31,7 @@ from ist.partition import Assignment, assign, at_stage, holds_everything, is_dis
 from ist.pool.coding import Route, make_route, sent_bytes
 from ist.pool.wire import Layout, layout_of
 from ist.rng import Indices
+from ist.schedule import StepSettings
 from ist.stages import WHOLE_RUN, Span, spans
 from ist.subnet import Cut, absent_modules, cut_specs, exclusive_names, extract, positions
 from ist.trial import Trial
@@ -57,6 +58,7 @@ class Job:
         constants: Values of tensors that are neither trained nor in the network's `state_dict`.
         dealing: Which samples each step of each worker uses.
         settings: What the schedule sets at each step; empty without a schedule.
+        group_of: For every parameter that is trained, the number of its group in an optimiser over all of them.
     """
 
     config: Config
@@ -74,7 +76,8 @@ class Job:
     state_specs: dict[str, TensorSpec]
     constants: dict[str, Tensor]
     dealing: Dealing
-    settings: list[optim.Settings]
+    settings: list[StepSettings]
+    group_of: dict[str, int]
 
     @cached_property
     def spans(self) -> tuple[Span, ...]:

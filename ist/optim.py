@@ -1,30 +1,25 @@
-"""Any `torch.optim` optimiser and schedule by name, and the optimiser's state as named tensors.
+"""Any `torch.optim` optimiser by name, and its state as named tensors.
 
-A worker makes a new optimiser for a subnet that it has not held in the round before. The schedule belongs to the
-whole run, so it is played once on a stand-in parameter, and every step's settings are read off.
+A worker makes a new optimiser for a subnet that it has not held in the round before.
 
 State is reset each round; or kept by the worker, whose own it then is (`ist/kept.py`); or carried: then
 each state tensor that is shaped like its parameter (momentum, second moments) is cut, sent and merged
 as the parameter is, and scalars (step counts) are shared. Names: `momentum_buffer@linear_1.weight`.
-Not here: moving anything (subnet.py, pool/).
+Not here: schedules (schedule.py), moving anything (subnet.py, pool/).
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ist.config import TOTAL_STEPS
 from ist.config_base import Component
 from ist.errors import CheckpointError, ConfigError
 from ist.groups import Group, TensorSpec
 from ist.registry import call, resolve
-from ist.stages import Span
-
-Settings = Mapping[str, Any]
-"""What a schedule sets for one step, such as {'lr': 0.1}."""
 
 _SAMPLE_SHAPE = (2, 3)
 _NUMBER = "#"
@@ -53,105 +48,62 @@ def build_optimizer(spec: Component, parameters: Sequence[nn.Parameter]) -> torc
         )
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ConfigError(f"'train.optimizer.name' is '{spec.name}', which is not a torch.optim.Optimizer")
-    made = call(cls, {"params": parameters, **spec.args}, "train.optimizer.args")
+    # A copy of the arguments: a schedule changes a rate that is a tensor in place.
+    made = call(cls, {"params": parameters, **copy.deepcopy(spec.args)}, "train.optimizer.args")
     assert isinstance(made, torch.optim.Optimizer)
     return made
 
 
-def schedule_settings(optimizer: Component, schedule: Component | None, total_steps: int) -> list[Settings]:
-    """Return what the schedule sets at each local step of the run.
+def state_slots(spec: Component, dims: Iterable[int] = (2,)) -> tuple[StateSlot, ...]:
+    """Return what state an optimiser keeps for a parameter, found by making one step on small ones.
 
     Args:
-        optimizer: The optimiser, whose arguments give the base settings.
-        schedule: Class of torch.optim.lr_scheduler and its arguments, or None.
-        total_steps: Local steps of the run.
-
-    Returns:
-        For every step, the settings that differ from the optimiser's own somewhere in the run; an empty
-        list without a schedule.
-
-    Raises:
-        ConfigError: The schedule is not known, refuses its arguments, or needs a metric.
-    """
-    if schedule is None:
-        return []
-    stand_in = build_optimizer(optimizer, _stand_in())
-    cls = resolve(schedule.name, "train.schedule.name", {}, torch.optim.lr_scheduler)
-    if cls is torch.optim.lr_scheduler.ReduceLROnPlateau:
-        raise ConfigError("'train.schedule.name' is 'ReduceLROnPlateau', which needs a metric each step: not supported")
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.lr_scheduler.LRScheduler)):
-        raise ConfigError(f"'train.schedule.name' is '{schedule.name}', which is not an LRScheduler")
-    args = {key: total_steps if value == TOTAL_STEPS else value for key, value in schedule.args.items()}
-    scheduler = call(cls, {"optimizer": stand_in, **args}, "train.schedule.args")
-    settings: list[dict[str, Any]] = []
-    for step in range(total_steps):
-        settings.append({k: v for k, v in stand_in.param_groups[0].items() if k not in ("params", "initial_lr")})
-        if step + 1 < total_steps:
-            stand_in.step()
-            try:
-                scheduler.step()
-            except ValueError as error:
-                raise ConfigError(f"'train.schedule.args': {error} (the run has {total_steps} local steps)") from error
-    varying = {key for key in settings[0] if any(entry[key] != settings[0][key] for entry in settings)} | {"lr"}
-    return [{key: entry[key] for key in varying} for entry in settings]
-
-
-def staged_settings(
-    optimizer: Component, settings: list[Settings], spans: Sequence[Span], unit: Literal["step", "round"]
-) -> list[Settings]:
-    """Return what is set at each local step of the run, its stages considered.
-
-    Args:
-        optimizer: The optimiser, whose arguments give the base settings.
-        settings: What `schedule_settings` gave.
-        spans: The run's rounds.
-        unit: Whether settings change every step, or are those of a round's first step throughout it.
-
-    Raises:
-        ConfigError: A stage scales the learning rate of an optimiser that has none.
-    """
-    if not settings and all(span.stage.lr_scale == 1 for span in spans):
-        return settings
-    if not settings:
-        group = build_optimizer(optimizer, _stand_in()).param_groups[0]
-        if "lr" not in group:
-            raise ConfigError(f"'recipe.stages' has an 'lr_scale', but {optimizer.name} has no 'lr'")
-        settings = [{"lr": group["lr"]}] * spans[-1].steps.stop
-    found: list[Settings] = []
-    for span in spans:
-        for step in span.steps:
-            now = settings[span.steps.start if unit == "round" else step]
-            found.append({**now, "lr": now["lr"] * span.stage.lr_scale} if span.stage.lr_scale != 1 else now)
-    return found
-
-
-def state_slots(spec: Component) -> tuple[StateSlot, ...]:
-    """Return what state an optimiser keeps for a parameter, found by making one step on a small one.
+        spec: The optimiser.
+        dims: How many dims the parameters of the network have.
 
     Raises:
         ConfigError: The state cannot be carried with neurons: a tensor of another shape than its
-            parameter, or one that starts from the parameter's values.
+            parameter, one that starts from the parameter's values, or another state for parameters of other dims.
     """
-    (parameter,) = _stand_in()
-    parameter.data.uniform_(1, 2, generator=torch.Generator().manual_seed(0))
-    parameter.grad = torch.zeros_like(parameter)
-    optimizer = build_optimizer(spec, [parameter])
-    optimizer.param_groups[0]["weight_decay"] = 0.0  # state from gradients alone, which are zero
+    ordered = sorted(set(dims) - {0}) or [1]
+    shapes = [_SAMPLE_SHAPE[-number:] if number <= 2 else (*_SAMPLE_SHAPE, *[2] * (number - 2)) for number in ordered]
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.empty(shape).uniform_(1, 2, generator=generator)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = build_optimizer(spec, parameters)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0  # state from gradients alone, which are zero
     optimizer.step()
+    found = [_slots_of(spec.name, optimizer, parameter) for parameter in parameters]
+    for number, slots in zip(ordered, found, strict=True):
+        if slots != found[0]:
+            raise ConfigError(
+                f"'train.optimizer_state' is 'carried', but {spec.name} keeps {_keys(found[0])} for parameters of "
+                f"{ordered[0]} dims and {_keys(slots)} for those of {number}: use 'reset' or 'kept'"
+            )
+    return found[0]
+
+
+def _slots_of(name: str, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[StateSlot, ...]:
     slots = []
     for key, value in optimizer.state[parameter].items():
         if value is None:
             continue
         tensor = torch.as_tensor(value)
-        like = tuple(tensor.shape) == _SAMPLE_SHAPE
+        like = tensor.shape == parameter.shape
         if not isinstance(value, Tensor) or not (like or tensor.ndim == 0) or (tensor != tensor.flatten()[0]).any():
             raise ConfigError(
-                f"'train.optimizer_state' is 'carried', but {spec.name} keeps '{key}', which cannot be cut along "
+                f"'train.optimizer_state' is 'carried', but {name} keeps '{key}', which cannot be cut along "
                 "with its parameter: use 'reset'"
             )
         same_dtype = like and tensor.dtype == parameter.dtype
         slots.append(StateSlot(key, like, None if same_dtype else tensor.dtype, float(tensor.flatten()[0])))
     return tuple(slots)
+
+
+def _keys(slots: Sequence[StateSlot]) -> str:
+    return " and ".join(f"'{slot.key}'" for slot in slots) or "nothing"
 
 
 def state_name(key: str, parameter: str) -> str:
@@ -215,7 +167,9 @@ def load_state(
 
 def scalar_device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.device:
     """Return where an optimiser wants step counts: on the CPU, unless it is fused or capturable."""
-    settings = optimizer.param_groups[0]
+    settings: Mapping[str, Any] = next(
+        (group for group in optimizer.param_groups if any(member is parameter for member in group["params"])), {}
+    )
     beside = settings.get("fused") or settings.get("capturable")
     return parameter.device if beside else torch.device("cpu")
 
@@ -269,7 +223,3 @@ def restore_named_state(
         like_parameter = tensor.ndim > 0 or (parameter.ndim == 0 and key != "step")
         device = parameter.device if like_parameter else scalar_device(optimizer, parameter)
         optimizer.state[parameter][key] = tensor.to(device)
-
-
-def _stand_in() -> list[nn.Parameter]:
-    return [nn.Parameter(torch.zeros(_SAMPLE_SHAPE))]

@@ -8,7 +8,7 @@ Not here: how the message got here, whose neurons they are, what happens to them
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from ist.pool.coding import Envelope
 from ist.pool.wire import Header, Message
 from ist.reach import check_reach
 from ist.rng import Indices, Purpose, seeded
+from ist.schedule import apply_settings, matching_groups
 from ist.verify import verify_cuts
 
 
@@ -89,7 +90,7 @@ class Worker:
             optim.load_state(optimizer, named, job.state_slots, message.tensors)
         with scaled_blocks(module, job.held_block_scales(round_number)):
             total, samples = local_steps(
-                job, self.number, self.shard, module, optimizer, round_number, self.device, is_over
+                job, self.number, self.shard, module, named, optimizer, round_number, self.device, is_over
             )
         optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the subnet travels
         collect(module, message.tensors)
@@ -163,6 +164,7 @@ def local_steps(
     worker: int,
     shard: Dataset[Any],
     module: nn.Module,
+    named: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     round_number: int,
     device: torch.device,
@@ -175,7 +177,8 @@ def local_steps(
         worker: Whose data and random numbers to use.
         shard: The worker's data.
         module: What to train: a narrow network, or a whole one that averages its gradients.
-        optimizer: Over the module's parameters.
+        named: Its parameters that are trained, by their names in the whole network.
+        optimizer: Over them.
         round_number: The round, from 0.
         device: Where the module is.
         is_over: Asked before each step whether the round has gone on without this worker; None: it never does.
@@ -189,12 +192,13 @@ def local_steps(
         ModelError: The network fails; the message names the module.
     """
     loss_sum, samples = torch.zeros((), device=device), 0
+    groups = matching_groups(optimizer, named, job.group_of) if job.settings else []
     with seeded(device, job.config.seed, Purpose.TRAINING, round_number, worker):
         for step in job.steps(round_number):
             if is_over is not None and is_over():
                 raise AbandonedRoundError(f"round {round_number} went on without worker {worker}")
             if job.settings:
-                optimizer.param_groups[0].update(job.settings[step])
+                apply_settings(optimizer, groups, job.settings[step])
             batch = job.dealing.batch(worker, step)
             with located(f"round {round_number}, worker {worker}"):
                 loss = _step(job, worker, shard, module, optimizer, batch, device)
@@ -276,8 +280,10 @@ def _one_step(job: Job, device: torch.device) -> None:
     worker = Worker(job, 0, device)
     message = Message(job.layout(0, 0), device)
     bind(worker.module, message.tensors)
-    named = [parameter for parameter in worker.module.parameters() if parameter.requires_grad]
-    optimizer = optim.build_optimizer(job.config.train.optimizer, named)
+    named = {name: parameter for name, parameter in worker.module.named_parameters() if parameter.requires_grad}
+    optimizer = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
+    if job.settings:
+        apply_settings(optimizer, matching_groups(optimizer, named, job.group_of), job.settings[0])
     batch = job.dealing.batch(0, 0)[: job.dealing.smallest_batch]
 
     def numbers() -> Indices:

@@ -47,7 +47,7 @@ LAYERS = [
     ["ist.groups.neurons"],
     ["ist.stages", "ist.metrics", "ist.trial", "ist.network", "ist.failures", "ist.reach"],
     ["ist.groups.select", "ist.fit", "ist.partition", "ist.optim", "ist.narrow"],
-    ["ist.subnet", "ist.pool.wire", "ist.quantize"],
+    ["ist.subnet", "ist.pool.wire", "ist.quantize", "ist.schedule"],
     ["ist.pool.coding"],
     ["ist.pool"],
     ["ist.job", "ist.meter", "ist.outer", "ist.pool.limit"],

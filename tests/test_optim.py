@@ -12,6 +12,7 @@ from ist.coordinator import Coordinator
 from ist.errors import ConfigError
 from ist.meter import Meter
 from ist.pool.inline import InlinePool
+from ist.schedule import schedule_settings
 from tests.conftest import job_for
 from tests.networks import NETWORKS, seeded
 
@@ -67,7 +68,7 @@ def test_a_wrong_optimiser_is_refused_with_its_key(spec: Component, message: str
 )
 def test_a_wrong_schedule_is_refused_with_its_key(schedule: Component, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        optim.schedule_settings(Component(name="SGD", args={"lr": 0.1}), schedule, 10)
+        schedule_settings(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), schedule, 10)
 
 
 def test_loading_what_was_stored_gives_the_same_optimiser_state() -> None:

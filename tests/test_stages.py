@@ -208,7 +208,7 @@ COSINE = {"name": "CosineAnnealingLR", "args": {"T_max": "total_steps"}}
 
 
 def settings_of(**changes: Any) -> list[float]:
-    return [step["lr"] for step in job_for(seeded(NETWORKS["no batch norm"]), **changes).settings]
+    return [step[0]["lr"] for step in job_for(seeded(NETWORKS["no batch norm"]), **changes).settings]
 
 
 def test_a_stage_multiplies_the_learning_rate() -> None:

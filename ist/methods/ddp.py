@@ -103,8 +103,8 @@ class DataParallel:
         exchange.start_round()
         with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):
             loss_sum, samples = local_steps(
-                self.job, self._membership.rank, self._shard, self._ddp, self._optimizer, round_number,
-                self._membership.device,
+                self.job, self._membership.rank, self._shard, self._ddp, self._named, self._optimizer,
+                round_number, self._membership.device,
             )  # fmt: skip
             seconds = time.perf_counter() - started
             on_gpu = self._membership.device.type != "cpu"

@@ -101,8 +101,8 @@ class LocalTraining:
         started, cpu_started = time.perf_counter(), time.thread_time()
         self._saved = {}
         loss_sum, samples = local_steps(
-            self.job, self._membership.rank, self._shard, self._model, self._optimizer, round_number,
-            self._membership.device,
+            self.job, self._membership.rank, self._shard, self._model, self._named, self._optimizer,
+            round_number, self._membership.device,
         )  # fmt: skip
         trained, cpu_trained = time.perf_counter(), time.thread_time()
         with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):

@@ -87,11 +87,12 @@ def measure_whole(job: Job, device: torch.device) -> WholeCost:
     with _failures_named(job):
         module = job.build_copy().to(device)
         shard = take_shard(job.train_data, job.dealing.shard(0))
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        trained = list(named.values())
         optimizer = optim.build_optimizer(job.config.train.optimizer, trained)
 
         def train(job: Job) -> None:
-            local_steps(job, 0, shard, module, optimizer, 0, device)
+            local_steps(job, 0, shard, module, named, optimizer, 0, device)
 
         _try_smallest(job, 0, shard, module, device)
         step_s = _step_s(train, job, device)

@@ -1,0 +1,55 @@
+"""Optimiser classes as a user writes them, for the tests; a configuration names them `tests.optimizers:NAME`."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def by_dims(params: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
+    """Two groups, as in many recipes: matrices decay, vectors have their own rate and do not."""
+    given = list(params)
+    return [
+        {"params": [parameter for parameter in given if parameter.ndim < 2], "weight_decay": 0.0, "lr": 0.02},
+        {"params": [parameter for parameter in given if parameter.ndim >= 2], "weight_decay": 0.01},
+    ]
+
+
+class GroupedSGD(torch.optim.SGD):
+    """SGD that makes two groups of its parameters."""
+
+    def __init__(self, params: Iterable[nn.Parameter], **args: Any) -> None:
+        super().__init__(by_dims(params), **args)
+
+
+class GroupedAdamW(torch.optim.AdamW):
+    """AdamW that makes two groups of its parameters."""
+
+    def __init__(self, params: Iterable[nn.Parameter], **args: Any) -> None:
+        super().__init__(by_dims(params), **args)
+
+
+class GroupForEach(torch.optim.SGD):
+    """SGD with a group for each parameter, whose rates fall with depth."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__([{"params": [p], "lr": lr * 0.9**depth} for depth, p in enumerate(params)], lr=lr)
+
+
+class GroupBySize(torch.optim.SGD):
+    """SGD whose groups depend on sizes, which differ between a network and its subnets."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+        given = list(params)
+        large, small = ([p for p in given if (p.numel() > 100) == wanted] for wanted in (True, False))
+        super().__init__([{"params": large, "lr": 2 * lr}, {"params": small}], lr=lr)
+
+
+class MomentumForMatrices(torch.optim.SGD):
+    """SGD that keeps state for matrices alone."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+        given = list(params)
+        groups = [{"params": [p for p in given if (p.ndim >= 2) == wanted]} for wanted in (True, False)]
+        super().__init__([{**groups[0], "momentum": 0.9}, {**groups[1], "momentum": 0.0}], lr=lr)
