@@ -257,7 +257,7 @@ def _masked(job: Job, whole: nn.Module, plan: NarrowPlan, cut: Cut, neurons: Seq
             for slot in group.slots:
                 if (slot.tensor, slot.dim) in group.outgoing and slot.tensor in tensors:
                     places = torch.from_numpy(np.sort(slot.positions(others)))
-                    tensors[slot.tensor].index_fill_(slot.dim, places, 0)
+                    tensors[slot.tensor].index_fill_(slot.dim, places, dict(group.masked_by).get(slot.tensor, 0.0))
         for tensor, (dim, scale) in plan.scales.items():
             kept = cut[tensor][dim]
             index = torch.from_numpy(kept) if kept is not None else torch.arange(tensors[tensor].shape[dim])

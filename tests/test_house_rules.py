@@ -41,6 +41,7 @@ LAYERS = [
     ["ist.groups.parameters", "ist.groups.draws", "ist.groups.tape", "ist.groups.sites"],
     ["ist.groups.combine", "ist.groups.reads", "ist.call_sizes"],
     ["ist.groups.call"],
+    ["ist.groups.weights"],
     ["ist.groups.rules_layers", "ist.groups.rules_indexing"],
     ["ist.groups.rules"],
     ["ist.groups.trace"],

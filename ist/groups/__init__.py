@@ -56,6 +56,7 @@ class Group:
         residual: Whether they are channels of a residual stream.
         outgoing: (tensor, dim) over which the network sums the neurons' outputs: zeros there mask a neuron.
         scaled: Those of them that do nothing else, so that a factor on them is a factor on the outputs.
+        masked_by: For parameters among `outgoing` that are not used as they are, the values that mask a neuron.
         modules: Where the neurons are whole modules (residual blocks): their paths; there are no slots then.
     """
 
@@ -67,6 +68,7 @@ class Group:
     outgoing: frozenset[tuple[str, int]] = frozenset()
     scaled: frozenset[tuple[str, int]] = frozenset()
     modules: tuple[str, ...] = ()
+    masked_by: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def find_neurons(template: nn.Module, example: Any, build: Callable[[], nn.Modul
     """
     traced = trace(template, example, build)
     labels, atoms = traced.scene.labels, traced.scene.atoms
-    keys = list(atoms.of)
+    keys = atoms.keys
     roots = [labels.roots(atoms.of[key]).numpy() for key in keys]
     heads, streams = _roots_in(labels, traced.scene.heads), _roots_in(labels, traced.scene.residual)
     found = [
@@ -116,6 +116,7 @@ def find_neurons(template: nn.Module, example: Any, build: Callable[[], nn.Modul
             members[0] in streams and members[0] not in heads and not _is_recurrent(places, template),
             frozenset(key for key in places if key in atoms.outgoing),
             frozenset(key for key in places if key in atoms.outgoing and key not in atoms.incoming),
+            masked_by=tuple(sorted({(name, atoms.masked_by[name]) for name, _ in places if atoms.masked_by.get(name)})),
         )
         for name, (members, places) in zip(names, found, strict=True)
     )

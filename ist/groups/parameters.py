@@ -8,7 +8,8 @@ label of its own, its *atom*.
 Where it sits: `ist/groups/combine.py` calls `use`; `ist/groups/neurons.py` reads the atoms.
 """
 
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,11 +27,17 @@ class ParameterView(NamedTuple):
         planes: For each dim of it that is still known, the positions of the view's elements: int64, of the
             view's shape, expanded (stride 0) where they do not vary.
         shape: The view's shape.
+        zero: Whether it is zero where the parameters that it is made of have certain values.
+        linear: Whether it doubles when they double.
+        zeros: These values where they are not zero, by parameter: the root of `softplus` is far below zero.
     """
 
     name: str
     planes: dict[int, Tensor]
     shape: Shape
+    zero: bool = True
+    linear: bool = True
+    zeros: tuple[tuple[str, float], ...] = ()
 
     def axes(self, dim: int) -> set[int]:
         """Return the view's axes along which the position in `dim` varies."""
@@ -41,6 +48,10 @@ class ParameterView(NamedTuple):
     def extents(self) -> set[int]:
         """Axes along which the view holds different elements."""
         return {axis for dim in self.planes for axis in self.axes(dim)}
+
+
+_MADE = "made of several: "
+"""Begins the names of what is made of several parameters."""
 
 
 class _Table(NamedTuple):
@@ -60,6 +71,8 @@ class Atoms:
         self.buffers: set[str] = set()
         self.outgoing: set[tuple[str, int]] = set()
         self.incoming: set[tuple[str, int]] = set()
+        self.masked_by: dict[str, float] = {}  # for a parameter, the value that masks a neuron
+        self.members: dict[str, dict[int, list[tuple[str, int]]]] = {}  # of what is made of several parameters
         self._tables: list[_Table] = []
 
     def view(self, name: str, shape: Shape) -> ParameterView:
@@ -69,7 +82,48 @@ class Atoms:
             if (name, dim) not in self.of:
                 self.of[name, dim] = self.labels.fresh(size)
             planes[dim] = torch.arange(size).view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
-        return ParameterView(name, planes, shape)
+        is_parameter = name not in self.buffers
+        return ParameterView(name, planes, shape, is_parameter, is_parameter)
+
+    def combined(self, views: Sequence[ParameterView], shape: Shape) -> ParameterView:
+        """Return what is computed element by element from several views, of which each position is cut alike.
+
+        Args:
+            views: Views that broadcast to `shape`.
+            shape: The shape of the result.
+        """
+        wide = [
+            view._replace(planes={d: plane.expand(shape) for d, plane in view.planes.items()}, shape=shape)
+            for view in views
+        ]
+        different = [view for view in wide if view.extents]
+        if len(different) <= 1:
+            return different[0] if different else wide[0]
+        name = f"{_MADE}{len(self.members)}"
+        self.members[name] = defaultdict(list)
+        made = self.view(name, shape)
+        for view in different:
+            for dim, plane in view.planes.items():
+                axes = view.axes(dim)
+                if len(axes) == 1:
+                    (axis,) = axes
+                    self.labels.join(self.of[view.name, dim][_at(plane, axes).reshape(-1)], self.of[name, axis])
+                    self.members[name][axis].append((view.name, dim))
+                elif axes:  # several axes that were one dim: which of them is cut is not known
+                    self.freeze(view, [dim])
+                    self.freeze(made, axes)
+        return made
+
+    def real(self, name: str, dim: int) -> set[tuple[str, int]]:
+        """Return the dims of the network's own tensors that a dim of a view is made of."""
+        if name not in self.members:
+            return {(name, dim)}
+        return {found for member in self.members[name][dim] for found in self.real(*member)}
+
+    @property
+    def keys(self) -> list[tuple[str, int]]:
+        """Every (tensor, dim) of the network's own tensors."""
+        return [(name, dim) for name, dim in self.of if name not in self.members]
 
     def freeze(self, view: ParameterView, dims: Iterable[int] | None = None) -> None:
         """Let every worker hold all positions of the given dims (default: all dims)."""
@@ -102,8 +156,15 @@ class Atoms:
         if not held:
             self.labels.freeze(core) if concerned and not varying else None
             return
-        met = self.outgoing if outgoing else self.incoming
-        met |= {(view.name, dim) for dim in held}
+        if outgoing and not self._can_mask(view):
+            self.freeze(view, held)
+            self.labels.freeze(core)
+            return
+        met = {key for dim in held for key in self.real(view.name, dim)}
+        if outgoing:
+            self.outgoing |= {key for key in met if key[0] not in self.buffers}
+        if not outgoing or not view.linear:
+            self.incoming |= met
         if len(held) == 1:
             plane = _at(view.planes[held[0]], view.axes(held[0]) | varying)
             self.labels.join(self.of[view.name, held[0]][plane], core)
@@ -123,6 +184,26 @@ class Atoms:
         self.freeze(view, [dim for dim in view.planes if dim != along[0]])
         plane = _at(view.planes[along[0]], {axes[-1]})
         return self.labels.activation(self.of[view.name, along[0]][plane].expand(view.shape))
+
+    def names(self, view: ParameterView) -> set[str]:
+        """Return the parameters that a view is made of."""
+        names = {name for dim in view.planes for name, _ in self.real(view.name, dim)}
+        return names - self.buffers
+
+    def _can_mask(self, view: ParameterView) -> bool:
+        """Whether some values of its parameters mask a neuron, the same wherever they are used; note them."""
+        wanted = {name: dict(view.zeros).get(name, 0.0) for name in self.names(view)}
+        if not view.zero or any(self.masked_by.get(name, value) != value for name, value in wanted.items()):
+            return False
+        self.masked_by |= wanted
+        return True
+
+    def along(self, view: ParameterView, axis: int) -> Tensor | None:
+        """Return the labels of the positions along one axis of a view; None if more than one dim varies along it."""
+        dims = [dim for dim in view.planes if axis in view.axes(dim)]
+        if len(dims) != 1 or view.axes(dims[0]) != {axis}:
+            return None
+        return self.of[view.name, dims[0]][_at(view.planes[dims[0]], {axis}).reshape(-1)]
 
     def settle(self) -> bool:
         """Give each parameter with labels along several dims one dim along which it is cut; return whether any changed.

@@ -30,6 +30,7 @@ from ist.groups.rules_layers import (
     pad,
     pool,
 )  # fmt: skip
+from ist.groups.weights import bilinear, of_weights, reduced, weight_norm
 
 _MOVES = """
     view _unsafe_view reshape _reshape_alias permute transpose t expand squeeze unsqueeze slice select split
@@ -87,6 +88,9 @@ def _is_pointwise(call: Call) -> bool:
 def _elementwise(scene: Scene, call: Call) -> Sequence[Value]:
     if not call.values:
         return free(scene, call)
+    weights = of_weights(scene, call)
+    if weights is not None:
+        return [weights]
     return [elementwise(scene, call.values, call.shape(), is_sum=call.name in ("add", "sub", "addcmul"))]
 
 
@@ -109,10 +113,9 @@ def _move(scene: Scene, call: Call) -> Sequence[Value]:
         view = values[0]
         moved = {dim: _run(call, [plane]) for dim, plane in view.planes.items()}
         return [
-            ParameterView(
-                view.name,
-                {dim: slim(planes[k]).expand(planes[k].shape) for dim, planes in moved.items()},
-                tuple(result.shape),
+            view._replace(
+                planes={dim: slim(planes[k]).expand(planes[k].shape) for dim, planes in moved.items()},
+                shape=tuple(result.shape),
             )
             for k, result in enumerate(call.results)
         ]
@@ -150,6 +153,9 @@ def _run(call: Call, tensors: list[Tensor]) -> list[Tensor]:
 def _reduction(scene: Scene, call: Call) -> Sequence[Value]:
     value = call.values[0]
     dims = call.dims(value)
+    if isinstance(value, ParameterView):
+        weights = reduced(scene, value, dims, bool(call.args.get("keepdim")), call.name)
+        return [weights] * len(call.results) if weights is not None else frozen(scene, call)
     mixed = scene.activation(mix(scene, value, dims))
     core = mixed.core
     for dim in sorted(dims, reverse=True):
@@ -202,6 +208,7 @@ def _table() -> dict[str, Rule]:
         ("index", index), ("scatter scatter_add scatter_reduce index_add index_reduce", scatter), ("copy", copy),
         ("index_put", index_put), ("topk", _topk), ("constant_pad_nd", pad),
         ("view_as_complex view_as_real", _complex), ("im2col", im2col),
+        ("_weight_norm_interface", weight_norm), ("_trilinear", bilinear),
     ]  # fmt: skip
     for names, rule in families:
         rules |= dict.fromkeys(names.split(), rule)

@@ -26,7 +26,7 @@ def gather(scene: Scene, call: Call) -> Sequence[Value]:
         planes = {
             d: p.narrow(dim, 0, 1).expand(call.shape()) for d, p in value.planes.items() if dim not in value.axes(d)
         }
-        return [ParameterView(value.name, planes, call.shape())] if planes else frozen(scene, call)
+        return [value._replace(planes=planes, shape=call.shape())] if planes else frozen(scene, call)
     return resized(scene, call._replace(args={"self": value}), {dim})
 
 
@@ -42,7 +42,7 @@ def index(scene: Scene, call: Call) -> Sequence[Value]:
         scene.atoms.freeze_along(value, indexed)
         planes = {d: call.operator(p, raw) for d, p in value.planes.items() if not indexed & value.axes(d)}
         moved = {dim: slim(plane).expand(plane.shape) for dim, plane in planes.items()}
-        return [ParameterView(value.name, moved, call.shape())] if moved else frozen(scene, call)
+        return [value._replace(planes=moved, shape=call.shape())] if moved else frozen(scene, call)
     mixed = scene.labels.join_along(scene.labels.reduced(value), indexed)
     return [scene.labels.activation(call.operator(mixed.full, raw), value.depth)]
 

@@ -9,6 +9,7 @@ from ist.groups.call import Call, Rule, resized
 from ist.groups.combine import Scene, Value, contract, elementwise, mix, with_parameter
 from ist.groups.labels import FROZEN, Activation, Shape
 from ist.groups.parameters import ParameterView
+from ist.groups.weights import product
 
 
 def pool(scene: Scene, call: Call) -> Sequence[Value]:
@@ -66,7 +67,7 @@ def _scaled(scene: Scene, value: Value, vector: Value, axis: int) -> Value:
     shape = (len(scene.activation(vector).full), *after)
     if isinstance(vector, ParameterView):
         planes = {dim: plane.view(shape) for dim, plane in vector.planes.items()}
-        return with_parameter(scene, value, ParameterView(vector.name, planes, shape))
+        return with_parameter(scene, value, vector._replace(planes=planes, shape=shape))
     return elementwise(scene, [value, Activation(vector.full.reshape(shape), shape, vector.depth)], value.shape)
 
 
@@ -81,6 +82,8 @@ def matmul(x_axes: str, w_axes: str, out_axes: str, first: str = "self", second:
 
     def rule(scene: Scene, call: Call) -> Sequence[Value]:
         x, w = call.args[first], call.args[second]
+        if isinstance(x, ParameterView) and isinstance(w, ParameterView) and first == "self":
+            return [product(scene, x, w, x_axes, w_axes, out_axes)]
         made: Value = contract(scene, x, w, x_axes, w_axes, out_axes, call.shape())
         if first != "self" and call.args.get("beta", 1) != 0:
             made = elementwise(scene, [made, call.args["self"]], call.shape())
@@ -118,7 +121,7 @@ def _without(view: ParameterView, axes: set[int]) -> ParameterView:
     for axis in sorted(axes, reverse=True):
         planes = {dim: plane.select(axis, 0) for dim, plane in planes.items()}
     shape = tuple(size for axis, size in enumerate(view.shape) if axis not in axes)
-    return ParameterView(view.name, planes, shape)
+    return view._replace(planes=planes, shape=shape)
 
 
 def _grouped(scene: Scene, x: Activation, w: Value, groups: int, shape: Shape, transposed: bool) -> Activation:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ist.config_method import Partition
 from ist.errors import ConfigError, ModelError
-from ist.groups import Group, check_groups, named_tensors
+from ist.groups import Group, check_groups, constant_tensors, named_tensors
 from ist.groups.neurons import Found
 
 
@@ -49,7 +49,7 @@ def split_groups(found: Found, template: nn.Module, partition: Partition) -> tup
             "'partition.exclude' leaves nothing" if hidden else "only residual streams could be: set partition.residual"
         )
         raise ModelError(f"no neurons are split: {left}")
-    check_groups(groups, named_tensors(template))
+    check_groups(groups, named_tensors(template) | constant_tensors(template))
     return groups
 
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ist.copies import copied
 from ist.data.nested import call_model, mapped, moved, tensors_in
 from ist.errors import ModelError, first_line
-from ist.groups import named_tensors, on_meta
+from ist.groups import constant_tensors, named_tensors, on_meta
 from ist.groups.call import Call
 from ist.groups.combine import Scene, Value
 from ist.groups.draws import Draws, fixed_draws
@@ -160,8 +160,9 @@ def _trace(module: nn.Module, example: Any, fresh: Callable[[], nn.Module] | Non
     """
     without_inner_dropout(module)
     watch = _Watch()
-    watch.scene.atoms.buffers = {name for name, _ in module.named_buffers()}
-    named = named_tensors(module)
+    constants = constant_tensors(module)
+    watch.scene.atoms.buffers = {name for name, _ in module.named_buffers()} | set(constants)
+    named = named_tensors(module) | constants
     for name, tensor in named.items():
         watch.know(tensor, watch.scene.atoms.view(name, tuple(tensor.shape)))
     plant(module)
@@ -306,6 +307,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _labels_along(self, tensor: Tensor, axis: int) -> Tensor | None:
         """Return the final labels along an axis of a tensor; None if they are not known, or it is a constant."""
         value = self._values.get(id(tensor))
+        if isinstance(value, ParameterView):
+            atoms = self.scene.atoms.along(value, axis)
+            return None if atoms is None else self.scene.labels.roots(atoms)
         if not isinstance(value, Activation) or self.scene.labels.is_free(value):
             return None
         core = self.scene.labels.reduced(value).core

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 
 def rand(*shape: int) -> Tensor:
@@ -265,6 +266,98 @@ class NoisyUnits(nn.Module):
         return self.last(h) + self.read(self.generate(torch.randn(len(x), 3, dtype=x.dtype)).relu())
 
 
+class Masked(nn.Linear):
+    """Weights times a mask, as in MADE."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.register_buffer("mask", (torch.arange(outputs)[:, None] % 3 >= torch.arange(inputs) % 2).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+class MaskedConv(nn.Conv2d):
+    """A filter that sees only what is above and to the left, as in PixelCNN; the mask is a plain attribute."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+        self.mask = torch.ones(outputs, inputs, 3, 3)
+        self.mask[:, :, 1, 2] = self.mask[:, :, 2] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight * self.mask, self.bias, padding=1)
+
+
+class Bayesian(nn.Module):
+    """Weights that are drawn around means, with deviations of their own."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.mean, self.rho = nn.Parameter(torch.randn(outputs, inputs) / 3), nn.Parameter(torch.zeros(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.mean + F.softplus(self.rho) * torch.randn_like(self.mean), self.bias)
+
+
+class Positive(nn.Linear):
+    """Weights that cannot be negative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.exp(), self.bias)
+
+
+class Spline(nn.Module):
+    """A layer of a Kolmogorov-Arnold network: a function of every input for every output, on a grid."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.base, self.scale = nn.Parameter(torch.randn(outputs, inputs)), nn.Parameter(torch.ones(outputs, inputs))
+        self.spline = nn.Parameter(torch.randn(outputs, inputs, 4) / 4)
+        self.register_buffer("grid", torch.linspace(-1, 1, 4).expand(inputs, 4).contiguous())
+
+    def forward(self, x: Tensor) -> Tensor:
+        bases = torch.exp(-((x.unsqueeze(-1) - self.grid) ** 2)).reshape(len(x), -1)
+        return F.linear(F.silu(x), self.base) + F.linear(
+            bases, (self.spline * self.scale.unsqueeze(-1)).view(self.outputs, -1)
+        )
+
+
+class LowRank(nn.Linear):
+    """Weights with a product of two narrow matrices added to them."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.a, self.b = nn.Parameter(torch.randn(3, inputs)), nn.Parameter(torch.randn(outputs, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight + self.b @ self.a, self.bias)
+
+
+class Standardized(nn.Conv2d):
+    """Filters of mean 0 and deviation 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        deviation, mean = torch.std_mean(self.weight, (1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) / (deviation + 1e-5), self.bias)
+
+
+class Pairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.both = nn.Linear(12, 8), nn.Linear(12, 7), nn.Bilinear(8, 7, 6)
+        self.out = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.both(self.left(x).relu(), self.right(x).relu()).relu())
+
+
+def of_layers(layer: Callable[[int, int], nn.Module]) -> nn.Module:
+    return nn.Sequential(layer(12, 8), nn.Tanh(), layer(8, 7), nn.Tanh(), layer(7, 5))
+
+
 class Block(nn.Module):
     def __init__(self, width: int = 12) -> None:
         super().__init__()
@@ -328,6 +421,26 @@ CASES: dict[str, Case] = {
         (torch.tensor([[0, 1, 6], [2, 2, 5], [3, 4, 1]]), rand(3, 3)),
         {"given": 10, "hidden": 8, "scaled": 6, "mean": 9},
     ),
+    "masked weights": Case(lambda: of_layers(Masked), rand(4, 12), {"0": 8, "2": 7}),
+    "masked filters": Case(
+        lambda: nn.Sequential(MaskedConv(3, 8), nn.ReLU(), MaskedConv(8, 6), nn.ReLU(), MaskedConv(6, 5)),
+        IMAGE, {"0": 8, "2": 6},
+    ),
+    "Bayesian weights": Case(lambda: of_layers(Bayesian), rand(4, 12), {"0": 8, "2": 7}),
+    "positive weights": Case(lambda: of_layers(Positive), rand(4, 12), {"0": 8, "2": 7}),
+    "splines": Case(lambda: nn.Sequential(Spline(12, 8), Spline(8, 7), Spline(7, 5)), rand(4, 12), {"0": 8, "1": 7}),
+    "weights of low rank": Case(lambda: of_layers(LowRank), rand(4, 12), {"0": 8, "2": 7}),
+    "weight norm": Case(
+        lambda: nn.Sequential(weight_norm(nn.Linear(12, 8)), nn.ReLU(), nn.Linear(8, 5)), rand(4, 12), {"0": 8}
+    ),
+    "weight norm in the middle": Case(
+        lambda: nn.Sequential(nn.Linear(12, 9), weight_norm(nn.Linear(9, 8)), nn.ReLU(), nn.Linear(8, 5)),
+        rand(4, 12), {"1": 8},
+    ),
+    "standardized filters": Case(
+        lambda: nn.Sequential(Standardized(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3)), IMAGE, {"0": 8}
+    ),
+    "bilinear": Case(Pairs, rand(4, 12), {"left": 8, "right": 7, "both": 6}),
     "variational autoencoder": Case(Variational, rand(4, 12), {"encode": 8, "decode": 7}),
     "masked autoencoder": Case(MaskedAutoencoder, rand(2, 6, 12), {"block": 16, "decode": 9}),
     "noise": Case(NoisyUnits, rand(6, 12), {"0": 8, "1": 6}),
