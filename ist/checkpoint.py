@@ -49,6 +49,7 @@ class Progress:
         totals: Counters at that moment.
         numbers: The latest loss, accuracy and the like, for the result of a run whose first records are elsewhere.
         start: A name for the start of the run's processes that saved it: with them, workers saved what they keep.
+        config: The run's configuration, as YAML without passwords; empty in checkpoints of earlier versions.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True)
@@ -57,6 +58,7 @@ class Progress:
     totals: dict[str, int | float] = field(default_factory=dict)
     numbers: dict[str, int | float] = field(default_factory=dict)
     start: str = ""
+    config: str = ""
 
 
 _PROGRESS = TypeAdapter(Progress)

@@ -119,7 +119,7 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
         if folder and leads:
             folder.sweep()
             if not resume:
-                folder.refuse_started()
+                folder.begin()
         with _opened(job, folder, resume, progress) as run:
             yield run
 

@@ -18,6 +18,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -39,6 +40,7 @@ from ist.errors import CheckpointError, RunFolderError
 from ist.redact import holds_secret, redacted
 from ist.run_files import Lines, parse_records, parse_result
 from ist.run_lock import LOCK, sole_writer
+from ist.same_run import Change, other_run, other_settings
 from ist.storage import LocalStorage, Storage, is_url, refuse_link, run_storage, sweep, write_atomically
 
 _log = logging.getLogger(__name__)
@@ -46,16 +48,6 @@ _log = logging.getLogger(__name__)
 Record = Mapping[str, Any]
 
 _CONFIG = "config.yaml"
-
-NOT_COMPARED: dict[str, Any] = {
-    "output": True,
-    "checkpoint": True,
-    "watch": True,
-    "pool": True,
-    "compare": True,
-    "data": {"root"},
-}
-"""Keys that may change while a run is interrupted: where and by whom it is trained, not what is trained."""
 
 
 class RunFolder:
@@ -70,6 +62,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._config_text = ""
         for name in (_CONFIG, "metrics.jsonl", "model.safetensors", "result.json", "tensorboard", LOCK):
             refuse_link(path / name)
         if not self.config_path.is_file():
@@ -138,12 +131,13 @@ class RunFolder:
         for place in (LocalStorage(self.path.resolve()), self.storage):
             sweep(place)
 
-    def refuse_started(self) -> None:
+    def begin(self) -> None:
         """Check that a run which is about to begin has not begun in another process meanwhile.
 
         Raises:
             RunFolderError: It has.
         """
+        self._note_config()
         if self.is_finished() or self._lines().texts or self.has_checkpoint():
             raise RunFolderError(
                 f"{self.path}: another process has begun this run meanwhile: go on with: ist train --resume {self.path}"
@@ -157,13 +151,23 @@ class RunFolder:
 
         Raises:
             CheckpointError: There are checkpoints and all are damaged, or there must be one and is none.
-            RunFolderError: metrics.jsonl is damaged before its end, or the folder is not writable.
+            RunFolderError: The configuration is another one than when the run was saved, or metrics.jsonl is damaged
+                before its end, or the folder is not writable.
         """
+        self._note_config()
         lines = self._lines_to_go_on()
         newest = load_newest(self.storage)
         if newest is None:
             self._check_never_saved(len(lines.records))
         tensors, progress = newest or ({}, Progress())
+        for change in self._changed_since(progress):
+            _log.warning(
+                "%s: '%s' was %s when the run was saved, and is %s now",
+                self.config_path,
+                change.key,
+                change.old,
+                change.new,
+            )
         if lines.cut:
             _log.warning(
                 "%s: the end, after %d whole lines, is damaged, as a crash leaves it: it is dropped",
@@ -185,11 +189,37 @@ class RunFolder:
 
         Raises:
             CheckpointError: There are checkpoints and all are damaged, or there must be one and is none.
-            RunFolderError: metrics.jsonl is damaged before its end.
+            RunFolderError: The configuration is another one than when the run was saved, or metrics.jsonl is damaged
+                before its end.
         """
         lines = self._lines_to_go_on()
-        if load_newest(self.storage) is None:
+        newest = load_newest(self.storage)
+        if newest is None:
             self._check_never_saved(len(lines.records))
+        else:
+            self._changed_since(newest[1])
+
+    def _note_config(self) -> None:
+        """Note with which configuration the run goes on, whatever becomes of the file meanwhile."""
+        self._config_text = redacted(dump_config(self.load_config()))
+
+    def _changed_since(self, progress: Progress) -> list[Change]:
+        """Return which settings have changed since a checkpoint was saved; earlier versions did not note them.
+
+        Raises:
+            RunFolderError: One of them makes it another run.
+        """
+        if not progress.config:
+            return []
+        where = f"{self.storage.where()}: the configuration that the newest checkpoint notes"
+        saved, now = validate(parse_yaml(progress.config, where), where), self.load_config()
+        if changes := other_run(saved, now):
+            told = "; ".join(f"'{change.key}' was {change.old}, is {change.new}" for change in changes)
+            raise RunFolderError(
+                f"{self.config_path}: was changed since the run was saved: {told}. Put back what it was, or begin a "
+                "new run with the new configuration"
+            )
+        return other_settings(saved, now)
 
     def _check_never_saved(self, num_records: int) -> None:
         """Refuse to start over where checkpoints were kept elsewhere and are not found there."""
@@ -229,7 +259,7 @@ class RunFolder:
         Raises:
             RunFolderError: The disk is full or not writable, or the storage refuses; earlier ones are untouched.
         """
-        save_checkpoint(self.storage, tensors, progress, keep)
+        save_checkpoint(self.storage, tensors, replace(progress, config=self._config_text), keep)
 
     def finish(self, model_state: Mapping[str, Tensor], result: Record) -> None:
         """Write the trained network and the final numbers.
@@ -314,7 +344,7 @@ def open_or_create(config: Config, path: Path) -> tuple[RunFolder, bool]:
     Where the folder is gone and `checkpoint.storage` still has the run, it goes on from there.
 
     Args:
-        config: The resolved configuration; of a run that is there, its `NOT_COMPARED` keys take the place of the old.
+        config: The resolved configuration; of a run that is there, its keys that may change take the place of the old.
         path: The folder.
 
     Returns:
@@ -433,22 +463,11 @@ def _refuse_foreign(storage: Storage, config: Config) -> None:
 
 def _refuse_other(there: Config, config: Config, where: str) -> None:
     """Refuse a place that holds a run which is not the configured one."""
-    trees = [dict(_flat(c.model_dump(mode="json", exclude=NOT_COMPARED))) for c in (there, config)]
-    for key in dict.fromkeys([*trees[1], *trees[0]]):
-        old, new = (redacted(repr(tree[key])) if key in tree else "not set" for tree in trees)
-        if old != new:
-            raise RunFolderError(
-                f"{where}: holds another run: its '{key}' is {old}, not {new}. Give another folder, or configure what "
-                "it was"
-            )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    for change in other_run(there, config):
+        raise RunFolderError(
+            f"{where}: holds another run: its '{change.key}' is {change.old}, not {change.new}. Give another folder, "
+            "or configure what it was"
+        )
 
 
 def _storage_of(config: Config, path: Path) -> Storage:
