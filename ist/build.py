@@ -145,7 +145,8 @@ def make_job(
             found = replace(found, calls=(), sites={})
         check_workers(groups, train.workers, config.partition, found.causes)
         job = replace(job, found=found, groups=optim.carried_groups(slots, groups, parameters))
-    named, optimizer = stand_ins(template, train.optimizer)  # wrong arguments end here
+    optim.try_optimizer(train.optimizer)
+    named, optimizer = stand_ins(template, train.optimizer)
     job.group_of.update(groups_by_name(optimizer, named))
     settings = schedule_settings(optimizer, train.schedule, job.total_steps)
     job.settings.extend(staged_settings(optimizer, settings, job.spans, train.schedule_unit))
@@ -168,7 +169,7 @@ def loss_function(name: str) -> LossFunction:
         ConfigError: It is not known.
     """
     found = resolve(name, "train.loss", LOSSES, functional)
-    function: LossFunction = found() if isinstance(found, type) else found
+    function: LossFunction = call(found, {}, "train.loss") if isinstance(found, type) else found
     if ":" in name:
         return function
     return lambda outputs, targets: function(scores(outputs), targets)
@@ -198,7 +199,7 @@ def metric_named(name: str) -> Metric | None:
     """
     if name == "none":
         return None
-    found = resolve(name, "evaluate.metric", METRICS)
+    found = resolve(name, "evaluate.metric", METRICS, is_called=False)
     if not isinstance(found, Metric):
         raise ConfigError(
             f"'evaluate.metric' is '{name}', which is a {type(found).__name__}, not an ist.metrics.Metric"

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
 import typer
-from rich.console import Console
 
 from ist._version import VERSION
 from ist.cli_theory import theory
 from ist.config import FROM_PYTHON, num_processes
 from ist.config_file import config_for_method, describe_keys, load_config, with_methods
-from ist.errors import ConfigError, DataError, InterruptedRunError, ISTError, ModelError
+from ist.errors import ConfigError, DataError, InterruptedRunError, ISTError, ModelError, RunFolderError, printable
 from ist.redact import redacted
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def train(
         else:
             folder = create_run_folder(config, run_dir)
     if folder is not None and folder.is_finished() and not is_launched():
-        typer.echo(f"{folder.path}: this run has finished already", err=True)
+        _say(f"{folder.path}: this run has finished already", err=True)
     else:  # under torchrun the other ranks wait for this one, even where no round is left
         _start(job, folder, resume=go_on)
     _print_result(folder)
@@ -166,7 +165,7 @@ def compare(
         _start(jobs[method], folder, resume=False)
     page = write_report(list(folders.values()), parent / "report.html")
     _print_table(list(folders.values()))
-    typer.echo(f"report: {page}")
+    _say(f"report: {page}")
 
 
 @app.command()
@@ -180,13 +179,14 @@ def inspect(
     config = load_config(config_file, [*(overrides or []), *_flags(workers=workers, method="ist")])
 
     from ist.build import build_job
+    from ist.display import PlainConsole
     from ist.inspection import inspect_job, print_inspection
 
     found = inspect_job(build_job(config))
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        print_inspection(found, Console())
+        print_inspection(found, PlainConsole())
 
 
 @app.command()
@@ -204,13 +204,13 @@ def report(
     check_installed()
     folders = find_runs(runs)
     for unfinished in [folder for folder in folders if not folder.is_finished() and folder.path not in runs]:
-        typer.echo(f"{unfinished.path}: has not finished: left out", err=True)
+        _say(f"{unfinished.path}: has not finished: left out", err=True)
         folders.remove(unfinished)
     if not folders:
         raise ConfigError(f"no finished run in {', '.join(map(str, runs))}")
     page = write_report(folders, output or runs[0] / "report.html")
     _print_table(folders)
-    typer.echo(f"report: {page}")
+    _say(f"report: {page}")
 
 
 @app.command()
@@ -226,6 +226,7 @@ def plan(
     page: Annotated[Optional[Path], typer.Option("--report", help="Page to write, up to 1,024 workers.")] = None,
 ) -> None:
     """Predict bytes, memory and seconds of a round by each method, before anything is bought or run."""
+    from ist.display import PlainConsole
     from ist.plan.predict import make_plan
     from ist.plan.request import parse_request
     from ist.plan.show import print_plan
@@ -236,11 +237,11 @@ def plan(
     asked = parse_request(link, workers, methods, cores, latency_ms, simulate=page is not None)
     config = load_config(config_file, [*(overrides or []), *_flags(workers=max(asked.workers, default=None))])
     found = make_plan(config, asked)
-    print_plan(found, Console(), as_json)
+    print_plan(found, PlainConsole(), as_json)
     if page is not None:
         from ist.report.plan_page import write_plan_page
 
-        typer.echo(f"report: {write_plan_page(found, page)}", err=True)
+        _say(f"report: {write_plan_page(found, page)}", err=True)
 
 
 app.command()(theory)
@@ -251,6 +252,10 @@ def keys() -> None:
     """Explain every key of a configuration file."""
     for key, kind, default, meaning in describe_keys():
         typer.echo(f"{typer.style(key, bold=True)}  ({kind}; {default})\n    {meaning}")
+
+
+def _say(text: str, err: bool = False) -> None:
+    typer.echo(printable(text), err=err)
 
 
 def _print_version(asked: bool) -> None:
@@ -286,12 +291,21 @@ def main() -> None:
         app()
     except ISTError as error:
         _fail(error)
+    except OSError as error:  # a path that the user gave: too long, no permission, a folder where a file should be
+        if error.filename is None:
+            _tell_launcher(error)
+            raise
+        _fail(RunFolderError(f"{os.fsdecode(error.filename)}: {error.strerror or error}"))
     except Exception as error:  # a fault of this package: the launcher tells it as the cause, with the traceback above
-        if "torch" in sys.modules:
-            from ist.launch import report_to_launcher
-
-            report_to_launcher(error)
+        _tell_launcher(error)
         raise
+
+
+def _tell_launcher(error: Exception) -> None:
+    if "torch" in sys.modules:
+        from ist.launch import report_to_launcher
+
+        report_to_launcher(error)
 
 
 def _fail(error: ISTError) -> NoReturn:
@@ -304,7 +318,7 @@ def _fail(error: ISTError) -> NoReturn:
     echo = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0" and isinstance(error, ConfigError)
     if not told_elsewhere and not echo:
         for line in str(error).splitlines():
-            print(f"error: {redacted(line)}", file=sys.stderr)
+            print(f"error: {printable(redacted(line))}", file=sys.stderr)
     if isinstance(error, InterruptedRunError):
         sys.exit(130)
     sys.exit(2 if isinstance(error, ConfigError | DataError | ModelError) else 1)
@@ -344,7 +358,7 @@ def _start(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
         if resume:
             folder.check_checkpoint()
     on_links = f", each on a link of {config.pool.link}" if config.pool.link else ""
-    typer.echo(f"{config.method}: starting {num_processes(config)} processes{on_links}", err=True)
+    _say(f"{config.method}: starting {num_processes(config)} processes{on_links}", err=True)
     if config.pool.link is None:
         launch(config, folder.path, resume)
     else:
@@ -361,9 +375,9 @@ def _resume(path: Path) -> None:
     if config.model.name.startswith(FROM_PYTHON):
         raise ConfigError(f"{path}: was started from Python: go on with ist.train(..., run_dir=..., resume=True)")
     if not folder.is_finished() and not folder.has_checkpoint():
-        typer.echo(f"{path}: has no checkpoint yet: starting over", err=True)
+        _say(f"{path}: has no checkpoint yet: starting over", err=True)
     if folder.is_finished():
-        typer.echo(f"{path}: this run has finished already", err=True)
+        _say(f"{path}: this run has finished already", err=True)
     else:
         _start(prepare(config), folder, resume=True)
     _print_result(folder if is_rank_zero() else None)
@@ -372,13 +386,14 @@ def _resume(path: Path) -> None:
 def _print_result(folder: "RunFolder | None") -> None:
     if folder is not None and folder.is_finished():
         _print_table([folder])
-        typer.echo(f"run folder: {folder.path}")
+        _say(f"run folder: {folder.path}")
 
 
 def _print_table(folders: "list[RunFolder]") -> None:
+    from ist.display import PlainConsole
     from ist.report.table import rich_table
 
-    Console().print(rich_table([folder.result() for folder in folders]))
+    PlainConsole().print(rich_table([folder.result() for folder in folders]))
 
 
 _KEYS = {
@@ -394,4 +409,6 @@ _KEYS = {
 
 def _flags(**values: object) -> list[str]:
     """Spell the options that stand for a configuration key as overrides."""
-    return [f"{_KEYS[name]}={json.dumps(value)}" for name, value in values.items() if value is not None]
+    return [
+        f"{_KEYS[name]}={json.dumps(value, ensure_ascii=False)}" for name, value in values.items() if value is not None
+    ]

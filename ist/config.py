@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from ist.config_base import Component, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from ist.config_base import (
+    Component,
+    FolderName,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Seconds,
+    Section,
+)
 from ist.config_method import METHOD_NAMES, Baseline, Exchange, Partition
 from ist.config_recipe import Recipe
 from ist.lab.link import checked_link
@@ -159,7 +168,7 @@ class Ray(Section):
     placement: Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"] = Field(
         "SPREAD", description="strategy of the placement group: over many nodes, or on few"
     )
-    start_timeout_s: PositiveFloat = Field(300.0, description="seconds to wait until enough workers are there")
+    start_timeout_s: Seconds = Field(300.0, description="seconds to wait until enough workers are there")
 
     @field_validator("resources")
     @classmethod
@@ -183,8 +192,8 @@ class Pool(Section):
         "auto", description="auto: nccl where every process has its own GPU, else gloo"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where workers compute")
-    threads: PositiveInt = Field(1, description="torch threads of each process")
-    timeout_s: PositiveFloat = Field(600.0, description="seconds to wait for a peer before giving it up")
+    threads: Annotated[int, Field(gt=0, le=1024)] = Field(1, description="torch threads of each process")
+    timeout_s: Seconds = Field(600.0, description="seconds to wait for a peer before giving it up")
     min_returned: PositiveInt | None = Field(
         None,
         description="fewest workers whose part of a round is taken, or the run ends; default: train.min_workers of a "
@@ -194,7 +203,7 @@ class Pool(Section):
         3,
         description="ray: how often a round is begun anew with new workers where too few came back, the first included",
     )
-    round_deadline_s: PositiveFloat | None = Field(
+    round_deadline_s: Seconds | None = Field(
         None,
         description="ray: a worker that is not back after so many seconds is left out of the round; default: none. The "
         "next round waits for it, or for who takes its place, unless train.workers is a range",
@@ -202,7 +211,7 @@ class Pool(Section):
     allow_insecure: bool = Field(
         False, description="torchrun: may listen on a public network interface, where anybody can connect"
     )
-    memory_limit: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(MB|GB)$")] | None = Field(
+    memory_limit: Annotated[str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?(MB|GB)$")] | None = Field(
         None,
         description="torchrun: what a worker's process may allocate, such as 300MB or 1.5GB: of its GPU, else beyond "
         "interpreter, libraries and data, enforced by Linux; a dedicated coordinator is not limited; default: no limit",
@@ -235,7 +244,7 @@ class Watch(Section):
 class Compare(Section):
     """What `ist compare` runs."""
 
-    methods: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]+$")]] = Field(
+    methods: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]+$", max_length=100)]] = Field(
         default_factory=lambda: ["ist", "ddp"],
         min_length=1,
         description="what to run, in order: methods, or labels of your own whose overrides set 'method'",
@@ -273,7 +282,7 @@ class Compare(Section):
 class Config(Section):
     """A whole run."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = Field(description="name of the run")
+    name: FolderName = Field(description="name of the run")
     seed: NonNegativeInt = Field(0, description="seed of everything random")
     method: str = Field(
         "ist",

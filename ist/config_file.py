@@ -3,18 +3,15 @@
 Law: whatever is wrong ends here, as one `ConfigError` that names the file, the key,
 the value and what is allowed.
 
-YAML is read with the scalar rules of YAML 1.2: PyYAML follows 1.1, in which `1e-3`
-is a string, `no` is false and `1:30` is ninety.
+Not here: YAML itself (`ist/yaml_text.py`), what a key means (`ist/config.py`).
 """
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
@@ -22,72 +19,7 @@ from pydantic_core import ErrorDetails
 from ist.config import Config
 from ist.errors import ConfigError
 from ist.redact import holds_secret, redacted
-
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """`yaml.SafeLoader` with the scalar rules of YAML 1.2's core schema and no duplicate keys."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own class attribute)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping, refusing a key that stands twice (PyYAML keeps the last one in silence)."""
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a plain name", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key.value}' stands twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-    ("null", r"~|null|Null|NULL|", "~nN\0"),
-):
-    _Yaml12Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
-_Yaml12Loader.yaml_implicit_resolvers[""] = _Yaml12Loader.yaml_implicit_resolvers.pop("\0")
-
-
-class _Yaml12Dumper(yaml.SafeDumper):
-    """Quotes what `_Yaml12Loader` would not read back as text."""
-
-    yaml_implicit_resolvers = _Yaml12Loader.yaml_implicit_resolvers
-
-
-def _construct_int(_loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    text: str = node.value
-    return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
-
-
-def _construct_float(_loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
-    return float(re.sub(r"\.(inf|nan)", r"\1", node.value.lower()))
-
-
-_Yaml12Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
-_Yaml12Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Parse one YAML document.
-
-    Raises:
-        ConfigError: The text is not YAML; the message names `source`, line and column.
-    """
-    try:
-        return yaml.load(text, Loader=_Yaml12Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{source}{where}: not valid YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {error}") from error
+from ist.yaml_text import MAX_DEPTH, dump_yaml, parse_yaml, read_text
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -95,25 +27,24 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: A YAML file.
-        overrides: Strings `dotted.key=value`, the value in YAML; later ones win.
+        overrides: Strings `dotted.key=value`, the value in YAML; later ones win. In a key a number stands for an entry
+            of a list, from 0: `recipe.stages.0.rounds=3`.
 
     Raises:
         ConfigError: The file is missing or malformed, or a key or value is not allowed.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such configuration file") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
-    tree = parse_yaml(text, str(path))
+    tree = parse_yaml(read_text(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {_kind(tree)}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--set {redacted(override)}: expected dotted.key=value, such as train.local_steps=20")
-        tree = _with_override(tree, key, parse_yaml(value, f"--set {redacted(override)}"))
+            raise ConfigError(f"--set {_short(override)}: expected dotted.key=value, such as train.local_steps=20")
+        source = f"--set {_short(override)}"
+        try:
+            tree = _with_override(tree, key, parse_yaml(value, source))
+        except ConfigError as error:
+            raise ConfigError(str(error) if str(error).startswith(source) else f"{source}: {error}") from error
     config = validate(tree, str(path))
     return with_methods(config, config.compare.methods, str(path))
 
@@ -150,25 +81,38 @@ def config_for_method(config: Config, label: str, source: str = "configuration")
     """Return the configuration with which `ist compare` runs one of its entries: a method, or a label for one."""
     tree: dict[str, Any] = {**config.model_dump(), "method": label, "label": label}
     for key, value in config.compare.overrides.get(label, {}).items():
-        tree = _with_override(tree, key, value)
+        try:
+            tree = _with_override(tree, key, value)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: compare.overrides.{label}: {error}") from error
     return validate(tree, f"{source}: compare.overrides.{label}")
 
 
 def dump_config(config: Config) -> str:
     """Return the configuration as YAML that `load_config` reads back to an equal `Config`."""
-    return yaml.dump(config.model_dump(), Dumper=_Yaml12Dumper, sort_keys=False)
+    return dump_yaml(config.model_dump())
 
 
 def describe_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yield (dotted key, type, default, description) for every configuration key."""
+    """Yield (dotted key, type, default, description) for every configuration key.
+
+    A section that may be left out (null) and a list of sections have a row of their own. `N` in a key stands for the
+    number of a list's entry, from 0.
+    """
     for name, field in model.model_fields.items():
         section = _section_of(field)
-        if section is not None:
+        is_list = get_origin(field.annotation) is list
+        if section is not None and not is_list and type(None) not in get_args(field.annotation):
             yield from describe_keys(section, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)}"
+        if section is not None:
+            yield f"{prefix}{name}", "list" if is_list else "mapping or null", default, field.description or ""
+            inside = f"{prefix}{name}.N." if is_list else f"{prefix}{name}."
+            where = "in each entry" if is_list else f"where {prefix}{name} is given"
+            for key, kind, how, meaning in describe_keys(section, inside):
+                yield key, kind, f"required {where}" if how == "required" else how, meaning
         else:
-            default = f"default {field.get_default(call_default_factory=True)}"
-            if field.is_required():
-                default = "required"
             kind = _type_name(field.annotation)
             yield f"{prefix}{name}", kind, default, field.description or ""
 
@@ -200,18 +144,48 @@ def _with_override(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, A
 
 
 def _with_value(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    head, dot, rest = key.partition(".")
-    if not dot:
-        return {**tree, head: value}
-    child = tree.get(head)
-    return {**tree, head: _with_value(child if isinstance(child, Mapping) else {}, rest, value)}
+    """Set a key; where there is a list on the way to it, a number stands for one of its entries, from 0.
+
+    Raises:
+        ConfigError: The list has no such entry.
+    """
+    parts = key.split(".")
+    if len(parts) > MAX_DEPTH:
+        raise ConfigError(f"'{_short(key)}' has {len(parts)} parts: no key has more than {MAX_DEPTH}")
+    root: dict[str, Any] = dict(tree)
+    node: dict[str, Any] | list[Any] = root
+    for number, part in enumerate(parts):
+        place: Any = part
+        if isinstance(node, list):
+            if not (part.isdecimal() and len(part) < 10 and int(part) < len(node)):
+                raise ConfigError(
+                    f"'{_short(key)}': '{'.'.join(parts[:number])}' is a list of {len(node)} entries: expected the "
+                    f"number of one of them, from 0, in place of '{_short(part)}'"
+                )
+            place = int(part)
+        if number + 1 == len(parts):
+            node[place] = value
+            break
+        child = node.get(place) if isinstance(node, dict) else node[place]
+        made: dict[str, Any] | list[Any] = list(child) if isinstance(child, list) else {}
+        if isinstance(child, Mapping):
+            made = dict(child)
+        node[place] = made
+        node = made
+    return root
 
 
+def _short(text: str) -> str:
+    text = redacted(text)  # before the end of a URL is cut off, by which it is known
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
+
+
+_SHOWN = 200
 _OF_OPTIMISERS = ("lr", "momentum", "weight_decay", "betas")
 
 
 def _explain(detail: ErrorDetails) -> str:
-    path = ".".join(str(part) for part in detail["loc"])
+    path = _short(".".join(str(part) for part in detail["loc"]))
     value = detail["input"]
     if detail["type"] == "extra_forbidden":
         known = _known_keys(detail["loc"][:-1])
@@ -226,11 +200,11 @@ def _explain(detail: ErrorDetails) -> str:
         return f"'{path}' is required"
     if detail["type"] == "model_type":
         keys = ", ".join(_known_keys(detail["loc"]))
-        return f"'{path}' is {value!r} ({_kind(value)}): expected a mapping with some of the keys {keys}"
+        return f"'{path}' is {_short(repr(value))} ({_kind(value)}): expected a mapping with some of the keys {keys}"
     if detail["type"] == "value_error":
         message = detail["msg"].removeprefix("Value error, ")
         return f"'{path}': {message}" if path else message
-    return f"'{path}' is {value!r} ({_kind(value)}): {detail['msg'][0].lower()}{detail['msg'][1:]}"
+    return f"'{path}' is {_short(repr(value))} ({_kind(value)}): {detail['msg'][0].lower()}{detail['msg'][1:]}"
 
 
 def _known_keys(path: Sequence[int | str]) -> list[str]:

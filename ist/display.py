@@ -10,9 +10,23 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from ist.errors import printable
 
 _LINE_EVERY_S = 5.0
 _FAULTS_AT_ONCE = 3
+
+
+class PlainConsole(Console):
+    """A console that shows text as it is: no markup such as `[bold]`, no emoji codes, no control characters."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Make a text of a string; tables and prints come here with all of theirs."""
+        return super().render_str(printable(text), **options)
 
 
 class Display:
@@ -29,7 +43,7 @@ class Display:
     def __init__(
         self, label: str, num_rounds: int, first_round: int, enabled: bool, num_workers: int | None = None
     ) -> None:
-        self._label = label
+        self._label = printable(label)
         self._num_rounds = num_rounds
         self._first_round = first_round
         self._num_workers = num_workers
@@ -40,13 +54,14 @@ class Display:
         self._num_untold = 0
         self._value = ""
         self._bar: Progress | None = None
-        console = Console(stderr=True)
+        console = PlainConsole(stderr=True)
         if enabled and console.is_terminal:
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[numbers]}"),
-                TextColumn("left"), TimeRemainingColumn(), console=console,
+                TextColumn("{task.description}", markup=False), BarColumn(),
+                TextColumn("{task.fields[numbers]}", markup=False), TextColumn("left"), TimeRemainingColumn(),
+                console=console,
             )  # fmt: skip
-            self._task = self._bar.add_task(label, total=num_rounds, completed=first_round, numbers="starting")
+            self._task = self._bar.add_task(self._label, total=num_rounds, completed=first_round, numbers="starting")
             self._bar.start()
 
     def show(self, record: Mapping[str, Any]) -> None:
@@ -97,9 +112,9 @@ class Display:
 
     def _print(self, line: str) -> None:
         if self._bar:
-            self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(line, highlight=False, soft_wrap=True)
         else:
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
 
     def saved(self, rounds_done: int) -> None:
         """A checkpoint is not shown."""

@@ -5,6 +5,7 @@ trip through another process. The string says what was found, where, what was
 expected, and what to do. Only `ist/cli.py` prints them and sets exit codes.
 """
 
+import re
 import traceback
 from pathlib import Path
 
@@ -85,3 +86,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that there is no more memory."""
     refused = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return refused or any(said in str(error) for said in _REFUSED)
+
+
+def printable(text: str) -> str:
+    """Return a text without what would steer a terminal: escape sequences and other control characters.
+
+    Line ends and tabs stay. Half surrogate pairs, which stand for bytes of a name that are not UTF-8, become `?`.
+    """
+    return _CONTROLS.sub("", _ESCAPES.sub("", text)).encode(errors="replace").decode()
+
+
+_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)?|\x1b[ -/]*[0-~]?")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ist.config_base import Component
-from ist.errors import CheckpointError, ConfigError
+from ist.errors import CheckpointError, ConfigError, said_at
 from ist.groups import Group, TensorSpec
 from ist.registry import call, resolve
 
 _SAMPLE_SHAPE = (2, 3)
+_TRIED_STEPS = 3
 _NUMBER = "#"
 
 
@@ -52,6 +53,25 @@ def build_optimizer(spec: Component, parameters: Sequence[nn.Parameter]) -> torc
     made = call(cls, {"params": parameters, **copy.deepcopy(spec.args)}, "train.optimizer.args")
     assert isinstance(made, torch.optim.Optimizer)
     return made
+
+
+def try_optimizer(spec: Component) -> None:
+    """Make a few steps on a small parameter: some arguments are refused when they are first used.
+
+    Raises:
+        ConfigError: As `build_optimizer`, or a step fails.
+    """
+    parameter = nn.Parameter(torch.zeros(_SAMPLE_SHAPE))
+    optimizer = build_optimizer(spec, [parameter])
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for _ in range(_TRIED_STEPS):
+                parameter.grad = torch.ones_like(parameter)
+                optimizer.step()
+    except Exception as error:  # its class may be anybody's
+        raise ConfigError(
+            f"'train.optimizer.args' {spec.args}: a step of {spec.name} raises {said_at(error)}"
+        ) from error
 
 
 def state_slots(spec: Component, dims: Iterable[int] = (2,)) -> tuple[StateSlot, ...]:

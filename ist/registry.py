@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from ist.errors import ConfigError
+from ist.errors import ConfigError, ISTError, said_at
 
 
-def resolve(name: str, key: str, short_names: Mapping[str, str], module: ModuleType | None = None) -> Any:
+def resolve(
+    name: str, key: str, short_names: Mapping[str, str], module: ModuleType | None = None, is_called: bool = True
+) -> Any:
     """Return the object that `name` stands for.
 
     Args:
@@ -21,12 +23,16 @@ def resolve(name: str, key: str, short_names: Mapping[str, str], module: ModuleT
         key: The configuration key, for messages.
         short_names: Registered names and the import paths they stand for.
         module: A library module whose attributes may be named directly, such as `torch.optim`.
+        is_called: Whether it must be a function or a class.
 
     Raises:
-        ConfigError: The name is not known, or its import fails.
+        ConfigError: The name is not known, its import fails, or it stands for something that cannot be called.
     """
     if ":" in name or name in short_names:
-        return _import(short_names.get(name, name), f"'{key}' is '{name}'")
+        found = _import(short_names.get(name, name), f"'{key}' is '{name}'")
+        if is_called and not callable(found):
+            raise ConfigError(f"'{key}' is '{name}', which is a {type(found).__name__}: expected a function or a class")
+        return found
     if module is not None and not name.startswith("_") and callable(getattr(module, name, None)):
         return getattr(module, name)
     known = [*short_names, *([n for n in vars(module) if not n.startswith("_")] if module else [])]
@@ -48,7 +54,8 @@ def call(function: Any, args: Mapping[str, Any], key: str) -> Any:
     """Call `function(**args)`, with a `ConfigError` that names `key` if the arguments do not fit.
 
     Raises:
-        ConfigError: A keyword is unknown or missing, or its value is refused.
+        ConfigError: A keyword is unknown or missing, or its value is refused; or the function fails, whatever it raises
+            that is not an error of this package.
     """
     try:
         inspect.signature(function).bind(**args)
@@ -61,17 +68,26 @@ def call(function: Any, args: Mapping[str, Any], key: str) -> Any:
         return function(**args)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"'{key}' was refused: {error}") from error
+    except ISTError:
+        raise
+    except (Exception, SystemExit) as error:  # it may be anybody's
+        name = getattr(function, "__name__", str(function))
+        raise ConfigError(f"'{key}': {name} raises {said_at(error)}") from error
 
 
 def _import(path: str, what: str) -> Any:
     module_name, colon, attribute = path.partition(":")
-    if not colon or not module_name or not attribute:
+    if not colon or not attribute or not all(module_name.split(".")):
         raise ConfigError(f"{what}: expected 'package.module:Name'")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(f"{what}, which does not import: {error}") from error
+    except (Exception, SystemExit) as error:  # it may be anybody's
+        raise ConfigError(f"{what}, which does not import: {said_at(error)}") from error
     try:
         return getattr(module, attribute)
     except AttributeError as error:
         raise ConfigError(f"{what}: module '{module_name}' has no '{attribute}'") from error
+    except Exception as error:  # a module may find its attributes by a function
+        raise ConfigError(f"{what}: '{attribute}' of module '{module_name}' raises {said_at(error)}") from error

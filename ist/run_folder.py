@@ -35,13 +35,14 @@ from ist.checkpoint import (
     write_tensors,
 )
 from ist.config import Config
-from ist.config_file import dump_config, load_config, parse_yaml, validate
+from ist.config_file import dump_config, load_config, validate
 from ist.errors import CheckpointError, RunFolderError
 from ist.redact import holds_secret, redacted
 from ist.run_files import Lines, parse_records, parse_result
 from ist.run_lock import LOCK, sole_writer
 from ist.same_run import Change, other_run, other_settings
 from ist.storage import LocalStorage, Storage, is_url, refuse_link, run_storage, sweep, write_atomically
+from ist.yaml_text import parse_yaml
 
 _log = logging.getLogger(__name__)
 

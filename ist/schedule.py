@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ist.config import TOTAL_STEPS
 from ist.config_base import Component
-from ist.errors import ConfigError, ModelError
+from ist.errors import ConfigError, ModelError, said_at
 from ist.optim import build_optimizer
 from ist.registry import call, resolve
 from ist.stages import Span
@@ -24,6 +24,9 @@ Settings = Mapping[str, Any]
 
 StepSettings = tuple[Settings, ...]
 """What a schedule sets for one step: an entry for each parameter group of the whole network's optimiser."""
+
+MAX_SCHEDULED_STEPS = 3_000_000
+"""Most local steps of a run with a schedule: their settings take a gigabyte."""
 
 
 def stand_ins(template: nn.Module, spec: Component) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
@@ -129,6 +132,7 @@ def schedule_settings(
     """
     if schedule is None:
         return []
+    _check_length(total_steps, "'train.schedule'")
     cls = resolve(schedule.name, "train.schedule.name", {}, torch.optim.lr_scheduler)
     if cls is torch.optim.lr_scheduler.ReduceLROnPlateau:
         raise ConfigError("'train.schedule.name' is 'ReduceLROnPlateau', which needs a metric each step: not supported")
@@ -148,6 +152,10 @@ def schedule_settings(
                 scheduler.step()
             except ValueError as error:
                 raise ConfigError(f"'train.schedule.args': {error} (the run has {total_steps} local steps)") from error
+            except Exception as error:  # its class may be anybody's, and some arguments are looked at late
+                raise ConfigError(
+                    f"'train.schedule.args' {schedule.args}: step {step + 1} of {schedule.name} raises {said_at(error)}"
+                ) from error
     # What is the optimiser's own at one step may follow another value: it is set there too.
     base = [
         {key: values[key] for key in values if any(key in groups[number] for groups in found)}
@@ -193,6 +201,7 @@ def staged_settings(
     if not settings and all(span.stage.lr_scale == 1 for span in spans):
         return settings
     if not settings:
+        _check_length(spans[-1].steps.stop, "'lr_scale' of a stage")
         base = _settings_now(optimizer)
         if not all("lr" in group for group in base):
             raise ConfigError(f"'recipe.stages' has an 'lr_scale', but {type(optimizer).__name__} has no 'lr'")
@@ -204,3 +213,11 @@ def staged_settings(
             now = settings[span.steps.start if unit == "round" else step]
             found.append(tuple({**group, "lr": group["lr"] * scale} for group in now) if scale != 1 else now)
     return found
+
+
+def _check_length(total_steps: int, what: str) -> None:
+    if total_steps > MAX_SCHEDULED_STEPS:
+        raise ConfigError(
+            f"{what} is worked out for every local step beforehand, at most {MAX_SCHEDULED_STEPS:,}, but the "
+            f"run has {total_steps:,} ('train.rounds' or 'train.epochs'): shorten it, or leave the schedule out"
+        )

@@ -12,6 +12,9 @@ from ist.errors import ConfigError
 
 WHOLE_RUN = Stage()
 
+MAX_ROUNDS = 1_000_000
+"""Most rounds of a run: each is known, in every process, before the first begins."""
+
 
 @dataclass(frozen=True)
 class Span:
@@ -34,7 +37,8 @@ def spans(
             shorter.
 
     Raises:
-        ConfigError: The stages that say how long they last leave nothing for the one that does not.
+        ConfigError: The stages that say how long they last leave nothing for the one that does not, or there are more
+            than `MAX_ROUNDS` rounds.
     """
     stages = list(stages) or [WHOLE_RUN]
     steps_of = [stage.local_steps or local_steps for stage in stages]
@@ -57,6 +61,11 @@ def spans(
             raise ConfigError(
                 f"'recipe.stages': the run has {length}, and the stages that say how long they last take {used}: "
                 "nothing is left for the one that does not. Lengthen the run, or shorten those"
+            )
+        if len(found) + len(range(begin, end, steps)) > MAX_ROUNDS:
+            raise ConfigError(
+                f"the run has more than {MAX_ROUNDS:,} rounds ('train.rounds', or 'train.epochs' and "
+                "'train.local_steps'): shorten it, or make rounds longer"
             )
         found += [Span(range(first, min(first + steps, end)), stage) for first in range(begin, end, steps)]
         begin = end

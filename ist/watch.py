@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from ist.config import Config
 from ist.display import Display
-from ist.errors import ConfigError, ISTError, PoolError
+from ist.errors import ConfigError, ISTError, PoolError, first_line
 from ist.pool.torchrun import is_rank_zero
 from ist.run_folder import RunFolder
 
@@ -117,6 +117,10 @@ def _check_port(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise _refused(host, port, error) from error
+    except ValueError as error:  # it cannot be a name of the domain name system
+        raise ConfigError(
+            f"'watch.metrics_host' is '{host}', which is not a host's name or address: {first_line(error)}"
+        ) from error
 
 
 def _refused(host: str, port: int, error: OSError) -> ISTError:

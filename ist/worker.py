@@ -20,7 +20,7 @@ from ist import optim
 from ist.blocks import scaled_blocks
 from ist.data.batches import fetch, length, take_shard
 from ist.data.nested import call_model
-from ist.errors import AbandonedRoundError, ConfigError, ModelError
+from ist.errors import AbandonedRoundError, ConfigError, ISTError, ModelError
 from ist.evaluate import evaluate, reestimate_statistics, statistics_batches
 from ist.exchange import WorkerEnd
 from ist.failures import located, loss_errors, loss_of, network_errors
@@ -254,7 +254,9 @@ def rehearse(job: Job) -> None:
             # What torch warns of, and computes: (N, 1) and (N,) are spread over each other.
             warnings.filterwarnings("error", message="Using a target size")
             _one_step(job, device)
-    except (UserWarning, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except ISTError:
+        raise
+    except Exception as error:  # network, data, loss and optimiser may be anybody's
         raise ConfigError(
             f"network, data, loss and optimiser do not fit each other: a step on a batch of "
             f"{job.dealing.smallest_batch} fails: {type(error).__name__}: {error}".splitlines()[0]

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ist.config import Config
-from ist.config_file import config_for_method, describe_keys, dump_config, load_config, parse_yaml, validate
+from ist.config_file import config_for_method, describe_keys, dump_config, load_config, validate
 from ist.errors import ConfigError
+from ist.yaml_text import parse_yaml
 from tests.conftest import config_tree, small_config
 
 
@@ -301,6 +302,50 @@ def test_every_key_is_explained() -> None:
     assert len(rows) > 35
     assert all(meaning for _, _, _, meaning in rows)
     assert {"train.local_steps", "pool.kind", "model.args"} <= {key for key, *_ in rows}
+
+
+def test_keys_of_what_may_be_left_out_and_of_lists_say_so() -> None:
+    rows = {key: (kind, default) for key, kind, default, _ in describe_keys()}
+
+    assert rows["train.schedule"] == ("mapping or null", "default None")
+    assert rows["train.schedule.name"] == ("text", "required where train.schedule is given")
+    assert rows["train.optimizer.name"] == ("text", "required")
+    assert rows["recipe.stages"] == ("list", "default []")
+    assert rows["recipe.stages.N.rounds"] == ("whole number or null", "default None")
+    assert "recipe.stages.rounds" not in rows
+    assert "train.optimizer" not in rows
+
+
+def test_an_override_reaches_an_entry_of_a_list_by_its_number(tmp_path: Path) -> None:
+    path = written(tmp_path, recipe={"stages": [{"rounds": 1}, {}]}, model__args={"widths": [64, 24, 20, 10]})
+
+    config = load_config(path, ["recipe.stages.0.rounds=3", "recipe.stages.1.outer.lr=0.5", "model.args.widths.1=30"])
+
+    assert [stage.rounds for stage in config.recipe.stages] == [3, None]
+    assert config.recipe.outer_of(config.recipe.stages[1]).lr == 0.5
+    assert config.model.args["widths"] == [64, 30, 20, 10]
+
+
+@pytest.mark.parametrize("place", ["2", "-1", "x", "N", "", "9" * 400])
+def test_an_override_of_an_entry_that_is_not_there_is_an_error(tmp_path: Path, place: str) -> None:
+    path = written(tmp_path, recipe={"stages": [{"rounds": 1}, {}]})
+
+    with pytest.raises(ConfigError, match="'recipe.stages' is a list of 2 entries") as caught:
+        load_config(path, [f"recipe.stages.{place}.rounds=3"])
+    assert len(str(caught.value)) < 1000
+
+
+def test_every_key_that_is_explained_can_be_set(tmp_path: Path) -> None:
+    path = written(tmp_path, recipe={"stages": [{"rounds": 1}, {}]})
+
+    for key in (key.replace(".N.", ".0.") for key, *_ in describe_keys()):
+        told = ""
+        try:
+            load_config(path, [f"{key}=[]"])
+        except ConfigError as error:
+            told = str(error)
+        assert f"unknown key '{key}'" not in told
+        assert "is a list of" not in told
 
 
 def test_the_configuration_cannot_be_changed(tmp_path: Path) -> None:

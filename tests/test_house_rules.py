@@ -18,6 +18,7 @@ LAYERS = [
     ["ist.rng", "ist.config_base", "ist.balance", "ist.finite", "ist.lab.hosts"],
     ["ist.config_method", "ist.config_recipe"],
     ["ist.config"],
+    ["ist.yaml_text"],
     ["ist.config_file", "ist.registry", "ist.storage", "ist.run_files", "ist.run_lock", "ist.same_run"],
     ["ist.data", "ist.models"],
     ["ist.data.sparse", "ist.data.log_mel"],

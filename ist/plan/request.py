@@ -72,8 +72,9 @@ def _parse_workers(text: str | None) -> tuple[int, ...]:
     if text is None:
         return ()
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ConfigError(f"--workers '{text}': expected numbers of workers from 1, such as 2,4,8")
+    if not all(part.isdecimal() and len(part) < 10 and int(part) > 0 for part in parts):
+        shown = text if len(text) < 100 else f"{text[:100]}..."
+        raise ConfigError(f"--workers '{shown}': expected numbers of workers from 1, such as 2,4,8")
     return tuple(dict.fromkeys(map(int, parts)))
 
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ist.display import format_metric, metric_title
+from ist.errors import printable
 
 AXES = (
     ("sent_bytes", "bytes sent by all processes", "log"),
@@ -40,18 +41,20 @@ def curve_plot(curves: Curves, x: str, x_label: str, x_scale: str) -> str:
     y = next((n for n in names if n and any(r.get(n) is not None for rs in seen.values() for r in rs)), "test_loss")
     figure = Figure(figsize=(5.6, 3.8), layout="constrained")
     axes = figure.subplots()
-    for number, (label, records) in enumerate(seen.items()):
+    for number, records in enumerate(seen.values()):
         points = [(record[x], record[y]) for record in records if record.get(y) is not None]
         style = "solid" if number < _COLOURS else "dashed"
         places = [p[0] for p in points], [p[1] for p in points]
-        axes.plot(*places, label=label, linewidth=1.4, linestyle=style, marker=".")
+        axes.plot(*places, label=f"run {number}", linewidth=1.4, linestyle=style, marker=".")
     axes.set_xscale(x_scale)
     axes.set_xlabel(x_label)
-    axes.set_ylabel("test loss" if y == "test_loss" else f"test {metric_title(y)}")
+    axes.set_ylabel("test loss" if y == "test_loss" else f"test {_literal(metric_title(y))}")
     axes.grid(visible=True, alpha=0.3)
     if format_metric(y, 0.5).endswith("%"):
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.legend()
+    legend = axes.legend()
+    for text, label in zip(legend.get_texts(), seen, strict=True):
+        text.set_text(_literal(label))
     axes.spines[["top", "right"]].set_visible(False)
     return svg(figure)
 
@@ -70,13 +73,19 @@ def phase_plot(curves: Curves) -> str:
     left = [0.0] * len(curves)
     for key, label in phases.items():
         widths = [sum(record[key] for record in records) for records in curves.values()]
-        axes.barh(list(curves), widths, left=left, label=label, height=0.6)
+        axes.barh(range(len(curves)), widths, left=left, label=label, height=0.6)
         left = [start + width for start, width in zip(left, widths, strict=True)]
+    axes.set_yticks(range(len(curves)), [_literal(label) for label in curves])
     axes.set_xlabel("seconds (mean of the workers)")
     axes.invert_yaxis()
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     axes.spines[["top", "right"]].set_visible(False)
     return svg(figure)
+
+
+def _literal(text: str) -> str:
+    """Return a text that matplotlib shows as it is: between dollar signs it reads formulas."""
+    return printable(text).replace("$", r"\$")
 
 
 def svg(figure: Figure) -> str:

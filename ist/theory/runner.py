@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -29,6 +28,7 @@ from ist.storage import write_atomically
 from ist.theory import EXPERIMENTS
 from ist.theory.experiment import Experiment, Point, Row, Section
 from ist.theory.problem import SPHERE, load_problem
+from ist.yaml_text import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,7 @@ def make_settings(name: str, quick: bool, data: str | None, assignments: Sequenc
             raise ConfigError(f"--set '{assignment}': expected KEY=VALUE")
         if key not in module.Settings.model_fields:
             raise ConfigError(f"--set '{assignment}': {name} has {', '.join(module.Settings.model_fields)}")
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set '{assignment}': the value is no YAML") from error
+        values[key] = parse_yaml(text, f"--set '{assignment}'")
     try:
         return module.Settings(**values)
     except ValidationError as error:
