@@ -6,7 +6,7 @@ Not here: the command line (`ist/cli.py`), which builds the same job from a file
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ist.build import loss_function, make_job
+from ist.compiled import original, uncompiled
 from ist.config import FROM_PYTHON
 from ist.config_file import validate
 from ist.data.batched import BatchedDataset
@@ -118,7 +119,8 @@ def train(
 
     Args:
         model: Any network; trained in place, and in the modes that it has: a module in evaluation mode (a frozen
-            batch norm) stays so. Its neuron groups are found by running it once on two inputs of `data`.
+            batch norm) stays so; one that is compiled is trained uncompiled. Its neuron groups are found by running it
+            once on two inputs of `data`.
         data: Pairs (input, target); dealt to the workers. An input that is a tuple gives positional arguments, one
             that is a mapping gives keyword arguments.
         loss: Name of a function of torch.nn.functional, applied to the outputs or to their `logits`; or any mean loss
@@ -169,7 +171,7 @@ def train(
         {
             "name": "api",
             "seed": seed,
-            "model": {"name": FROM_PYTHON + type(model).__name__},
+            "model": {"name": FROM_PYTHON + type(original(model)).__name__},
             "data": {"name": type(data).__name__, **(data_options or {})},
             "train": {
                 "workers": workers,
@@ -196,12 +198,12 @@ def train(
         "ist.train",
     )
     check_watch(config)
-    check_network(model, is_split=True)
     check_held(loss, model)
     function = loss_function(loss) if isinstance(loss, str) else loss
-    with kept_modes(model):
-        job = make_job(config, on_meta(model), lambda: model, data, test_data, function)
-        return _train(job, model, run_dir, resume, progress)
+    with uncompiled(model) as plain, kept_modes(plain):
+        check_network(plain, is_split=True)
+        job = make_job(config, on_meta(plain), lambda: plain, data, test_data, function)
+        return replace(_train(job, plain, run_dir, resume, progress), model=model)
 
 
 def _train(job: Job, model: nn.Module, run_dir: str | Path | None, resume: bool, progress: bool) -> TrainResult:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from ist import optim
+from ist.compiled import plain_name, without_compilation
 from ist.config import Config
 from ist.data import DATASETS, Splits
 from ist.data.batches import Dealing, fetch, length
@@ -59,6 +60,7 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
             model = _make(model_class, config.model.args)
         if not isinstance(model, nn.Module):
             raise ConfigError(f"'model.name' is '{config.model.name}', which makes no torch.nn.Module")
+        model = without_compilation(model)
         check_network(model, is_split=config.method == "ist")
         return model
 
@@ -186,7 +188,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"'model.weights' is '{path}', which cannot be read as safetensors: {error}") from error
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict({plain_name(name): tensor for name, tensor in tensors.items()})
     except RuntimeError as error:
         raise ConfigError(f"'model.weights' is '{path}', which does not fit the network: {error}") from error
 

@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ist.data.nested import tensors_in
 from ist.errors import ModelError
 
+_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+
 
 def check_network(network: nn.Module, is_split: bool) -> None:
     """Refuse a network that cannot be copied and narrowed.
@@ -26,13 +28,19 @@ def check_network(network: nn.Module, is_split: bool) -> None:
         is_split: Whether narrow copies of it are trained; else it is trained itself.
 
     Raises:
-        ModelError: It is compiled to TorchScript, some of its parameters have no shape yet, or something hangs on a
-            parameter that a narrow one cannot have.
+        ModelError: It is compiled to TorchScript or wrapped for parallel training, some of its parameters have no shape
+            yet, or something hangs on a parameter that a narrow one cannot have.
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
         raise ModelError(
             "the network is TorchScript, whose forward cannot be watched: pass the module it was made from"
         )
+    for path, module in network.named_modules():
+        for kind in {kind.__name__ for kind in type(module).__mro__} & _WRAPPERS:
+            where = f"'{path}'" if path else "the network"
+            raise ModelError(
+                f"{where} is a {kind}, which trains in processes or on devices of its own: pass the module in it"
+            )
     for name, parameter in network.named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(

@@ -21,6 +21,7 @@ from torch import Tensor
 from ist.average import PREFIX as AVERAGE
 from ist.average import Averaged
 from ist.checkpoint import Progress, check_tensors
+from ist.compiled import plain_name
 from ist.config import Config, num_processes
 from ist.coordinator import Coordinator
 from ist.errors import CheckpointError, ConfigError
@@ -256,6 +257,7 @@ def _restored(job: Job, saved: Mapping[str, Tensor] | None) -> tuple[torch.nn.Mo
     model = job.build()
     if saved is None:
         return model, {}
+    saved = {plain_name(name): tensor for name, tensor in saved.items()}
     state = model.state_dict()
     of_network = {name: tensor for name, tensor in saved.items() if name in state}
     check_tensors(of_network, state)

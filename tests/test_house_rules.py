@@ -31,6 +31,7 @@ LAYERS = [
         "ist.attention",
         "ist.blocks",
         "ist.modes",
+        "ist.compiled",
         "ist.copies",
     ],
     ["ist.models.mlp", "ist.models.preact_resnet", "ist.models.decoder", "ist.models.wide"],
