@@ -19,7 +19,7 @@ from ist.copies import copied, like
 from ist.errors import ConfigError, ModelError
 from ist.groups import Group, TensorSpec, named_tensors
 from ist.groups.sites import Resizes
-from ist.groups.sizes import Origin
+from ist.groups.sizes import Origin, set_integer
 from ist.rng import Indices
 
 Scale = float | tuple[float, ...]
@@ -80,8 +80,7 @@ def narrow_module(
     _narrow_tensors(module, plan, device, constants or {})
     for origin, value in plan.sizes.items():
         if not _is_absent(origin.path, plan):
-            holder: Any = module.get_submodule(origin.path)
-            vars(holder.config if origin.of_config else holder)[origin.attribute] = value
+            set_integer(module, origin, value)
     for child in module.modules():
         _narrow_attributes(child)
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:

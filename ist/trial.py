@@ -104,7 +104,7 @@ class Trial:
                 self._note(key, size, given, wanted)
             elif given != wanted and (wanted != size.size or size.in_shape):
                 self.mismatched.add(call.path)
-            if given != wanted:
+            if given != wanted and (wanted != size.size or size.in_shape):
                 values[size.location] = wanted
         return with_sizes(args, kwargs, values) if values else (args, kwargs)
 

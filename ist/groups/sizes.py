@@ -10,7 +10,11 @@ what `ist/narrow.py` sets.
 Not here: numbers that a forward computes from shapes (`ist/groups/calls.py`).
 """
 
+import argparse
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,16 +24,23 @@ Location = tuple[int | str, ...]
 """Where an integer is among the arguments of a call: a position or a name, then positions or the bound of a slice."""
 
 
+Step = tuple[str, Any]
+"""One step into a value: ("attribute", name) of an object, or ("item", key) of a mapping or a sequence."""
+
+
 class Origin(NamedTuple):
-    """An integer attribute: of the module at `path`, or of its `config`."""
+    """An integer of a network: an attribute of the module at `path`, or something inside this attribute."""
 
     path: str
     attribute: str
-    of_config: bool = False
+    steps: tuple[Step, ...] = ()
 
     def __str__(self) -> str:
-        holder = f"{self.path or 'the network'}{'.config' if self.of_config else ''}"
-        return f"'{self.attribute}' of {holder}"
+        holder = self.path or "the network"
+        if not self.steps:
+            return f"'{self.attribute}' of {holder}"
+        inside = "".join(f".{key}" if kind == "attribute" else f"[{key!r}]" for kind, key in self.steps[:-1])
+        return f"'{self.steps[-1][1]}' of {holder}.{self.attribute}{inside}"
 
 
 class TracedInt(int):
@@ -84,18 +95,88 @@ class Size(NamedTuple):
     in_shape: bool = False
 
 
+_MODULES_OWN = frozenset(vars(nn.Module()))
+_DEEPEST, _LONGEST = 3, 64
+
+
 def plant(module: nn.Module) -> None:
-    """Replace the integer attributes of a network's modules, and of their `config`s, by traced ones."""
+    """Replace the integers that a network's modules hold by traced ones.
+
+    They are attributes of modules, of their `config`s and other plain collections of settings, and items of lists,
+    tuples and dictionaries of a moderate size.
+    """
     seen: set[int] = set()
     for path, child in module.named_modules():
-        holders: list[tuple[Any, bool]] = [(child, False), (child.__dict__.get("config"), True)]
-        for holder, of_config in holders:
-            if holder is None or id(holder) in seen or not hasattr(holder, "__dict__"):
-                continue
-            seen.add(id(holder))
-            for name, value in list(vars(holder).items()):
-                if type(value) is int and not name.startswith("_"):
-                    vars(holder)[name] = TracedInt.of(value, Origin(path, name, of_config))
+        for name, value in list(vars(child).items()):
+            if name not in _MODULES_OWN:
+                vars(child)[name] = _planted(value, Origin(path, name), seen)
+
+
+def _planted(value: Any, origin: Origin, seen: set[int]) -> Any:
+    """Return a value with its integers replaced; objects, lists and dictionaries are changed in place."""
+    if type(value) is int:
+        return TracedInt.of(value, origin)
+    if len(origin.steps) >= _DEEPEST or (not isinstance(value, tuple) and id(value) in seen):
+        return value
+    if _is_settings(value, origin):
+        seen.add(id(value))
+        for name, item in list(vars(value).items()):
+            vars(value)[name] = _planted(item, _inside(origin, "attribute", name), seen)
+    elif isinstance(value, dict | list | tuple) and len(value) <= _LONGEST:
+        seen.add(id(value))
+        items = list(value.items() if isinstance(value, dict) else enumerate(value))
+        made = {key: _planted(item, _inside(origin, "item", key), seen) for key, item in items}
+        if isinstance(value, tuple):
+            return _tuple_like(value, list(made.values())) if any(made[k] is not item for k, item in items) else value
+        for key, item in items:
+            if made[key] is not item:
+                value[key] = made[key]
+    return value
+
+
+def _is_settings(value: Any, origin: Origin) -> bool:
+    """Whether an object is a collection of settings."""
+    if isinstance(value, type | Tensor | nn.Module) or not isinstance(getattr(value, "__dict__", None), dict):
+        return False
+    named = is_dataclass(value) or isinstance(value, SimpleNamespace | argparse.Namespace)
+    return named or (origin.attribute == "config" and not origin.steps)
+
+
+def _inside(origin: Origin, kind: str, key: Any) -> Origin:
+    return origin._replace(steps=(*origin.steps, (kind, key)))
+
+
+def _tuple_like(value: tuple[Any, ...], items: list[Any]) -> Any:
+    return type(value)(items) if type(value) in (tuple, torch.Size) else type(value)(*items)
+
+
+def set_integer(module: nn.Module, origin: Origin, number: int) -> None:
+    """Set an integer of a network, in place."""
+    holder = vars(module.get_submodule(origin.path))
+    holder[origin.attribute] = _with_integer(holder[origin.attribute], origin.steps, number)
+
+
+def _with_integer(value: Any, steps: Sequence[Step], number: int) -> Any:
+    if not steps:
+        return number
+    (kind, key), *rest = steps
+    if kind == "attribute":
+        vars(value)[key] = _with_integer(vars(value)[key], rest, number)
+    elif isinstance(value, tuple):
+        items = list(value)
+        items[key] = _with_integer(items[key], rest, number)
+        return _tuple_like(value, items)
+    else:
+        value[key] = _with_integer(value[key], rest, number)
+    return value
+
+
+def forget_sizes() -> None:
+    """Let einops forget the sizes that it has computed: it would give those of an equal integer of another module."""
+    computed = getattr(sys.modules.get("einops.einops"), "_reconstruct_from_shape", None)
+    forget = getattr(computed, "cache_clear", None)
+    if forget is not None:
+        forget()
 
 
 def takes_sizes(function: Any) -> bool:

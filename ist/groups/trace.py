@@ -35,7 +35,7 @@ from ist.groups.reads import reads_that_matter
 from ist.groups.rules import labels_of_results
 from ist.groups.sites import Call as SizedCall
 from ist.groups.sites import Running
-from ist.groups.sizes import Size, SizeLabels, TracedInt, plant, sizes_in, takes_sizes
+from ist.groups.sizes import Size, SizeLabels, TracedInt, forget_sizes, plant, sizes_in, takes_sizes
 from ist.groups.tape import Step, influenced, needed, step_of, storages, tensors_of
 
 _RANDOM = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
@@ -191,6 +191,7 @@ def _trace(module: nn.Module, example: Any, fresh: Callable[[], nn.Module] | Non
         unreached = [name for name, p in module.named_parameters() if not storages([p]) & reached and p.numel()]
         if not unreached or not (draws.made or draws.others):
             break
+    forget_sizes()
     watch.replay(needed(watch.steps, [*outputs, *tensors_of(module)], reads))
     for tensor in outputs:
         watch.freeze(tensor)
@@ -416,6 +417,7 @@ class _Arguments(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run a function, and note the sizes among its arguments."""
+        forget_sizes()
         result = func(*args, **(kwargs or {}))
         if takes_sizes(func):
             frame = sys._getframe(1)

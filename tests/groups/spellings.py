@@ -7,10 +7,13 @@ Each network keeps the code of the best-known program that spells it so, shorten
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import einsum, rearrange, repeat
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from tests.groups.networks import Case, rand
@@ -260,6 +263,129 @@ class Windows(ViTAttention):
         return self.proj((attn @ v).transpose(1, 2).reshape(B, N, C)).view(B0, L, C)
 
 
+class Lucid(nn.Module):
+    """vit-pytorch: the head is an axis of an einops pattern; not every number of heads divides another."""
+
+    def __init__(self, dim: int = 32, heads: int = 5, dim_head: int = 6) -> None:
+        super().__init__()
+        self.heads, self.scale, self.norm = heads, dim_head**-0.5, nn.LayerNorm(dim)
+        self.to_qkv = nn.Linear(dim, heads * dim_head * 3, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(heads * dim_head, dim), nn.Dropout(0.1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.to_qkv(self.norm(x)).chunk(3, dim=-1)
+        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in qkv)
+        attn = (torch.matmul(q, k.transpose(-1, -2)) * self.scale).softmax(dim=-1)
+        return self.to_out(rearrange(torch.matmul(attn, v), "b h n d -> b n (h d)"))
+
+
+class ViT(nn.Module):
+    """vit-pytorch: patches by a layer of einops, a class token by `repeat`; both layers have the same shapes."""
+
+    def __init__(self, dim: int = 32) -> None:
+        super().__init__()
+        patches = Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=4, p2=4)
+        self.patch = nn.Sequential(patches, nn.LayerNorm(48), nn.Linear(48, dim), nn.LayerNorm(dim))
+        self.cls, self.pos = nn.Parameter(torch.randn(1, 1, dim)), nn.Parameter(torch.randn(1, 5, dim))
+        self.layers = nn.ModuleList([nn.ModuleList([Lucid(), feed_forward(dim)]) for _ in range(2)])
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 5)
+
+    def forward(self, img: Tensor) -> Tensor:
+        x = self.patch(img)
+        x = torch.cat((repeat(self.cls, "1 1 d -> b 1 d", b=len(img)), x), dim=1)
+        x += self.pos[:, : x.shape[1]]
+        for attn, feed in self.layers:
+            x = attn(x) + x
+            x = feed(x) + x
+        return self.head(self.norm(x)[:, 0])
+
+
+def feed_forward(dim: int) -> nn.Module:
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, 24), nn.GELU(), nn.Linear(24, dim))
+
+
+class FusedPattern(nn.Module):
+    """Queries, keys and values are an axis of the pattern, and the products are einops' too."""
+
+    def __init__(self, dim: int = 30, heads: int = 5) -> None:
+        super().__init__()
+        self.heads, self.qkv, self.o = heads, nn.Linear(32, dim * 3), nn.Linear(dim, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (qkv h d) -> qkv b h n d", qkv=3, h=self.heads)
+        attn = einsum(q, k, "b h i d, b h j d -> b h i j").softmax(-1)
+        return self.o(rearrange(einsum(attn, v, "b h i j, b h j d -> b h i d"), "b h n d -> b n (h d)"))
+
+
+class Layered(nn.Module):
+    """Everything is a layer: its axes are a tuple that the layer holds."""
+
+    def __init__(self, dim: int = 30, heads: int = 5) -> None:
+        super().__init__()
+        split = Rearrange("b n (h d) -> b h n d", h=heads)
+        self.q, self.k, self.v = (nn.Sequential(nn.Linear(32, dim), split) for _ in range(3))
+        self.o = nn.Sequential(Rearrange("b h n d -> b n (h d)"), nn.Linear(dim, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
+
+
+class Perceiver(nn.Module):
+    """Heads beside the batch."""
+
+    def __init__(self, dim: int = 30, heads: int = 5) -> None:
+        super().__init__()
+        self.heads, self.to_q, self.to_kv = heads, nn.Linear(32, dim, bias=False), nn.Linear(32, 2 * dim, bias=False)
+        self.latents, self.to_out = nn.Parameter(torch.randn(3, 32)), nn.Linear(dim, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.heads
+        q, (k, v) = self.to_q(repeat(self.latents, "n d -> b n d", b=len(x))), self.to_kv(x).chunk(2, dim=-1)
+        q, k, v = (rearrange(t, "b n (h d) -> (b h) n d", h=h) for t in (q, k, v))
+        attn = torch.einsum("b i d, b j d -> b i j", q, k).softmax(dim=-1)
+        out = torch.einsum("b i j, b j d -> b i d", attn, v)
+        return self.to_out(rearrange(out, "(b h) n d -> b n (h d)", h=h)).mean(1, keepdim=True).expand_as(x)
+
+
+class LinearAttention(nn.Module):
+    """Diffusion models: attention between channels of an image."""
+
+    def __init__(self, dim: int = 32, heads: int = 5, dim_head: int = 6) -> None:
+        super().__init__()
+        self.heads, hidden = heads, heads * dim_head
+        self.to_qkv, self.to_out = nn.Conv2d(dim, hidden * 3, 1, bias=False), nn.Conv2d(hidden, dim, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = rearrange(tokens, "b (h w) c -> b c h w", h=2)
+        h, w = x.shape[2:]
+        qkv = self.to_qkv(x).chunk(3, dim=1)
+        q, k, v = (rearrange(t, "b (h c) x y -> b h c (x y)", h=self.heads) for t in qkv)
+        context = torch.einsum("b h d n, b h e n -> b h d e", k.softmax(dim=-1), v)
+        out = torch.einsum("b h d e, b h d n -> b h e n", context, q.softmax(dim=-2))
+        out = rearrange(out, "b h c (x y) -> b (h c) x y", h=self.heads, x=h, y=w)
+        return rearrange(self.to_out(out), "b c h w -> b (h w) c")
+
+
+@dataclass
+class Settings:
+    heads: int = 4
+    widths: dict[str, int] = field(default_factory=lambda: {"key": 8})
+
+
+class Configured(nn.Module):
+    """Sizes in a data class and a dictionary, under names of the user's choice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.args, self.lengths = Settings(), {"counts": [4, 4]}
+        self.q, self.k, self.v, self.o = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x).view(*x.shape[:2], self.args.heads, -1).transpose(1, 2)
+        k, v = (p(x).view(*x.shape[:2], self.lengths["counts"][1], -1).transpose(1, 2) for p in (self.k, self.v))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
 class Inside(nn.Module):
     """A transformer's layer around an attention, with 24 units beside its heads."""
 
@@ -291,4 +417,10 @@ SPELLINGS: dict[str, Case] = {
         lambda: Inside(Unrolled()), STATES, {"block.attn.qkv.0": 4, "block.attn.qkv.1": 2, "block.mlp": 24}
     ),
     "Swin": layer(Windows, 4, rand(2, 8, 32)),
+    "vit-pytorch": Case(ViT, rand(2, 3, 8, 8), {"layers.0.0": 5, "layers.0.1": 24, "layers.1.0": 5, "layers.1.1": 24}),
+    "fused pattern": layer(FusedPattern, 5),
+    "layers of einops": layer(Layered, 5),
+    "perceiver": Case(lambda: Inside(Perceiver()), STATES, {"block.attn": 32, "block.attn.to_q": 5, "block.mlp": 24}),
+    "linear attention": layer(LinearAttention, 5),
+    "configured": layer(Configured, 4),
 }

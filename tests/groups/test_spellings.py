@@ -80,6 +80,13 @@ def test_only_modules_that_need_it_make_calls_with_other_sizes() -> None:
     assert narrow_with_values(resized).block.attn.num_heads == 4  # computes as if it were whole
 
 
+@pytest.mark.parametrize("name", ["vit-pytorch", "fused pattern", "layers of einops", "perceiver", "configured"])
+def test_axes_of_einops_and_settings_are_narrowed_where_they_are_held(name: str) -> None:
+    job = job_of(seeded(SPELLINGS[name].build), SPELLINGS[name].example)
+
+    assert not job.found.resized
+
+
 def test_what_is_known_of_calls_reaches_other_processes() -> None:
     job = job_of(seeded(lambda: Inside(ViTAttention())), STATES)
     sent = pickle.loads(pickle.dumps(job.found))
