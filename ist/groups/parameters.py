@@ -50,6 +50,16 @@ class ParameterView(NamedTuple):
         return {axis for dim in self.planes for axis in self.axes(dim)}
 
 
+def is_repeated(view: ParameterView) -> bool:
+    """Return whether a view holds an element several times, as a learned query that is spread over a batch."""
+    number, known = torch.zeros((), dtype=torch.int64), 1
+    for plane in view.planes.values():
+        number = number + plane * known
+        known *= int(plane.max()) + 1 if plane.numel() else 1
+    numbers = number.expand(view.shape)
+    return len(np.unique(numbers.numpy())) < numbers.numel()
+
+
 _MADE = "made of several: "
 """Begins the names of what is made of several parameters."""
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ist.groups.call import Call, Rule, resized
 from ist.groups.combine import Scene, Value, contract, elementwise, mix, with_parameter
 from ist.groups.labels import FROZEN, Activation, Shape
-from ist.groups.parameters import ParameterView
+from ist.groups.parameters import ParameterView, is_repeated
 from ist.groups.weights import product
 
 
@@ -82,7 +82,8 @@ def matmul(x_axes: str, w_axes: str, out_axes: str, first: str = "self", second:
 
     def rule(scene: Scene, call: Call) -> Sequence[Value]:
         x, w = call.args[first], call.args[second]
-        if isinstance(x, ParameterView) and isinstance(w, ParameterView) and first == "self":
+        weights = isinstance(x, ParameterView) and isinstance(w, ParameterView) and first == "self"
+        if weights and not is_repeated(x) and not is_repeated(w):
             return [product(scene, x, w, x_axes, w_axes, out_axes)]
         made: Value = contract(scene, x, w, x_axes, w_axes, out_axes, call.shape())
         if first != "self" and call.args.get("beta", 1) != 0:
