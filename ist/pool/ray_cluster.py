@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -57,6 +58,8 @@ def connected(config: Config, go_on: str = "") -> Iterator[None]:
             yield
     finally:
         ray.shutdown()
+    if session:  # logs of a cluster that nobody else used, of a run that went well
+        shutil.rmtree(session, ignore_errors=True)
 
 
 def _session_folder() -> str:

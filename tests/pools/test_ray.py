@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,18 @@ def test_a_driver_that_ray_ends_says_so_and_leaves_no_process_behind(tmp_path: P
     assert error.endswith(f"Go on from the last checkpoint with: ist train --resume {folder}")
     _, alive = psutil.wait_procs(family, timeout=15)
     assert not alive
+
+
+def test_a_cluster_of_the_runs_own_leaves_no_folder_behind(tmp_path: Path, ist_command: Run) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(config_tree(train__workers=2, pool={"kind": "ray"})))
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # sockets are in there, whose paths may not be long
+        done = ist_command("train", path, "--run-dir", tmp_path / "run", env={"RAY_TMPDIR": short})
+
+        assert done.returncode == 0, done.stderr
+        assert not list(Path(short).glob("ray/session_2*"))
+        assert list(Path(short).glob("ray"))
 
 
 def test_an_address_without_a_cluster_is_an_error(tmp_path: Path, ist_command: Run) -> None:
