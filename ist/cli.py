@@ -391,9 +391,10 @@ def _print_result(folder: "RunFolder | None") -> None:
 
 def _print_table(folders: "list[RunFolder]") -> None:
     from ist.display import PlainConsole
+    from ist.report.names import run_names
     from ist.report.table import rich_table
 
-    PlainConsole().print(rich_table([folder.result() for folder in folders]))
+    PlainConsole().print(rich_table([folder.result() for folder in folders], run_names(folders)))
 
 
 _KEYS = {

@@ -52,7 +52,7 @@ class Display:
         self._last_line = float("-inf")
         self._last_fault = float("-inf")
         self._num_untold = 0
-        self._value = ""
+        self._value, self._of_round = "", 0
         self._bar: Progress | None = None
         console = PlainConsole(stderr=True)
         if enabled and console.is_terminal:
@@ -68,13 +68,13 @@ class Display:
         """Show a round."""
         if not self._enabled:
             return
-        metric = record.get("metric", "accuracy")
+        metric, done = record.get("metric", "accuracy"), record["round"] + 1
         if record.get(metric) is not None:
-            self._value = f"  {metric_title(metric)} {format_metric(metric, record[metric])}"
+            self._value, self._of_round = f"  {metric_title(metric)} {format_metric(metric, record[metric])}", done
         self._show_faults(record)
-        done = record["round"] + 1
+        of_round = f" (round {self._of_round})" if self._value and self._of_round != done else ""
         numbers = (
-            f"round {done}/{self._num_rounds}  loss {record['loss']:.4f}{self._value}  "
+            f"round {done}/{self._num_rounds}  loss {record['loss']:.4f}{self._value}{of_round}  "
             f"sent {format_bytes(record['sent_bytes'])}"
         )
         if self._num_workers not in (None, record["workers"]):

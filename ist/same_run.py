@@ -34,13 +34,13 @@ class Change:
 
 def other_run(old: Config, new: Config) -> list[Change]:
     """Return the keys by which two configurations are of different runs, in the order of the new one."""
-    trees = [dict(_flat(config.model_dump(mode="json", exclude=NOT_COMPARED))) for config in (old, new)]
+    trees = [dict(flat(config.model_dump(mode="json", exclude=NOT_COMPARED))) for config in (old, new)]
     return list(_changes(*trees))
 
 
 def other_settings(old: Config, new: Config) -> list[Change]:
     """Return the keys that differ and may do so: a run is the same, wherever and by whom it is trained."""
-    trees = [dict(_flat(config.model_dump(mode="json"))) for config in (old, new)]
+    trees = [dict(flat(config.model_dump(mode="json"))) for config in (old, new)]
     matters = {change.key for change in other_run(old, new)}
     return [change for change in _changes(*trees) if change.key not in matters]
 
@@ -52,9 +52,10 @@ def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]
             yield Change(key, before, now)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of nested mappings."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

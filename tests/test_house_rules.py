@@ -77,7 +77,7 @@ LAYERS = [
     ["ist.plan.show"],
     ["ist.run"],
     ["ist.prepare"],
-    ["ist.report", "ist.report.table", "ist.report.plots", "ist.api"],
+    ["ist.report", "ist.report.table", "ist.report.names", "ist.report.plots", "ist.api"],
     ["ist.report.page"],
     ["ist.report.plan_page"],
     ["ist.theory.kernels", "ist.theory.masks", "ist.theory.bounds", "ist.theory.published"],

@@ -9,6 +9,7 @@ import pytest
 
 from ist.build import build_job
 from ist.errors import RunFolderError
+from ist.report.names import run_names
 from ist.report.page import find_runs, write_report
 from ist.report.table import table_rows
 from ist.rounds import run_rounds
@@ -68,6 +69,49 @@ def test_a_page_says_how_often_workers_were_left_out_if_any_were(tmp_path: Path)
     text = write_report([run], tmp_path / "report.html").read_text()
 
     assert "ist: workers were left out of a round: 3 late, 1 rejected." in text
+
+
+def named(path: Path, **changes: Any) -> RunFolder:
+    """A folder of a run that has finished, without training it."""
+    folder = create_run_folder(small_config(**changes), path)
+    label = changes.get("label") or changes.get("method", "ist")
+    numbers = {"workers": 4, "rounds": 4, "loss": 0.5, "sent_bytes": 10, "train_s": 1.0, "memory_bytes": 10}
+    result = {"name": "small", "method": "ist", "label": label, "seed": changes.get("seed", 3), **numbers}
+    (path / "result.json").write_text(json.dumps(result))
+    return folder
+
+
+def with_rate(rate: float, momentum: float = 0.9) -> dict[str, Any]:
+    return {"train__optimizer": {"name": "SGD", "args": {"lr": rate, "momentum": momentum}}}
+
+
+def test_runs_of_a_sweep_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+    def names(*changes: dict[str, Any]) -> list[str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return run_names([named(folder / f"run-{number}", **change) for number, change in enumerate(changes)])
+
+    assert names({}) == ["ist"]
+    assert names(with_rate(0.1), with_rate(0.2)) == ["ist (lr 0.1)", "ist (lr 0.2)"]
+    assert names({"seed": 1}, {"seed": 2}, {"label": "mine"}) == ["ist (seed 1)", "ist (seed 2)", "mine"]
+    assert names({"seed": 1, **with_rate(0.1)}, {"seed": 2, **with_rate(0.1, 0.0)}) == [
+        "ist (seed 1, momentum 0.9)", "ist (seed 2, momentum 0.0)",
+    ]  # fmt: skip
+    assert names({"recipe": {"outer": {"lr": 0.5}}}, {"recipe": {"outer": {"lr": 0.7}}, **with_rate(0.2)}) == [
+        "ist (train.optimizer.args.lr 0.1, recipe.outer.lr 0.5)", "ist (train.optimizer.args.lr 0.2, recipe.outer.lr 0.7)",
+    ]  # fmt: skip
+    assert names({"exchange": {"up": "int8"}}, {}) == ["ist (up int8)", "ist (up exact)"]
+    assert names({}, {}) == ["ist: run-0", "ist: run-1"]
+    assert names({}, {}, {"seed": 4}) == ["ist: run-0", "ist: run-1", "ist (seed 4)"]
+    assert names(*({"model__args": {"widths": [64, *[8] * deep, 10]}} for deep in (9, 10))) == [
+        "ist: run-0",
+        "ist: run-1",
+    ]
+
+
+def test_runs_in_folders_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+    runs = [named(tmp_path / name / "run") for name in "ab"]
+
+    assert run_names(runs) == [f"ist: {tmp_path}/a/run", f"ist: {tmp_path}/b/run"]
 
 
 def test_the_ratio_says_how_many_times_fewer_bytes_a_run_sends() -> None:

@@ -90,6 +90,20 @@ def test_a_secret_that_can_be_guessed_is_refused_and_not_shown(monkeypatch: pyte
     assert not text or text not in str(refused.value)
 
 
+def test_a_file_without_a_secret_is_named_with_the_variable_that_names_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "short"
+    file.write_text("of no use")
+    file.chmod(0o600)
+    monkeypatch.setenv("IST_SECRET_FILE", str(file))
+
+    with pytest.raises(
+        ConfigError, match=r"short \(IST_SECRET_FILE\): a run secret is 64 hexadecimal digits .*openssl"
+    ):
+        run_secret()
+
+
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660])
 def test_a_secret_that_others_can_read_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, mode: int) -> None:
     file = tmp_path / "open"

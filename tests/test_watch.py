@@ -113,6 +113,21 @@ def test_the_display_names_who_was_left_out_but_not_without_end(capsys: pytest.C
     ]
 
 
+def test_the_display_says_of_which_round_a_metric_is_where_it_is_an_earlier_one(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ist.display._LINE_EVERY_S", 0.0)
+    display = Display("ist", num_rounds=100, first_round=0, enabled=True)
+
+    for number, accuracy in enumerate([None, 0.875, None, 0.9]):
+        display.show(a_record(round_number=number, accuracy=accuracy))
+
+    shown = [
+        line.partition("loss 0.5000")[2].partition("  sent")[0].strip() for line in capsys.readouterr().err.splitlines()
+    ]
+    assert shown == ["", "accuracy 87.50%", "accuracy 87.50% (round 2)", "accuracy 90.00%"]
+
+
 def test_the_display_shows_the_number_of_workers_where_it_is_another(capsys: pytest.CaptureFixture[str]) -> None:
     for workers in (4, 3):
         Display("ist", 100, 0, enabled=True, num_workers=4).show(a_record(workers=workers))

@@ -50,7 +50,7 @@ def run_secret() -> bytes:
         return _parsed(text, SECRET_VARIABLE)
     given = os.environ.get(FILE_VARIABLE)
     path = Path(given) if given is not None else _home_file()
-    return _parsed(_private_text(path), str(path))
+    return _parsed(_private_text(path), str(path) if given is None else f"{path} ({FILE_VARIABLE})")
 
 
 def new_challenge() -> bytes:

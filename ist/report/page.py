@@ -12,6 +12,7 @@ from ist._version import VERSION
 from ist.config_file import dump_config
 from ist.errors import RunFolderError
 from ist.redact import redacted
+from ist.report.names import run_names
 from ist.report.plots import AXES, curve_plot, phase_plot
 from ist.report.table import fault_text, link_text, table_columns, table_rows
 from ist.run_folder import RunFolder
@@ -47,10 +48,8 @@ def write_report(runs: Sequence[RunFolder], path: Path) -> Path:
         RunFolderError: A run has not finished, one of its files is damaged, or the page cannot be written.
     """
     results = [run.result() for run in runs]
-    rows = table_rows(results)
-    labels = [row[0] for row in rows]
-    if len(set(labels)) < len(labels):
-        labels = [f"{label}: {run.path.name}" for label, run in zip(labels, runs, strict=True)]
+    labels = run_names(runs)
+    rows = table_rows(results, labels)
     curves = {label: run.finished_records() for label, run in zip(labels, runs, strict=True)}
     configs = [run.load_config() for run in runs]
     page = render(
@@ -60,7 +59,7 @@ def write_report(runs: Sequence[RunFolder], path: Path) -> Path:
         columns=table_columns(results),
         rows=rows,
         results=results,
-        links=link_text(results),
+        links=link_text(results, labels),
         faults=[(label, text) for label, text in zip(labels, map(fault_text, results), strict=True) if text],
         model=redacted(yaml.safe_dump(configs[0].model.model_dump(), default_flow_style=True, width=1000).strip()),
         data=configs[0].data.name,

@@ -17,23 +17,25 @@ def table_columns(results: Sequence[Result]) -> tuple[str, ...]:
     return ("method", *titles, "bytes sent", *on_the_wire, "ratio", "seconds", "on own cores", "memory a worker")
 
 
-def table_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+def table_rows(results: Sequence[Result], names: Sequence[str] = ()) -> list[tuple[str, ...]]:
     """Return a row of text for every result.
 
-    The ratio is the bytes of the costliest run over a run's own: how many times fewer it sends. A run's
-    label carries the seed where a method stands more than once.
+    The ratio is the bytes of the costliest run over a run's own: how many times fewer it sends.
+
+    Args:
+        results: Results of runs.
+        names: What to call each of them (`ist/report/names.py`); default: their labels.
     """
     most = max((result["sent_bytes"] for result in results), default=0)
-    labels = [_label(result) for result in results]
+    names = names or [_label(result) for result in results]
     counted, metrics = _counted(results), _metrics(results)
     rows: list[tuple[str, ...]] = []
-    for result in results:
-        several = labels.count(_label(result)) > 1
+    for name, result in zip(names, results, strict=True):
         sent = result["sent_bytes"]
         wire = format_bytes(result["wire_bytes"]) if "wire_bytes" in result else "not counted"
         rows.append(
             (
-                f"{_label(result)} (seed {result['seed']})" if several else _label(result),
+                name,
                 *_values(result, metrics),
                 format_bytes(sent),
                 *((wire,) if counted else ()),
@@ -46,13 +48,13 @@ def table_rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
     return rows
 
 
-def link_text(results: Sequence[Result]) -> str:
+def link_text(results: Sequence[Result], names: Sequence[str] = ()) -> str:
     """Return on what links the runs were: '100mbit' all, or 'ist 100mbit, ddp none'; nothing where there were none."""
     links = {result.get("link") for result in results}
     if len(links) == 1:
         return links.pop() or ""
-    labels = [row[0] for row in table_rows(results)]
-    return ", ".join(f"{label} {result.get('link', 'none')}" for label, result in zip(labels, results, strict=True))
+    names = names or [_label(result) for result in results]
+    return ", ".join(f"{name} {result.get('link', 'none')}" for name, result in zip(names, results, strict=True))
 
 
 def fault_text(result: Result) -> str:
@@ -60,20 +62,20 @@ def fault_text(result: Result) -> str:
     return ", ".join(f"{number} {kind}" for kind, number in result.get("faults", {}).items() if number)
 
 
-def rich_table(results: Sequence[Result]) -> Table:
+def rich_table(results: Sequence[Result], names: Sequence[str] = ()) -> Table:
     """Return the table for a terminal."""
-    links = link_text(results)
+    links = link_text(results, names)
     first, *others = table_columns(results)
     table = Table(first, title=None, caption=f"links: {links}" if links else None)
     for column in others:
         table.add_column(column, justify="right")
-    for row in table_rows(results):
+    for row in table_rows(results, names):
         table.add_row(*row)
     return table
 
 
 def _label(result: Result) -> str:
-    return str(result.get("label", result["method"]))
+    return str(result.get("label") or result["method"])
 
 
 def _metrics(results: Sequence[Result]) -> list[str]:

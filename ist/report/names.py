@@ -1,0 +1,74 @@
+"""What tables and plots call runs that stand beside each other: no two alike.
+
+Where it sits: `ist/report/page.py` and the command line ask, with all runs of a report.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ist.config import Config
+from ist.redact import redacted
+from ist.run_folder import RunFolder
+from ist.same_run import flat
+
+_MOST_KEYS = 3
+_LONGEST_VALUE = 24
+_NOT_A_NAME: dict[str, Any] = {
+    "name": True,
+    "label": True,
+    "output": True,
+    "checkpoint": True,
+    "watch": True,
+    "compare": True,
+}
+"""Keys that say nothing of how a run was trained."""
+
+
+def run_names(runs: Sequence[RunFolder]) -> list[str]:
+    """Return a name for each run: its label; of those with one label also what differs in their configurations.
+
+    Such as 'ist (lr 0.1)' and 'ist (lr 0.2)'; where that is too long or tells nothing apart, the folder: 'ist: run-2'.
+
+    Raises:
+        ConfigError: A run's configuration is damaged.
+        RunFolderError: A run has not finished, or its result is damaged.
+    """
+    results = [run.result() for run in runs]
+    labels = [str(result.get("label") or result["method"]) for result in results]
+    configs = [run.load_config() for run in runs]
+    names = []
+    for run, label, config in zip(runs, labels, configs, strict=True):
+        alike = [other for other, theirs in zip(configs, labels, strict=True) if theirs == label]
+        names.append(label if len(alike) == 1 else _told_apart(label, config, alike) or f"{label}: {run.path.name}")
+    return _made_distinct(names, labels, [run.path for run in runs])
+
+
+def _told_apart(label: str, config: Config, alike: Sequence[Config]) -> str:
+    """Return a label with the keys in which runs differ; nothing where there are none, or they would be long."""
+    trees = [_tree(other) for other in alike]
+    keys = dict.fromkeys(key for tree in trees for key in tree)
+    differing = [key for key in keys if len({repr(tree.get(key)) for tree in trees}) > 1]
+    own = _tree(config)
+    values = ["none" if own.get(key) is None else redacted(str(own[key])) for key in differing]
+    if not 0 < len(differing) <= _MOST_KEYS or max(map(len, values)) > _LONGEST_VALUE:
+        return ""
+    last = Counter(key.rpartition(".")[2] for key in differing)
+    short = [key if last[key.rpartition(".")[2]] > 1 else key.rpartition(".")[2] for key in differing]
+    return f"{label} ({', '.join(f'{key} {value}' for key, value in zip(short, values, strict=True))})"
+
+
+def _tree(config: Config) -> Mapping[str, Any]:
+    return dict(flat(config.model_dump(mode="json", exclude=_NOT_A_NAME)))
+
+
+def _made_distinct(names: Sequence[str], labels: Sequence[str], paths: Sequence[Any]) -> list[str]:
+    """Name runs by their folders where names are still alike: by the last part, or by all of the path."""
+    for candidates in (
+        names,
+        [f"{label}: {path.name}" for label, path in zip(labels, paths, strict=True)],
+        [f"{label}: {path}" for label, path in zip(labels, paths, strict=True)],
+    ):
+        counts = Counter(names)
+        names = [new if counts[old] > 1 else old for old, new in zip(names, candidates, strict=True)]
+    return list(names)
