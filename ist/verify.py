@@ -9,6 +9,8 @@ Where it sits: `ist/worker.py` calls it when a run is rehearsed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from ist.data.nested import call_model, mapped, tensors_in
 from ist.errors import ModelError, first_line
 from ist.fit import FAILURES
 from ist.groups import Group, TensorSpec, named_tensors
+from ist.groups.detours import Detour, OnDetour
 from ist.groups.draws import with_same_draws
 from ist.groups.trace import comparable, without_inner_dropout
 from ist.job import Job
@@ -84,18 +87,20 @@ def verify_cut(job: Job, whole: nn.Module, example: object, neurons: Sequence[In
     masked = _masked(job, whole, plan, cut, neurons)
     tolerance = TOLERANCE.get(precision, 1e-2)
 
-    def run_narrow() -> dict[str, Tensor]:
+    def run_narrow(detour: Detour | None) -> dict[str, Tensor]:
         try:
-            return _repeatable_results(narrow, example)
+            return _repeatable_results(narrow, example, detour)
         except FAILURES as error:
             raise ModelError(
                 f"{_held(job.groups, neurons)}: a narrow network of this class fails: {first_line(error)}. {_ADVICE}"
             ) from error
 
-    def run_masked() -> dict[str, Tensor]:
-        return _repeatable_results(masked, example)
-
-    expected, found, differing = _compared(job, plan, cut, masked, [run_narrow, run_masked], example, tolerance)
+    for detour in (None, *job.found.detours):
+        runs = [partial(run_narrow, detour), partial(_repeatable_results, masked, example, detour)]
+        run = partial(_repeatable_results, example=example, detour=detour)
+        expected, found, differing = _compared(job, plan, cut, masked, runs, run, tolerance)
+        if differing:
+            break
     if differing:
         name = differing[0]
         raise ModelError(
@@ -111,7 +116,7 @@ def _compared(
     cut: Cut,
     masked: nn.Module,
     runs: Sequence[Callable[[], dict[str, Tensor]]],
-    example: object,
+    run: Callable[[nn.Module], dict[str, Tensor]],
     tolerance: float,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
     """Return the results of the masked whole network, of the narrow one, and the names of those that differ."""
@@ -131,7 +136,8 @@ def _compared(
         # Batch norm of few samples magnifies rounding errors: measure how much, and allow for that.
         rounded = copied(masked)
         _round_differently(rounded)
-        (_, _, other), _ = with_same_draws(seed, [*runs, lambda: _repeatable_results(rounded, example)])
+        three: list[Callable[[], dict[str, Tensor]]] = [*runs, partial(run, rounded)]
+        (_, _, other), _ = with_same_draws(seed, three)
         noise = {name: _distance(expected[name], tensor) for name, tensor in restricted(other).items()}
         differing = [name for name in differing if not _agree(expected, found, name, tolerance, noise[name])]
     return expected, found, differing
@@ -294,14 +300,21 @@ def _named_results(module: nn.Module, example: object) -> dict[str, Tensor]:
     return named | {f"{_GRADIENT}{name}": gradient for name, gradient in gradients.items()}
 
 
-def _repeatable_results(module: nn.Module, example: object) -> dict[str, Tensor]:
-    """Return the results of a run that leaves the buffers as they were, so that another run gives the same."""
+def _repeatable_results(module: nn.Module, example: object, detour: Detour | None) -> dict[str, Tensor]:
+    """Return the results of a run that leaves the buffers as they were, so that another run gives the same.
+
+    Args:
+        module: The network.
+        example: Inputs of a batch.
+        detour: How the way of the forward is changed.
+    """
     before = [
         (child, {name: None if buffer is None else buffer.clone() for name, buffer in child._buffers.items()})
         for child in module.modules()
     ]
     try:
-        return _named_results(module, example)
+        with OnDetour(detour) if detour is not None else nullcontext():
+            return _named_results(module, example)
     finally:
         for child, buffers in before:
             child._buffers.update(buffers)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ist.errors import ModelError
 from ist.groups import Group, Slot
+from ist.groups.detours import Detour
 from ist.groups.labels import FROZEN, Labels
 from ist.groups.sites import Call, CallSize, Resize, Resizes, Site
 from ist.groups.sizes import Origin, SizeLabels
@@ -68,6 +69,7 @@ class Found:
         on_meta: Whether the network could be traced without values.
         causes: What keeps neurons whole: operator, module and line.
         unreached: Parameters that the example did not reach; they stay whole.
+        detours: Ways of the forward that the example does not take.
         calls: Sizes that calls of torch functions were given, of a number that is known.
         sites: For each module, the places in its code that make such calls, and how many times one run makes them.
         resized: The modules that make calls with other sizes than their forward computes, and these sizes.
@@ -79,6 +81,7 @@ class Found:
     on_meta: bool = True
     causes: tuple[str, ...] = ()
     unreached: tuple[str, ...] = ()
+    detours: tuple[Detour, ...] = ()
     calls: tuple[CallSize, ...] = ()
     sites: Mapping[str, Mapping[Site, int]] = field(default_factory=dict)
     resized: Mapping[str, tuple["ResizedCall", ...]] = field(default_factory=dict)
@@ -130,6 +133,7 @@ def find_neurons(template: nn.Module, example: Any, build: Callable[[], nn.Modul
         traced.on_meta,
         causes=tuple(traced.causes),
         unreached=tuple(traced.unreached),
+        detours=tuple(traced.detours),
         calls=tuple(_call_size(call, neuron) for call in traced.calls if call.labels is not None),
         sites=_sites([call.call for call in traced.calls]),
     )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ist.data.nested import tensors_in
+from ist.groups.detours import other_values
 from ist.groups.draws import Draws, fixed_draws
 from ist.groups.tape import Step
 
@@ -53,7 +54,7 @@ def reads_that_matter(
     plain = outputs(-1, None)
     matter = set(suspects[MOST_READS:])
     for number in suspects[:MOST_READS]:
-        for value in _others(steps[number].value):
+        for value in other_values(steps[number].value or 0):
             try:
                 found = outputs(turns[number], value)
             except Exception as error:  # whatever a forward raises
@@ -64,12 +65,6 @@ def reads_that_matter(
                 matter.add(number)
                 break
     return matter
-
-
-def _others(value: Any) -> list[Any]:
-    if isinstance(value, bool):
-        return [not value]
-    return [value + 1, 0, -1] if isinstance(value, int) else [1.5 * value + 0.1, 1e9, -1e9]
 
 
 def _are_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:

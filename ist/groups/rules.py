@@ -17,7 +17,7 @@ from ist.groups.call import Call, Rule, free, frozen, resized
 from ist.groups.combine import Scene, Value, elementwise, mix
 from ist.groups.labels import Activation, slim
 from ist.groups.parameters import ParameterView
-from ist.groups.rules_indexing import copy, gather, index, index_put, scatter
+from ist.groups.rules_indexing import copy, gather, index, index_put, looked_up, scatter
 from ist.groups.rules_layers import (
     batch_norm,
     convolution,
@@ -56,6 +56,12 @@ _REDUCTIONS = """
     count_nonzero median nansum aminmax mode _is_all_true _is_any_true
 """
 _ALONG = "_softmax _log_softmax _safe_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort"
+_LOOKED_UP = """
+    nonzero _unique2 unique_dim unique_consecutive bincount histc isin searchsorted bucketize
+    _sparse_coo_tensor_with_dims_and_tensors sparse_compressed_tensor _to_sparse _to_sparse_csr _to_sparse_csc _coalesce
+    _to_dense indices values _indices _values crow_indices col_indices _convert_indices_from_coo_to_csr
+    _convert_indices_from_csr_to_coo
+"""
 _MATRIX_POSITIONS = "tril triu"
 _POOLS = """
     avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d max_pool2d_with_indices max_pool3d_with_indices
@@ -205,8 +211,9 @@ def _table() -> dict[str, Rule]:
         ("native_group_norm", group_norm),
         ("convolution", convolution), ("embedding", embedding),
         ("_embedding_bag _embedding_bag_forward_only", embedding_bag), ("gather index_select", gather),
-        ("index", index), ("scatter scatter_add scatter_reduce index_add index_reduce", scatter), ("copy", copy),
-        ("index_put", index_put), ("topk", _topk), ("constant_pad_nd", pad),
+        ("index", index), ("scatter scatter_add scatter_reduce index_add index_reduce index_copy", scatter),
+        ("copy", copy),
+        ("index_put", index_put), (_LOOKED_UP, looked_up), ("topk", _topk), ("constant_pad_nd", pad),
         ("view_as_complex view_as_real", _complex), ("im2col", im2col),
         ("_weight_norm_interface", weight_norm), ("_trilinear", bilinear),
     ]  # fmt: skip
@@ -221,6 +228,7 @@ def _table() -> dict[str, Rule]:
         "bmm": matmul("bik", "bkj", "bij"),
         "mv": matmul("ik", "k", "i", second="vec"),
         "dot": matmul("k", "k", "", second="tensor"),
+        "_sparse_addmm": matmul("ik", "kj", "ij", first="mat1"),
         "addmm": matmul("ik", "kj", "ij", first="mat1"),
         "baddbmm": matmul("bik", "bkj", "bij", first="batch1", second="batch2"),
         "addmv": matmul("ik", "k", "i", first="mat", second="vec"),

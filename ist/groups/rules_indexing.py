@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ist.groups.call import Call, frozen, resized
 from ist.groups.combine import Scene, Value, elementwise, mix
+from ist.groups.detours import not_empty
 from ist.groups.labels import Activation, slim
 from ist.groups.parameters import ParameterView
 
@@ -47,8 +48,8 @@ def index(scene: Scene, call: Call) -> Sequence[Value]:
     return [scene.labels.activation(call.operator(mixed.full, raw), value.depth)]
 
 
-def _stand_in(index: Tensor) -> Tensor:
-    return torch.zeros(index.shape, dtype=torch.int64) if index.device.type == "meta" else index
+def _stand_in(index: Tensor) -> Tensor | None:
+    return torch.zeros(index.shape, dtype=torch.int64) if index.device.type == "meta" else not_empty(index)
 
 
 def scatter(scene: Scene, call: Call) -> Sequence[Value]:
@@ -88,4 +89,11 @@ def index_put(scene: Scene, call: Call) -> Sequence[Value]:
         return scatter(scene, call._replace(args=args))
     scene.labels.freeze(source.core)
     scene.labels.freeze(target.core)
+    return frozen(scene, call)
+
+
+def looked_up(scene: Scene, call: Call) -> Sequence[Value]:
+    """Positions or values that are found by looking at all of a tensor: it stays whole."""
+    for value in call.values:
+        scene.labels.freeze(scene.activation(value).core)
     return frozen(scene, call)

@@ -28,6 +28,7 @@ class Step(NamedTuple):
         line: 'file:line' of the network's code.
         reads: The memory (storages) of its arguments.
         writes: The memory of its results, and of the arguments that it writes to.
+        is_empty: Whether an argument, or what it is called for (the first result), has no elements.
     """
 
     operator: Any
@@ -39,6 +40,7 @@ class Step(NamedTuple):
     line: str
     reads: frozenset[int]
     writes: frozenset[int]
+    is_empty: bool
 
 
 def step_of(operator: Any, arguments: dict[str, Any], result: Any, path: str, line: str) -> Step:
@@ -53,7 +55,8 @@ def step_of(operator: Any, arguments: dict[str, Any], result: Any, path: str, li
     writes = storages([*results, *tensors_in(mutated)])
     shapes = [tuple(t.shape) for t in results]
     value = result if isinstance(result, bool | int | float) else None
-    return Step(operator, arguments, results, shapes, value, path, line, reads, writes)
+    is_empty = any(not tensor.numel() for tensor in [*results[:1], *tensors_in(list(arguments.values()))])
+    return Step(operator, arguments, results, shapes, value, path, line, reads, writes, is_empty)
 
 
 def storages(tensors: Iterable[Tensor]) -> frozenset[int]:

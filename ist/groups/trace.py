@@ -9,10 +9,12 @@ Tracing elementary operators as they run was chosen over `torch.export` because 
 that come from attributes, needs no support of control flow, and works alike in all versions of torch.
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +29,7 @@ from ist.errors import ModelError, first_line
 from ist.groups import constant_tensors, named_tensors, on_meta
 from ist.groups.call import Call
 from ist.groups.combine import Scene, Value
+from ist.groups.detours import Detour, OnDetour, detours
 from ist.groups.draws import Draws, fixed_draws
 from ist.groups.labels import FREE, FROZEN, Activation
 from ist.groups.parameters import ParameterView
@@ -85,7 +88,8 @@ class Traced:
         unknown: Operators without a rule, and where each was first met: module and line of the network's code.
         on_meta: Whether the network ran without values.
         causes: What keeps neurons whole: operator, module and line, in the order in which they were met.
-        unreached: Parameters that the example did not reach.
+        unreached: Parameters that the example did not reach, on no detour either.
+        detours: The detours on which further parameters were reached.
     """
 
     scene: Scene
@@ -95,10 +99,14 @@ class Traced:
     on_meta: bool
     causes: list[str]
     unreached: list[str]
+    detours: list[Detour]
 
 
 MOST_RUNS = 6
 """A network that takes branches by chance is run so many times, until all of its parameters have been reached."""
+
+MOST_DETOURS = 100
+"""So many detours are tried where parameters have not been reached (`ist/groups/detours.py`)."""
 
 
 def trace(template: nn.Module, example: Any, build: Any = None) -> Traced:
@@ -169,35 +177,41 @@ def _trace(module: nn.Module, example: Any, fresh: Callable[[], nn.Module] | Non
     for tensor in tensors_in(example):
         watch.know(tensor, watch.scene.labels.constant(tuple(tensor.shape), FROZEN))
     outputs: list[Tensor] = []
-    reads = set[int]()
+    reads, taken = set[int](), list[Detour]()
     for run in range(MOST_RUNS):
         draws, start = Draws(run), len(watch.steps)
-        with (
-            comparable(),
-            fixed_draws(draws),
-            watch.running.watching(module),
-            _Arguments(watch),
-            watch,
-            torch.no_grad(),
-        ):
-            outputs += tensors_in(call_model(module, example))
+        outputs += watch.follow(module, example, draws, None)
         steps = watch.steps[start:]
         if fresh is not None:
             depends = influenced(steps, named.values())
             suspects = [n for n, step in enumerate(steps) if step.value is not None and depends[n]]
             found = reads_that_matter(steps, suspects, run, fresh, lambda network: _plainly(network, example))
             reads |= {start + number for number in found}
-        reached = frozenset[int]().union(*[step.reads for step in watch.steps])
-        unreached = [name for name, p in module.named_parameters() if not storages([p]) & reached and p.numel()]
+        unreached = watch.unreached(module)
         if not unreached or not (draws.made or draws.others):
             break
+    for detour in islice(detours(steps), MOST_DETOURS if unreached else 0):
+        start, calls = len(watch.steps), list(watch.calls)
+        try:
+            found_there = watch.follow(module, example, Draws(run), detour)
+        except Exception:  # a forward that was led astray may fail in any way
+            found_there = []
+        still = watch.unreached(module)
+        if found_there and len(still) < len(unreached):
+            outputs, taken, unreached = outputs + found_there, [*taken, detour], still
+        else:
+            del watch.steps[start:]
+            watch.calls = calls
+        if not unreached:
+            break
     forget_sizes()
+    watch.whole_where_empty = bool(unreached)
     watch.replay(needed(watch.steps, [*outputs, *tensors_of(module)], reads))
     for tensor in outputs:
         watch.freeze(tensor)
     watch.scene.settle()
     on_meta = all(parameter.is_meta for parameter in module.parameters())
-    return Traced(watch.scene, *watch.size_labels(), watch.unknown, on_meta, list(watch.causes), unreached)
+    return Traced(watch.scene, *watch.size_labels(), watch.unknown, on_meta, list(watch.causes), unreached, taken)
 
 
 def _plainly(module: nn.Module, example: Any) -> Any:
@@ -266,6 +280,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.unknown: dict[str, str] = {}
         self.calls: list[tuple[SizedCall, list[Size], str]] = []
         self.steps: list[Step] = []
+        self.whole_where_empty = False  # whether what was selected, without a sample, may be read elsewhere
         self.causes: dict[str, None] = {}
         self._values: dict[int, Value] = {}
         self._kept: list[Tensor] = []  # an id is good only while its tensor lives
@@ -276,7 +291,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Note a tensor's labels."""
         if id(tensor) not in self._values:
             self._kept.append(tensor)
-            self._sharing.setdefault(tensor.untyped_storage()._cdata, []).append(id(tensor))
+            (storage,) = storages([tensor])
+            self._sharing.setdefault(storage, []).append(id(tensor))
         self._values[id(tensor)] = value
 
     def value(self, tensor: Tensor) -> Value:
@@ -328,6 +344,30 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.steps.append(step_of(func, raw, result, self.running.path, users_line()))
         return result
 
+    def follow(self, module: nn.Module, example: Any, draws: Draws, detour: Detour | None) -> list[Tensor]:
+        """Run a network, note its steps, and return its outputs.
+
+        Args:
+            module: The network.
+            example: What its forward takes.
+            draws: Its random draws.
+            detour: How its way is changed.
+        """
+        known, self.running, before = {call.path for call, _, _ in self.calls}, Running(), len(self.calls)
+        with ExitStack() as stack:
+            modes: list[Any] = [comparable(), fixed_draws(draws), OnDetour(detour) if detour else nullcontext()]
+            for mode in [*modes, self.running.watching(module), _Arguments(self), self, torch.no_grad()]:
+                stack.enter_context(mode)
+            outputs = list(tensors_in(call_model(module, example)))
+        # A narrow network is held against the calls of one run: of another run, those of modules that it did not reach.
+        self.calls[before:] = [call for call in self.calls[before:] if call[0].path not in known]
+        return outputs
+
+    def unreached(self, module: nn.Module) -> list[str]:
+        """Return the parameters that no step has read, but perhaps for no samples at all."""
+        reached = frozenset[int]().union(*[step.reads for step in self.steps if not step.is_empty])
+        return [name for name, p in module.named_parameters() if p.numel() and not storages([p]) & reached]
+
     def replay(self, wanted: Sequence[bool]) -> None:
         """Apply the rules of the steps that are wanted, in their order."""
         for step, is_wanted in zip(self.steps, wanted, strict=True):
@@ -339,6 +379,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _apply(self, step: Step) -> None:
         """Apply an operator's rule."""
         raw = step.arguments
+        if step.is_empty:
+            self._apply_to_nothing(step)
+            return
         results = [
             tensor if tensor.shape == shape else torch.empty(shape, device="meta")
             for tensor, shape in zip(step.results, step.shapes, strict=True)
@@ -364,6 +407,19 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if made_whole:
                 self._whole.add(id(tensor))
 
+    def _apply_to_nothing(self, step: Step) -> None:
+        """Give labels to what an operator makes of a tensor without elements, such as an expert's samples."""
+        full = [tensor for tensor in tensors_in(list(step.arguments.values())) if tensor.numel()]
+        for tensor, shape in zip(step.results, step.shapes, strict=True):
+            same = [other for other in full if other.shape == shape]
+            if not math.prod(shape) or not same:
+                if self.whole_where_empty:
+                    for other in full:
+                        self.freeze(other)
+                self.know(tensor, self.scene.labels.constant(shape, FROZEN))
+            else:  # nothing was added to it, or written into it
+                self.know(tensor, self.value(same[0]))
+
     def _free_labels(self, step: Step) -> list[Tensor]:
         """Return, for each argument of an operator, the different labels that a worker may be without."""
         values = [self.value(tensor) for tensor in tensors_in(list(step.arguments.values()))]
@@ -387,7 +443,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = self._values.get(id(tensor))
         if isinstance(before, Activation) and isinstance(value, Activation):
             same = bool((self.scene.labels.roots(before.core) == value.core).all())
-            sharing = self._sharing[tensor.untyped_storage()._cdata]
+            (storage,) = storages([tensor])
+            sharing = self._sharing[storage]
             if not same and not self._whole.issuperset(sharing):
                 # Views of the same memory have labels of their own, which this write cannot change.
                 self.scene.labels.freeze(value.core)
