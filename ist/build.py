@@ -114,8 +114,9 @@ def make_job(
     if config.method == "ist":
         found = find_neurons(template, example, build_in_modes)
         groups = split_groups(found, template, config.partition)
-    model_specs = tensor_specs(template, with_statistics=train.running_statistics == "carried")
-    parameters = {name: model_specs[name] for name, p in template.named_parameters() if p.requires_grad}
+    specs = tensor_specs(template, with_statistics=train.running_statistics == "carried")
+    parameters = {name: specs[name] for name, p in template.named_parameters() if p.requires_grad}
+    frozen = {name: specs[name] for name, p in template.named_parameters() if not p.requires_grad}
     if not parameters:
         raise ModelError("the network has no parameter that requires a gradient: nothing would be trained")
     carried = train.optimizer_state == "carried" and config.method == "ist"
@@ -132,7 +133,8 @@ def make_job(
         example=example,
         found=found,
         groups=groups,
-        model_specs=model_specs,
+        model_specs={name: spec for name, spec in specs.items() if name not in frozen},
+        frozen_specs=frozen,
         state_slots=slots,
         state_specs=optim.carried_specs(slots, parameters),
         constants=_constants(template, build),

@@ -18,6 +18,7 @@ from ist.config import Config, min_returned
 from ist.errors import DivergedError, ISTError, PoolError, WorkerLostError
 from ist.exchange import Outgoing, read_trained
 from ist.finite import is_finite
+from ist.frozen import FrozenSender
 from ist.job import Job
 from ist.meter import Meter
 from ist.outer import PREFIX as OUTER
@@ -72,6 +73,7 @@ class Coordinator:
         )
         if carried is not None:
             check_tensors(carried, {**fresh, **momentum})
+        self._frozen = FrozenSender(job, tensors, device)
         saved = dict(carried or {})
         self._outer: OuterStep | None = None
         if job.config.recipe.has_outer_step:
@@ -105,6 +107,7 @@ class Coordinator:
             names = self._pool.gather(round_number)
             before = dict(self._meter.seconds)
             places = self._places(names, balance)
+            self._frozen.begin(map(self._pool.process, range(len(names))))
             with self._meter.phase("cut"):
                 cuts = placed(self._job_now.cuts(round_number), self._device)
             headers: list[Header] = []
@@ -159,8 +162,14 @@ class Coordinator:
             with self._meter.phase("cut"):
                 envelope = self._pool.envelope(place.worker, self._outgoing.route(cut))
                 sent = self._outgoing.write(self._state, cut, round_number, envelope)
-                envelope.down.write_header(Header(round_number, place.worker))
-            yield Subnet(place, envelope, sent)
+                frozen, relies = self._frozen.write(
+                    self._pool.process(place.worker),
+                    place.worker,
+                    round_number,
+                    self._job_now.frozen_cut(place.worker, round_number),
+                )
+                envelope.down.write_header(Header(round_number, place.worker, relies=relies))
+            yield Subnet(place, envelope, sent, frozen)
 
     def _accept(
         self,
@@ -191,6 +200,7 @@ class Coordinator:
                         lost.append(Lost(result.worker, str(error), "rejected"))
                     else:
                         headers.append(header)
+                        self._frozen.returned(self._pool.process(result.worker))
                         yield result.worker, tensors
                 else:
                     lost.append(result)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ist.display import format_bytes, format_ratio
+from ist.frozen import frozen_bytes, message_bytes
 from ist.groups import Group, tensor_specs
 from ist.job import Job, remote_workers
 from ist.partition import coverage, holds_everything
@@ -33,16 +34,18 @@ def inspect_job(job: Job) -> dict[str, Any]:
     parameters = {name: parameter.numel() for name, parameter in job.template.named_parameters()}
     exclusive = job.exclusive(main)
     routes = [job.route(worker, main) for worker in range(workers)]
-    out = [job.sent_bytes(route, 1) for route in routes]
+    out = [message_bytes(job, worker)[0] for worker in range(workers)]
     back = [route.up.nbytes for route in routes]
-    gradient = sum(whole[name].nbytes for name in parameters)
+    trained = [name for name, parameter in job.template.named_parameters() if parameter.requires_grad]
+    gradient = sum(whole[name].nbytes for name in trained)
     ist_bytes = sum(out[worker] + back[worker] for worker in remote_workers(job))
     local_steps = len(job.steps(main))
     ddp_bytes = 2 * (workers - 1) * gradient * local_steps
     return {
         "model": config.model.name,
         "parameters": sum(parameters.values()),
-        "parameter_bytes": gradient,
+        "trained_parameters": sum(parameters[name] for name in trained),
+        "parameter_bytes": sum(whole[name].nbytes for name in parameters),
         "workers": workers,
         "local_steps": local_steps,
         "rounds": job.num_rounds,
@@ -59,7 +62,8 @@ def inspect_job(job: Job) -> dict[str, Any]:
                 "name": name,
                 "shape": list(spec.shape),
                 "shapes_per_worker": [list(share[name].shape) if name in share else None for share in shares],
-                "travels": name in job.specs,
+                "travels": name in job.specs or name in job.frozen_specs,
+                "frozen": name in job.frozen_specs,
                 "shared": name not in exclusive,
             }
             for name, spec in whole.items()
@@ -68,6 +72,8 @@ def inspect_job(job: Job) -> dict[str, Any]:
             {
                 "worker": worker,
                 "parameters": sum(math.prod(share[name].shape) for name in parameters if name in share),
+                "trained_parameters": sum(math.prod(share[name].shape) for name in trained if name in share),
+                "frozen_bytes": frozen_bytes(job, worker, main, None),
                 "sent_bytes": out[worker],
                 "returned_bytes": back[worker],
             }
@@ -84,11 +90,13 @@ def inspect_job(job: Job) -> dict[str, Any]:
 
 
 def run_bytes(job: Job) -> int:
-    """Return what all messages of an IST run will have, its stages considered."""
+    """Return what all messages of an IST run will have, its stages considered, where no worker is lost."""
     known: dict[tuple[int, Hashable, bool], int] = {}
     total = 0
     for round_number in range(job.num_rounds):
         for worker in remote_workers(job):
+            if job.frozen_specs:
+                total += frozen_bytes(job, worker, round_number, round_number - 1 if round_number > 0 else None)
             key = (worker, job.looks(worker, round_number), round_number > 0)
             if key not in known:
                 route = job.route(worker, round_number)
@@ -169,8 +177,10 @@ _PLAIN = {
 
 def print_inspection(found: dict[str, Any], console: Console) -> None:
     """Print what `inspect_job` returns, for a person."""
+    some_frozen = found["trained_parameters"] < found["parameters"]
+    frozen = f" ({found['trained_parameters']:,} of them trained)" if some_frozen else ""
     console.print(
-        f"{found['model']}: {found['parameters']:,} parameters, {format_bytes(found['parameter_bytes'])}; "
+        f"{found['model']}: {found['parameters']:,} parameters, {format_bytes(found['parameter_bytes'])}{frozen}; "
         f"{found['workers']} workers, {found['local_steps']} local steps a round, {found['rounds']} rounds, "
         f"{found['steps_per_epoch']} steps an epoch"
     )
@@ -191,6 +201,12 @@ def print_inspection(found: dict[str, Any], console: Console) -> None:
             format_bytes(share["sent_bytes"]), format_bytes(share["returned_bytes"]),
         )  # fmt: skip
     console.print(shares)
+    if some_frozen:
+        most = max(share["frozen_bytes"] for share in found["shares"])
+        console.print(
+            f"Frozen parameters go to a worker in its first round ({format_bytes(most)} at most), and again when its "
+            "part changes; they do not come back."
+        )
     total = found["bytes_per_round"]
     console.print(f"A round sends {format_bytes(total['ist'])} in all; data-parallel training sends ", end="")
     ratio = f": {format_ratio(total['ratio'])} times more" if total["ratio"] else ""
@@ -220,6 +236,7 @@ def _tensor_table(found: dict[str, Any]) -> Table:
         whole, share = tensor["shape"], tensor["shapes_per_worker"][0]
         part = math.prod(share) / max(1, math.prod(whole)) if share is not None else 0.0
         merged = ("mean" if tensor["shared"] else "owner") if tensor["travels"] else "stays: re-estimated"
+        merged = "frozen" if tensor["frozen"] else merged
         tensors.add_row(
             tensor["name"], _shape(whole), "none" if share is None else _shape(share), f"{part:.2%}", merged
         )

@@ -53,7 +53,8 @@ class Job:
         example: Inputs of a batch of two.
         found: What is known of the network: all its neuron groups, and attributes that are sizes.
         groups: Those that are split, optimiser state included where it is carried.
-        model_specs: Tensors of the network that travel and merge.
+        model_specs: Tensors of the network that travel both ways and merge.
+        frozen_specs: Parameters that are not trained: they go to a worker that lacks them, and never back.
         state_specs: Tensors of carried optimiser state.
         constants: Values of tensors that are neither trained nor in the network's `state_dict`.
         dealing: Which samples each step of each worker uses.
@@ -72,6 +73,7 @@ class Job:
     found: Found
     groups: tuple[Group, ...]
     model_specs: dict[str, TensorSpec]
+    frozen_specs: dict[str, TensorSpec]
     state_slots: tuple[optim.StateSlot, ...]
     state_specs: dict[str, TensorSpec]
     constants: dict[str, Tensor]
@@ -118,7 +120,7 @@ class Job:
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
-        """Every tensor that travels: the network's first, carried optimiser state behind."""
+        """Every tensor that travels both ways: the network's first, carried optimiser state behind."""
         return {**self.model_specs, **self.state_specs}
 
     def exclusive(self, round_number: int) -> frozenset[str]:
@@ -242,6 +244,12 @@ class Job:
     def cuts(self, round_number: int) -> list[Cut]:
         """Return every worker's part of every tensor in a round."""
         return [positions(self.groups, self.specs, neurons) for neurons in self.neurons(round_number)]
+
+    def frozen_cut(self, worker: int, round_number: int) -> Cut:
+        """Return a worker's part of every frozen parameter in a round."""
+        if not self.frozen_specs:
+            return {}
+        return positions(self.groups, self.frozen_specs, self.neurons(round_number)[worker])
 
     def plan(self, worker: int, round_number: int) -> NarrowPlan:
         """Return what a worker's narrow network looks like in a round."""

@@ -172,6 +172,7 @@ class RunRecorder:
                 "no record that would tell it: delete that checkpoint, and go on from the one before"
             )
         names = self._metric.names if self._metric else ()
+        parameters = list(self._job.template.parameters())
         return {
             "name": config.name,
             "method": config.method,
@@ -190,5 +191,6 @@ class RunRecorder:
             "memory_bytes": numbers["memory_bytes"],
             "coordinator_memory_bytes": numbers["coordinator_memory_bytes"],
             **({"block_scales": self._job.block_scales} if self._job.block_scales else {}),
-            "parameters": sum(parameter.numel() for parameter in self._job.template.parameters()),
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         }

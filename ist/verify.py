@@ -82,7 +82,7 @@ def verify_cut(job: Job, whole: nn.Module, example: object, neurons: Sequence[In
     }
     extract(state, cut, into=part)
     # What a worker is not sent must be right by itself.
-    bind(narrow, {name: tensor for name, tensor in part.items() if name in job.specs})
+    bind(narrow, {name: tensor for name, tensor in part.items() if name in job.specs or name in job.frozen_specs})
     plan = job.plan_for(neurons)
     masked = _masked(job, whole, plan, cut, neurons)
     tolerance = TOLERANCE.get(precision, 1e-2)

@@ -25,6 +25,7 @@ from ist.evaluate import evaluate, reestimate_statistics, statistics_batches
 from ist.exchange import WorkerEnd
 from ist.failures import located, loss_errors, loss_of, network_errors
 from ist.finite import is_finite
+from ist.frozen import FrozenParts, check_frozen, checksums
 from ist.groups import named_tensors
 from ist.job import Job
 from ist.kept import Keeper, Site
@@ -36,6 +37,7 @@ from ist.pool.wire import Header, Message
 from ist.reach import check_reach
 from ist.rng import Indices, Purpose, seeded
 from ist.schedule import apply_settings, matching_groups
+from ist.subnet import cut_specs
 from ist.verify import verify_cuts
 
 
@@ -47,9 +49,17 @@ class Worker:
         number: Which worker this is, from 0.
         device: Where it computes.
         site: Where this worker saves what it keeps; None: nowhere.
+        frozen: What its process holds of frozen parameters; None: nothing yet.
     """
 
-    def __init__(self, job: Job, number: int, device: torch.device, site: Site | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        number: int,
+        device: torch.device,
+        site: Site | None = None,
+        frozen: FrozenParts | None = None,
+    ) -> None:
         self.job = job
         self.number = number
         self.device = device
@@ -60,18 +70,28 @@ class Worker:
         self._is_new = True
         self._looks = job.looks(number, 0)
         self._end = WorkerEnd(job, number, device)
+        self.frozen = frozen or FrozenParts()
 
-    def train(self, round_number: int, envelope: Envelope, is_over: Callable[[], bool] | None = None) -> None:
+    def train(
+        self,
+        round_number: int,
+        envelope: Envelope,
+        frozen: Message | None = None,
+        is_over: Callable[[], bool] | None = None,
+    ) -> None:
         """Make a round's local steps on the subnet in `envelope`, and write what goes back into it.
 
         Args:
             round_number: The round, from 0.
             envelope: On this worker's device; where nothing is rounded on the way, the parameters are its tensors while
                 this runs.
+            frozen: What came beside it: frozen parameters that this worker lacks; None: it has them all.
             is_over: Asked before each step whether the round has gone on without this worker; None: it never does.
 
         Raises:
             AbandonedRoundError: It has.
+            ModelError: Training changes a frozen parameter.
+            PoolError: This worker was not sent what it lacks.
         """
         started, cpu_started = time.perf_counter(), time.thread_time()
         job = self.job
@@ -81,8 +101,14 @@ class Worker:
         if self._looks != (looks := job.looks(self.number, round_number)):
             self._looks, self.module = looks, job.narrow(job.neurons(round_number)[self.number], self.device)
         module = self.module
-        bind(module, message.tensors)
-        folded = job.folded_scales(self.number, round_number)
+        fixed = dict(self.frozen.update(job, self.number, round_number, frozen, self.device))
+        scales = job.folded_scales(self.number, round_number)
+        folded = {name: scale for name, scale in scales.items() if name in message.tensors}
+        # What is frozen is held as it came: to multiply it and divide it again would move it.
+        fixed |= {name: fixed[name].clone() for name in scales if name in fixed}
+        multiply(fixed, {name: scale for name, scale in scales.items() if name in fixed})
+        sums = checksums(fixed)
+        bind(module, {**message.tensors, **fixed})
         multiply(message.tensors, folded)
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         optimizer = self._keeper.optimizer(named, round_number)
@@ -94,6 +120,7 @@ class Worker:
             )
         optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the subnet travels
         collect(module, message.tensors)
+        check_frozen(module, fixed, sums)
         multiply(message.tensors, folded, inverse=True)
         if job.state_slots:
             optim.store_state(optimizer, named, job.state_slots, message.tensors)
@@ -149,13 +176,14 @@ class Seat:
         self._job = job
         self._site = site
         self._device = device
+        self._frozen = FrozenParts()
         self._taken: tuple[Place, Worker] | None = None
 
     def worker(self, place: Place) -> Worker:
         """Return the worker of a place: the same as before, while the place is."""
         if self._taken is None or self._taken[0] != place:
             job = self._job.with_workers(place.num_workers, place.capacities)
-            self._taken = place, Worker(job, place.worker, self._device, self._site)
+            self._taken = place, Worker(job, place.worker, self._device, self._site, self._frozen)
         return self._taken[1]
 
 
@@ -281,7 +309,11 @@ def _warn_of_unrepeatable(job: Job) -> None:
 def _one_step(job: Job, device: torch.device) -> None:
     worker = Worker(job, 0, device)
     message = Message(job.layout(0, 0), device)
-    bind(worker.module, message.tensors)
+    specs = cut_specs(job.frozen_specs, job.frozen_cut(0, 0))
+    # Not zeros: an average that a forward makes in a frozen parameter would not move from there.
+    fixed = {name: torch.ones(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
+    sums = checksums(fixed)
+    bind(worker.module, {**message.tensors, **fixed})
     named = {name: parameter for name, parameter in worker.module.named_parameters() if parameter.requires_grad}
     optimizer = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
     if job.settings:
@@ -298,6 +330,7 @@ def _one_step(job: Job, device: torch.device) -> None:
     check_reach(loss, lambda: job.loss(outputs, targets), worker.module, (inputs, targets), outputs, job.build)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
+    check_frozen(worker.module, fixed, sums)
     _check_replaced(job, worker.module, message)
     _check_constants(job, worker.module)
     size = min(2, job.config.evaluate.batch_size)

@@ -30,3 +30,11 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         nn.Sequential(nn.Linear(12, 10), nn.PReLU(10)), nn.Sequential(nn.Linear(10, 6), nn.PReLU(), nn.Linear(6, 5))
     ),
 }
+
+
+def frozen_first() -> nn.Module:
+    """Everything but the last layer is frozen; the first is shared, the second is cut."""
+    model = nn.Sequential(nn.Linear(12, 40), nn.Tanh(), nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 5))
+    for layer in (model[0], model[2]):
+        layer.requires_grad_(requires_grad=False)
+    return model

@@ -31,6 +31,9 @@ class FaultyPool:
     def gather(self, round_number: int) -> tuple[str, ...]:
         return self.inner.gather(round_number)
 
+    def process(self, worker: int) -> str:
+        return self.inner.process(worker)
+
     def envelope(self, worker: int, route: Route) -> Envelope:
         return self.inner.envelope(worker, route)
 

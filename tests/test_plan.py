@@ -15,6 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import _should_co
 from ist import cli
 from ist.build import build_job
 from ist.errors import ConfigError
+from ist.frozen import message_bytes
 from ist.inspection import inspect_job
 from ist.job import remote_workers
 from ist.lab.link import Link
@@ -25,7 +26,6 @@ from ist.plan.formulas import (
     PLANNED,
     buckets,
     int8_bytes,
-    message_bytes,
     powersgd_bytes,
     rank_bytes,
     ring_bytes,

@@ -2,7 +2,7 @@
 
 A *round* is `train.local_steps` steps of every worker, whatever the method. Every method but IST all-reduces: of B
 bytes among n ranks a ring sends 2 (n - 1) / n B from each rank and to each rank. IST sends messages, whose sizes the
-job knows (`message_bytes`). Bytes are payload; framing belongs to the link (`predict.py`).
+job knows (`ist.frozen.message_bytes`). Bytes are payload; framing belongs to the link (`predict.py`).
 
 Where it sits: `COLLECTIVES` is the one table of methods; `predict.py` turns bytes into seconds.
 Not here: activations and optimiser state, which are measured (`measure.py`).
@@ -17,7 +17,6 @@ from typing import Literal
 
 from torch import nn
 
-from ist.job import Job
 from ist.quantize import BLOCK
 
 Shapes = Sequence[tuple[int, ...]]
@@ -148,12 +147,6 @@ def buckets(sizes: Sequence[float]) -> list[range]:
             found.append(range(start, number + 1))
             start, held = number + 1, 0.0
     return [*found, range(start, len(sizes))] if start < len(sizes) else found
-
-
-def message_bytes(job: Job, worker: int) -> tuple[int, int]:
-    """Return (bytes to a worker, bytes from it) of IST's messages in a full round after the first."""
-    route = job.route(worker, job.main_round)
-    return job.sent_bytes(route, 1), route.up.nbytes
 
 
 def trained_shapes(module: nn.Module) -> list[tuple[int, ...]]:

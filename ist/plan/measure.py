@@ -23,6 +23,7 @@ from ist.data.batches import fetch, take_shard
 from ist.data.nested import call_model, tensors_in
 from ist.errors import ConfigError
 from ist.exchange import Outgoing, WorkerEnd, read_trained
+from ist.frozen import FrozenSender
 from ist.job import Job
 from ist.narrow import bind
 from ist.pool import Buffers
@@ -126,7 +127,9 @@ def measure_narrow(job: Job, number: int, device: torch.device) -> StepCost:
             envelope.flat.copy_(fresh)
             worker.train(0, envelope)
 
-        bind(worker.module, WorkerEnd(job, number, device).open(envelope).tensors)
+        frozen, _ = FrozenSender(job, whole, device).write("", number, 0, job.frozen_cut(number, 0))
+        fixed = worker.frozen.update(job, number, 0, frozen, device)
+        bind(worker.module, {**WorkerEnd(job, number, device).open(envelope).tensors, **fixed})
         _try_smallest(job, number, worker.shard, worker.module, device)
         step_s = _step_s(train, job, device)
         batch = fetch(worker.shard, job.dealing.batch(number, 0), device)
@@ -174,7 +177,7 @@ def _try_smallest(job: Job, worker: int, shard: Dataset[Any], module: nn.Module,
 def _state(job: Job, device: torch.device) -> dict[str, Tensor]:
     tensors = job.build_copy().to(device).state_dict()
     fresh = optim.initial_state(job.state_slots, job.state_specs, device)
-    return {name: tensors[name].contiguous() for name in job.model_specs} | fresh
+    return {name: tensors[name].contiguous() for name in (*job.model_specs, *job.frozen_specs)} | fresh
 
 
 def _with_steps(job: Job, steps: int) -> Job:

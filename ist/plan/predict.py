@@ -25,11 +25,12 @@ from ist.build import build_job
 from ist.config import Config
 from ist.config_file import config_for_method
 from ist.errors import ConfigError, ISTError, first_line
+from ist.frozen import frozen_bytes, message_bytes
 from ist.job import Job, remote_workers
 from ist.lab.link import Link
 from ist.partition import check_workers
 from ist.plan import formulas
-from ist.plan.formulas import COLLECTIVES, exchanges, message_bytes, rank_bytes, ring_bytes
+from ist.plan.formulas import COLLECTIVES, exchanges, rank_bytes, ring_bytes
 from ist.plan.measure import CoordinatorCost, StepCost, WholeCost, measure_coordinator, measure_narrow, measure_whole
 from ist.plan.request import Hosts, Request
 from ist.pool.device import compute_device
@@ -233,10 +234,12 @@ class Planner:
         remote = [messages[worker] for worker in remote_workers(job)]
         compute_s, exchange_s = ist_seconds(remote, step.step_s, workers, steps, hosts)
         sent = [sum(message[way] for message in remote) for way in (0, 1)]
-        # A worker trains on the message itself.
-        worker_bytes = max(back for _, back in messages) + _held_bytes(step)
+        # A worker trains on the message itself, and holds its part of what is frozen beside it.
+        frozen = max(frozen_bytes(job, worker, job.main_round, None) for worker in range(workers))
+        worker_bytes = max(back for _, back in messages) + frozen + _held_bytes(step)
         own = _held_bytes(step) if len(remote) < workers else 0
-        whole = sum(spec.nbytes for spec in job.specs.values()) + sum(back for _, back in messages) + own
+        specs = (*job.specs.values(), *job.frozen_specs.values())
+        whole = sum(spec.nbytes for spec in specs) + sum(back for _, back in messages) + own
         coordinate_s = parts.coordinator.cut_s + parts.coordinator.merge_s
         return _prediction(job, sum(sent), max(sent), worker_bytes, whole, compute_s, exchange_s, coordinate_s)
 

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 import torch
 
 from ist.pool.coding import Envelope, Route
+from ist.pool.wire import Message
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,18 @@ class Subnet:
         place: Whose it is.
         envelope: Its messages: the one to the worker is written before it leaves, the other when it is back.
         sent_bytes: How much of the message down, from its beginning, goes to the worker; all of the other comes back.
+        frozen: A message that goes to the worker beside it, with frozen parameters that it lacks; None: it has them.
     """
 
     place: Place
     envelope: Envelope
     sent_bytes: int
+    frozen: Message | None = None
+
+    @property
+    def down_bytes(self) -> int:
+        """Bytes that go to the worker, in all."""
+        return self.sent_bytes + (self.frozen.nbytes if self.frozen else 0)
 
     @property
     def worker(self) -> int:
@@ -78,6 +86,10 @@ class WorkerPool(Protocol):
         Raises:
             WorkerLostError: There are fewer than the run needs.
         """
+        ...
+
+    def process(self, worker: int) -> str:
+        """Return a name of the process that is a worker of the round; who takes its place has another name."""
         ...
 
     def envelope(self, worker: int, route: Route) -> Envelope:

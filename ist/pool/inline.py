@@ -31,6 +31,10 @@ class InlinePool:
         """All workers are always there."""
         return self._names
 
+    def process(self, worker: int) -> str:
+        """Return the name of a worker."""
+        return self._names[worker]
+
     def envelope(self, worker: int, route: Route) -> Envelope:
         """Return a worker's envelope."""
         return self._buffers.envelope(worker, route)
@@ -38,8 +42,9 @@ class InlinePool:
     def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
         """Train the subnets in order."""
         for subnet in subnets:
-            self._meter.sent[subnet.worker] += subnet.sent_bytes
-            self._seats[subnet.worker].worker(subnet.place).train(round_number, subnet.envelope)
+            self._meter.sent[subnet.worker] += subnet.down_bytes
+            worker = self._seats[subnet.worker].worker(subnet.place)
+            worker.train(round_number, subnet.envelope, subnet.frozen)
             self._meter.received[subnet.worker] += subnet.envelope.up.nbytes
             yield subnet
 

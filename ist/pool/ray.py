@@ -157,6 +157,11 @@ class RayPool:
             else:
                 time.sleep(_POLL_S)
 
+    def process(self, worker: int) -> str:
+        """Return the name of an actor; who takes its place has another one."""
+        member = self._crew[worker]
+        return member.name if member else f"nobody for worker {worker}"
+
     def envelope(self, worker: int, route: Route) -> Envelope:  # noqa: ARG002
         """Return memory for a message, the same for all workers: what is sent is a copy in the object store."""
         if self._scratch.nbytes < route.nbytes:
@@ -183,14 +188,15 @@ class RayPool:
                 continue
             try:
                 sent = ray.put(subnet.envelope.flat[: subnet.sent_bytes].numpy())
+                beside = [ray.put(subnet.frozen.flat.numpy())] if subnet.frozen is not None else []
             except RayError as error:
                 raise PoolError(
-                    f"a subnet of {subnet.sent_bytes} bytes does not fit into the object store ({first_line(error)}): "
+                    f"a subnet of {subnet.down_bytes} bytes does not fit into the object store ({first_line(error)}): "
                     "give nodes a larger one (ray start --object-store-memory; shm_size in containers)"
                 ) from error
             actor = self._member(subnet).actor
-            pending[actor.train.remote(self._ticket, round_number, subnet.place, sent)] = subnet
-            self._meter.sent[subnet.worker] += subnet.sent_bytes
+            pending[actor.train.remote(self._ticket, round_number, subnet.place, sent, *beside)] = subnet
+            self._meter.sent[subnet.worker] += subnet.down_bytes
         while pending:
             left = began + self._round_s - time.monotonic()
             done, _ = ray.wait(list(pending), timeout=max(0.0, left))

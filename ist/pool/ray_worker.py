@@ -17,6 +17,7 @@ from ist.kept import Site
 from ist.pool import Place
 from ist.pool.coding import Envelope
 from ist.pool.device import compute_device
+from ist.pool.wire import Message
 from ist.worker import Seat
 
 Flat = NDArray[np.uint8]
@@ -50,7 +51,7 @@ class RayWorker:
 
     # Ray's record of every call would have the cluster's memory grow with the number of rounds.
     @ray.method(enable_task_events=False)
-    def train(self, ticket: int, round_number: int, place: Place, received: Flat) -> Flat:
+    def train(self, ticket: int, round_number: int, place: Place, received: Flat, beside: Flat | None = None) -> Flat:
         """Train a subnet for a round.
 
         Args:
@@ -58,6 +59,7 @@ class RayWorker:
             round_number: The round, from 0.
             place: Which worker of how many this is in the round.
             received: The part of the message that was sent; read-only, as it lies in the object store.
+            beside: Frozen parameters that this worker lacks, likewise.
 
         Returns:
             The trained message.
@@ -76,8 +78,15 @@ class RayWorker:
         if received.shape != (expected,):
             raise PoolError(f"{self.name} expected a message of {expected} bytes, received {received.shape}")
         envelope.flat[:expected].copy_(as_tensor(received))
-        envelope.down.read_header(round_number, place.worker)
-        worker.train(round_number, envelope, lambda: self._over >= ticket)
+        header = envelope.down.read_header(round_number, place.worker)
+        layout = worker.frozen.layout(worker.job, place.worker, round_number, header.relies)
+        if (layout.nbytes if layout else 0) != (len(beside) if beside is not None else 0):
+            raise PoolError(
+                f"{self.name} expected {layout.nbytes if layout else 0} bytes of frozen parameters, received "
+                f"{len(beside) if beside is not None else 0}"
+            )
+        frozen = Message(layout, flat=as_tensor(beside)) if layout is not None and beside is not None else None
+        worker.train(round_number, envelope, frozen, lambda: self._over >= ticket)
         trained: Flat = envelope.up.flat.cpu().numpy()
         return trained
 

@@ -20,6 +20,7 @@ from ist.meter import Meter
 from ist.pool import Buffers, Lost, Subnet
 from ist.pool.coding import Envelope, Route
 from ist.pool.group import Membership, peer_errors
+from ist.pool.wire import Message
 from ist.worker import Worker
 
 
@@ -106,6 +107,7 @@ class TorchrunPool:
     def __init__(self, job: Job, membership: Membership, meter: Meter, site: Site | None = None) -> None:
         self._channel = Channel(membership, meter)
         self._early = membership.backend == "gloo"
+        self._carrier = membership.carrier
         self._first_rank = membership.world_size - job.config.train.workers
         self._local = Worker(job, 0, membership.device, site) if self._first_rank == 0 else None
         self._names = tuple(f"rank {self._rank(worker)}" for worker in range(job.config.train.workers))
@@ -114,6 +116,10 @@ class TorchrunPool:
     def gather(self, round_number: int) -> tuple[str, ...]:  # noqa: ARG002
         """All ranks are there, or torch.distributed ends the run."""
         return self._names
+
+    def process(self, worker: int) -> str:
+        """Return the name of a rank, which stands for one process as long as the run lasts."""
+        return self._names[worker]
 
     def envelope(self, worker: int, route: Route) -> Envelope:
         """Return a worker's envelope."""
@@ -124,13 +130,17 @@ class TorchrunPool:
         subnets = list(subnets)
         remote = [subnet for subnet in subnets if self._rank(subnet.worker) != 0]
         sends = self._channel.send([(self._rank(s.worker), s.worker, s.envelope.flat[: s.sent_bytes]) for s in remote])
+        # In a batch of its own: a worker reads in the first message how long the second is.
+        sends += self._channel.send(
+            [(self._rank(s.worker), s.worker, s.frozen.flat.to(self._carrier)) for s in remote if s.frozen is not None]
+        )
         back = [(self._rank(s.worker), s.worker, s.envelope.up.flat) for s in remote]
         # A trained subnet is received over the one that was sent: it cannot come before the other has arrived.
         # With gloo the receives are posted now, so that data flow while this rank trains; a waiting NCCL receive
         # would take the GPU's time.
         receives = self._channel.receive(back) if self._early else []
         if self._local is not None:
-            self._local.train(round_number, subnets[0].envelope)
+            self._local.train(round_number, subnets[0].envelope, subnets[0].frozen)
             yield subnets[0]
         receives = receives or self._channel.receive(back)
         # NCCL coalesces a batch into one work.
@@ -166,6 +176,7 @@ class RankWorker:
         self._number = membership.rank - (membership.world_size - job.config.train.workers)
         self._worker = Worker(job, self._number, membership.device, site)
         self._channel = Channel(membership, Meter())
+        self._carrier = membership.carrier
         self._looks = job.looks(self._number, 0)
         self._envelope = Envelope(job.route(self._number, 0), membership.device)
 
@@ -185,8 +196,13 @@ class RankWorker:
         gone = f"worker {self._number} lost the coordinator (rank 0) in round {round_number}"
         _wait(self._channel.receive([(0, self._number, incoming)]), gone)
         self._channel.finish(self._number, incoming)
-        envelope.down.read_header(round_number, self._number)
-        self._worker.train(round_number, envelope)
+        header = envelope.down.read_header(round_number, self._number)
+        layout = self._worker.frozen.layout(self._job, self._number, round_number, header.relies)
+        frozen = Message(layout, self._carrier) if layout is not None else None
+        if frozen is not None:
+            _wait(self._channel.receive([(0, self._number, frozen.flat)]), gone)
+            self._channel.finish(self._number, frozen.flat)
+        self._worker.train(round_number, envelope, frozen)
         _wait(self._channel.send([(0, self._number, envelope.up.flat)]), gone)
 
     def close(self) -> None:

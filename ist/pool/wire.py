@@ -20,7 +20,7 @@ from ist.errors import PoolError
 from ist.groups import TensorSpec
 
 HEADER_BYTES = 128
-_HEADER_VALUES = 10
+_HEADER_VALUES = 11
 ALIGNMENT = 64  # a cache line, and what torch's own allocator guarantees its kernels
 
 
@@ -28,12 +28,13 @@ ALIGNMENT = 64  # a cache line, and what torch's own allocator guarantees its ke
 class Header:
     """What a message says beside its tensors; travels as float64 values.
 
-    Everything but `round_number` and `worker` is 0 on the way to a worker.
+    Everything but `round_number`, `worker` and `relies` is 0 on the way to a worker.
 
     Attributes:
         compute_s: Wall-clock seconds of the local steps.
         cpu_s: Seconds that they would have taken on a core of their own: CPU time of the thread that trains.
         aside_s: Wall-clock seconds of what is no training: saving what the worker keeps.
+        relies: On the way to a worker, whether it is to keep the frozen parameters that it holds.
     """
 
     round_number: int
@@ -45,6 +46,7 @@ class Header:
     cpu_s: float = 0.0
     memory_bytes: int = 0
     aside_s: float = 0.0
+    relies: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class Message:
             header.cpu_s,
             header.memory_bytes,
             header.aside_s,
+            header.relies,
         ]
         self._header().copy_(torch.tensor(values, dtype=torch.float64))
 
@@ -119,10 +122,11 @@ class Message:
             PoolError: The message belongs to something else.
         """
         found, *numbers = self._header().tolist()
-        round_sent, sender, steps, samples, loss_sum, compute_s, cpu_s, memory, aside_s = numbers
+        round_sent, sender, steps, samples, loss_sum, compute_s, cpu_s, memory, aside_s, relies = numbers
         header = Header(
-            int(round_sent), int(sender), int(steps), int(samples), loss_sum, compute_s, cpu_s, int(memory), aside_s
-        )
+            int(round_sent), int(sender), int(steps), int(samples), loss_sum, compute_s, cpu_s, int(memory), aside_s,
+            bool(relies),
+        )  # fmt: skip
         expected = (self.layout.fingerprint, round_number, worker)
         if (found, header.round_number, header.worker) != expected:
             raise PoolError(

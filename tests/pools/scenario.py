@@ -20,7 +20,7 @@ from ist.run import Following, open_run
 from tests.augmented import Augmented
 from tests.conftest import data, job_for
 from tests.groups.networks import stack
-from tests.networks import NETWORKS, seeded
+from tests.networks import NETWORKS, frozen_first, seeded
 
 WORKERS = 3
 
@@ -72,6 +72,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "network": "no batch norm", "partition__coverage": "balanced", "partition__keep": 0.5,
         "train__activation_scale": "folded", "recipe__stages": [{}, {"rounds": 1, "keep": 1}],
     },
+    "frozen, some of it shared": {"network": "frozen", "partition__exclude": ["0"], "train__activation_scale": "folded"},
+    "frozen, rounded": {
+        "network": "frozen", "exchange__down": "int8", "exchange__up": "int8", "exchange__values": "deltas",
+        "partition__strategy": "categorical",
+    },
     "blocks, the whole network at the end": {
         "network": "blocks", "partition__strategy": "blocks", "partition__blocks": ["1.*"],
         "recipe__stages": [{}, {"rounds": 2, "keep": 1}],
@@ -101,6 +106,7 @@ EXTRA = {
         nn.Flatten(), nn.Linear(36, 5),
     ),
     "blocks": stack,
+    "frozen": frozen_first,
 }  # fmt: skip
 
 

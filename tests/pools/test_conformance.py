@@ -9,6 +9,7 @@ import pytest
 from torch import Tensor
 
 from ist.checkpoint import read_tensors
+from ist.frozen import frozen_bytes
 from ist.inspection import inspect_job
 from ist.job import Job
 from ist.partition import sizes_vary
@@ -74,7 +75,13 @@ def test_the_bytes_counted_are_the_bytes_of_the_formula(torchrun: tuple[Path, st
 def message_bytes(made: Job, round_number: int) -> list[tuple[int, int]]:
     """What goes to each worker in a round, and what comes back."""
     routes = [made.route(worker, round_number) for worker in range(WORKERS)]
-    return [(made.sent_bytes(route, round_number), route.up.nbytes) for route in routes]
+    beside = [
+        frozen_bytes(made, worker, round_number, round_number - 1 if round_number else None)
+        for worker in range(WORKERS)
+    ]
+    return [
+        (made.sent_bytes(route, round_number) + b, route.up.nbytes) for route, b in zip(routes, beside, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

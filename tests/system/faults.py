@@ -61,7 +61,7 @@ class FaultyWorker(RayWorker):
     def pid(self) -> int:
         return os.getpid()
 
-    def train(self, ticket: int, round_number: int, place: Place, received: Any) -> Any:
+    def train(self, ticket: int, round_number: int, place: Place, received: Any, *beside: Any) -> Any:
         mine = [f for f in self.faults if (f.round, f.worker) == (round_number, place.worker)]
         now = {f.phase: f.what for f in mine if self._is_new(f)}
         fetch = ist.worker.fetch
@@ -77,7 +77,7 @@ class FaultyWorker(RayWorker):
         if "while training" in now:
             ist.worker.fetch = faulty_fetch
         try:
-            trained = super().train(ticket, round_number, place, received)
+            trained = super().train(ticket, round_number, place, received, *beside)
         finally:
             ist.worker.fetch = fetch
         before, self.last = self.last, trained.copy()
