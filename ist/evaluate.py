@@ -53,8 +53,8 @@ def evaluate(
         metric: What to report beside the loss.
 
     Raises:
-        DataError: The metric counts none of the data set's targets; or a sample cannot be read, or its loss or metric
-            fails.
+        DataError: The metric counts none of the data set's targets; or a sample cannot be read, or its loss fails.
+        ConfigError: The metric fails.
         ModelError: The network fails.
     """
     count, loss_sum, sums, counted = length(dataset), 0.0, torch.zeros((), dtype=torch.float64, device=device), 0
@@ -71,7 +71,7 @@ def evaluate(
             with loss_errors(numbers):
                 loss_sum += float(loss_of(loss, outputs, targets, numbers)) * len(batch)
             if metric is not None:
-                with loss_errors(numbers, f"metric '{metric.names[0]}'"):
+                with loss_errors(numbers, metric.names[0]):
                     batch_sums, batch_count = metric.batch(scores(outputs), targets)
                 sums, counted = sums + batch_sums, counted + batch_count
     if metric is not None and counted == 0:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ist.data.batches import named_samples
 from ist.data.nested import mapped, scores, tensors_in
-from ist.errors import DataError, ISTError, ModelError, is_out_of_memory, said_at
+from ist.errors import ConfigError, DataError, ISTError, ModelError, is_out_of_memory, said_at
 from ist.rng import Indices
 
 _MOST_SHOWN = 8
@@ -34,7 +34,7 @@ def located(where: str) -> Iterator[None]:
     """Put in front of what is said of data or network where it failed."""
     try:
         yield
-    except (DataError, ModelError) as error:
+    except (ConfigError, DataError, ModelError) as error:
         raise type(error)(f"{where}: {error}") from error
 
 
@@ -54,22 +54,24 @@ def network_errors(network: nn.Module, what: str = "the network") -> Iterator[No
 
 
 @contextmanager
-def loss_errors(numbers: Callable[[], Indices], what: str = "the loss") -> Iterator[None]:
+def loss_errors(numbers: Callable[[], Indices], metric: str | None = None) -> Iterator[None]:
     """Turn what a loss or a metric raises into an error that names the samples of the batch.
 
     Args:
         numbers: Tells by which numbers the samples are known.
-        what: What may fail.
+        metric: The name of the metric; None: it is the loss.
 
     Raises:
-        DataError: It has raised something.
+        DataError: The loss has raised something.
+        ConfigError: The metric has.
     """
     try:
         yield
     except Exception as error:
         if _passes(error):
             raise
-        raise DataError(f"{what} of {named_samples(numbers())} fails: {said_at(error)}") from error
+        what, kind = (f"metric '{metric}'", ConfigError) if metric else ("the loss", DataError)
+        raise kind(f"{what} of {named_samples(numbers())} fails: {said_at(error)}") from error
 
 
 def loss_of(loss: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, numbers: Callable[[], Indices]) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 import ist
 from ist.data.batched import BatchedDataset
 from ist.data.batches import fetch
-from ist.errors import DataError, ISTError, ModelError, PoolError, WorkerLostError
+from ist.errors import ConfigError, DataError, ISTError, ModelError, PoolError, WorkerLostError
 from ist.evaluate import evaluate
 from ist.pool import group
 from ist.worker import rehearse
@@ -231,7 +231,7 @@ def test_a_metric_that_fails_names_the_samples() -> None:
     floats = TensorDataset(test.tensors[0], test.tensors[1].float())
 
     with pytest.raises(
-        DataError, match=r"metric 'accuracy' of samples 0, 1, .* fails: ValueError: accuracy is of class"
+        ConfigError, match=r"metric 'accuracy' of samples 0, 1, .* fails: ValueError: accuracy is of class"
     ):
         evaluate(model, floats, lambda outputs, _: functional.mse_loss(outputs, outputs), 16, CPU, job.metric)
 

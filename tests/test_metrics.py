@@ -89,7 +89,7 @@ def test_rmse_is_the_root_of_the_mean_square_over_all_batches() -> None:
 
 def test_rmse_does_not_spread_outputs_over_targets_of_another_shape() -> None:
     with pytest.raises(
-        DataError, match=r"of samples 0, 1, 2 fails: ValueError: outputs have the shape \(3, 1\), targets"
+        ConfigError, match=r"of samples 0, 1, 2 fails: ValueError: outputs have the shape \(3, 1\), targets"
     ):
         values(RMSE, randn(8, 1), randn(8))
     network = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 1), nn.Flatten(0))
@@ -98,7 +98,7 @@ def test_rmse_does_not_spread_outputs_over_targets_of_another_shape() -> None:
     job = job_for(seeded(lambda: network), TensorDataset(inputs, inputs[:, 0]), test, evaluate__metric="rmse")
     object.__setattr__(job, "loss", lambda outputs, targets: (outputs - targets.flatten()).square().mean())
     with pytest.raises(
-        DataError, match=r"metric 'rmse' of samples 0, 1 fails: ValueError: outputs have the shape \(2,\)"
+        ConfigError, match=r"metric 'rmse' of samples 0, 1 fails: ValueError: outputs have the shape \(2,\)"
     ):
         rehearse(job)
 
