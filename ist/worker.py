@@ -20,6 +20,7 @@ from ist import optim
 from ist.blocks import scaled_blocks
 from ist.data.batches import fetch, length, take_shard
 from ist.data.nested import call_model
+from ist.drift import Operators, check_forward, is_due, operators
 from ist.errors import AbandonedRoundError, ConfigError, ISTError, ModelError
 from ist.evaluate import evaluate, reestimate_statistics, statistics_batches
 from ist.exchange import WorkerEnd
@@ -71,6 +72,7 @@ class Worker:
         self._looks = job.looks(number, 0)
         self._end = WorkerEnd(job, number, device)
         self.frozen = frozen or FrozenParts()
+        self._operators: Operators | None = None
 
     def train(
         self,
@@ -90,7 +92,9 @@ class Worker:
 
         Raises:
             AbandonedRoundError: It has.
-            ModelError: Training changes a frozen parameter.
+            DataError: A sample cannot be read, or its loss fails.
+            ModelError: The network fails, training changes a frozen parameter, or the network has changed so that its
+                neurons cannot be split any more.
             PoolError: This worker was not sent what it lacks.
         """
         started, cpu_started = time.perf_counter(), time.thread_time()
@@ -110,6 +114,8 @@ class Worker:
         sums = checksums(fixed)
         bind(module, {**message.tensors, **fixed})
         multiply(message.tensors, folded)
+        if self._operators is None:
+            self._operators = operators(job, module, self.device)
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         optimizer = self._keeper.optimizer(named, round_number)
         if job.state_slots and round_number > 0:
@@ -134,6 +140,10 @@ class Worker:
             self._end.taken = {}
         else:
             self._keeper.keep(optimizer, named, self._end.taken, round_number)
+        if is_due(job, round_number):
+            with located(f"round {round_number}, worker {self.number}"):
+                neurons = job.neurons(round_number)[self.number]
+                self._operators = check_forward(job, module, neurons, self._operators, self.device)
         envelope.up.write_header(
             Header(
                 round_number,
