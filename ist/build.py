@@ -95,6 +95,7 @@ def make_job(
         ModelError: The network cannot be split among that many workers.
     """
     train = config.train
+    larger = train.batch_size if example is None else 0
     example = example_inputs(train_data) if example is None else example
     template = on_meta(template)
     modes = settle_modes(template)
@@ -112,7 +113,14 @@ def make_job(
 
     found, groups = Found((), (), {}), tuple[Group, ...]()
     if config.method == "ist":
-        found = find_neurons(template, example, build_in_modes)
+        try:
+            found = find_neurons(template, example, build_in_modes)
+        except ModelError:
+            if larger <= 2:
+                raise
+            # Norms of parts of a batch, for instance, need more than two samples.
+            example = example_inputs(train_data, larger)
+            found = find_neurons(template, example, build_in_modes)
         groups = split_groups(found, template, config.partition)
     specs = tensor_specs(template, with_statistics=train.running_statistics == "carried")
     parameters = {name: specs[name] for name, p in template.named_parameters() if p.requires_grad}
@@ -157,13 +165,13 @@ def make_job(
     return job
 
 
-def example_inputs(data: Dataset[Any]) -> Any:
-    """Return the inputs of a batch of two samples (or of one, if there is just one).
+def example_inputs(data: Dataset[Any], size: int = 2) -> Any:
+    """Return the inputs of a batch of some samples, or of all if there are fewer.
 
     Raises:
         DataError: They cannot be put together.
     """
-    return fetch(data, np.arange(min(2, length(data))), torch.device("cpu"))[0]
+    return fetch(data, np.arange(min(size, length(data))), torch.device("cpu"))[0]
 
 
 def loss_function(name: str) -> LossFunction:

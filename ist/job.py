@@ -50,7 +50,7 @@ class Job:
         splits: The data; `splits.test` may be None through the Python API.
         loss: Mean loss of (outputs, targets).
         metric: What is reported beside it, if anything.
-        example: Inputs of a batch of two.
+        example: Inputs of a batch of two, or of as many as a training step has where two do not do.
         found: What is known of the network: all its neuron groups, and attributes that are sizes.
         groups: Those that are split, optimiser state included where it is carried.
         model_specs: Tensors of the network that travel both ways and merge.

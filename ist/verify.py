@@ -9,7 +9,7 @@ Where it sits: `ist/worker.py` calls it when a run is rehearsed.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 
 import numpy as np
@@ -218,20 +218,40 @@ def _verify_blocks(job: Job, whole: nn.Module, example: object) -> None:
 
 
 def _in_double(job: Job) -> tuple[nn.Module, object]:
-    """Return a whole network to compare with and its inputs: in float64 if it is not too large and can compute so."""
+    """Return a whole network to compare with and its inputs.
+
+    They are in float64 if the network is not too large, can compute so, and then has no more values that are not
+    finite: a mask of -3e38 may mean minus infinity in float32 only.
+
+    Raises:
+        ModelError: An output, or the gradient of a parameter, is not finite anywhere.
+    """
     whole = job.build_copy()
     _disturb(whole)
+    found = whole, job.example
+    bad: dict[str, bool] | None = None
     if sum(p.numel() for p in whole.parameters()) <= MOST_FOR_DOUBLE:
-        double, example = (
-            copied(whole).double(),
-            mapped(job.example, lambda t: t.double() if t.is_floating_point() else t),
+        double = copied(whole).double(), mapped(job.example, lambda t: t.double() if t.is_floating_point() else t)
+        with suppress(RuntimeError, ValueError, TypeError):
+            bad = _not_finite(copied(double[0]), double[1])
+            found = double
+    if bad is None or bad:
+        plain = _not_finite(copied(whole), job.example)
+        if bad is None or len(plain) < len(bad):
+            found, bad = (whole, job.example), plain
+    if True in bad.values():
+        name = next(name for name, everywhere in bad.items() if everywhere)
+        raise ModelError(
+            f"{name} is not finite on an example of the data (with parameters moved a little from their values): "
+            "a narrow network cannot be compared with the whole one"
         )
-        try:
-            _outputs_and_gradients(copied(double), example)
-        except (RuntimeError, ValueError, TypeError):
-            return whole, job.example
-        return double, example
-    return whole, job.example
+    return found
+
+
+def _not_finite(module: nn.Module, example: object) -> dict[str, bool]:
+    """Return the outputs and gradients that hold values that are not finite, and whether all of them are so."""
+    finite = {name: tensor.isfinite() for name, tensor in _named_results(module, example).items() if tensor.numel()}
+    return {name: not bool(where.any()) for name, where in finite.items() if not bool(where.all())}
 
 
 def _shares(job: Job) -> Iterator[Sequence[Indices]]:
@@ -247,8 +267,10 @@ def _disturb(module: nn.Module) -> None:
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.is_floating_point():
-                size = parameter.square().mean().sqrt()
-                parameter.add_(torch.randn_like(parameter) * torch.where(size > 0, size / 4, 0.1))
+                usual = parameter.abs() < 1e30  # neither infinite nor what stands for it, as in masks
+                size = parameter[usual].square().mean().sqrt()
+                moved = parameter + torch.randn_like(parameter) * torch.where(size > 0, size / 4, 0.1)
+                parameter.copy_(torch.where(usual, moved, parameter))
 
 
 def _masked(job: Job, whole: nn.Module, plan: NarrowPlan, cut: Cut, neurons: Sequence[Indices]) -> nn.Module:
@@ -352,11 +374,13 @@ def _agree(
 def _distance(expected: Tensor, found: Tensor | None) -> float:
     if found is None or expected.shape != found.shape:
         return float("inf")
-    return float((expected - found).abs().max()) if expected.numel() else 0.0
+    # Two infinities, and two values that are not numbers, are the same.
+    same = (expected == found) | (expected.isnan() & found.isnan())
+    return float((expected - found).masked_fill(same, 0).abs().max()) if expected.numel() else 0.0
 
 
 def _size(tensor: Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
+    return float(tensor.abs().masked_fill(~tensor.isfinite(), 0).max()) if tensor.numel() else 0.0
 
 
 def _round_differently(module: nn.Module) -> None:

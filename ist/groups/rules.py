@@ -188,6 +188,11 @@ def _last(scene: Scene, call: Call) -> Sequence[Value]:
     return [mix(scene, call.values[0], {len(call.values[0].shape) - 1})]
 
 
+def _transformed(scene: Scene, call: Call) -> Sequence[Value]:
+    """A Fourier transform along some dims."""
+    return resized(scene, call, call.dims(call.values[0]))
+
+
 def _chosen(scene: Scene, call: Call) -> Sequence[Value]:
     """Numbers of positions of the last dim, drawn by chance."""
     return resized(scene, call, {len(call.values[0].shape) - 1})
@@ -223,6 +228,9 @@ def _table() -> dict[str, Rule]:
         "as_strided": _restrided,
         "_prelu_kernel": _elementwise,
         "hardswish": _elementwise,
+        "floor_divide": _elementwise,
+        "_grouped_mm": matmul("ik", "ekj", "ij"),
+        **dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), _transformed),
         "polar": _elementwise,
         "mm": matmul("ik", "kj", "ij"),
         "bmm": matmul("bik", "bkj", "bij"),
