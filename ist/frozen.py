@@ -201,13 +201,14 @@ class FrozenParts:
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Return a number for each tensor that is another one, in all likelihood, when the values are."""
-    return {name: _checksum(tensor) for name, tensor in tensors.items()}
+    return {name: checksum(tensor) for name, tensor in tensors.items()}
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _checksum(tensor: Tensor) -> int:
+def checksum(tensor: Tensor) -> int:
+    """Return a number that is another one, in all likelihood, when the tensor's values are."""
     flat = tensor.detach().contiguous().flatten()
     return int(flat.view(_INTEGERS[min(8, flat.element_size())]).sum(dtype=torch.int64)) if flat.numel() else 0
 
@@ -227,7 +228,7 @@ def check_frozen(module: nn.Module, bound: Mapping[str, Tensor], sums: Mapping[s
         if name not in bound:
             continue
         before = bound[name]
-        same = _checksum(before) == sums[name] and (
+        same = checksum(before) == sums[name] and (
             # A forward may put a copy in another precision in its place.
             parameter.data_ptr() == before.data_ptr()
             or (parameter.shape == before.shape and bool(torch.equal(parameter.detach(), before.to(parameter.dtype))))

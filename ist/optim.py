@@ -211,17 +211,61 @@ def store_state(
 
 
 def named_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return an optimiser's state by `state_name`: tensors, and plain numbers as tensors whose names say so."""
+    """Return an optimiser's state by `state_name`: tensors, and plain numbers as tensors whose names say so.
+
+    What a class keeps in itself, or in its parameter groups, is there too; see `named_extras`.
+    """
     found: dict[str, Tensor] = {}
     for name, parameter in named.items():
         for key, value in optimizer.state[parameter].items():
-            if isinstance(value, Tensor):
-                found[state_name(key, name)] = value
-            elif isinstance(value, int | float):
-                found[state_name(key + _NUMBER, name)] = torch.tensor(
-                    value, dtype=torch.float64 if isinstance(value, float) else None
-                )
+            found |= _named_value(key, name, value)
+    for extra, value in named_extras(optimizer).items():
+        key, _, owner = extra.partition("@")
+        found |= _named_value(key, owner, value)
     return found
+
+
+def _named_value(key: str, owner: str, value: Any) -> dict[str, Tensor]:
+    if isinstance(value, Tensor):
+        return {state_name(key, owner): value}
+    if isinstance(value, int | float):
+        dtype = torch.float64 if isinstance(value, float) else None
+        return {state_name(key + _NUMBER, owner): torch.tensor(value, dtype=dtype)}
+    return {}
+
+
+_OBJECT, _GROUP = ":optimizer", ":group-"
+"""What stands in the place of a parameter's name for the optimiser's own attributes, and for those of a group."""
+
+
+def extra_name(name: str, group: int | None) -> str:
+    """Return the name of an optimiser's attribute, or of a setting of a parameter group."""
+    return state_name(name, _OBJECT if group is None else f"{_GROUP}{group}")
+
+
+def named_extras(optimizer: torch.optim.Optimizer) -> dict[str, int | float | Tensor]:
+    """Return the numbers and tensors that a class keeps outside per-parameter state, by `extra_name`.
+
+    They are attributes that torch's own optimisers do not have, and settings of groups that are not the defaults.
+    """
+    plain = vars(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+    found = {
+        extra_name(name, None): value
+        for name, value in vars(optimizer).items()
+        if name not in plain and isinstance(value, int | float | Tensor)
+    }
+    for number, group in enumerate(optimizer.param_groups):
+        for name, value in group.items():
+            default = optimizer.defaults.get(name)
+            if isinstance(value, int | float | Tensor) and value is not default and not _equal(value, default):
+                found[extra_name(name, number)] = value
+    return found
+
+
+def _equal(value: Any, other: Any) -> bool:
+    return (
+        bool(torch.equal(value, other)) if isinstance(value, Tensor) and isinstance(other, Tensor) else value == other
+    )
 
 
 def restore_named_state(
@@ -234,6 +278,9 @@ def restore_named_state(
     """
     for full_name, tensor in state.items():
         key, _, name = full_name.partition("@")
+        if name.startswith((_OBJECT, _GROUP)):
+            _restore_extra(optimizer, key, name, tensor)
+            continue
         if name not in named:
             raise CheckpointError(f"the checkpoint holds '{full_name}', which is no optimiser state of this network")
         parameter = named[name]
@@ -243,3 +290,17 @@ def restore_named_state(
         like_parameter = tensor.ndim > 0 or (parameter.ndim == 0 and key != "step")
         device = parameter.device if like_parameter else scalar_device(optimizer, parameter)
         optimizer.state[parameter][key] = tensor.to(device)
+
+
+def _restore_extra(optimizer: torch.optim.Optimizer, key: str, owner: str, tensor: Tensor) -> None:
+    is_number, key = key.endswith(_NUMBER), key.removesuffix(_NUMBER)
+    value = tensor.item() if is_number else tensor.to(optimizer.param_groups[0]["params"][0].device)
+    if owner == _OBJECT:
+        setattr(optimizer, key, value)
+        return
+    number = int(owner.removeprefix(_GROUP))
+    if number >= len(optimizer.param_groups):
+        raise CheckpointError(
+            f"the checkpoint holds '{key}' of parameter group {number}, which this optimiser does not have"
+        )
+    optimizer.param_groups[number][key] = value

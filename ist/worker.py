@@ -32,6 +32,7 @@ from ist.job import Job
 from ist.kept import Keeper, Site
 from ist.meter import MemoryGauge
 from ist.narrow import bind, collect, multiply
+from ist.optimizer_trial import check_optimizer
 from ist.pool import Place
 from ist.pool.coding import Envelope
 from ist.pool.wire import Header, Message
@@ -339,6 +340,7 @@ def _one_step(job: Job, device: torch.device) -> None:
         loss = loss_of(job.loss, outputs, targets, numbers)
     check_reach(loss, lambda: job.loss(outputs, targets), worker.module, (inputs, targets), outputs, job.build)
     loss.backward()  # type: ignore[no-untyped-call]
+    check_optimizer(job, named)
     optimizer.step()
     check_frozen(worker.module, fixed, sums)
     _check_replaced(job, worker.module, message)

@@ -46,6 +46,44 @@ class GroupBySize(torch.optim.SGD):
         super().__init__([{"params": large, "lr": 2 * lr}, {"params": small}], lr=lr)
 
 
+class Accumulating(torch.optim.SGD):
+    """SGD that steps once in `every` calls, on the sum of their gradients."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, every: int) -> None:
+        super().__init__(params, lr=lr)
+        self.every, self.calls = every, 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.calls % self.every == 0:
+            super().zero_grad(set_to_none)
+
+    def step(self, closure: Any = None) -> Any:
+        self.calls += 1
+        return super().step(closure) if self.calls % self.every == 0 else None
+
+
+class OwnRate(torch.optim.SGD):
+    """SGD whose rate falls with every step: it counts in its parameter groups."""
+
+    def step(self, closure: Any = None) -> Any:
+        done = super().step(closure)
+        for group in self.param_groups:
+            group["lr"] *= 0.9
+        return done
+
+
+class History(torch.optim.SGD):
+    """SGD that remembers in a list."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(params, lr=lr)
+        self.seen: list[float] = []
+
+    def step(self, closure: Any = None) -> Any:
+        self.seen.append(1.0)
+        return super().step(closure)
+
+
 class MomentumForMatrices(torch.optim.SGD):
     """SGD that keeps state for matrices alone."""
 

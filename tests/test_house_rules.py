@@ -57,7 +57,7 @@ LAYERS = [
     ["ist.job", "ist.meter", "ist.outer", "ist.pool.limit"],
     ["ist.build"],
     ["ist.evaluate", "ist.checkpoint", "ist.verify", "ist.drift", "ist.exchange", "ist.frozen"],
-    ["ist.kept"],
+    ["ist.kept", "ist.optimizer_trial"],
     ["ist.worker"],
     ["ist.pool.device", "ist.pool.secret", "ist.pool.ports", "ist.pool.ray_guard"],
     ["ist.pool.ray_worker"],
