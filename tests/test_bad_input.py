@@ -1,18 +1,22 @@
 """Whatever a configuration holds, `ist train` accepts it or ends with one kind of line, exit code 2, and no folder."""
 
+import copy
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ist import cli
-from ist.errors import printable
+from ist.config_file import describe_keys, load_config
+from ist.errors import ConfigError, printable
 from ist.yaml_text import MAX_BYTES, MAX_DEPTH
 from tests.conftest import ROOT, config_tree
 
@@ -20,7 +24,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 LONGEST_S = 10.0
 
 Tree = dict[str, Any]
-Try = Callable[[str], str]
+Try = Callable[..., str]
 
 
 @pytest.fixture
@@ -31,7 +35,7 @@ def attempt(
     started: list[Path] = []
     monkeypatch.setattr(cli, "_start", lambda _job, folder, resume: started.append(folder.path))  # noqa: ARG005
 
-    def run(text: str) -> str:
+    def run(text: str, longest_s: float = LONGEST_S) -> str:
         place = tmp_path_factory.mktemp("attempt")
         monkeypatch.chdir(place)
         path = place / "job.yaml"
@@ -46,12 +50,12 @@ def attempt(
             code = int(stop.code or 0)
         seconds, said = time.monotonic() - begun, capfd.readouterr().err
         told = [line for line in said.splitlines() if line.startswith("error: ")]
-        assert seconds < LONGEST_S
+        assert seconds < longest_s
         assert "Traceback" not in said
         assert said == printable(said)
         if started:
             assert (code, told) == (0, [])
-            assert started[0].is_relative_to(place)
+            assert started[0].absolute().is_relative_to(place)
         else:
             assert code in (1, 2)
             assert told
@@ -324,3 +328,117 @@ def test_labels_are_shown_as_they_are_in_tables_and_pages(
         assert shown in out
     assert "<td>&lt;b&gt;&amp;</td>" in page
     assert page.count("<svg") == 5
+
+
+ODD: list[Any] = [
+    None, True, 0, -1, 1, 2, 0.5, 1e-300, 1e300, float("inf"), float("nan"), "", "x", "os:sep", "..:x", "sys:exit",
+    "torch.nn:Linear", "a\nb", "[/bold]", r"$\frac$", "\x1b[31m", "total_steps", "nowhere/x", "9" * 300, "é😀",
+    [], [0.9], [1, 2], ["x"], {}, {"name": "x"}, {"x": 1}, {"a": {"b": [1]}}, {"min": 1, "max": 2},
+]  # fmt: skip
+TEXT = st.text(st.characters(exclude_characters="/."), max_size=3)  # not a folder elsewhere
+HUGE = [10**9, 10**12, 10**30]  # not as arguments of a network, which may take as long as it likes to be made
+SNIPPETS = [
+    "[", "{", "]", "}", ":", "- ", "\t", "\n", "&a ", "*a", "!!int ", "!!timestamp ", "!x ", "<<: ", "'", '"', "|", "%", "#", "?",
+    "\0", "\x1b[31m", "\ud800", "[" * 100, "{a: " * 100, "9" * 5000, "0x", "1e", ".inf", "~", "---\n", "...\n", "\ufeff",
+]  # fmt: skip
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    inside = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in inside:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+@st.composite
+def mutated_trees(draw: st.DrawFn, trees: Sequence[Tree]) -> Tree:
+    """A configuration in which one or two keys have another value, another name, or are gone, or are new."""
+    tree = copy.deepcopy(draw(st.sampled_from(trees)))
+    for _ in range(draw(st.integers(1, 2))):
+        *parents, last = draw(st.sampled_from(list(places(tree))))
+        node: Any = tree
+        for parent in parents:
+            node = node[parent]
+        values = ODD if "args" in parents else ODD + HUGE
+        value = draw(st.sampled_from(values) | st.integers(-3, 3) | st.floats(-2, 2) | TEXT)
+        kind = draw(st.sampled_from(["value", "value", "value", "key", "gone", "new"]))
+        if kind in ("key", "gone") or kind == "new":
+            moved = node.pop(last) if kind in ("key", "gone") else value
+            if isinstance(node, dict) and kind != "gone":
+                node[draw(st.sampled_from(KEYS) | TEXT)] = moved
+        else:
+            node[last] = value
+        if not tree:
+            break
+    return tree
+
+
+KEYS = sorted({part for key, *_ in describe_keys() for part in key.split(".")})
+
+
+def as_yaml(tree: Tree) -> str:
+    return yaml.safe_dump(tree, allow_unicode=True)
+
+
+@st.composite
+def mutated_texts(draw: st.DrawFn, texts: Sequence[str]) -> str:
+    """The text of a configuration in which something is put in, or cut out."""
+    text = draw(st.sampled_from(texts))
+    first = draw(st.integers(0, len(text)))
+    last = min(len(text), first + draw(st.integers(0, 20)))
+    return text[:first] + draw(st.sampled_from([*SNIPPETS, ""]) | st.text(max_size=3)) + text[last:]
+
+
+def read_or_refused(path: Path, text: str) -> None:
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    begun = time.monotonic()
+    told = ""
+    try:
+        load_config(path)
+    except ConfigError as error:
+        told = str(error)
+    assert time.monotonic() - begun < LONGEST_S
+    assert all(line.startswith(str(path)) for line in told.splitlines())
+
+
+SHIPPED = [path.read_text() for path in CONFIGS]
+TREES: list[Tree] = [yaml.safe_load(text) for text in SHIPPED]
+FEW = settings(
+    max_examples=150, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+MANY = settings(FEW, max_examples=1500, derandomize=False)
+
+
+@FEW
+@given(tree=mutated_trees(TREES))
+def test_every_configuration_with_other_values_is_read_or_refused_line_by_line(tmp_path: Path, tree: Tree) -> None:
+    read_or_refused(tmp_path / "job.yaml", as_yaml(tree))
+
+
+@FEW
+@given(text=mutated_texts(SHIPPED))
+def test_every_configuration_with_another_text_is_read_or_refused_line_by_line(tmp_path: Path, text: str) -> None:
+    read_or_refused(tmp_path / "job.yaml", text)
+
+
+@settings(FEW, max_examples=25)
+@given(tree=mutated_trees([config_tree()]))
+def test_a_job_with_other_values_starts_or_leaves_nothing(attempt: Try, tree: Tree) -> None:
+    attempt(as_yaml(tree))
+
+
+@pytest.mark.system
+@MANY
+@given(tree=mutated_trees(TREES), text=mutated_texts(SHIPPED))
+def test_many_configurations_are_read_or_refused_line_by_line(tmp_path: Path, tree: Tree, text: str) -> None:
+    read_or_refused(tmp_path / "job.yaml", as_yaml(tree))
+    read_or_refused(tmp_path / "job.yaml", text)
+
+
+@pytest.mark.system
+@pytest.mark.timeout(1200)
+@settings(MANY, max_examples=300)
+@given(tree=mutated_trees([tree for tree in TREES if tree["data"]["name"] in ("digits", "text", "fashion_mnist")]))
+def test_many_jobs_start_or_leave_nothing(attempt: Try, tree: Tree) -> None:
+    attempt(as_yaml(tree), longest_s=60)
