@@ -58,7 +58,8 @@ def validate(tree: Mapping[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [redacted(f"{source}: {_explain(detail)}") for detail in error.errors()]
+        told = [" ".join(_explain(detail).splitlines()) for detail in error.errors()]  # a key may hold a line's end
+        lines = [redacted(f"{source}: {line}") for line in told]
         # pydantic's own text quotes values as they are
         raise ConfigError("\n".join(lines)) from (None if holds_secret(str(error)) else error)
 

@@ -429,6 +429,7 @@ def test_a_job_with_other_values_starts_or_leaves_nothing(attempt: Try, tree: Tr
 
 
 @pytest.mark.system
+@pytest.mark.timeout(1200)
 @MANY
 @given(tree=mutated_trees(TREES), text=mutated_texts(SHIPPED))
 def test_many_configurations_are_read_or_refused_line_by_line(tmp_path: Path, tree: Tree, text: str) -> None:

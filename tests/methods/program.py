@@ -63,12 +63,32 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 TIED = ("ddp", "local_sgd", "diloco_int8")
-RESUMED = ("ddp", "powersgd", "local_sgd", "diloco", "diloco_int8", "ist that keeps")
+NORMED = ("ddp", "local_sgd", "diloco_int8")
+RESUMED = (
+    "ddp",
+    "ddp, norm and dropout",
+    "local_sgd, norm and dropout",
+    "powersgd",
+    "local_sgd",
+    "diloco",
+    "diloco_int8",
+    "ist that keeps",
+)
 
 
 def build() -> nn.Module:
     """Two layers that PowerSGD compresses, and one that is too small."""
     return seeded(lambda: nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 5)))
+
+
+def build_normed() -> nn.Module:
+    """A batch norm, a layer norm and dropout."""
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Linear(12, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Dropout(0.3), nn.Linear(24, 20), nn.LayerNorm(20),
+            nn.ReLU(), nn.Dropout(0.2), nn.Linear(20, 5),
+        )
+    )  # fmt: skip
 
 
 def build_tied() -> nn.Module:
@@ -114,8 +134,10 @@ def refused(name: str) -> str:
 
 def job(name: str) -> Job:
     """The job of a run."""
-    method, tied, _ = name.partition(", tied")
-    settings, make = ({"method": method}, build_tied) if tied else (RUNS[name], build)
+    settings, make = RUNS.get(name), build
+    if settings is None:
+        method, _, kind = name.partition(", ")
+        settings, make = {"method": method}, {"tied weights": build_tied, "norm and dropout": build_normed}[kind]
     config = small_config(train__workers=WORKERS, pool=POOL, **settings)
     return make_job(config, make(), make, data(), data(40, seed=4), nn.functional.cross_entropy)
 
@@ -150,7 +172,8 @@ def run(made: Job, folder: RunFolder | None, resume: bool, stop: bool = False) -
 def main(out: Path) -> None:
     """Make all runs, then some again, with a power cut."""
     torch.set_num_threads(1)
-    for name in [*RUNS, *(f"{method}, tied weights" for method in TIED)]:
+    others = [f"{method}, tied weights" for method in TIED] + [f"{method}, norm and dropout" for method in NORMED]
+    for name in [*RUNS, *others]:
         part = run(job(name), None, resume=False)
         if not isinstance(part, Following):
             write_tensors(out / f"{name}.safetensors", part.method.model.state_dict(), {})

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from ist.checkpoint import read_tensors
 from ist.data.batches import fetch, take_shard
+from ist.evaluate import reestimate_statistics, statistics_batches
 from ist.job import Job
-from tests.conftest import ROOT, assert_same, run_torchrun
-from tests.methods.program import RESUMED, RUNS, WORKERS, build, job
+from ist.rng import Purpose, seeded
+from tests.conftest import ROOT, assert_same, clone, run_torchrun
+from tests.methods.program import NORMED, RESUMED, RUNS, WORKERS, build, build_normed, job
 
 pytestmark = [pytest.mark.system, pytest.mark.procs, pytest.mark.timeout(200)]
 
@@ -62,6 +64,65 @@ def large_batch_training(made: Job) -> dict[str, Tensor]:
 def test_ddp_is_training_with_a_large_batch(runs: Path) -> None:
     # 1e-5: twelve steps of sums in another order
     assert_close(weights(runs, "ddp"), large_batch_training(job("ddp")), 1e-5)
+
+
+def ranks_with_norm_and_dropout(made: Job, averaged_every_step: bool) -> dict[str, Tensor]:
+    """The trained numbers of all ranks in one process: gradients averaged each step, or numbers each round."""
+    models = [build_normed().train() for _ in range(WORKERS)]
+    optimizers = [torch.optim.SGD(model.parameters(), **made.config.train.optimizer.args) for model in models]
+    shards = [take_shard(made.train_data, made.dealing.shard(rank)) for rank in range(WORKERS)]
+    cpu = torch.device("cpu")
+    for round_number in range(made.num_rounds):
+        # Each rank draws its dropout from a generator of its own, which goes on over the steps of a round.
+        states = []
+        for rank in range(WORKERS):
+            with seeded(cpu, made.config.seed, Purpose.TRAINING, round_number, rank):
+                states.append(torch.get_rng_state())
+        for step in made.steps(round_number):
+            for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+                optimizer.zero_grad()
+                inputs, targets = fetch(shards[rank], made.dealing.batch(rank, step), cpu)
+                torch.set_rng_state(states[rank])
+                nn.functional.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+                states[rank] = torch.get_rng_state()
+            if averaged_every_step:
+                for same in zip(*(model.parameters() for model in models), strict=True):
+                    mean = torch.stack([parameter.grad for parameter in same]).mean(dim=0)
+                    for parameter in same:
+                        parameter.grad = mean.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        if not averaged_every_step:
+            for same in zip(*(model.parameters() for model in models), strict=True):
+                mean = torch.stack([parameter.data for parameter in same]).mean(dim=0)
+                for parameter in same:
+                    parameter.data = mean.clone()
+    return {name: parameter.data for name, parameter in models[0].named_parameters()}
+
+
+@pytest.mark.parametrize("method", ["ddp", "local_sgd"])
+def test_norms_and_dropout_are_those_of_ranks_with_batches_and_draws_of_their_own(runs: Path, method: str) -> None:
+    name = f"{method}, norm and dropout"
+    found, expected = weights(runs, name), ranks_with_norm_and_dropout(job(name), method == "ddp")
+
+    # 1e-4: twelve steps of sums in another order, and norms divide by small numbers
+    assert_close({key: found[key] for key in expected}, expected, 1e-4)
+
+
+@pytest.mark.parametrize("method", NORMED)
+def test_statistics_of_norms_are_taken_from_the_network_that_is_evaluated(runs: Path, method: str) -> None:
+    name = f"{method}, norm and dropout"
+    made, state = job(name), weights(runs, name)
+    model = build_normed()
+    model.load_state_dict(state)
+    batches = statistics_batches(
+        made.train_data, made.config.evaluate.batch_size, made.config.evaluate.statistics_batches, made.config.seed,
+        torch.device("cpu"),
+    )  # fmt: skip
+    reestimate_statistics(model, batches)
+
+    assert_close(clone(model.state_dict()), state, 1e-5)  # sums in another order
+    assert records(runs, name)[-1]["loss"] < records(runs, name)[0]["loss"]
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("ddp_fp16", 2e-3), ("ddp_bf16", 2e-2)])
