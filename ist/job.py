@@ -82,7 +82,7 @@ class Job:
     group_of: dict[str, int]
 
     @cached_property
-    def spans(self) -> tuple[Span, ...]:
+    def spans(self) -> Sequence[Span]:
         """Every round of the run; the last may be shorter than others, and is merged like any other."""
         train = self.config.train
         total = train.epochs * self.dealing.steps_per_epoch if train.epochs is not None else None

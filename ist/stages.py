@@ -4,8 +4,9 @@ Where it sits: `ist/config_recipe.py` holds the keys; `ist/job.py` asks.
 Not here: what a stage changes (`ist/partition.py`, `ist/job.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from ist.config_recipe import Stage
 from ist.errors import ConfigError
@@ -13,7 +14,7 @@ from ist.errors import ConfigError
 WHOLE_RUN = Stage()
 
 MAX_ROUNDS = 1_000_000
-"""Most rounds of a run: each is known, in every process, before the first begins."""
+"""Most rounds of a run; `ist inspect` looks at every one of them."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,46 @@ class Span:
     stage: Stage
 
 
+class Spans(Sequence[Span]):
+    """Every round of a run, made when it is asked for: a run may have very many.
+
+    Args:
+        parts: For each stage the first local steps of its rounds, and the step after its last one.
+    """
+
+    def __init__(self, parts: Sequence[tuple[range, int, Stage]]) -> None:
+        self._parts = tuple(parts)
+        self._length = sum(len(firsts) for firsts, _, _ in parts)
+
+    def __len__(self) -> int:
+        """Return the number of rounds."""
+        return self._length
+
+    @overload
+    def __getitem__(self, number: int) -> Span: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Span]: ...
+    def __getitem__(self, number: int | slice) -> Span | Sequence[Span]:
+        """Return a round, or several."""
+        if isinstance(number, slice):
+            return [self[one] for one in range(self._length)[number]]
+        left = range(self._length)[number]
+        for firsts, end, stage in self._parts:
+            if left < len(firsts):
+                return Span(range(firsts[left], min(firsts[left] + firsts.step, end)), stage)
+            left -= len(firsts)
+        raise AssertionError(number)
+
+    def __iter__(self) -> Iterator[Span]:
+        """Yield every round, in order."""
+        for firsts, end, stage in self._parts:
+            for first in firsts:
+                yield Span(range(first, min(first + firsts.step, end)), stage)
+
+
 def spans(
     stages: Sequence[Stage], local_steps: int, rounds: int | None = None, total_steps: int | None = None
-) -> tuple[Span, ...]:
+) -> Spans:
     """Return every round of a run.
 
     Args:
@@ -45,7 +83,7 @@ def spans(
     rounds_of = [_own_rounds(stage, steps, rounds, total_steps) for stage, steps in zip(stages, steps_of, strict=True)]
     fixed = sum(rounds_of)
     taken = sum(number * steps for number, steps in zip(rounds_of, steps_of, strict=True))
-    found: list[Span] = []
+    found: list[tuple[range, int, Stage]] = []
     begin = 0
     for stage, steps, number in zip(stages, steps_of, rounds_of, strict=True):
         if not stage.is_open:
@@ -62,14 +100,14 @@ def spans(
                 f"'recipe.stages': the run has {length}, and the stages that say how long they last take {used}: "
                 "nothing is left for the one that does not. Lengthen the run, or shorten those"
             )
-        if len(found) + len(range(begin, end, steps)) > MAX_ROUNDS:
+        found.append((range(begin, end, steps), end, stage))
+        if sum(len(firsts) for firsts, _, _ in found) > MAX_ROUNDS:
             raise ConfigError(
                 f"the run has more than {MAX_ROUNDS:,} rounds ('train.rounds', or 'train.epochs' and "
                 "'train.local_steps'): shorten it, or make rounds longer"
             )
-        found += [Span(range(first, min(first + steps, end)), stage) for first in range(begin, end, steps)]
         begin = end
-    return tuple(found)
+    return Spans(found)
 
 
 def _own_rounds(stage: Stage, steps: int, rounds: int | None, total_steps: int | None) -> int:
