@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -20,11 +21,11 @@ from ist.config import FROM_PYTHON
 from ist.config_file import validate
 from ist.data.batched import BatchedDataset
 from ist.data.batches import length
-from ist.errors import ConfigError, DataError
+from ist.errors import ConfigError, DataError, first_line
 from ist.groups import on_meta
 from ist.job import Job
 from ist.modes import kept_modes
-from ist.network import check_network
+from ist.network import check_network, check_values
 from ist.pool.torchrun import is_launched, is_rank_zero
 from ist.reach import check_held
 from ist.rng import Purpose, seeded
@@ -168,33 +169,35 @@ def train(
     if optimizer_args is None:
         optimizer_args = {"lr": 0.1} if optimizer == "SGD" else {}
     config = validate(
-        {
-            "name": "api",
-            "seed": seed,
-            "model": {"name": FROM_PYTHON + type(original(model)).__name__},
-            "data": {"name": type(data).__name__, **(data_options or {})},
-            "train": {
-                "workers": workers,
-                "rounds": rounds,
-                "epochs": epochs,
-                "local_steps": local_steps,
-                "batch_size": batch_size,
-                "loss": loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__),
-                "optimizer": {"name": optimizer, "args": dict(optimizer_args)},
-                "schedule": {"name": schedule, "args": dict(schedule_args or {})} if schedule else None,
-                **(train_options or {}),
-            },
-            "partition": dict(partition or {}),
-            "exchange": dict(exchange or {}),
-            "recipe": dict(recipe or {}),
-            "evaluate": {"metric": _metric(test_data), **(evaluate_options or {})},
-            "checkpoint": dict(checkpoint_options or {}),
-            "watch": dict(watch_options or {}),
-            "pool": {
-                "kind": ("torchrun" if is_launched() else "inline") if pool == "auto" else pool,
-                **(pool_options or {}),
-            },
-        },
+        _plain(
+            {
+                "name": "api",
+                "seed": seed,
+                "model": {"name": FROM_PYTHON + type(original(model)).__name__},
+                "data": {"name": type(data).__name__, **(data_options or {})},
+                "train": {
+                    "workers": workers,
+                    "rounds": rounds,
+                    "epochs": epochs,
+                    "local_steps": local_steps,
+                    "batch_size": batch_size,
+                    "loss": loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__),
+                    "optimizer": {"name": optimizer, "args": dict(optimizer_args)},
+                    "schedule": {"name": schedule, "args": dict(schedule_args or {})} if schedule else None,
+                    **(train_options or {}),
+                },
+                "partition": dict(partition or {}),
+                "exchange": dict(exchange or {}),
+                "recipe": dict(recipe or {}),
+                "evaluate": {"metric": _metric(test_data), **(evaluate_options or {})},
+                "checkpoint": dict(checkpoint_options or {}),
+                "watch": dict(watch_options or {}),
+                "pool": {
+                    "kind": ("torchrun" if is_launched() else "inline") if pool == "auto" else pool,
+                    **(pool_options or {}),
+                },
+            }
+        ),
         "ist.train",
     )
     check_watch(config)
@@ -202,6 +205,7 @@ def train(
     function = loss_function(loss) if isinstance(loss, str) else loss
     with uncompiled(model) as plain, kept_modes(plain):
         check_network(plain, is_split=True)
+        check_values(plain)
         job = make_job(config, on_meta(plain), lambda: plain, data, test_data, function)
         return replace(_train(job, plain, run_dir, resume, progress), model=model)
 
@@ -236,6 +240,8 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
         ConfigError: A class is given for its name or for what it makes, or something else for a mapping.
         DataError: `data` or `test_data` is no data set.
     """
+    if not isinstance(given["model"], nn.Module):
+        raise ConfigError(f"model is {given['model']!r}: give a torch.nn.Module")
     if isinstance(given["optimizer"], type):
         name = given["optimizer"].__name__
         raise ConfigError(f"optimizer is the class {name}: give its name, '{name}', and optimizer_args")
@@ -248,6 +254,17 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
     _check_data(given["data"], "data")
     if given["test_data"] is not None:
         _check_data(given["test_data"], "test_data")
+
+
+def _plain(value: Any) -> Any:
+    """Return a nested value with numbers of NumPy and torch as Python's, and arrays as lists: as YAML has them."""
+    if isinstance(value, np.generic | np.ndarray | Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    return value
 
 
 def _check_data(data: Any, name: str) -> None:
@@ -264,7 +281,12 @@ def _check_data(data: Any, name: str) -> None:
         raise DataError("the data set is empty" if name == "data" else "the test data set is empty")
     if isinstance(data, BatchedDataset):
         return
-    item = data[0]
+    try:
+        item = data[0]
+    except Exception as error:  # whatever a data set raises
+        raise DataError(
+            f"item 0 of {type(data).__name__} cannot be read: {type(error).__name__}: {first_line(error)}"
+        ) from error
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise DataError(f"an item of {type(data).__name__} is a {type(item).__name__}, not a pair (input, target)")
 

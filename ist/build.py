@@ -34,7 +34,7 @@ from ist.losses import LOSSES
 from ist.metrics import METRICS, Metric
 from ist.models import MODELS
 from ist.modes import set_modes, settle_modes
-from ist.network import check_network
+from ist.network import check_network, check_values
 from ist.partition import check_workers
 from ist.registry import call, resolve
 from ist.rng import Purpose, seeded
@@ -68,6 +68,7 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
         model = make()
         if config.model.weights is not None:
             _load_weights(model, Path(config.model.weights))
+        check_values(model)
         return model
 
     template = _template(make)

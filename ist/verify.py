@@ -52,7 +52,6 @@ def verify_cuts(job: Job) -> None:
     """
     with seeded(torch.device("cpu"), job.config.seed, Purpose.TRAINING):
         original = job.build()
-        _check_storage(original)
         _check_copies(original, job.example)
         whole, example = _in_double(job)
         if job.block_scales:
@@ -149,22 +148,6 @@ _ADVICE = (
     "Its forward depends on a number that could not be narrowed. Name the attribute that holds it (partition.sizes), "
     "or share these neurons (partition.exclude); docs/groups.md tells how"
 )
-
-
-def _check_storage(whole: nn.Module) -> None:
-    """Check that no two parameters share memory without being one parameter.
-
-    Raises:
-        ModelError: They do; they would be cut, trained and merged as two.
-    """
-    owner: dict[int, str] = {}
-    for name, parameter in whole.named_parameters():
-        first = owner.setdefault(parameter.untyped_storage().data_ptr(), name) if parameter.numel() else name
-        if first != name:
-            raise ModelError(
-                f"'{first}' and '{name}' are two parameters in the same memory: tie them by making them one, as in "
-                "decoder.weight = encoder.weight"
-            )
 
 
 def _check_copies(original: nn.Module, example: object) -> None:

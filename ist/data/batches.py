@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from ist.data.batched import BatchedDataset
 from ist.data.nested import moved
@@ -90,8 +90,13 @@ def length(dataset: Dataset[Any]) -> int:
     """Return the number of samples.
 
     Raises:
-        DataError: The data set has no length (a stream cannot be dealt).
+        DataError: The data set has no length (a stream cannot be dealt), or its items cannot be asked for by number.
     """
+    if isinstance(dataset, IterableDataset):
+        raise DataError(
+            f"{type(dataset).__name__} is an IterableDataset: IST deals samples by their numbers, and needs a "
+            "map-style data set (with __getitem__ and __len__)"
+        )
     try:
         return len(dataset)  # type: ignore[arg-type]
     except TypeError as error:
