@@ -21,7 +21,7 @@ from ist.config import FROM_PYTHON
 from ist.config_file import validate
 from ist.data.batched import BatchedDataset
 from ist.data.batches import length
-from ist.errors import ConfigError, DataError, first_line
+from ist.errors import ConfigError, DataError, ISTError, first_line
 from ist.groups import on_meta
 from ist.job import Job
 from ist.modes import kept_modes
@@ -283,6 +283,8 @@ def _check_data(data: Any, name: str) -> None:
         return
     try:
         item = data[0]
+    except ISTError:
+        raise
     except Exception as error:  # whatever a data set raises
         raise DataError(
             f"item 0 of {type(data).__name__} cannot be read: {type(error).__name__}: {first_line(error)}"
