@@ -186,7 +186,9 @@ class Pool(Section):
         description="'inline': all workers in this process; 'torchrun': processes; 'ray': actors, which come and go",
     )
     coordinator: Literal["trains", "dedicated"] = Field(
-        "trains", description="whether rank 0 is a worker too, or only coordinates (one process more)"
+        "trains",
+        description="whether rank 0 is a worker too, whose subnet crosses no link, or only coordinates, in a process "
+        "of its own",
     )
     backend: Literal["auto", "gloo", "nccl"] = Field(
         "auto", description="auto: nccl where every process has its own GPU, else gloo"

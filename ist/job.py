@@ -336,6 +336,10 @@ def _no_build() -> nn.Module:
 
 
 def remote_workers(job: Job) -> range:
-    """Return the workers whose messages cross a link: all, or all but the one that is rank 0 itself."""
+    """Return the workers whose messages cross a link, whose bytes are what IST sends, measured and foretold.
+
+    Where rank 0 is a worker too (`pool.coordinator` trains), its own subnet crosses none. Workers that are all in one
+    process count as they would in processes of their own. Ray's driver is no worker.
+    """
     pool = job.config.pool
-    return range(int(pool.coordinator == "trains" and pool.kind == "torchrun"), job.config.train.workers)
+    return range(int(pool.coordinator == "trains" and pool.kind != "ray"), job.config.train.workers)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ist.checkpoint import Progress
 from ist.errors import CheckpointError
 from ist.evaluate import Metrics
-from ist.job import Job
+from ist.job import Job, remote_workers
 from ist.meter import MemoryGauge, Meter
 from ist.rounds import RoundReport, Seconds
 from ist.run_folder import RunFolder
@@ -187,6 +187,7 @@ class RunRecorder:
             "accuracy": numbers.get("accuracy"),
             "best_accuracy": numbers.get("best_accuracy"),
             **self._totals,
+            **({"remote_workers": len(remote_workers(self._job))} if config.method == "ist" else {}),
             "faults": dict(self._faults),
             "memory_bytes": numbers["memory_bytes"],
             "coordinator_memory_bytes": numbers["coordinator_memory_bytes"],

@@ -85,6 +85,7 @@ class RunResult(_Written):
     evaluate_s: Number = 0.0
     coordinator_memory_bytes: Number = 0
     parameters: Number = 0
+    remote_workers: NonNegativeInt = 0
     test_loss: Number | None = None
     metric: str | None = None
     metrics: dict[str, Number] = {}

@@ -67,7 +67,7 @@ def padded(tensors: Iterator[Tensor]) -> int:
 
 def test_shared_frozen_parameters_travel_once_and_sliced_ones_when_they_change() -> None:
     model = seeded(frozen_first)
-    job = job_for(model, train__workers=2, train__rounds=4, partition__exclude=["0"])
+    job = job_for(model, train__workers=2, train__rounds=4, partition__exclude=["0"], pool__coordinator="dedicated")
     whole = dict(model.named_parameters())
     sliced = 40 * 12 * 4 + 64  # half of the second layer: 12 of 24 rows and biases, each padded to 64 bytes
     first = padded(iter([whole["0.weight"], whole["0.bias"]]))
@@ -112,7 +112,9 @@ def test_frozen_parameters_do_not_drift(exchange: dict[str, Any], scale: str) ->
 
 def test_one_worker_with_frozen_parameters_is_plain_training() -> None:
     ours, plain = (seeded(lora) for _ in range(2))
-    job = job_for(ours, train__workers=1, train__rounds=3, train__optimizer_state="carried")
+    job = job_for(
+        ours, train__workers=1, train__rounds=3, train__optimizer_state="carried", pool__coordinator="dedicated"
+    )
     inputs, targets = job.train_data.tensors  # type: ignore[attr-defined]
     shard = torch.from_numpy(job.dealing.shard(0))
     optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
@@ -290,7 +292,7 @@ def test_fine_tuning_a_gpt2_with_lora_costs_what_local_sgd_costs_and_its_frozen_
 
     records = train(
         model, TensorDataset(tokens, tokens), loss=loss, workers=2, local_steps=2, rounds=3, batch_size=4,
-        progress=False, recipe={"stages": [{"keep": 1}]},
+        progress=False, recipe={"stages": [{"keep": 1}]}, pool_options={"coordinator": "dedicated"},
     ).history  # fmt: skip
 
     # A ring of two sends the trained bytes once from each; a star sends them to each of two and back.

@@ -23,7 +23,10 @@ def law(workers: int) -> float:
 @pytest.mark.parametrize("workers", [2, 4, 8, 16])
 def test_a_workers_bytes_follow_the_law_to_a_percent(workers: int) -> None:
     data = TensorDataset(torch.zeros(16 * workers, WIDTHS[0]), torch.arange(16 * workers) % 10)
-    job = job_for(MLP(WIDTHS, batch_norm=True), data, train__workers=workers, train__rounds=1, train__local_steps=1)
+    job = job_for(
+        MLP(WIDTHS, batch_norm=True), data, train__workers=workers, train__rounds=1, train__local_steps=1,
+        pool__coordinator="dedicated",
+    )  # fmt: skip
 
     with open_run(job, None, resume=False, progress=False) as part:
         assert not isinstance(part, Following)

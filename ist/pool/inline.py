@@ -1,14 +1,13 @@
 """All workers in this process, one after the other: the reference for every other pool.
 
-Bytes are counted as if every worker sat behind a link, so that they can be compared with a pool whose
-coordinator is dedicated.
+Bytes are counted as if workers were processes: of those whose messages would cross a link (`remote_workers`).
 """
 
 from collections.abc import Generator, Iterable
 
 import torch
 
-from ist.job import Job
+from ist.job import Job, remote_workers
 from ist.kept import Site
 from ist.meter import Meter
 from ist.pool import Buffers, Lost, Subnet
@@ -26,6 +25,7 @@ class InlinePool:
         self._seats = [Seat(job, device, site) for _ in self._names]
         self._buffers = Buffers(device)
         self._meter = meter
+        self._remote = remote_workers(job)
 
     def gather(self, round_number: int) -> tuple[str, ...]:  # noqa: ARG002
         """All workers are always there."""
@@ -42,10 +42,13 @@ class InlinePool:
     def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
         """Train the subnets in order."""
         for subnet in subnets:
-            self._meter.sent[subnet.worker] += subnet.down_bytes
+            is_remote = subnet.worker in self._remote
+            if is_remote:
+                self._meter.sent[subnet.worker] += subnet.down_bytes
             worker = self._seats[subnet.worker].worker(subnet.place)
             worker.train(round_number, subnet.envelope, subnet.frozen)
-            self._meter.received[subnet.worker] += subnet.envelope.up.nbytes
+            if is_remote:
+                self._meter.received[subnet.worker] += subnet.envelope.up.nbytes
             yield subnet
 
     def close(self) -> None:

@@ -47,7 +47,8 @@ def test_torchrun_and_inline_end_with_identical_weights(inline: Path, torchrun: 
     found, found_history = outcome(torchrun[0], name)
 
     assert_same(found, expected)
-    for key in ("loss", "accuracy", "samples", "steps"):
+    keys = ("loss", "accuracy", "samples", "steps", *(("sent_bytes",) if torchrun[1] == "trains" else ()))
+    for key in keys:
         assert [record[key] for record in found_history] == [record[key] for record in history]
 
 
@@ -85,16 +86,26 @@ def message_bytes(made: Job, round_number: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_inline_counts_as_if_every_worker_sat_behind_a_link(inline: Path, name: str) -> None:
+def test_inline_counts_what_the_same_job_would_send_as_processes(inline: Path, name: str) -> None:
     _, history = outcome(inline, name)
     made, _ = job(name)
 
-    assert history[1]["sent_bytes"] - history[0]["sent_bytes"] == sum(map(sum, message_bytes(made, 1)))
+    # Worker 0 would be rank 0: its subnet crosses nothing.
+    assert history[1]["sent_bytes"] - history[0]["sent_bytes"] == sum(map(sum, message_bytes(made, 1)[1:]))
+    assert history[1]["bytes_to_worker"] == [0, *(sent for sent, _ in message_bytes(made, 1)[1:])]
+
+
+def test_inline_counts_every_worker_where_the_coordinator_is_none(tmp_path: Path) -> None:
+    name = "batch norm, reset"
+    run(name, tmp_path, pool__coordinator="dedicated")
+    _, history = outcome(tmp_path, name)
+
+    assert history[1]["sent_bytes"] - history[0]["sent_bytes"] == sum(map(sum, message_bytes(job(name)[0], 1)))
 
 
 def test_the_formula_is_the_papers_plus_headers_and_padding() -> None:
     """Per direction: |W_inner| / n + |W_first| + |W_last| + hidden vectors + n * shared, of 4 bytes each."""
-    made, _ = job("batch norm, reset")
+    made, _ = job("batch norm, reset", pool__coordinator="dedicated")
     shapes = {"first": 16 * 12, "inner": 8 * 16, "last": 5 * 8, "hidden vectors": 3 * (16 + 8), "shared": 5}
     values = shapes["first"] + shapes["last"] + shapes["hidden vectors"] + WORKERS * shapes["shared"]
     # 3 workers do not divide 16 and 8: the inner blocks are 6x3, 5x3 and 5x2.
@@ -110,7 +121,9 @@ def test_wide_layers_travel_with_under_one_percent_of_overhead() -> None:
     from ist.build import build_job
     from tests.conftest import small_config
 
-    made = build_job(small_config(model__args={"widths": [64, 1024, 1024, 10]}, train__workers=4))
+    made = build_job(
+        small_config(model__args={"widths": [64, 1024, 1024, 10]}, train__workers=4, pool__coordinator="dedicated")
+    )
     inner, ends, vectors, shared = 1024 * 1024, 64 * 1024 + 10 * 1024, 6 * 1024, 10
 
     found = inspect_job(made)["bytes_per_round"]["ist"]
