@@ -303,7 +303,7 @@ def _narrow_attributes(module: nn.Module) -> None:
     # The forward of most of these does not read them, but a narrow module should describe itself rightly.
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+    elif isinstance(module, nn.modules.batchnorm._NormBase):
         sized = next((t for t in (*module.parameters(), *module.buffers()) if t.ndim == 1), None)
         if sized is not None:
             module.num_features = len(sized)

@@ -11,6 +11,7 @@ Where it sits: `ist/worker.py` calls it when a run is rehearsed.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -291,12 +292,22 @@ def _outputs_and_gradients(module: nn.Module, example: object) -> tuple[list[Ten
         weights = [torch.from_numpy(generator.standard_normal(tuple(t.shape))).to(t.dtype) for t in outputs]
         terms = [(t * w).sum() for t, w in zip(outputs, weights, strict=True) if t.requires_grad]
         if terms:
-            torch.stack(terms).sum().backward()  # type: ignore[no-untyped-call]
+            _differentiate(torch.stack(terms).sum())
     gradients = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.to_dense().clone()
         for name, p in module.named_parameters()
     }
     return [t.detach() for t in outputs], gradients
+
+
+def _differentiate(total: Tensor) -> None:
+    """Compute the gradients of all parameters.
+
+    `total.backward()` is a torch function, inside which the mode that switches dropout off would not be active: what
+    is computed anew there (checkpointing) would have it.
+    """
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.run_backward((total,), (torch.ones_like(total),), False, False, (), True, True)
 
 
 def _named_results(module: nn.Module, example: object) -> dict[str, Tensor]:

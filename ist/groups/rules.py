@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ist.groups.call import Call, Rule, free, frozen, resized
 from ist.groups.combine import Scene, Value, elementwise, mix
-from ist.groups.labels import Activation, slim
+from ist.groups.labels import FROZEN, Activation, slim
 from ist.groups.parameters import ParameterView
 from ist.groups.rules_indexing import copy, gather, index, index_put, looked_up, scatter
 from ist.groups.rules_layers import (
@@ -69,7 +69,7 @@ _POOLS = """
     adaptive_max_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d
     _upsample_nearest_exact2d upsample_bilinear2d upsample_linear1d upsample_trilinear3d upsample_bicubic2d
     _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d
-    replication_pad1d replication_pad2d replication_pad3d grid_sampler_2d
+    fractional_max_pool2d fractional_max_pool3d replication_pad1d replication_pad2d replication_pad3d grid_sampler_2d
 """
 _BATCH_NORMS = """
     native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
@@ -193,6 +193,20 @@ def _transformed(scene: Scene, call: Call) -> Sequence[Value]:
     return resized(scene, call, call.dims(call.values[0]))
 
 
+def _gated(scene: Scene, call: Call) -> Sequence[Value]:
+    """One half of a tensor, times a function of the other."""
+    value = scene.activation(call.values[0])
+    halves = value.full.chunk(2, dim=call.args["dim"])
+    return [elementwise(scene, [scene.labels.activation(half, value.depth) for half in halves], call.shape())]
+
+
+def _packed(scene: Scene, call: Call) -> Sequence[Value]:
+    """The steps of all sequences, sorted by step; and how many there are of each."""
+    value = scene.activation(mix(scene, call.values[0], {0, 1}))
+    data = scene.labels.activation(value.full[0, 0].expand(call.shape()), value.depth)
+    return [data, *[scene.labels.constant(tuple(result.shape), FROZEN) for result in call.results[1:]]]
+
+
 def _chosen(scene: Scene, call: Call) -> Sequence[Value]:
     """Numbers of positions of the last dim, drawn by chance."""
     return resized(scene, call, {len(call.values[0].shape) - 1})
@@ -228,6 +242,8 @@ def _table() -> dict[str, Rule]:
         "as_strided": _restrided,
         "_prelu_kernel": _elementwise,
         "hardswish": _elementwise,
+        "glu": _gated,
+        "_pack_padded_sequence": _packed,
         "floor_divide": _elementwise,
         "_grouped_mm": matmul("ik", "ekj", "ij"),
         **dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), _transformed),

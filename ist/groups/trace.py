@@ -206,7 +206,10 @@ def _trace(module: nn.Module, example: Any, fresh: Callable[[], nn.Module] | Non
             break
     forget_sizes()
     watch.whole_where_empty = bool(unreached)
-    watch.replay(needed(watch.steps, [*outputs, *tensors_of(module)], reads))
+    # What applies a weight to an activation runs in a narrow network too, whether or not its result is used.
+    stored = storages(named.values())
+    applied = {n for n, step in enumerate(watch.steps) if step.reads & stored and step.reads - stored}
+    watch.replay(needed(watch.steps, [*outputs, *tensors_of(module)], reads | applied))
     for tensor in outputs:
         watch.freeze(tensor)
     watch.scene.settle()

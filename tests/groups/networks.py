@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.checkpoint import checkpoint
 
 
 def rand(*shape: int) -> Tensor:
@@ -354,6 +355,47 @@ class Pairs(nn.Module):
         return self.out(self.both(self.left(x).relu(), self.right(x).relu()).relu())
 
 
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 16), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.glu(self.up(x)))
+
+
+class Checkpointed(nn.Module):
+    """Computes its hidden units, and their dropout, anew in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.out = nn.Linear(12, 8), nn.Linear(8, 7), nn.Linear(7, 5)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return self.second(F.dropout(self.first(x).relu(), 0.3, self.training)).relu()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(checkpoint(self.hidden, x, use_reentrant=False))
+
+
+class Skips(nn.Module):
+    """Its last block makes a residual that nobody reads, as in WaveNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(12, 10)
+        self.up = nn.ModuleList([nn.Linear(10, 8) for _ in range(2)])
+        self.back = nn.ModuleList([nn.Linear(8, 10) for _ in range(2)])
+        self.skip = nn.ModuleList([nn.Linear(8, 5) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, total = self.stem(x), torch.zeros(())
+        for up, back, skip in zip(self.up, self.back, self.skip, strict=True):
+            hidden = up(x).tanh()
+            x, total = x + back(hidden), total + skip(hidden)
+        return total
+
+
 def of_layers(layer: Callable[[int, int], nn.Module]) -> nn.Module:
     return nn.Sequential(layer(12, 8), nn.Tanh(), layer(8, 7), nn.Tanh(), layer(7, 5))
 
@@ -441,6 +483,13 @@ CASES: dict[str, Case] = {
         lambda: nn.Sequential(Standardized(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 3)), IMAGE, {"0": 8}
     ),
     "bilinear": Case(Pairs, rand(4, 12), {"left": 8, "right": 7, "both": 6}),
+    "gated": Case(Gated, rand(4, 12), {"0": 8}),
+    "checkpointed": Case(Checkpointed, rand(4, 12), {"first": 8, "second": 7}),
+    "a block that nobody reads": Case(Skips, rand(4, 12), {"0": 8, "1": 8}),
+    "instance norm": Case(
+        lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.ReLU(), nn.Conv2d(8, 5, 1)),
+        IMAGE, {"0": 8},
+    ),
     "variational autoencoder": Case(Variational, rand(4, 12), {"encode": 8, "decode": 7}),
     "masked autoencoder": Case(MaskedAutoencoder, rand(2, 6, 12), {"block": 16, "decode": 9}),
     "noise": Case(NoisyUnits, rand(6, 12), {"0": 8, "1": 6}),
