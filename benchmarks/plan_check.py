@@ -29,10 +29,10 @@ from ist.build import build_job
 from ist.config_file import load_config
 from ist.lab.hosts import hosts, run_ranks, why_not
 from ist.lab.link import Link
+from ist.launched import is_rank_zero
 from ist.methods import METHODS
 from ist.plan.predict import make_plan
 from ist.plan.request import parse_request
-from ist.pool.torchrun import is_rank_zero
 from ist.rounds import follow_rounds, run_rounds
 from ist.run import Following, open_run
 from ist.run_folder import create_run_folder

@@ -113,7 +113,7 @@ def main() -> None:
     import torch
 
     from ist.build import build_job, load_data
-    from ist.pool.torchrun import is_rank_zero
+    from ist.launched import is_rank_zero
     from ist.rounds import follow_rounds, run_rounds
     from ist.run import Following, open_run
 

@@ -24,9 +24,9 @@ from ist.data.batches import length
 from ist.errors import ConfigError, DataError, ISTError, first_line
 from ist.groups import on_meta
 from ist.job import Job
+from ist.launched import is_launched, is_rank_zero
 from ist.modes import kept_modes
 from ist.network import check_network, check_values
-from ist.pool.torchrun import is_launched, is_rank_zero
 from ist.reach import check_held
 from ist.rng import Purpose, seeded
 from ist.rounds import follow_rounds, run_rounds

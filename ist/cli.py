@@ -1,12 +1,13 @@
 """The command line: parse, build, hand over.
 
-Only this file prints errors and sets exit codes: 1 for a run that failed, 2 for input that cannot be run,
-130 for an interrupt. Progress goes to stderr, results to stdout.
+Only this file prints errors and ends the process; exit codes are in `ist/signals.py`. Progress goes to stderr,
+results to stdout.
 Not here: algorithms. torch is imported by the commands that need it, so that `--help` is quick.
 """
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
@@ -17,8 +18,10 @@ from ist._version import VERSION
 from ist.cli_theory import theory
 from ist.config import FROM_PYTHON, num_processes
 from ist.config_file import config_for_method, describe_keys, load_config, with_methods
-from ist.errors import ConfigError, DataError, InterruptedRunError, ISTError, ModelError, RunFolderError, printable
+from ist.errors import ConfigError, InterruptedRunError, ISTError, PoolError, RunFolderError, printable
+from ist.launched import end_with_launcher, is_launched, is_rank_zero, is_repeated_elsewhere
 from ist.redact import redacted
+from ist.signals import Stopped, exit_code, ignore_stop_signals, stop_signals, stopped_text
 
 if TYPE_CHECKING:
     from ist.job import Job
@@ -104,7 +107,6 @@ def train(
         raise ConfigError("--auto-resume needs --run-dir, the folder in which a restarted job finds its run")
     config = load_config(config_file, [*(overrides or []), *flags])
 
-    from ist.pool.torchrun import is_launched, is_rank_zero
     from ist.prepare import prepare, with_launchers_pool
     from ist.run_folder import create_run_folder
 
@@ -145,7 +147,6 @@ def compare(
     if methods:
         config = with_methods(config, methods.split(","), "--methods")
 
-    from ist.pool.torchrun import is_launched
     from ist.prepare import prepare, stored_under
     from ist.report import check_installed
     from ist.report.page import write_report
@@ -287,18 +288,22 @@ def main() -> None:
     """Run the command line; the entry point of `ist` and `python -m ist`."""
     if (here := str(Path.cwd())) not in sys.path:  # as `python -m` has it: networks and data may be in a file there
         sys.path.append(here)
-    try:
-        app()
-    except ISTError as error:
-        _fail(error)
-    except OSError as error:  # a path that the user gave: too long, no permission, a folder where a file should be
-        if error.filename is None:
+    with stop_signals() as received:
+        try:
+            end_with_launcher()
+            app()
+        except ISTError as error:
+            _fail(error, received)
+        except Stopped as stopped:
+            _fail(InterruptedRunError(stopped_text(stopped, None)), received)
+        except OSError as error:  # a path that the user gave: too long, no permission, a folder where a file should be
+            if error.filename is None:
+                _tell_launcher(error)
+                raise
+            _fail(RunFolderError(f"{os.fsdecode(error.filename)}: {error.strerror or error}"), received)
+        except Exception as error:  # a fault of this package: the launcher tells it as the cause, traceback above
             _tell_launcher(error)
             raise
-        _fail(RunFolderError(f"{os.fsdecode(error.filename)}: {error.strerror or error}"))
-    except Exception as error:  # a fault of this package: the launcher tells it as the cause, with the traceback above
-        _tell_launcher(error)
-        raise
 
 
 def _tell_launcher(error: Exception) -> None:
@@ -308,20 +313,26 @@ def _tell_launcher(error: Exception) -> None:
         report_to_launcher(error)
 
 
-def _fail(error: ISTError) -> NoReturn:
+def _fail(error: ISTError, received: list[signal.Signals]) -> NoReturn:
+    if received:
+        ignore_stop_signals()
     told_elsewhere = False
     if "torch" in sys.modules:
         from ist.launch import report_to_launcher
 
         told_elsewhere = report_to_launcher(error)
-    # Under torchrun every rank finds the same fault in the input: one on each machine says so.
-    echo = os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) != "0" and isinstance(error, ConfigError)
+    # Under torchrun every rank finds the same fault in the input, or is told to end: one on each machine says so.
+    echo = isinstance(error, ConfigError | InterruptedRunError) and is_repeated_elsewhere()
     if not told_elsewhere and not echo:
         for line in str(error).splitlines():
             print(f"error: {printable(redacted(line))}", file=sys.stderr)
-    if isinstance(error, InterruptedRunError):
-        sys.exit(130)
-    sys.exit(2 if isinstance(error, ConfigError | DataError | ModelError) else 1)
+    code = exit_code(error, received)
+    if told_elsewhere or ("RANK" in os.environ and isinstance(error, PoolError | InterruptedRunError)):
+        # Taking the process group down would wait for the peer that does not answer, as long again.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _run_here(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
@@ -336,14 +347,12 @@ def _run_here(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
             else:
                 run_rounds(run.job, run.method, run.recorder, run.first_round, run.device)
                 run.recorder.finish(run.method.model)
-    except KeyboardInterrupt as error:
-        hint = f" Go on with: ist train --resume {folder.path}" if folder else ""
-        raise InterruptedRunError(f"interrupted.{hint}") from error
+    except (Stopped, KeyboardInterrupt) as error:
+        raise InterruptedRunError(stopped_text(error, folder.path if folder else None)) from error
 
 
 def _start(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
     """Run in this process where it is all of the run or a rank of it; else start the processes."""
-    from ist.pool.torchrun import is_launched
 
     config = job.config
     if config.pool.kind != "torchrun" or is_launched():
@@ -366,7 +375,6 @@ def _start(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
 
 
 def _resume(path: Path) -> None:
-    from ist.pool.torchrun import is_rank_zero
     from ist.prepare import prepare, with_launchers_pool
     from ist.run_folder import RunFolder
 

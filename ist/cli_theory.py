@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from ist.errors import ConfigError, InterruptedRunError
+from ist.signals import Stopped
 from ist.theory import EXPERIMENTS
 
 EXPERIMENT_HELP = f"{', '.join(EXPERIMENTS)}, or all."
@@ -55,7 +56,7 @@ def theory(
             finished.append(done)
             for text in done.section.found:
                 typer.echo(f"{done.name}: {text}")
-    except KeyboardInterrupt as error:
+    except (Stopped, KeyboardInterrupt) as error:
         raise InterruptedRunError("interrupted. The same command goes on where it was") from error
     finally:
         if finished:  # a page about what there is, whatever happened then

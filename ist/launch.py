@@ -1,23 +1,20 @@
-"""Start a run's processes on this machine, with torch's elastic agent (what torchrun is made of).
+"""Start a run's processes on this machine, and tell why one of them failed.
 
 Where it sits: `ist train` and `ist compare` come here when no launcher has started them; the children
 run `ist process`, and find everything else in the run folder.
-Not here: several machines (use torchrun), what the processes do (`ist/run.py`).
+Not here: several machines (use torchrun), watching and ending processes (`ist/ranks.py`), what they do (`ist/run.py`).
 """
 
 import json
-import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler, ProcessFailure
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from ist import errors
 from ist.config import Config, num_processes
@@ -31,14 +28,26 @@ from ist.errors import (
     PoolError,
     WorkerLostError,
 )
-from ist.lab.hosts import INTERFACE, Host, command_in
-from ist.pool.ports import PRIVATE_STORE
+from ist.lab.hosts import INTERFACE, Host
+from ist.launched import ERROR_FILE, LAUNCHER, PRIVATE_STORE, is_started_by_ist
 from ist.pool.secret import SECRET_VARIABLE, new_secret
+from ist.ranks import Death, run_ranks
+from ist.signals import Stopped, resume_command, signal_of, stopped_text
 
-LAUNCHED_BY_IST = "IST_LAUNCHED"
-"""Set in children: the parent reports their errors."""
 
-_ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+@dataclass(frozen=True)
+class Failure:
+    """A rank that did not end well.
+
+    Attributes:
+        death: How its process ended.
+        kind: The class of the error that it told; None: it told none.
+        message: What that error says.
+    """
+
+    death: Death
+    kind: type[ISTError] | None
+    message: str
 
 
 def launch(config: Config, folder: Path, resume: bool, where: Sequence[Host] = ()) -> None:
@@ -56,31 +65,21 @@ def launch(config: Config, folder: Path, resume: bool, where: Sequence[Host] = (
         InterruptedRunError: The user interrupted it, or it was told to end.
     """
     command = [sys.executable, "-m", "ist", "process", str(folder), *(["--resume"] if resume else [])]
-    for name in list(logging.root.manager.loggerDict):
-        if name.startswith("torch.distributed.elastic"):  # each has a level of its own; errors are told below
-            logging.getLogger(name).setLevel(logging.CRITICAL)
-    # For its owner only. A rendezvous store of torch's own would listen on all interfaces.
-    with TemporaryDirectory(prefix="ist-") as private, _environment(_child_environment(config, Path(private), where)):
-        if where:
-            command = _on_hosts(where, Path(private), command)
-        launch_config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=num_processes(config),
-            run_id=folder.name,
-            rdzv_backend="c10d",
-            rdzv_configs={"store_type": "file"},
-            rdzv_endpoint=f"{private}/agent",
-            local_addr="127.0.0.1",  # whatever this machine's host name resolves to
-            max_restarts=0,
-            monitor_interval=0.1,
-        )
+    number = num_processes(config)
+    with TemporaryDirectory(prefix="ist-") as private:  # for its owner only
+        shared = {**os.environ, **_child_environment(config, Path(private), where)}
+        told = [Path(private) / f"error-{rank}.json" for rank in range(number)]
+        environments = [
+            {**shared, **_rank_environment(rank, number), ERROR_FILE: str(told[rank])} for rank in range(number)
+        ]
+        commands = [host.command(command) for host in where] or [command] * number
         try:
-            elastic_launch(launch_config, command[0])(*command[1:])
-        except ChildFailedError as error:
-            raise _explain(error, config, folder) from error
-        except (SignalException, KeyboardInterrupt) as error:
-            raise InterruptedRunError(f"interrupted. Go on with: ist train --resume {folder}") from error
+            deaths = run_ranks(commands, environments)
+        except (Stopped, KeyboardInterrupt) as error:
+            raise InterruptedRunError(stopped_text(error, folder)) from error
+        failures = [Failure(death, *_recorded(told[death.rank])) for death in deaths]
+    if failures:
+        raise _explain(failures, config, folder)
 
 
 def report_to_launcher(error: BaseException) -> bool:
@@ -89,25 +88,17 @@ def report_to_launcher(error: BaseException) -> bool:
     Returns:
         Whether `ist` itself is that launcher and will print the error.
     """
-    if _ERROR_FILE in os.environ:
+    if ERROR_FILE in os.environ:
         ErrorHandler().record_exception(error)
-    return LAUNCHED_BY_IST in os.environ
-
-
-def _on_hosts(where: Sequence[Host], private: Path, command: Sequence[str]) -> list[str]:
-    """Return the one command line that runs on another host in every rank; the agent puts the rank's number in."""
-    for rank, host in enumerate(where):
-        (private / f"host-{rank}").symlink_to(f"/proc/{host.pid}/ns")
-    return command_in(private / "host-${local_rank}", where[0].own_user, command)
+    return is_started_by_ist()
 
 
 def _child_environment(config: Config, private: Path, where: Sequence[Host] = ()) -> dict[str, str]:
     """What the children find in their environment: a secret of this run, and no way to listen to other machines."""
     environment = {
-        LAUNCHED_BY_IST: "1",
+        LAUNCHER: str(os.getpid()),
         PRIVATE_STORE: str(private / "ranks"),
         SECRET_VARIABLE: new_secret(),
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(config.pool.threads)),
         "TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR"),
     }
@@ -123,54 +114,55 @@ def _child_environment(config: Config, private: Path, where: Sequence[Host] = ()
     return environment
 
 
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables for a while."""
-    before = {key: os.environ.get(key) for key in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del os.environ[key]
-            else:
-                os.environ[key] = value
+def _rank_environment(rank: int, number: int) -> dict[str, str]:
+    """What torchrun would tell a rank, on one machine."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+    return {name: str(value) for name, value in ranks.items()}
 
 
-def _explain(error: ChildFailedError, config: Config, folder: Path) -> ISTError:
-    """Turn the agent's report into the one cause: what died by itself, before what failed because of it."""
-    failures: list[tuple[int, ProcessFailure]] = sorted(error.failures.items())
-    killed = [(rank, f) for rank, f in failures if f.exitcode < 0 and f.signal_name() != "SIGTERM"]
-    # One that has told its error may be ended by the agent, because of another's, before it has left by itself.
-    ended = [(rank, f) for rank, f in failures if f.exitcode > 0 or f.signal_name() == "SIGTERM"]
-    told = [(rank, f) for rank, f in ended if f.error_file_data["message"] != "<NONE>"]
-    go_on = f"Go on from the last checkpoint with: ist train --resume {folder}"
-    if killed:
-        rank, failure = killed[0]
-        return WorkerLostError(f"{_who(rank, config)} was killed ({failure.signal_name()}). {go_on}")
+def _explain(failures: Sequence[Failure], config: Config, folder: Path) -> ISTError:
+    """Turn the deaths, in their order, into the one cause: what failed by itself, before what failed because of it."""
+    go_on = f"Go on from the last checkpoint with: {resume_command(folder)}"
+    by_itself = [failure for failure in failures if not failure.death.was_told]
+    for failure in by_itself:
+        number = signal_of(failure.death.return_code)
+        if number and failure.kind in (None, InterruptedRunError):
+            return WorkerLostError(f"{_who(failure, config)} was killed ({number.name}). {go_on}")
+    if paused := [failure for failure in failures if failure.death.was_paused]:
+        return WorkerLostError(
+            f"{_who(paused[0], config)} is paused (SIGSTOP), and others timed out waiting for it "
+            f"(pool.timeout_s: {config.pool.timeout_s:g}). {go_on}"
+        )
+    # One that has told its error may be ended because of another's, before it has left by itself.
+    told = [failure for failure in failures if failure.kind not in (None, InterruptedRunError)]
     if told:
-        # Whoever lost a peer tells of a consequence, even where it was the first to tell.
-        rank, failure = min(told, key=lambda item: (issubclass(_recorded(item[1])[0], PoolError), item[1].timestamp))
-        kind, message = _recorded(failure)
-        again = not issubclass(kind, ConfigError | DataError | ModelError | MemoryLimitError)
+        # Whoever lost a peer tells of a consequence, even where it was the first to tell; rank 0 knows best of whom.
+        failure = min(told, key=lambda failure: _is_consequence(failure) and 1 + (failure.death.rank > 0))
+        assert failure.kind is not None
+        again = not issubclass(failure.kind, ConfigError | DataError | ModelError | MemoryLimitError)
         hint = f" {go_on}" if again else ""
-        return kind(f"{message} [{_who(rank, config)}]{hint}")
-    rank, failure = min(failures, key=lambda item: item[1].timestamp)
-    return WorkerLostError(f"{_who(rank, config)} ended with exit code {failure.exitcode}, see above. {go_on}")
+        return failure.kind(f"{failure.message} [{_who(failure, config)}]{hint}")
+    first = failures[0]
+    return WorkerLostError(f"{_who(first, config)} ended with exit code {first.death.return_code}, see above. {go_on}")
 
 
-def _who(rank: int, config: Config) -> str:
+def _is_consequence(failure: Failure) -> bool:
+    return failure.kind is not None and issubclass(failure.kind, PoolError)
+
+
+def _who(failure: Failure, config: Config) -> str:
+    rank = failure.death.rank
     worker = rank - (num_processes(config) - config.train.workers)
     return f"rank {rank} (worker {worker})" if worker >= 0 else f"rank {rank} (the coordinator)"
 
 
-def _recorded(failure: ProcessFailure) -> tuple[type[ISTError], str]:
-    """The class and the text of the error that a process recorded."""
-    message = failure.error_file_data["message"]
-    text = str(message["message"] if isinstance(message, dict) else message)
-    with suppress(ValueError):
-        text = str(json.loads(text))
+def _recorded(file: Path) -> tuple[type[ISTError] | None, str]:
+    """Return the class and the text of the error that a process recorded, if it did."""
+    try:
+        message = json.loads(file.read_text(encoding="utf-8"))["message"]
+        text = str(message["message"] if isinstance(message, dict) else message)
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or the process died while it wrote
+        return None, ""
     name, _, rest = text.partition(": ")
     kind = getattr(errors, name, None)
     if isinstance(kind, type) and issubclass(kind, ISTError):

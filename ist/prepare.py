@@ -11,8 +11,8 @@ from ist.config import Config
 from ist.config_file import validate
 from ist.job import Job
 from ist.lab.run import check_hosts
+from ist.launched import is_launched
 from ist.pool.device import compute_device
-from ist.pool.torchrun import is_launched
 from ist.run import check_method
 from ist.watch import check_watch
 from ist.worker import rehearse

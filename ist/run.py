@@ -27,6 +27,7 @@ from ist.coordinator import Coordinator
 from ist.errors import CheckpointError, ConfigError
 from ist.job import Job
 from ist.kept import Site
+from ist.launched import PRIVATE_STORE, is_launched, is_rank_zero
 from ist.meter import MemoryGauge, Meter
 from ist.methods import METHODS
 from ist.pool import WorkerPool
@@ -34,8 +35,7 @@ from ist.pool.device import compute_device
 from ist.pool.group import Membership, agree_on_start, causes_told, join, tell
 from ist.pool.inline import InlinePool
 from ist.pool.limit import limited_memory
-from ist.pool.ports import PRIVATE_STORE
-from ist.pool.torchrun import RankWorker, TorchrunPool, for_world_size, is_launched, is_rank_zero
+from ist.pool.torchrun import RankWorker, TorchrunPool, for_world_size
 from ist.recorder import RunRecorder
 from ist.registry import resolve
 from ist.rounds import Follower, Method

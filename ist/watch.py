@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ist.config import Config
 from ist.display import Display
 from ist.errors import ConfigError, ISTError, PoolError, first_line
-from ist.pool.torchrun import is_rank_zero
+from ist.launched import is_rank_zero
 from ist.run_folder import RunFolder
 
 

@@ -22,5 +22,15 @@ fi
 ulimit -n "$(ulimit -Hn)"
 # Otherwise torch 2.13 does not tell a node that joins later where rank 0 is.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
-exec torchrun --nnodes "$NODES" --max-restarts "${RESTARTS:-0}" --nproc-per-node "$PER_NODE" \
+# torchrun ends at SIGHUP or SIGINT even where they are ignored, as under nohup, unless it is told not to.
+ignored=$((16#$(sed -n 's/^SigIgn:[[:space:]]*//p' /proc/self/status 2>/dev/null || true)0 / 16))
+signals=()
+if [ $((ignored & 7)) != 0 ]; then
+    heeded=SIGTERM
+    [ $((ignored & 1)) = 0 ] && heeded+=,SIGHUP
+    [ $((ignored & 2)) = 0 ] && heeded+=,SIGINT
+    [ $((ignored & 4)) = 0 ] && heeded+=,SIGQUIT
+    signals=(--signals-to-handle "$heeded")
+fi
+exec torchrun "${signals[@]}" --nnodes "$NODES" --max-restarts "${RESTARTS:-0}" --nproc-per-node "$PER_NODE" \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD" --rdzv-id "${RUN_ID:-ist}" "${where[@]}" -m ist train "$@"

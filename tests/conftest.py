@@ -66,7 +66,9 @@ def one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "IST_LAUNCHED", "TORCHELASTIC_ERROR_FILE"):
+    for name in (
+        "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "IST_LAUNCHED", "TORCHELASTIC_ERROR_FILE",
+    ):  # fmt: skip
         monkeypatch.delenv(name, raising=False)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ist.config import Pool
 from ist.errors import ConfigError, PoolError
-from ist.launch import _child_environment, _environment
+from ist.launch import _child_environment
 from ist.pool import group, ports
 from ist.pool.ports import addresses, briefly_open, doors, is_public, refuse_public
 from ist.pool.secret import is_proven, new_challenge, new_secret, prove, run_secret
@@ -265,12 +265,11 @@ def test_processes_that_ist_starts_have_no_store_to_refuse(public_machine: pytes
     public_machine.setenv("GLOO_SOCKET_IFNAME", "eth0")  # of the user's: runs of one machine stay on the loopback
     inside = _child_environment(small_config(), tmp_path)
 
-    with _environment(inside):
-        refuse_public("gloo")
-        assert {door.address for door in doors("gloo")} <= {"127.0.0.1"}
-
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth0"
-    assert "IST_SECRET" not in os.environ
+    for name, value in inside.items():
+        public_machine.setenv(name, value)
+    refuse_public("gloo")
+    assert {door.address for door in doors("gloo")} <= {"127.0.0.1"}
     assert inside["IST_SECRET"] != _child_environment(small_config(), tmp_path)["IST_SECRET"]
 
 

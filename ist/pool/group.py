@@ -27,8 +27,9 @@ from ist.config import Pool
 from ist.data.content import Content
 from ist.errors import ConfigError, DataError, PoolError, first_line
 from ist.failures import is_peer_failure
+from ist.launched import PRIVATE_STORE, end_with_launcher
 from ist.pool.device import compute_device
-from ist.pool.ports import PRIVATE_STORE, briefly_open, refuse_public, store_socket
+from ist.pool.ports import briefly_open, refuse_public, store_socket
 from ist.pool.secret import FILE_VARIABLE, is_proven, new_challenge, prove, run_secret
 
 _log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def join(settings: Pool) -> Membership:
         return membership
     if not settings.allow_insecure:
         refuse_public(backend)
+    end_with_launcher()
     membership = Membership(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, backend)
     _form_group(membership, secret, settings)
     # Not when the run ends: a process that runs another one needs the group, and cannot form it twice.
@@ -332,7 +334,10 @@ def peer_errors(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if not is_peer_failure(error):
             raise
-        raise PoolError(f"{what}: {first_line(error)}") from error
+        said = first_line(error)
+        if "imed out" in said or "imeout" in said:
+            said = f"no answer within pool.timeout_s ({said})"
+        raise PoolError(f"{what}: {said}") from error
 
 
 @contextmanager

@@ -17,9 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ist.errors import ConfigError
-
-PRIVATE_STORE = "IST_STORE"
-"""Set by `ist/launch.py`: the file in which the processes of one machine find each other, instead of at a port."""
+from ist.launched import PRIVATE_STORE
 
 _SO_ATTACH_FILTER = 26
 _SIOCGIFCONF = 0x8912

@@ -24,16 +24,6 @@ from ist.pool.wire import Message
 from ist.worker import Worker
 
 
-def is_launched() -> bool:
-    """Return whether a launcher (torchrun, Slurm, ...) gave this process a rank."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def is_rank_zero() -> bool:
-    """Return whether this process coordinates: rank 0 of a launched job, or the only process."""
-    return not is_launched() or os.environ["RANK"] == "0"
-
-
 def for_world_size(job: Job) -> Job:
     """Return the job for as many workers as processes were started.
 

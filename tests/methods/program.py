@@ -17,7 +17,7 @@ from ist.build import make_job
 from ist.checkpoint import write_tensors
 from ist.errors import ModelError
 from ist.job import Job
-from ist.pool.torchrun import is_rank_zero
+from ist.launched import is_rank_zero
 from ist.rounds import follow_rounds, run_rounds
 from ist.run import Following, open_run
 from ist.run_folder import RunFolder, create_run_folder
