@@ -172,17 +172,31 @@ def named_samples(numbers: Indices) -> str:
     return f"sample{'s' if len(numbers) > 1 else ''} {listed}{more}"
 
 
-def _collated(dataset: Dataset[Any], indices: Indices, numbers: Callable[[], Indices]) -> Any:
-    items = []
-    for place, index in enumerate(indices):
-        try:
-            items.append(dataset[int(index)])
-        except (ISTError, MemoryError):
+def item_at(dataset: Dataset[Any], index: int, numbers: Callable[[], Indices] | None = None, place: int = 0) -> Any:
+    """Return an item of a data set.
+
+    Args:
+        dataset: The data set, or a part of it.
+        index: A position in it.
+        numbers: Tells by which numbers the samples of a batch are known, for messages; None: by their positions.
+        place: Which of the batch's samples this is.
+
+    Raises:
+        DataError: The data set raises something; the message names the sample.
+    """
+    try:
+        return dataset[index]
+    except (ISTError, MemoryError):
+        raise
+    except Exception as error:  # whatever a data set raises
+        if is_out_of_memory(error):
             raise
-        except Exception as error:  # whatever a data set raises
-            if is_out_of_memory(error):
-                raise
-            raise DataError(f"sample {numbers()[place]} of {_class_name(dataset)}: {said_at(error)}") from error
+        known = numbers()[place] if numbers else index
+        raise DataError(f"sample {known} of {_class_name(dataset)}: {said_at(error)}") from error
+
+
+def _collated(dataset: Dataset[Any], indices: Indices, numbers: Callable[[], Indices]) -> Any:
+    items = [item_at(dataset, int(index), numbers, place) for place, index in enumerate(indices)]
     try:
         return default_collate(items)
     except Exception as error:

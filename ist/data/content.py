@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ist.data.batched import BatchedDataset
-from ist.data.batches import length
+from ist.data.batches import fetch, item_at, length
 from ist.rng import Purpose, seeded, uniform
 
 _DRAWN = 3
@@ -107,6 +107,9 @@ def content(dataset: Dataset[Any], seed: int) -> Content:
     Args:
         dataset: The data set.
         seed: The run's seed: which items are drawn, and what random items draw.
+
+    Raises:
+        DataError: An item cannot be read.
     """
     count = length(dataset)
     drawn = (uniform(_DRAWN, seed, Purpose.CONTENT) * count).astype(np.int64)
@@ -118,8 +121,10 @@ def _item(dataset: Dataset[Any], index: int, seed: int) -> Item:
     looks = []
     for _ in range(2):
         with seeded(torch.device("cpu"), seed, Purpose.CONTENT, index):
-            value = dataset.batch(np.array([index])) if isinstance(dataset, BatchedDataset) else dataset[index]
-            looks.append(_summary(value))
+            if isinstance(dataset, BatchedDataset):
+                looks.append(_summary(fetch(dataset, np.array([index]), torch.device("cpu"))))
+            else:
+                looks.append(_summary(item_at(dataset, index)))
     return looks[0] if looks[0].is_like(looks[1], apart=1e-9) else _UNKNOWN
 
 
@@ -148,7 +153,9 @@ def _leaves(value: Any) -> Iterator[bytes | Tensor]:
         for part in value:
             yield from _leaves(part)
     elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biufc":
-        yield from _leaves(torch.from_numpy(np.array(value, copy=True)))
+        yield value.dtype.name.encode()
+        plain = {"b": np.bool_, "f": np.float64, "c": np.complex128}.get(value.dtype.kind, np.int64)
+        yield from _leaves(torch.from_numpy(np.array(value, dtype=plain)))
     elif isinstance(value, float):
         yield from _leaves(torch.tensor(value, dtype=torch.float64))
     elif isinstance(value, str | int | bytes):

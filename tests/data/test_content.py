@@ -61,6 +61,8 @@ def test_data_that_differ_in_their_last_digits_are_alike() -> None:
         ((torch.arange(40), 0), (torch.arange(40).flip(0), 0)),
         ((300 + torch.arange(9.0), 0), (300 + torch.arange(9.0).flip(0), 0)),
         ((np.arange(3), 0), (np.arange(3)[::-1].copy(), 0)),
+        ((np.arange(3, dtype=">f4"), 0), (np.arange(3, dtype=">i4"), 0)),
+        ((np.uint64(2**63), 0), (np.uint64(2**63 + 1), 0)),
         ((torch.full((3,), 1j), 0), (torch.full((3,), -1j), 0)),
         ((torch.ones(3, dtype=torch.bfloat16), 0), (torch.zeros(3, dtype=torch.bfloat16), 0)),
         ((torch.tensor([torch.nan, 1.0]), 0), (torch.tensor([0.0, 1.0]), 0)),
@@ -70,6 +72,15 @@ def test_data_that_differ_in_their_last_digits_are_alike() -> None:
 def test_whatever_an_item_holds_is_compared(one: Any, other: Any) -> None:
     assert alike(Items(one), Items(one))
     assert not alike(Items(one), Items(other))
+
+
+def test_an_item_that_cannot_be_read_is_named() -> None:
+    class Missing(Items):
+        def __getitem__(self, index: int) -> Any:
+            raise FileNotFoundError(f"{index}.wav")
+
+    with pytest.raises(DataError, match=r"sample 0 of Missing: FileNotFoundError: 0\.wav \(test_content\.py, line"):
+        content(Missing(1, 2), 3)
 
 
 def test_content_survives_being_sent_as_numbers() -> None:
