@@ -104,6 +104,25 @@ def check_forward(
     return known | seen
 
 
+def warn_of_counters(module: nn.Module, fresh: nn.Module) -> None:
+    """Warn of numbers that modules hold and that have changed since a network was made.
+
+    Args:
+        module: The narrow network, after a step.
+        fresh: The same, as it was made.
+    """
+    before = _attributes(fresh)
+    for (path, name), value in _attributes(module).items():
+        old = before.get((path, name))
+        if name != "training" and type(value) is type(old) and isinstance(value, int | float) and value != old:
+            warnings.warn(
+                f"attribute '{path + '.' if path else ''}{name}' of the network changes as it runs ({old} -> {value}): "
+                "every worker has its own, which is neither merged nor saved, and begins again with a new narrow "
+                "network and where a run is resumed. Make it a buffer if what the network computes depends on it",
+                stacklevel=2,
+            )
+
+
 class _Watch(TorchFunctionMode):
     """Sees which torch functions are called, and by which module."""
 

@@ -20,7 +20,7 @@ from ist import optim
 from ist.blocks import scaled_blocks
 from ist.data.batches import fetch, length, take_shard
 from ist.data.nested import call_model
-from ist.drift import Operators, check_forward, is_due, operators
+from ist.drift import Operators, check_forward, is_due, operators, warn_of_counters
 from ist.errors import AbandonedRoundError, ConfigError, ISTError, ModelError
 from ist.evaluate import evaluate, reestimate_statistics, statistics_batches
 from ist.exchange import WorkerEnd
@@ -371,8 +371,10 @@ def _check_replaced(job: Job, module: nn.Module, message: Message) -> None:
 
 
 def _check_constants(job: Job, module: nn.Module) -> None:
-    """Warn of buffers that training changes and that nobody sends or saves."""
-    fresh = named_tensors(job.narrow(job.neurons(0)[0], torch.device("cpu")))
+    """Warn of buffers and numbers that training changes and that nobody sends or saves."""
+    narrow = job.narrow(job.neurons(0)[0], torch.device("cpu"))
+    warn_of_counters(module, narrow)
+    fresh = named_tensors(narrow)
     for name, buffer in module.named_buffers():
         if name in job.constants and not torch.equal(buffer, fresh[name]):
             warnings.warn(

@@ -1,5 +1,6 @@
 """A network whose forward changes as it is trained: told by module and operator, or let go on where it does not matter."""
 
+import warnings
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ from torch.nn import functional
 import ist
 from ist import drift
 from ist.errors import ISTError, ModelError
+from ist.worker import rehearse
 from tests.conftest import assert_same, clone, data, job_for
 from tests.networks import seeded
 
@@ -56,7 +58,9 @@ def network(kind: str, later: str) -> nn.Module:
 
 
 def trained(model: nn.Module, workers: int = 2, rounds: int = 8, **options: Any) -> dict[str, Tensor]:
-    ist.train(model, data(), workers=workers, rounds=rounds, local_steps=2, progress=False, **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"attribute '1\.calls'")
+        ist.train(model, data(), workers=workers, rounds=rounds, local_steps=2, progress=False, **options)
     return clone(model.state_dict())
 
 
@@ -108,6 +112,12 @@ def test_a_network_that_fails_by_then_is_an_error() -> None:
     model = seeded(lambda: nn.Sequential(nn.Linear(12, 16), Broken("attribute", ""), nn.Linear(16, 5)))
     with pytest.raises(ISTError, match=r"round \d, worker \d: the network fails in '1' \(Broken\): .*worn out"):
         trained(model)
+
+
+def test_a_number_that_changes_as_a_network_runs_is_warned_of_and_a_buffer_is_not() -> None:
+    with pytest.warns(UserWarning, match=r"attribute '1\.calls' of the network changes as it runs \(0 -> 1\)"):
+        rehearse(job_for(network("attribute", "tanh")))
+    rehearse(job_for(network("buffer", "tanh")))
 
 
 def test_looking_again_is_rarer_and_rarer_but_for_the_first_round_of_a_stage_and_the_last() -> None:
