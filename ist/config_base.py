@@ -3,6 +3,8 @@
 Not here: any key (`ist/config.py`, `ist/config_method.py`).
 """
 
+import functools
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,6 +23,30 @@ class Section(BaseModel):
     """A mapping of the YAML file: unknown keys and wrong types are errors, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def plain(value: Any) -> Any:
+    """Return a value of a configuration as YAML and JSON can hold it.
+
+    Python's callers may give more than that: a function or a class is named by its module and qualified name, which are
+    the same in every process and at every start; numbers of NumPy and torch are numbers.
+    """
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(entry) for entry in value]
+    if isinstance(value, functools.partial):
+        return {"partial": plain(value.func), "args": plain(value.args), "keywords": plain(value.keywords)}
+    numbers = getattr(value, "tolist", None)  # an array or a tensor; this module does without both packages
+    if callable(numbers) and not isinstance(value, type):
+        return numbers()
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    named = value if isinstance(getattr(value, "__qualname__", None), str) else type(value)
+    return f"{getattr(named, '__module__', None)}:{named.__qualname__}"
 
 
 class Component(Section):

@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from ist.config import Config
+from ist.config_base import plain
 from ist.errors import ConfigError
 from ist.redact import holds_secret, redacted
 from ist.yaml_text import MAX_DEPTH, dump_yaml, parse_yaml, read_text
@@ -90,8 +91,8 @@ def config_for_method(config: Config, label: str, source: str = "configuration")
 
 
 def dump_config(config: Config) -> str:
-    """Return the configuration as YAML that `load_config` reads back to an equal `Config`."""
-    return dump_yaml(config.model_dump())
+    """Return the configuration as YAML that `load_config` reads back to an equal `Config`, where values are `plain`."""
+    return dump_yaml(plain(config.model_dump()))
 
 
 def describe_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:

@@ -61,17 +61,36 @@ def try_optimizer(spec: Component) -> None:
     Raises:
         ConfigError: As `build_optimizer`, or a step fails.
     """
-    parameter = nn.Parameter(torch.zeros(_SAMPLE_SHAPE))
-    optimizer = build_optimizer(spec, [parameter])
-    try:
-        with torch.random.fork_rng(devices=[]):
-            for _ in range(_TRIED_STEPS):
-                parameter.grad = torch.ones_like(parameter)
-                optimizer.step()
-    except Exception as error:  # its class may be anybody's
-        raise ConfigError(
-            f"'train.optimizer.args' {spec.args}: a step of {spec.name} raises {said_at(error)}"
-        ) from error
+    _stepped(spec, [nn.Parameter(torch.zeros(_SAMPLE_SHAPE))], 1.0, _TRIED_STEPS)
+
+
+def _stepped(spec: Component, parameters: Sequence[nn.Parameter], gradient: float, steps: int) -> torch.optim.Optimizer:
+    """Make an optimiser and some steps with gradients of one value, which are sparse if it does not take others.
+
+    Raises:
+        ConfigError: A step fails with both.
+    """
+    first: Exception | None = None
+    for is_sparse in (False, True):
+        optimizer = build_optimizer(spec, parameters)
+        for group in optimizer.param_groups if gradient == 0 else ():
+            group["weight_decay"] = 0.0  # state from gradients alone, which are zero
+        try:
+            with torch.random.fork_rng(devices=[]):
+                for _ in range(steps):
+                    for parameter in parameters:
+                        dense = torch.full_like(parameter, gradient)
+                        parameter.grad = dense.to_sparse(1) if is_sparse else dense
+                    optimizer.step()
+        except Exception as error:  # its class may be anybody's
+            first = first or error
+        else:
+            return optimizer
+        finally:
+            for parameter in parameters:
+                parameter.grad = None
+    assert first is not None
+    raise ConfigError(f"'train.optimizer.args' {spec.args}: a step of {spec.name} raises {said_at(first)}") from first
 
 
 def state_slots(spec: Component, dims: Iterable[int] = (2,)) -> tuple[StateSlot, ...]:
@@ -89,12 +108,7 @@ def state_slots(spec: Component, dims: Iterable[int] = (2,)) -> tuple[StateSlot,
     shapes = [_SAMPLE_SHAPE[-number:] if number <= 2 else (*_SAMPLE_SHAPE, *[2] * (number - 2)) for number in ordered]
     generator = torch.Generator().manual_seed(0)
     parameters = [nn.Parameter(torch.empty(shape).uniform_(1, 2, generator=generator)) for shape in shapes]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = build_optimizer(spec, parameters)
-    for group in optimizer.param_groups:
-        group["weight_decay"] = 0.0  # state from gradients alone, which are zero
-    optimizer.step()
+    optimizer = _stepped(spec, parameters, 0.0, 1)
     found = [_slots_of(spec.name, optimizer, parameter) for parameter in parameters]
     for number, slots in zip(ordered, found, strict=True):
         if slots != found[0]:
@@ -206,6 +220,8 @@ def store_state(
             target, source = state[state_name(slot.key, name)], optimizer.state[parameter].get(slot.key)
             if source is None:  # it has had no gradient yet
                 target.fill_(slot.initial)
+            elif source.is_sparse:  # momentum of sparse gradients
+                target.copy_(source.to_dense())
             elif target.data_ptr() != source.data_ptr():
                 target.copy_(source)
 
@@ -227,7 +243,7 @@ def named_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Paramet
 
 def _named_value(key: str, owner: str, value: Any) -> dict[str, Tensor]:
     if isinstance(value, Tensor):
-        return {state_name(key, owner): value}
+        return {state_name(key, owner): value.to_dense() if value.is_sparse else value}
     if isinstance(value, int | float):
         dtype = torch.float64 if isinstance(value, float) else None
         return {state_name(key + _NUMBER, owner): torch.tensor(value, dtype=dtype)}

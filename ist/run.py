@@ -23,6 +23,7 @@ from ist.average import Averaged
 from ist.checkpoint import Progress, check_tensors
 from ist.compiled import plain_name
 from ist.config import Config, num_processes
+from ist.config_base import plain
 from ist.coordinator import Coordinator
 from ist.errors import CheckpointError, ConfigError
 from ist.job import Job
@@ -276,5 +277,5 @@ def _fingerprint(config: Config) -> int:
         "data": {"root"},
         "pool": {"allow_insecure"},
     }
-    tree = config.model_dump(exclude=local)
-    return zlib.crc32(json.dumps(tree, sort_keys=True, default=str).encode())
+    tree = plain(config.model_dump(exclude=local))
+    return zlib.crc32(json.dumps(tree, sort_keys=True).encode())

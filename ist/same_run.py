@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ist.config import Config
+from ist.config_base import plain
 from ist.redact import redacted
 
 NOT_COMPARED: dict[str, Any] = {
@@ -34,13 +35,13 @@ class Change:
 
 def other_run(old: Config, new: Config) -> list[Change]:
     """Return the keys by which two configurations are of different runs, in the order of the new one."""
-    trees = [dict(flat(config.model_dump(mode="json", exclude=NOT_COMPARED))) for config in (old, new)]
+    trees = [dict(flat(plain(config.model_dump(exclude=NOT_COMPARED)))) for config in (old, new)]
     return list(_changes(*trees))
 
 
 def other_settings(old: Config, new: Config) -> list[Change]:
     """Return the keys that differ and may do so: a run is the same, wherever and by whom it is trained."""
-    trees = [dict(flat(config.model_dump(mode="json"))) for config in (old, new)]
+    trees = [dict(flat(plain(config.model_dump()))) for config in (old, new)]
     matters = {change.key for change in other_run(old, new)}
     return [change for change in _changes(*trees) if change.key not in matters]
 

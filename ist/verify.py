@@ -74,7 +74,9 @@ def verify_cut(job: Job, whole: nn.Module, example: object, neurons: Sequence[In
         ModelError: They differ.
     """
     precision = next(p.dtype for p in whole.parameters() if p.is_floating_point())
-    narrow = job.narrow(neurons, torch.device("cpu")).to(precision)
+    narrow = job.narrow(neurons, torch.device("cpu"))
+    if precision == torch.float64:
+        narrow = narrow.double()  # unlike `to`, this leaves complex numbers complex
     cut = positions(job.groups, job.everything, neurons)
     state = {name: tensor.detach().contiguous() for name, tensor in named_tensors(whole).items() if name in cut}
     part = {

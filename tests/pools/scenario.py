@@ -40,6 +40,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "train__local_steps": 2,
         "train__schedule": {"name": "CosineAnnealingLR", "args": {"T_max": "total_steps"}},
     },
+    "scheduled by a function": {
+        "network": "no batch norm", "train__schedule": {"name": "LambdaLR", "args": {"lr_lambda": lambda step: 0.8**step}},
+    },
     "dropout": {"network": "dropout"},
     "items that are drawn": {"network": "two hidden layers, batch norm", "items": Augmented},
     "attention, carried": {"network": "attention", "train__optimizer_state": "carried"},
