@@ -9,14 +9,15 @@ Not here: opening files; writing them (`ist/run_folder.py`, `ist/recorder.py`).
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ist.config_base import NonNegativeInt
+from ist.config_base import NonNegativeFloat, NonNegativeInt
 from ist.errors import RunFolderError
 
 Number = int | float
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Written(BaseModel):
@@ -35,22 +36,22 @@ class RoundRecord(_Written):
     """A line of metrics.jsonl; what has a default is missing in records of earlier versions, or of some rounds."""
 
     round: NonNegativeInt
-    loss: Number
-    samples: Number
-    sent_bytes: Number
-    train_s: Number
-    compute_s: Number
-    exchange_s: Number
-    idle_s: Number
-    cut_s: Number
-    merge_s: Number
-    memory_bytes: Number
+    loss: Finite
+    samples: NonNegativeFloat
+    sent_bytes: NonNegativeFloat
+    train_s: Finite
+    compute_s: Finite
+    exchange_s: Finite
+    idle_s: Finite
+    cut_s: Finite
+    merge_s: Finite
+    memory_bytes: NonNegativeFloat
     workers: NonNegativeInt = 0
     steps: NonNegativeInt = 0
-    epoch: Number = 0.0
-    virtual_s: Number = 0.0
-    evaluate_s: Number = 0.0
-    coordinator_memory_bytes: Number = 0
+    epoch: Finite = 0.0
+    virtual_s: Finite = 0.0
+    evaluate_s: Finite = 0.0
+    coordinator_memory_bytes: NonNegativeFloat = 0
     bytes_to_worker: list[Number] = []
     bytes_from_worker: list[Number] = []
     memory_bytes_by_worker: list[Number] = []
@@ -75,16 +76,16 @@ class RunResult(_Written):
     seed: int
     workers: NonNegativeInt
     rounds: NonNegativeInt
-    loss: Number
-    sent_bytes: Number
-    train_s: Number
-    memory_bytes: Number
+    loss: Finite
+    sent_bytes: NonNegativeFloat
+    train_s: Finite
+    memory_bytes: NonNegativeFloat
     label: str = ""
-    samples: Number = 0
-    virtual_s: Number = 0.0
-    evaluate_s: Number = 0.0
-    coordinator_memory_bytes: Number = 0
-    parameters: Number = 0
+    samples: NonNegativeFloat = 0
+    virtual_s: Finite = 0.0
+    evaluate_s: Finite = 0.0
+    coordinator_memory_bytes: NonNegativeFloat = 0
+    parameters: NonNegativeFloat = 0
     remote_workers: NonNegativeInt = 0
     test_loss: Number | None = None
     metric: str | None = None
@@ -94,7 +95,7 @@ class RunResult(_Written):
     faults: dict[str, int] = {}
     block_scales: dict[str, Number] = {}
     link: str = ""
-    wire_bytes: Number = 0
+    wire_bytes: NonNegativeFloat = 0
 
 
 @dataclass(frozen=True)

@@ -274,6 +274,10 @@ BAD_RECORDS: dict[str, tuple[bytes, str]] = {
     "half a line in the middle": (LINES[0][:40] + b"\n" + LINES[1], "line 1 is damaged: it is not JSON"),
     "a list": (LINES[0] + b"[1, 2]\n" + LINES[2], "line 2 is damaged: it is no mapping"),
     "a word for a number": (WHOLE.replace(b'"loss": 0.5', b'"loss": "low"', 1), "line 1 is damaged: 'loss': "),
+    "endless seconds": (
+        json.dumps(RECORDS[0] | {"merge_s": float("inf")}).encode() + b"\n" + LINES[1], "line 1 is damaged: 'merge_s': "
+    ),
+    "negative bytes": (WHOLE.replace(b'"sent_bytes": 1000', b'"sent_bytes": -1000', 1), "line 1 is damaged: 'sent_bytes': "),
     "no loss": (WHOLE.replace(b'"loss": 0.5, ', b"", 1), "line 1 is damaged: it has no 'loss'"),
     "a metric in words": (WHOLE.replace(b'"accuracy"}', b'"accuracy"}').replace(b"0.875", b'"good"', 1), "line 1 is damaged: 'accuracy': "),
     "a round twice": (LINES[0] + LINES[1] + WHOLE[len(LINES[0]) :], "line 3 is of round 1, and the one before of round 1"),
