@@ -140,6 +140,7 @@ class DataParallel:
         """
         job, device = self.job, self._membership.device
         before = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
+        dtypes = {name: parameter.dtype for name, parameter in self._named.items()}
         self._exchange.rehearses = True
         with seeded(device, job.config.seed, Purpose.REHEARSAL):
             inputs, targets = fetch(self._shard, job.dealing.batch(self._membership.rank, 0), device)
@@ -148,6 +149,12 @@ class DataParallel:
         for name, buffer in self._model.named_buffers():
             if name in before and buffer.shape == before[name].shape:  # a cache may have grown
                 buffer.copy_(before[name])
+        for name, parameter in self._named.items():
+            if parameter.dtype != dtypes[name]:
+                raise ModelError(
+                    f"the forward makes '{name}', which is {dtypes[name]}, a {parameter.dtype}: method "
+                    f"'{job.config.method}' averages gradients of the dtype that it has at the start: change that"
+                )
         unused = [name for name, parameter in self._named.items() if parameter.requires_grad and parameter.grad is None]
         if unused:
             raise ModelError(

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ist.errors import ModelError
 from ist.meter import Meter
 from ist.methods.ddp import DataParallel
 from ist.methods.local import LocalTraining
@@ -26,6 +27,29 @@ def alone() -> Iterator[Membership]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield Membership(0, 1, torch.device("cpu"), "gloo")
     dist.destroy_process_group()
+
+
+class Router(nn.Module):
+    """Casts a part of itself to wider numbers in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.first, self.last = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 5)
+        self.bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.router = self.router.float()
+        hidden = self.first(x.bfloat16()) * self.router(x).softmax(dim=-1).bfloat16()
+        return self.last(hidden).float()
+
+
+def test_ddp_refuses_a_forward_that_changes_a_dtype(alone: Membership) -> None:
+    job = job_for(seeded(Router), method="ddp", train__workers=1, pool={"kind": "torchrun", "device": "cpu"})
+
+    with pytest.raises(
+        ModelError, match=r"the forward makes 'router\.weight', which is torch\.bfloat16, a torch\.float32"
+    ):
+        DataParallel(job, alone, job.build(), {}, Meter())
 
 
 class Odd(nn.Module):
