@@ -266,6 +266,19 @@ def test_what_a_rank_told_of_an_earlier_run_is_forgotten(ranks: list[group.Membe
         assert failed(ranks[0], PoolError("lost")) == "lost"
 
 
+def test_what_a_stranger_writes_into_the_store_is_passed_over(ranks: list[group.Membership]) -> None:
+    failed(ranks[2], DataError("sample 77 is bad"))
+    store: Any = group.dist.distributed_c10d._get_default_store()
+    genuine = store.get("ist/cause//2").decode()
+
+    store.set("ist/cause//1", "ValueError: all is lost")
+    store.set("ist/cause//0", genuine)  # as another rank
+    assert failed(ranks[0], PoolError("lost")) == "rank 2 failed: DataError: sample 77 is bad"
+
+    store.set("ist/cause//2", genuine.replace("77", "78"))
+    assert failed(ranks[0], PoolError("lost")) == "lost"
+
+
 def test_a_store_that_is_gone_hides_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: Any) -> Any:
         raise RuntimeError("Connection reset by peer")

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -30,7 +30,7 @@ from ist.failures import is_peer_failure
 from ist.launched import PRIVATE_STORE, end_with_launcher
 from ist.pool.device import compute_device
 from ist.pool.ports import briefly_open, refuse_public, store_socket
-from ist.pool.secret import FILE_VARIABLE, is_proven, new_challenge, prove, run_secret
+from ist.pool.secret import FILE_VARIABLE, is_proven, new_challenge, opened, prove, run_secret, seal
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ class Membership:
     world_size: int
     device: torch.device
     backend: str
+    start: str = ""
+    """A name of this start of the ranks that no other start has; '' where the user's own program formed the group."""
 
     @property
     def carrier(self) -> torch.device:
@@ -82,14 +84,14 @@ def join(settings: Pool) -> Membership:
         refuse_public(backend)
     end_with_launcher()
     membership = Membership(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, backend)
-    _form_group(membership, secret, settings)
+    membership = replace(membership, start=_form_group(membership, secret, settings))
     # Not when the run ends: a process that runs another one needs the group, and cannot form it twice.
     atexit.register(_leave)
     return membership
 
 
-def _form_group(membership: Membership, secret: bytes, settings: Pool) -> None:
-    """Form a process group of ranks that hold the secret.
+def _form_group(membership: Membership, secret: bytes, settings: Pool) -> str:
+    """Form a process group of ranks that hold the secret, and return the name of this start.
 
     Gloo gives a rank's place to whoever connects and guesses a small number in the moment when ranks connect. A group
     with a stranger in it is given up before it carries anything, and formed anew at other ports.
@@ -112,7 +114,7 @@ def _form_group(membership: Membership, secret: bytes, settings: Pool) -> None:
                 verdict, problem = "stranger", str(error)
             verdicts = _verdicts(meeting, membership, verdict)
             if set(verdicts) == {"proven"}:
-                return
+                return start
             met = [number for number, said in enumerate(verdicts) if said != "proven"]
             problem = problem or f"rank {rank} heard that rank {_listed(met)} met one that does not hold the run secret"
             _leave()
@@ -344,30 +346,34 @@ def peer_errors(what: str) -> Iterator[None]:
 def causes_told(membership: Membership) -> Iterator[None]:
     """Let all ranks know why one of them fails, so that those who only lose a peer can say what has happened to it.
 
+    A stranger may write to torchrun's store: what is told carries a proof, and anything else is passed over.
+
     Raises:
         PoolError: A peer is gone; the message is what it has told, where it could.
     """
     store = dist.distributed_c10d._get_default_store()
-    keys = [f"ist/cause/{rank}" for rank in range(membership.world_size)]
+    secret = run_secret()
+    keys = [f"ist/cause/{membership.start}/{rank}" for rank in range(membership.world_size)]
     with suppress(RuntimeError):  # a rank must not fail because it cannot tell why
         store.set(keys[membership.rank], "")  # what an earlier run of these processes may have left
     try:
         yield
     except PoolError as error:
-        if not (told := _told(store, keys)):
+        if not (told := _told(store, keys, secret)):
             raise
         raise type(error)(told) from error
     except Exception as error:
         with suppress(RuntimeError):
-            store.set(keys[membership.rank], f"{type(error).__name__}: {first_line(error)}")
+            key = keys[membership.rank]
+            store.set(key, seal(secret, key, f"{type(error).__name__}: {first_line(error)}"))
         raise
 
 
-def _told(store: Store, keys: Sequence[str]) -> str:
+def _told(store: Store, keys: Sequence[str], secret: bytes) -> str:
     """Return what the first rank has told that knows why it failed; nothing where none has."""
     with suppress(RuntimeError):  # the store may be gone with rank 0
         for rank, key in enumerate(keys):
-            if cause := _heard(store, key):
+            if cause := opened(secret, key, _heard(store, key)):
                 text = "".join(letter if letter.isprintable() else " " for letter in cause[:_MOST_TOLD])
                 return f"rank {rank} failed: {text}"
     return ""

@@ -83,6 +83,18 @@ def is_proven(
     return hmac.compare_digest(prove(secret, prover, verifier, world_size, answered, posed), proof)
 
 
+def seal(secret: bytes, name: str, text: str) -> str:
+    """Return a text and a proof that a holder of the secret wrote it under this name, for public stores."""
+    text = text.encode(errors="replace").decode()
+    return hmac.digest(secret, f"ist text 1 {name}\n{text}".encode(), "sha256").hex() + text
+
+
+def opened(secret: bytes, name: str, sealed: str) -> str | None:
+    """Return the text that was sealed under this name; None: it was not, or somebody changed it."""
+    text = sealed[2 * PROOF_BYTES :]
+    return text if hmac.compare_digest(seal(secret, name, text).encode(), sealed.encode()) else None
+
+
 def _parsed(text: str, where: str) -> bytes:
     try:
         secret = bytes.fromhex(text.strip())
