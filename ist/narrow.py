@@ -22,6 +22,8 @@ from ist.groups.sites import Resizes
 from ist.groups.sizes import Origin, set_integer
 from ist.rng import Indices
 
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
 Scale = float | tuple[float, ...]
 """A factor for all positions of a dim, or one for each."""
 
@@ -172,7 +174,7 @@ def input_scales(
         # A group holds slots of optimiser state too; only the network's own are among `scaled`.
         for slot in group.slots:
             key = (slot.tensor, slot.dim)
-            recurrent = key in group.scaled and isinstance(_owner(template, slot.tensor), nn.RNNBase)
+            recurrent = key in group.scaled and isinstance(_owner(template, slot.tensor), _RECURRENT)
             if key in group.scaled and not recurrent:
                 factors.setdefault(key, []).append((slot.positions(held), group.size / max(1, len(held))))
     scales: dict[str, tuple[int, Scale]] = {}
@@ -323,6 +325,8 @@ def _narrow_attributes(module: nn.Module) -> None:
         module.hidden_size = rows // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
         if module.proj_size:
             module.proj_size = columns
+    elif isinstance(module, nn.RNNCellBase):
+        (_, module.hidden_size), (_, module.input_size) = module.weight_hh.shape, module.weight_ih.shape
     elif isinstance(module, nn.MultiheadAttention) and module.out_proj.weight.shape[1] != module.embed_dim:
         with_some_heads(module)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ist.groups.combine import Scene, Value, mix
 from ist.groups.labels import FREE, FROZEN, Activation, Shape
 from ist.groups.parameters import ParameterView
+from ist.groups.tape import storages
 
 
 class Call(NamedTuple):
@@ -57,7 +58,10 @@ Rule = Callable[[Scene, Call], Sequence[Value]]
 
 
 def free(scene: Scene, call: Call) -> Sequence[Value]:
-    """Results that are constants of any width."""
+    """Results that are constants of any width, or of the widths that attributes give."""
+    sized = [scene.sized[memory] for memory in storages(call.results) if memory in scene.sized]
+    if sized and len(call.results) == 1:
+        return [scene.atoms.constant(call.shape(), sized[0])]
     return [scene.labels.constant(tuple(result.shape), FREE) for result in call.results]
 
 

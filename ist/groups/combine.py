@@ -29,6 +29,8 @@ class Scene:
         heads: Labels that met in a product of activations, such as attention heads.
         residual: Labels of sums of activations of different depth, such as residual streams.
         forms: Activations whose labels vary along several dims: a cut must be a box.
+        sized: For the memory of a constant that the forward makes, the dims whose size an attribute gives.
+        runs: How many times the network ran.
     """
 
     labels: Labels = field(default_factory=Labels)
@@ -36,6 +38,8 @@ class Scene:
     heads: list[Tensor] = field(default_factory=list)
     residual: list[Tensor] = field(default_factory=list)
     forms: list[Activation] = field(default_factory=list)
+    sized: dict[int, set[int]] = field(default_factory=dict)
+    runs: int = 0
 
     def __post_init__(self) -> None:
         self.atoms = Atoms(self.labels)
@@ -186,6 +190,7 @@ def contract(scene: Scene, x: Value, w: Value, x_axes: str, w_axes: str, out_axe
         out_axes: The letters of the result.
         shape: The result's shape.
     """
+    x, w = (scene.activation(v) if isinstance(v, ParameterView) and scene.atoms.is_constant(v) else v for v in (x, w))
     if isinstance(x, ParameterView) and not isinstance(w, ParameterView):
         x, w, x_axes, w_axes = w, x, w_axes, x_axes
     activation = scene.activation(x)

@@ -111,6 +111,22 @@ class Labels:
         """Return an activation that has one label everywhere."""
         return Activation(torch.full([1] * len(shape), label), shape, depth)
 
+    def filled(self, value: Activation, dims: Iterable[int]) -> Activation:
+        """Let constants beside labels, along some dims, have these labels: they are held where the others are.
+
+        Args:
+            value: An activation of which a part is a constant, such as zeros in front of a sequence.
+            dims: Dims along which all labels of the other parts are the same, or nothing is filled in.
+        """
+        core = self.roots(value.core)
+        for dim in dims:
+            is_free = core == FREE
+            if bool(is_free.any()):
+                most = torch.where(is_free, -1, core).amax(dim, keepdim=True)
+                least = torch.where(is_free, torch.iinfo(core.dtype).max, core).amin(dim, keepdim=True)
+                core = torch.where(is_free & (most == least), most, core)
+        return self.reduced(value._replace(core=core))
+
     def join_along(self, value: Activation, dims: Iterable[int]) -> Activation:
         """Join labels that differ only in their position along the given dims."""
         core = value.core

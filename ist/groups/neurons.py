@@ -108,6 +108,7 @@ def find_neurons(template: nn.Module, example: Any, build: Callable[[], nn.Modul
         for members, places in _alike(keys, roots)
         if len(members) > 1 and any(key in atoms.outgoing for key in places)
     ]
+    again = {name for name, number in atoms.uses.items() if number > traced.scene.runs}
     dims = Counter(tensor for tensor, _ in keys)
     names = _names([list(places) for _, places in found], dims, atoms.outgoing)
     groups = tuple(
@@ -116,7 +117,7 @@ def find_neurons(template: nn.Module, example: Any, build: Callable[[], nn.Modul
             len(members),
             tuple(slot for (tensor, dim), where in places.items() for slot in _slots(tensor, dim, where)),
             _kind(places, template, members[0] in heads),
-            members[0] in streams and members[0] not in heads and not _is_recurrent(places, template),
+            members[0] in streams and members[0] not in heads and not _is_recurrent(places, template, again),
             frozenset(key for key in places if key in atoms.outgoing),
             frozenset(key for key in places if key in atoms.outgoing and key not in atoms.incoming),
             masked_by=tuple(sorted({(name, atoms.masked_by[name]) for name, _ in places if atoms.masked_by.get(name)})),
@@ -305,9 +306,25 @@ def _common(group: Sequence[tuple[str, int]]) -> str:
     return ".".join(prefix) if prefix == shared else ""
 
 
-def _is_recurrent(places: Places, template: nn.Module) -> bool:
-    # Gates of a recurrent cell add what is of different depth, too.
-    return isinstance(template.get_submodule(next(iter(places))[0].rpartition(".")[0]), nn.RNNBase)
+def _is_recurrent(places: Places, template: nn.Module, again: set[str]) -> bool:
+    """Whether neurons are the state of a recurrent cell: they are read by weights that make them, again and again.
+
+    Its gates add what is of different depth, as a residual stream does.
+
+    Args:
+        places: Where they live.
+        template: The network.
+        again: Parameters that were used several times in one run.
+    """
+    own = [name for name, dim in places if dim == 0 and (name, 1) in places]
+    return any(name in again or isinstance(_owner(template, name), _RECURRENT) for name in own)
+
+
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+def _owner(template: nn.Module, tensor: str) -> nn.Module:
+    return template.get_submodule(tensor.rpartition(".")[0])
 
 
 def _kind(places: Places, template: nn.Module, is_head: bool) -> str:
@@ -319,6 +336,6 @@ def _kind(places: Places, template: nn.Module, is_head: bool) -> str:
     module = template.get_submodule(tensor.rpartition(".")[0])
     if isinstance(module, nn.modules.conv._ConvNd):
         return "channels" if width == 1 or module.groups == 1 else f"groups of {width} channels"
-    if _is_recurrent(places, template):
+    if isinstance(module, _RECURRENT):
         return "recurrent units"
     return "hidden units" if width == 1 else f"hidden units, {width} positions each"

@@ -8,7 +8,7 @@ label of its own, its *atom*.
 Where it sits: `ist/groups/combine.py` calls `use`; `ist/groups/neurons.py` reads the atoms.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -83,6 +83,8 @@ class Atoms:
         self.incoming: set[tuple[str, int]] = set()
         self.masked_by: dict[str, float] = {}  # for a parameter, the value that masks a neuron
         self.members: dict[str, dict[int, list[tuple[str, int]]]] = {}  # of what is made of several parameters
+        self.uses: Counter[str] = Counter()  # how many times something was summed over with a parameter
+        self._sized: dict[str, set[int]] = {}  # of constants, the dims whose size an attribute gives
         self._tables: list[_Table] = []
 
     def view(self, name: str, shape: Shape) -> ParameterView:
@@ -123,6 +125,17 @@ class Atoms:
                     self.freeze(view, [dim])
                     self.freeze(made, axes)
         return made
+
+    def constant(self, shape: Shape, dims: set[int]) -> ParameterView:
+        """Return a constant that a forward makes, such as zeros, whose size along some dims an attribute gives."""
+        name = f"{_MADE}{len(self.members)}"
+        self.members[name] = defaultdict(list)
+        self._sized[name] = dims
+        return self.view(name, shape)._replace(zero=False, linear=False)
+
+    def is_constant(self, view: ParameterView) -> bool:
+        """Return whether no tensor of the network is part of a view."""
+        return not any(self.real(view.name, dim) for dim in view.planes)
 
     def real(self, name: str, dim: int) -> set[tuple[str, int]]:
         """Return the dims of the network's own tensors that a dim of a view is made of."""
@@ -172,6 +185,7 @@ class Atoms:
             return
         met = {key for dim in held for key in self.real(view.name, dim)}
         if outgoing:
+            self.uses.update({name for name, _ in met})
             self.outgoing |= {key for key in met if key[0] not in self.buffers}
         if not outgoing or not view.linear:
             self.incoming |= met
@@ -184,9 +198,11 @@ class Atoms:
     def as_activation(self, view: ParameterView) -> Activation:
         """Return the labels of a parameter that is used like an activation: those of its last axis; others stay whole.
 
-        A buffer of several dims is data, and stays whole.
+        A buffer of several dims is data, and stays whole. Of a constant it is the last axis whose size an attribute
+        gives.
         """
-        axes = sorted(view.extents)
+        sized = self._sized.get(view.name, set())
+        axes = sorted(axis for dim in view.planes for axis in view.axes(dim) if dim in sized) or sorted(view.extents)
         along = [dim for dim in view.planes if axes and view.axes(dim) == {axes[-1]}]
         if len(along) != 1 or (view.name in self.buffers and len(axes) > 1):
             self.freeze(view)

@@ -130,6 +130,8 @@ def _move(scene: Scene, call: Call) -> Sequence[Value]:
     if call.name == "expand" and torch.Size(found[0].shape).numel() == 1 and scene.labels.is_frozen(found[0]):
         return free(scene, call)  # one number, repeated: it fits any width
     made = [scene.labels.activation(labels, depth) for labels in _run(call, [value.full for value in found])]
+    if call.name in ("cat", "stack") and found[0].shape:
+        made = [scene.labels.filled(made[0], [call.args["dim"] % len(made[0].shape)])]
     if call.name == "cat" and found[0].shape:
         # A class token before patches: pieces that vary along other dims only are parts of the same neurons.
         dim = call.args["dim"] % len(made[0].shape)
@@ -220,6 +222,14 @@ def _complex(scene: Scene, call: Call) -> Sequence[Value]:
     return [scene.labels.activation(joined.full.select(-1, 0), value.depth)]
 
 
+def _packed(scene: Scene, call: Call) -> Sequence[Value]:
+    """Sequences of several lengths, one after another: their positions mix, their features do not."""
+    value = scene.activation(mix(scene, call.values[0], {0, 1}))
+    features = value.core.select(0, 0)
+    lengths = [scene.labels.constant(tuple(result.shape), FROZEN) for result in call.results[1:]]
+    return [scene.labels.activation(features.expand(call.shape()), value.depth), *lengths]
+
+
 def _table() -> dict[str, Rule]:
     rules: dict[str, Rule] = {}
     families: list[tuple[str, Rule]] = [
@@ -234,7 +244,7 @@ def _table() -> dict[str, Rule]:
         ("copy", copy),
         ("index_put", index_put), (_LOOKED_UP, looked_up), ("topk", _topk), ("constant_pad_nd", pad),
         ("view_as_complex view_as_real", _complex), ("im2col", im2col),
-        ("_weight_norm_interface", weight_norm), ("_trilinear", bilinear),
+        ("_pack_padded_sequence", _packed), ("_weight_norm_interface", weight_norm), ("_trilinear", bilinear),
     ]  # fmt: skip
     for names, rule in families:
         rules |= dict.fromkeys(names.split(), rule)

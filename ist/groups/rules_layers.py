@@ -82,8 +82,12 @@ def matmul(x_axes: str, w_axes: str, out_axes: str, first: str = "self", second:
 
     def rule(scene: Scene, call: Call) -> Sequence[Value]:
         x, w = call.args[first], call.args[second]
-        weights = isinstance(x, ParameterView) and isinstance(w, ParameterView) and first == "self"
-        if weights and not is_repeated(x) and not is_repeated(w):
+        if (
+            first == "self"
+            and isinstance(x, ParameterView)
+            and isinstance(w, ParameterView)
+            and not any(scene.atoms.is_constant(view) or is_repeated(view) for view in (x, w))
+        ):
             return [product(scene, x, w, x_axes, w_axes, out_axes)]
         made: Value = contract(scene, x, w, x_axes, w_axes, out_axes, call.shape())
         if first != "self" and call.args.get("beta", 1) != 0:

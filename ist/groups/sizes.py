@@ -184,6 +184,11 @@ def takes_sizes(function: Any) -> bool:
     return getattr(function, "__name__", "") in _READERS
 
 
+def makes_constants(function: Any) -> bool:
+    """Return whether a torch function makes a tensor of the sizes that it is given, and of nothing else."""
+    return getattr(function, "__name__", "") in _FACTORIES
+
+
 def sizes_in(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Iterator[Size]:
     """Yield the integers among the arguments of a torch function that are sizes of axes; -1 and the like left out."""
     reader = _READERS.get(getattr(function, "__name__", ""))
@@ -324,7 +329,23 @@ def _convolved(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _
         yield Size(groups, location, result, axis, range(0, channels, channels // groups))
 
 
+def _made(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
+    for axis, (location, size) in enumerate(_listed(args, kwargs, 0, "size")[: result.ndim]):
+        yield Size(size, location, result, axis, range(result.shape[axis]))
+
+
+def _made_like(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
+    for axis, (location, size) in enumerate(_listed(args, kwargs, 1, "size")[: result.ndim]):
+        yield Size(size, location, result, axis, range(result.shape[axis]))
+
+
+_FACTORIES: dict[str, _Reader] = {
+    **dict.fromkeys(("zeros", "ones", "full", "empty", "rand", "randn"), _made),
+    **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), _made_like),
+}
+
 _READERS: dict[str, _Reader] = {
+    **_FACTORIES,
     **dict.fromkeys(("view", "reshape"), _reshaped),
     **dict.fromkeys(("expand", "broadcast_to"), _expanded),
     **dict.fromkeys(("split", "split_with_sizes"), _split),

@@ -38,7 +38,7 @@ from ist.groups.reads import reads_that_matter
 from ist.groups.rules import labels_of_results
 from ist.groups.sites import Call as SizedCall
 from ist.groups.sites import Running
-from ist.groups.sizes import Size, SizeLabels, TracedInt, forget_sizes, plant, sizes_in, takes_sizes
+from ist.groups.sizes import Size, SizeLabels, TracedInt, forget_sizes, makes_constants, plant, sizes_in, takes_sizes
 from ist.groups.tape import Step, influenced, needed, step_of, storages, tensors_of
 
 _RANDOM = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"}
@@ -101,6 +101,9 @@ class Traced:
     unreached: list[str]
     detours: list[Detour]
 
+
+_MOST_OVERWRITTEN = 2_000_000
+"""Where views of larger memory are written to, what is written stays whole."""
 
 MOST_RUNS = 6
 """A network that takes branches by chance is run so many times, until all of its parameters have been reached."""
@@ -174,6 +177,7 @@ def _trace(module: nn.Module, example: Any, fresh: Callable[[], nn.Module] | Non
     for name, tensor in named.items():
         watch.know(tensor, watch.scene.atoms.view(name, tuple(tensor.shape)))
     plant(module)
+    watch.recurrent = {path for path, child in module.named_modules() if isinstance(child, nn.RNNBase)}
     for tensor in tensors_in(example):
         watch.know(tensor, watch.scene.labels.constant(tuple(tensor.shape), FROZEN))
     outputs: list[Tensor] = []
@@ -181,6 +185,7 @@ def _trace(module: nn.Module, example: Any, fresh: Callable[[], nn.Module] | Non
     for run in range(MOST_RUNS):
         draws, start = Draws(run), len(watch.steps)
         outputs += watch.follow(module, example, draws, None)
+        watch.scene.runs += 1
         steps = watch.steps[start:]
         if fresh is not None:
             depends = influenced(steps, named.values())
@@ -199,6 +204,7 @@ def _trace(module: nn.Module, example: Any, fresh: Callable[[], nn.Module] | Non
         still = watch.unreached(module)
         if found_there and len(still) < len(unreached):
             outputs, taken, unreached = outputs + found_there, [*taken, detour], still
+            watch.scene.runs += 1
         else:
             del watch.steps[start:]
             watch.calls = calls
@@ -225,7 +231,8 @@ def _plainly(module: nn.Module, example: Any) -> Any:
 @contextmanager
 def comparable() -> Iterator[None]:
     """Let networks run without chance, and without fused kernels that hide what they do."""
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, one_dnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with ExitStack() as stack:
@@ -234,6 +241,7 @@ def comparable() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        torch._C._set_mkldnn_enabled(one_dnn)
 
 
 def without_inner_dropout(module: nn.Module) -> nn.Module:
@@ -280,28 +288,39 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.scene = Scene()
         self.running = Running()
+        self.recurrent: set[str] = set()  # modules whose states torch makes: of one tensor for all layers
         self.unknown: dict[str, str] = {}
         self.calls: list[tuple[SizedCall, list[Size], str]] = []
         self.steps: list[Step] = []
         self.whole_where_empty = False  # whether what was selected, without a sample, may be read elsewhere
         self.causes: dict[str, None] = {}
         self._values: dict[int, Value] = {}
-        self._kept: list[Tensor] = []  # an id is good only while its tensor lives
+        self._objects: dict[int, Tensor] = {}  # an id is good only while its tensor lives
         self._sharing: dict[int, list[int]] = {}  # ids of the tensors in the same memory
         self._whole: set[int] = set()  # ids of tensors that were made to be filled, not of views of them
 
     def know(self, tensor: Tensor, value: Value) -> None:
         """Note a tensor's labels."""
         if id(tensor) not in self._values:
-            self._kept.append(tensor)
+            self._objects[id(tensor)] = tensor
             (storage,) = storages([tensor])
             self._sharing.setdefault(storage, []).append(id(tensor))
         self._values[id(tensor)] = value
 
     def value(self, tensor: Tensor) -> Value:
         """Return a tensor's labels; what was not seen being made is a constant, of a fixed size."""
-        found = self._values.get(id(tensor))
+        found = self._values.get(id(tensor)) or self._values.get(self._same(tensor))
         return self.scene.labels.constant(tuple(tensor.shape), FROZEN) if found is None else found
+
+    def _same(self, tensor: Tensor) -> int:
+        """Return the id of a known tensor that is the same piece of memory: `torch.zeros` returns another object."""
+        (storage,) = storages([tensor])
+        for other in self._sharing.get(storage, ()) if tensor.layout == torch.strided else ():
+            known = self._objects[other]
+            places = [(t.shape, t.stride(), t.storage_offset()) for t in (tensor, known)]
+            if known.dtype == tensor.dtype and places[0] == places[1]:
+                return other
+        return id(tensor)
 
     def freeze(self, tensor: Tensor) -> None:
         """Let nobody be without any part of a tensor."""
@@ -326,7 +345,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _labels_along(self, tensor: Tensor, axis: int) -> Tensor | None:
         """Return the final labels along an axis of a tensor; None if they are not known, or it is a constant."""
-        value = self._values.get(id(tensor))
+        value = self._values.get(id(tensor)) or self._values.get(self._same(tensor))
         if isinstance(value, ParameterView):
             atoms = self.scene.atoms.along(value, axis)
             return None if atoms is None else self.scene.labels.roots(atoms)
@@ -444,18 +463,39 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _write(self, tensor: Tensor, value: Value) -> None:
         """Note an operator's result, which may have been written over a tensor that had other labels."""
         before = self._values.get(id(tensor))
+        if isinstance(before, ParameterView) and self.scene.atoms.is_constant(before):
+            before = self.scene.labels.constant(before.shape, FREE)
         if isinstance(before, Activation) and isinstance(value, Activation):
             same = bool((self.scene.labels.roots(before.core) == value.core).all())
             (storage,) = storages([tensor])
             sharing = self._sharing[storage]
             if not same and not self._whole.issuperset(sharing):
-                # Views of the same memory have labels of their own, which this write cannot change.
-                self.scene.labels.freeze(value.core)
-                self.scene.labels.freeze(before.core)
-                value = self.scene.labels.reduced(value)
+                if not self._overwrite(tensor, value, sharing):
+                    # Views of the same memory have labels of their own, which this write cannot change.
+                    self.scene.labels.freeze(value.core)
+                    self.scene.labels.freeze(before.core)
+                    value = self.scene.labels.reduced(value)
             elif not same:
                 self._values |= dict.fromkeys(sharing, value)
         self.know(tensor, value)
+
+    def _overwrite(self, tensor: Tensor, value: Activation, sharing: Sequence[int]) -> bool:
+        """Give all views of some memory the labels that they have after one was written; return whether that can be."""
+        views = [self._objects[number] for number in sharing]
+        size = max(_end(view) for view in views)
+        values = [self.value(view) for view in views]
+        owned = any(isinstance(v, ParameterView) and not self.scene.atoms.is_constant(v) for v in values)
+        if owned or size > _MOST_OVERWRITTEN or len({view.dtype for view in views}) > 1:
+            return False
+        labels, places = torch.full([size], FREE), torch.arange(size)
+        for view, known in [*zip(views, values, strict=True), (tensor, value)]:
+            if isinstance(known, Activation):  # a constant has no labels yet
+                labels[places.as_strided(view.shape, view.stride(), view.storage_offset())] = known.full
+        for number, view in zip(sharing, views, strict=True):
+            part = labels.as_strided(view.shape, view.stride(), view.storage_offset())
+            known = self.scene.labels.activation(part.clone(), value.depth)
+            self._values[number] = self.scene.labels.filled(known, range(len(view.shape)))
+        return True
 
     def _replaced(self, item: Any) -> Any:
         if isinstance(item, Tensor):
@@ -466,6 +506,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _where(step: Step) -> str:
     """Return the module and the line of the network's code that called an operator."""
     return f"{step.path or 'the network itself'}{f' ({step.line})' if step.line else ''}"
+
+
+def _end(view: Tensor) -> int:
+    """Return how much of its memory, in elements, lies before the end of a view."""
+    return 1 + int(view.storage_offset()) + sum((n - 1) * s for n, s in zip(view.shape, view.stride(), strict=True))
 
 
 class _Arguments(TorchFunctionMode):
@@ -482,5 +527,9 @@ class _Arguments(TorchFunctionMode):
         if takes_sizes(func):
             frame = sys._getframe(1)
             found = list(sizes_in(func, args, kwargs or {}, result))
-            self._watch.calls.append((self._watch.running.call(frame), found, users_line()))
+            call = self._watch.running.call(frame)
+            self._watch.calls.append((call, found, users_line()))
+            sized = {size.axis for size in found if isinstance(size.number, TracedInt)}
+            if sized and makes_constants(func) and call.path not in self._watch.recurrent:
+                self._watch.scene.sized |= dict.fromkeys(storages([result]), sized)
         return result

@@ -18,12 +18,13 @@ from ist.job import Job
 from ist.narrow import bind
 from ist.verify import verify_cuts
 from tests.groups.networks import Case, rand
+from tests.groups.recurrences import RECURRENCES, SERIES, WithState
 from tests.groups.spellings import GPT, SPELLINGS, STATES, TOKENS, Inside, ViTAttention
-from tests.groups.test_neurons import job_of
+from tests.groups.test_neurons import Looking, job_of
 from tests.networks import seeded
 
 
-@pytest.mark.parametrize("case", SPELLINGS.values(), ids=SPELLINGS.keys())
+@pytest.mark.parametrize("case", [*SPELLINGS.values(), *RECURRENCES.values()], ids=[*SPELLINGS, *RECURRENCES])
 def test_networks_as_users_write_them_are_split(case: Case) -> None:
     job = job_of(seeded(case.build), case.example)
 
@@ -85,6 +86,35 @@ def test_axes_of_einops_and_settings_are_narrowed_where_they_are_held(name: str)
     job = job_of(seeded(SPELLINGS[name].build), SPELLINGS[name].example)
 
     assert not job.found.resized
+
+
+def test_an_lstm_that_is_traced_with_values_is_split() -> None:
+    # On the CPU torch runs one operator for all of it, unless that is switched off.
+    one_dnn = torch.backends.mkldnn.enabled
+    job = job_of(Looking(seeded(lambda: WithState(nn.LSTM))), SERIES)
+
+    assert not job.found.on_meta
+    assert [group.size for group in job.groups] == [7]
+    assert torch.backends.mkldnn.enabled == one_dnn
+    verify_cuts(job)
+
+
+class Numbered(nn.Module):
+    """Numbers its hidden units: with fewer of them the numbers would be others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.up, self.middle, self.down = 8, nn.Linear(6, 8), nn.Linear(8, 9), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.middle(self.up(x) * torch.arange(self.width)).relu())
+
+
+def test_units_that_are_numbered_stay_whole() -> None:
+    job = job_of(seeded(Numbered), SERIES)
+
+    assert [group.name for group in job.groups] == ["middle"]
+    verify_cuts(job)
 
 
 def test_what_is_known_of_calls_reaches_other_processes() -> None:
