@@ -222,14 +222,6 @@ def _complex(scene: Scene, call: Call) -> Sequence[Value]:
     return [scene.labels.activation(joined.full.select(-1, 0), value.depth)]
 
 
-def _packed(scene: Scene, call: Call) -> Sequence[Value]:
-    """Sequences of several lengths, one after another: their positions mix, their features do not."""
-    value = scene.activation(mix(scene, call.values[0], {0, 1}))
-    features = value.core.select(0, 0)
-    lengths = [scene.labels.constant(tuple(result.shape), FROZEN) for result in call.results[1:]]
-    return [scene.labels.activation(features.expand(call.shape()), value.depth), *lengths]
-
-
 def _table() -> dict[str, Rule]:
     rules: dict[str, Rule] = {}
     families: list[tuple[str, Rule]] = [
@@ -244,7 +236,7 @@ def _table() -> dict[str, Rule]:
         ("copy", copy),
         ("index_put", index_put), (_LOOKED_UP, looked_up), ("topk", _topk), ("constant_pad_nd", pad),
         ("view_as_complex view_as_real", _complex), ("im2col", im2col),
-        ("_pack_padded_sequence", _packed), ("_weight_norm_interface", weight_norm), ("_trilinear", bilinear),
+        ("_weight_norm_interface", weight_norm), ("_trilinear", bilinear),
     ]  # fmt: skip
     for names, rule in families:
         rules |= dict.fromkeys(names.split(), rule)
