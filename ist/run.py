@@ -42,6 +42,7 @@ from ist.registry import resolve
 from ist.rounds import Follower, Method
 from ist.run_folder import RunFolder
 from ist.run_lock import sole_writer
+from ist.signals import resume_command
 from ist.watch import open_watchers
 
 
@@ -223,7 +224,7 @@ def _pool(
     from ist.pool.ray import RayPool
     from ist.pool.ray_cluster import connected
 
-    go_on = f"Go on from the last checkpoint with: ist train --resume {folder.path}" if folder else ""
+    go_on = f"Go on from the last checkpoint with: {resume_command(folder.path)}" if folder else ""
     stack.enter_context(connected(job.config, go_on))
     name = folder.path.name if folder else job.config.name
     pool = RayPool(job, meter, f"{name}-{secrets.token_hex(3)}", site=site)

@@ -1,6 +1,7 @@
 """The Ray pool: identical weights, true bytes, and an end with a cause where no worker can be had."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -102,6 +103,26 @@ def test_workers_join_as_they_find_room() -> None:
 
     assert 1 <= len(at_first) <= 2
     assert in_the_end == ("worker-0", "worker-1")  # four CPUs each, of ten
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_driver_that_is_told_to_end_says_so_and_how_to_go_on(
+    tmp_path: Path, ray_address: str, number: signal.Signals
+) -> None:
+    path, folder = tmp_path / "job.yaml", tmp_path / "run"
+    pool = {"kind": "ray", "ray": {"address": ray_address}}
+    path.write_text(yaml.safe_dump(config_tree(train__workers=2, train__rounds=100000, pool=pool)))
+    command = [sys.executable, "-m", "ist", "train", str(path), "--run-dir", str(folder)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        wait_for((folder / "metrics.jsonl").exists, 60, "a round")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 128 + number
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    what = "interrupted" if number == signal.SIGINT else "ended by SIGTERM"
+    assert error == f"error: {what}. Go on with: ist train --resume {folder}"
+    assert "SIGTERM received" not in err  # Ray's own handler would print a C++ stack
 
 
 def test_a_driver_that_ray_ends_says_so_and_leaves_no_process_behind(tmp_path: Path) -> None:
