@@ -28,7 +28,7 @@ from ist.data.nested import call_model, mapped, moved, tensors_in
 from ist.errors import ModelError, first_line
 from ist.groups import constant_tensors, named_tensors, on_meta
 from ist.groups.call import Call
-from ist.groups.combine import Scene, Value
+from ist.groups.combine import Scene, Value, with_parameter
 from ist.groups.detours import Detour, OnDetour, detours
 from ist.groups.draws import Draws, fixed_draws
 from ist.groups.labels import FREE, FROZEN, Activation
@@ -105,8 +105,9 @@ class Traced:
 _MOST_OVERWRITTEN = 2_000_000
 """Where views of larger memory are written to, what is written stays whole."""
 
-MOST_RUNS = 6
-"""A network that takes branches by chance is run so many times, until all of its parameters have been reached."""
+MOST_RUNS, MOST_MISSES = 20, 5
+"""A network that takes branches by chance is run so many times, until all of its parameters have been reached; and not
+again after so many runs in a row that reached no further one."""
 
 MOST_DETOURS = 100
 """So many detours are tried where parameters have not been reached (`ist/groups/detours.py`)."""
@@ -182,18 +183,24 @@ def _trace(module: nn.Module, example: Any, fresh: Callable[[], nn.Module] | Non
         watch.know(tensor, watch.scene.labels.constant(tuple(tensor.shape), FROZEN))
     outputs: list[Tensor] = []
     reads, taken = set[int](), list[Detour]()
+    unreached = [name for name, _ in module.named_parameters()]
+    misses = 0
     for run in range(MOST_RUNS):
-        draws, start = Draws(run), len(watch.steps)
-        outputs += watch.follow(module, example, draws, None)
-        watch.scene.runs += 1
-        steps = watch.steps[start:]
-        if fresh is not None:
-            depends = influenced(steps, named.values())
-            suspects = [n for n, step in enumerate(steps) if step.value is not None and depends[n]]
-            found = reads_that_matter(steps, suspects, run, fresh, lambda network: _plainly(network, example))
-            reads |= {start + number for number in found}
-        unreached = watch.unreached(module)
-        if not unreached or not (draws.made or draws.others):
+        draws, start, calls = Draws(run), len(watch.steps), list(watch.calls)
+        found_there = watch.follow(module, example, draws, None)
+        still = watch.unreached(module)
+        if run and len(still) == len(unreached):
+            del watch.steps[start:]
+            watch.calls, misses = calls, misses + 1
+        else:
+            outputs, unreached, steps, misses = outputs + found_there, still, watch.steps[start:], 0
+            watch.scene.runs += 1
+            if fresh is not None:
+                depends = influenced(steps, named.values())
+                suspects = [n for n, step in enumerate(steps) if step.value is not None and depends[n]]
+                found = reads_that_matter(steps, suspects, run, fresh, lambda network: _plainly(network, example))
+                reads |= {start + number for number in found}
+        if not unreached or misses == MOST_MISSES or not (draws.made or draws.others):
             break
     for detour in islice(detours(steps), MOST_DETOURS if unreached else 0):
         start, calls = len(watch.steps), list(watch.calls)
@@ -465,6 +472,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = self._values.get(id(tensor))
         if isinstance(before, ParameterView) and self.scene.atoms.is_constant(before):
             before = self.scene.labels.constant(before.shape, FREE)
+        if isinstance(before, ParameterView) and isinstance(value, Activation):
+            # A parameter or buffer that is written to, such as scales that the first batch sets, is cut as before.
+            if not self.scene.labels.is_free(value):
+                with_parameter(self.scene, value, before)
+            value = before
         if isinstance(before, Activation) and isinstance(value, Activation):
             same = bool((self.scene.labels.roots(before.core) == value.core).all())
             (storage,) = storages([tensor])
