@@ -18,7 +18,17 @@ from ist._version import VERSION
 from ist.cli_theory import theory
 from ist.config import FROM_PYTHON, num_processes
 from ist.config_file import config_for_method, describe_keys, load_config, with_methods
-from ist.errors import ConfigError, InterruptedRunError, ISTError, PoolError, RunFolderError, printable
+from ist.errors import (
+    ConfigError,
+    InterruptedRunError,
+    ISTError,
+    MemoryLimitError,
+    PoolError,
+    RunFolderError,
+    first_line,
+    is_out_of_memory,
+    printable,
+)
 from ist.launched import end_with_launcher, is_launched, is_rank_zero, is_repeated_elsewhere
 from ist.redact import redacted
 from ist.signals import Stopped, exit_code, ignore_stop_signals, stop_signals, stopped_text
@@ -302,8 +312,16 @@ def main() -> None:
                 raise
             _fail(RunFolderError(f"{os.fsdecode(error.filename)}: {error.strerror or error}"), received)
         except Exception as error:  # a fault of this package: the launcher tells it as the cause, traceback above
+            if is_out_of_memory(error):
+                _fail(MemoryLimitError(f"{_NO_MEMORY} ({first_line(error)})"), received)
             _tell_launcher(error)
             raise
+
+
+_NO_MEMORY = (
+    "the system gives this process no more memory: use a narrower network, a smaller train.batch_size, fewer processes "
+    "on this machine, or more machines"
+)
 
 
 def _tell_launcher(error: Exception) -> None:

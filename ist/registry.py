@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from ist.errors import ConfigError, ISTError, said_at
+from ist.errors import ConfigError, ISTError, is_out_of_memory, said_at
 
 
 def resolve(
@@ -55,7 +55,7 @@ def call(function: Any, args: Mapping[str, Any], key: str) -> Any:
 
     Raises:
         ConfigError: A keyword is unknown or missing, or its value is refused; or the function fails, whatever it raises
-            that is not an error of this package.
+            that is not an error of this package. Where there is no memory left its own error passes.
     """
     try:
         inspect.signature(function).bind(**args)
@@ -66,11 +66,13 @@ def call(function: Any, args: Mapping[str, Any], key: str) -> Any:
         pass  # some builtins have no signature: the call itself will tell
     try:
         return function(**args)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"'{key}' was refused: {error}") from error
     except ISTError:
         raise
     except (Exception, SystemExit) as error:  # it may be anybody's
+        if is_out_of_memory(error):
+            raise  # the arguments are not to blame; who set a limit names it
+        if isinstance(error, TypeError | ValueError | RuntimeError):
+            raise ConfigError(f"'{key}' was refused: {error}") from error
         name = getattr(function, "__name__", str(function))
         raise ConfigError(f"'{key}': {name} raises {said_at(error)}") from error
 

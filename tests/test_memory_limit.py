@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from ist.checkpoint import read_tensors, write_tensors
 from ist.errors import ConfigError, MemoryLimitError
 from ist.pool.limit import limited_memory
-from tests.conftest import ROOT, Run, small_config
+from ist.registry import call
+from tests.conftest import ROOT, Run, config_tree, small_config
 
 MB = 10**6
 CPU = torch.device("cpu")
@@ -29,6 +31,31 @@ def test_more_than_the_limit_is_refused_and_less_is_not() -> None:
         torch.zeros(300 * MB, dtype=torch.uint8)
 
     torch.zeros(300 * MB, dtype=torch.uint8)  # the limit went with the context
+
+
+def test_a_network_that_does_not_fit_is_not_told_as_a_wrong_argument() -> None:
+    with pytest.raises(MemoryLimitError, match=r"'pool.memory_limit' \(50MB\)"), limited_memory(50 * MB, "50MB", CPU):
+        call(torch.nn.Linear, {"in_features": 100_000, "out_features": 100_000}, "model.args")
+
+    def refused() -> None:
+        raise RuntimeError("other")
+
+    with pytest.raises(ConfigError, match=r"'model.args' was refused: other"):
+        call(refused, {}, "model.args")
+
+
+def test_without_a_limit_too_much_memory_is_one_line(tmp_path: Path, ist_command: Run) -> None:
+    (tmp_path / "vast.py").write_text(
+        "import torch\ndef net():\n    return torch.empty(10**16, dtype=torch.uint8, device='cpu')\n"
+    )
+    config = tmp_path / "job.yaml"
+    config.write_text(yaml.safe_dump(config_tree(model={"name": "vast:net", "args": {}})))
+
+    done = ist_command("train", config, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the system gives this process no more memory: use a narrower network")
 
 
 def test_what_is_written_does_not_count(tmp_path: Path) -> None:
