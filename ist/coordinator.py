@@ -28,6 +28,7 @@ from ist.pool import Lost, Place, Subnet, WorkerPool
 from ist.pool.coding import SCALE
 from ist.pool.wire import Header
 from ist.rounds import RoundReport
+from ist.start import not_finite_sample
 from ist.subnet import Cut, placed, reassemble
 
 
@@ -74,6 +75,8 @@ class Coordinator:
         if carried is not None:
             check_tensors(carried, {**fresh, **momentum})
         self._frozen = FrozenSender(job, tensors, device)
+        # Masks hold infinities from the start.
+        self._never_finite = {name for name in job.model_specs if not is_finite([tensors[name]])}
         saved = dict(carried or {})
         self._outer: OuterStep | None = None
         if job.config.recipe.has_outer_step:
@@ -171,6 +174,17 @@ class Coordinator:
                 envelope.down.write_header(Header(round_number, place.worker, relies=relies))
             yield Subnet(place, envelope, sent, frozen)
 
+    def _check_finite(self, header: Header, tensors: Mapping[str, Tensor]) -> None:
+        if not math.isfinite(header.loss_sum):
+            what = f"a loss of {header.loss_sum}"
+        else:
+            checked = (name for name in tensors if name.removesuffix(SCALE) not in self._never_finite)
+            bad = next((name for name in checked if not is_finite([tensors[name]])), None)
+            if bad is None:
+                return
+            what = f"values in '{bad.removesuffix(SCALE)}' that are not finite"
+        raise diverged(self._job_now, header.worker, what, header.round_number)
+
     def _accept(
         self,
         round_number: int,
@@ -193,7 +207,7 @@ class Coordinator:
                 if isinstance(result, Subnet):
                     try:
                         header = result.envelope.up.read_header(round_number, result.worker)
-                        _check_finite(header, result.envelope.up.tensors)
+                        self._check_finite(header, result.envelope.up.tensors)
                         tensors = read_trained(self.job, self._state, cuts[result.worker], result.envelope)
                     except (PoolError, DivergedError) as error:
                         causes.append(error)
@@ -216,19 +230,12 @@ def attempts(config: Config) -> int:
     return config.pool.round_attempts if config.pool.kind == "ray" else 1
 
 
-def _check_finite(header: Header, tensors: Mapping[str, Tensor]) -> None:
-    if not math.isfinite(header.loss_sum):
-        what = f"a loss of {header.loss_sum}"
-    else:
-        bad = next((name for name, tensor in tensors.items() if not is_finite([tensor])), None)
-        if bad is None:
-            return
-        what = f"values in '{bad.removesuffix(SCALE)}' that are not finite"
-    raise diverged(header.worker, what, header.round_number)
-
-
-def diverged(worker: int, what: str, round_number: int) -> DivergedError:
-    """Return the error about a worker that returned something that is not finite."""
+def diverged(job: Job, worker: int, what: str, round_number: int) -> DivergedError:
+    """Return the error about a worker that returned something that is not finite: its data, or divergence."""
+    if bad := not_finite_sample(job, worker, round_number):
+        return DivergedError(
+            f"worker {worker} returned {what} in round {round_number}: {bad}. Leave it out, or mend it"
+        )
     return DivergedError(
         f"worker {worker} returned {what} in round {round_number}: training has diverged. "
         "Lower the learning rate (train.optimizer.args.lr); checkpoints of earlier rounds are as they were"

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ist.finite import is_finite
 from ist.groups import Group, Slot, TensorSpec
 from ist.rng import Indices
 
@@ -254,17 +255,22 @@ def _merge_mean(whole: Tensor, cuts: Sequence[TensorCut], parts: Iterable[Tensor
         for cut, part in reversed(list(zip(cuts, parts, strict=True))):
             _put(whole, cut, part)
         return
+    has_infinities = not is_finite([whole])  # a mask: the difference of two infinities is not a number
+
+    def moved(part: Tensor, before: Tensor) -> Tensor:
+        return torch.where(part == before, 0, part - before) if has_infinities else part - before
+
     change = torch.zeros_like(whole, dtype=torch.promote_types(whole.dtype, torch.float32))
     if all(held is None for cut in cuts for held in cut):
         for part in parts:
-            change += part - whole
+            change += moved(part, whole)
         whole += change.div_(len(cuts)).to(whole.dtype)
         return
     merged = whole.clone()
     count = torch.zeros_like(whole, dtype=torch.int32)
     for cut, part in zip(cuts, parts, strict=True):
         index = _mesh(cut, whole)
-        change[index] += part - whole[index]
+        change[index] += moved(part, whole[index])
         count[index] += 1
         merged[index] = part
     mean = change.div_(count.clamp(min=1)).to(whole.dtype).add_(whole)

@@ -21,7 +21,7 @@ from ist.blocks import scaled_blocks
 from ist.data.batches import fetch, length, take_shard
 from ist.data.nested import call_model
 from ist.drift import Operators, check_forward, is_due, operators, warn_of_counters
-from ist.errors import AbandonedRoundError, ConfigError, ISTError, ModelError
+from ist.errors import AbandonedRoundError, ConfigError, DataError, ISTError, ModelError
 from ist.evaluate import evaluate, reestimate_statistics, statistics_batches
 from ist.exchange import WorkerEnd
 from ist.failures import located, loss_errors, loss_of, network_errors
@@ -39,6 +39,7 @@ from ist.pool.wire import Header, Message
 from ist.reach import check_reach
 from ist.rng import Indices, Purpose, seeded
 from ist.schedule import apply_settings, matching_groups
+from ist.start import check_start, what_is_not_finite
 from ist.subnet import cut_specs
 from ist.verify import verify_cuts
 
@@ -73,6 +74,7 @@ class Worker:
         self._looks = job.looks(number, 0)
         self._end = WorkerEnd(job, number, device)
         self.frozen = frozen or FrozenParts()
+        self._buffers = {name for name, _ in job.template.named_buffers()}
         self._operators: Operators | None = None
 
     def train(
@@ -171,7 +173,10 @@ class Worker:
         It would spoil the rounds to come.
         """
         keeps = self._keeper.keeps(round_number)
-        return keeps and not (math.isfinite(loss_sum) and is_finite(trained.tensors.values()))
+        values = (
+            tensor for name, tensor in trained.tensors.items() if name not in self._buffers
+        )  # masks hold infinities
+        return keeps and not (math.isfinite(loss_sum) and is_finite(values))
 
 
 class Seat:
@@ -286,6 +291,7 @@ def rehearse(job: Job) -> None:
     """
     device = torch.device("cpu")
     _warn_of_unrepeatable(job)
+    check_start(job)
     if job.config.method == "ist":
         verify_cuts(job)
     try:
@@ -339,6 +345,11 @@ def _one_step(job: Job, device: torch.device) -> None:
         outputs = call_model(worker.module, inputs)
         loss = loss_of(job.loss, outputs, targets, numbers)
     check_reach(loss, lambda: job.loss(outputs, targets), worker.module, (inputs, targets), outputs, job.build)
+    if not torch.isfinite(loss.detach()).all() and (bad := what_is_not_finite(inputs, targets)):
+        raise DataError(
+            f"a batch of the training data ({len(batch)} samples from {int(numbers()[0])} on) holds {bad}, so its loss "
+            "is not: leave such samples out, or mend them"
+        )
     loss.backward()  # type: ignore[no-untyped-call]
     check_optimizer(job, named)
     optimizer.step()

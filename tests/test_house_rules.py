@@ -56,7 +56,7 @@ LAYERS = [
     ["ist.pool"],
     ["ist.job", "ist.meter", "ist.outer", "ist.pool.limit"],
     ["ist.build"],
-    ["ist.evaluate", "ist.checkpoint", "ist.verify", "ist.drift", "ist.exchange", "ist.frozen"],
+    ["ist.evaluate", "ist.checkpoint", "ist.verify", "ist.drift", "ist.exchange", "ist.frozen", "ist.start"],
     ["ist.kept", "ist.optimizer_trial"],
     ["ist.worker"],
     ["ist.pool.device", "ist.pool.secret", "ist.pool.ports", "ist.pool.ray_guard"],

@@ -73,7 +73,7 @@ def report_round(job: Job, membership: Membership, meter: Meter, own: RankRound,
     for rank, did in enumerate(ranks):
         if not math.isfinite(did.loss_sum) or not did.finite:
             what = "weights that are not finite" if math.isfinite(did.loss_sum) else f"a loss of {did.loss_sum}"
-            raise diverged(rank, what, round_number)
+            raise diverged(job, rank, what, round_number)
         meter.sent[rank] = round(did.sent_bytes)
     return summarise(len(job.steps(round_number)), ranks)
 
