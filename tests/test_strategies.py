@@ -13,7 +13,7 @@ from ist.errors import ConfigError, ModelError
 from ist.models.mlp import MLP
 from ist.verify import verify_cuts
 from tests.conftest import clone, data
-from tests.groups.networks import Heads, rand, stack
+from tests.groups.networks import rand, stack
 from tests.groups.test_neurons import job_of
 from tests.networks import seeded
 
@@ -104,35 +104,34 @@ def test_what_is_excluded_is_shared() -> None:
     assert job.plan(0, 0).specs["linear_1.weight"].shape == (24, 12)
 
 
-class Declared(Heads):
-    """Computes the number of heads in a way that hides where it comes from."""
+class Declared(nn.Module):
+    """Goes through its hidden units in a Python loop, whose length no call of torch tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 12
+        self.up, self.down = nn.Linear(20, 12), nn.Linear(12, 5)
 
     def forward(self, x: Tensor) -> Tensor:
-        heads, kv = int(str(self.num_heads)), int(str(self.num_kv))
-        b, t, _ = x.shape
-        q, k, v = (
-            p(x).view(b, t, n, self.head_dim).transpose(1, 2) for p, n in ((self.q, heads), (self.k, kv), (self.v, kv))
-        )
-        k, v = (z.repeat_interleave(2, dim=1) for z in (k, v))
-        y = nn.functional.scaled_dot_product_attention(q, k, v)
-        return self.out(y.transpose(1, 2).reshape(b, t, heads * self.head_dim)) + 0 * self.norm.weight.sum()
+        hidden = self.up(x)
+        return self.down(torch.stack([hidden[..., n].relu() for n in range(int(str(self.width)))], dim=-1))
 
 
 def test_a_size_that_is_not_found_can_be_declared() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.attention = Declared()
+            self.loop = Declared()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.attention(x)
+            return self.loop(x)
 
     with pytest.raises(ModelError, match="fails"):
         job_of(seeded(Model), rand(2, 5, 20))
-    sizes = {"attention": {"num_heads": "q.weight", "num_kv": "k.weight"}}
+    sizes = {"loop": {"width": "up.weight"}}
     job = job_of(seeded(Model), rand(2, 5, 20), partition__sizes=sizes)
 
-    assert [(group.name, group.size) for group in job.groups] == [("attention", 3)]
+    assert [(group.name, group.size) for group in job.groups] == [("loop", 12)]
     verify_cuts(job)
 
 
