@@ -4,6 +4,7 @@ Where it sits: `ist/watch.py` imports this where one of the two is configured; n
 Not here: whether and where (`ist/watch.py`), what is measured (`ist/recorder.py`).
 """
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,6 +64,8 @@ class TensorBoard:
         self._folder = folder
         with self._translated():
             self._writer = SummaryWriter(str(folder), purge_step=first_round, flush_secs=_FLUSH_EVERY_S)
+        self._hook = threading.excepthook
+        threading.excepthook = self._thread_failed
 
     def show(self, record: Record) -> None:
         """Write a round's numbers.
@@ -86,8 +89,16 @@ class TensorBoard:
 
     def close(self) -> None:
         """Write what is left."""
-        with self._translated():
-            self._writer.close()
+        try:
+            with self._translated():
+                self._writer.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """Print no traceback of TensorBoard's own thread: what stopped it is raised again by the next call here."""
+        if not (type(failure.thread).__module__.startswith("tensorboard.") and isinstance(failure.exc_value, OSError)):
+            self._hook(failure)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -1,9 +1,12 @@
 """Who is told about a run, and that all of them are told the same."""
 
+import contextlib
+import errno
 import json
 import re
 import socket
 import sys
+import threading
 import types
 import urllib.request
 from collections.abc import Iterator
@@ -214,6 +217,8 @@ def test_a_port_that_is_taken_is_named_with_its_key(taken: int) -> None:
 def test_a_rank_that_does_not_record_leaves_the_port_alone(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
 
     check_watch(small_config(watch={"metrics_port": taken}))
 
@@ -394,3 +399,35 @@ def test_tensorboard_shows_no_round_of_a_resumed_run_twice(tmp_path: Path) -> No
     shown = [(event.step, round(event.value, 2)) for event in events.Scalars("loss/train")]
     assert shown == [(number, round((0 if number < 4 else 4) + number / 100, 2)) for number in range(10)]
     assert events.Tags()["scalars"] == [*scalars(a_record()), "checkpoint/rounds"]
+
+
+def test_a_full_disk_is_told_once_and_not_by_the_thread_that_writes_events(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = threading.excepthook
+    seen: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    board = TensorBoard(tmp_path, 0)
+    events: Any = board._writer.file_writer
+    thread = events.event_writer._async_writer._worker
+
+    def full(_: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(events.event_writer._async_writer._writer, "write", full)
+    with contextlib.suppress(RunFolderError):  # the thread may fail while this is still told
+        board.show(conftest.a_record(0))
+    thread.join(5)
+    assert seen == []
+    with pytest.raises(RunFolderError, match="cannot be written: No space left on device"):
+        board.show(conftest.a_record(1))
+
+    other = threading.Thread(target=full, args=(b"",))
+    other.start()
+    other.join()
+    assert len(seen) == 1  # what fails in anybody else's thread is still told
+    with contextlib.suppress(RunFolderError):
+        board.close()
+    assert threading.excepthook == seen.append
+    monkeypatch.undo()
+    assert threading.excepthook == hook

@@ -92,8 +92,9 @@ def test_hosts_that_cannot_be_made_end_the_command_before_anything_starts(
 def test_a_link_under_torchrun_is_refused(
     config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for name, value in {"RANK": "0", "WORLD_SIZE": "4"}.items():
+    for name, value in {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("ist.cli.end_with_launcher", lambda: None)  # the tests have no launcher
 
     said = refused(["train", config, "--link", "100mbit"], monkeypatch, capfd)
 
