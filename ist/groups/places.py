@@ -3,6 +3,7 @@
 Where it sits: `ist/groups/trace.py` and `ist/groups/draws.py` ask while a network runs.
 """
 
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -12,8 +13,11 @@ import torch
 
 _OURS = Path(__file__).parents[1]
 _PASSED_OVER = (
-    str(Path(__file__).parent), str(Path(torch.__file__).parent), str(_OURS / "trial.py"), str(_OURS / "call_sizes.py")
-)  # fmt: skip
+    f"{Path(__file__).parent}{os.sep}",
+    f"{Path(torch.__file__).parent}{os.sep}",
+    str(_OURS / "trial.py"),
+    str(_OURS / "call_sizes.py"),
+)
 _LIBRARY = sysconfig.get_paths()["stdlib"]
 _CALLER = str(_OURS / "data" / "nested.py")
 

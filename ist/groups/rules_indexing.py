@@ -75,7 +75,11 @@ def scatter(scene: Scene, call: Call) -> Sequence[Value]:
 
 def copy(scene: Scene, call: Call) -> Sequence[Value]:
     """Another tensor's elements, written over all of this one."""
-    source = scene.activation(call.args["src"])
+    target, source = call.args["self"], call.args["src"]
+    if isinstance(target, ParameterView) and isinstance(source, ParameterView):
+        made = scene.atoms.combined([target, source], call.shape())
+        return [made._replace(zero=source.zero, linear=source.linear, zeros=source.zeros)]
+    source = scene.activation(source)
     return [scene.labels.activation(source.full.expand(call.shape()), source.depth)]
 
 

@@ -302,6 +302,21 @@ class Bayesian(nn.Module):
         return F.linear(x, self.mean + F.softplus(self.rho) * torch.randn_like(self.mean), self.bias)
 
 
+class Noisy(nn.Module):
+    """Weights with factorised noise, which its forward draws into a buffer (NoisyNet)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.inputs, self.outputs = inputs, outputs
+        self.mean, self.bias = nn.Parameter(torch.randn(outputs, inputs) / 3), nn.Parameter(torch.zeros(outputs))
+        self.deviation = nn.Parameter(torch.ones(outputs, inputs) / 10)
+        self.register_buffer("noise", torch.zeros(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.noise.copy_(torch.randn(self.outputs).outer(torch.randn(self.inputs)))
+        return F.linear(x, self.mean + self.deviation * self.noise, self.bias)
+
+
 class Positive(nn.Linear):
     """Weights that cannot be negative."""
 
@@ -469,6 +484,7 @@ CASES: dict[str, Case] = {
         IMAGE, {"0": 8, "2": 6},
     ),
     "Bayesian weights": Case(lambda: of_layers(Bayesian), rand(4, 12), {"0": 8, "2": 7}),
+    "noisy weights": Case(lambda: of_layers(Noisy), rand(4, 12), {"0": 8, "2": 7}),
     "positive weights": Case(lambda: of_layers(Positive), rand(4, 12), {"0": 8, "2": 7}),
     "splines": Case(lambda: nn.Sequential(Spline(12, 8), Spline(8, 7), Spline(7, 5)), rand(4, 12), {"0": 8, "1": 7}),
     "weights of low rank": Case(lambda: of_layers(LowRank), rand(4, 12), {"0": 8, "2": 7}),

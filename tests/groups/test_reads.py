@@ -2,12 +2,14 @@
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from ist.errors import ModelError
+from ist.groups.places import users_line
 from ist.verify import verify_cuts
 from tests.groups.networks import rand
 from tests.groups.test_draws import Hidden
@@ -112,6 +114,17 @@ def test_what_mixes_hidden_neurons_is_named_with_its_module_and_line() -> None:
         job_of(seeded(lambda: Hidden(nn.Softmax(1))), rand(4, 12))
     with pytest.raises(ModelError, match=r"Kept whole by: aten\._softmax\.default in 1$"):
         job_of(nn.Sequential(nn.Linear(12, 8), nn.Softmax(1), nn.Linear(8, 5)), rand(4, 12))
+
+
+def test_code_beside_torch_is_code_of_the_network_and_torchs_own_is_not() -> None:
+    def line_of(file: str) -> str:
+        names: dict[str, Callable[[], str]] = {"users_line": users_line}
+        exec(compile("def line(): return users_line()", file, "exec"), names)
+        return names["line"]()
+
+    torchs = Path(torch.__file__).parent
+    assert line_of(f"{torchs}_geometric/conv.py") == f"{torchs}_geometric/conv.py:1"
+    assert line_of(f"{torchs}/nn/functional.py").startswith(f"{__file__}:")
 
 
 class Skipping(nn.Module):
