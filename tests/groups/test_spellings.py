@@ -18,13 +18,16 @@ from ist.job import Job
 from ist.narrow import bind
 from ist.verify import verify_cuts
 from tests.groups.networks import Case, rand
+from tests.groups.positions import POSITIONS
 from tests.groups.recurrences import RECURRENCES, SERIES, WithState
 from tests.groups.spellings import GPT, SPELLINGS, STATES, TOKENS, Inside, ViTAttention
 from tests.groups.test_neurons import Looking, job_of
 from tests.networks import seeded
 
+CASES: dict[str, Case] = SPELLINGS | RECURRENCES | POSITIONS
 
-@pytest.mark.parametrize("case", [*SPELLINGS.values(), *RECURRENCES.values()], ids=[*SPELLINGS, *RECURRENCES])
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_networks_as_users_write_them_are_split(case: Case) -> None:
     job = job_of(seeded(case.build), case.example)
 
