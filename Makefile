@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help setup demo test check format system-test cluster-test benchmark zoo theory clean
+.PHONY: help setup demo test check format system-test cluster-test mutants benchmark zoo theory clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -29,6 +29,9 @@ system-test: $(READY)  ## Run the tests that need Ray, root, namespaces, contain
 
 cluster-test: $(READY)  ## Run the cluster of docker/compose.yaml, and lose a worker of it (needs root, Docker and debootstrap)
 	$(BIN)/python -m pytest tests/system/test_cluster.py $(PYTEST_ARGS)
+
+mutants: $(READY)  ## See that the quick tests notice seeded faults in copies of the code (a few minutes)
+	$(BIN)/python -m tests.mutants.run
 
 check: $(READY)  ## Run the linter, the formatter's check and the type checker
 	$(BIN)/ruff check .

@@ -439,7 +439,7 @@ def test_many_configurations_are_read_or_refused_line_by_line(tmp_path: Path, tr
 
 @pytest.mark.system
 @pytest.mark.timeout(1200)
-@settings(MANY, max_examples=300)
+@settings(MANY, max_examples=100)
 @given(tree=mutated_trees([tree for tree in TREES if tree["data"]["name"] in ("digits", "text", "fashion_mnist")]))
 def test_many_jobs_start_or_leave_nothing(attempt: Try, tree: Tree) -> None:
     attempt(as_yaml(tree), longest_s=60)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ist.coordinator import Coordinator
+from ist.coordinator import Coordinator, _report
 from ist.errors import CheckpointError, DivergedError, PoolError, WorkerLostError
 from ist.meter import Meter
 from ist.pool import Buffers, Lost, Subnet
@@ -192,3 +192,14 @@ def test_rounds_reuse_their_buffers_without_mixing_them_up() -> None:
         other.train_round(round_number)
 
     assert_same(clone(one.model.state_dict()), clone(other.model.state_dict()))
+
+
+def test_the_loss_of_a_round_is_the_mean_over_samples_not_workers() -> None:
+    headers = [
+        Header(0, 0, steps=1, samples=10, loss_sum=5.0),
+        Header(0, 1, steps=3, samples=30, loss_sum=45.0),
+    ]
+
+    report = _report(headers, [], {"train": 0.0, "cut": 0.0, "merge": 0.0}, parallel=True)
+
+    assert (report.loss, report.samples, report.steps) == (50 / 40, 40, 3)

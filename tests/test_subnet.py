@@ -304,3 +304,13 @@ def test_the_groups_of_the_shipped_network_are_its_hidden_layers() -> None:
     assert [(group.name, group.size) for group in groups] == [("linear_1", 16), ("linear_2", 8)]
     assert Slot("linear_2.weight", 1) in groups[0].slots
     assert Slot("norm_1.weight", 0) in groups[0].slots
+
+
+def test_a_tensor_of_which_slots_cover_a_part_is_not_exclusive() -> None:
+    specs = {name: TensorSpec((10, 4), torch.float32) for name in ("covered", "in part", "by two", "whole")}
+    groups = (
+        Group("a", 5, (Slot("covered", 0, block=2), Slot("in part", 0), Slot("by two", 0))),
+        Group("b", 5, (Slot("by two", 0, offset=5),)),
+    )
+
+    assert exclusive_names(groups, specs) == {"covered", "by two"}
