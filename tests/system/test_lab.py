@@ -277,7 +277,7 @@ def test_a_run_that_is_told_to_end_leaves_no_rank_and_no_host(running: psutil.Po
 
     wait_for(lambda: not any(process.is_running() for process in everything), 20, "the end of all processes")
     wait_for(lambda: not namespaces_in_use() & made, 10, "the namespaces' end")
-    assert running.returncode == (-ended_by if ended_by == signal.SIGKILL else 130)
+    assert running.returncode == (-ended_by if ended_by == signal.SIGKILL else 128 + ended_by)
 
 
 def test_a_resumed_run_is_on_its_link_and_does_not_say_what_it_did_not_count(tmp_path: Path, ist_command: Run) -> None:
