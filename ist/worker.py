@@ -347,8 +347,8 @@ def _one_step(job: Job, device: torch.device) -> None:
     check_reach(loss, lambda: job.loss(outputs, targets), worker.module, (inputs, targets), outputs, job.build)
     if not torch.isfinite(loss.detach()).all() and (bad := what_is_not_finite(inputs, targets)):
         raise DataError(
-            f"a batch of the training data ({len(batch)} samples from {int(numbers()[0])} on) holds {bad}, so its loss "
-            "is not: leave such samples out, or mend them"
+            f"the loss is not finite: a batch of the training data ({len(batch)} samples from {int(numbers()[0])} on) "
+            f"holds {bad}. Leave such samples out, or mend them"
         )
     loss.backward()  # type: ignore[no-untyped-call]
     check_optimizer(job, named)
