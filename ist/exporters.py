@@ -16,6 +16,7 @@ from typing import Any, Literal
 from ist._version import VERSION
 from ist.config import Config
 from ist.errors import ConfigError, RunFolderError
+from ist.metrics_server import start_server
 
 Record = Mapping[str, Any]
 
@@ -210,7 +211,7 @@ class Prometheus:
                 f"'watch.metrics_port' is {config.watch.metrics_port}, but prometheus_client cannot be imported "
                 f"({error}): pip install 'ist[watch]'"
             ) from error
-        self._start, self._core = prometheus_client.start_http_server, core
+        self._make_application, self._core = prometheus_client.make_wsgi_app, core
         self._method = config.method
         self._info = {"run": name, "method": config.method, "version": VERSION}
         values: Values = {
@@ -234,7 +235,7 @@ class Prometheus:
         Raises:
             OSError: The address or the port cannot be had.
         """
-        self._server, self._thread = self._start(port, addr=host, registry=self.registry)
+        self._server, self._thread = start_server(self._make_application(self.registry), host, port)
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.server_port}/metrics"
 

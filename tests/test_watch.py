@@ -5,6 +5,7 @@ import errno
 import json
 import re
 import socket
+import struct
 import sys
 import threading
 import types
@@ -18,6 +19,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 import ist.watch
+from ist import metrics_server
 from ist.build import build_job
 from ist.checkpoint import Progress
 from ist.display import Display
@@ -235,6 +237,54 @@ def test_nothing_but_the_exporters_imports_their_packages_and_nothing_imports_th
 
 
 # Prometheus
+
+
+def test_clients_that_are_slow_go_away_or_send_much_hold_nothing_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(metrics_server, "_REQUEST_S", 1.0)
+
+    def application(_: Any, start: Any) -> list[bytes]:
+        start("200 OK", [])
+        return [b"here"]
+
+    server, thread = metrics_server.start_server(application, "127.0.0.1", 0)
+    where = ("127.0.0.1", server.server_port)
+
+    def asked() -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{where[1]}/metrics", timeout=5) as answer:
+            return bytes(answer.read())
+
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection(where, timeout=5)) for _ in range(10)]
+        for number, client in enumerate(slow):
+            client.sendall(b"GET /metrics HTTP/1.1\r\nX: " if number else b"G")  # and never the rest
+        huge = stack.enter_context(socket.create_connection(where, timeout=5))
+        huge.sendall(b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n")
+        refused = huge.recv(100)
+        with socket.create_connection(where) as gone:
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # hang up by a reset
+            gone.sendall(b"GET /metrics HTTP/1.1\r\n")
+        meanwhile = asked()
+        ends = [client.recv(1) for client in slow]
+        many = [stack.enter_context(socket.create_connection(where, timeout=5)) for _ in range(40)]
+        hung_up = [client for client in many if _is_closed(client)]
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+    assert meanwhile == b"here"
+    assert b"414" in refused
+    assert set(ends) == {b""}
+    assert len(hung_up) >= 40 - 16
+    assert capsys.readouterr() == ("", "")
+
+
+def _is_closed(client: socket.socket) -> bool:
+    client.settimeout(0.2)
+    with contextlib.suppress(TimeoutError):
+        return client.recv(1) == b""
+    return False
 
 
 Samples = dict[tuple[str, ...], float]
