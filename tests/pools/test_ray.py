@@ -84,7 +84,7 @@ def test_new_actors_go_on_with_what_those_before_them_kept(tmp_path: Path) -> No
 
 def test_workers_that_all_fail_in_a_round_end_the_run_with_the_first_cause() -> None:
     """A network that does not run where the workers are: nothing would be trained, and the run must not go on."""
-    with pytest.raises(WorkerLostError, match=r"worker \d was lost in round 0 \(.*failed: only here"):
+    with pytest.raises(WorkerLostError, match=r"worker \d was lost in round 0 \(.*only here \(scenario.py, line \d+\)"):
         train("batch norm, reset", network="fails elsewhere", pool__kind="ray")
 
 

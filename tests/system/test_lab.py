@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -253,6 +254,26 @@ def test_a_killed_rank_is_named(running: psutil.Popen) -> None:
     assert running.returncode == 1
     (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "rank 1 (worker 1) was killed (SIGKILL)" in error
+
+
+def test_a_link_that_goes_down_ends_the_run_soon_and_names_the_worker_behind_it(tmp_path: Path) -> None:
+    pool = {"kind": "torchrun", "device": "cpu", "timeout_s": 6}
+    config = written(tmp_path, train__rounds=100_000, evaluate={"every": 1000}, pool=pool)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    command = [sys.executable, "-m", "ist", "train", str(config), "--link", "100mbit", "--run-dir", str(metrics.parent)]
+    with psutil.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, 200, "round 3")
+        enter = ["nsenter", "--target", str(ranks_of(process)[1].pid), "--net"]
+        subprocess.run([*enter, "ip", "link", "set", "veth0", "down"], check=True)
+        went_down = time.monotonic()
+        _, err = process.communicate(timeout=60)
+
+    assert time.monotonic() - went_down < 6 + 15
+    assert process.returncode == 1
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "worker 1" in error
+    assert "pool.timeout_s" in error
+    assert f"ist train --resume {metrics.parent}" in error
 
 
 def test_an_error_of_a_rank_is_told_as_its_own(tmp_path: Path, ist_command: Run) -> None:
