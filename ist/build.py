@@ -103,7 +103,7 @@ def make_job(
     if not template.training:
         warnings.warn(
             "the network as a whole is in evaluation mode, and is trained so: without dropout, and with batch norm's "
-            "statistics as they are. Call model.train() first if that is not meant",
+            "statistics as they are. Call model.train() first (in the function that makes it) if that is not meant",
             stacklevel=2,
         )
 

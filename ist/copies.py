@@ -13,6 +13,7 @@ Not here: which networks are refused for what else they hold (`ist/network.py`).
 import copy
 import dis
 import functools
+from collections import deque
 from collections.abc import Iterator, Mapping
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -71,11 +72,22 @@ def like(tensor: Tensor, values: Tensor) -> Tensor:
 
 
 def _tensors_of(network: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors that are plain attributes of modules."""
+    """Parameters, buffers, and tensors in attributes of modules, where a forward may keep what it has computed."""
     yield from network.parameters()
     yield from network.buffers()
     for module in network.modules():
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+        for name, value in vars(module).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                yield from _tensors_within(value)
+
+
+def _tensors_within(value: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Yield a tensor, or those in a dict, list, tuple or deque, some levels deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, dict | list | tuple | deque):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_within(item, depth - 1)
 
 
 def _not_copied(network: nn.Module, given: Memo, error: Exception) -> str:

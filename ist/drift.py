@@ -7,7 +7,8 @@ and fewer of them, and compares which operators its modules call. Where one is n
 the modules' attributes as they are by then.
 
 Where it sits: `ist/worker.py` asks after a round.
-Not here: what data alone change; a branch that the example does not take.
+Not here: what data alone change; a branch that the example does not take; what has changed before a worker's first
+round in another place or share.
 """
 
 import warnings
@@ -79,7 +80,14 @@ def check_forward(
     """
     if all(len(held) == group.size for group, held in zip(job.groups, neurons, strict=True)):
         return known  # it is the whole network
-    seen = operators(job, module, device)
+    try:
+        copy = copied(module)
+    except ModelError as error:  # it holds something that a forward has made
+        warnings.warn(
+            f"whether the network still computes as at the start cannot be looked at: {first_line(error)}", stacklevel=2
+        )
+        return known
+    seen = operators(job, copy, device)
     if seen <= known:
         return known
     changed = _changed(module, job.narrow(neurons, torch.device("meta")))

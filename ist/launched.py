@@ -82,12 +82,16 @@ def is_repeated_elsewhere() -> bool:
 def end_with_launcher() -> None:
     """See to it that this process ends when the process that launched it does, whatever ended that one.
 
-    A rank that lives on would train for nobody, and write into a run that somebody resumes. A rank of `ist/launch.py`
+    A rank that lives on would train for nobody, and write into a run that somebody resumes. One that a person started,
+    with the variables of a launcher, is left alone. A rank of `ist/launch.py`
     is killed by the kernel, on Linux; elsewhere, and where another launcher may have started it from a thread that ends
     sooner, a thread looks.
     """
     has_address = PRIVATE_STORE in os.environ or os.environ.keys() >= {*_ADDRESS} or _has_group()
     if _watched or not has_address or not os.environ.keys() >= {"RANK", "WORLD_SIZE"}:
+        return
+    # Ranks that somebody starts by hand are a shell's children, which may end while they go on (nohup).
+    if not os.environ.keys() & {LAUNCHER, "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"}:
         return
     parent = os.getppid()
     if is_started_by_ist() and sys.platform == "linux":

@@ -27,7 +27,7 @@ from ist.exchange import WorkerEnd
 from ist.failures import located, loss_errors, loss_of, network_errors
 from ist.finite import is_finite
 from ist.frozen import FrozenParts, check_frozen, checksums
-from ist.groups import named_tensors
+from ist.groups import TensorSpec, named_tensors
 from ist.job import Job
 from ist.kept import Keeper, Site
 from ist.meter import MemoryGauge
@@ -117,8 +117,10 @@ class Worker:
         sums = checksums(fixed)
         bind(module, {**message.tensors, **fixed})
         multiply(message.tensors, folded)
+        look_started, look_cpu_started = time.perf_counter(), time.thread_time()
         if self._operators is None:
             self._operators = operators(job, module, self.device)
+        look_s, look_cpu_s = time.perf_counter() - look_started, time.thread_time() - look_cpu_started
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         optimizer = self._keeper.optimizer(named, round_number)
         if job.state_slots and round_number > 0:
@@ -135,9 +137,9 @@ class Worker:
             optim.store_state(optimizer, named, job.state_slots, message.tensors)
         is_spoilt = self._is_spoilt(round_number, total, message)
         self._end.close(envelope, message, round_number)
-        elapsed = time.perf_counter() - started
+        elapsed = time.perf_counter() - started - look_s
         # A GPU is nobody else's.
-        cpu_s = time.thread_time() - cpu_started if self.device.type == "cpu" else elapsed
+        cpu_s = time.thread_time() - cpu_started - look_cpu_s if self.device.type == "cpu" else elapsed
         memory_bytes = self.gauge.peak_bytes()
         if is_spoilt:
             self._end.taken = {}
@@ -281,8 +283,8 @@ def _step(
 def rehearse(job: Job) -> None:
     """Check the cuts, make one step of worker 0 on a small batch and evaluate it: what cannot work ends before the run.
 
-    Costs the memory of two whole networks and a subnet for a moment; changes nothing. Warns of data of which an item
-    changes from look to look.
+    Costs the memory of two whole networks for a moment, then that of several subnets; changes nothing. Warns of data of
+    which an item changes from look to look.
 
     Raises:
         ModelError: A narrow network computes something else than the masked whole one, or fails where it is evaluated.
@@ -328,7 +330,10 @@ def _one_step(job: Job, device: torch.device) -> None:
     message = Message(job.layout(0, 0), device)
     specs = cut_specs(job.frozen_specs, job.frozen_cut(0, 0))
     # Not zeros: an average that a forward makes in a frozen parameter would not move from there.
-    fixed = {name: torch.ones(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
+    fixed = {
+        name: torch.full(spec.shape, _like_a_mean(spec), dtype=spec.dtype, device=device)
+        for name, spec in specs.items()
+    }
     sums = checksums(fixed)
     bind(worker.module, {**message.tensors, **fixed})
     named = {name: parameter for name, parameter in worker.module.named_parameters() if parameter.requires_grad}
@@ -364,6 +369,12 @@ def _one_step(job: Job, device: torch.device) -> None:
         if job.test_data is not None:
             few = take_shard(job.test_data, np.arange(min(2, length(job.test_data))))
             evaluate(worker.module, few, job.loss, size, device, job.metric)
+
+
+def _like_a_mean(spec: TensorSpec) -> float:
+    """A value for all of a weight with which it takes the mean of what goes in: from layer to layer nothing grows."""
+    inputs = math.prod(spec.shape[1:])
+    return 1 / inputs if len(spec.shape) > 1 and inputs and spec.dtype.is_floating_point else 1.0
 
 
 def _check_replaced(job: Job, module: nn.Module, message: Message) -> None:

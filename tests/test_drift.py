@@ -1,6 +1,7 @@
 """A network whose forward changes as it is trained: told by module and operator, or let go on where it does not matter."""
 
 import warnings
+from collections import deque
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -100,6 +101,38 @@ def test_a_worker_that_holds_everything_may_change_as_it_likes() -> None:
 def test_a_change_that_cannot_be_looked_at_again_is_warned_of() -> None:
     with pytest.warns(UserWarning, match=r"'1' \(Counter\) now calls layer_norm, .* could not be checked again"):
         trained(network("object", "norm"))
+
+
+class Keeping(nn.Module):
+    """Keeps what it has computed, as hooks that collect features do."""
+
+    def __init__(self, where: Any) -> None:
+        super().__init__()
+        self.up, self.down, self.where = nn.Linear(12, 16), nn.Linear(16, 5), where
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.up(x)
+        if isinstance(self.where, dict):
+            self.where["hidden"] = [hidden]
+        elif isinstance(self.where, deque):
+            self.where.append(hidden)
+        elif self.where is not None:
+            self.where.hidden = hidden
+        return self.down(hidden.relu())
+
+
+@pytest.mark.parametrize("where", [dict, lambda: deque(maxlen=2)])
+def test_a_network_that_keeps_what_it_has_computed_trains_as_without(where: Any) -> None:
+    kept = trained(seeded(lambda: Keeping(where())))
+
+    assert_same(kept, trained(seeded(lambda: Keeping(None))))
+
+
+def test_a_network_that_cannot_be_copied_by_then_trains_on_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match="cannot be looked at: .*'where' .* cannot be copied"):
+        kept = trained(seeded(lambda: Keeping(SimpleNamespace())))
+
+    assert_same(kept, trained(seeded(lambda: Keeping(None))))
 
 
 def test_a_network_that_fails_by_then_is_an_error() -> None:

@@ -240,6 +240,20 @@ def test_a_forward_that_moves_a_frozen_parameter_is_refused_before_the_run() -> 
         train(Averaging(), data(), workers=1, rounds=1, progress=False)
 
 
+def test_a_deep_frozen_part_without_norms_gives_finite_values_in_the_rehearsal() -> None:
+    deep = nn.Sequential(*(layer for _ in range(20) for layer in (nn.Linear(64, 64), nn.ReLU()))).requires_grad_(False)
+    model = seeded(lambda: nn.Sequential(nn.Linear(12, 64), nn.ReLU(), deep, nn.Linear(64, 1), nn.Sigmoid()))
+    inputs, targets = data().tensors
+    pairs = TensorDataset(inputs, (targets > 2).float()[:, None])
+
+    result = train(
+        model, pairs, loss="binary_cross_entropy", workers=2, local_steps=2, rounds=2, partition={"exclude": ["2.*"]},
+        progress=False,
+    )  # fmt: skip
+
+    assert math.isfinite(result.history[-1]["loss"])
+
+
 def test_a_frozen_parameter_may_hold_what_is_not_finite() -> None:
     model = seeded(NETWORKS["no batch norm"])
     model.register_parameter("mask", nn.Parameter(torch.tensor([0.0, -math.inf]), requires_grad=False))

@@ -135,6 +135,8 @@ subprocess.run([sys.executable, "-c", sys.argv[1]], env=environment)
 def test_a_rank_ends_with_the_process_that_launched_it(launcher: str, tmp_path: Path) -> None:
     ranks = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "IST_STORE": "x"}
     environment = {**os.environ, **ranks, "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error")}
+    if launcher == "torchrun":
+        environment["TORCHELASTIC_RUN_ID"] = "a run"
     command = [sys.executable, "-c", PARENT, CHILD, launcher]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as parent:
         assert parent.stdout is not None
@@ -142,6 +144,20 @@ def test_a_rank_ends_with_the_process_that_launched_it(launcher: str, tmp_path: 
         parent.kill()
 
     wait_for(lambda: not psutil.pid_exists(child), 5, "the end of the rank")
+
+
+@pytest.mark.procs
+def test_a_rank_that_was_started_by_hand_outlives_its_shell() -> None:
+    ranks = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    command = [sys.executable, "-c", PARENT, CHILD, "nobody"]
+    with subprocess.Popen(command, env={**os.environ, **ranks}, stdout=subprocess.PIPE, cwd=ROOT) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        parent.kill()
+
+        with pytest.raises(psutil.TimeoutExpired):
+            child.wait(1.5)  # it looks every half a second
+        child.kill()
 
 
 @pytest.mark.parametrize(
