@@ -44,18 +44,16 @@ def _hash(positions: Indices | Tensor) -> bytes:
     return hashlib.sha256(positions.tobytes()).digest()
 
 
-def lacking(job: Job, cut: Cut, held: Marks) -> dict[str, TensorSpec]:
+def lacking(job: Job, cut: Cut, needed: Marks, held: Marks) -> dict[str, TensorSpec]:
     """Return the narrow specs of the frozen parameters that a worker needs and does not hold.
 
     Args:
         job: The run.
         cut: What the worker needs: `job.frozen_cut`.
-        held: What it holds.
+        needed: The marks of that.
+        held: Those of what it holds.
     """
-    if not cut:
-        return {}
-    now = marks_of(cut)
-    return {name: spec for name, spec in cut_specs(job.frozen_specs, cut).items() if held.get(name) != now[name]}
+    return {name: spec for name, spec in cut_specs(job.frozen_specs, cut).items() if held.get(name) != needed[name]}
 
 
 def frozen_layout(job: Job, specs: Mapping[str, TensorSpec]) -> Layout:
@@ -73,7 +71,8 @@ def frozen_bytes(job: Job, worker: int, round_number: int, before: int | None) -
         before: The worker's last round; None: it holds nothing.
     """
     held = marks_of(job.frozen_cut(worker, before)) if before is not None else {}
-    specs = lacking(job, job.frozen_cut(worker, round_number), held)
+    cut = job.frozen_cut(worker, round_number)
+    specs = lacking(job, cut, marks_of(cut), held)
     return frozen_layout(job, specs).nbytes if specs else 0
 
 
@@ -122,8 +121,8 @@ class FrozenSender:
             The message, None where it lacks nothing; and whether that relies on what the process holds.
         """
         held = self._held.pop(process, None)
-        self._sent[process] = marks_of(cut)
-        specs = lacking(self._job, cut, held or {})
+        needed = self._sent[process] = marks_of(cut)
+        specs = lacking(self._job, cut, needed, held or {})
         if not specs:
             return None, held is not None
         message = Message(frozen_layout(self._job, specs), self._device)
@@ -160,7 +159,8 @@ class FrozenParts:
             round_number: The round.
             relies: Whether the coordinator relies on what is held here.
         """
-        specs = lacking(job, job.frozen_cut(worker, round_number), self._marks if relies else {})
+        cut = job.frozen_cut(worker, round_number)
+        specs = lacking(job, cut, marks_of(cut), self._marks if relies else {})
         return frozen_layout(job, specs) if specs else None
 
     def update(

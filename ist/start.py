@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ist.data.batches import fetch
 from ist.data.nested import tensors_in
@@ -19,8 +19,12 @@ from ist.job import Job
 from ist.rng import Purpose, seeded
 
 
-def check_start(job: Job) -> None:
+def check_start(job: Job, network: nn.Module) -> None:
     """Check that what is trained, or rounded on its way, is finite at the start.
+
+    Args:
+        job: The run.
+        network: The whole network with its initial weights; left as it is.
 
     Raises:
         DataError: The first samples are not numbers.
@@ -28,7 +32,6 @@ def check_start(job: Job) -> None:
     """
     if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors_in(job.example)):
         raise DataError("the first samples of the training data hold nan in their inputs: leave them out, or mend them")
-    network = job.build()
     if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
         return  # it has no values yet, which is told where they are needed
     for name, parameter in network.named_parameters():

@@ -43,16 +43,20 @@ MOST_SEEDS = 4
 """Networks that draw random numbers are compared for so many draws, until all of their parameters have a gradient."""
 
 
-def verify_cuts(job: Job) -> None:
+def verify_cuts(job: Job, original: nn.Module | None = None) -> None:
     """Check the first round's largest and smallest share, and the smallest cut of all.
 
     Costs the memory of two whole networks for a moment; changes nothing.
+
+    Args:
+        job: The run.
+        original: The whole network with its initial weights, where it is at hand; None: it is built.
 
     Raises:
         ModelError: A narrow network fails, or computes something else than the masked whole network.
     """
     with seeded(torch.device("cpu"), job.config.seed, Purpose.TRAINING):
-        original = job.build()
+        original = job.build() if original is None else original
         _check_copies(original, job.example)
         whole, example = _in_double(job)
         if job.block_scales:

@@ -293,9 +293,11 @@ def rehearse(job: Job) -> None:
     """
     device = torch.device("cpu")
     _warn_of_unrepeatable(job)
-    check_start(job)
+    network = job.build()
+    check_start(job, network)
     if job.config.method == "ist":
-        verify_cuts(job)
+        verify_cuts(job, network)
+    del network
     try:
         with seeded(device, job.config.seed, Purpose.REHEARSAL), warnings.catch_warnings():
             # What torch warns of, and computes: (N, 1) and (N,) are spread over each other.

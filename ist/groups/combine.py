@@ -214,16 +214,16 @@ def _weighted_sum(
     if varying & contracted and varying & batch:
         x = labels.join_along(x, [x_axes.index(a) for a in batch])
         varying = {x_axes[dim] for dim in x.varying}
-    aligned = _aligned(x.core, x_axes, w_axes)
+    labels_of_x = aligned(x.core, x_axes, w_axes)
     if varying & batch:
-        scene.atoms.use(w, aligned, [w_axes.index(a) for a in batch])
+        scene.atoms.use(w, labels_of_x, [w_axes.index(a) for a in batch])
         scene.atoms.freeze_along(w, [axis for axis, a in enumerate(w_axes) if a not in batch])
         return _relabelled(labels, x, x_axes, out_axes, shape, depth)
     if not labels.is_free(x):
-        scene.atoms.use(w, aligned, [w_axes.index(a) for a in contracted], outgoing=True)
+        scene.atoms.use(w, labels_of_x, [w_axes.index(a) for a in contracted], outgoing=True)
     rows = [a for a in w_axes if a in out_axes and a not in batch]
     fresh = labels.fresh(*[w.shape[w_axes.index(a)] for a in rows])
-    scene.atoms.use(w, _aligned(fresh, "".join(rows), w_axes), [w_axes.index(a) for a in rows])
+    scene.atoms.use(w, aligned(fresh, "".join(rows), w_axes), [w_axes.index(a) for a in rows])
     scene.atoms.freeze_along(w, [w_axes.index(a) for a in batch])
     return _relabelled(labels, Activation(fresh, tuple(fresh.shape)), "".join(rows), out_axes, shape, depth)
 
@@ -235,7 +235,7 @@ def _product(
     every = out_axes + "".join(sorted(set(x_axes + w_axes) - set(out_axes)))
     sides = []
     for value, axes in ((x, x_axes), (w, w_axes)):
-        core = _aligned(value.core, axes, every)
+        core = aligned(value.core, axes, every)
         extents = {every.index(a) for a, size in zip(axes, value.shape, strict=True) if size > 1}
         sides.append((Activation(core, tuple(core.shape), value.depth), extents))
     (first, first_extents), (second, second_extents) = sides
@@ -247,8 +247,8 @@ def _product(
     return _relabelled(labels, met, every, out_axes, shape, max(x.depth, w.depth))
 
 
-def _aligned(core: Tensor, axes: str, wanted: str) -> Tensor:
-    """Labels with their dims in the order of `wanted`; size 1 where a letter is missing, dropped where not wanted."""
+def aligned(core: Tensor, axes: str, wanted: str) -> Tensor:
+    """Return labels, or a plane, with dims in the order of `wanted`: 1 where one is missing, dropped if unwanted."""
     for axis in reversed(range(core.ndim)):
         if axes[axis] not in wanted:
             core, axes = core.select(axis, 0), axes[:axis] + axes[axis + 1 :]
@@ -260,4 +260,4 @@ def _aligned(core: Tensor, axes: str, wanted: str) -> Tensor:
 
 
 def _relabelled(labels: Labels, x: Activation, x_axes: str, out_axes: str, shape: Shape, depth: int) -> Activation:
-    return labels.reduced(Activation(_aligned(x.core, x_axes, out_axes), shape, depth))
+    return labels.reduced(Activation(aligned(x.core, x_axes, out_axes), shape, depth))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ist.groups.call import Call, frozen
-from ist.groups.combine import Scene, Value, mix
+from ist.groups.combine import Scene, Value, aligned, mix
 from ist.groups.labels import FROZEN, Activation
 from ist.groups.parameters import ParameterView
 
@@ -50,7 +50,7 @@ def product(scene: Scene, x: ParameterView, w: ParameterView, x_axes: str, w_axe
         kept = {
             dim: plane for dim, plane in view.planes.items() if all(axes[axis] in out_axes for axis in view.axes(dim))
         }
-        planes = {dim: _aligned(plane, axes, out_axes) for dim, plane in kept.items()}
+        planes = {dim: aligned(plane, axes, out_axes) for dim, plane in kept.items()}
         sizes = dict(zip(axes, view.shape, strict=True))
         moved.append(view._replace(planes=planes, shape=tuple(sizes.get(a, 1) for a in out_axes)))
     shape = tuple(max(sizes) for sizes in zip(*[view.shape for view in moved], strict=True))
@@ -106,18 +106,6 @@ def bilinear(scene: Scene, call: Call) -> Sequence[Value]:
         scene.atoms.use(weight._replace(linear=False), labels, {axis}, outgoing=True)
     depth = max(side.depth for side in sides) + 1
     return [scene.labels.activation(made.expand(call.shape()), depth)]
-
-
-def _aligned(plane: Tensor, axes: str, wanted: str) -> Tensor:
-    """A plane with its axes in the order of `wanted`, where it varies along none that are not wanted."""
-    for axis in reversed(range(plane.ndim)):
-        if axes[axis] not in wanted:
-            plane, axes = plane.select(axis, 0), axes[:axis] + axes[axis + 1 :]
-    plane = plane.permute([axes.index(a) for a in wanted if a in axes])
-    for position, a in enumerate(wanted):
-        if a not in axes:
-            plane = plane.unsqueeze(position)
-    return plane
 
 
 _FAR_BELOW = -1e4
