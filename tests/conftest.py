@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import os
+import random
 import re
 import secrets
 import shutil
@@ -125,6 +126,38 @@ def data(size: int = 100, features: int = 12, classes: int = 5, seed: int = 0) -
 def job_for(model: nn.Module, dataset: Dataset[Any] | None = None, test: Any = None, **changes: Any) -> Job:
     """A job around a network that is at hand."""
     return make_job(small_config(**changes), model, lambda: model, dataset or data(), test, nn.functional.cross_entropy)
+
+
+def plain_loop(model: nn.Module, job: Any, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> None:
+    """What anybody would write; only which samples a step uses comes from the job."""
+    inputs, targets = job.train_data.tensors
+    shard = torch.from_numpy(job.dealing.shard(0))
+    model.train()
+    for step in range(job.total_steps):
+        rows = shard[torch.from_numpy(job.dealing.batch(0, step))]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs[rows]), targets[rows]).backward()
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+
+
+@contextlib.contextmanager
+def generators_left_alone() -> Iterator[None]:
+    """See that what runs in the block leaves the process's own generators as they were."""
+
+    def seed() -> None:
+        torch.manual_seed(4)
+        random.seed(4)
+
+    def drawn() -> tuple[float, float]:
+        return torch.rand(1).item(), random.random()
+
+    seed()
+    expected = drawn()
+    seed()
+    yield
+    assert drawn() == expected
 
 
 def whole_state(job: Job, model: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ist.models.mlp import MLP
 
@@ -38,3 +38,17 @@ def frozen_first() -> nn.Module:
     for layer in (model[0], model[2]):
         layer.requires_grad_(requires_grad=False)
     return model
+
+
+class Router(nn.Module):
+    """Casts a part of itself to wider numbers in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.first, self.last = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 5)
+        self.bfloat16()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.router = self.router.float()
+        hidden = self.first(x.bfloat16()) * self.router(x).softmax(dim=-1).bfloat16()
+        return self.last(hidden).float()

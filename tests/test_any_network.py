@@ -13,7 +13,7 @@ from ist.errors import DataError, ISTError, ModelError
 from tests.conftest import data
 from tests.groups.networks import Recurrent, rand
 from tests.groups.test_neurons import job_of
-from tests.networks import seeded
+from tests.networks import Router, seeded
 
 
 def train(model: nn.Module, dataset: Any = None, **options: Any) -> nn.Module:
@@ -103,17 +103,6 @@ def test_a_parameter_whose_data_is_replaced_in_the_forward_trains_as_one_that_is
 
 
 def test_a_parameter_that_the_forward_makes_wider_numbers_of_is_trained_and_keeps_its_dtype() -> None:
-    class Router(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.router, self.first, self.last = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 5)
-            self.bfloat16()
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.router = self.router.float()
-            hidden = self.first(x.bfloat16()) * self.router(x).softmax(dim=-1).bfloat16()
-            return self.last(hidden).float()
-
     model = seeded(Router)
     before = model.router.weight.detach().clone()
 

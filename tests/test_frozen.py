@@ -22,7 +22,7 @@ from ist.pool.inline import InlinePool
 from ist.pool.wire import HEADER_BYTES, Message
 from ist.rounds import run_rounds
 from ist.run import Leading, open_run
-from tests.conftest import assert_same, clone, data, job_for
+from tests.conftest import assert_same, clone, data, job_for, plain_loop
 from tests.networks import NETWORKS, frozen_first, seeded
 from tests.test_coordinator import FaultyPool
 from tests.test_elastic import ChangingPool
@@ -115,16 +115,10 @@ def test_one_worker_with_frozen_parameters_is_plain_training() -> None:
     job = job_for(
         ours, train__workers=1, train__rounds=3, train__optimizer_state="carried", pool__coordinator="dedicated"
     )
-    inputs, targets = job.train_data.tensors  # type: ignore[attr-defined]
-    shard = torch.from_numpy(job.dealing.shard(0))
     optimizer = torch.optim.SGD([p for p in plain.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
 
     records = history(job)
-    for step in range(job.total_steps):
-        rows = shard[torch.from_numpy(job.dealing.batch(0, step))]
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(plain(inputs[rows]), targets[rows]).backward()
-        optimizer.step()
+    plain_loop(plain, job, optimizer)
 
     assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
     assert records[-1]["sent_bytes"] == inspect_job(job)["bytes_of_run"]

@@ -12,7 +12,7 @@ from ist.errors import ConfigError, DataError
 from ist.models.mlp import MLP
 from ist.rounds import run_rounds
 from ist.run import Leading, open_run
-from tests.conftest import assert_same, clone, data, job_for
+from tests.conftest import assert_same, clone, data, job_for, plain_loop
 from tests.networks import NETWORKS, seeded
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -27,22 +27,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "RMSprop": {"lr": 0.01, "momentum": 0.5, "centered": True},
     "Rprop": {"lr": 0.01},
 }
-
-
-def plain_loop(model: nn.Module, job: Any, optimizer: str, args: dict[str, Any], schedule: Any = None) -> None:
-    """What anybody would write; only which samples a step uses comes from the job."""
-    inputs, targets = job.train_data.tensors
-    shard = torch.from_numpy(job.dealing.shard(0))
-    opt = getattr(torch.optim, optimizer)(model.parameters(), **args)
-    scheduler = schedule(opt) if schedule else None
-    model.train()
-    for step in range(job.total_steps):
-        rows = shard[torch.from_numpy(job.dealing.batch(0, step))]
-        opt.zero_grad()
-        nn.functional.cross_entropy(model(inputs[rows]), targets[rows]).backward()
-        opt.step()
-        if scheduler:
-            scheduler.step()
 
 
 def run(job: Any) -> None:
@@ -67,7 +51,7 @@ def test_one_worker_whose_state_is_not_reset_is_plain_training_bit_for_bit(optim
     )
 
     run(job)
-    plain_loop(plain, job, optimizer, args)
+    plain_loop(plain, job, getattr(torch.optim, optimizer)(plain.parameters(), **args))
 
     assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
 
@@ -78,7 +62,7 @@ def test_one_worker_in_one_round_is_plain_training_on_every_network(network: str
     job = job_for(ours, train__workers=1, train__rounds=1, train__local_steps=9, train__running_statistics="carried")
 
     run(job)
-    plain_loop(plain, job, "SGD", {"lr": 0.1, "momentum": 0.9})
+    plain_loop(plain, job, torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9))
 
     assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
 
@@ -110,7 +94,8 @@ def test_a_schedule_runs_over_the_whole_run_as_in_a_plain_loop(schedule: str) ->
     )
 
     run(job)
-    plain_loop(plain, job, "SGD", {"lr": 0.1, "momentum": 0.9}, make)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    plain_loop(plain, job, optimizer, make(optimizer))
 
     assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
 

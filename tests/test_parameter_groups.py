@@ -13,7 +13,7 @@ from ist.errors import ConfigError, ModelError
 from ist.schedule import apply_settings, matching_groups
 from ist.worker import rehearse
 from tests import optimizers
-from tests.conftest import assert_same, clone, data, job_for
+from tests.conftest import assert_same, clone, data, job_for, plain_loop
 from tests.networks import NETWORKS, seeded
 from tests.test_one_worker import run
 
@@ -37,20 +37,6 @@ SCHEDULES: dict[str, tuple[dict[str, Any], Make]] = {
 }
 
 
-def plain_loop(model: nn.Module, job: Any, make: Callable[..., torch.optim.Optimizer], schedule: Make | None) -> None:
-    inputs, targets = job.train_data.tensors
-    shard = torch.from_numpy(job.dealing.shard(0))
-    optimizer = make(model.parameters())
-    scheduler = schedule(optimizer) if schedule else None
-    for step in range(job.total_steps):
-        rows = shard[torch.from_numpy(job.dealing.batch(0, step))]
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(inputs[rows]), targets[rows]).backward()
-        optimizer.step()
-        if scheduler:
-            scheduler.step()
-
-
 @pytest.mark.parametrize("state", ["carried", "kept"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("name", "args"), GROUPED, ids=["SGD", "AdamW"])
@@ -69,7 +55,8 @@ def test_every_group_follows_the_schedule_as_in_a_plain_loop(
     )
 
     run(job)
-    plain_loop(plain, job, lambda given: getattr(optimizers, name)(given, **args), make)
+    optimizer = getattr(optimizers, name)(plain.parameters(), **args)
+    plain_loop(plain, job, optimizer, make(optimizer))
 
     assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
 
@@ -86,12 +73,8 @@ def test_a_rate_that_is_a_tensor_follows_the_schedule_and_stays_the_users() -> N
     )
 
     run(job)
-    plain_loop(
-        plain,
-        job,
-        lambda given: torch.optim.SGD(given, lr=torch.tensor(0.1)),
-        lambda o: lr_scheduler.ExponentialLR(o, gamma=0.5),
-    )
+    optimizer = torch.optim.SGD(plain.parameters(), lr=torch.tensor(0.1))
+    plain_loop(plain, job, optimizer, lr_scheduler.ExponentialLR(optimizer, gamma=0.5))
 
     assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
     assert rate == 0.1

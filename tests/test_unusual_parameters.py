@@ -17,7 +17,7 @@ from ist.config_file import dump_config, load_config
 from ist.errors import ConfigError
 from ist.finite import is_finite
 from ist.run import _fingerprint
-from tests.conftest import assert_same, clone, data, job_for, small_config
+from tests.conftest import assert_same, clone, data, job_for, plain_loop, small_config
 from tests.networks import NETWORKS, seeded
 from tests.test_one_worker import run
 
@@ -87,16 +87,10 @@ def test_one_worker_trains_sparse_and_complex_parameters_as_a_plain_loop_does(
         train__optimizer={"name": optimizer, "args": args},
         train__optimizer_state=state,
     )
-    inputs, targets = dataset().tensors
-    shard = torch.from_numpy(job.dealing.shard(0))
     made = getattr(torch.optim, optimizer)(by_hand.parameters(), **args)
 
     run(job)
-    for step in range(job.total_steps):
-        rows = shard[torch.from_numpy(job.dealing.batch(0, step))]
-        made.zero_grad()
-        nn.functional.cross_entropy(by_hand(inputs[rows]), targets[rows]).backward()
-        made.step()
+    plain_loop(by_hand, job, made)
 
     assert_same(clone(ours.state_dict()), clone(by_hand.state_dict()))
 

@@ -16,7 +16,7 @@ from ist.modes import modes_of
 from ist.pool.group import Membership
 from ist.rounds import evaluate_whole
 from tests.conftest import data, job_for
-from tests.networks import seeded
+from tests.networks import Router, seeded
 
 METHODS: dict[str, Any] = {"ddp": DataParallel, "local_sgd": LocalTraining, "diloco": LocalTraining}
 
@@ -27,20 +27,6 @@ def alone() -> Iterator[Membership]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield Membership(0, 1, torch.device("cpu"), "gloo")
     dist.destroy_process_group()
-
-
-class Router(nn.Module):
-    """Casts a part of itself to wider numbers in its forward."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.router, self.first, self.last = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 5)
-        self.bfloat16()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.router = self.router.float()
-        hidden = self.first(x.bfloat16()) * self.router(x).softmax(dim=-1).bfloat16()
-        return self.last(hidden).float()
 
 
 def test_ddp_refuses_a_forward_that_changes_a_dtype(alone: Membership) -> None:
