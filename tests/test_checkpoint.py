@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ist.checkpoint import Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from ist.checkpoint import Progress, latest_checkpoint, load_checkpoint, load_kept, save_checkpoint, save_kept
 from ist.errors import CheckpointError, RunFolderError
 from ist.storage import LocalStorage, write_atomically
 from tests.conftest import assert_same
@@ -68,6 +68,19 @@ def test_a_truncated_file_is_found(tmp_path: Path, size: int) -> None:
 
     with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
         load_checkpoint(LocalStorage(tmp_path), path.name)
+
+
+def test_what_a_worker_kept_is_taken_for_the_same_neurons_and_start_alone(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    save_kept(storage, 1, 3, TENSORS, "these neurons by this start", keep=2)
+
+    found = load_kept(storage, 1, 3, "these neurons by this start")
+
+    assert found is not None
+    assert_same(found, TENSORS)
+    assert load_kept(storage, 1, 3, "other neurons by this start") is None
+    assert load_kept(storage, 1, 3, "these neurons by another start") is None
+    assert load_kept(storage, 0, 3, "these neurons by this start") is None
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -134,6 +134,18 @@ def test_imports_point_one_way(path: Path) -> None:
         assert LEVEL[imported] < LEVEL[here], f"{here} imports {imported}"
 
 
+def test_no_duration_is_taken_of_the_clock_of_the_day() -> None:
+    """It may jump. One place asks it, for a point in time that Prometheus shows."""
+    asks = {
+        f"{path.stem}: {ast.unparse(node)}"
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.time", "time.time_ns")
+    }
+
+    assert asks == {"exporters: time.time()"}
+
+
 def test_every_layer_names_modules_that_exist() -> None:
     assert {name_of(path) for path in SOURCES} == set(LEVEL)
 

@@ -148,7 +148,7 @@ def end(process: "subprocess.Popen[str]", number: signal.Signals, tmp_path: Path
 
 
 @pytest.mark.procs
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, pytest.param(signal.SIGQUIT, marks=many_processes)])
 def test_a_run_in_one_process_says_what_ended_it_and_how_to_resume(tmp_path: Path, number: signal.Signals) -> None:
     with running(tmp_path, "inline") as process:
         error = end(process, number, tmp_path)

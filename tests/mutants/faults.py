@@ -125,6 +125,10 @@ FAULTS = (
         "a checksum is not of the metadata", "ist/checkpoint.py", "json.dumps(dict(metadata), sort_keys=True).encode()",
         'b""', ("tests/test_checkpoint.py",),
     ),
+    Fault(
+        "what was kept of other neurons is taken", "ist/checkpoint.py",
+        'return tensors if metadata.get("of") == of else None', "return tensors", ("tests/test_checkpoint.py",),
+    ),
     # Evaluation
     Fault(
         "evaluation leaves the network in evaluation mode", "ist/evaluate.py",
