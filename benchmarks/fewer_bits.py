@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, write_result
-from ist.build import build_job
-from ist.config_file import load_config
-from ist.display import format_bytes
-from ist.rounds import run_rounds
-from ist.run import Following, open_run
+from ist.config.load import load_config
+from ist.monitoring.display import format_bytes
+from ist.runs.build import build_job
+from ist.runs.open import Following, open_run
+from ist.training.rounds import run_rounds
 
 CONFIG = ROOT / "configs" / "fashion_mnist_mlp.yaml"
 SEEDS = (0, 1, 2)

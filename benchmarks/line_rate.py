@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, write_result
-from ist.lab.hosts import why_not
+from ist.launch.lab_hosts import why_not
 
 SIZES = {10: 900, 100: 2400, 300: 4000, 1000: 5000}
 """Rate in Mbit/s to the width of the two hidden layers."""

@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, write_result
-from ist.build import build_job
-from ist.config_file import load_config
-from ist.display import format_bytes
-from ist.launch import launch
-from ist.run_folder import create_run_folder
+from ist.config.load import load_config
+from ist.launch.start import launch
+from ist.monitoring.display import format_bytes
+from ist.runs.build import build_job
+from ist.storage.run_folder import create_run_folder
 
 CONFIG = ROOT / "configs" / "fashion_mnist_mlp.yaml"
 GRID = (0.05, 0.1, 0.2)

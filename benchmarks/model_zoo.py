@@ -32,13 +32,13 @@ from torch.utils.data import TensorDataset
 
 from benchmarks.common import write_result
 from benchmarks.zoo import ENTRIES, Entry
-from ist.build import make_job
-from ist.config_file import validate
+from ist.checks.verify import verify_cuts
+from ist.config.load import validate
 from ist.errors import ISTError
-from ist.groups import Group
-from ist.job import Job
-from ist.subnet import cut_specs, extract, reassemble
-from ist.verify import verify_cuts
+from ist.neurons.group import Group
+from ist.runs.build import make_job
+from ist.subnet.cut import cut_specs, extract, reassemble
+from ist.subnet.job import Job
 
 
 def job_of(entry: Entry, workers: int, shared: list[str]) -> Job:

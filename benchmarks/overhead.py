@@ -27,16 +27,17 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.common import write_result
-from ist.build import make_job
-from ist.config_file import validate
-from ist.job import Job
-from ist.lab.hosts import hosts, run_ranks, why_not
-from ist.lab.link import Link
+from ist.config.link_rate import Link
+from ist.config.load import validate
+from ist.launch.lab_hosts import hosts, run_ranks, why_not
 from ist.models.mlp import MLP
-from ist.pool.coding import Envelope
-from ist.pool.wire import Message, layout_of
-from ist.subnet import cut_specs, extract, placed, reassemble
-from ist.worker import Worker
+from ist.runs.build import make_job
+from ist.subnet.cut import cut_specs, extract, placed, reassemble
+from ist.subnet.job import Job
+from ist.training.worker import Worker
+from ist.transport.codec import Envelope
+from ist.transport.endpoints import worker_route
+from ist.transport.message import Message, layout_of
 
 RATE_MBIT = 100
 
@@ -87,7 +88,7 @@ def local_step(device: torch.device, repeats: int) -> dict[str, float]:
     optimizer_spec = {"name": "SGD", "args": {"lr": 0.01, "momentum": 0.9}}
     job = make([784, 1024, 1024, 10], 4, 4 * 6400, local_steps=steps, optimizer=optimizer_spec)
     worker = Worker(job, 0, device)
-    envelope = Envelope(job.route(0, 0), device)
+    envelope = Envelope(worker_route(job, 0, 0), device)
     bare = job.narrow(job.neurons(0)[0], device)
     for name, parameter in bare.named_parameters():
         nn.init.normal_(parameter, std=0.02)

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, write_result
-from ist.build import build_job
-from ist.config_file import load_config
-from ist.lab.run import launch_on_hosts
-from ist.run_folder import create_run_folder
+from ist.config.load import load_config
+from ist.launch.lab_run import launch_on_hosts
+from ist.runs.build import build_job
+from ist.storage.run_folder import create_run_folder
 
 CONFIG = ROOT / "configs" / "fashion_mnist_mlp.yaml"
 METHODS = {"ist": 200, "ddp": 20, "powersgd": 40, "local_sgd": 40, "diloco_int8": 40}

@@ -33,12 +33,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, write_result
-from ist.build import build_job
-from ist.config import Config, num_processes
-from ist.config_file import config_for_method, dump_config, load_config
-from ist.display import format_bytes
-from ist.lab.hosts import hosts, run_ranks, why_not
-from ist.lab.link import Link
+from ist.config.link_rate import Link
+from ist.config.load import config_for_method, dump_config, load_config
+from ist.config.schema import Config, num_processes
+from ist.launch.lab_hosts import hosts, run_ranks, why_not
+from ist.monitoring.display import format_bytes
+from ist.runs.build import build_job
 
 CONFIG = ROOT / "configs" / "fashion_mnist_mlp.yaml"
 RATE_MBIT = 100

@@ -28,15 +28,15 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from ist import optim
-from ist.build import build_job
-from ist.config_file import load_config
+from ist.config.load import load_config
 from ist.data.batches import fetch, take_shard
 from ist.data.nested import call_model
-from ist.job import Job
-from ist.rounds import evaluate_whole
-from ist.schedule import apply_settings, matching_groups
-from ist.worker import local_steps
+from ist.optimization import optimizers as optim
+from ist.optimization.step_settings import apply_settings, matching_groups
+from ist.runs.build import build_job
+from ist.subnet.job import Job
+from ist.training.rounds import evaluate_whole
+from ist.training.worker import local_steps
 
 TIMEOUT = timedelta(seconds=120)
 LIGHTHOUSE_PORT = 29512

@@ -25,17 +25,17 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import write_result
-from ist.build import build_job
-from ist.config_file import load_config
-from ist.lab.hosts import hosts, run_ranks, why_not
-from ist.lab.link import Link
-from ist.launched import is_rank_zero
-from ist.methods import METHODS
+from ist.baselines.registry import METHODS
+from ist.config.link_rate import Link
+from ist.config.load import load_config
+from ist.distributed.environment import is_rank_zero
+from ist.launch.lab_hosts import hosts, run_ranks, why_not
 from ist.plan.predict import make_plan
 from ist.plan.request import parse_request
-from ist.rounds import follow_rounds, run_rounds
-from ist.run import Following, open_run
-from ist.run_folder import create_run_folder
+from ist.runs.build import build_job
+from ist.runs.open import Following, open_run
+from ist.storage.run_folder import create_run_folder
+from ist.training.rounds import follow_rounds, run_rounds
 
 RATE_MBIT = 50
 ROUNDS = 9

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch_geometric.nn.models import LabelPropagation
 
-from ist.data.graphs import only, undirected
-from ist.data.wordnet import read_nouns
-from ist.data.wordnet_graph import HELD_OUT
+from ist.data.graphs.graph import only, undirected
+from ist.data.wordnet.graph import HELD_OUT
+from ist.data.wordnet.nouns import read_nouns
 from ist.rng import Purpose, permutation
 
 TRAIN_FRACTION = 0.1

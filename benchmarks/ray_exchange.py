@@ -20,10 +20,11 @@ from rich.table import Table
 
 from benchmarks.common import write_result
 from benchmarks.overhead import make
-from ist.coordinator import Coordinator
-from ist.meter import Meter
-from ist.pool.ray import RayPool
-from ist.pool.ray_cluster import connected
+from ist.monitoring.meter import Meter
+from ist.pools.ray_cluster import connected
+from ist.pools.ray_pool import RayPool
+from ist.training.coordinator import Coordinator
+from ist.transport.endpoints import worker_layout
 
 WORKERS = 4
 
@@ -75,7 +76,7 @@ def measure(width: int, rounds: int) -> dict[str, Any]:
         pool = RayPool(job, meter, "exchange")
         coordinator = Coordinator(job, pool, model, meter)
         coordinator.train_round(0)
-        subnet_bytes = max(job.layout(worker, 0).nbytes for worker in range(WORKERS))
+        subnet_bytes = max(worker_layout(job, worker, 0).nbytes for worker in range(WORKERS))
         before, sent, peak = own_bytes(), meter.total_bytes, Peak()
         peak.start()
         reports = [coordinator.train_round(number) for number in range(1, rounds + 1)]

@@ -18,8 +18,8 @@ from rich.table import Table
 from benchmarks.common import ROOT, write_result
 from benchmarks.session import Run, Session
 from benchmarks.workloads import LOWER, WORKLOADS, value
-from ist.config_file import load_config
-from ist.display import format_bytes, format_metric, metric_title
+from ist.config.load import load_config
+from ist.monitoring.display import format_bytes, format_metric, metric_title
 
 PLAIN = (
     "recipe.stages=[]",
@@ -81,7 +81,7 @@ def runs_of(workload: str, variant: str, given: tuple[str, ...], seed: int) -> d
 
 def plain_rounds(workload: str, given: tuple[str, ...]) -> int:
     """Return how many rounds plain IST has."""
-    from ist.build import build_job
+    from ist.runs.build import build_job
 
     if workload not in _ROUNDS:
         _ROUNDS[workload] = build_job(Run("", workload, "ist", (*PLAIN, *given)).load()).num_rounds

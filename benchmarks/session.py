@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, add_run, finished_runs
-from ist.config import Config
-from ist.config_file import config_for_method, load_config
+from ist.config.load import config_for_method, load_config
+from ist.config.schema import Config
 
 KEPT = (
     "metrics", "test_loss", "loss", "sent_bytes", "train_s", "virtual_s", "coordinator_memory_bytes", "rounds",
@@ -112,10 +112,10 @@ def main() -> None:
 
     import torch
 
-    from ist.build import build_job, load_data
-    from ist.launched import is_rank_zero
-    from ist.rounds import follow_rounds, run_rounds
-    from ist.run import Following, open_run
+    from ist.distributed.environment import is_rank_zero
+    from ist.runs.build import build_job, load_data
+    from ist.runs.open import Following, open_run
+    from ist.training.rounds import follow_rounds, run_rounds
 
     torch.set_num_threads(1)
 

@@ -23,11 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import write_result
-from ist.build import build_job
-from ist.config_file import validate
-from ist.rounds import run_rounds
-from ist.run import Leading, open_run
-from ist.run_folder import RunFolder, create_run_folder
+from ist.config.load import validate
+from ist.runs.build import build_job
+from ist.runs.open import Leading, open_run
+from ist.storage.run_folder import RunFolder, create_run_folder
+from ist.training.rounds import run_rounds
 
 WORKERS = 3
 ACTOR = "ray::RayWorker"

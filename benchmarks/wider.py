@@ -24,12 +24,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, write_result
-from ist.build import build_job
-from ist.config_file import config_for_method, dump_config, load_config
-from ist.display import format_bytes
+from ist.config.load import config_for_method, dump_config, load_config
 from ist.errors import MemoryLimitError
-from ist.launch import launch
-from ist.run_folder import create_run_folder
+from ist.launch.start import launch
+from ist.monitoring.display import format_bytes
+from ist.runs.build import build_job
+from ist.storage.run_folder import create_run_folder
 
 METHODS = ("ddp", "ist")
 SETTINGS = {"recipe.stages": "[]", "train.local_steps": "512"}

@@ -28,8 +28,8 @@ from rich.table import Table
 
 from benchmarks.common import RESULTS, ROOT, write_result
 from benchmarks.session import Run, Session
-from ist.config_file import config_for_method, load_config
-from ist.display import format_bytes, format_metric, format_ratio, metric_title
+from ist.config.load import config_for_method, load_config
+from ist.monitoring.display import format_bytes, format_metric, format_ratio, metric_title
 
 SEEDS = (0, 1, 2)
 REFERENCE = "ddp"

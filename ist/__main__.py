@@ -1,5 +1,5 @@
 """`python -m ist` is the `ist` command."""
 
-from ist.cli import main
+from ist.cli.main import main
 
 main()

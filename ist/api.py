@@ -1,6 +1,6 @@
 """The Python entry point: `ist.train` on a user's own network and data.
 
-Not here: the command line (`ist/cli.py`), which builds the same job from a file.
+Not here: the command line (`ist/cli/main.py`), which builds the same job from a file.
 """
 
 import os
@@ -15,25 +15,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ist.build import loss_function, make_job
-from ist.compiled import original, uncompiled
-from ist.config import FROM_PYTHON
-from ist.config_file import validate
+from ist.checks.gradient_reach import check_held
+from ist.config.load import validate
+from ist.config.schema import FROM_PYTHON
 from ist.data.batched import BatchedDataset
 from ist.data.batches import length
+from ist.distributed.environment import is_launched, is_rank_zero
 from ist.errors import ConfigError, DataError, ISTError, first_line
-from ist.groups import on_meta
-from ist.job import Job
-from ist.launched import is_launched, is_rank_zero
-from ist.modes import kept_modes
-from ist.network import check_network, check_values
-from ist.reach import check_held
+from ist.monitoring.observers import check_watch
+from ist.network.compiled import original, uncompiled
+from ist.network.copies import on_meta
+from ist.network.modes import kept_modes
+from ist.network.supported import check_network, check_values
 from ist.rng import Purpose, seeded
-from ist.rounds import follow_rounds, run_rounds
-from ist.run import Following, open_run
-from ist.run_folder import RunFolder, create_run_folder, reopen
-from ist.watch import check_watch
-from ist.worker import rehearse
+from ist.runs.build import loss_function, make_job
+from ist.runs.open import Following, open_run
+from ist.runs.rehearsal import rehearse
+from ist.storage.run_folder import RunFolder, create_run_folder, reopen
+from ist.subnet.job import Job
+from ist.training.rounds import follow_rounds, run_rounds
 
 
 @dataclass(frozen=True)

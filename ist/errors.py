@@ -2,7 +2,7 @@
 
 Every class takes exactly one string, so that an error survives pickling and a
 trip through another process. The string says what was found, where, what was
-expected, and what to do. Only `ist/cli.py` prints them and sets exit codes.
+expected, and what to do. Only `ist/cli/main.py` prints them and sets exit codes.
 """
 
 import re

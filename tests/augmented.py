@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from ist.data.digits import digits
+from ist.data.images.digits import digits
 
 
 class Augmented(Dataset[tuple[Tensor, Tensor]]):

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from ist.build import make_job
-from ist.config import Config
-from ist.config_file import validate
-from ist.job import Job
+from ist.config.load import validate
+from ist.config.schema import Config
+from ist.runs.build import make_job
+from ist.subnet.job import Job
 from tests.sizes import longer_than_the_guide
 
 ROOT = Path(__file__).parent.parent

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ist.build import build_job, load_data, metric_named
-from ist.config import Config
-from ist.config_file import config_for_method, load_config, validate
-from ist.data import Splits
+from ist.config.load import config_for_method, load_config, validate
+from ist.config.schema import Config
 from ist.data.batches import length, take_shard
-from ist.data.fashion_mnist import DEBIAN_ROOT as FASHION_MNIST
-from ist.data.wordnet import DEBIAN_ROOT as WORDNET
-from ist.rounds import run_rounds
-from ist.run import Leading, open_run
+from ist.data.images.fashion_mnist import DEBIAN_ROOT as FASHION_MNIST
+from ist.data.registry import Splits
+from ist.data.wordnet.nouns import DEBIAN_ROOT as WORDNET
+from ist.runs.build import build_job, load_data, metric_named
+from ist.runs.open import Leading, open_run
+from ist.training.rounds import run_rounds
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -120,7 +120,7 @@ def test_every_make_target_and_command_in_the_readme_exists() -> None:
 
     from typer.main import get_command
 
-    from ist.cli import app
+    from ist.cli.main import app
 
     commands = get_command(app).commands  # type: ignore[attr-defined]
     lines = [line.strip().removeprefix("$ ") for line in README.splitlines()]

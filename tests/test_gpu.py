@@ -10,21 +10,21 @@ import pytest
 import torch
 import yaml
 
-from ist.checkpoint import read_tensors
-from ist.config_file import dump_config
+from ist.config.load import dump_config
+from ist.distributed.memory_limit import limited_memory
 from ist.errors import MemoryLimitError
-from ist.pool.limit import limited_memory
-from ist.run_folder import create_run_folder
-from ist.subnet import cut_specs, extract, placed, reassemble
+from ist.storage.checkpoint import read_tensors
+from ist.storage.run_folder import create_run_folder
+from ist.subnet.cut import cut_specs, extract, placed, reassemble
+from tests.baselines.program import RESUMED, RUNS
+from tests.baselines.program import WORKERS as RANKS
 from tests.conftest import ROOT, Run, assert_same, clone, config_tree, job_for, run_torchrun, small_config, whole_state
-from tests.methods.program import RESUMED, RUNS
-from tests.methods.program import WORKERS as RANKS
 from tests.networks import NETWORKS, seeded
 from tests.pools.scenario import SCENARIOS, WORKERS, run
 from tests.pools.test_conformance import outcome
+from tests.runs.test_resume import VARIANTS, PowerCutError
+from tests.runs.test_resume import run as run_folder
 from tests.test_configs_and_docs import CONFIGS, loaded, train_a_round
-from tests.test_resume import VARIANTS, PowerCutError
-from tests.test_resume import run as run_folder
 
 pytestmark = [
     pytest.mark.gpu, pytest.mark.timeout(300),
@@ -122,7 +122,7 @@ def methods(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for device, folder in folders.items():
         # PowerSGD on the CPU wants to see no GPU.
         visible = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-        run_torchrun([str(ROOT / "tests/methods/program.py"), str(folder), device], RANKS, timeout=280, **visible)
+        run_torchrun([str(ROOT / "tests/baselines/program.py"), str(folder), device], RANKS, timeout=280, **visible)
     return folders
 
 

@@ -1,103 +1,43 @@
 """The rules that keep the code pointing one way; how long files and functions are is reported, by `tests/sizes.py`."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
 
-# From the ground up: a module may import only from lines above its own.
-LAYERS = [
-    ["ist.metrics_server", "ist._version", "ist.errors", "ist.redact", "ist.theory"],
-    ["ist.lab", "ist.launched", "ist.signals", "ist.ranks"],
-    ["ist.lab.link"],
-    ["ist.rng", "ist.config_base", "ist.balance", "ist.finite", "ist.lab.hosts"],
-    ["ist.config_method", "ist.config_recipe"],
-    ["ist.config"],
-    ["ist.yaml_text"],
-    ["ist.config_file", "ist.registry", "ist.storage", "ist.run_files", "ist.run_lock", "ist.same_run"],
-    ["ist.data", "ist.models"],
-    ["ist.data.sparse", "ist.data.log_mel"],
-    ["ist.data.wordnet", "ist.data.tfidf"],
-    [
-        "ist.data.batched",
-        "ist.data.idx",
-        "ist.data.nested",
-        "ist.losses",
-        "ist.attention",
-        "ist.blocks",
-        "ist.modes",
-        "ist.compiled",
-        "ist.copies",
-    ],
-    ["ist.models.mlp", "ist.models.preact_resnet", "ist.models.decoder", "ist.models.wide"],
-    ["ist.data.digits", "ist.data.fashion_mnist", "ist.data.text", "ist.data.batches", "ist.data.crime"],
-    ["ist.data.hypernyms", "ist.data.graphs", "ist.data.spoken_digits", "ist.data.speech_commands", "ist.data.content"],
-    ["ist.data.cora", "ist.data.wordnet_graph"],
-    ["ist.groups"],
-    ["ist.groups.labels", "ist.groups.sizes", "ist.groups.places"],
-    ["ist.groups.parameters", "ist.groups.draws", "ist.groups.tape", "ist.groups.sites"],
-    ["ist.groups.combine", "ist.groups.detours", "ist.call_sizes"],
-    ["ist.groups.reads"],
-    ["ist.groups.call"],
-    ["ist.groups.weights"],
-    ["ist.groups.rules_layers", "ist.groups.rules_indexing"],
-    ["ist.groups.rules"],
-    ["ist.groups.trace"],
-    ["ist.groups.neurons"],
-    ["ist.stages", "ist.metrics", "ist.trial", "ist.network", "ist.failures", "ist.reach"],
-    ["ist.groups.select", "ist.fit", "ist.partition", "ist.optim", "ist.narrow"],
-    ["ist.subnet", "ist.pool.wire", "ist.quantize", "ist.schedule"],
-    ["ist.pool.coding"],
-    ["ist.pool"],
-    ["ist.job", "ist.meter", "ist.outer", "ist.pool.limit"],
-    ["ist.build"],
-    ["ist.evaluate", "ist.checkpoint", "ist.verify", "ist.drift", "ist.exchange", "ist.frozen", "ist.start"],
-    ["ist.kept", "ist.optimizer_trial"],
-    ["ist.worker"],
-    ["ist.pool.device", "ist.pool.secret", "ist.pool.ports", "ist.pool.ray_guard"],
-    ["ist.pool.ray_worker"],
-    ["ist.pool.group"],
-    ["ist.pool.inline", "ist.pool.torchrun", "ist.pool.ray", "ist.pool.ray_cluster"],
-    ["ist.rounds"],
-    ["ist.coordinator", "ist.average"],
-    ["ist.methods"],
-    ["ist.methods.ranks", "ist.methods.quantized"],
-    ["ist.methods.powersgd", "ist.methods.hooks"],
-    ["ist.methods.ddp", "ist.methods.local", "ist.display", "ist.exporters", "ist.run_folder", "ist.launch"],
-    ["ist.watch", "ist.lab.run"],
-    ["ist.recorder", "ist.inspection"],
-    ["ist.plan"],
-    ["ist.plan.formulas"],
-    ["ist.plan.measure", "ist.plan.request"],
-    ["ist.plan.predict"],
-    ["ist.plan.show"],
-    ["ist.run"],
-    ["ist.prepare"],
-    ["ist.report", "ist.report.table", "ist.report.names", "ist.report.plots", "ist.api"],
-    ["ist.report.page"],
-    ["ist.report.plan_page"],
-    ["ist.theory.kernels", "ist.theory.masks", "ist.theory.bounds", "ist.theory.published"],
-    ["ist.theory.problem", "ist.theory.statistics"],
-    ["ist.theory.algorithm", "ist.theory.experiment"],
-    ["ist.theory.practice", "ist.theory.noisy_inputs", "ist.theory.quadratic", "ist.theory.experiments"],
-    ["ist.theory.experiments.maps"],
-    ["ist.theory.experiments.figure2b", "ist.theory.experiments.figure2c"],
-    [
-        f"ist.theory.experiments.{name}"
-        for name in ("figure2a", "calibrate", "rates", "floors", "kernels", "relatives", "inputs", "bias", "system")
-    ],
-    ["ist.theory.runner"],
-    ["ist.report.theory_page"],
-    ["ist", "ist.cli_theory"],
-    ["ist.cli"],
-    ["ist.__main__"],
-]
-LEVEL = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+# From the ground up, a line for each floor: a room imports only from rooms above its own line; rooms of a line do not
+# know each other. A room is a folder of `ist/`, or a file beside them. The front door and the pages stand above all.
+ROOMS = (
+    "_version errors tensors rng models",
+    "config data",
+    "network",
+    "neurons evaluation distributed",
+    "optimization storage",
+    "subnet launch monitoring",
+    "transport",
+    "checks",
+    "training",
+    "baselines pools",
+    "runs",
+    "api plan",
+    "__init__",
+    "theory",
+    "report",
+    "cli",
+    "__main__",
+)
+FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms.split()}
+MAX_FILES = 9
+
+PUBLIC_NAMES = {"ISTError", "TrainResult", "__version__", "train"}
+"""What `import ist` promises: a name more is a decision, a name less breaks somebody's script."""
 
 SOURCES = sorted((ROOT / "ist").rglob("*.py"))
 
@@ -107,31 +47,77 @@ def name_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+MODULES = {name_of(path): path for path in SOURCES}
+
+
 def shown(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+def room_of(module: str) -> str:
+    """The room of a module: its folder below `ist`, or the file itself."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
 def imports(path: Path) -> Iterator[str]:
-    """First-party modules that a file imports."""
+    """First-party modules that a file imports, wherever in the file it does."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if name in LEVEL else node.module for name in names]
+            names = [name if name in MODULES else node.module for name in names]
         yield from (name for name in names if name.split(".")[0] == "ist")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=shown)
-def test_imports_point_one_way(path: Path) -> None:
-    here = name_of(path)
-    assert here in LEVEL, f"give {here} a place in LAYERS"
+def test_imports_between_rooms_point_one_way(path: Path) -> None:
+    here = room_of(name_of(path))
+    assert here in FLOOR, f"give {here} a place in ROOMS"
     for imported in imports(path):
-        assert imported in LEVEL, imported
-        if imported.startswith(f"{here}.") and here == "ist":
-            continue  # the package's front door opens on what is inside
-        assert LEVEL[imported] < LEVEL[here], f"{here} imports {imported}"
+        there = room_of(imported)
+        if there == here or here == "__init__":  # the package's front door opens on what is inside
+            continue
+        assert FLOOR[there] < FLOOR[here], f"{name_of(path)} imports {imported}"
+
+
+def test_files_of_a_room_do_not_import_in_a_circle() -> None:
+    graph = {name_of(path): set(imports(path)) & MODULES.keys() for path in SOURCES}
+    graph.pop("ist")  # see above
+
+    order = list(TopologicalSorter(graph).static_order())  # CycleError otherwise
+
+    assert set(graph) <= set(order)
+
+
+def test_every_room_has_few_files_and_every_floor_names_rooms_that_exist() -> None:
+    crowded = {
+        str(folder.relative_to(ROOT)): len(files)
+        for folder in {path.parent for path in SOURCES} - {ROOT / "ist"}
+        if len(files := [f for f in folder.glob("*.py") if f.name != "__init__.py"]) > MAX_FILES
+    }
+
+    assert crowded.keys() <= {"ist/theory", "ist/theory/experiments"}, crowded
+    assert {room_of(name) for name in MODULES} == set(FLOOR)
+
+
+def test_the_public_names_are_the_ones_promised() -> None:
+    import ist
+
+    assert set(ist.__all__) == PUBLIC_NAMES
+    assert all(hasattr(ist, name) for name in PUBLIC_NAMES)
+
+
+def test_headers_and_comments_name_files_that_exist() -> None:
+    """A path of ours in backticks is one, from the repository's root, from `ist/`, or beside the file."""
+    wrong = []
+    for path in SOURCES:
+        for found in re.findall(r"`((?:[\w.]+/)*\w+\.py)`", path.read_text()):
+            if not any((folder / found).exists() for folder in (ROOT, ROOT / "ist", path.parent)):
+                wrong.append(f"{shown(path)}: {found}")
+
+    assert wrong == []
 
 
 def test_no_duration_is_taken_of_the_clock_of_the_day() -> None:
@@ -146,12 +132,8 @@ def test_no_duration_is_taken_of_the_clock_of_the_day() -> None:
     assert asks == {"exporters: time.time()"}
 
 
-def test_every_layer_names_modules_that_exist() -> None:
-    assert {name_of(path) for path in SOURCES} == set(LEVEL)
-
-
 def test_the_command_line_and_the_configuration_do_without_torch() -> None:
-    script = "import ist, ist.cli, ist.config, sys; sys.exit('torch' in sys.modules)"
+    script = "import ist, ist.cli.main, ist.config.load, sys; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
@@ -162,4 +144,4 @@ def test_nothing_reads_a_pickle_and_only_the_command_line_exits(path: Path) -> N
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             assert called not in ("pickle.load", "pickle.loads", "torch.load", "dist.broadcast_object_list")
-            assert called != "sys.exit" or name_of(path) == "ist.cli"
+            assert called != "sys.exit" or name_of(path) == "ist.cli.main"

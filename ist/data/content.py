@@ -1,8 +1,8 @@
 """What a few items of a data set hold, in a few numbers: to tell whether two processes have loaded the same data.
 
-Where it sits: `ist/pool/group.py` compares these numbers of all ranks before a run; `ist/worker.py` warns of data that
-change from look to look.
-Items are compared within a tolerance: two kinds of processors, or two versions of a decoder, may round differently.
+Where it sits: `ist/distributed/process_group.py` compares these numbers of all ranks before a run;
+`ist/training/worker.py` warns of data that change from look to look. Items are compared within a tolerance: two kinds
+of processors, or two versions of a decoder, may round differently.
 Not here: dealing data to workers (`batches.py`).
 """
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from ist.data import Splits
+from ist.data.registry import Splits
 from ist.errors import DataError
 
 TARGET = "ViolentCrimesPerPop"

@@ -1,6 +1,6 @@
 """Text as bytes, in windows of fixed length: a language-modelling data set that needs no tokenizer.
 
-Not here: predicting the next byte, which is the loss `next_token` (`ist/losses.py`).
+Not here: predicting the next byte, which is the loss `next_token` (`ist/evaluation/losses.py`).
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import TensorDataset
 
-from ist.data import Splits
+from ist.data.registry import Splits
 from ist.errors import DataError
 from ist.rng import Indices
 

@@ -2,7 +2,7 @@
 
 Its modules are `tokens`, `positions`, `blocks.<block>.attention`, `blocks.<block>.feed_forward`, `norm` and `output`.
 
-Not here: how it is split (`ist/groups/` finds the heads and the feed-forward units; the loss is `next_token`).
+Not here: how it is split (`ist/neurons/` finds the heads and the feed-forward units; the loss is `next_token`).
 """
 
 from typing import cast

@@ -1,6 +1,6 @@
 """A multi-layer perceptron, in the shapes that the IST paper uses.
 
-Not here: how it is split (`ist/groups/` finds the neurons of any network).
+Not here: how it is split (`ist/neurons/` finds the neurons of any network).
 """
 
 from collections import OrderedDict

@@ -3,7 +3,7 @@
 Its modules are `stem`, `sections.<section>.<block>`, `norm` and `output`. Blocks `sections.*.0` of the second and
 third section change the shape of what they get; all others add to their input, so they can be left out.
 
-Not here: how it is split (`ist/groups/` finds the channels inside a block; the strategy `blocks` deals whole ones).
+Not here: how it is split (`ist/neurons/` finds the channels inside a block; the strategy `blocks` deals whole ones).
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """A network with one wide hidden layer for sparse inputs and very many labels.
 
-Not here: how it is split (`ist/groups/` finds the hidden units, which are columns of both weights).
+Not here: how it is split (`ist/neurons/` finds the hidden units, which are columns of both weights).
 """
 
 from typing import cast

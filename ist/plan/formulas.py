@@ -2,7 +2,8 @@
 
 A *round* is `train.local_steps` steps of every worker, whatever the method. Every method but IST all-reduces: of B
 bytes among n ranks a ring sends 2 (n - 1) / n B from each rank and to each rank. IST sends messages, whose sizes the
-job knows (`ist.frozen.message_bytes`). Bytes are payload; framing belongs to the link (`predict.py`).
+job knows (`ist.transport.frozen_parameters.message_bytes`). Bytes are payload; framing belongs to the link
+(`predict.py`).
 
 Where it sits: `COLLECTIVES` is the one table of methods; `predict.py` turns bytes into seconds.
 Not here: activations and optimiser state, which are measured (`measure.py`).
@@ -17,7 +18,7 @@ from typing import Literal
 
 from torch import nn
 
-from ist.quantize import BLOCK
+from ist.transport.quantize import BLOCK
 
 Shapes = Sequence[tuple[int, ...]]
 """The shapes of parameters, in the order in which their gradients are ready."""

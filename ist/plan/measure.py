@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ist import optim
 from ist.data.batches import fetch, take_shard
 from ist.data.nested import call_model, tensors_in
 from ist.errors import ConfigError
-from ist.exchange import Outgoing, WorkerEnd, read_trained
-from ist.frozen import FrozenSender
-from ist.job import Job
-from ist.narrow import bind
-from ist.pool import Buffers
-from ist.pool.coding import Envelope
+from ist.optimization import optimizers
 from ist.rng import Purpose, seeded
-from ist.subnet import Cut, reassemble
-from ist.worker import Worker, local_steps
+from ist.subnet.cut import Cut, reassemble
+from ist.subnet.job import Job
+from ist.subnet.module import bind
+from ist.training.worker import Worker, local_steps
+from ist.transport.codec import Envelope
+from ist.transport.endpoints import Outgoing, WorkerEnd, read_trained, worker_route
+from ist.transport.frozen_parameters import FrozenSender
+from ist.transport.interfaces import Buffers
 
 _SAMPLE_S = 0.05
 _BUDGET_S = 0.4
@@ -90,7 +90,7 @@ def measure_whole(job: Job, device: torch.device) -> WholeCost:
         shard = take_shard(job.train_data, job.dealing.shard(0))
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         trained = list(named.values())
-        optimizer = optim.build_optimizer(job.config.train.optimizer, trained)
+        optimizer = optimizers.build_optimizer(job.config.train.optimizer, trained)
 
         def train(job: Job) -> None:
             local_steps(job, 0, shard, module, named, optimizer, 0, device)
@@ -117,7 +117,7 @@ def measure_narrow(job: Job, number: int, device: torch.device) -> StepCost:
     """
     with _failures_named(job):
         worker = Worker(job, number, device)
-        envelope = Envelope(job.route(number, job.main_round), device)
+        envelope = Envelope(worker_route(job, number, job.main_round), device)
         outgoing, whole, cut = Outgoing(job), _state(job, device), job.cuts(0)[number]
         outgoing.write(whole, cut, 1, envelope)
         fresh = envelope.flat.clone()
@@ -176,7 +176,7 @@ def _try_smallest(job: Job, worker: int, shard: Dataset[Any], module: nn.Module,
 
 def _state(job: Job, device: torch.device) -> dict[str, Tensor]:
     tensors = job.build_copy().to(device).state_dict()
-    fresh = optim.initial_state(job.state_slots, job.state_specs, device)
+    fresh = optimizers.initial_state(job.state_slots, job.state_specs, device)
     return {name: tensors[name].contiguous() for name in (*job.model_specs, *job.frozen_specs)} | fresh
 
 
@@ -245,7 +245,7 @@ def _state_bytes(job: Job, module: nn.Module) -> int:
     if job.state_slots:
         return 0
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = optim.build_optimizer(job.config.train.optimizer, trained)
+    optimizer = optimizers.build_optimizer(job.config.train.optimizer, trained)
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

@@ -21,19 +21,19 @@ from typing import Any
 
 import torch
 
-from ist.build import build_job
-from ist.config import Config
-from ist.config_file import config_for_method
+from ist.config.link_rate import Link
+from ist.config.load import config_for_method
+from ist.config.schema import Config
+from ist.distributed.device import compute_device
 from ist.errors import ConfigError, ISTError, first_line
-from ist.frozen import frozen_bytes, message_bytes
-from ist.job import Job, remote_workers
-from ist.lab.link import Link
-from ist.partition import check_workers
 from ist.plan import formulas
 from ist.plan.formulas import COLLECTIVES, exchanges, rank_bytes, ring_bytes
 from ist.plan.measure import CoordinatorCost, StepCost, WholeCost, measure_coordinator, measure_narrow, measure_whole
 from ist.plan.request import Hosts, Request
-from ist.pool.device import compute_device
+from ist.runs.build import build_job
+from ist.subnet.job import Job, remote_workers
+from ist.subnet.partition import check_workers
+from ist.transport.frozen_parameters import frozen_bytes, message_bytes
 
 FRAME_PAYLOAD = 1448 / 1514
 """Payload in a full Ethernet frame with TCP timestamps, of the bytes that a link's rate counts."""

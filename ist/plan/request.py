@@ -4,8 +4,8 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ist.config.link_rate import Link, parse_link
 from ist.errors import ConfigError
-from ist.lab.link import Link, parse_link
 from ist.plan.formulas import PLANNED
 
 LEAST_MBIT = 0.001

@@ -11,8 +11,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ist.display import format_bytes
-from ist.lab.link import Link
+from ist.config.link_rate import Link
+from ist.monitoring.display import format_bytes
 
 COLUMNS = ("method", "sent", "busiest link", "memory", "compute s", "exchange s", "round s", "epoch s")
 

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ist.config import Config
-from ist.redact import redacted
-from ist.run_folder import RunFolder
-from ist.same_run import flat
+from ist.config.redact import redacted
+from ist.config.schema import Config
+from ist.storage.run_folder import RunFolder
+from ist.storage.same_run import flat
 
 _MOST_KEYS = 3
 _LONGEST_VALUE = 24

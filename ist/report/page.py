@@ -9,14 +9,14 @@ import yaml
 from markupsafe import Markup
 
 from ist._version import VERSION
-from ist.config_file import dump_config
+from ist.config.load import dump_config
+from ist.config.redact import redacted
 from ist.errors import RunFolderError
-from ist.redact import redacted
 from ist.report.names import run_names
 from ist.report.plots import AXES, curve_plot, phase_plot
 from ist.report.table import fault_text, link_text, table_columns, table_rows
-from ist.run_folder import RunFolder
-from ist.storage import write_atomically
+from ist.storage.backend import write_atomically
+from ist.storage.run_folder import RunFolder
 
 
 def find_runs(paths: Sequence[Path]) -> list[RunFolder]:

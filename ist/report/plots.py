@@ -8,8 +8,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from ist.display import format_metric, metric_title
 from ist.errors import printable
+from ist.monitoring.display import format_metric, metric_title
 
 AXES = (
     ("sent_bytes", "bytes sent by all processes", "log"),

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ist.display import format_bytes, format_metric, format_ratio, metric_title
+from ist.monitoring.display import format_bytes, format_metric, format_ratio, metric_title
 
 Result = Mapping[str, Any]
 

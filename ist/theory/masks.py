@@ -1,6 +1,7 @@
 """Which subnetwork holds which neuron: the random masks of Algorithm 1.
 
-Not here: the partitions of real runs (`ist/partition.py`), whose 'categorical' and 'bernoulli' are the same laws.
+Not here: the partitions of real runs (`ist/subnet/partition.py`), whose 'categorical' and 'bernoulli' are the same
+laws.
 """
 
 from collections.abc import Callable

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ist import api
-from ist.config_method import Partition
-from ist.groups import Group
-from ist.partition import assign
+from ist.config.method import Partition
+from ist.neurons.group import Group
+from ist.subnet.partition import assign
 from ist.theory.algorithm import Run, initial_weights, signs
 from ist.theory.masks import Draw, Law, Mask
 from ist.theory.problem import Problem

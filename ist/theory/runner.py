@@ -23,12 +23,12 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ist.config.yaml_text import parse_yaml
 from ist.errors import ConfigError, ISTError, RunFolderError
-from ist.storage import write_atomically
+from ist.storage.backend import write_atomically
 from ist.theory import EXPERIMENTS
 from ist.theory.experiment import Experiment, Point, Row, Section
 from ist.theory.problem import SPHERE, load_problem
-from ist.yaml_text import parse_yaml
 
 
 @dataclass(frozen=True)

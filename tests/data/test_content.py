@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from ist.data.content import NOTHING, Content, content
+from ist.distributed import process_group as group
 from ist.errors import DataError
-from ist.pool import group
-from ist.worker import rehearse
+from ist.runs.rehearsal import rehearse
 from tests.augmented import Augmented
 from tests.conftest import data, generators_left_alone, job_for
 from tests.networks import NETWORKS, seeded

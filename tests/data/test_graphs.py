@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from ist.data.batches import fetch, take_shard
-from ist.data.cora import ARRAYS, cora
-from ist.data.graphs import IGNORED, Graph, GraphDataset, undirected
-from ist.data.sparse import SparseRows
-from ist.data.wordnet import read_nouns
-from ist.data.wordnet_graph import cut, wordnet_graph
+from ist.data.graphs.cora import ARRAYS, cora
+from ist.data.graphs.graph import IGNORED, Graph, GraphDataset, undirected
+from ist.data.graphs.sparse import SparseRows
+from ist.data.wordnet.graph import cut, wordnet_graph
+from ist.data.wordnet.nouns import read_nouns
 from ist.errors import DataError
 from tests.conftest import ROOT
 from tests.data.test_wordnet import installed, write_chain

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ist.data import DATASETS
+from ist.config.registry import resolve
 from ist.data.crime import TARGET, crime
-from ist.data.digits import digits
-from ist.data.fashion_mnist import DEBIAN_ROOT, fashion_mnist
+from ist.data.images.digits import digits
+from ist.data.images.fashion_mnist import DEBIAN_ROOT, fashion_mnist
+from ist.data.registry import DATASETS
 from ist.errors import DataError
-from ist.registry import resolve
 
 
 def test_the_digits_are_scikit_learns() -> None:

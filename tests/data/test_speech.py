@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from ist.data.log_mel import NUM_FEATURES, Samples, log_mel, mel_bands
-from ist.data.speech_commands import speech_commands
-from ist.data.spoken_digits import spoken_digits
+from ist.data.speech.log_mel import NUM_FEATURES, Samples, log_mel, mel_bands
+from ist.data.speech.speech_commands import speech_commands
+from ist.data.speech.spoken_digits import spoken_digits
 from ist.errors import DataError
 from tests.conftest import ROOT
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from ist.data.batches import fetch, take_shard
-from ist.data.hypernyms import wordnet_hypernyms
-from ist.data.sparse import SparseRows
-from ist.data.tfidf import tfidf
-from ist.data.wordnet import DEBIAN_ROOT, ancestors, read_nouns
+from ist.data.graphs.sparse import SparseRows
+from ist.data.wordnet.hypernyms import wordnet_hypernyms
+from ist.data.wordnet.nouns import DEBIAN_ROOT, ancestors, read_nouns
+from ist.data.wordnet.tfidf import tfidf
 from ist.errors import DataError
 
 installed = pytest.mark.skipif(

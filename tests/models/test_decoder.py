@@ -5,11 +5,11 @@ import torch
 from torch.utils.data import TensorDataset
 
 import ist
-from ist.job import Job
+from ist.checks.verify import verify_cuts
 from ist.models.decoder import Decoder
-from ist.verify import verify_cuts
-from tests.groups.test_neurons import job_of
+from ist.subnet.job import Job
 from tests.networks import seeded
+from tests.neurons.test_neurons import job_of
 
 
 def tokens(*shape: int) -> torch.Tensor:

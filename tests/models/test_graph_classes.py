@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import ist
+from ist.checks.verify import verify_cuts
 from ist.data.batched import BatchedDataset
 from ist.rng import Indices
-from ist.verify import verify_cuts
-from tests.groups.networks import rand
-from tests.groups.test_neurons import job_of
 from tests.networks import seeded
+from tests.neurons.networks import rand
+from tests.neurons.test_neurons import job_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the library says while it is imported

@@ -5,14 +5,14 @@ import torch
 from torch.utils.data import TensorDataset
 
 import ist
-from ist.blocks import scaled_blocks
+from ist.checks.verify import verify_cuts
 from ist.errors import ModelError
 from ist.models.preact_resnet import PreActResNet
-from ist.verify import verify_cuts
+from ist.subnet.residual_blocks import scaled_blocks
 from tests.conftest import clone
-from tests.groups.networks import rand
-from tests.groups.test_neurons import job_of
 from tests.networks import seeded
+from tests.neurons.networks import rand
+from tests.neurons.test_neurons import job_of
 
 IMAGES = rand(2, 1, 8, 8)
 BLOCKS = {"strategy": "blocks", "blocks": ["sections.?.[1-9]"]}

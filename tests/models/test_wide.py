@@ -6,11 +6,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import ist
-from ist.job import Job
+from ist.checks.verify import verify_cuts
 from ist.models.wide import WideClassifier
-from ist.verify import verify_cuts
-from tests.groups.test_neurons import job_of
+from ist.subnet.job import Job
 from tests.networks import seeded
+from tests.neurons.test_neurons import job_of
 
 WORDS, LABELS = 9, 7
 EXAMPLE = (

@@ -1,7 +1,8 @@
 """Faults that the quick tests must notice: in each, one line of the code is another one.
 
-Where it sits: `tests/mutants/run.py` applies one at a time to a copy of the code, and runs the test files named with it.
-A fault whose line is no longer there is an error: find the line that does its work now, or another fault for the function.
+Where it sits: `tests/mutants/run.py` applies one at a time to a copy of the code, and runs the test files named with
+it. A fault whose line is no longer there is an error: find the line that does its work now, or another fault for the
+function.
 """
 
 from dataclasses import dataclass
@@ -29,166 +30,166 @@ class Fault:
 FAULTS = (
     # The coordinator's merge
     Fault(
-        "values that are not finite are merged", "ist/coordinator.py",
-        "                        self._check_finite(header, result.envelope.up.tensors)\n", "", ("tests/test_coordinator.py",),
+        "values that are not finite are merged", "ist/training/coordinator.py",
+        "                        self._check_finite(header, result.envelope.up.tensors)\n", "", ("tests/training/test_coordinator.py",),
     ),
     Fault(
-        "any number of workers is enough", "ist/coordinator.py",
-        "if num_workers - len(lost) < needed:", "if num_workers - len(lost) < 0:", ("tests/test_coordinator.py",),
+        "any number of workers is enough", "ist/training/coordinator.py",
+        "if num_workers - len(lost) < needed:", "if num_workers - len(lost) < 0:", ("tests/training/test_coordinator.py",),
     ),
     Fault(
-        "the loss of a round is the mean over workers, not samples", "ist/coordinator.py",
+        "the loss of a round is the mean over workers, not samples", "ist/training/coordinator.py",
         "loss=sum(header.loss_sum for header in headers) / samples", "loss=sum(header.loss_sum for header in headers) / len(headers)",
-        ("tests/test_one_worker.py", "tests/test_coordinator.py"),
+        ("tests/training/test_one_worker.py", "tests/training/test_coordinator.py"),
     ),
     # Cutting and reassembling
-    Fault("subnets are merged in order of arrival", "ist/subnet.py", "        workers.sort()\n", "", ("tests/test_subnet.py",)),
+    Fault("subnets are merged in order of arrival", "ist/subnet/cut.py", "        workers.sort()\n", "", ("tests/subnet/test_subnet.py",)),
     Fault(
-        "of two holders the last one counts", "ist/subnet.py", "torch.where(count > 1, mean, merged)",
-        "torch.where(count > 2, mean, merged)", ("tests/test_subnet.py",),
+        "of two holders the last one counts", "ist/subnet/cut.py", "torch.where(count > 1, mean, merged)",
+        "torch.where(count > 2, mean, merged)", ("tests/subnet/test_subnet.py",),
     ),
     Fault(
-        "a tensor that slots cover partly counts as exclusive", "ist/subnet.py",
+        "a tensor that slots cover partly counts as exclusive", "ist/subnet/cut.py",
         "for number, slot in slots) == specs[name].shape[dim]", "for number, slot in slots) <= specs[name].shape[dim]",
-        ("tests/test_subnet.py",),
+        ("tests/subnet/test_subnet.py",),
     ),
     # Dealing neurons
     Fault(
-        "neurons that are left over have no owner", "ist/partition.py",
+        "neurons that are left over have no owner", "ist/subnet/partition.py",
         "return [len(range(worker, size, num_workers)) for worker in range(num_workers)]",
-        "return [size // num_workers for worker in range(num_workers)]", ("tests/test_partition.py",),
+        "return [size // num_workers for worker in range(num_workers)]", ("tests/subnet/test_partition.py",),
     ),
     Fault(
-        "every round has the partition of the first", "ist/partition.py",
+        "every round has the partition of the first", "ist/subnet/partition.py",
         "permutation(deck.size, deck.seed, Purpose.PARTITION, deck.round_number, deck.number))\n    if",
-        "permutation(deck.size, deck.seed, Purpose.PARTITION, 0, deck.number))\n    if", ("tests/test_partition.py",),
+        "permutation(deck.size, deck.seed, Purpose.PARTITION, 0, deck.number))\n    if", ("tests/subnet/test_partition.py",),
     ),
     Fault(
-        "balanced shares of all groups move on together", "ist/partition.py",
+        "balanced shares of all groups move on together", "ist/subnet/partition.py",
         "shares[(worker + turn * deck.number) % deck.num_workers]", "shares[(worker + turn) % deck.num_workers]",
-        ("tests/test_partition.py", "tests/test_coverage.py"),
+        ("tests/subnet/test_partition.py", "tests/subnet/test_coverage.py"),
     ),
     # Local steps
     Fault(
-        "local steps are not seeded", "ist/worker.py",
+        "local steps are not seeded", "ist/training/worker.py",
         "    with seeded(device, job.config.seed, Purpose.TRAINING, round_number, worker):\n", "    if True:\n",
-        ("tests/test_ranks.py",),
+        ("tests/pools/test_ranks.py",),
     ),
     Fault(
-        "all workers draw the same random numbers", "ist/worker.py",
+        "all workers draw the same random numbers", "ist/training/worker.py",
         "Purpose.TRAINING, round_number, worker)", "Purpose.TRAINING, round_number, 0)",
-        ("tests/test_random_state.py", "tests/test_ranks.py"),
+        ("tests/training/test_random_state.py", "tests/pools/test_ranks.py"),
     ),
     Fault(
-        "gradients add up over steps", "ist/worker.py", "    optimizer.zero_grad(set_to_none=True)\n", "",
-        ("tests/test_one_worker.py",),
+        "gradients add up over steps", "ist/training/worker.py", "    optimizer.zero_grad(set_to_none=True)\n", "",
+        ("tests/training/test_one_worker.py",),
     ),
     Fault(
-        "all workers train on the samples of the first", "ist/worker.py", "job.dealing.batch(worker, step)",
-        "job.dealing.batch(worker, job.steps(round_number)[0])", ("tests/test_one_worker.py",),
+        "all workers train on the samples of the first", "ist/training/worker.py", "job.dealing.batch(worker, step)",
+        "job.dealing.batch(worker, job.steps(round_number)[0])", ("tests/training/test_one_worker.py",),
     ),
     Fault(
-        "a schedule stays at its first step", "ist/worker.py", "apply_settings(optimizer, groups, job.settings[step])",
-        "apply_settings(optimizer, groups, job.settings[0])", ("tests/test_one_worker.py",),
+        "a schedule stays at its first step", "ist/training/worker.py", "apply_settings(optimizer, groups, job.settings[step])",
+        "apply_settings(optimizer, groups, job.settings[0])", ("tests/training/test_one_worker.py",),
     ),
     # What workers keep
     Fault(
-        "a kept optimiser is used for other neurons", "ist/kept.py", "    return all(map(np.array_equal, neurons, others))",
-        "    return True", ("tests/test_ranks.py",),
+        "a kept optimiser is used for other neurons", "ist/training/worker_state.py", "    return all(map(np.array_equal, neurons, others))",
+        "    return True", ("tests/pools/test_ranks.py",),
     ),
     # Messages
     Fault(
-        "a header's fingerprint is not compared", "ist/pool/wire.py",
+        "a header's fingerprint is not compared", "ist/transport/message.py",
         "expected = (self.layout.fingerprint, round_number, worker)", "expected = (found, round_number, worker)",
-        ("tests/test_ranks.py",),
+        ("tests/pools/test_ranks.py",),
     ),
     Fault(
-        "a message of another round is taken", "ist/pool/wire.py",
+        "a message of another round is taken", "ist/transport/message.py",
         "expected = (self.layout.fingerprint, round_number, worker)",
-        "expected = (self.layout.fingerprint, header.round_number, worker)", ("tests/test_coordinator.py",),
+        "expected = (self.layout.fingerprint, header.round_number, worker)", ("tests/training/test_coordinator.py",),
     ),
     Fault(
-        "a layout's fingerprint is the same for other dtypes", "ist/pool/wire.py", "{name}:{spec.shape}:{spec.dtype}",
-        "{name}:{spec.shape}", ("tests/test_ranks.py",),
+        "a layout's fingerprint is the same for other dtypes", "ist/transport/message.py", "{name}:{spec.shape}:{spec.dtype}",
+        "{name}:{spec.shape}", ("tests/pools/test_ranks.py",),
     ),
     # Checkpoints
     Fault(
-        "a checkpoint without a checksum is taken", "ist/checkpoint.py",
+        "a checkpoint without a checksum is taken", "ist/storage/checkpoint.py",
         "    if expected != _checksum(tensors, metadata):", "    if expected is not None and expected != _checksum(tensors, metadata):",
-        ("tests/test_checkpoint.py", "tests/test_ranks.py"),
+        ("tests/storage/test_checkpoint.py", "tests/pools/test_ranks.py"),
     ),
     Fault(
-        "a checksum is not of the values", "ist/checkpoint.py",
-        "        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)\n", "", ("tests/test_checkpoint.py",),
+        "a checksum is not of the values", "ist/storage/checkpoint.py",
+        "        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)\n", "", ("tests/storage/test_checkpoint.py",),
     ),
     Fault(
-        "a checksum is not of the metadata", "ist/checkpoint.py", "json.dumps(dict(metadata), sort_keys=True).encode()",
-        'b""', ("tests/test_checkpoint.py",),
+        "a checksum is not of the metadata", "ist/storage/checkpoint.py", "json.dumps(dict(metadata), sort_keys=True).encode()",
+        'b""', ("tests/storage/test_checkpoint.py",),
     ),
     Fault(
-        "what was kept of other neurons is taken", "ist/checkpoint.py",
-        'return tensors if metadata.get("of") == of else None', "return tensors", ("tests/test_checkpoint.py",),
+        "what was kept of other neurons is taken", "ist/storage/checkpoint.py",
+        'return tensors if metadata.get("of") == of else None', "return tensors", ("tests/storage/test_checkpoint.py",),
     ),
     # Evaluation
     Fault(
-        "evaluation leaves the network in evaluation mode", "ist/evaluate.py",
+        "evaluation leaves the network in evaluation mode", "ist/evaluation/evaluate.py",
         "    with kept_modes(model), _kept_tensors(model), torch.no_grad():\n        model.eval()\n        for batch in",
-        "    with _kept_tensors(model), torch.no_grad():\n        model.eval()\n        for batch in", ("tests/test_evaluate.py",),
+        "    with _kept_tensors(model), torch.no_grad():\n        model.eval()\n        for batch in", ("tests/evaluation/test_evaluate.py",),
     ),
     Fault(
-        "a small last batch weighs as much as a full one", "ist/evaluate.py",
+        "a small last batch weighs as much as a full one", "ist/evaluation/evaluate.py",
         "float(loss_of(loss, outputs, targets, numbers)) * len(batch)",
-        "float(loss_of(loss, outputs, targets, numbers)) * batch_size", ("tests/test_evaluate.py",),
+        "float(loss_of(loss, outputs, targets, numbers)) * batch_size", ("tests/evaluation/test_evaluate.py",),
     ),
     Fault(
-        "statistics are a moving average of batches", "ist/evaluate.py", "            norm.momentum = None  #", "            pass  #",
-        ("tests/test_evaluate.py",),
+        "statistics are a moving average of batches", "ist/evaluation/evaluate.py", "            norm.momentum = None  #", "            pass  #",
+        ("tests/evaluation/test_evaluate.py",),
     ),
     # Bytes
     Fault(
-        "what is sent is counted twice", "ist/pool/torchrun.py", "self._meter.sent[worker] += flat.nbytes",
-        "self._meter.sent[worker] += 2 * flat.nbytes", ("tests/test_ranks.py",),
+        "what is sent is counted twice", "ist/pools/torchrun.py", "self._meter.sent[worker] += flat.nbytes",
+        "self._meter.sent[worker] += 2 * flat.nbytes", ("tests/pools/test_ranks.py",),
     ),
     Fault(
-        "what is received is counted twice", "ist/pool/torchrun.py", "self._meter.received[worker] += flat.nbytes",
-        "self._meter.received[worker] += 2 * flat.nbytes", ("tests/test_ranks.py",),
+        "what is received is counted twice", "ist/pools/torchrun.py", "self._meter.received[worker] += flat.nbytes",
+        "self._meter.received[worker] += 2 * flat.nbytes", ("tests/pools/test_ranks.py",),
     ),
     Fault(
-        "bytes in one direction are not counted", "ist/meter.py", "return self.sent.total() + self.received.total()",
-        "return self.sent.total()", ("tests/test_ranks.py",),
+        "bytes in one direction are not counted", "ist/monitoring/meter.py", "return self.sent.total() + self.received.total()",
+        "return self.sent.total()", ("tests/pools/test_ranks.py",),
     ),
     # The round loop
     Fault(
-        "the last round is not saved", "ist/rounds.py", "if last or config.checkpoint.is_due(rounds_done):",
-        "if config.checkpoint.is_due(rounds_done):", ("tests/test_ranks.py",),
+        "the last round is not saved", "ist/training/rounds.py", "if last or config.checkpoint.is_due(rounds_done):",
+        "if config.checkpoint.is_due(rounds_done):", ("tests/pools/test_ranks.py",),
     ),
     Fault(
-        "rounds are evaluated one too early", "ist/rounds.py", "(last or rounds_done % config.evaluate.every == 0)",
-        "(last or round_number % config.evaluate.every == 0)", ("tests/test_ranks.py",),
+        "rounds are evaluated one too early", "ist/training/rounds.py", "(last or rounds_done % config.evaluate.every == 0)",
+        "(last or round_number % config.evaluate.every == 0)", ("tests/pools/test_ranks.py",),
     ),
     # Fewer bits
     Fault(
-        "rounded numbers are cut off", "ist/quantize.py", "[:, None]).round_()", "[:, None]).floor_()", ("tests/test_exchange.py",),
+        "rounded numbers are cut off", "ist/transport/quantize.py", "[:, None]).round_()", "[:, None]).floor_()", ("tests/transport/test_exchange.py",),
     ),
     Fault(
-        "a change is merged as if it were a weight", "ist/exchange.py", "return before.add_(value)", "return value",
-        ("tests/test_exchange.py",),
+        "a change is merged as if it were a weight", "ist/transport/endpoints.py", "return before.add_(value)", "return value",
+        ("tests/transport/test_exchange.py",),
     ),
     Fault(
-        "what rounding took is sent again and again", "ist/exchange.py", "                parts[name].sub_(value)\n",
-        "                pass\n", ("tests/test_exchange.py",),
+        "what rounding took is sent again and again", "ist/transport/endpoints.py", "                parts[name].sub_(value)\n",
+        "                pass\n", ("tests/transport/test_exchange.py",),
     ),
     # The handshake
     Fault(
-        "ranks may run different configurations", "ist/pool/group.py", "        if theirs != expected:\n", "        if False:\n",
-        ("tests/test_ranks.py",),
+        "ranks may run different configurations", "ist/distributed/process_group.py", "        if theirs != expected:\n", "        if False:\n",
+        ("tests/pools/test_ranks.py",),
     ),
     Fault(
-        "every rank begins where it likes", "ist/pool/group.py", "    return int(first)\n", "    return first_round\n",
-        ("tests/test_ranks.py", "tests/data/test_content.py"),
+        "every rank begins where it likes", "ist/distributed/process_group.py", "    return int(first)\n", "    return first_round\n",
+        ("tests/pools/test_ranks.py", "tests/data/test_content.py"),
     ),
     Fault(
-        "all configurations have the same fingerprint", "ist/run.py",
-        "return zlib.crc32(json.dumps(tree, sort_keys=True).encode())", "return 0", ("tests/test_ranks.py",),
+        "all configurations have the same fingerprint", "ist/runs/open.py",
+        "return zlib.crc32(json.dumps(tree, sort_keys=True).encode())", "return 0", ("tests/pools/test_ranks.py",),
     ),
 )  # fmt: skip

@@ -1,11 +1,11 @@
 """Apply faults to copies of the code, one at a time, and see that the quick tests notice each.
 
     python -m tests.mutants.run            # all of them
-    python -m tests.mutants.run wire.py    # those whose file or words hold this text
+    python -m tests.mutants.run message.py # those whose file or words hold this text
 
-The working tree is never changed. A fault that no test notices, or whose line is not there any more, is an error; so is a
-test that fails without the fault. The faults are in `tests/mutants/faults.py`. Each is tried in a fork of this process,
-which has imported the large libraries, and neither the package nor its tests.
+The working tree is never changed. A fault that no test notices, or whose line is not there any more, is an error; so is
+a test that fails without the fault. The faults are in `tests/mutants/faults.py`. Each is tried in a fork of this
+process, which has imported the large libraries, and neither the package nor its tests.
 """
 
 import os

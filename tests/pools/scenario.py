@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ist.checkpoint import write_tensors
-from ist.job import Job
-from ist.rounds import follow_rounds, run_rounds
-from ist.run import Following, open_run
+from ist.runs.open import Following, open_run
+from ist.storage.checkpoint import write_tensors
+from ist.subnet.job import Job
+from ist.training.rounds import follow_rounds, run_rounds
 from tests.augmented import Augmented
 from tests.conftest import data, job_for
-from tests.groups.networks import stack
 from tests.networks import NETWORKS, frozen_first, seeded
+from tests.neurons.networks import stack
 
 WORKERS = 3
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from ist.checkpoint import read_tensors
-from ist.frozen import frozen_bytes
-from ist.inspection import inspect_job
-from ist.job import Job
-from ist.partition import sizes_vary
+from ist.runs.inspection import inspect_job
+from ist.storage.checkpoint import read_tensors
+from ist.subnet.job import Job
+from ist.subnet.partition import sizes_vary
+from ist.transport.endpoints import down_bytes, worker_route
+from ist.transport.frozen_parameters import frozen_bytes
 from tests.conftest import ROOT, assert_same, run_torchrun
 from tests.pools.scenario import SCENARIOS, WORKERS, job, run
 
@@ -75,13 +76,13 @@ def test_the_bytes_counted_are_the_bytes_of_the_formula(torchrun: tuple[Path, st
 
 def message_bytes(made: Job, round_number: int) -> list[tuple[int, int]]:
     """What goes to each worker in a round, and what comes back."""
-    routes = [made.route(worker, round_number) for worker in range(WORKERS)]
+    routes = [worker_route(made, worker, round_number) for worker in range(WORKERS)]
     beside = [
         frozen_bytes(made, worker, round_number, round_number - 1 if round_number else None)
         for worker in range(WORKERS)
     ]
     return [
-        (made.sent_bytes(route, round_number) + b, route.up.nbytes) for route, b in zip(routes, beside, strict=True)
+        (down_bytes(made, route, round_number) + b, route.up.nbytes) for route, b in zip(routes, beside, strict=True)
     ]
 
 
@@ -118,7 +119,7 @@ def test_the_formula_is_the_papers_plus_headers_and_padding() -> None:
 
 
 def test_wide_layers_travel_with_under_one_percent_of_overhead() -> None:
-    from ist.build import build_job
+    from ist.runs.build import build_job
     from tests.conftest import small_config
 
     made = build_job(

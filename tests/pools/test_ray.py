@@ -18,17 +18,17 @@ from torch.utils.data import TensorDataset
 
 import ist
 from ist.errors import ConfigError, PoolError, WorkerLostError
-from ist.meter import Meter
-from ist.pool.ray import RayPool
-from ist.rounds import run_rounds
-from ist.run import Leading, check_method, open_run
-from ist.run_folder import create_run_folder
+from ist.monitoring.meter import Meter
+from ist.pools.ray_pool import RayPool
+from ist.runs.open import Leading, check_method, open_run
+from ist.storage.run_folder import create_run_folder
+from ist.training.rounds import run_rounds
 from tests.conftest import ROOT, Run, assert_same, config_tree, data, run_group, small_config, wait_for
 from tests.networks import NETWORKS, seeded
 from tests.pools.scenario import SCENARIOS, job, run
 from tests.pools.test_conformance import message_bytes, outcome
-from tests.test_resume import KEPT, PowerCutError
-from tests.test_resume import run as run_folder
+from tests.runs.test_resume import KEPT, PowerCutError
+from tests.runs.test_resume import run as run_folder
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_address")]
 

@@ -15,14 +15,14 @@ from typing import Any
 import ray
 import torch
 
-import ist.worker
-from ist.job import Job
-from ist.meter import Meter
-from ist.pool import Lost, Place, Subnet
-from ist.pool.coding import Envelope, Route
-from ist.pool.ray import RayPool
-from ist.pool.ray_worker import RayWorker
-from ist.pool.wire import HEADER_BYTES
+import ist.training.worker
+from ist.monitoring.meter import Meter
+from ist.pools.ray_actor import RayWorker
+from ist.pools.ray_pool import RayPool
+from ist.subnet.job import Job
+from ist.transport.codec import Envelope, Route
+from ist.transport.interfaces import Lost, Place, Subnet
+from ist.transport.message import HEADER_BYTES
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class FaultyWorker(RayWorker):
     def train(self, ticket: int, round_number: int, place: Place, received: Any, *beside: Any) -> Any:
         mine = [f for f in self.faults if (f.round, f.worker) == (round_number, place.worker)]
         now = {f.phase: f.what for f in mine if self._is_new(f)}
-        fetch = ist.worker.fetch
+        fetch = ist.training.worker.fetch
         calls = 0
 
         def faulty_fetch(*arguments: Any) -> Any:
@@ -75,11 +75,11 @@ class FaultyWorker(RayWorker):
             return fetch(*arguments)
 
         if "while training" in now:
-            ist.worker.fetch = faulty_fetch
+            ist.training.worker.fetch = faulty_fetch
         try:
             trained = super().train(ticket, round_number, place, received, *beside)
         finally:
-            ist.worker.fetch = fetch
+            ist.training.worker.fetch = fetch
         before, self.last = self.last, trained.copy()
         match now.get("while sending back"):
             case None:

@@ -1,6 +1,7 @@
 """A stranger: connects to every address that it reads from stdin, again and again, and says what it got.
 
-python stranger.py [--once] < lines of "ADDRESS PORT". At the end of its input it prints {"connected": ..., "received": ...}.
+python stranger.py [--once] < lines of "ADDRESS PORT". At the end of its input it prints {"connected": ..., "received":
+...}.
 """
 
 import json

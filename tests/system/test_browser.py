@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ist.report.page import find_runs, write_report
-from tests.test_report import finished
+from tests.report.test_report import finished
 
 BROWSER = shutil.which("chromium")
 

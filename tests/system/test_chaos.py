@@ -18,17 +18,17 @@ import torch
 import yaml
 from torch import Tensor
 
-from ist.build import build_job
-from ist.checkpoint import Progress, read_tensors
-from ist.coordinator import Coordinator
-from ist.display import Display
-from ist.job import Job
-from ist.meter import MemoryGauge, Meter
-from ist.pool import Lost, Subnet
-from ist.pool.inline import InlinePool
-from ist.pool.ray import RayPool
-from ist.recorder import RunRecorder
-from ist.rounds import run_rounds
+from ist.monitoring.display import Display
+from ist.monitoring.meter import MemoryGauge, Meter
+from ist.pools.inline import InlinePool
+from ist.pools.ray_pool import RayPool
+from ist.runs.build import build_job
+from ist.runs.recorder import RunRecorder
+from ist.storage.checkpoint import Progress, read_tensors
+from ist.subnet.job import Job
+from ist.training.coordinator import Coordinator
+from ist.training.rounds import run_rounds
+from ist.transport.interfaces import Lost, Subnet
 from tests.conftest import ROOT, Run, assert_same, clone, config_tree, node, small_config, wait_for
 from tests.system.faults import Fault, FaultyPool
 
@@ -223,7 +223,7 @@ def test_a_run_goes_on_where_workers_die_faster_than_they_start() -> None:
 
 DRIVER = """
 import os, signal, sys
-import ist.checkpoint, ist.coordinator, ist.pool.ray as pool, ist.subnet
+import ist.storage.checkpoint, ist.training.coordinator, ist.pools.ray_pool as pool, ist.subnet.cut
 
 phase, at = sys.argv[1], int(sys.argv[2])
 now = {"round": -1, "results": 0}
@@ -249,12 +249,12 @@ pool.RayPool.gather = noting(pool.RayPool.gather)
 pool.RayPool.envelope = before(pool.RayPool.envelope, "before send", 2)
 pool.RayPool._result = before(pool.RayPool._result, "while training")
 pool.as_tensor = before(pool.as_tensor, "while sending back")
-ist.subnet._put = before(ist.subnet._put, "while merging", 4)
-ist.checkpoint.write_atomically  # renames what it has written
+ist.subnet.cut._put = before(ist.subnet.cut._put, "while merging", 4)
+ist.storage.checkpoint.write_atomically  # renames what it has written
 from pathlib import Path
 Path.replace = before(Path.replace, "while checkpointing")
 sys.argv[:] = ["ist", *sys.argv[3:]]
-from ist.cli import main
+from ist.cli.main import main
 main()
 """
 

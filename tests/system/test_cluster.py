@@ -1,7 +1,8 @@
 """docker/compose.yaml as a user would run it: a cluster in containers, a worker killed while it trains, and torchrun.
 
-No image registry is needed: the base image is made by debootstrap, with a wheelhouse that pip fills on this machine. Both
-are kept in /var/cache/ist-cluster-test, as are the image's layers if this test has to run a Docker daemon of its own.
+No image registry is needed: the base image is made by debootstrap, with a wheelhouse that pip fills on this machine.
+Both are kept in /var/cache/ist-cluster-test, as are the image's layers if this test has to run a Docker daemon of its
+own.
 """
 
 import contextlib

@@ -16,9 +16,9 @@ import psutil
 import pytest
 import yaml
 
+from ist.config.link_rate import Link
 from ist.errors import LabError
-from ist.lab.hosts import Host, hosts, why_not
-from ist.lab.link import Link
+from ist.launch.lab_hosts import Host, hosts, why_not
 from tests.conftest import ROOT, Run, config_tree, run_group, wait_for
 
 pytestmark = [
@@ -50,8 +50,8 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as connection:
 # Makes two hosts, starts something on one, says what there is, and waits for its end.
 MAKER = """
 import json, os, subprocess, sys, time
-from ist.lab.hosts import hosts
-from ist.lab.link import Link
+from ist.launch.lab_hosts import hosts
+from ist.config.link_rate import Link
 with hosts(2, Link(10, 10)) as where:
     sleep = subprocess.Popen(where[0].command(["sleep", "1000"]))
     time.sleep(0.5)
@@ -337,7 +337,7 @@ def nobody() -> tuple[str, dict[str, str]]:
         "OMP_NUM_THREADS": "1",
     }
     for interpreter in (sys.executable, f"/usr/bin/python3.{sys.version_info.minor}"):
-        done = run_group([*NOBODY, interpreter, "-c", "import torch, ist.cli"], Path("/"), environment, 100)
+        done = run_group([*NOBODY, interpreter, "-c", "import torch, ist.cli.main"], Path("/"), environment, 100)
         if done.returncode == 0:
             return interpreter, environment
     pytest.skip("no interpreter that user 65534 may run with this package")
@@ -349,7 +349,7 @@ def as_nobody(interpreter: str, environment: dict[str, str], script: str) -> str
     return done.stdout.strip()
 
 
-WHY_NOT = "from ist.lab.hosts import why_not; print(why_not())"
+WHY_NOT = "from ist.launch.lab_hosts import why_not; print(why_not())"
 
 
 def test_methods_are_compared_on_links_without_root(nobody: tuple[str, dict[str, str]]) -> None:

@@ -12,8 +12,8 @@ import yaml
 from torch import Tensor
 
 from benchmarks.overhead import exchange
-from ist.checkpoint import read_tensors
-from ist.lab.hosts import Host, hosts, run_everywhere, run_ranks, why_not
+from ist.launch.lab_hosts import Host, hosts, run_everywhere, run_ranks, why_not
+from ist.storage.checkpoint import read_tensors
 from tests.conftest import ROOT, assert_same, config_tree
 
 pytestmark = [

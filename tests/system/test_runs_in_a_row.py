@@ -11,9 +11,9 @@ import pytest
 from torch import nn
 
 import ist
-from ist.config_file import validate
-from ist.launch import launch
-from ist.run_folder import create_run_folder
+from ist.config.load import validate
+from ist.launch.start import launch
+from ist.storage.run_folder import create_run_folder
 from tests.conftest import config_tree, data
 from tests.networks import NETWORKS, seeded
 

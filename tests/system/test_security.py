@@ -1,4 +1,5 @@
-"""Strangers at the ports of a run, ranks without its secret, and public interfaces: with real processes and networks."""
+"""Strangers at the ports of a run, ranks without its secret, and public interfaces: with real processes and
+networks."""
 
 import json
 import os
@@ -16,9 +17,9 @@ import psutil
 import pytest
 import yaml
 
+from ist.distributed.secret import new_secret
 from ist.errors import LabError
-from ist.lab.hosts import Host, hosts, run_everywhere, why_not
-from ist.pool.secret import new_secret
+from ist.launch.lab_hosts import Host, hosts, run_everywhere, why_not
 from tests.conftest import ROOT, assert_same, config_tree
 from tests.system.test_network import inline_run, weights
 
@@ -33,8 +34,8 @@ FEW_BYTES = 1000
 # Rank 1 is late for the first group: a stranger has four seconds to take its place.
 LATE = """
 import time
-from ist.pool import group
-from ist.cli import main
+from ist.transport.interfaces import group
+from ist.cli.main import main
 first, calls = group._init_group, []
 def late(*arguments):
     calls.append(1)

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from ist.checkpoint import read_tensors
+from ist.storage.checkpoint import read_tensors
 from tests.conftest import ROOT, Run, assert_same, config_tree, free_port, wait_for
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from ist.cli import app
+from ist.cli.main import app
 from ist.errors import ConfigError, DataError, DivergedError
 from ist.report.theory_page import write_theory_page
 from ist.theory import EXPERIMENTS, runner

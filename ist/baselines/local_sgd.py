@@ -1,0 +1,179 @@
+"""Local training of whole networks: every rank trains its own for a round, then all are averaged.
+
+Local SGD takes the mean of the ranks' networks. DiLoCo takes the mean of how they changed for a gradient, with which an
+outer optimiser (SGD with Nesterov momentum) moves the common network; the change may travel in eight bits.
+Optimisers of local steps keep their state on their rank from round to round, as in both papers; at a checkpoint rank 0
+collects it, which is not counted as training traffic.
+Not here: the round loop, evaluation.
+"""
+
+import functools
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.model_averaging.utils import average_parameters
+
+from ist.baselines.quantized_mean import mean_in_int8
+from ist.baselines.ranks import RankRound, begin_together, collect, report_round, spread
+from ist.data.batches import take_shard
+from ist.distributed.process_group import Membership, peer_errors
+from ist.errors import CheckpointError
+from ist.monitoring.meter import MemoryGauge, Meter
+from ist.optimization import optimizers
+from ist.subnet.job import Job
+from ist.tensors import is_finite
+from ist.training.rounds import RoundReport
+from ist.training.worker import local_steps
+
+_OUTER = "outer/"
+_RANK = "rank-{}/"
+
+
+class LocalTraining:
+    """Local SGD and DiLoCo; a `Method` on rank 0, and its mirror on every other rank.
+
+    Args:
+        job: The run; its method is 'local_sgd', 'diloco' or 'diloco_int8'.
+        membership: This rank.
+        model: The whole network with its start values; rank 0's are broadcast.
+        state: Optimiser states of a checkpoint; empty at the start. Only rank 0's are used.
+        meter: Counts the all-reduce.
+
+    Reference: Stich, "Local SGD Converges Fast and Communicates Little", arXiv 1805.09767; Douillard et al., "DiLoCo",
+    arXiv 2311.08105, Algorithm 1 (outer learning rate 0.7, momentum 0.9).
+    """
+
+    def __init__(
+        self, job: Job, membership: Membership, model: nn.Module, state: Mapping[str, Tensor], meter: Meter
+    ) -> None:
+        self.job = job
+        self._membership = membership
+        self._meter = meter
+        self._gauge = MemoryGauge(membership.device)
+        self._shard = take_shard(job.train_data, job.dealing.shard(membership.rank))
+        self._model = model.to(membership.device)
+        with peer_errors("starting together"):
+            self._model.load_state_dict(spread(membership, self._model.state_dict()))
+            state = spread(membership, state)
+        ranks = [_RANK.format(rank) for rank in range(membership.world_size)]
+        prefixes = (*ranks, _OUTER) if job.config.method != "local_sgd" else tuple(ranks)
+        if foreign := [name for name in state if not name.startswith(prefixes)]:
+            raise CheckpointError(
+                f"the checkpoint holds '{foreign[0]}', for which method '{job.config.method}' has no use"
+            )
+        trained = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        self._named = trained
+        self._optimizer = optimizers.build_optimizer(job.config.train.optimizer, list(trained.values()))
+        self._sent_bytes = 0.0
+        self._saved: dict[str, Tensor] = {}
+        # The network on which all ranks agreed last, and the optimiser that moves it.
+        self._common: dict[str, nn.Parameter] = {}
+        self._outer: torch.optim.Optimizer | None = None
+        if job.config.method != "local_sgd":
+            baseline = job.config.baseline
+            self._common = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in trained.items()}
+            self._outer = torch.optim.SGD(
+                list(self._common.values()),
+                lr=baseline.outer_lr,
+                momentum=baseline.outer_momentum,
+                nesterov=baseline.outer_momentum > 0,
+            )
+            optimizers.restore_named_state(self._outer, self._common, _part(state, _OUTER))
+        optimizers.restore_named_state(self._optimizer, trained, _part(state, _RANK.format(membership.rank)))
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole network, between rounds the same on every rank but for running statistics."""
+        return self._model
+
+    def train_round(self, round_number: int) -> RoundReport:
+        """Make a round's steps on every rank alone, then average; every rank returns the report of all.
+
+        Raises:
+            DivergedError: A rank's loss is not finite.
+            PoolError: A rank is gone.
+        """
+        begin_together(self._membership)
+        started, cpu_started = time.perf_counter(), time.thread_time()
+        self._saved = {}
+        loss_sum, samples = local_steps(
+            self.job, self._membership.rank, self._shard, self._model, self._named, self._optimizer,
+            round_number, self._membership.device,
+        )  # fmt: skip
+        trained, cpu_trained = time.perf_counter(), time.thread_time()
+        with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):
+            self._average()
+            if self._membership.device.type == "cuda":  # NCCL returns when an exchange is begun
+                torch.cuda.synchronize(self._membership.device)
+            seconds = time.perf_counter() - started
+            on_gpu = self._membership.device.type != "cpu"
+            cpu_s = trained - started if on_gpu else cpu_trained - cpu_started
+            transfers = [time.perf_counter() - trained]
+            own = RankRound(
+                loss_sum, samples, is_finite(self._named.values()), seconds, cpu_s, self._sent_bytes,
+                self._gauge.peak_bytes(), transfers,
+            )  # fmt: skip
+            report = report_round(self.job, self._membership, self._meter, own, round_number)
+            ended = time.perf_counter()
+            if self.job.config.checkpoint.is_due(round_number + 1):
+                self._saved = self._states()
+        return replace(report, aside_s=time.perf_counter() - ended)
+
+    def checkpoint_state(self) -> Mapping[str, Tensor]:
+        """Return the whole network's tensors, and the optimiser states of all ranks where the run can go on from it."""
+        return {**self._model.state_dict(), **self._saved}
+
+    def bytes_sent(self) -> int:
+        """Return what all ranks have sent."""
+        return self._meter.sent.total()
+
+    def close(self) -> None:
+        """Nothing to let go: the process group outlives the run."""
+
+    def _average(self) -> None:
+        """Make the network the same on all ranks again."""
+        parameters = list(self._named.values())
+        size = self._membership.world_size
+        ring = 2 * (size - 1) / size
+        if self._outer is None:
+            # All are averaged as one vector, of the widest dtype among them.
+            widest = functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters))
+            self._sent_bytes += ring * widest.itemsize * sum(parameter.numel() for parameter in parameters)
+            average_parameters(iter(parameters), dist.group.WORLD)  # type: ignore[arg-type]
+            return
+        common = list(self._common.values())
+        change = torch.cat([(old - new).detach().flatten() for old, new in zip(common, parameters, strict=True)])
+        if self.job.config.method == "diloco_int8":
+            change, sent = mean_in_int8(change, self._membership)
+            self._sent_bytes += sent
+        else:
+            self._sent_bytes += ring * change.nbytes
+            change /= size
+            dist.all_reduce(change)
+        sizes = [parameter.numel() for parameter in common]
+        for parameter, part in zip(common, torch.split(change, sizes), strict=True):
+            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+        self._outer.step()
+        self._outer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for old, new in zip(common, parameters, strict=True):
+                new.copy_(old)
+
+    def _states(self) -> dict[str, Tensor]:
+        """Return all ranks' optimiser states, by name, on rank 0."""
+        ranks = collect(self._membership, optimizers.named_state(self._optimizer, self._named))
+        found = {
+            _RANK.format(rank) + name: tensor for rank, theirs in enumerate(ranks) for name, tensor in theirs.items()
+        }
+        if self._outer is not None:
+            outer = optimizers.named_state(self._outer, self._common)
+            found |= {_OUTER + name: tensor for name, tensor in outer.items()}
+        return found
+
+
+def _part(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

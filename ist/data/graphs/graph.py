@@ -1,0 +1,94 @@
+"""Data sets whose items are graphs: nodes with features and a target each, and edges.
+
+A batch of several graphs is one graph whose parts are not joined. Not here: which graphs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ist.data.batched import IGNORED, BatchedDataset
+from ist.data.graphs.sparse import SparseRows
+from ist.errors import DataError
+from ist.rng import Indices
+
+GraphBatch = tuple[tuple[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A graph whose nodes are numbered from 0.
+
+    Args:
+        features: (nodes, features) float32, or sparse rows that become so in a batch.
+        edge_index: int64, shape (2, edges): from and to; an edge without direction is there twice.
+        targets: int64, shape (nodes,): the class, or -100 where the node counts for nothing.
+    """
+
+    features: Tensor | SparseRows
+    edge_index: Tensor
+    targets: Tensor
+
+
+class GraphDataset(BatchedDataset):
+    """Graphs; a batch is ((features, edge_index), targets), as one graph."""
+
+    def __init__(self, graphs: Sequence[Graph]) -> None:
+        self.graphs = tuple(graphs)
+
+    def __len__(self) -> int:
+        """Return the number of graphs."""
+        return len(self.graphs)
+
+    def __getitem__(self, index: int) -> GraphBatch:
+        """Return one graph as ((features, edge_index), targets)."""
+        return self.batch(np.array([index], dtype=np.int64))
+
+    def batch(self, indices: Indices) -> GraphBatch:
+        """Return the graphs at `indices` side by side: no edge leads from one to another.
+
+        Returns:
+            ((features float32 (nodes, features), edge_index int64 (2, edges)), targets int64 (nodes,)).
+        """
+        graphs = [self.graphs[int(index)] for index in indices]
+        features = [_dense(graph.features) for graph in graphs]
+        if len(graphs) == 1:
+            return (features[0], graphs[0].edge_index), graphs[0].targets
+        starts = np.cumsum([0, *(len(graph.targets) for graph in graphs)])
+        edges = [graph.edge_index + int(start) for graph, start in zip(graphs, starts, strict=False)]
+        return (torch.cat(features), torch.cat(edges, dim=1)), torch.cat([graph.targets for graph in graphs])
+
+    def part(self, indices: Indices) -> "GraphDataset":
+        """Return the graphs at `indices` alone."""
+        return GraphDataset([self.graphs[int(index)] for index in indices])
+
+
+def _dense(features: Tensor | SparseRows) -> Tensor:
+    return features if isinstance(features, Tensor) else features.dense()
+
+
+def undirected(edges: Indices, num_nodes: int) -> Indices:
+    """Return edges in both directions, each once and sorted, without loops.
+
+    Args:
+        edges: int64, shape (2, edges).
+        num_nodes: Number of nodes.
+
+    Raises:
+        DataError: An edge leads to a node that is not there.
+    """
+    if edges.size and not (edges.min() >= 0 and edges.max() < num_nodes):
+        raise DataError(f"an edge joins nodes {edges.min()} to {edges.max()}, but they go from 0 to {num_nodes - 1}")
+    proper = edges[:, edges[0] != edges[1]]
+    both = np.concatenate([proper[0] * num_nodes + proper[1], proper[1] * num_nodes + proper[0]])
+    return np.stack(np.divmod(np.unique(both), num_nodes))
+
+
+def only(targets: Indices, nodes: Indices) -> Tensor:
+    """Return int64 targets of all nodes, -100 where they are not among `nodes`."""
+    masked = np.full_like(targets, IGNORED)
+    masked[nodes] = targets[nodes]
+    return torch.from_numpy(masked)

@@ -1,0 +1,1 @@
+"""WordNet's nouns: as a graph, and as glosses with what they are kinds of."""

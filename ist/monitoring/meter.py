@@ -1,0 +1,85 @@
+"""What a run costs: bytes by direction and peer, seconds by phase, peak memory.
+
+Bytes are counted where messages are sent and received. Times come from one monotonic clock per process.
+Not here: how often it is written down (`ist/storage/run_folder.py`), what it looks like (`ist/report/`).
+"""
+
+import resource
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+
+class Meter:
+    """Counters of one process.
+
+    Attributes:
+        sent: Bytes sent so far, by the worker they went to.
+        received: Bytes received so far, by the worker they came from.
+        seconds: Seconds so far, by phase.
+    """
+
+    def __init__(self) -> None:
+        self.sent: Counter[int] = Counter()
+        self.received: Counter[int] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of a `with` block to a phase."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - started
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes in both directions: what crossed this process's link."""
+        return self.sent.total() + self.received.total()
+
+
+class MemoryGauge:
+    """Peak memory since this was made, above what the process held then.
+
+    On a GPU: bytes that torch allocated on it. On a CPU: growth of the resident set, so that the
+    interpreter, libraries and data that were there before do not count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.init()  # type: ignore[no-untyped-call]  # before that there are no statistics to reset
+            torch.cuda.reset_peak_memory_stats(device)
+            self._start = 0
+        else:
+            _reset_resident_peak()
+            self._start = _resident_peak_bytes()
+
+    def peak_bytes(self) -> int:
+        """Return the peak so far, in bytes."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated(self.device))
+        return max(0, _resident_peak_bytes() - self._start)
+
+
+def _reset_resident_peak() -> None:
+    # Linux lets a process reset its own high-water mark; elsewhere growth below an earlier peak stays unseen.
+    # The same holds in a sandbox that forbids it: the reading is then too low, never too high.
+    if sys.platform == "linux":
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _resident_peak_bytes() -> int:
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,144 @@
+"""Say what failed in a user's code, and where: which sample, which module, which line.
+
+Where it sits: `ist/training/worker.py` and `ist/evaluation/evaluate.py` run networks and losses inside these contexts.
+Not here: the data set's own failures (`ist/data/batches.py`). Errors of this package, warnings, a peer that is gone and
+memory that is refused pass as they are: they have other causes than the code that they stop.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ist.data.batches import named_samples
+from ist.data.nested import mapped, scores, tensors_in
+from ist.errors import ConfigError, DataError, ISTError, ModelError, is_out_of_memory, said_at
+from ist.rng import Indices
+
+_MOST_SHOWN = 8
+
+
+def is_peer_failure(error: BaseException) -> bool:
+    """Return whether torch.distributed says that a peer is gone."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "Gloo", "NCCL", "onnection"))
+    )
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put in front of what is said of data or network where it failed."""
+    try:
+        yield
+    except (ConfigError, DataError, ModelError) as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+@contextmanager
+def network_errors(network: nn.Module, what: str = "the network") -> Iterator[None]:
+    """Turn what a network's code raises into an error that names the module.
+
+    Raises:
+        ModelError: It has raised something.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _passes(error):
+            raise
+        raise ModelError(f"{what} fails{_in_module(error, network)}: {said_at(error)}") from error
+
+
+@contextmanager
+def loss_errors(numbers: Callable[[], Indices], metric: str | None = None) -> Iterator[None]:
+    """Turn what a loss or a metric raises into an error that names the samples of the batch.
+
+    Args:
+        numbers: Tells by which numbers the samples are known.
+        metric: The name of the metric; None: it is the loss.
+
+    Raises:
+        DataError: The loss has raised something.
+        ConfigError: The metric has.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _passes(error):
+            raise
+        what, kind = (f"metric '{metric}'", ConfigError) if metric else ("the loss", DataError)
+        raise kind(f"{what} of {named_samples(numbers())} fails: {said_at(error)}") from error
+
+
+def loss_of(loss: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, numbers: Callable[[], Indices]) -> Tensor:
+    """Return the loss of a batch; where it fails for some of the samples alone, say for which.
+
+    Args:
+        loss: Mean loss of (outputs, targets).
+        outputs: Of the network, for the batch.
+        targets: Of the batch.
+        numbers: Tells by which numbers its samples are known.
+
+    Raises:
+        DataError: It fails for some samples; the message names the first of them, and its target.
+    """
+    try:
+        return loss(outputs, targets)
+    except Exception as error:
+        if _passes(error):
+            raise
+        bad = _failing_alone(loss, outputs, targets, len(numbers()))
+        if bad is None:
+            raise
+        sample, target = named_samples(numbers()[[bad]]), _target_text(_part(targets, bad), outputs)
+        raise DataError(f"the loss of {sample} fails{target}: {said_at(error)}") from error
+
+
+def _passes(error: Exception) -> bool:
+    return isinstance(error, ISTError | Warning) or is_out_of_memory(error) or is_peer_failure(error)
+
+
+def _in_module(error: BaseException, network: nn.Module) -> str:
+    """Name the innermost module of the network whose code was running."""
+    paths = {id(module): path for path, module in network.named_modules()}
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        module = trace.tb_frame.f_locals.get("self")
+        if id(module) in paths and paths[id(module)]:
+            found = module
+        trace = trace.tb_next
+    return f" in '{paths[id(found)]}' ({type(found).__name__.removeprefix('Scaled')})" if found is not None else ""
+
+
+def _failing_alone(loss: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, size: int) -> int | None:
+    """Return the first sample of a batch for which a loss fails, unless it fails for all or cannot be taken apart."""
+    tensors = [*tensors_in(outputs), *tensors_in(targets)]
+    if not tensors or any(tensor.ndim == 0 or len(tensor) != size for tensor in tensors):
+        return None
+    failing = []
+    for position in range(size):
+        try:
+            with torch.no_grad():
+                loss(_part(outputs, position), _part(targets, position))
+        except Exception:
+            failing.append(position)
+    return failing[0] if 0 < len(failing) < size else None
+
+
+def _part(value: Any, position: int) -> Any:
+    return mapped(value, lambda tensor: tensor[position : position + 1])
+
+
+def _target_text(target: Any, outputs: Any) -> str:
+    """Say what a target is, and which class numbers there are where it is one."""
+    if not isinstance(target, Tensor) or target.numel() > _MOST_SHOWN:
+        return ""
+    values = target[0].tolist()
+    is_class = not target.is_floating_point() and target.ndim == 1
+    found = scores(outputs) if is_class else None
+    classes = f", where classes are 0 to {found.shape[1] - 1}" if found is not None and found.ndim == 2 else ""
+    return f" (its target is {values}{classes})"

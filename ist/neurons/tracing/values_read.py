@@ -1,0 +1,95 @@
+"""Values that leave torch in a forward (`item()`, `bool()`, `float()`), and whether the outputs depend on them.
+
+A check (`assert h.isfinite().all()`), or a mean that is printed, does not keep neurons together; a value that is
+computed with, or that chooses a branch, does. Each value is changed in a run of its own: if the outputs are
+the same, or if the network's own `raise` or `assert` answers, it is only looked at.
+
+Where it sits: `ist/neurons/trace.py` asks, for networks that run with values.
+"""
+
+import linecache
+import re
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ist.data.nested import tensors_in
+from ist.neurons.tracing.shared_draws import Draws, fixed_draws
+from ist.neurons.tracing.tape import Step
+from ist.neurons.tracing.untaken_paths import other_values
+
+MOST_READS = 100
+"""So many values are tried, two or three runs each; further ones are taken to matter."""
+
+
+def reads_that_matter(
+    steps: Sequence[Step],
+    suspects: Sequence[int],
+    seed: int,
+    fresh: Callable[[], nn.Module],
+    run: Callable[[nn.Module], Any],
+) -> set[int]:
+    """Return the steps whose value the outputs depend on.
+
+    Args:
+        steps: Those of one run of a network.
+        suspects: Numbers of steps that read a value which depends on parameters.
+        seed: That of the run's random draws.
+        fresh: Makes the network anew.
+        run: Runs it, and returns its outputs.
+    """
+    if not suspects:
+        return set()
+    turns = {number: turn for turn, number in enumerate(n for n, step in enumerate(steps) if step.value is not None)}
+
+    def outputs(turn: int, value: Any) -> list[Tensor]:
+        network = fresh()
+        with fixed_draws(Draws(seed)), _Altered(turn, value), torch.no_grad():
+            return list(tensors_in(run(network)))
+
+    plain = outputs(-1, None)
+    matter = set(suspects[MOST_READS:])
+    for number in suspects[:MOST_READS]:
+        for value in other_values(steps[number].value or 0):
+            try:
+                found = outputs(turns[number], value)
+            except Exception as error:  # whatever a forward raises
+                matters = not _is_check(error)
+            else:
+                matters = not _are_same(plain, found)
+            if matters:
+                matter.add(number)
+                break
+    return matter
+
+
+def _are_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(
+        a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(first, second, strict=True)
+    )
+
+
+def _is_check(error: Exception) -> bool:
+    """Whether an error was raised by a statement of Python, not by an operator that got wrong arguments."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return bool(re.search(r"\b(raise|assert)\b", linecache.getline(last.filename, last.lineno or 0)))
+
+
+class _Altered(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Changes one of the values that leave torch."""
+
+    def __init__(self, turn: int, value: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._turn, self._value, self._seen = turn, value, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator."""
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, bool | int | float):
+            self._seen += 1
+            return self._value if self._seen - 1 == self._turn else result
+        return result

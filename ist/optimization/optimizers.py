@@ -1,0 +1,323 @@
+"""Any `torch.optim` optimiser by name, and its state as named tensors.
+
+A worker makes a new optimiser for a subnet that it has not held in the round before.
+
+State is reset each round; or kept by the worker, whose own it then is (`ist/training/worker_state.py`); or carried:
+then each state tensor that is shaped like its parameter (momentum, second moments) is cut, sent and merged as the
+parameter is, and scalars (step counts) are shared. Names: `momentum_buffer@linear_1.weight`.
+Not here: schedules (`step_settings.py`), cutting state (`ist/subnet/cut.py`), moving it (`ist/transport/`).
+"""
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ist.config.base import Component
+from ist.config.registry import call, resolve
+from ist.errors import CheckpointError, ConfigError, said_at
+from ist.neurons.group import Group
+from ist.tensors import TensorSpec
+
+_SAMPLE_SHAPE = (2, 3)
+_TRIED_STEPS = 3
+_NUMBER = "#"
+
+
+@dataclass(frozen=True)
+class StateSlot:
+    """One entry of an optimiser's per-parameter state."""
+
+    key: str
+    like_parameter: bool
+    dtype: torch.dtype | None
+    initial: float
+
+
+def build_optimizer(spec: Component, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """Make an optimiser.
+
+    Raises:
+        ConfigError: It is not known, refuses its arguments, or needs a closure.
+    """
+    cls = resolve(spec.name, "train.optimizer.name", {}, torch.optim)
+    if cls is torch.optim.LBFGS:
+        raise ConfigError(
+            "'train.optimizer.name' is 'LBFGS', which evaluates the loss several times a step: not supported"
+        )
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ConfigError(f"'train.optimizer.name' is '{spec.name}', which is not a torch.optim.Optimizer")
+    # A copy of the arguments: a schedule changes a rate that is a tensor in place.
+    made = call(cls, {"params": parameters, **copy.deepcopy(spec.args)}, "train.optimizer.args")
+    assert isinstance(made, torch.optim.Optimizer)
+    return made
+
+
+def try_optimizer(spec: Component) -> None:
+    """Make a few steps on a small parameter: some arguments are refused when they are first used.
+
+    Raises:
+        ConfigError: As `build_optimizer`, or a step fails.
+    """
+    _stepped(spec, [nn.Parameter(torch.zeros(_SAMPLE_SHAPE))], 1.0, _TRIED_STEPS)
+
+
+def _stepped(spec: Component, parameters: Sequence[nn.Parameter], gradient: float, steps: int) -> torch.optim.Optimizer:
+    """Make an optimiser and some steps with gradients of one value, which are sparse if it does not take others.
+
+    Raises:
+        ConfigError: A step fails with both.
+    """
+    first: Exception | None = None
+    for is_sparse in (False, True):
+        optimizer = build_optimizer(spec, parameters)
+        for group in optimizer.param_groups if gradient == 0 else ():
+            group["weight_decay"] = 0.0  # state from gradients alone, which are zero
+        try:
+            with torch.random.fork_rng(devices=[]):
+                for _ in range(steps):
+                    for parameter in parameters:
+                        dense = torch.full_like(parameter, gradient)
+                        parameter.grad = dense.to_sparse(1) if is_sparse else dense
+                    optimizer.step()
+        except Exception as error:  # its class may be anybody's
+            first = first or error
+        else:
+            return optimizer
+        finally:
+            for parameter in parameters:
+                parameter.grad = None
+    assert first is not None
+    raise ConfigError(f"'train.optimizer.args' {spec.args}: a step of {spec.name} raises {said_at(first)}") from first
+
+
+def state_slots(spec: Component, dims: Iterable[int] = (2,)) -> tuple[StateSlot, ...]:
+    """Return what state an optimiser keeps for a parameter, found by making one step on small ones.
+
+    Args:
+        spec: The optimiser.
+        dims: How many dims the parameters of the network have.
+
+    Raises:
+        ConfigError: The state cannot be carried with neurons: a tensor of another shape than its
+            parameter, one that starts from the parameter's values, or another state for parameters of other dims.
+    """
+    ordered = sorted(set(dims) - {0}) or [1]
+    shapes = [_SAMPLE_SHAPE[-number:] if number <= 2 else (*_SAMPLE_SHAPE, *[2] * (number - 2)) for number in ordered]
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.empty(shape).uniform_(1, 2, generator=generator)) for shape in shapes]
+    optimizer = _stepped(spec, parameters, 0.0, 1)
+    found = [_slots_of(spec.name, optimizer, parameter) for parameter in parameters]
+    for number, slots in zip(ordered, found, strict=True):
+        if slots != found[0]:
+            raise ConfigError(
+                f"'train.optimizer_state' is 'carried', but {spec.name} keeps {_keys(found[0])} for parameters of "
+                f"{ordered[0]} dims and {_keys(slots)} for those of {number}: use 'reset' or 'kept'"
+            )
+    return found[0]
+
+
+def _slots_of(name: str, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[StateSlot, ...]:
+    slots = []
+    for key, value in optimizer.state[parameter].items():
+        if value is None:
+            continue
+        tensor = torch.as_tensor(value)
+        like = tensor.shape == parameter.shape
+        if not isinstance(value, Tensor) or not (like or tensor.ndim == 0) or (tensor != tensor.flatten()[0]).any():
+            raise ConfigError(
+                f"'train.optimizer_state' is 'carried', but {name} keeps '{key}', which cannot be cut along "
+                "with its parameter: use 'reset'"
+            )
+        same_dtype = like and tensor.dtype == parameter.dtype
+        slots.append(StateSlot(key, like, None if same_dtype else tensor.dtype, float(tensor.flatten()[0])))
+    return tuple(slots)
+
+
+def _keys(slots: Sequence[StateSlot]) -> str:
+    return " and ".join(f"'{slot.key}'" for slot in slots) or "nothing"
+
+
+def state_name(key: str, parameter: str) -> str:
+    """Return the name under which a parameter's state tensor travels and is saved."""
+    return f"{key}@{parameter}"
+
+
+def carried_specs(slots: Sequence[StateSlot], parameters: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+    """Return the specs of all state tensors of the given parameters."""
+    return {
+        state_name(slot.key, name): TensorSpec(spec.shape if slot.like_parameter else (), slot.dtype or spec.dtype)
+        for name, spec in parameters.items()
+        for slot in slots
+    }
+
+
+def carried_groups(
+    slots: Sequence[StateSlot], groups: Sequence[Group], parameters: Mapping[str, TensorSpec]
+) -> tuple[Group, ...]:
+    """Return groups whose neurons take their optimiser state with them."""
+    return tuple(
+        replace(
+            group,
+            slots=group.slots
+            + tuple(
+                replace(slot, tensor=state_name(state.key, slot.tensor))
+                for slot in group.slots
+                if slot.tensor in parameters
+                for state in slots
+                if state.like_parameter
+            ),
+        )
+        for group in groups
+    )
+
+
+def initial_state(
+    slots: Sequence[StateSlot], specs: Mapping[str, TensorSpec], device: torch.device
+) -> dict[str, Tensor]:
+    """Return whole state tensors as they are before any step, for the names in `specs`."""
+    values = {slot.key: slot.initial for slot in slots}
+    return {
+        name: torch.full(spec.shape, values[name.partition("@")[0]], dtype=spec.dtype, device=device)
+        for name, spec in specs.items()
+    }
+
+
+def load_state(
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    slots: Sequence[StateSlot],
+    state: Mapping[str, Tensor],
+) -> None:
+    """Give an optimiser the state in `state`; tensors shaped like their parameter are used in place, not copied."""
+    for name, parameter in named.items():
+        for slot in slots:
+            tensor = state[state_name(slot.key, name)]
+            scalar = tensor.to(scalar_device(optimizer, parameter), copy=True)
+            optimizer.state[parameter][slot.key] = tensor if slot.like_parameter else scalar
+
+
+def scalar_device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.device:
+    """Return where an optimiser wants step counts: on the CPU, unless it is fused or capturable."""
+    settings: Mapping[str, Any] = next(
+        (group for group in optimizer.param_groups if any(member is parameter for member in group["params"])), {}
+    )
+    beside = settings.get("fused") or settings.get("capturable")
+    return parameter.device if beside else torch.device("cpu")
+
+
+def store_state(
+    optimizer: torch.optim.Optimizer,
+    named: Mapping[str, nn.Parameter],
+    slots: Sequence[StateSlot],
+    state: Mapping[str, Tensor],
+) -> None:
+    """Write an optimiser's state into the tensors of `state`, the inverse of `load_state`."""
+    for name, parameter in named.items():
+        for slot in slots:
+            target, source = state[state_name(slot.key, name)], optimizer.state[parameter].get(slot.key)
+            if source is None:  # it has had no gradient yet
+                target.fill_(slot.initial)
+            elif source.is_sparse:  # momentum of sparse gradients
+                target.copy_(source.to_dense())
+            elif target.data_ptr() != source.data_ptr():
+                target.copy_(source)
+
+
+def named_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Return an optimiser's state by `state_name`: tensors, and plain numbers as tensors whose names say so.
+
+    What a class keeps in itself, or in its parameter groups, is there too; see `named_extras`.
+    """
+    found: dict[str, Tensor] = {}
+    for name, parameter in named.items():
+        for key, value in optimizer.state[parameter].items():
+            found |= _named_value(key, name, value)
+    for extra, value in named_extras(optimizer).items():
+        key, _, owner = extra.partition("@")
+        found |= _named_value(key, owner, value)
+    return found
+
+
+def _named_value(key: str, owner: str, value: Any) -> dict[str, Tensor]:
+    if isinstance(value, Tensor):
+        return {state_name(key, owner): value.to_dense() if value.is_sparse else value}
+    if isinstance(value, int | float):
+        dtype = torch.float64 if isinstance(value, float) else None
+        return {state_name(key + _NUMBER, owner): torch.tensor(value, dtype=dtype)}
+    return {}
+
+
+_OBJECT, _GROUP = ":optimizer", ":group-"
+"""What stands in the place of a parameter's name for the optimiser's own attributes, and for those of a group."""
+
+
+def extra_name(name: str, group: int | None) -> str:
+    """Return the name of an optimiser's attribute, or of a setting of a parameter group."""
+    return state_name(name, _OBJECT if group is None else f"{_GROUP}{group}")
+
+
+def named_extras(optimizer: torch.optim.Optimizer) -> dict[str, int | float | Tensor]:
+    """Return the numbers and tensors that a class keeps outside per-parameter state, by `extra_name`.
+
+    They are attributes that torch's own optimisers do not have, and settings of groups that are not the defaults.
+    """
+    plain = vars(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+    found = {
+        extra_name(name, None): value
+        for name, value in vars(optimizer).items()
+        if name not in plain and isinstance(value, int | float | Tensor)
+    }
+    for number, group in enumerate(optimizer.param_groups):
+        for name, value in group.items():
+            default = optimizer.defaults.get(name)
+            if isinstance(value, int | float | Tensor) and value is not default and not _equal(value, default):
+                found[extra_name(name, number)] = value
+    return found
+
+
+def _equal(value: Any, other: Any) -> bool:
+    return (
+        bool(torch.equal(value, other)) if isinstance(value, Tensor) and isinstance(other, Tensor) else value == other
+    )
+
+
+def restore_named_state(
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
+) -> None:
+    """Give an optimiser the state that `named_state` returned.
+
+    Raises:
+        CheckpointError: It holds something of no parameter of these.
+    """
+    for full_name, tensor in state.items():
+        key, _, name = full_name.partition("@")
+        if name.startswith((_OBJECT, _GROUP)):
+            _restore_extra(optimizer, key, name, tensor)
+            continue
+        if name not in named:
+            raise CheckpointError(f"the checkpoint holds '{full_name}', which is no optimiser state of this network")
+        parameter = named[name]
+        if key.endswith(_NUMBER):
+            optimizer.state[parameter][key.removesuffix(_NUMBER)] = tensor.item()
+            continue
+        like_parameter = tensor.ndim > 0 or (parameter.ndim == 0 and key != "step")
+        device = parameter.device if like_parameter else scalar_device(optimizer, parameter)
+        optimizer.state[parameter][key] = tensor.to(device)
+
+
+def _restore_extra(optimizer: torch.optim.Optimizer, key: str, owner: str, tensor: Tensor) -> None:
+    is_number, key = key.endswith(_NUMBER), key.removesuffix(_NUMBER)
+    value = tensor.item() if is_number else tensor.to(optimizer.param_groups[0]["params"][0].device)
+    if owner == _OBJECT:
+        setattr(optimizer, key, value)
+        return
+    number = int(owner.removeprefix(_GROUP))
+    if number >= len(optimizer.param_groups):
+        raise CheckpointError(
+            f"the checkpoint holds '{key}' of parameter group {number}, which this optimiser does not have"
+        )
+    optimizer.param_groups[number][key] = value

@@ -1,0 +1,55 @@
+"""All workers in this process, one after the other: the reference for every other pool.
+
+Bytes are counted as if workers were processes: of those whose messages would cross a link (`remote_workers`).
+"""
+
+from collections.abc import Generator, Iterable
+
+import torch
+
+from ist.monitoring.meter import Meter
+from ist.subnet.job import Job, remote_workers
+from ist.training.worker import Seat
+from ist.training.worker_state import Site
+from ist.transport.codec import Envelope, Route
+from ist.transport.interfaces import Buffers, Lost, Subnet
+
+
+class InlinePool:
+    """Workers as plain objects."""
+
+    parallel = False
+
+    def __init__(self, job: Job, device: torch.device, meter: Meter, site: Site | None = None) -> None:
+        self._names = tuple(f"worker {number}" for number in range(job.config.train.workers))
+        self._seats = [Seat(job, device, site) for _ in self._names]
+        self._buffers = Buffers(device)
+        self._meter = meter
+        self._remote = remote_workers(job)
+
+    def gather(self, round_number: int) -> tuple[str, ...]:  # noqa: ARG002
+        """All workers are always there."""
+        return self._names
+
+    def process(self, worker: int) -> str:
+        """Return the name of a worker."""
+        return self._names[worker]
+
+    def envelope(self, worker: int, route: Route) -> Envelope:
+        """Return a worker's envelope."""
+        return self._buffers.envelope(worker, route)
+
+    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
+        """Train the subnets in order."""
+        for subnet in subnets:
+            is_remote = subnet.worker in self._remote
+            if is_remote:
+                self._meter.sent[subnet.worker] += subnet.down_bytes
+            worker = self._seats[subnet.worker].worker(subnet.place)
+            worker.train(round_number, subnet.envelope, subnet.frozen)
+            if is_remote:
+                self._meter.received[subnet.worker] += subnet.envelope.up.nbytes
+            yield subnet
+
+    def close(self) -> None:
+        """Nothing to let go."""

@@ -1,0 +1,385 @@
+"""Workers as Ray actors, which may die, be slow, come and go: the driver coordinates.
+
+A round's subnets travel through Ray's object store: the driver cuts one after the other into the same memory and
+puts each into the store (one copy); an actor copies it into the message it trains on; the trained message is put
+into the store (one copy), where the driver merges from it without copying.
+
+Whoever is lost in a round is replaced before the next. A fixed number of actors shares a placement group, so that they
+are placed together or not at all; where their number may vary, each is placed as soon as there is room for it. A round
+begins only after every worker has just answered. Where workers of a fixed number keep dying while others start, it
+begins with those that are there, if they are enough (`pool.min_returned`); the others are lost in that round.
+Not here: starting or finding a cluster (`ist/pools/ray_cluster.py`), what a lost worker means
+(`ist/training/coordinator.py`).
+"""
+
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from ist.config.schema import Ray, min_returned
+from ist.errors import PoolError, WorkerLostError, first_line
+from ist.monitoring.meter import Meter
+from ist.pools.ray_actor import RayWorker, as_tensor
+from ist.subnet.job import Job
+from ist.training.worker_state import Site
+from ist.transport.codec import Envelope, Route
+from ist.transport.interfaces import Lost, Subnet
+
+_START_ATTEMPTS = 3
+"""Errors in a row in an actor's constructor after which its slot is given up: the next would fail as well."""
+_START_DEATHS = 20
+"""The same for processes that die while they start, of which the next may live."""
+_DEATHS_WHILE_WAITING = 2
+"""After so many, waiting for a full crew may never end."""
+_POLL_S = 0.2
+_NOWHERE = "?"
+_SIGN_OF_LIFE_S = 5.0
+
+
+@dataclass
+class _Member:
+    """An actor, and what it is doing for us.
+
+    Attributes:
+        slot: Which of the run's workers it stands for; an actor that takes over after a loss has the same.
+        starting: Answers when the actor runs, for the first time or still; None afterwards.
+        busy: A round that goes on without it, but that it may still be training; since when.
+        failures: How many rounds in a row its code has failed in.
+    """
+
+    slot: int
+    name: str
+    actor: Any
+    starting: Any | None
+    where: str = _NOWHERE
+    busy: Any | None = None
+    busy_since: float = 0.0
+    failures: int = 0
+
+    @property
+    def is_free(self) -> bool:
+        return self.starting is None and self.busy is None
+
+
+class RayPool:
+    """The driver's side.
+
+    Args:
+        job: The run; its configuration says how many workers there may be and what each needs.
+        meter: Counts payload bytes.
+        label: What actors are named after; must be this run's own in the cluster.
+        worker_class: The class of the actors.
+        site: Where workers save what they keep; None: nowhere.
+
+    Raises:
+        PoolError: The job cannot be sent to actors.
+    """
+
+    parallel = True
+
+    def __init__(
+        self, job: Job, meter: Meter, label: str, worker_class: type = RayWorker, site: Site | None = None
+    ) -> None:
+        config = job.config
+        self._meter = meter
+        self._label = label
+        self._site = site
+        self._settings = config.pool.ray
+        self._round_s = config.pool.round_deadline_s or config.pool.timeout_s
+        self._has_deadline = config.pool.round_deadline_s is not None
+        self._most = config.train.workers
+        self._least = config.train.min_workers or self._most
+        self._fewest = self._least if config.train.is_elastic else min_returned(config)
+        remote: Any = ray.remote  # its annotations leave concurrency groups out
+        self._class = remote(concurrency_groups={"control": 1})(worker_class)
+        try:
+            self._job = ray.put(job.for_workers())
+        except RayError as error:
+            raise PoolError(f"network and data do not fit into Ray's object store: {first_line(error)}") from error
+        except (TypeError, AttributeError) as error:
+            raise PoolError(
+                f"network, data or loss cannot be sent to Ray workers: {first_line(error)}. Define them in a module, "
+                "not inside a function"
+            ) from error
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._group: Any = None
+        if not config.train.is_elastic:
+            self._group = placement_group([_bundle(self._settings)] * self._most, self._settings.placement)
+        self._members: dict[int, _Member] = {}
+        self._crew: list[_Member | None] = []  # None: one that the round begins without
+        self._generation = 0
+        self._ticket = -1
+        self._failed_starts: dict[int, int] = {}
+        self._hopeless: set[int] = set()
+        self._retry_at: dict[int, float] = {}
+        self._last_cause = ""
+
+    def gather(self, round_number: int) -> tuple[str, ...]:
+        """Let new workers take the place of lost ones, and wait until enough are there.
+
+        Raises:
+            WorkerLostError: There are too few after `pool.ray.start_timeout_s`, or they fail as they start.
+        """
+        deadline = time.monotonic() + self._settings.start_timeout_s
+        if any(member.busy is not None for member in self._members.values()):
+            deadline += self._round_s  # for those who may be replaced only after that
+        self._dismiss_the_dead()
+        has_waited, deaths = False, 0
+        while True:
+            self._fill_slots()
+            deaths += self._poll()
+            free = [member for _, member in sorted(self._members.items()) if member.is_free]
+            if len(free) >= (self._fewest if deaths >= _DEATHS_WHILE_WAITING else self._least):
+                died = self._dismiss_the_dead() if has_waited else 0
+                if not died:
+                    enough = len(free) >= self._least
+                    slots = [member.slot for member in free] if enough else list(range(self._most))
+                    there = {member.slot: member for member in free}
+                    self._crew = [there.get(slot) for slot in slots]
+                    return tuple(f"worker-{slot}" for slot in slots)
+                deaths += died
+                continue
+            failing = self._most - len(self._hopeless) < self._least
+            if failing or time.monotonic() > deadline:
+                raise WorkerLostError(self._too_few(round_number, len(free), failing))
+            has_waited = True
+            waited_for = [ref for member in self._members.values() for ref in (member.starting, member.busy) if ref]
+            if waited_for:
+                ray.wait(waited_for, timeout=_POLL_S, fetch_local=False)
+            else:
+                time.sleep(_POLL_S)
+
+    def process(self, worker: int) -> str:
+        """Return the name of an actor; who takes its place has another one."""
+        member = self._crew[worker]
+        return member.name if member else f"nobody for worker {worker}"
+
+    def envelope(self, worker: int, route: Route) -> Envelope:  # noqa: ARG002
+        """Return memory for a message, the same for all workers: what is sent is a copy in the object store."""
+        if self._scratch.nbytes < route.nbytes:
+            self._scratch = torch.zeros(route.nbytes, dtype=torch.uint8)
+        return Envelope(route, flat=self._scratch)
+
+    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
+        """Send subnets, and yield each as it comes back; whoever is not back in time is told so."""
+        began = time.monotonic()
+        self._ticket += 1
+        pending: dict[Any, Subnet] = {}
+        try:
+            yield from self._train(round_number, subnets, pending, began)
+        finally:  # also where the round ends early
+            for ref, subnet in pending.items():
+                self._abandon(self._member(subnet), ref)
+
+    def _train(
+        self, round_number: int, subnets: Iterable[Subnet], pending: dict[Any, Subnet], began: float
+    ) -> Iterator[Subnet | Lost]:
+        for subnet in subnets:
+            if self._crew[subnet.worker] is None:
+                yield Lost(subnet.worker, "it died, and others keep dying while its replacement starts")
+                continue
+            try:
+                sent = ray.put(subnet.envelope.flat[: subnet.sent_bytes].numpy())
+                beside = [ray.put(subnet.frozen.flat.numpy())] if subnet.frozen is not None else []
+            except RayError as error:
+                raise PoolError(
+                    f"a subnet of {subnet.down_bytes} bytes does not fit into the object store ({first_line(error)}): "
+                    "give nodes a larger one (ray start --object-store-memory; shm_size in containers)"
+                ) from error
+            actor = self._member(subnet).actor
+            pending[actor.train.remote(self._ticket, round_number, subnet.place, sent, *beside)] = subnet
+            self._meter.sent[subnet.worker] += subnet.down_bytes
+        while pending:
+            left = began + self._round_s - time.monotonic()
+            done, _ = ray.wait(list(pending), timeout=max(0.0, left))
+            if not done:
+                break
+            subnet = pending.pop(done[0])
+            yield self._result(done[0], subnet)
+            del done
+        for ref in list(pending):
+            yield self._late(ref, pending.pop(ref))
+
+    def close(self) -> None:
+        """Let the actors and their resources go."""
+        for member in self._members.values():
+            with suppress(RayError):  # the cluster itself may be gone
+                ray.kill(member.actor)
+        if self._group:
+            with suppress(RayError):
+                remove_placement_group(self._group)
+            self._group = None
+        self._members.clear()
+        self._crew.clear()
+
+    def _member(self, subnet: Subnet) -> _Member:
+        member = self._crew[subnet.worker]
+        assert member is not None
+        return member
+
+    def _result(self, ref: Any, subnet: Subnet) -> Subnet | Lost:
+        member = self._member(subnet)
+        try:
+            # Its bytes may be on a node that is gone; then they never come.
+            trained = ray.get(ref, timeout=self._round_s)
+        except RayTaskError as error:  # the actor is well, its code failed: once may be chance
+            member.failures += 1
+            if member.failures > 1:
+                self._dismiss(member)
+            return Lost(subnet.worker, f"{member.name} on {member.where} failed: {first_line(_cause(error))}")
+        except RayError as error:
+            self._dismiss(member)
+            return Lost(subnet.worker, f"{member.name} on {member.where} is gone: {_why_gone(error)}")
+        member.failures = 0
+        route = subnet.envelope.route
+        if not isinstance(trained, np.ndarray) or trained.dtype != np.uint8 or trained.shape != (route.up.nbytes,):
+            what = f"{trained.dtype} {trained.shape}" if isinstance(trained, np.ndarray) else type(trained).__name__
+            reason = f"{member.name} on {member.where} returned {what} instead of {route.up.nbytes} bytes"
+            return Lost(subnet.worker, reason, "rejected")
+        self._meter.received[subnet.worker] += trained.nbytes
+        return Subnet(subnet.place, Envelope(route, flat=as_tensor(trained)), subnet.sent_bytes)
+
+    def _late(self, ref: Any, subnet: Subnet) -> Lost:
+        member = self._member(subnet)
+        waited = f"{member.name} on {member.where} was not back after {self._round_s:g} s"
+        if not self._has_deadline:  # pool.timeout_s: it is given up
+            self._dismiss(member)
+            return Lost(subnet.worker, waited)
+        self._abandon(member, ref)
+        return Lost(subnet.worker, waited, "late")
+
+    def _abandon(self, member: _Member, ref: Any) -> None:
+        """Tell a worker that its round goes on without it; it is free again when it has answered."""
+        member.busy, member.busy_since = ref, time.monotonic()
+        member.actor.abandon.remote(self._ticket)
+
+    def _fill_slots(self) -> None:
+        """Start an actor for every slot that has none, the failing ones after a pause that grows."""
+        now = time.monotonic()
+        for slot in range(self._most):
+            if slot in self._members or now < self._retry_at.get(slot, 0.0):
+                continue
+            self._generation += 1
+            name = f"{self._label}-worker-{slot}-{self._generation}"
+            strategy: Any = PlacementGroupSchedulingStrategy(self._group, slot) if self._group else "SPREAD"
+            actor = self._class.options(
+                name=name,
+                num_cpus=self._settings.num_cpus,
+                num_gpus=self._settings.num_gpus,
+                resources=self._settings.resources,
+                scheduling_strategy=strategy,
+                max_restarts=0,
+                max_task_retries=0,
+            ).remote(self._job, name, self._site)
+            self._members[slot] = _Member(slot, name, actor, actor.where.remote())
+
+    def _dismiss_the_dead(self) -> int:
+        """Dismiss actors that have died: whoever is replaced now costs no round its part; return how many."""
+        dead = 0
+        answers = {member.actor.where.remote(): member for member in self._members.values() if member.is_free}
+        if answers:
+            ray.wait(list(answers), num_returns=len(answers), timeout=_SIGN_OF_LIFE_S, fetch_local=False)
+        for answer, member in answers.items():
+            done, _ = ray.wait([answer], timeout=0, fetch_local=False)
+            try:
+                if done:  # who does not answer in time may yet: the round will tell
+                    ray.get(answer)
+            except RayError:
+                dead += 1
+                self._dismiss(member)
+        return dead
+
+    def _poll(self) -> int:
+        """See which actors have started, which are done with a round they were left out of, and which have failed.
+
+        Returns:
+            How many have died.
+        """
+        dead = 0
+        for member in list(self._members.values()):
+            ref = member.starting or member.busy
+            if ref is None:
+                continue
+            done, _ = ray.wait([ref], timeout=0, fetch_local=False)
+            if not done:
+                # Told to stop and still not back: as good as dead.
+                if member.busy is not None and time.monotonic() - member.busy_since > self._round_s:
+                    self._dismiss(member)
+                continue
+            if member.busy is not None:  # what it made of the round is not wanted, but does it live?
+                member.busy, member.starting = None, member.actor.where.remote()
+                continue
+            member.starting = None
+            try:
+                member.where = str(ray.get(ref))
+            except RayError as error:
+                dead += 1
+                if member.where == _NOWHERE:
+                    self._start_failed(member, error)
+                else:
+                    self._dismiss(member)
+            else:
+                self._failed_starts.pop(member.slot, None)
+                self._hopeless.discard(member.slot)
+        return dead
+
+    def _start_failed(self, member: _Member, error: RayError) -> None:
+        self._dismiss(member)
+        cause = _cause(error) if isinstance(error, RayTaskError) else error
+        self._last_cause = f"{member.name}: {_why_gone(cause)}"
+        failed = self._failed_starts.get(member.slot, 0) + 1
+        self._failed_starts[member.slot] = failed
+        # An error in the constructor comes again, and its node may need a pause; a process that was killed may not be.
+        comes_again = isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)
+        if failed >= (_START_ATTEMPTS if comes_again else _START_DEATHS):
+            self._hopeless.add(member.slot)
+        self._retry_at[member.slot] = time.monotonic() + (min(60.0, 2.0**failed) if comes_again else _POLL_S)
+
+    def _dismiss(self, member: _Member) -> None:
+        """Give an actor up; its slot is filled before the next round."""
+        ray.kill(member.actor)
+        if self._members.get(member.slot) is member:
+            del self._members[member.slot]
+
+    def _too_few(self, round_number: int, found: int, failing: bool) -> str:
+        there = f"{found} of {self._least} Ray workers are there for round {round_number}"
+        if failing:
+            return f"{there}: they fail as they start. {self._last_cause}"
+        cause = f" Last failure: {self._last_cause}" if self._last_cause else ""
+        cluster: Any = ray
+        has, free = _plain(cluster.cluster_resources()), _plain(cluster.available_resources())
+        return (
+            f"{there} after {self._settings.start_timeout_s:g} s (pool.ray.start_timeout_s). Each needs "
+            f"{_bundle(self._settings)}; of {has} in the cluster, {free} are free. Add nodes, ask for less (pool.ray), "
+            f"or let the number of workers vary (train.workers: {{min: 1, max: {self._most}}}).{cause}"
+        )
+
+
+def _bundle(settings: Ray) -> dict[str, float]:
+    wanted = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
+    return {name: amount for name, amount in wanted.items() if amount} or {"CPU": 0.001}  # Ray wants some resource
+
+
+def _plain(resources: dict[str, float]) -> dict[str, float]:
+    return {name: amount for name, amount in resources.items() if ":" not in name and "_group_" not in name}
+
+
+def _cause(error: RayTaskError) -> BaseException:
+    return error.cause if isinstance(error.cause, BaseException) else error
+
+
+def _why_gone(error: BaseException) -> str:
+    if isinstance(error, GetTimeoutError):
+        return "its result could not be fetched"
+    lines: Sequence[str] = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Ray's text begins with generalities; what killed the actor stands last.
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,212 @@
+"""Workers as the ranks of a torch.distributed job, however it was started.
+
+Rank 0 coordinates. It is worker 0 as well, unless the coordinator is dedicated: then rank r is worker
+r - 1. In a round every worker gets one message and gives one back.
+Not here: starting processes (`ist/launch/start.py`, or torchrun itself), and making a group of them
+(`ist/distributed/process_group.py`).
+"""
+
+import os
+from collections.abc import Generator, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ist.config.schema import num_processes
+from ist.distributed.process_group import Membership, peer_errors
+from ist.errors import ConfigError, PoolError
+from ist.monitoring.meter import Meter
+from ist.subnet.job import Job
+from ist.training.worker import Worker
+from ist.training.worker_state import Site
+from ist.transport.codec import Envelope, Route
+from ist.transport.endpoints import down_bytes, worker_route
+from ist.transport.interfaces import Buffers, Lost, Subnet
+from ist.transport.message import Message
+
+
+def for_world_size(job: Job) -> Job:
+    """Return the job for as many workers as processes were started.
+
+    Raises:
+        ConfigError: They are not as many as the configuration calls for; the message names both numbers.
+    """
+    world_size, needed = int(os.environ["WORLD_SIZE"]), num_processes(job.config)
+    spare = needed - job.config.train.workers
+    least = job.config.train.min_workers or job.config.train.workers
+    if least <= world_size - spare < job.config.train.workers:
+        return job.with_workers(world_size - spare)
+    if world_size != needed:
+        raise ConfigError(
+            f"{world_size} processes were started (WORLD_SIZE), but train.workers is {job.config.train.workers} and "
+            f"pool.coordinator is '{job.config.pool.coordinator}', which makes {needed}: start {needed} processes, or "
+            f"give --workers {world_size - spare} (workers={world_size - spare} in Python)"
+            + (", or --set pool.coordinator=trains" if spare else "")
+        )
+    return job
+
+
+class Channel:
+    """Sends and receives flat buffers, and counts them.
+
+    Gloo carries CPU memory only, so CUDA buffers are staged through pinned memory for it.
+    """
+
+    def __init__(self, membership: Membership, meter: Meter) -> None:
+        self._membership = membership
+        self._meter = meter
+        self._stages: dict[int, Tensor] = {}
+
+    def send(self, flats: Sequence[tuple[int, int, Tensor]]) -> list[dist.Work]:
+        """Begin to send (rank, worker, flat) buffers; they must not change until the works are waited for."""
+        operations = []
+        for rank, worker, flat in flats:
+            staged = self._staged(flat)
+            if staged is not flat:
+                staged.copy_(flat)
+            operations.append(dist.P2POp(dist.isend, staged, rank))
+            self._meter.sent[worker] += flat.nbytes
+        return _begin(operations)
+
+    def receive(self, flats: Sequence[tuple[int, int, Tensor]]) -> list[dist.Work]:
+        """Begin to receive (rank, worker, flat) buffers; `finish` each after waiting for its work."""
+        operations = [dist.P2POp(dist.irecv, self._staged(flat), rank) for rank, _, flat in flats]
+        return _begin(operations)
+
+    def finish(self, worker: int, flat: Tensor) -> None:
+        """Count a received buffer, and bring it to the GPU if it was staged."""
+        staged = self._staged(flat)
+        if staged is not flat:
+            flat.copy_(staged)
+        self._meter.received[worker] += flat.nbytes
+
+    def _staged(self, flat: Tensor) -> Tensor:
+        if flat.device.type == "cpu" or self._membership.backend == "nccl":
+            return flat
+        stage = self._stages.get(flat.data_ptr())
+        if stage is None or stage.nbytes < flat.nbytes:
+            stage = torch.empty(flat.nbytes, dtype=torch.uint8, pin_memory=True)
+            self._stages[flat.data_ptr()] = stage
+        return stage[: flat.nbytes]
+
+
+class TorchrunPool:
+    """The coordinator's side: rank 0."""
+
+    parallel = True
+
+    def __init__(self, job: Job, membership: Membership, meter: Meter, site: Site | None = None) -> None:
+        self._channel = Channel(membership, meter)
+        self._early = membership.backend == "gloo"
+        self._carrier = membership.carrier
+        self._first_rank = membership.world_size - job.config.train.workers
+        self._local = Worker(job, 0, membership.device, site) if self._first_rank == 0 else None
+        self._names = tuple(f"rank {self._rank(worker)}" for worker in range(job.config.train.workers))
+        self._buffers = Buffers(membership.device)
+
+    def gather(self, round_number: int) -> tuple[str, ...]:  # noqa: ARG002
+        """All ranks are there, or torch.distributed ends the run."""
+        return self._names
+
+    def process(self, worker: int) -> str:
+        """Return the name of a rank, which stands for one process as long as the run lasts."""
+        return self._names[worker]
+
+    def envelope(self, worker: int, route: Route) -> Envelope:
+        """Return a worker's envelope."""
+        return self._buffers.envelope(worker, route)
+
+    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
+        """Send all subnets, train worker 0's here if rank 0 is a worker, and yield each as it comes back."""
+        subnets = list(subnets)
+        remote = [subnet for subnet in subnets if self._rank(subnet.worker) != 0]
+        sends = self._channel.send([(self._rank(s.worker), s.worker, s.envelope.flat[: s.sent_bytes]) for s in remote])
+        # In a batch of its own: a worker reads in the first message how long the second is.
+        sends += self._channel.send(
+            [(self._rank(s.worker), s.worker, s.frozen.flat.to(self._carrier)) for s in remote if s.frozen is not None]
+        )
+        back = [(self._rank(s.worker), s.worker, s.envelope.up.flat) for s in remote]
+        # A trained subnet is received over the one that was sent: it cannot come before the other has arrived.
+        # With gloo the receives are posted now, so that data flow while this rank trains; a waiting NCCL receive
+        # would take the GPU's time.
+        receives = self._channel.receive(back) if self._early else []
+        if self._local is not None:
+            self._local.train(round_number, subnets[0].envelope, subnets[0].frozen)
+            yield subnets[0]
+        receives = receives or self._channel.receive(back)
+        # NCCL coalesces a batch into one work.
+        waits = [[work] for work in receives] if len(receives) == len(back) else [receives] + [[]] * (len(back) - 1)
+        for subnet, works in zip(remote, waits, strict=True):
+            try:
+                _wait(works, f"rank {self._rank(subnet.worker)}")
+            except PoolError as error:
+                yield Lost(subnet.worker, str(error))
+                continue
+            self._channel.finish(subnet.worker, subnet.envelope.up.flat)
+            yield subnet
+        _wait(sends, "sending subnets")
+
+    def close(self) -> None:
+        """Nothing to let go: the process group outlives the run."""
+
+    def _rank(self, worker: int) -> int:
+        return worker + self._first_rank
+
+
+class RankWorker:
+    """The worker's side: every rank that does not coordinate.
+
+    Args:
+        job: The run.
+        membership: This rank.
+        site: Where workers save what they keep; None: nowhere.
+    """
+
+    def __init__(self, job: Job, membership: Membership, site: Site | None = None) -> None:
+        self._job = job
+        self._number = membership.rank - (membership.world_size - job.config.train.workers)
+        self._worker = Worker(job, self._number, membership.device, site)
+        self._channel = Channel(membership, Meter())
+        self._carrier = membership.carrier
+        self._looks = job.looks(self._number, 0)
+        self._envelope = Envelope(worker_route(job, self._number, 0), membership.device)
+
+    def train_round(self, round_number: int) -> None:
+        """Receive a subnet, train it, send it back.
+
+        Raises:
+            PoolError: The coordinator is gone, or sent something else than this round's subnet.
+        """
+        if self._looks != (looks := self._job.looks(self._number, round_number)):
+            self._looks = looks
+            route = worker_route(self._job, self._number, round_number)
+            if route != self._envelope.route:
+                self._envelope = Envelope(route, self._envelope.flat.device)
+        envelope = self._envelope
+        incoming = envelope.flat[: down_bytes(self._job, envelope.route, round_number)]
+        gone = f"worker {self._number} lost the coordinator (rank 0) in round {round_number}"
+        _wait(self._channel.receive([(0, self._number, incoming)]), gone)
+        self._channel.finish(self._number, incoming)
+        header = envelope.down.read_header(round_number, self._number)
+        layout = self._worker.frozen.layout(self._job, self._number, round_number, header.relies)
+        frozen = Message(layout, self._carrier) if layout is not None else None
+        if frozen is not None:
+            _wait(self._channel.receive([(0, self._number, frozen.flat)]), gone)
+            self._channel.finish(self._number, frozen.flat)
+        self._worker.train(round_number, envelope, frozen)
+        _wait(self._channel.send([(0, self._number, envelope.up.flat)]), gone)
+
+    def close(self) -> None:
+        """Nothing to let go: the process group outlives the run."""
+
+
+def _begin(operations: list[dist.P2POp]) -> list[dist.Work]:
+    with peer_errors("a peer is gone"):
+        return dist.batch_isend_irecv(operations) if operations else []
+
+
+def _wait(works: Sequence[dist.Work], what: str) -> None:
+    with peer_errors(what):
+        for work in works:
+            work.wait()

@@ -1,0 +1,268 @@
+"""Build a job: from a configuration, or around a network and data that are at hand.
+
+Where it sits: `ist/runs/preflight.py`, `ist/runs/open.py` and `ist/api.py` come here; what they get is
+`ist/subnet/job.py`'s.
+Not here: what a job can be asked (`ist/subnet/job.py`), running it.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from ist.optimization import optimizers
+from ist.network.compiled import plain_name, without_compilation
+from ist.config.schema import Config
+from ist.data.registry import DATASETS, Splits
+from ist.data.batches import Dealing, fetch, length
+from ist.data.nested import scores
+from ist.errors import ConfigError, DataError, ModelError
+from ist.neurons.splittable import fitting_groups
+from ist.neurons.group import Group
+from ist.tensors import constant_tensors, tensor_specs
+from ist.network.copies import on_meta
+from ist.neurons.find import Found, find_neurons
+from ist.neurons.select import split_groups
+from ist.subnet.job import Job, LossFunction
+from ist.evaluation.losses import LOSSES
+from ist.evaluation.metrics import METRICS, Metric
+from ist.models import MODELS
+from ist.network.modes import set_modes, settle_modes
+from ist.network.supported import check_network, check_values
+from ist.subnet.partition import check_workers
+from ist.config.registry import call, resolve
+from ist.rng import Purpose, seeded
+from ist.optimization.step_settings import groups_by_name, schedule_settings, staged_settings, stand_ins
+
+
+def build_job(config: Config, splits: Splits | None = None) -> Job:
+    """Build the job that a configuration describes.
+
+    Args:
+        config: The configuration.
+        splits: Its data, where they are loaded already (`load_data`).
+
+    Raises:
+        ConfigError: A name or an argument in it is wrong.
+        DataError: The data set is missing, malformed or too small.
+        ModelError: The network cannot be split among that many workers.
+    """
+    model_class = resolve(config.model.name, "model.name", MODELS)
+
+    def make() -> nn.Module:
+        with seeded(torch.device("cpu"), config.seed, Purpose.MODEL):
+            model = _make(model_class, config.model.args)
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"'model.name' is '{config.model.name}', which makes no torch.nn.Module")
+        model = without_compilation(model)
+        check_network(model, is_split=config.method == "ist")
+        return model
+
+    def build() -> nn.Module:
+        model = make()
+        if config.model.weights is not None:
+            _load_weights(model, Path(config.model.weights))
+        check_values(model)
+        return model
+
+    template = _template(make)
+    splits = splits or load_data(config)
+    return make_job(config, template, build, splits.train, splits.test, loss_function(config.train.loss))
+
+
+@seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # what is found of a network is the same in every process
+def make_job(
+    config: Config,
+    template: nn.Module,
+    build: Callable[[], nn.Module],
+    train_data: Dataset[Any],
+    test_data: Dataset[Any] | None,
+    loss: LossFunction,
+    example: Any = None,
+) -> Job:
+    """Build a job around objects that are already at hand; see `build_job` and `ist.train`.
+
+    Args are as in `Job`; `template` may be on any device, and `example` is by default made of `train_data`.
+
+    Raises:
+        ConfigError: The optimiser or the schedule is wrong.
+        DataError: The data cannot be dealt to the workers.
+        ModelError: The network cannot be split among that many workers.
+    """
+    train = config.train
+    larger = train.batch_size if example is None else 0
+    example = example_inputs(train_data) if example is None else example
+    template = on_meta(template)
+    modes = settle_modes(template)
+    if not template.training:
+        warnings.warn(
+            "the network as a whole is in evaluation mode, and is trained so: without dropout, and with batch norm's "
+            "statistics as they are. Call model.train() first (in the function that makes it) if that is not meant",
+            stacklevel=2,
+        )
+
+    def build_in_modes() -> nn.Module:
+        model = build()
+        set_modes(model, modes)
+        return model
+
+    found, groups = Found((), (), {}), tuple[Group, ...]()
+    if config.method == "ist":
+        try:
+            found = find_neurons(template, example, build_in_modes)
+        except ModelError:
+            if larger <= 2:
+                raise
+            # Norms of parts of a batch, for instance, need more than two samples.
+            example = example_inputs(train_data, larger)
+            found = find_neurons(template, example, build_in_modes)
+        groups = split_groups(found, template, config.partition)
+    specs = tensor_specs(template, with_statistics=train.running_statistics == "carried")
+    parameters = {name: specs[name] for name, p in template.named_parameters() if p.requires_grad}
+    frozen = {name: specs[name] for name, p in template.named_parameters() if not p.requires_grad}
+    if not parameters:
+        raise ModelError("the network has no parameter that requires a gradient: nothing would be trained")
+    carried = train.optimizer_state == "carried" and config.method == "ist"
+    slots = optimizers.state_slots(train.optimizer, (len(spec.shape) for spec in parameters.values())) if carried else ()
+    dealing = Dealing(length(train_data), train.workers, train.batch_size, config.seed, config.data.shuffle)
+    job = Job(
+        config=config,
+        template=template,
+        build=build_in_modes,
+        train_data=train_data,
+        test_data=test_data,
+        loss=loss,
+        metric=metric_named(config.evaluate.metric),
+        example=example,
+        found=found,
+        groups=groups,
+        model_specs={name: spec for name, spec in specs.items() if name not in frozen},
+        frozen_specs=frozen,
+        state_slots=slots,
+        state_specs=optimizers.carried_specs(slots, parameters),
+        constants=_constants(template, build),
+        dealing=dealing,
+        settings=[],
+        group_of={},
+    )
+    if config.method == "ist":
+        if groups and train.workers > 1:
+            groups, found = fitting_groups(groups, found, job.try_out)
+        else:
+            found = replace(found, calls=(), sites={})
+        check_workers(groups, train.workers, config.partition, found.causes)
+        job = replace(job, found=found, groups=optimizers.carried_groups(slots, groups, parameters))
+    optimizers.try_optimizer(train.optimizer)
+    named, optimizer = stand_ins(template, train.optimizer)
+    job.group_of.update(groups_by_name(optimizer, named))
+    settings = schedule_settings(optimizer, train.schedule, job.total_steps)
+    job.settings.extend(staged_settings(optimizer, settings, job.spans, train.schedule_unit))
+    return job
+
+
+def example_inputs(data: Dataset[Any], size: int = 2) -> Any:
+    """Return the inputs of a batch of some samples, or of all if there are fewer.
+
+    Raises:
+        DataError: They cannot be put together.
+    """
+    return fetch(data, np.arange(min(size, length(data))), torch.device("cpu"))[0]
+
+
+def loss_function(name: str) -> LossFunction:
+    """Return the loss that a configuration names.
+
+    Raises:
+        ConfigError: It is not known.
+    """
+    found = resolve(name, "train.loss", LOSSES, functional)
+    function: LossFunction = call(found, {}, "train.loss") if isinstance(found, type) else found
+    if ":" in name:
+        return function
+    return lambda outputs, targets: function(scores(outputs), targets)
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Give a network the values of a safetensors file.
+
+    Raises:
+        ConfigError: The file cannot be read, or is of another network.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"'model.weights' is '{path}', which cannot be read as safetensors: {error}") from error
+    try:
+        model.load_state_dict({plain_name(name): tensor for name, tensor in tensors.items()})
+    except RuntimeError as error:
+        raise ConfigError(f"'model.weights' is '{path}', which does not fit the network: {error}") from error
+
+
+def metric_named(name: str) -> Metric | None:
+    """Return the metric that a configuration names, or nothing for 'none'.
+
+    Raises:
+        ConfigError: It is not known.
+    """
+    if name == "none":
+        return None
+    found = resolve(name, "evaluate.metric", METRICS, is_called=False)
+    if not isinstance(found, Metric):
+        raise ConfigError(
+            f"'evaluate.metric' is '{name}', which is a {type(found).__name__}, not an ist.evaluation.metrics.Metric"
+        )
+    return found
+
+
+def _make(model_class: Any, args: Mapping[str, Any]) -> Any:
+    """Make a network from its arguments, or from those of its `config_class`, where it has one (transformers).
+
+    Caches of keys and values are switched off unless asked for: they serve generation, not training.
+    """
+    config_class = getattr(model_class, "config_class", None)
+    if config_class is None or "config" in args:
+        return call(model_class, args, "model.args")
+    settings = call(config_class, args, "model.args")
+    if "use_cache" not in args and getattr(settings, "use_cache", False):
+        settings.use_cache = False
+    return call(model_class, {"config": settings}, "model.args")
+
+
+def _constants(template: nn.Module, build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+    if not constant_tensors(template):
+        return {}
+    return {name: tensor.detach().clone().cpu() for name, tensor in constant_tensors(build()).items()}
+
+
+def _template(build: Callable[[], nn.Module]) -> nn.Module:
+    """Return the network on the `meta` device: built there, or moved there if it looks at values while it is built."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (RuntimeError, NotImplementedError, ConfigError):
+        return on_meta(build())
+
+
+def load_data(config: Config) -> Splits:
+    """Load the data set that a configuration names.
+
+    Raises:
+        ConfigError: Its name or an argument is wrong.
+        DataError: It is missing or malformed.
+    """
+    loader = resolve(config.data.name, "data.name", DATASETS)
+    root = Path(config.data.root) if config.data.root is not None else None
+    with seeded(torch.device("cpu"), config.seed, Purpose.DATA):  # one that draws gives all processes the same data
+        found = call(loader, {"root": root, **config.data.args}, "data.args")
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise DataError(f"'data.name' is '{config.data.name}', which must return a pair (train, test) of data sets")
+    return Splits(*found)

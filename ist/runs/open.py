@@ -1,0 +1,282 @@
+"""Put a run together: what this process does, from the configuration and its place among the processes.
+
+Where it sits: `ist/cli/main.py` and `ist/api.py` open a run here and hand it to the round loop.
+Not here: starting processes (`ist/launch/start.py`), the loop itself (`ist/training/coordinator.py`).
+"""
+
+import difflib
+import json
+import os
+import secrets
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ist.training.average import PREFIX as AVERAGE
+from ist.training.average import Averaged
+from ist.storage.checkpoint import Progress, check_tensors
+from ist.network.compiled import plain_name
+from ist.config.schema import Config, num_processes
+from ist.config.base import plain
+from ist.training.coordinator import Coordinator
+from ist.errors import CheckpointError, ConfigError
+from ist.subnet.job import Job
+from ist.training.worker_state import Site
+from ist.distributed.environment import PRIVATE_STORE, is_launched, is_rank_zero
+from ist.monitoring.meter import MemoryGauge, Meter
+from ist.baselines.registry import METHODS
+from ist.transport.interfaces import WorkerPool
+from ist.distributed.device import compute_device
+from ist.distributed.process_group import Membership, agree_on_start, causes_told, join, tell
+from ist.pools.inline import InlinePool
+from ist.distributed.memory_limit import limited_memory
+from ist.pools.torchrun import RankWorker, TorchrunPool, for_world_size
+from ist.runs.recorder import RunRecorder
+from ist.config.registry import resolve
+from ist.training.rounds import Follower, Method
+from ist.storage.run_folder import RunFolder
+from ist.storage.run_lock import sole_writer
+from ist.launch.signals import resume_command
+from ist.monitoring.observers import open_watchers
+
+
+@dataclass(frozen=True)
+class Leading:
+    """A run as the process sees it that evaluates and records."""
+
+    job: Job
+    method: Method
+    recorder: RunRecorder
+    first_round: int
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Following:
+    """A run as any other rank sees it."""
+
+    job: Job
+    follower: Follower
+    first_round: int
+
+
+def check_method(config: Config) -> None:
+    """Check that the configured method exists and can run on the configured pool, and that the pool is installed.
+
+    Raises:
+        ConfigError: It is not known, needs processes, or a package is missing; or there are to be links between
+            processes that were started without.
+    """
+    kind = config.pool.kind
+    if config.pool.link is not None and is_launched() and PRIVATE_STORE not in os.environ:
+        raise ConfigError(
+            f"'pool.link' (--link) is '{config.pool.link}', but torchrun, or a launcher like it, started this process: "
+            "hosts and links are made by 'ist train' and 'ist compare' when they start the processes themselves"
+        )
+    if kind == "ray" and find_spec("ray") is None:
+        raise ConfigError("pool.kind is 'ray', but Ray is not installed: pip install 'ist[ray]'")
+    if config.method == "ist":
+        return
+    if config.label == config.method and config.method not in METHODS and ":" not in config.method:
+        near = difflib.get_close_matches(config.method, ["ist", *METHODS], n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise ConfigError(
+            f"compare.methods: '{config.label}' is no method: {hint}Methods are ist, {', '.join(METHODS)}; a label of "
+            f"your own needs one in compare.overrides, such as {{{config.label}: {{method: powersgd}}}}"
+        )
+    resolve(config.method, "method", {"ist": "", **METHODS})
+    if config.method == "powersgd" and config.train.is_elastic:
+        raise ConfigError(
+            "method 'powersgd' needs a fixed number of workers, whose errors it keeps, but 'train.min_workers' is "
+            f"{config.train.min_workers}: leave it out"
+        )
+    if kind != "torchrun":
+        raise ConfigError(f"method '{config.method}' needs processes: pool.kind must be 'torchrun', not '{kind}'")
+
+
+@contextmanager
+def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = True) -> Iterator[Leading | Following]:
+    """Build this process's part of a run, and take it down afterwards.
+
+    Args:
+        job: The run.
+        folder: Where rank 0 writes; None writes nothing. Other ranks need not have it: they are told where to save
+            what their workers keep.
+        resume: Go on from the newest checkpoint in `folder`.
+        progress: Whether to show progress.
+
+    Raises:
+        ConfigError: The processes that were started do not fit the configuration.
+        DataError: They have not loaded the same training data.
+        PoolError: The process group cannot be formed, or no Ray cluster be reached.
+        RunFolderError: `folder` cannot be read, or its checkpoints are damaged, or another process writes into it.
+    """
+    leads = job.config.pool.kind != "torchrun" or is_rank_zero()
+    with sole_writer(folder.path) if folder and leads else nullcontext():
+        if folder and leads:
+            folder.sweep()
+            if not resume:
+                folder.begin()
+        with _opened(job, folder, resume, progress) as run:
+            yield run
+
+
+@contextmanager
+def _opened(job: Job, folder: RunFolder | None, resume: bool, progress: bool) -> Iterator[Leading | Following]:
+    """Do what `open_run` does, where nobody else writes into the folder."""
+    config = job.config
+    check_method(config)
+    # Before the others are joined: a damaged checkpoint must not leave them waiting.
+    leads = config.pool.kind != "torchrun" or is_rank_zero()
+    tensors, before = folder.rewind() if leads and resume and folder else ({}, Progress())
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(config.pool.threads)
+        membership = None
+        if config.pool.kind == "torchrun":
+            if not is_launched():
+                raise ConfigError("pool.kind is 'torchrun', but no launcher started this process: run it with torchrun")
+            job = for_world_size(job)
+            membership = join(config.pool)
+            stack.enter_context(causes_told(membership))
+        first_round = before.rounds_done
+        if first_round > job.num_rounds:
+            raise CheckpointError(
+                f"the checkpoint has {first_round} rounds behind it, but the configured run has {job.num_rounds}: "
+                "configure what it was"
+            )
+        if membership:
+            first_round = agree_on_start(membership, first_round, _fingerprint(config), job.contents)
+        start = secrets.token_hex(4)
+        site = _site(config, folder, membership, start, before) if config.workers_keep else None
+        meter = Meter()
+        device = membership.device if membership else torch.device("cpu")
+        if config.pool.kind == "inline":
+            device = compute_device(config.pool)
+        if not (leads and num_processes(config) > config.train.workers):  # a dedicated coordinator is no worker
+            stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))
+        if membership and not leads:
+            follower = _follower(job, membership, meter, site)
+            stack.callback(follower.close)
+            yield Following(job, follower, first_round)
+            return
+        gauge = MemoryGauge(device)
+        saved = tensors if before.rounds_done else None
+        method = _method(job, membership, meter, device, folder, site, saved, stack)
+        watchers = open_watchers(config, folder, job.num_rounds, first_round, progress)
+        for watcher in watchers:
+            stack.callback(watcher.close)
+        recorder = RunRecorder(job, folder, watchers, before, meter, gauge, start)
+        yield Leading(job, method, recorder, first_round, device)
+
+
+def _method(
+    job: Job,
+    membership: Membership | None,
+    meter: Meter,
+    device: torch.device,
+    folder: RunFolder | None,
+    site: Site | None,
+    saved: Mapping[str, Tensor] | None,
+    stack: ExitStack,
+) -> Method:
+    """Make what trains, with a checkpoint's tensors if the run is resumed; what it needs goes on the stack."""
+    config = job.config
+    model, further = _restored(job, saved)
+    average_state = {name: tensor for name, tensor in further.items() if name.startswith(AVERAGE)}
+    method_state = {name: tensor for name, tensor in further.items() if not name.startswith(AVERAGE)}
+    if config.method == "ist":
+        pool = _pool(job, membership, meter, device, folder, site, stack)
+        method: Method = Coordinator(job, pool, model.to(device), meter, method_state if saved is not None else None)
+    else:
+        make = resolve(config.method, "method", METHODS)
+        method = make(job, membership, model.to(device), method_state, meter)
+    if config.recipe.average.kind != "none":
+        method = Averaged(method, config.recipe.average, job.num_rounds, average_state if saved is not None else None)
+    elif average_state:
+        raise CheckpointError(
+            "the checkpoint holds an average, but 'recipe.average.kind' is 'none': configure what it was"
+        )
+    stack.callback(method.close)
+    return method
+
+
+def _pool(
+    job: Job,
+    membership: Membership | None,
+    meter: Meter,
+    device: torch.device,
+    folder: RunFolder | None,
+    site: Site | None,
+    stack: ExitStack,
+) -> WorkerPool:
+    """Make the pool; what it needs for as long as the run lasts goes on the stack."""
+    if membership:
+        return TorchrunPool(job, membership, meter, site)
+    if job.config.pool.kind == "inline":
+        return InlinePool(job, device, meter, site)
+    from ist.pools.ray_pool import RayPool
+    from ist.pools.ray_cluster import connected
+
+    go_on = f"Go on from the last checkpoint with: {resume_command(folder.path)}" if folder else ""
+    stack.enter_context(connected(job.config, go_on))
+    name = folder.path.name if folder else job.config.name
+    pool = RayPool(job, meter, f"{name}-{secrets.token_hex(3)}", site=site)
+    stack.callback(pool.close)
+    pool.gather(0)  # starting actors is no part of the first round
+    return pool
+
+
+def _site(
+    config: Config, folder: RunFolder | None, membership: Membership | None, start: str, before: Progress
+) -> Site | None:
+    """Return where this process's workers may save what they keep: where rank 0 saves the run, if it does."""
+    site = None
+    if folder:
+        checkpoint = folder.load_config().checkpoint
+        site = Site(str(folder.path.resolve()), checkpoint, start, before.rounds_done, before.start)
+    if membership is None:
+        return site
+    told = tell(membership, site.to_text() if site else "")
+    return Site.from_text(told, config.checkpoint) if told else None
+
+
+def _follower(job: Job, membership: Membership, meter: Meter, site: Site | None) -> Follower:
+    if job.config.method == "ist":
+        return RankWorker(job, membership, site)
+    made: Follower = resolve(job.config.method, "method", METHODS)(job, membership, job.build(), {}, meter)
+    return made
+
+
+def _restored(job: Job, saved: Mapping[str, Tensor] | None) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    """Make the whole network, with a checkpoint's values if there is one; return it and what else is in there."""
+    model = job.build()
+    if saved is None:
+        return model, {}
+    saved = {plain_name(name): tensor for name, tensor in saved.items()}
+    state = model.state_dict()
+    of_network = {name: tensor for name, tensor in saved.items() if name in state}
+    check_tensors(of_network, state)
+    model.load_state_dict(of_network)
+    return model, {name: tensor for name, tensor in saved.items() if name not in state}
+
+
+def _fingerprint(config: Config) -> int:
+    """A number that differs when two processes would not train the same thing the same way."""
+    local: dict[str, Any] = {
+        "output": True,
+        "name": True,
+        "compare": True,
+        "checkpoint": True,
+        "watch": True,
+        "data": {"root"},
+        "pool": {"allow_insecure"},
+    }
+    tree = plain(config.model_dump(exclude=local))
+    return zlib.crc32(json.dumps(tree, sort_keys=True).encode())

@@ -1,0 +1,198 @@
+"""Turn what the round loop reports into records: for the run folder, the display and the caller.
+
+Not here: computing any of it (`ist/training/coordinator.py`), drawing it (`ist/monitoring/display.py`,
+`ist/monitoring/observers.py`, `ist/report/`).
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ist.storage.checkpoint import Progress
+from ist.errors import CheckpointError
+from ist.evaluation.evaluate import Metrics
+from ist.subnet.job import Job, remote_workers
+from ist.monitoring.meter import MemoryGauge, Meter
+from ist.training.rounds import RoundReport, Seconds
+from ist.storage.run_folder import RunFolder
+from ist.monitoring.observers import Watcher
+
+COUNTERS = ("samples", "sent_bytes", "train_s", "virtual_s", "evaluate_s")
+FAULTS = ("lost", "late", "rejected")
+
+
+class RunRecorder:
+    """Collects a run's records; a `Recorder`.
+
+    Args:
+        job: The run.
+        folder: Where to write them, if anywhere.
+        watchers: Who is told of them.
+        before: Where a resumed run stood.
+        meter: Counts the bytes of this process.
+        gauge: Measures the memory of this process.
+        start: A name for this start of the run's processes.
+
+    Attributes:
+        history: One record a round, in order; counters (samples, bytes, seconds) run from the run's beginning. The
+            first rounds are missing where the run goes on from checkpoints alone.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        folder: RunFolder | None,
+        watchers: Sequence[Watcher],
+        before: Progress,
+        meter: Meter,
+        gauge: MemoryGauge,
+        start: str = "",
+    ) -> None:
+        self._job = job
+        self._metric = job.metric
+        self._folder = folder
+        self._watchers = watchers
+        self._meter = meter
+        self._gauge = gauge
+        self._start = start
+        self._seen = [[0] * job.config.train.workers for _ in range(2)]
+        self._totals = {counter: before.totals.get(counter, 0) for counter in COUNTERS}
+        self._faults = {kind: before.totals.get(kind, 0) for kind in FAULTS}
+        self._rounds_done = before.rounds_done
+        self._numbers: dict[str, float] = {}
+        self._bytes_before = self._totals["sent_bytes"]
+        self.history: list[dict[str, Any]] = folder.records() if folder else []
+        for record in self.history:
+            self._note_numbers(record)
+        self._numbers |= before.numbers
+
+    def round_done(
+        self,
+        round_number: int,
+        report: RoundReport,
+        metrics: Metrics | None,
+        seconds: Seconds,
+        sent_bytes: int,
+    ) -> None:
+        """Note a round.
+
+        Raises:
+            RunFolderError: It cannot be written.
+        """
+        totals = self._totals
+        totals["samples"] += report.samples
+        totals["train_s"] += seconds.train
+        totals["virtual_s"] += report.virtual_s
+        totals["evaluate_s"] += seconds.evaluate
+        totals["sent_bytes"] = self._bytes_before + sent_bytes
+        record: dict[str, Any] = {
+            "round": round_number,
+            "workers": report.workers,
+            "steps": report.steps,
+            "epoch": totals["samples"] / self._job.dealing.num_samples,
+            "loss": report.loss,
+            **totals,
+            "compute_s": report.compute_s,
+            "exchange_s": report.exchange_s,
+            "idle_s": report.idle_s,
+            "cut_s": report.cut_s,
+            "merge_s": report.merge_s,
+            # Of this round alone: what this process sent to each worker and got from it (what each rank sent, where
+            # they all-reduce).
+            "bytes_to_worker": self._since_last_round(self._meter.sent, 0),
+            "bytes_from_worker": self._since_last_round(self._meter.received, 1),
+            "memory_bytes": max(report.memory_bytes),
+            "memory_bytes_by_worker": list(report.memory_bytes),
+            "coordinator_memory_bytes": self._gauge.peak_bytes(),
+        }
+        if metrics:
+            name = self._metric.names[0] if self._metric else None
+            record |= {"test_loss": metrics.loss, "metric": name, "accuracy": None, **metrics.values}
+        if report.lost:
+            record["lost"] = [{"worker": lost.worker, "kind": lost.kind, "reason": lost.reason} for lost in report.lost]
+        for lost in report.lost:
+            self._faults[lost.kind] += 1
+        self._rounds_done = round_number + 1
+        self._note_numbers(record)
+        self.history.append(record)
+        if self._folder:
+            self._folder.append_record(record)
+        for watcher in self._watchers:
+            watcher.show(record)
+
+    def _note_numbers(self, record: Mapping[str, Any]) -> None:
+        numbers = self._numbers
+        names = self._metric.names if self._metric else ()
+        latest = {key: record[key] for key in ("loss", "test_loss", *names) if record.get(key) is not None}
+        numbers |= latest
+        for peak in ("memory_bytes", "coordinator_memory_bytes"):
+            numbers[peak] = max(record[peak], numbers.get(peak, 0))
+        if self._metric and names[0] in latest:
+            best = max if self._metric.higher_is_better else min
+            key = f"best_{names[0]}"
+            numbers[key] = best(latest[names[0]], numbers.get(key, latest[names[0]]))
+
+    def _since_last_round(self, counter: Counter[int], which: int) -> list[int]:
+        counts = [counter[worker] for worker in range(self._job.config.train.workers)]
+        before, self._seen[which] = self._seen[which], counts
+        return [now - then for now, then in zip(counts, before, strict=True)]
+
+    def save(self, rounds_done: int, state: Mapping[str, Tensor]) -> None:
+        """Save a checkpoint, if there is a run folder.
+
+        Raises:
+            RunFolderError: It cannot be written.
+        """
+        if self._folder:
+            progress = Progress(rounds_done, {**self._totals, **self._faults}, dict(self._numbers), self._start)
+            self._folder.save_checkpoint(state, progress, self._job.config.checkpoint.keep)
+            for watcher in self._watchers:
+                watcher.saved(rounds_done)
+
+    def finish(self, model: nn.Module) -> None:
+        """Write the trained network and the final numbers, if there is a run folder.
+
+        Raises:
+            RunFolderError: They cannot be written.
+        """
+        if self._folder:
+            self._folder.finish(model.state_dict(), self.result())
+
+    def result(self) -> dict[str, Any]:
+        """Return the run's final numbers.
+
+        Raises:
+            CheckpointError: The run went on from a checkpoint after its last round, which does not tell them.
+        """
+        config, numbers = self._job.config, self._numbers
+        if unknown := [key for key in ("loss", "memory_bytes", "coordinator_memory_bytes") if key not in numbers]:
+            raise CheckpointError(
+                f"the checkpoint of the last round has no '{unknown[0]}' in its progress entry, and metrics.jsonl has "
+                "no record that would tell it: delete that checkpoint, and go on from the one before"
+            )
+        names = self._metric.names if self._metric else ()
+        parameters = list(self._job.template.parameters())
+        return {
+            "name": config.name,
+            "method": config.method,
+            "label": config.label or config.method,
+            "seed": config.seed,
+            "workers": config.train.workers,
+            "rounds": self._rounds_done,
+            "loss": numbers["loss"],
+            "test_loss": numbers.get("test_loss"),
+            "metric": names[0] if names else None,
+            "metrics": {key: numbers[key] for name in names for key in (name, f"best_{name}") if key in numbers},
+            "accuracy": numbers.get("accuracy"),
+            "best_accuracy": numbers.get("best_accuracy"),
+            **self._totals,
+            **({"remote_workers": len(remote_workers(self._job))} if config.method == "ist" else {}),
+            "faults": dict(self._faults),
+            "memory_bytes": numbers["memory_bytes"],
+            "coordinator_memory_bytes": numbers["coordinator_memory_bytes"],
+            **({"block_scales": self._job.block_scales} if self._job.block_scales else {}),
+            "parameters": sum(parameter.numel() for parameter in parameters),
+            "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        }

@@ -1,0 +1,343 @@
+"""Who gets which neurons in a round.
+
+A pure function of (groups, number of workers, seed, round, strategy), so that every process computes it
+and no list of neurons ever crosses the network.
+Where it sits: `ist/config/schema.py` holds the keys (`Partition`); `ist/subnet/cut.py` cuts tensors by what is assigned
+here.
+Not here: tensors. Of a group, only its name and its size matter: with strategy 'blocks' the "neurons" are whole
+residual blocks.
+
+`disjoint` is IST proper and the default; `categorical` and `bernoulli` are the theory's masks; `rolling`, `nested`
+and `blocks` are other papers' choices, in which a neuron may have several holders.
+
+Reference: Yuan et al., arXiv 1910.02120, section 3: a random partition without replacement,
+drawn anew each round and independently for each hidden layer.
+
+Shape letters: K neurons in a group, n workers.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ist.config.method import Partition
+from ist.errors import ModelError
+from ist.neurons.group import Group
+from ist.rng import Indices, Purpose, permutation, uniform
+
+Assignment = tuple[tuple[Indices, ...], ...]
+"""assignment[worker][group]: the sorted neuron numbers that the worker holds, int64."""
+
+DISJOINT = Partition()
+"""The default: every neuron has one owner, in equal shares."""
+
+MAX_DRAWS = 1000
+"""How often a group is drawn, until every worker holds one of its neurons."""
+
+
+def is_disjoint(partition: Partition) -> bool:
+    """Return whether no neuron ever has two holders."""
+    return partition.strategy in ("disjoint", "categorical") and partition.keep is None
+
+
+def at_stage(partition: Partition, keep: float | None) -> Partition:
+    """Return what applies in a stage of the run that says which part of every group a worker holds; None: no change."""
+    if keep is None:
+        return partition
+    # The whole network is all of it, whatever the capacities.
+    return partition.model_copy(update={"keep": keep} | ({"capacities": None} if keep == 1 else {}))
+
+
+def holds_everything(partition: Partition) -> bool:
+    """Return whether every worker holds the whole network, as in a warm-up or a finish."""
+    whole = partition.keep == 1 and len(set(partition.capacities or [1.0])) == 1
+    return whole and partition.strategy != "bernoulli"  # whose coins of probability 1 are the same, drawn
+
+
+def sizes_vary(partition: Partition) -> bool:
+    """Return whether a worker's share of a group may change its size from round to round."""
+    return partition.strategy in ("categorical", "bernoulli") or partition.coverage == "balanced"
+
+
+def check_workers(
+    groups: Sequence[Group], num_workers: int, partition: Partition = DISJOINT, causes: Sequence[str] = ()
+) -> None:
+    """Check that every worker can hold at least one neuron of every group.
+
+    Args:
+        groups: The groups that are split.
+        num_workers: Workers of a round.
+        partition: How neurons are dealt.
+        causes: What keeps neurons whole, for the message.
+
+    Raises:
+        ModelError: A group has fewer neurons than there are workers although none may have two holders, or no
+            group exists although there is more than one worker.
+    """
+    if num_workers > 1 and not groups:
+        raise ModelError(
+            "the network has no hidden neurons to split among workers: use train.workers 1. Inputs, outputs and what "
+            f"an operator mixes stay whole (docs/groups.md){_causes(causes)}"
+        )
+    for group in groups:
+        if is_disjoint(partition) and group.size < num_workers:
+            raise ModelError(
+                f"group '{group.name}' has {group.size} neurons, fewer than the {num_workers} workers "
+                f"(train.workers): widen it, use at most {group.size} workers, or share it (partition.exclude)"
+            )
+
+
+def _causes(causes: Sequence[str]) -> str:
+    """Return the end of a message: which operators keep neurons whole, and where."""
+    further = f"; and {len(causes) - 6} more" if len(causes) > 6 else ""
+    return f". Kept whole by: {'; '.join(causes[:6])}{further}" if causes else ""
+
+
+def share_sizes(size: int, num_workers: int, capacities: Sequence[float] | None = None) -> list[int]:
+    """Return how many of `size` neurons each worker gets where they are dealt in fixed, disjoint shares.
+
+    Args:
+        size: Number of neurons.
+        num_workers: Number of workers, at least 1.
+        capacities: One positive number for each worker; None: equal.
+
+    Returns:
+        Numbers that add up to `size` and are proportional to the capacities, rounded by largest remainder (where
+        remainders are equal, the first worker goes first); a worker that would get none gets one, where there are
+        enough. With equal capacities they are equal up to one, and the first workers get the extra ones.
+    """
+    if capacities is None:
+        return [len(range(worker, size, num_workers)) for worker in range(num_workers)]
+    weights = [capacity / max(capacities) for capacity in capacities]
+    quotas = [size * weight / math.fsum(weights) for weight in weights]
+    sizes = [max(1, math.floor(quota)) for quota in quotas]
+    while sum(sizes) < size:
+        sizes[max(range(num_workers), key=lambda worker: quotas[worker] - sizes[worker])] += 1
+    while sum(sizes) > size:
+        least = 1 if size >= num_workers else 0
+        givers = [worker for worker in range(num_workers) if sizes[worker] > least]
+        sizes[max(givers, key=lambda worker: sizes[worker] - quotas[worker])] -= 1
+    return sizes
+
+
+def assign(
+    groups: Sequence[Group], num_workers: int, seed: int, round_number: int, partition: Partition = DISJOINT
+) -> Assignment:
+    """Deal every group's neurons to the workers.
+
+    Every worker holds at least one neuron of every group. Strategies 'categorical' and 'bernoulli' see to that by
+    drawing a group anew until it is so: their distribution is the published one conditioned on it. For groups
+    much larger than the number of workers that is no difference; for small ones it is.
+
+    Args:
+        groups: The neuron groups of the network; see `check_workers`.
+        num_workers: Number of workers, at least 1.
+        seed: The run's seed.
+        round_number: The round, from 0.
+        partition: The strategy and its numbers; `capacities`, if any, one for each worker.
+
+    Returns:
+        For each worker, for each group, the sorted numbers of its neurons. Where `is_disjoint(partition)`, they
+        are disjoint and complete over the workers. Unless `sizes_vary(partition)`, a worker's share has the same
+        size in every round.
+
+    Raises:
+        ModelError: A group is so small that `MAX_DRAWS` draws left a worker without a neuron each time.
+    """
+    assert partition.capacities is None or len(partition.capacities) == num_workers
+    if holds_everything(partition):
+        return (tuple(np.arange(group.size) for group in groups),) * num_workers
+    deal = _STRATEGIES[partition.strategy]
+    dealt = [
+        deal(_Deck(group.name, group.size, num_workers, partition, seed, round_number, number))
+        for number, group in enumerate(groups)
+    ]
+    return tuple(tuple(_sorted(shares[worker]) for shares in dealt) for worker in range(num_workers))
+
+
+def coverage(
+    groups: Sequence[Group], num_workers: int, seed: int, partitions: Sequence[Partition]
+) -> tuple[Indices, ...]:
+    """Return how often each neuron is held: it shows which are trained more than others, or never.
+
+    Args:
+        groups: The neuron groups of the network.
+        num_workers: Number of workers, at least 1.
+        seed: The run's seed.
+        partitions: The strategy and its numbers in every round to count over, from round 0.
+
+    Returns:
+        For each group an int64 array of shape (K,): in how many pairs (worker, round) the neuron is held.
+    """
+    held = tuple(np.zeros(group.size, np.int64) for group in groups)
+    for round_number, partition in enumerate(partitions):
+        for share in assign(groups, num_workers, seed, round_number, partition):
+            for counts, neurons in zip(held, share, strict=True):
+                counts[neurons] += 1
+    return held
+
+
+@dataclass(frozen=True)
+class _Deck:
+    """One group that is to be dealt in one round; `number` is its place among the groups."""
+
+    name: str
+    size: int
+    num_workers: int
+    partition: Partition
+    seed: int
+    round_number: int
+    number: int
+
+
+def _disjoint(deck: _Deck) -> list[Indices]:
+    """A random order, dealt in turn to the workers whose share is not yet full; with `keep`, filled up at random.
+
+    Reference: filling up after everything has a holder: TwIST, arXiv 2511.03983.
+    """
+    if deck.partition.coverage == "balanced":
+        shares = _balanced(deck)
+    else:
+        shares = _shares(deck, permutation(deck.size, deck.seed, Purpose.PARTITION, deck.round_number, deck.number))
+    if deck.partition.keep is None:
+        return shares
+    return [_filled_up(deck, worker, share) for worker, share in enumerate(shares)]
+
+
+def _shares(deck: _Deck, order: Indices) -> list[Indices]:
+    sizes = share_sizes(deck.size, deck.num_workers, deck.partition.capacities)
+    turns = np.concatenate([np.arange(size) for size in sizes])
+    owners = np.repeat(np.arange(deck.num_workers), sizes)[np.argsort(turns, kind="stable")]
+    return [order[owners == worker] for worker in range(deck.num_workers)]
+
+
+def _balanced(deck: _Deck) -> list[Indices]:
+    """Shares that last for n rounds, in which those of group g move on by g workers a round.
+
+    So a worker's shares of two neighbouring groups are another pair every round, and every pair comes once: an entry of
+    the matrix between them is trained once in n rounds, instead of so often on average.
+    """
+    cycle, turn = divmod(deck.round_number, deck.num_workers)
+    shares = _shares(deck, permutation(deck.size, deck.seed, Purpose.PARTITION, cycle, deck.number))
+    return [shares[(worker + turn * deck.number) % deck.num_workers] for worker in range(deck.num_workers)]
+
+
+def _filled_up(deck: _Deck, worker: int, share: Indices) -> Indices:
+    """A share and as many other neurons, drawn at random, as make it `keep` of the group."""
+    more = _counts(deck)[worker] - len(share)
+    if more <= 0:
+        return share
+    order = permutation(deck.size, deck.seed, Purpose.PARTITION, deck.round_number, deck.number, worker)
+    others = order[~np.isin(order, share)]
+    return np.concatenate([share, others[:more]])
+
+
+def _categorical(deck: _Deck) -> list[Indices]:
+    """One worker for each neuron, drawn alone.
+
+    Reference: Liao & Kyrillidis, arXiv 2112.02668, categorical masks.
+    """
+    # A running sum adds in the same order on every machine, so all of them draw the same owners.
+    ends = np.cumsum(_fractions(deck.num_workers, deck.partition))
+    workers = np.arange(deck.num_workers)
+
+    def draw(numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
+        owners = np.searchsorted(ends[:-1], numbers * ends[-1], side="right")
+        mask: NDArray[np.bool_] = np.equal.outer(workers, owners)
+        return mask
+
+    return _drawn(deck, deck.size, draw)
+
+
+def _bernoulli(deck: _Deck) -> list[Indices]:
+    """A coin for each worker and neuron.
+
+    Reference: Liao & Kyrillidis, arXiv 2112.02668, Bernoulli masks.
+    """
+    chances = np.array(_fractions(deck.num_workers, deck.partition))[:, None]
+
+    def draw(numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return numbers.reshape(deck.num_workers, deck.size) < chances
+
+    return _drawn(deck, deck.num_workers * deck.size, draw)
+
+
+def _drawn(deck: _Deck, count: int, draw: Callable[[NDArray[np.float64]], NDArray[np.bool_]]) -> list[Indices]:
+    """Draw masks of shape (n, K) from `count` uniform numbers until no worker is without a neuron."""
+    for attempt in range(MAX_DRAWS):
+        mask = draw(uniform(count, deck.seed, Purpose.PARTITION, deck.round_number, deck.number, attempt))
+        if mask.any(axis=1).all():
+            return [np.flatnonzero(held) for held in mask]
+    keys = {"keep": deck.partition.keep, "capacities": deck.partition.capacities}
+    given = "".join(f", 'partition.{key}' {value}" for key, value in keys.items() if value is not None)
+    remedy = "raise 'partition.keep', " if deck.partition.keep is not None else ""
+    raise ModelError(
+        f"group '{deck.name}' with {deck.size} neurons is too small for {deck.num_workers} workers (train.workers) and "
+        f"strategy '{deck.partition.strategy}'{given}: each of {MAX_DRAWS} draws left a worker without a neuron. "
+        f"{remedy}widen the group, use fewer workers, or name it in 'partition.exclude'"
+    )
+
+
+def _rolling(deck: _Deck) -> list[Indices]:
+    """A window that begins one neuron further each round, the same for all workers but for its length.
+
+    Reference: Alam et al. (FedRolex), arXiv 2212.01548.
+    """
+    return [(deck.round_number + np.arange(count)) % deck.size for count in _counts(deck)]
+
+
+def _nested(deck: _Deck) -> list[Indices]:
+    """The first neurons, always.
+
+    Reference: Diao et al. (HeteroFL), arXiv 2010.01264; Horvath et al. (FjORD), arXiv 2102.13451.
+    """
+    return [np.arange(count) for count in _counts(deck)]
+
+
+def _blocks(deck: _Deck) -> list[Indices]:
+    """To each worker in turn, those that have the fewest holders so far, ties at random.
+
+    So the numbers of holders never differ by more than one, and no block is without a holder at the end.
+
+    Reference: Dun et al. (ResIST), arXiv 2107.00961.
+    """
+    count = max(math.ceil(deck.size / deck.num_workers), min(deck.partition.min_depth, deck.size))
+    holders = np.zeros(deck.size, np.int64)
+    shares = []
+    for worker in range(deck.num_workers):
+        order = permutation(deck.size, deck.seed, Purpose.PARTITION, deck.round_number, deck.number, worker)
+        share = order[np.argsort(holders[order], kind="stable")][:count]
+        holders[share] += 1
+        shares.append(share)
+    return shares
+
+
+_STRATEGIES: dict[str, Callable[[_Deck], list[Indices]]] = {
+    "disjoint": _disjoint,
+    "categorical": _categorical,
+    "bernoulli": _bernoulli,
+    "rolling": _rolling,
+    "nested": _nested,
+    "blocks": _blocks,
+}
+
+
+def _fractions(num_workers: int, partition: Partition) -> list[float]:
+    """Each worker's part of a group: `keep` for those of the largest capacity, less in proportion for others."""
+    keep = partition.keep or (1 / num_workers if partition.strategy == "rolling" else 1.0)
+    capacities = partition.capacities or [1.0] * num_workers
+    return [keep * (capacity / max(capacities)) for capacity in capacities]
+
+
+def _counts(deck: _Deck) -> list[int]:
+    # Rounded down, but not by a rounding error of the product: 0.29 of 100 neurons are 29.
+    fractions = _fractions(deck.num_workers, deck.partition)
+    return [max(1, math.floor(fraction * deck.size + 1e-9)) for fraction in fractions]
+
+
+def _sorted(neurons: Indices) -> Indices:
+    # Ascending neurons keep memory access in order when a tensor is cut.
+    return np.sort(neurons)

@@ -1,0 +1,93 @@
+"""Tensors of a network without their values, by name; and whether values are finite.
+
+Where it sits: on the ground. Groups, cuts, messages and checkpoints all name the same tensors.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor, without its values."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def tensor_specs(module: nn.Module, with_statistics: bool) -> dict[str, TensorSpec]:
+    """Return the specs of the tensors that are trained: parameters, and buffers that hold state.
+
+    Args:
+        module: The whole network; may be on the `meta` device.
+        with_statistics: Whether batch norm's running statistics are among them. They mean nothing after
+            a merge (the subnets that made them are gone), so normally they neither travel nor merge.
+
+    Returns:
+        Name to spec, in the order of the module's `state_dict`; a tied tensor under its first name only.
+    """
+    skipped = set() if with_statistics else set(statistics_names(module))
+    first: dict[int, str] = {}
+    return {
+        name: TensorSpec(tuple(tensor.shape), tensor.dtype)
+        for name, tensor in module.state_dict(keep_vars=True).items()
+        if first.setdefault(id(tensor), name) == name and name not in skipped
+    }
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers by name; a tied one under its first name only."""
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def constant_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that a network needs and `state_dict` leaves out.
+
+    They are buffers that are not persistent, and tensors that are plain attributes of modules.
+    """
+    saved = set(module.state_dict())
+    constants = {name: buffer for name, buffer in module.named_buffers() if name not in saved}
+    for path, child in module.named_modules():
+        plain = {name: value for name, value in vars(child).items() if isinstance(value, Tensor)}
+        constants |= {f"{path}.{name}" if path else name: value for name, value in plain.items()}
+    return constants
+
+
+def statistics_names(module: nn.Module) -> list[str]:
+    """Return the names of batch norm's running statistics, of norms that train.
+
+    A norm that its network keeps in evaluation mode normalises by its statistics: they are like weights.
+
+    Args:
+        module: A network in the modes in which it is trained.
+    """
+    return [
+        f"{name}.{buffer}" if name else buffer
+        for name, child in module.named_modules()
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training
+        for buffer, tensor in child.named_buffers(recurse=False)
+        if tensor is not None
+    ]
+
+
+def is_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether no tensor holds a NaN or an infinity; those of whole numbers never do."""
+    real = (torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor for tensor in tensors)
+    return all(_holds_finite(tensor) for tensor in real if tensor.is_floating_point() and tensor.numel())
+
+
+def _holds_finite(tensor: Tensor) -> bool:
+    # aminmax carries NaN along and needs one pass and no temporary, unlike isfinite().all().
+    low, high = tensor.detach().aminmax()
+    return math.isfinite(low.item()) and math.isfinite(high.item())

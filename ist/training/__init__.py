@@ -1,0 +1,1 @@
+"""A round: the loop, the coordinator, the worker."""

@@ -1,0 +1,83 @@
+"""The average of the whole network over rounds, around any method.
+
+Where it sits: `ist/runs/open.py` puts it around a method where a configuration asks for it; the round loop then
+evaluates and keeps the average, while training goes on from the network itself. It costs memory where the whole network
+is, no bytes.
+Not here: batch norm's running statistics, which are re-estimated for it as for any network.
+
+Reference: Izmailov et al., arXiv 1803.05407 (SWA); torch.optim.swa_utils.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
+
+from ist.config.recipe import Average
+from ist.network.copies import copied
+from ist.storage.checkpoint import check_tensors
+from ist.training.rounds import Method, RoundReport
+
+PREFIX = "average/"
+"""How the names of its tensors begin in a checkpoint."""
+
+
+class Averaged:
+    """A method whose network is the average over the rounds of another's; a `Method`.
+
+    Args:
+        method: How to train.
+        settings: The kind of average; not 'none'.
+        num_rounds: Rounds of the run.
+        state: What a checkpoint holds of the average, by name; None: the run begins.
+
+    Raises:
+        CheckpointError: `state` is not of such an average.
+    """
+
+    def __init__(
+        self, method: Method, settings: Average, num_rounds: int, state: Mapping[str, Tensor] | None = None
+    ) -> None:
+        ema = settings.kind == "ema"
+        average = get_ema_multi_avg_fn(settings.decay) if ema else get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
+        self._method = method
+        self._averaged = AveragedModel(nn.Identity(), multi_avg_fn=average)
+        self._averaged.module = copied(method.model)
+        self._first_round = math.floor(settings.start * num_rounds)
+        if state is not None:
+            check_tensors(state, self._own_state())
+            self._averaged.load_state_dict({name.removeprefix(PREFIX): tensor for name, tensor in state.items()})
+
+    @property
+    def model(self) -> nn.Module:
+        """The average."""
+        module: nn.Module = self._averaged.module
+        return module
+
+    def train_round(self, round_number: int) -> RoundReport:
+        """Train for a round, and note the network; one before the average begins replaces what was noted."""
+        report = self._method.train_round(round_number)
+        if round_number <= self._first_round:
+            self._averaged.n_averaged.zero_()
+        self._averaged.update_parameters(self._method.model)
+        with torch.no_grad():
+            for mine, theirs in zip(self.model.buffers(), self._method.model.buffers(), strict=True):
+                mine.copy_(theirs)
+        return report
+
+    def checkpoint_state(self) -> dict[str, Tensor]:
+        """Return every tensor that the method and the average need to go on."""
+        return {**self._method.checkpoint_state(), **self._own_state()}
+
+    def bytes_sent(self) -> int:
+        """Return what the method has sent."""
+        return self._method.bytes_sent()
+
+    def close(self) -> None:
+        """Let the workers go."""
+        self._method.close()
+
+    def _own_state(self) -> dict[str, Tensor]:
+        return {f"{PREFIX}{name}": tensor for name, tensor in self._averaged.state_dict().items()}

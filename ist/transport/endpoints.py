@@ -1,0 +1,188 @@
+"""Write subnets for the way and read them, on both ends: the coordinator's and the worker's.
+
+Where it sits: between cutting and merging (`ist/subnet/cut.py`) on one end and training (`ist/training/worker.py`) on
+the other; a pool carries what is written.
+Law: a worker that reads a subnet and writes it back untouched changes nothing, where nothing is rounded ('exact').
+Not here: how matrices are rounded (`ist/transport/codec.py`).
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from ist.config.method import Coding, Exchange
+from ist.subnet.cut import Cut, cut_specs, extract, positions, reassemble
+from ist.subnet.job import Job
+from ist.tensors import TensorSpec
+from ist.transport.codec import (
+    Envelope,
+    Route,
+    coded_specs,
+    decode,
+    decoded,
+    encode,
+    make_route,
+    sent_bytes,
+    travels_as_delta,
+)
+from ist.transport.message import Layout, Message, layout_of
+
+
+def worker_layout(job: Job, worker: int, round_number: int) -> Layout:
+    """Return the layout of what a worker trains in a round."""
+    neurons = job.neurons(round_number)[worker]
+    return layout_of(cut_specs(job.specs, positions(job.groups, job.specs, neurons)))
+
+
+def worker_route(job: Job, worker: int, round_number: int) -> Route:
+    """Return what a worker's messages look like in a round."""
+    return make_route(worker_layout(job, worker, round_number), job.config.exchange)
+
+
+def sent_names(job: Job, layout: Layout, round_number: int) -> list[str]:
+    """Return the tensors that go to a worker: carried optimiser state does not exist before the first round."""
+    return [name for name in layout.specs if round_number > 0 or name in job.model_specs]
+
+
+def down_bytes(job: Job, route: Route, round_number: int) -> int:
+    """Return how much of the message to a worker is sent; see `sent_names`."""
+    return sent_bytes(route, sent_names(job, route.plain, round_number))
+
+
+class Outgoing:
+    """The coordinator's end of the way down."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+
+    def route(self, cut: Cut) -> Route:
+        """Return what the messages of a cut look like."""
+        return make_route(layout_of(cut_specs(self._job.specs, cut)), self._job.config.exchange)
+
+    def write(self, state: Mapping[str, Tensor], cut: Cut, round_number: int, envelope: Envelope) -> int:
+        """Cut a subnet into an envelope; return how many bytes of it are to be sent."""
+        route, into = envelope.route, envelope.down.tensors
+        for name in sent_names(self._job, route.plain, round_number):
+            if route.is_plain:
+                extract(state, cut, into={name: into[name]})
+            else:  # one tensor after the other: a subnet more would be the memory of a whole network in a finish
+                spec = route.plain.specs[name]
+                part = {name: torch.empty(spec.shape, dtype=spec.dtype, device=envelope.flat.device)}
+                extract(state, cut, into=part)
+                encode(part, into, self._job.config.exchange.down)
+        return down_bytes(self._job, route, round_number)
+
+
+def read_trained(job: Job, state: Mapping[str, Tensor], cut: Cut, envelope: Envelope) -> Mapping[str, Tensor]:
+    """Return what a worker trained, by name: the coordinator's end of the way up.
+
+    Args:
+        job: The run.
+        state: Whole tensors. A tensor, when it is read, must be as it was when the subnet was cut, but for what other
+            workers alone hold.
+        cut: The worker's positions.
+        envelope: Its messages; the one up is read.
+    """
+    return envelope.up.tensors if envelope.route.is_plain else _Trained(job.config.exchange, state, cut, envelope)
+
+
+class _Trained(Mapping[str, Tensor]):
+    """Tensors that are made of what has travelled when they are read, so that not all of all workers are in memory."""
+
+    def __init__(self, settings: Exchange, state: Mapping[str, Tensor], cut: Cut, envelope: Envelope) -> None:
+        self._settings = settings
+        self._state = state
+        self._cut = cut
+        self._coded = envelope.up.tensors
+        self._specs = envelope.route.plain.specs
+
+    def __getitem__(self, name: str) -> Tensor:
+        spec = self._specs[name]
+        value = decoded(self._coded, name, spec, self._settings.up)
+        if not (self._settings.values == "deltas" and travels_as_delta(name, spec)):
+            return value
+        before = torch.empty(spec.shape, dtype=spec.dtype, device=value.device)
+        extract(self._state, self._cut, into={name: before})
+        return before.add_(value)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
+
+
+class WorkerEnd:
+    """A worker's end of both ways.
+
+    Holds memory for the subnet where what travels is not what is trained, and what rounding took where it is fed back.
+
+    Args:
+        job: The run.
+        worker: Which worker.
+        device: Where it computes.
+
+    Attributes:
+        taken: What rounding took from this worker's changes and was not made up for yet, whole tensors by name.
+
+    Reference: Seide et al., Interspeech 2014, and Karimireddy et al., arXiv 1901.09847 (error feedback).
+    """
+
+    def __init__(self, job: Job, worker: int, device: torch.device) -> None:
+        self._job = job
+        self._worker = worker
+        self._device = device
+        self._settings = job.config.exchange
+        self._plain: Message | None = None
+        self.taken: dict[str, Tensor] = {}
+
+    def open(self, envelope: Envelope) -> Message:
+        """Return the subnet that an envelope holds, to be trained in place."""
+        route = envelope.route
+        if route.is_plain:
+            return envelope.down
+        if self._plain is None or self._plain.layout != route.plain:
+            self._plain = Message(route.plain, self._device)
+        for name, value in decode(envelope.down.tensors, route.plain.specs, self._settings.down):
+            self._plain.tensors[name].copy_(value)
+        return self._plain
+
+    def close(self, envelope: Envelope, trained: Message, round_number: int) -> None:
+        """Write the trained subnet into the envelope; `trained` is of no use afterwards."""
+        route, settings = envelope.route, self._settings
+        if route.is_plain:
+            return
+        tensors = trained.tensors
+        if settings.values == "deltas":
+            for name, start in decode(envelope.down.tensors, route.plain.specs, settings.down):
+                if travels_as_delta(name, route.plain.specs[name]):
+                    tensors[name].sub_(start)
+        if settings.error_feedback:
+            self._encode_with_feedback(envelope, tensors, round_number)
+        else:
+            encode(tensors, envelope.up.tensors, settings.up)
+
+    def _encode_with_feedback(self, envelope: Envelope, tensors: Mapping[str, Tensor], round_number: int) -> None:
+        job, plain, coding = self._job, envelope.route.plain.specs, self._settings.up
+        rounded = {name: spec for name, spec in job.specs.items() if _is_rounded(name, spec, coding)}
+        if not self.taken:
+            self.taken = {
+                name: torch.zeros(spec.shape, dtype=torch.float32, device=self._device)
+                for name, spec in rounded.items()
+            }
+        cut = positions(job.groups, rounded, job.neurons(round_number)[self._worker])
+        parts = {name: torch.empty(plain[name].shape, device=self._device) for name in cut}
+        extract(self.taken, cut, into=parts)
+        # In float32, whatever the network's dtype: what was taken is small beside the change.
+        for name, part in parts.items():
+            part.add_(tensors[name])
+        encode({**tensors, **parts}, envelope.up.tensors, coding)
+        for name, value in decode(envelope.up.tensors, plain, coding):
+            if name in parts:
+                parts[name].sub_(value)
+        reassemble(self.taken, [cut], [(0, parts)], frozenset(parts))
+
+
+def _is_rounded(name: str, spec: TensorSpec, coding: Coding) -> bool:
+    return coded_specs({name: spec}, coding)[name] != spec

@@ -1,0 +1,241 @@
+"""Frozen parameters: which of them a worker lacks, how they travel, and how a worker holds them.
+
+A parameter that is not trained (`requires_grad` is False) has one value in the whole run. A worker is sent its part of
+it when it does not have it: in its first round, and when its part is another one than in its last round. That travels
+beside the subnet, in a message of its own, and never comes back.
+
+Both ends derive that message from the partition. The coordinator says in a subnet's header whether it relies on what
+the worker holds: only where the last subnet that it sent to this very process came back well. In all other cases
+everything is sent. A worker checks what it has against what it needs: a mistake is an error and never an old value.
+
+Where it sits: the coordinator writes (`FrozenSender`), pools carry, a worker holds (`FrozenParts`).
+Not here: moving bytes (`ist/pools/`), rounding them (`codec.py`).
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ist.errors import ModelError, PoolError
+from ist.rng import Indices
+from ist.subnet.cut import Cut, cut_specs, extract, placed
+from ist.subnet.job import Job
+from ist.tensors import TensorSpec
+from ist.transport.codec import coded_specs, decoded, encode
+from ist.transport.endpoints import down_bytes, worker_route
+from ist.transport.message import Header, Layout, Message, layout_of
+
+Mark = tuple[bytes | None, ...]
+"""What identifies a part of a tensor: for every dim a hash of the positions; None: all of them."""
+
+Marks = Mapping[str, Mark]
+"""The parts of a worker, by name of the tensor."""
+
+
+def marks_of(cut: Cut) -> Marks:
+    """Return what identifies each part of a cut."""
+    return {name: tuple(_hash(held) if held is not None else None for held in dims) for name, dims in cut.items()}
+
+
+def _hash(positions: Indices | Tensor) -> bytes:
+    assert isinstance(positions, np.ndarray)  # not `placed` yet
+    return hashlib.sha256(positions.tobytes()).digest()
+
+
+def lacking(job: Job, cut: Cut, needed: Marks, held: Marks) -> dict[str, TensorSpec]:
+    """Return the narrow specs of the frozen parameters that a worker needs and does not hold.
+
+    Args:
+        job: The run.
+        cut: What the worker needs: `job.frozen_cut`.
+        needed: The marks of that.
+        held: Those of what it holds.
+    """
+    return {name: spec for name, spec in cut_specs(job.frozen_specs, cut).items() if held.get(name) != needed[name]}
+
+
+def frozen_layout(job: Job, specs: Mapping[str, TensorSpec]) -> Layout:
+    """Return the layout of a message with frozen parameters of the given narrow specs."""
+    return layout_of(coded_specs(specs, job.config.exchange.down))
+
+
+def frozen_bytes(job: Job, worker: int, round_number: int, before: int | None) -> int:
+    """Return the length of the message with the frozen parameters that a worker lacks in a round.
+
+    Args:
+        job: The run.
+        worker: Which worker.
+        round_number: The round.
+        before: The worker's last round; None: it holds nothing.
+    """
+    held = marks_of(job.frozen_cut(worker, before)) if before is not None else {}
+    cut = job.frozen_cut(worker, round_number)
+    specs = lacking(job, cut, marks_of(cut), held)
+    return frozen_layout(job, specs).nbytes if specs else 0
+
+
+def message_bytes(job: Job, worker: int) -> tuple[int, int]:
+    """Return (bytes to a worker, bytes from it) of all messages in a full round after the first."""
+    main = job.main_round
+    route = worker_route(job, worker, main)
+    goes_on = main + 1 < job.num_rounds and job.spans[main + 1].stage == job.spans[main].stage
+    earlier, later = (main, main + 1) if goes_on else (max(0, main - 1), main)
+    frozen = frozen_bytes(job, worker, later, earlier) if job.frozen_specs else 0
+    return down_bytes(job, route, 1) + frozen, route.up.nbytes
+
+
+class FrozenSender:
+    """The coordinator's end.
+
+    Args:
+        job: The run.
+        tensors: Whole tensors by name, contiguous; those of `job.frozen_specs` are read.
+        device: Where they are.
+    """
+
+    def __init__(self, job: Job, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        self._job = job
+        self._tensors = {name: tensors[name] for name in job.frozen_specs}
+        self._device = device
+        self._held: dict[str, Marks] = {}
+        self._sent: dict[str, Marks] = {}
+
+    def begin(self, processes: Iterable[str]) -> None:
+        """Forget processes that are not there in a round."""
+        there = set(processes)
+        self._held = {process: marks for process, marks in self._held.items() if process in there}
+        self._sent.clear()
+
+    def write(self, process: str, worker: int, round_number: int, cut: Cut) -> tuple[Message | None, bool]:
+        """Write what a process lacks in a round.
+
+        Args:
+            process: The process that plays the worker; what it holds is unknown until `returned`.
+            worker: Which worker of the round.
+            round_number: The round.
+            cut: What it needs.
+
+        Returns:
+            The message, None where it lacks nothing; and whether that relies on what the process holds.
+        """
+        held = self._held.pop(process, None)
+        needed = self._sent[process] = marks_of(cut)
+        specs = lacking(self._job, cut, needed, held or {})
+        if not specs:
+            return None, held is not None
+        message = Message(frozen_layout(self._job, specs), self._device)
+        message.write_header(Header(round_number, worker))
+        [there] = placed([cut], self._device)
+        for name, spec in specs.items():
+            part = {name: torch.empty(spec.shape, dtype=spec.dtype, device=self._device)}
+            extract(self._tensors, there, into=part)
+            encode(part, message.tensors, self._job.config.exchange.down)
+        return message, held is not None
+
+    def returned(self, process: str) -> None:
+        """Note that a process has brought back, well, the subnet that it was sent in this round."""
+        self._held[process] = self._sent[process]
+
+
+class FrozenParts:
+    """A worker's end: its parts of frozen parameters, which stay from round to round.
+
+    Attributes:
+        tensors: Name to narrow tensor; nobody writes to them.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._marks: Marks = {}
+
+    def layout(self, job: Job, worker: int, round_number: int, relies: bool) -> Layout | None:
+        """Return the layout of the message that comes beside a subnet; None: there is none.
+
+        Args:
+            job: The run.
+            worker: Which worker of the round.
+            round_number: The round.
+            relies: Whether the coordinator relies on what is held here.
+        """
+        cut = job.frozen_cut(worker, round_number)
+        specs = lacking(job, cut, marks_of(cut), self._marks if relies else {})
+        return frozen_layout(job, specs) if specs else None
+
+    def update(
+        self, job: Job, worker: int, round_number: int, received: Message | None, device: torch.device
+    ) -> Mapping[str, Tensor]:
+        """Take what was received, let go what is not needed any more, and return the parts of a round.
+
+        Args:
+            job: The run.
+            worker: Which worker of the round.
+            round_number: The round.
+            received: The message that came beside the subnet, if one did.
+            device: Where the worker computes.
+
+        Raises:
+            PoolError: The message is of another round or worker, or something is neither there nor received.
+        """
+        cut = job.frozen_cut(worker, round_number)
+        now, specs = marks_of(cut), cut_specs(job.frozen_specs, cut)
+        if received is not None:
+            received.read_header(round_number, worker)
+        came = received.tensors if received is not None else {}
+        held: dict[str, Tensor] = {}
+        for name, spec in specs.items():
+            if name in came:
+                value = decoded(came, name, spec, job.config.exchange.down)
+                held[name] = value.to(device, copy=True)  # the message's memory is not kept
+            elif self._marks.get(name) == now[name]:
+                held[name] = self.tensors[name]
+            else:
+                raise PoolError(
+                    f"worker {worker} does not have its part of '{name}' (frozen) and was not sent it for round "
+                    f"{round_number}: are all processes running the same version with the same configuration?"
+                )
+        self.tensors, self._marks = held, now
+        return held
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return a number for each tensor that is another one, in all likelihood, when the values are."""
+    return {name: checksum(tensor) for name, tensor in tensors.items()}
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return a number that is another one, in all likelihood, when the tensor's values are."""
+    flat = tensor.detach().contiguous().flatten()
+    return int(flat.view(_INTEGERS[min(8, flat.element_size())]).sum(dtype=torch.int64)) if flat.numel() else 0
+
+
+def check_frozen(module: nn.Module, bound: Mapping[str, Tensor], sums: Mapping[str, int]) -> None:
+    """Check that training has left frozen parameters as they were.
+
+    Args:
+        module: The network.
+        bound: What its frozen parameters were before, by name.
+        sums: The checksums of that.
+
+    Raises:
+        ModelError: The forward or the optimiser has changed one.
+    """
+    for name, parameter in module.named_parameters():
+        if name not in bound:
+            continue
+        before = bound[name]
+        same = checksum(before) == sums[name] and (
+            # A forward may put a copy in another precision in its place.
+            parameter.data_ptr() == before.data_ptr()
+            or (parameter.shape == before.shape and bool(torch.equal(parameter.detach(), before.to(parameter.dtype))))
+        )
+        if not same:
+            raise ModelError(
+                f"'{name}' is frozen (requires_grad is False) but training changes it, and what is frozen does not "
+                "come back from workers. Make it a buffer (register_buffer), which is merged, or let it be trained"
+            )

@@ -1,0 +1,125 @@
+"""Pools: who carries a subnet to a worker and back.
+
+The algorithm exists once, in `ist/training/coordinator.py`; a pool only sends subnets out and gets subnets
+back. `ist/pools/inline.py` is the oracle, the debugger and the single-device mode; `ist/pools/torchrun.py` uses
+torch.distributed; the workers of `ist/pools/ray_pool.py` are Ray actors, which may come and go.
+Not here: loss, data, partition.
+"""
+
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+
+from ist.transport.codec import Envelope, Route
+from ist.transport.message import Message
+
+
+@dataclass(frozen=True)
+class Place:
+    """A worker's place in a round: with the seed and the round, all that its share of network and data depends on.
+
+    Attributes:
+        worker: Which worker it is in this round, from 0.
+        num_workers: How many there are.
+        capacities: One number for each worker, to which shares are proportional; None: as configured.
+    """
+
+    worker: int
+    num_workers: int
+    capacities: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """A worker's part of the network in a round.
+
+    Attributes:
+        place: Whose it is.
+        envelope: Its messages: the one to the worker is written before it leaves, the other when it is back.
+        sent_bytes: How much of the message down, from its beginning, goes to the worker; all of the other comes back.
+        frozen: A message that goes to the worker beside it, with frozen parameters that it lacks; None: it has them.
+    """
+
+    place: Place
+    envelope: Envelope
+    sent_bytes: int
+    frozen: Message | None = None
+
+    @property
+    def down_bytes(self) -> int:
+        """Bytes that go to the worker, in all."""
+        return self.sent_bytes + (self.frozen.nbytes if self.frozen else 0)
+
+    @property
+    def worker(self) -> int:
+        """The number of the worker in this round."""
+        return self.place.worker
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A worker whose subnet is left out of this round: its neurons keep their values.
+
+    Attributes:
+        worker: Which worker, from 0.
+        reason: What happened, for people.
+        kind: 'lost': it died, failed or cannot be reached; 'late': it missed the round's deadline; 'rejected': what it
+            returned is of another shape or round, or not finite.
+    """
+
+    worker: int
+    reason: str
+    kind: Literal["lost", "late", "rejected"] = "lost"
+
+
+class WorkerPool(Protocol):
+    """What the coordinator needs of a pool."""
+
+    parallel: bool
+    """Whether workers compute at the same time."""
+
+    def gather(self, round_number: int) -> tuple[str, ...]:
+        """Return the names of the workers that are there for a round; worker k of the round is the k-th of them.
+
+        Raises:
+            WorkerLostError: There are fewer than the run needs.
+        """
+        ...
+
+    def process(self, worker: int) -> str:
+        """Return a name of the process that is a worker of the round; who takes its place has another name."""
+        ...
+
+    def envelope(self, worker: int, route: Route) -> Envelope:
+        """Return memory for a worker's messages; in use until the pool asks for the next subnet, or longer."""
+        ...
+
+    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
+        """Have every subnet trained for a round; yield each as it comes back, or `Lost`; closed, the round is over.
+
+        Args:
+            round_number: The round, from 0.
+            subnets: In the order of workers; each is cut when it is asked for.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let the workers go."""
+        ...
+
+
+class Buffers:
+    """One envelope for each worker, made anew only where its route changes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._envelopes: dict[int, Envelope] = {}
+
+    def envelope(self, worker: int, route: Route) -> Envelope:
+        """Return the worker's envelope."""
+        found = self._envelopes.get(worker)
+        if found is None or found.route != route:
+            found = self._envelopes[worker] = Envelope(route, self._device)
+        return found

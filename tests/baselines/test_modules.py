@@ -1,0 +1,75 @@
+"""The methods that IST is compared with train the user's own modules: their modes, hooks and tensors are theirs."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ist.baselines.ddp import DataParallel
+from ist.baselines.local_sgd import LocalTraining
+from ist.distributed.process_group import Membership
+from ist.errors import ModelError
+from ist.monitoring.meter import Meter
+from ist.network.modes import modes_of
+from ist.training.rounds import evaluate_whole
+from tests.conftest import data, job_for
+from tests.networks import Router, seeded
+
+METHODS: dict[str, Any] = {"ddp": DataParallel, "local_sgd": LocalTraining, "diloco": LocalTraining}
+
+
+@pytest.fixture
+def alone() -> Iterator[Membership]:
+    """A process group of one rank: this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Membership(0, 1, torch.device("cpu"), "gloo")
+    dist.destroy_process_group()
+
+
+def test_ddp_refuses_a_forward_that_changes_a_dtype(alone: Membership) -> None:
+    job = job_for(seeded(Router), method="ddp", train__workers=1, pool={"kind": "torchrun", "device": "cpu"})
+
+    with pytest.raises(
+        ModelError, match=r"the forward makes 'router\.weight', which is torch\.bfloat16, a torch\.float32"
+    ):
+        DataParallel(job, alone, job.build(), {}, Meter())
+
+
+class Odd(nn.Module):
+    """Has a frozen norm, a parameter that is given other memory in the forward, and a hook that freezes a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Linear(8, 5)
+        self.scale = nn.Parameter(torch.ones(5))
+        self.norm.running_mean.fill_(0.3)
+        self.norm.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.data = self.scale.data.clone()
+        return self.last(self.norm(self.first(x)).relu()) * self.scale
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_baseline_trains_modules_as_the_user_has_set_them(method: str, alone: Membership) -> None:
+    model = seeded(Odd)
+    mask = torch.ones(5, 1)
+    mask[0] = 0
+    model.last.weight.register_hook(lambda gradient: gradient * mask)
+    before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    job = job_for(model, test=data(20), method=method, train__workers=1, pool={"kind": "torchrun", "device": "cpu"})
+    trained = METHODS[method](job, alone, job.build(), {}, Meter())
+
+    for round_number in range(2):
+        trained.train_round(round_number)
+        evaluate_whole(job, trained.model, alone.device)
+
+    after = trained.checkpoint_state()
+    assert torch.equal(after["norm.running_mean"], before["norm.running_mean"])
+    assert torch.equal(after["last.weight"][0], before["last.weight"][0])
+    assert not torch.equal(after["last.weight"][1], before["last.weight"][1])
+    assert not torch.equal(after["scale"], before["scale"])
+    assert modes_of(trained.model) == dict.fromkeys(modes_of(model), True) | {"norm": False}

@@ -1,0 +1,57 @@
+"""What a round of equal ranks is said to have taken."""
+
+import pytest
+
+from ist.baselines.ranks import RankRound, summarise
+from ist.baselines.registry import METHODS
+from ist.config.load import config_for_method
+from ist.config.method import METHOD_NAMES
+from ist.errors import ConfigError
+from ist.runs.open import check_method
+from tests.conftest import small_config
+
+
+def did(seconds: float, cpu_s: float, *transfers_s: float) -> RankRound:
+    return RankRound(10.0, 5, True, seconds, cpu_s, 0.0, 7, transfers_s)
+
+
+def test_waiting_for_a_slow_rank_is_idleness_and_no_transfer() -> None:
+    quick, slow = did(12.0, 1.0, 6.0, 5.0), did(12.0, 11.0, 0.5, 0.5)
+
+    report = summarise(2, [quick, slow])
+
+    assert report.exchange_s == 1.0  # whoever comes last waits for nobody
+    assert report.idle_s == (11.0 + 1.0) / 2 - 1.0
+    assert report.compute_s == (1.0 + 11.0) / 2
+    assert report.virtual_s == 11.0 + 1.0
+    assert report.loss == pytest.approx(2.0)
+    assert (report.samples, report.steps, report.workers, report.memory_bytes) == (10, 2, 2, (7, 7))
+
+
+def test_the_configuration_knows_every_method() -> None:
+    assert set(METHOD_NAMES) == {"ist", *METHODS}
+
+
+def test_methods_that_cannot_run_are_refused() -> None:
+    elastic = small_config(method="powersgd", train__min_workers=2, pool={"kind": "torchrun"})
+    with pytest.raises(ConfigError, match="'powersgd' needs a fixed number of workers"):
+        check_method(elastic)
+    with pytest.raises(ConfigError, match="'ddp' needs processes"):
+        check_method(small_config(method="ddp"))
+
+
+def test_labels_need_a_method() -> None:
+    config = small_config(
+        pool={"kind": "torchrun"},
+        compare={"methods": ["ist", "small"], "overrides": {"small": {"baseline.powersgd_rank": 2}}},
+    )
+    with pytest.raises(ConfigError, match="compare.methods: 'small' is no method"):
+        check_method(config_for_method(config, "small"))
+
+    config = small_config(
+        pool={"kind": "torchrun"},
+        compare={"methods": ["ist", "small"], "overrides": {"small": {"method": "powersgd"}}},
+    )
+    made = config_for_method(config, "small")
+    check_method(made)
+    assert (made.method, made.label) == ("powersgd", "small")

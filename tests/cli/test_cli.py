@@ -1,0 +1,298 @@
+"""The command line in this process: what it prints, where, and with which exit code."""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from ist.cli import main as cli
+from tests.conftest import ROOT, Run, config_tree
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def ist(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    def run(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["ist", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+def written(tmp_path: Path, **changes: Any) -> Path:
+    path = tmp_path / "job.yaml"
+    path.write_text(yaml.safe_dump(config_tree(output=str(tmp_path / "runs"), **changes)))
+    return path
+
+
+def test_train_writes_a_run_folder_and_keeps_progress_apart_from_results(ist_command: Run, tmp_path: Path) -> None:
+    # In a process of its own: this one may hold enough from earlier tests to need no memory for a run.
+    outcome = ist_command("train", written(tmp_path), "--run-dir", tmp_path / "run")
+
+    assert outcome.returncode == 0
+    assert "round 4/4" in outcome.stderr
+    assert "accuracy" in outcome.stdout
+    assert "round 4/4" not in outcome.stdout
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "result.json"}
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    record, result = records[-1], json.loads((tmp_path / "run" / "result.json").read_text())
+    for peak in ("memory_bytes", "coordinator_memory_bytes"):
+        assert result[peak] == max(one[peak] for one in records) > 0
+    assert {"round", "loss", "accuracy", "sent_bytes", "compute_s", "exchange_s", "idle_s", "memory_bytes"} <= set(
+        record
+    )
+
+
+def test_options_and_overrides_end_up_in_the_resolved_configuration(ist: Any, tmp_path: Path) -> None:
+    ist("train", written(tmp_path), "--run-dir", tmp_path / "run", "--workers", "2", "--set", "train.rounds=1")
+
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (resolved["train"]["workers"], resolved["train"]["rounds"]) == (2, 1)
+    assert resolved["evaluate"]["batch_size"] == 1024
+
+
+def test_a_finished_run_is_not_run_again(ist: Any, tmp_path: Path) -> None:
+    ist("train", written(tmp_path), "--run-dir", tmp_path / "run")
+
+    outcome = ist("train", "--resume", tmp_path / "run")
+
+    assert outcome.code == 0
+    assert "has finished already" in outcome.err
+
+
+def test_a_restarted_command_goes_on_with_its_own_run_and_with_no_other(ist: Any, tmp_path: Path) -> None:
+    config, again = written(tmp_path), ("--run-dir", tmp_path / "run", "--auto-resume")
+    assert ist("train", config, *again).code == 0
+
+    same, other = ist("train", config, *again), ist("train", config, *again, "--set", "seed=77")
+
+    assert (same.code, other.code) == (0, 1)
+    assert "has finished already" in same.err
+    assert "holds another run: its 'seed' is 3, not 77" in other.err
+
+
+BAD: dict[str, tuple[dict[str, Any], list[str], int, str]] = {
+    "a restart without a folder": ({}, ["--auto-resume"], 2, "--auto-resume needs --run-dir"),
+    "an address without Ray": ({}, ["--address", "auto"], 2, "'pool.ray' is set, but 'pool.kind' is inline"),
+    "more workers than neurons": (
+        {"train__workers": 21}, [], 2, "group 'linear_2' has 20 neurons, fewer than the 21 workers (train.workers)",
+    ),
+    "a model path that does not import": (
+        {"model__name": "no_such_package:Net"}, [], 2,
+        "'model.name' is 'no_such_package:Net', which does not import: No module named 'no_such_package'",
+    ),
+    "a model that is not there": (
+        {"model__name": "torch.nn:Lineal"}, [], 2, "module 'torch.nn' has no 'Lineal'",
+    ),
+    "a misspelt model": ({"model__name": "mpl"}, [], 2, "'model.name' is 'mpl': did you mean 'mlp'?"),
+    "wrong arguments of a model": (
+        {"model__args": {"width": [64, 10]}}, [], 2, "'model.args' does not fit MLP",
+    ),
+    "a refused argument of a model": (
+        {"model__args": {"widths": [64, 10]}}, [], 2, "'model.args' was refused: widths [64, 10]",
+    ),
+    "a model that cannot be split": (
+        {"model__name": "torch.nn:Linear", "model__args": {"in_features": 64, "out_features": 10}},
+        [], 2, "the network has no hidden neurons to split",
+    ),
+    "a data set that is not there": (
+        {"data": {"name": "fashion_mnist", "root": "/nonexistent"}}, [], 2, "apt-get install dataset-fashion-mnist",
+    ),
+    "an unknown loss": ({"train__loss": "cross_entrpy"}, [], 2, "'train.loss' is 'cross_entrpy': did you mean"),
+    "an unknown optimiser": (
+        {"train__optimizer": {"name": "SDG", "args": {"lr": 0.1}}}, [], 2, "did you mean 'SGD'?",
+    ),
+    "an unknown method": ({"method": "dpd"}, [], 2, "'method' is 'dpd': did you mean 'ddp'?"),
+    "data-parallel without processes": ({"method": "ddp"}, [], 2, "method 'ddp' needs processes"),
+    "a GPU that is not there": (
+        {"pool": {"kind": "inline", "device": "cuda"}}, [], 2, "torch finds no CUDA device",
+    ),
+    "a loss that becomes NaN": (
+        {"train__optimizer": {"name": "SGD", "args": {"lr": 1e30}}}, [], 1, "returned",
+    ),
+    "widths that do not fit the data": (
+        {"model__args": {"widths": [63, 24, 20, 10]}}, [], 2, "the network fails on an example of the data: RuntimeError",
+    ),
+    "too few outputs": ({"model__args": {"widths": [64, 24, 20, 4]}}, [], 2, "do not fit each other"),
+    "batch norm on batches of one": ({"train__batch_size": 1}, [], 2, "a step on a batch of 1 fails"),
+    "a schedule that ends early": (
+        {"train__schedule": {"name": "OneCycleLR", "args": {"max_lr": 0.1, "total_steps": 3}}}, [], 2,
+        "'train.schedule.args': Tried to step",
+    ),
+    "an optimiser for sparse gradients": (
+        {"train__optimizer": {"name": "SparseAdam"}}, [], 2, "SparseAdam does not support dense gradients",
+    ),
+    "contradictory arguments of an optimiser": (
+        {"train__optimizer": {"name": "Adam", "args": {"fused": True, "foreach": True}}}, [], 2, "'train.optimizer.args'",
+    ),
+    "nccl without a GPU": ({"pool": {"kind": "inline", "device": "cpu", "backend": "nccl"}}, [], 2, "needs a GPU"),
+    "an output that is a file": ({}, ["--set", "output=/dev/null"], 1, "cannot be made or written: Not a directory"),
+    "an unknown key on the command line": ({}, ["--set", "train.lr=1"], 2, "unknown key 'train.lr'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_error(ist: Any, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes, arguments, code, message = BAD[case]
+    if "GPU" in case:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    outcome = ist("train", written(tmp_path, **changes), *arguments)
+
+    assert outcome.code == code, outcome.err
+    errors = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, outcome.err
+    assert message in errors[0]
+    assert "Traceback" not in outcome.err
+    if code == 2:
+        assert not (tmp_path / "runs").exists()
+
+
+def test_divergence_names_the_worker_and_keeps_the_last_good_checkpoint(ist: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    schedule = {"name": "StepLR", "args": {"step_size": 6, "gamma": 1e30}}  # sane for two rounds, then not
+
+    outcome = ist("train", written(tmp_path, train__schedule=schedule), "--run-dir", run)
+
+    assert outcome.code == 1
+    assert "error: worker 0 returned" in outcome.err
+    assert "in round 2" in outcome.err
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["round-00000002.safetensors"]
+    assert not (run / "result.json").exists()
+
+
+def test_an_unwritable_run_folder_ends_before_training(ist: Any, tmp_path: Path) -> None:
+    occupied = tmp_path / "run"
+    occupied.mkdir()
+    (occupied / "thesis.tex").touch()
+
+    outcome = ist("train", written(tmp_path), "--run-dir", occupied)
+
+    assert outcome.code == 1
+    assert "is not empty" in outcome.err
+    assert "round" not in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "give either a CONFIG, or --resume RUN"),
+        (["train", "--resume", "nowhere"], "nowhere: is no run folder"),
+        (["train", "--resume", "nowhere", "--workers", "2"], "no other option goes with it"),
+        (["report", "nowhere"], "nowhere: is no run folder and holds none"),
+        (["inspect", "nothing.yaml"], "nothing.yaml: no such configuration file"),
+    ],
+)
+def test_wrong_command_lines_are_explained(ist: Any, arguments: list[str], message: str) -> None:
+    outcome = ist(*arguments)
+
+    assert outcome.code in (1, 2)
+    assert message in outcome.err
+
+
+def test_resuming_without_a_checkpoint_says_that_it_starts_over(ist: Any, tmp_path: Path) -> None:
+    import shutil
+
+    ist("train", written(tmp_path), "--run-dir", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "result.json").unlink()
+
+    outcome = ist("train", "--resume", tmp_path / "run")
+
+    assert outcome.code == 0
+    assert "has no checkpoint yet: starting over" in outcome.err
+
+
+def test_a_report_of_a_folder_of_runs_leaves_unfinished_ones_out(ist: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        ist("train", written(tmp_path), "--run-dir", tmp_path / "runs" / name)
+    (tmp_path / "runs" / "two" / "result.json").unlink()
+
+    outcome = ist("report", tmp_path / "runs")
+
+    assert outcome.code == 0
+    assert "two: has not finished: left out" in outcome.err
+    assert (tmp_path / "runs" / "report.html").exists()
+
+
+def test_an_unknown_option_is_a_usage_error(ist: Any) -> None:
+    outcome = ist("train", "--wrokers", "3")
+
+    assert outcome.code == 2
+    assert "wrokers" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def test_help_and_keys_explain_themselves(ist: Any) -> None:
+    assert "Train a network by independent subnets" in ist("train", "--help").out
+    keys = ist("keys").out
+
+    assert "train.local_steps" in keys
+    assert "(tau)" in keys
+    assert "FieldInfo" not in keys
+    assert "train.optimizer_state  (kept or reset or carried; default kept)" in keys
+    assert ist("--version").out.strip() == "0.1.0"
+
+
+def test_inspect_prints_tables_and_json(ist: Any, tmp_path: Path) -> None:
+    text = ist("inspect", written(tmp_path)).out
+    found = json.loads(ist("inspect", written(tmp_path), "--json").out)
+
+    assert "Neuron groups" in text
+    assert [group["neurons"] for group in found["groups"]] == [24, 20]
+    assert [share["parameters"] for share in found["shares"]] == [6 * 64 + 6 * 3 + 5 * 6 + 5 * 3 + 10 * 5 + 10] * 4
+    assert found["bytes_per_round"]["ddp"] == 2 * 3 * 4 * found["parameters"] * 3
+
+
+def test_the_way_from_the_command_to_the_local_step_is_five_calls(
+    ist: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ist.training import worker
+
+    package = f"{Path(worker.__file__).parents[1]}{os.sep}"  # a clone's folder may be called ist too
+    ways: list[list[str]] = []
+    real = worker.local_steps
+
+    def spy(*arguments: Any) -> Any:
+        frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(package)]
+        ways.append([f"{Path(frame.filename).name}:{frame.name}" for frame in frames])
+        return real(*arguments)
+
+    monkeypatch.setattr(worker, "local_steps", spy)
+    ist("train", written(tmp_path), "--run-dir", tmp_path / "run")
+
+    after_the_command_line = [frame for frame in ways[0] if not frame.startswith("main.py")]
+    # Generators and the spy's caller count: merging pulls subnets out of the pool.
+    calls = [frame for frame in after_the_command_line if not frame.endswith((":_accept", ":reassemble"))]
+    assert calls == ["rounds.py:run_rounds", "coordinator.py:train_round", "inline.py:train", "worker.py:train"]
+    assert ROOT.exists()
+
+
+def test_a_run_started_from_python_is_sent_back_there(ist: Any, tmp_path: Path) -> None:
+    from ist.api import train
+    from tests.conftest import data
+    from tests.networks import NETWORKS, seeded
+
+    network = seeded(NETWORKS["no batch norm"])
+    train(network, data(), workers=2, local_steps=1, rounds=1, run_dir=tmp_path / "run", progress=False)
+
+    outcome = ist("train", "--resume", tmp_path / "run")
+
+    assert outcome.code == 2
+    assert "was started from Python" in outcome.err

@@ -1,0 +1,103 @@
+"""A worker gets as much memory as the configuration gives it, and the operating system sees to it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from ist.config.registry import call
+from ist.distributed.memory_limit import limited_memory
+from ist.errors import ConfigError, MemoryLimitError
+from ist.storage.checkpoint import read_tensors, write_tensors
+from tests.conftest import ROOT, Run, config_tree, small_config
+
+MB = 10**6
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's own memory")
+
+
+def test_more_than_the_limit_is_refused_and_less_is_not() -> None:
+    with limited_memory(200 * MB, "200MB", CPU):
+        torch.zeros(100 * MB, dtype=torch.uint8)
+
+    with (
+        pytest.raises(MemoryLimitError, match=r"'pool.memory_limit' \(200MB\)"),
+        limited_memory(200 * MB, "200MB", CPU),
+    ):
+        torch.zeros(300 * MB, dtype=torch.uint8)
+
+    torch.zeros(300 * MB, dtype=torch.uint8)  # the limit went with the context
+
+
+def test_a_network_that_does_not_fit_is_not_told_as_a_wrong_argument() -> None:
+    with pytest.raises(MemoryLimitError, match=r"'pool.memory_limit' \(50MB\)"), limited_memory(50 * MB, "50MB", CPU):
+        call(torch.nn.Linear, {"in_features": 100_000, "out_features": 100_000}, "model.args")
+
+    def refused() -> None:
+        raise RuntimeError("other")
+
+    with pytest.raises(ConfigError, match=r"'model.args' was refused: other"):
+        call(refused, {}, "model.args")
+
+
+def test_without_a_limit_too_much_memory_is_one_line(tmp_path: Path, ist_command: Run) -> None:
+    (tmp_path / "vast.py").write_text(
+        "import torch\ndef net():\n    return torch.empty(10**16, dtype=torch.uint8, device='cpu')\n"
+    )
+    config = tmp_path / "job.yaml"
+    config.write_text(yaml.safe_dump(config_tree(model={"name": "vast:net", "args": {}})))
+
+    done = ist_command("train", config, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the system gives this process no more memory: use a narrower network")
+
+
+def test_what_is_written_does_not_count(tmp_path: Path) -> None:
+    whole = {"weight": torch.zeros(100 * MB, dtype=torch.uint8)}
+
+    with limited_memory(50 * MB, "50MB", CPU):
+        write_tensors(tmp_path / "model.safetensors", whole, {})
+        with pytest.raises(RuntimeError, match="allocate memory"):
+            torch.empty(10_000 * MB, dtype=torch.uint8)  # more than earlier tests may leave to be freed
+
+    assert torch.equal(read_tensors(tmp_path / "model.safetensors")[0]["weight"], whole["weight"])
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="something else"), limited_memory(200 * MB, "200MB", CPU):
+        raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize(("text", "count"), [("300MB", 300 * MB), ("1.5GB", 1500 * MB)])
+def test_a_limit_is_a_number_of_bytes(text: str, count: int) -> None:
+    assert small_config(pool={"kind": "torchrun", "memory_limit": text}).pool.memory_limit_bytes == count
+
+
+def test_a_limit_needs_processes_and_a_unit() -> None:
+    with pytest.raises(ConfigError, match=r"'pool.memory_limit' is '300MB', which needs 'pool.kind' torchrun"):
+        small_config(pool={"kind": "inline", "memory_limit": "300MB"})
+    with pytest.raises(ConfigError, match="pool.memory_limit"):
+        small_config(pool={"kind": "torchrun", "memory_limit": "300"})
+
+
+@pytest.mark.system
+def test_a_width_that_data_parallel_training_cannot_hold_trains_by_ist(ist_command: Run, tmp_path: Path) -> None:
+    wide = [
+        "--set", "model.args.widths=[64, 2048, 2048, 10]", "--set", "pool.memory_limit=50MB", "--set", "train.rounds=2",
+    ]  # fmt: skip
+    config = str(ROOT / "configs" / "quickstart.yaml")
+
+    refused = ist_command("train", config, "--method", "ddp", *wide, "--run-dir", str(tmp_path / "ddp"))
+    trained = ist_command("train", config, *wide, "--run-dir", str(tmp_path / "ist"))
+
+    assert refused.returncode == 1
+    assert "a worker needs more memory than 'pool.memory_limit' (50MB) gives it" in refused.stderr
+    assert "--resume" not in refused.stderr  # it would be refused again
+    assert trained.returncode == 0
+    assert json.loads((tmp_path / "ist" / "result.json").read_text())["rounds"] == 2

@@ -1,0 +1,226 @@
+"""Attention and recurrence as users write them: their heads and units are split, whatever a forward computes."""
+
+# ruff: noqa: N806 (the letters that these programs give to sizes)
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import ist
+from ist.checks.verify import verify_cuts
+from ist.errors import ModelError
+from ist.subnet.job import Job
+from ist.subnet.module import bind
+from ist.tensors import named_tensors
+from tests.networks import seeded
+from tests.neurons.networks import Case, rand
+from tests.neurons.positions import POSITIONS
+from tests.neurons.recurrences import RECURRENCES, SERIES, WithState
+from tests.neurons.spellings import GPT, SPELLINGS, STATES, TOKENS, Inside, ViTAttention
+from tests.neurons.test_neurons import Looking, job_of
+
+CASES: dict[str, Case] = SPELLINGS | RECURRENCES | POSITIONS
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_networks_as_users_write_them_are_split(case: Case) -> None:
+    job = job_of(seeded(case.build), case.example)
+
+    assert not job.found.unknown
+    assert {group.name: group.size for group in job.groups} == case.groups
+    verify_cuts(job)  # outputs and gradients are those of the masked whole network, in float64
+
+
+def narrow_with_values(job: Job, worker: int = 0) -> nn.Module:
+    narrow = job.narrow(job.neurons(0)[worker], torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    bind(narrow, {n: torch.randn(t.shape, generator=generator) / 9 for n, t in named_tensors(narrow).items()})
+    return narrow
+
+
+class ByHand(ViTAttention):
+    """What a narrow `ViTAttention` of 2 heads must compute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, _ = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        y = (q @ k.transpose(-2, -1) * 8**-0.5).softmax(dim=-1) @ v
+        return self.proj(y.transpose(1, 2).reshape(B, N, 16))
+
+
+def test_a_narrow_module_computes_bit_for_bit_what_one_written_for_its_size_does() -> None:
+    job = job_of(seeded(lambda: Inside(ViTAttention())), STATES)
+    narrow = narrow_with_values(job)
+    by_hand = copy.deepcopy(narrow)
+    by_hand.block.attn.__class__ = ByHand
+    batch = rand(5, 9, 32)  # neither the samples nor the positions of the example
+
+    for precision in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            outputs = []
+            for module in (narrow, by_hand):
+                torch.manual_seed(0)  # dropout
+                outputs.append(module.train()(batch))
+        for output in outputs:
+            output.square().mean().backward()
+
+        assert torch.equal(*outputs)
+        for one, other in zip(narrow.parameters(), by_hand.parameters(), strict=True):
+            assert torch.equal(one.grad, other.grad)
+
+
+def test_only_modules_that_need_it_make_calls_with_other_sizes() -> None:
+    plain = job_of(seeded(SPELLINGS["own width"].build), STATES)
+    resized = job_of(seeded(SPELLINGS["DINO"].build), STATES)
+
+    assert not plain.found.resized
+    assert type(narrow_with_values(plain).block.attn) is type(plain.template.block.attn)
+    assert list(resized.found.resized) == ["block.attn"]
+    assert narrow_with_values(resized).block.attn.num_heads == 4  # computes as if it were whole
+
+
+@pytest.mark.parametrize("name", ["vit-pytorch", "fused pattern", "layers of einops", "perceiver", "configured"])
+def test_axes_of_einops_and_settings_are_narrowed_where_they_are_held(name: str) -> None:
+    job = job_of(seeded(SPELLINGS[name].build), SPELLINGS[name].example)
+
+    assert not job.found.resized
+
+
+def test_an_lstm_that_is_traced_with_values_is_split() -> None:
+    # On the CPU torch runs one operator for all of it, unless that is switched off.
+    one_dnn = torch.backends.mkldnn.enabled
+    job = job_of(Looking(seeded(lambda: WithState(nn.LSTM))), SERIES)
+
+    assert not job.found.on_meta
+    assert [group.size for group in job.groups] == [7]
+    assert torch.backends.mkldnn.enabled == one_dnn
+    verify_cuts(job)
+
+
+class Numbered(nn.Module):
+    """Numbers its hidden units: with fewer of them the numbers would be others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.up, self.middle, self.down = 8, nn.Linear(6, 8), nn.Linear(8, 9), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.middle(self.up(x) * torch.arange(self.width)).relu())
+
+
+def test_units_that_are_numbered_stay_whole() -> None:
+    job = job_of(seeded(Numbered), SERIES)
+
+    assert [group.name for group in job.groups] == ["middle"]
+    verify_cuts(job)
+
+
+def test_what_is_known_of_calls_reaches_other_processes() -> None:
+    job = job_of(seeded(lambda: Inside(ViTAttention())), STATES)
+    sent = pickle.loads(pickle.dumps(job.found))
+
+    plan, received = job.plan(0, 0), job.plan(1, 0)
+    object.__setattr__(job, "found", sent)
+
+    assert job.plan(0, 0).calls == plan.calls
+    assert job.plan(1, 0).calls == received.calls
+
+
+class Branching(ViTAttention):
+    """Runs other code on batches of more than three samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > 3:
+            return x + self.qkv(x).reshape(*x.shape[:2], 3, -1).sum(2).mean()
+        return super().forward(x)
+
+
+def test_code_that_the_example_did_not_reach_is_an_error_in_training() -> None:
+    narrow = narrow_with_values(job_of(seeded(lambda: Inside(Branching())), STATES))
+
+    narrow.train()(rand(3, 6, 32))
+    with pytest.raises(ModelError, match=r"test_spellings\.py:\d+, which the example did not reach"):
+        narrow(rand(4, 6, 32))
+
+
+class Repeating(nn.Module):
+    """Runs one line as often as there are positions, each time with other heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = [4, 2] * 4
+        self.qkv, self.o = (nn.ModuleList([nn.Linear(32, out) for _ in range(8)]) for out in (96, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, C = x.shape
+        for layer in range(T):
+            h = self.heads[layer]
+            q, k, v = self.qkv[layer](x).view(B, T, 3, h, C // h).permute(2, 0, 3, 1, 4)
+            x = x + self.o[layer](F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, T, C))
+        return x
+
+
+def test_more_visits_of_a_line_than_on_the_example_are_an_error() -> None:
+    narrow = narrow_with_values(job_of(seeded(lambda: Inside(Repeating())), STATES))
+
+    narrow.train()(STATES)
+    with pytest.raises(ModelError, match=r"spellings\.py:\d+ 7 times, where the whole one did 6 times"):
+        narrow(rand(2, 7, 32))
+
+
+class Comparing(ViTAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.qkv(x).shape[2] != 96:
+            raise ValueError("expected a width of 96")
+        return super().forward(x)
+
+
+def test_attention_that_compares_a_width_with_a_number_stays_whole_and_the_line_is_named() -> None:
+    with pytest.warns(UserWarning, match=r"'block.attn' is not split: .*width of 96 \(test_spellings.py, line \d+"):
+        job = job_of(seeded(lambda: Inside(Comparing())), STATES)
+
+    assert [group.name for group in job.groups] == ["block.mlp"]
+    verify_cuts(job)
+
+
+class Chosen(nn.Module):
+    """How many of its first four units a worker holds depends on which units it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.few = nn.Linear(12, 8), nn.Linear(8, 5), 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(torch.cat([h[:, : self.few].relu(), h[:, self.few :].tanh()], dim=1))
+
+
+def test_a_number_that_depends_on_which_units_are_held_is_set_anew_for_others() -> None:
+    job = job_of(seeded(Chosen), rand(2, 12))
+
+    looks = {job.looks(0, number) for number in range(20)}
+    held = {tuple(job.neurons(number)[0][0].tolist()) for number in range(20)}
+
+    assert len(looks) == len(held) > 1
+    verify_cuts(job)
+
+
+def test_nano_gpt_is_trained_and_its_embeddings_stay_tied() -> None:
+    model = seeded(lambda: GPT(layers=1))
+    tokens = TensorDataset(TOKENS.repeat(20, 1), TOKENS.repeat(20, 1))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    ist.train(
+        model, tokens, loss=loss, workers=3, local_steps=3, rounds=3, batch_size=8, optimizer="AdamW", progress=False
+    )
+
+    assert model.wte.weight is model.lm_head.weight
+    assert all(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())

@@ -1,0 +1,124 @@
+"""Optimisers and schedules by name, and what of their state can be carried."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ist.config.base import Component
+from ist.errors import ConfigError
+from ist.monitoring.meter import Meter
+from ist.optimization import optimizers as optim
+from ist.optimization.step_settings import schedule_settings
+from ist.pools.inline import InlinePool
+from ist.training.coordinator import Coordinator
+from tests.conftest import job_for
+from tests.networks import NETWORKS, seeded
+
+REFUSED = {"Adafactor": "row_var", "ASGD": "ax"}
+
+
+def test_every_optimiser_of_torch_is_carried_or_refused_by_name() -> None:
+    carried, refused = set(), set()
+    for name, cls in vars(torch.optim).items():
+        if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+            continue
+        if name in ("Optimizer", "LBFGS", "SparseAdam"):
+            continue
+        spec = Component(name=name, args={"lr": 0.1} if name == "SGD" else {})
+        if name in REFUSED:
+            with pytest.raises(ConfigError, match=f"'{REFUSED[name]}'.*use 'reset'"):
+                optim.state_slots(spec)
+            refused.add(name)
+        else:
+            optim.state_slots(spec)
+            carried.add(name)
+
+    assert refused == REFUSED.keys() & vars(torch.optim).keys()
+    assert {"SGD", "Adam", "AdamW", "RMSprop", "Adagrad"} <= carried
+
+
+def test_lbfgs_is_refused_because_it_needs_a_closure() -> None:
+    with pytest.raises(ConfigError, match="'LBFGS', which evaluates the loss several times"):
+        optim.build_optimizer(Component(name="LBFGS"), [nn.Parameter(torch.zeros(1))])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (Component(name="SDG"), "'train.optimizer.name' is 'SDG': did you mean 'SGD'?"),
+        (Component(name="SGD", args={"lr": -1.0}), "'train.optimizer.args' was refused: Invalid learning rate: -1.0"),
+        (Component(name="SGD", args={"lrr": 1.0}), "'train.optimizer.args' does not fit SGD.*'lrr'"),
+        (Component(name="collections:OrderedDict"), "not a torch.optim.Optimizer"),
+    ],
+)
+def test_a_wrong_optimiser_is_refused_with_its_key(spec: Component, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        optim.build_optimizer(spec, [nn.Parameter(torch.zeros(1))])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (Component(name="ReduceLROnPlateau"), "needs a metric each step"),
+        (Component(name="StepLR"), "'train.schedule.args' does not fit StepLR.*step_size"),
+        (Component(name="CosineLR"), "'train.schedule.name' is 'CosineLR': did you mean"),
+    ],
+)
+def test_a_wrong_schedule_is_refused_with_its_key(schedule: Component, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        schedule_settings(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), schedule, 10)
+
+
+def test_loading_what_was_stored_gives_the_same_optimiser_state() -> None:
+    spec = Component(name="Adam")
+    slots = optim.state_slots(spec)
+    named = {"w": nn.Parameter(torch.randn(3, 2))}
+    from ist.tensors import TensorSpec
+
+    specs = optim.carried_specs(slots, {"w": TensorSpec((3, 2), torch.float32)})
+    first = optim.build_optimizer(spec, list(named.values()))
+    named["w"].grad = torch.randn(3, 2)
+    first.step()
+    state = optim.initial_state(slots, specs, torch.device("cpu"))
+
+    optim.store_state(first, named, slots, state)
+    second = optim.build_optimizer(spec, list(named.values()))
+    optim.load_state(second, named, slots, state)
+
+    expected: Any = first.state[named["w"]]
+    for key, value in second.state[named["w"]].items():
+        assert torch.equal(value, expected[key]), key
+
+
+def test_numbers_among_an_optimisers_state_stay_numbers() -> None:
+    named = {"w": nn.Parameter(torch.zeros(3, 2))}
+    first, second = (optim.build_optimizer(Component(name="SGD", args={"lr": 0.1}), [named["w"]]) for _ in range(2))
+    kept = {"step": 7, "rate": 0.5, "warm": True, "moment": torch.ones(3, 2)}  # SparseAdam counts in a plain number
+    first.state[named["w"]].update(kept)
+
+    optim.restore_named_state(second, named, optim.named_state(first, named))
+
+    found = second.state[named["w"]]
+    assert {key: found[key] for key in ("step", "rate", "warm")} == {"step": 7, "rate": 0.5, "warm": True}
+    assert type(found["step"]) is int
+    assert torch.equal(found["moment"], kept["moment"])
+
+
+def test_state_of_a_parameter_without_gradients_is_carried_too() -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    model.register_parameter("idle", nn.Parameter(torch.ones(3)))
+    job, meter = (
+        job_for(model, train__optimizer={"name": "Adam", "args": {}}, train__optimizer_state="carried"),
+        Meter(),
+    )
+    made = Coordinator(job, InlinePool(job, torch.device("cpu"), meter), model, meter)
+
+    for round_number in range(3):
+        made.train_round(round_number)
+
+    state = made.checkpoint_state()
+    assert torch.equal(state["idle"], torch.ones(3))
+    assert not state["exp_avg@idle"].any()
+    assert bool(state["exp_avg@linear_1.weight"].any())

@@ -1,0 +1,272 @@
+"""What ranks owe each other: ranks take turns in this process, over mailboxes in place of the network."""
+
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ist.data.content import content
+from ist.distributed import process_group as group
+from ist.distributed.process_group import Membership, agree_on_start
+from ist.errors import CheckpointError, PoolError
+from ist.monitoring.meter import Meter
+from ist.pools import torchrun
+from ist.pools.inline import InlinePool
+from ist.pools.torchrun import RankWorker, TorchrunPool
+from ist.runs.open import _fingerprint
+from ist.storage.checkpoint import read_tensors, write_tensors
+from ist.subnet.job import Job
+from ist.tensors import TensorSpec
+from ist.training.coordinator import Coordinator
+from ist.training.rounds import run_rounds
+from ist.training.worker_state import Keeper
+from ist.transport.endpoints import down_bytes, worker_route
+from ist.transport.message import HEADER_BYTES, Header, Message, layout_of
+from tests.conftest import assert_same, clone, data, job_for, small_config
+from tests.networks import NETWORKS, seeded
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Ranks:
+    """Stands in for `torch.distributed`: rank 0 runs, and whoever it waits for takes a turn."""
+
+    followers: dict[int, RankWorker] = field(default_factory=dict)
+    mail: defaultdict[tuple[int, int], deque[Tensor]] = field(default_factory=lambda: defaultdict(deque))
+    crossed: int = 0
+    round_number: int = 0
+    now: int = 0
+
+    isend, irecv, Work = "send", "receive", object
+
+    def P2POp(self, what: str, flat: Tensor, peer: int) -> tuple[str, Tensor, int]:  # noqa: N802 (torch's name)
+        return what, flat, peer
+
+    def batch_isend_irecv(self, operations: list[tuple[str, Tensor, int]]) -> list[Any]:
+        works = []
+        for what, flat, peer in operations:
+            if what == "send":
+                self.mail[self.now, peer].append(flat.clone())
+                self.crossed += flat.nbytes
+                works.append(SimpleNamespace(wait=lambda: None))
+            else:
+                works.append(SimpleNamespace(wait=lambda me=self.now, flat=flat, peer=peer: self._take(me, flat, peer)))
+        return works
+
+    def _take(self, me: int, flat: Tensor, peer: int) -> None:
+        if not self.mail[peer, me]:
+            self.now = peer
+            self.followers[peer].train_round(self.round_number)
+            self.now = me
+        flat.copy_(self.mail[peer, me].popleft())
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    made = Ranks()
+    monkeypatch.setattr(torchrun, "dist", made)
+    yield made
+    assert not any(made.mail.values()), "something was sent that nobody took"
+
+
+def membership(rank: int, world_size: int) -> Membership:
+    return Membership(rank, world_size, CPU, "gloo")
+
+
+def by_ranks(ranks: Ranks, job: Job, model: nn.Module, spare: int) -> tuple[Coordinator, Meter]:
+    """A coordinator whose workers are ranks; `spare` is 1 where rank 0 is none."""
+    size, meter = job.config.train.workers + spare, Meter()
+    ranks.followers = {rank: RankWorker(job, membership(rank, size)) for rank in range(1, size)}
+    return Coordinator(job, TorchrunPool(job, membership(0, size), meter), model, meter), meter
+
+
+@pytest.mark.parametrize("spare", [0, 1], ids=["rank 0 trains", "rank 0 only coordinates"])
+@pytest.mark.parametrize("exchange", [{}, {"down": "int8", "up": "int8", "values": "deltas"}], ids=["exact", "int8"])
+def test_ranks_end_with_the_weights_of_the_inline_pool_and_count_each_byte_once(
+    ranks: Ranks, spare: int, exchange: dict[str, Any]
+) -> None:
+    model = seeded(NETWORKS["two hidden layers, batch norm"])
+    settings = {"train__workers": 3, "exchange": exchange, "pool__kind": "torchrun"}
+    job, alone = job_for(model, **settings), clone(model.state_dict())
+    expected = seeded(NETWORKS["two hidden layers, batch norm"])
+    expected.load_state_dict(alone)
+    inline = Coordinator(job, InlinePool(job, CPU, Meter()), expected, Meter())
+    coordinator, meter = by_ranks(ranks, job, model, spare)
+
+    for round_number in range(job.num_rounds):
+        ranks.round_number = round_number
+        coordinator.train_round(round_number)
+        inline.train_round(round_number)
+
+    assert_same(model.state_dict(), expected.state_dict())
+    workers = range(1 - spare, 3)
+    routes = [[worker_route(job, worker, number) for worker in workers] for number in range(job.num_rounds)]
+    down = sum(down_bytes(job, route, number) for number, row in enumerate(routes) for route in row)
+    up = sum(route.up.nbytes for row in routes for route in row)
+    assert (meter.sent.total(), meter.received.total()) == (down, up)
+    assert coordinator.bytes_sent() == meter.total_bytes == down + up == ranks.crossed
+    assert set(meter.sent) == set(meter.received) == set(workers)
+
+
+def test_a_rank_with_another_network_refuses_the_subnet(ranks: Ranks) -> None:
+    model, other = seeded(NETWORKS["no batch norm"]), seeded(NETWORKS["uneven widths"])
+    job = job_for(model, train__workers=2, pool__kind="torchrun")
+    coordinator, _ = by_ranks(ranks, job, model, spare=0)
+    ranks.followers = {1: RankWorker(job_for(other, train__workers=2, pool__kind="torchrun"), membership(1, 2))}
+    ranks._take = lambda me, flat, peer: _take_what_fits(ranks, me, flat, peer)  # type: ignore[method-assign]
+
+    with pytest.raises(PoolError, match="expected a message of"):
+        coordinator.train_round(0)
+    ranks.mail.clear()
+
+
+def _take_what_fits(ranks: Ranks, me: int, flat: Tensor, peer: int) -> None:
+    if not ranks.mail[peer, me]:
+        ranks.now = peer
+        ranks.followers[peer].train_round(ranks.round_number)
+    there = ranks.mail[peer, me].popleft()
+    length = min(len(there), len(flat))
+    flat[:length] = there[:length]
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        {"a": TensorSpec((4, 8), torch.float32), "c": TensorSpec((8,), torch.float32)},
+        {"a": TensorSpec((8, 4), torch.float32), "b": TensorSpec((8,), torch.float32)},
+        {"a": TensorSpec((4, 8), torch.int32), "b": TensorSpec((8,), torch.float32)},
+        {"b": TensorSpec((8,), torch.float32), "a": TensorSpec((4, 8), torch.float32)},
+    ],
+    ids=["another name", "another shape", "another dtype", "another order"],
+)
+def test_a_message_of_another_layout_is_refused_though_it_is_as_long(theirs: dict[str, TensorSpec]) -> None:
+    ours = {"a": TensorSpec((4, 8), torch.float32), "b": TensorSpec((8,), torch.float32)}
+    received = Message(layout_of(ours))
+    received.write_header(Header(3, 1))
+
+    as_theirs = Message(layout_of(theirs), flat=received.flat)
+
+    assert received.read_header(3, 1) == Header(3, 1)
+    assert received.nbytes == as_theirs.nbytes == HEADER_BYTES + 4 * 32 + 64
+    with pytest.raises(PoolError, match="expected a message of"):
+        as_theirs.read_header(3, 1)
+    for other in ((2, 1), (3, 0)):
+        with pytest.raises(PoolError, match="expected a message of"):
+            received.read_header(*other)
+
+
+def agreed(monkeypatch: pytest.MonkeyPatch, rank: int, starts: list[tuple[int, int]]) -> int:
+    """What a rank makes of a start where ranks have these (first round, fingerprint)."""
+    contents = content(data(), 3), content(data(40, seed=4), 3)
+
+    def gather(said: list[Tensor], own: Tensor) -> None:
+        for slot, start in zip(said, starts, strict=True):
+            slot.copy_(torch.tensor([*start, *own[2:].tolist()], dtype=own.dtype))
+
+    monkeypatch.setattr(group.dist, "all_gather", gather)
+    return agree_on_start(membership(rank, len(starts)), *starts[rank], contents)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_every_rank_begins_where_rank_0_does_and_refuses_another_configuration(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    assert agreed(monkeypatch, rank, [(5, 17), (0, 17), (9, 17)]) == 5
+    with pytest.raises(PoolError, match="rank 2 runs another configuration than rank 0"):
+        agreed(monkeypatch, rank, [(5, 17), (5, 17), (5, 18)])
+
+
+def test_the_fingerprint_of_a_configuration_is_of_what_is_trained() -> None:
+    same = [{}, {"name": "other"}, {"output": "elsewhere"}, {"data__root": "/mnt"}, {"checkpoint__every": 1}]
+    others = [{"seed": 4}, {"train__batch_size": 8}, {"model__args": {"widths": [64, 10]}}, {"exchange__down": "int8"}]
+
+    assert len({_fingerprint(small_config(**changes)) for changes in same}) == 1
+    assert len({_fingerprint(small_config(**changes)) for changes in [{}, *others]}) == 1 + len(others)
+
+
+def test_every_worker_and_round_draws_random_numbers_of_its_own() -> None:
+    model = seeded(NETWORKS["no batch norm"])
+
+    def drawn(process_seed: int) -> list[float]:
+        draws: list[float] = []
+
+        def loss(outputs: Any, targets: Any) -> Tensor:
+            if torch.is_grad_enabled():
+                draws.append(torch.rand(()).item())
+            return nn.functional.cross_entropy(outputs, targets)
+
+        job = replace(job_for(model, train__workers=2, train__rounds=2, train__local_steps=1), loss=loss)
+        coordinator = Coordinator(job, InlinePool(job, CPU, Meter()), model, Meter())
+        torch.manual_seed(process_seed)
+        for round_number in range(2):
+            coordinator.train_round(round_number)
+        return draws
+
+    first = drawn(1)
+
+    assert len(set(first)) == 4
+    assert drawn(2) == first
+
+
+def test_an_optimiser_is_kept_for_the_same_neurons_alone() -> None:
+    stages = [{}, {"rounds": 2, "keep": 1}]
+    job = job_for(seeded(NETWORKS["no batch norm"]), train__workers=2, train__rounds=4, recipe__stages=stages)
+    keeper = Keeper(job, 0, None)
+    made = []
+    for round_number in range(4):
+        narrow = job.narrow(job.neurons(round_number)[0], CPU)
+        named = dict(narrow.named_parameters())
+        made.append(keeper.optimizer(named, round_number))
+        keeper.keep(made[-1], named, {}, round_number)
+
+    assert made[3] is made[2]
+    assert len({id(optimizer) for optimizer in made}) == 3
+
+
+def test_where_neurons_change_keeping_is_starting_anew() -> None:
+    def trained(optimizer_state: str) -> dict[str, Tensor]:
+        model = seeded(NETWORKS["no batch norm"])
+        job = job_for(model, train__workers=2, train__optimizer_state=optimizer_state)
+        coordinator = Coordinator(job, InlinePool(job, CPU, Meter()), model, Meter())
+        for round_number in range(job.num_rounds):
+            coordinator.train_round(round_number)
+        return clone(model.state_dict())
+
+    assert_same(trained("kept"), trained("reset"))
+
+
+def test_a_checkpoint_without_a_checksum_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "some.safetensors"
+    write_tensors(path, {"a": torch.ones(3)}, {"round": "1"})
+    assert read_tensors(path)[1] == {"round": "1"}
+
+    save_file({"a": torch.ones(3)}, path, {"round": "1"})
+
+    with pytest.raises(CheckpointError, match="do not match its checksum"):
+        read_tensors(path)
+
+
+def test_rounds_are_evaluated_and_saved_when_they_are_due_and_at_the_end() -> None:
+    model, evaluated, saved = seeded(NETWORKS["no batch norm"]), [], []
+    settings = {"train__workers": 2, "train__rounds": 5, "checkpoint__every": 3, "evaluate__every": 2}
+    job = job_for(model, test=data(20, seed=4), **settings)
+
+    class Notes:
+        def round_done(self, round_number: int, _report: Any, metrics: Any, *_rest: Any) -> None:
+            if metrics is not None:
+                evaluated.append(round_number + 1)
+
+        def save(self, rounds_done: int, _state: Any) -> None:
+            saved.append(rounds_done)
+
+    run_rounds(job, Coordinator(job, InlinePool(job, CPU, Meter()), model, Meter()), Notes(), 0, CPU)
+
+    assert (evaluated, saved) == ([2, 4, 5], [3, 5])

@@ -1,0 +1,337 @@
+"""Identity 7: a resumed run is the same run."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ist
+from ist.runs.build import build_job
+from ist.storage.checkpoint import load_checkpoint, read_tensors, save_checkpoint, save_kept
+from ist.config.schema import Checkpoint
+from ist.config.load import dump_config
+from ist.errors import CheckpointError, RunFolderError
+from ist.subnet.job import Job
+from ist.training.worker_state import Keeper, Site
+from ist.optimization.optimizers import build_optimizer, named_state
+from ist.training.rounds import run_rounds
+from ist.runs.open import Leading, open_run
+from ist.storage.run_folder import RunFolder, create_run_folder
+from ist.storage.backend import LocalStorage
+from tests.conftest import assert_same, data, job_for, small_config
+from tests.networks import NETWORKS, seeded
+
+
+class PowerCutError(Exception):
+    pass
+
+
+def run(folder: RunFolder, resume: bool, stop_after: int | None = None) -> dict[str, torch.Tensor]:
+    with open_run(build_job(folder.load_config()), folder, resume, progress=False) as part:
+        assert isinstance(part, Leading)
+        if stop_after is not None:
+            note = part.recorder.round_done
+
+            def cut(round_number: int, *rest: Any) -> None:
+                if round_number == stop_after:
+                    raise PowerCutError
+                note(round_number, *rest)
+
+            part.recorder.round_done = cut  # type: ignore[method-assign]
+        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+        part.recorder.finish(part.method.model)
+    return read_tensors(folder.path / "model.safetensors")[0]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "reset": {},
+    "carried Adam": {
+        "train__optimizer": {"name": "Adam", "args": {"lr": 0.01}},
+        "train__optimizer_state": "carried",
+        "train__schedule": {"name": "CosineAnnealingLR", "args": {"T_max": "total_steps"}},
+    },
+    "dropout": {"model__args": {"widths": [64, 24, 20, 10], "dropout": 0.3}},
+    "items that are drawn": {"data": {"name": "tests.augmented:load"}},
+    "carried statistics": {"train__running_statistics": "carried"},
+    "rounding that is fed back": {
+        "exchange": {"down": "int8", "up": "int3", "values": "deltas", "error_feedback": True},
+    },
+    "stages": {
+        "train__activation_scale": "folded",
+        "recipe": {
+            "stages": [{"rounds": 1, "keep": 1}, {}, {"rounds": 2, "keep": 1, "lr_scale": 0.5, "local_steps": 2}]
+        },
+    },
+    "state that is kept": {
+        "train__optimizer": {"name": "Adam", "args": {"lr": 0.01}},
+        "train__optimizer_state": "kept",
+        "recipe": {"stages": [{}, {"rounds": 4, "keep": 1}]},
+        "checkpoint": {"every": 1},
+    },
+    "state that is kept, seldom saved": {
+        "train__optimizer_state": "kept",
+        "recipe": {"stages": [{"keep": 1}]},
+        "checkpoint": {"every": 2, "keep": 1},
+    },
+    "kept state and rounding that is fed back": {
+        "train__optimizer_state": "kept",
+        "exchange": {"down": "int8", "up": "int4", "values": "deltas", "error_feedback": True},
+        "recipe": {"stages": [{}, {"rounds": 3, "keep": 1}]},
+        "checkpoint": {"every": 1},
+    },
+    "a global shuffle": {"data__shuffle": "global"},
+    "outer momentum": {"recipe": {"outer": {"lr": 0.9, "momentum": 0.5}}, "train__optimizer_state": "carried"},
+    "outer momentum in a finish": {"recipe": {"stages": [{}, {"rounds": 3, "keep": 1, "outer": {"lr": 0.7, "momentum": 0.9}}]}},
+    "exponential average": {"recipe": {"average": {"kind": "ema", "decay": 0.6}}},
+    "average of the last rounds": {"recipe": {"average": {"kind": "swa", "start": 0.4}}},
+    "all of a recipe": {
+        "partition": {"coverage": "balanced", "keep": 0.5},
+        "recipe": {
+            "stages": [{}, {"rounds": 2, "keep": 1}], "outer": {"momentum": 0.5}, "average": {"kind": "ema"},
+        },
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stop_after", [0, 1, 2, 3, 4])
+def test_a_run_stopped_anywhere_and_resumed_ends_in_the_same_weights(
+    tmp_path: Path, variant: str, stop_after: int
+) -> None:
+    config = small_config(**VARIANTS[variant], train__rounds=5)
+    whole = create_run_folder(config, tmp_path / "whole")
+    broken = create_run_folder(config, tmp_path / "broken")
+    expected = run(whole, resume=False)
+
+    with pytest.raises(PowerCutError):
+        run(broken, resume=False, stop_after=stop_after)
+    found = run(broken, resume=True)
+
+    assert_same(found, expected)
+    stable = ("round", "loss", "accuracy", "samples", "sent_bytes")
+    records = [[{key: record[key] for key in stable} for record in f.records()] for f in (whole, broken)]
+    assert records[0] == records[1]
+    assert broken.result()["rounds"] == 5
+
+
+KEPT: dict[str, Any] = {"train__optimizer_state": "kept", "recipe": {"stages": [{"keep": 1}]}}
+
+
+def test_what_workers_keep_is_beside_the_checkpoints_until_the_run_is_done(tmp_path: Path) -> None:
+    folder = create_run_folder(
+        small_config(**KEPT, train__rounds=6, checkpoint={"every": 1, "keep": 2}), tmp_path / "run"
+    )
+    with pytest.raises(PowerCutError):
+        run(folder, resume=False, stop_after=4)
+
+    names = {path.name for path in (folder.path / "checkpoints").glob("worker-*")}
+    # Of the checkpoint that was not written any more, and of both that are there.
+    assert names == {f"worker-{w:04d}.round-{done:08d}.safetensors" for w in range(4) for done in (3, 4, 5)}
+
+    _, progress = folder.rewind()
+    # Also of workers that are not there in the next round: one that comes back later must not find them.
+    names = {path.name for path in (folder.path / "checkpoints").glob("worker-*")}
+    assert progress.rounds_done == 4
+    assert names == {f"worker-{w:04d}.round-{done:08d}.safetensors" for w in range(4) for done in (3, 4)}
+
+    run(folder, resume=True)
+    assert not list((folder.path / "checkpoints").glob("worker-*"))
+    assert sorted(path.name for path in (folder.path / "checkpoints").iterdir()) == [
+        f"round-{done:08d}.safetensors" for done in (5, 6)
+    ]
+
+
+def test_a_worker_that_does_not_find_what_it_kept_says_so_and_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_config(**KEPT, train__rounds=5, checkpoint={"every": 1})
+    whole, broken = (create_run_folder(config, tmp_path / name) for name in ("whole", "broken"))
+    expected = run(whole, resume=False)
+    with pytest.raises(PowerCutError):
+        run(broken, resume=False, stop_after=3)
+    (broken.path / "checkpoints" / "worker-0002.round-00000003.safetensors").unlink()
+
+    found = run(broken, resume=True)
+
+    assert "worker 2 goes on without what it kept before round 4, which should be in" in caplog.text
+    assert caplog.text.count("goes on without") == 1
+    assert any(not torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_what_was_kept_is_found_where_the_run_is_saved_at_other_rounds_from_now_on(tmp_path: Path) -> None:
+    config = small_config(**KEPT, train__rounds=5, checkpoint={"every": 2})
+    whole, broken = (create_run_folder(config, tmp_path / name) for name in ("whole", "broken"))
+    expected = run(whole, resume=False)
+    with pytest.raises(PowerCutError):
+        run(broken, resume=False, stop_after=3)
+    broken.config_path.write_text(dump_config(small_config(**KEPT, train__rounds=5, checkpoint={"every": 3})))
+
+    assert_same(run(broken, resume=True), expected)
+
+
+def kept_job(**changes: Any) -> tuple[Job, Mapping[str, nn.Parameter]]:
+    """A job whose workers hold the whole network, and the network's parameters."""
+    model = seeded(NETWORKS["no batch norm"])
+    job = job_for(model, **{**KEPT, "train__rounds": 5, **changes})
+    return job, dict(model.named_parameters())
+
+
+def stepped(job: Job, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """An optimiser that has made a step."""
+    optimizer = build_optimizer(job.config.train.optimizer, list(named.values()))
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer
+
+
+def test_a_worker_takes_what_it_kept_of_the_same_neurons_among_as_many(tmp_path: Path) -> None:
+    job, named = kept_job()
+    site = Site(str(tmp_path), Checkpoint(), start="a")
+    optimizer = stepped(job, named)
+    Keeper(job, 0, site).keep(optimizer, named, {}, 0)
+
+    def taken_by(other: Job, worker: int = 0, round_number: int = 1, site: Site = site) -> dict[str, Tensor]:
+        keeper = Keeper(other, worker, site)
+        keeper.recover(round_number)
+        return named_state(keeper.optimizer(named, round_number), named)
+
+    assert_same(taken_by(job), named_state(optimizer, named))
+    # Of the start whose checkpoint is gone on from, and of no other.
+    assert_same(taken_by(job, site=replace(site, start="b", first_round=1, before="a")), named_state(optimizer, named))
+    assert taken_by(job, site=replace(site, start="b", first_round=1, before="c")) == {}
+    assert taken_by(job, site=replace(site, start="b")) == {}
+    assert taken_by(job, worker=1) == {}
+    assert taken_by(job, round_number=2) == {}
+    assert taken_by(job.with_workers(3)) == {}
+    assert taken_by(kept_job(recipe={})[0]) == {}  # who draws neurons anew has no use for it
+
+
+def test_a_place_that_cannot_be_reached_is_told_and_costs_what_was_kept_alone(caplog: pytest.LogCaptureFixture) -> None:
+    job, named = kept_job()
+    keeper = Keeper(job, 0, Site("/nowhere", Checkpoint(storage="nosuch://bucket")))
+
+    assert keeper.recover(1) == {}
+    keeper.keep(stepped(job, named), named, {}, 1)
+
+    assert "worker 0 goes on without what it kept before round 2, which should be in nosuch://bucket" in caplog.text
+    assert "worker 0 cannot save what it keeps" in caplog.text
+
+
+def test_a_password_in_a_url_stays_with_who_was_configured_with_it() -> None:
+    site = Site("/runs/first", Checkpoint(storage="s3://me:secret@bucket/runs"), "b", 7, "a")
+
+    assert "secret" not in site.to_text()
+    assert Site.from_text(site.to_text(), site.checkpoint) == site
+    folder = Site("/runs/first", Checkpoint(storage="/checkpoints", every=3))
+    assert Site.from_text(folder.to_text(), Checkpoint()) == folder
+
+
+def test_files_of_checkpoints_stay_and_those_of_a_broken_off_run_go(tmp_path: Path) -> None:
+    storage, tensors = LocalStorage(tmp_path), {"weight": torch.ones(2)}
+    for rounds_done in (1, 2, 3, 97, 98, 99):
+        (tmp_path / f"worker-0000.round-{rounds_done:08d}.safetensors").touch()
+    (tmp_path / "worker-0001.round-00000001.safetensors").touch()
+
+    save_kept(storage, 0, 4, tensors, "all", keep=2)
+
+    left = {"worker-0001.round-00000001"} | {f"worker-0000.round-0000000{n}" for n in (2, 3, 4)}
+    assert {path.stem for path in tmp_path.iterdir()} == left
+
+
+def test_saving_what_is_kept_counts_as_no_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ist.training.worker_state.save_kept", lambda *_: time.sleep(0.2))
+    folder = create_run_folder(small_config(**KEPT, train__rounds=2, checkpoint={"every": 1}), tmp_path / "run")
+
+    run(folder, resume=False)
+
+    first, _ = folder.records()
+    assert first["exchange_s"] < 0.2
+    assert first["train_s"] < 0.8  # four workers, one after the other
+
+
+def test_a_worker_that_cannot_save_what_it_keeps_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RunFolderError("no room")
+
+    monkeypatch.setattr("ist.training.worker_state.save_kept", refuse)
+    folder = create_run_folder(small_config(**KEPT, checkpoint={"every": 1}), tmp_path / "run")
+
+    run(folder, resume=False)
+
+    assert caplog.text.count("worker 1 cannot save what it keeps, and would go on without: no room") == 1
+
+
+def test_half_a_line_that_a_crash_left_does_not_hurt(tmp_path: Path) -> None:
+    folder = create_run_folder(small_config(), tmp_path / "run")
+    with pytest.raises(PowerCutError):
+        run(folder, resume=False, stop_after=3)
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 3, "los')
+
+    run(folder, resume=True)
+
+    assert [record["round"] for record in folder.records()] == [0, 1, 2, 3]
+
+
+def test_a_damaged_checkpoint_is_not_resumed_from(tmp_path: Path) -> None:
+    folder = create_run_folder(small_config(), tmp_path / "run")
+    with pytest.raises(PowerCutError):
+        run(folder, resume=False, stop_after=3)
+    newest = next((folder.path / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-4])
+
+    with pytest.raises(CheckpointError, match="round-00000002.safetensors"):
+        run(folder, resume=True)
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    folder = create_run_folder(small_config(), tmp_path / "run")
+    with pytest.raises(PowerCutError):
+        run(folder, resume=False, stop_after=3)
+    other = small_config(model__args={"widths": [64, 28, 20, 10]})
+    tensors, progress = load_checkpoint(folder.storage, "round-00000002.safetensors")
+    save_checkpoint(folder.storage, tensors, replace(progress, config=""), keep=1)  # as an earlier version saved it
+    folder.config_path.write_text(dump_config(other))
+
+    with pytest.raises(CheckpointError, match="does not fit the configured network"):
+        run(folder, resume=True)
+
+
+def test_the_result_loads_into_the_plain_network(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from ist.models.mlp import MLP
+
+    folder = create_run_folder(small_config(), tmp_path / "run")
+    run(folder, resume=False)
+    model = MLP([64, 24, 20, 10])
+
+    model.load_state_dict(load_file(folder.path / "model.safetensors"))
+
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values())
+
+
+def test_a_program_that_resumes_another_run_is_told_what_differs(tmp_path: Path) -> None:
+    def trained(**changes: Any) -> int:
+        settings = {"optimizer_args": {"lr": 0.1, "betas": (0.8, 0.9)}, "resume": True, **changes}
+        model = seeded(NETWORKS["no batch norm"])
+        found = ist.train(
+            model, data(), workers=2, local_steps=2, rounds=2, optimizer="Adam", run_dir=tmp_path / "run",
+            progress=False, **settings,
+        )  # fmt: skip
+        return len(found.history)
+
+    assert trained(resume=False) == 2
+    assert trained() == 2  # it is done, and the same run, tuples and all
+    with pytest.raises(RunFolderError, match=r"run: holds another run: its 'seed' is 0, not 5"):
+        trained(seed=5)
+    with pytest.raises(RunFolderError, match=r"its 'recipe.outer.momentum' is 0.0, not 0.5"):
+        trained(recipe={"outer": {"momentum": 0.5}})

@@ -1,0 +1,117 @@
+"""A run goes on as it was configured: what was changed by hand is named, what may change is told."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ist.config.load import dump_config, load_config
+from ist.errors import RunFolderError
+from ist.storage.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ist.storage.run_folder import RunFolder, create_run_folder
+from ist.storage.same_run import other_run, other_settings
+from tests.conftest import small_config
+from tests.runs.test_resume import PowerCutError, run
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A run that was cut off after two rounds."""
+    folder = create_run_folder(small_config(checkpoint={"every": 1}), tmp_path / "run")
+    with pytest.raises(PowerCutError):
+        run(folder, resume=False, stop_after=2)
+    return folder.path
+
+
+def edited(path: Path, *changes: tuple[str, str]) -> RunFolder:
+    text = (path / "config.yaml").read_text()
+    for old, new in changes:
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    (path / "config.yaml").write_text(text)
+    return RunFolder(path)
+
+
+def test_keys_that_were_changed_by_hand_are_all_named_with_what_they_were(broken: Path) -> None:
+    folder = edited(broken, ("seed: 3", "seed: 4"), ("lr: 0.1", "lr: 0.2"), ("  batch_size: 16", "  batch_size: 8"))
+    message = (
+        f"{broken}/config.yaml: was changed since the run was saved: 'seed' was 3, is 4; 'train.batch_size' was 16, is 8; "
+        "'train.optimizer.args.lr' was 0.1, is 0.2. Put back what it was"
+    )
+
+    for again in (folder.check_checkpoint, folder.rewind, lambda: run(folder, resume=True)):
+        with pytest.raises(RunFolderError, match=re.escape(message)):
+            again()
+
+    records = len(RunFolder(broken).records())
+    run(
+        edited(broken, ("seed: 4", "seed: 3"), ("lr: 0.2", "lr: 0.1"), ("  batch_size: 8", "  batch_size: 16")),
+        resume=True,
+    )
+    assert records == 2
+    assert len(RunFolder(broken).records()) == 4
+
+
+def test_what_may_change_is_told_and_gone_on_with(broken: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = edited(broken, ("every: 1\n  keep: 2", "every: 3\n  keep: 1"), ("label: null", "label: mine"))
+
+    run(folder, resume=True)
+
+    assert f"{broken}/config.yaml: 'checkpoint.every' was 1 when the run was saved, and is 3 now" in caplog.text
+    assert "'label' was None when the run was saved, and is 'mine' now" in caplog.text
+    assert caplog.text.count("when the run was saved") == 3
+    assert folder.result()["label"] == "mine"
+
+
+def test_a_run_of_an_earlier_version_goes_on_without_a_note_of_its_configuration(broken: Path) -> None:
+    folder = RunFolder(broken)
+    tensors, progress = load_checkpoint(folder.storage, "round-00000002.safetensors")
+    assert progress.config == dump_config(folder.load_config())
+    save_checkpoint(folder.storage, tensors, Progress(2, progress.totals, progress.numbers, progress.start), keep=2)
+
+    run(folder, resume=True)
+
+    assert len(folder.records()) == 4
+
+
+def test_a_file_that_is_edited_while_the_run_goes_on_is_not_what_is_noted(tmp_path: Path) -> None:
+    folder = create_run_folder(small_config(), tmp_path / "run")
+    folder.begin()
+    edited(folder.path, ("seed: 3", "seed: 4"))
+
+    folder.save_checkpoint({"weight": torch.ones(2)}, Progress(1), keep=1)
+
+    with pytest.raises(RunFolderError, match="'seed' was 3, is 4"):
+        RunFolder(folder.path).rewind()
+
+
+WHERE_AND_BY_WHOM: list[dict[str, Any]] = [
+    {"output": "elsewhere"}, {"label": "mine"}, {"checkpoint": {"every": 9}}, {"watch": {"tensorboard": True}},
+    {"pool": {"kind": "torchrun"}}, {"compare": {"methods": ["ddp"]}}, {"data__root": "/data"},
+]  # fmt: skip
+WHAT: list[dict[str, Any]] = [
+    {"seed": 4}, {"train__rounds": 5}, {"data__shuffle": "global"}, {"model__args": {"widths": [64, 8, 8, 10]}},
+    {"evaluate": {"every": 3}}, {"partition": {"exclude": ["linear_1.*"]}}, {"name": "another"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "allowed"), [(c, True) for c in WHERE_AND_BY_WHOM] + [(c, False) for c in WHAT])
+def test_where_a_run_is_trained_may_change_and_what_is_trained_may_not(changes: dict[str, Any], allowed: bool) -> None:
+    old, new = small_config(), small_config(**changes)
+
+    assert other_run(old, old) == other_settings(old, old) == []
+    assert bool(other_settings(old, new)) == allowed
+    assert bool(other_run(old, new)) != allowed
+
+
+def test_a_key_that_a_later_version_brings_is_no_change(broken: Path) -> None:
+    folder = RunFolder(broken)
+    tensors, progress = load_checkpoint(folder.storage, "round-00000002.safetensors")
+    without = "".join(line + "\n" for line in progress.config.splitlines() if "schedule_unit" not in line)
+    assert without != progress.config
+    save_checkpoint(folder.storage, tensors, Progress(2, progress.totals, progress.numbers, "", without), keep=2)
+
+    assert folder.rewind()[1].rounds_done == 2
+    assert load_config(folder.config_path).train.schedule_unit == "step"

@@ -1,0 +1,43 @@
+"""How bytes fall with the number of workers: the law of the IST paper, against what crosses the network."""
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from ist.models.mlp import MLP
+from ist.runs.open import Following, open_run
+from ist.training.rounds import run_rounds
+from tests.conftest import job_for
+
+WIDTHS = (784, 1024, 1024, 10)
+
+
+def law(workers: int) -> float:
+    """Bytes that one worker gets in a round: inner matrices over n^2, all else of a neuron over n, the rest whole."""
+    inputs, first, second, outputs = WIDTHS
+    divided = inputs * first + second * outputs + 3 * (first + second)  # with bias, and scale and shift of batch norm
+    return 4 * (first * second / workers**2 + divided / workers + outputs)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("workers", [2, 4, 8, 16])
+def test_a_workers_bytes_follow_the_law_to_a_percent(workers: int) -> None:
+    data = TensorDataset(torch.zeros(16 * workers, WIDTHS[0]), torch.arange(16 * workers) % 10)
+    job = job_for(
+        MLP(WIDTHS, batch_norm=True), data, train__workers=workers, train__rounds=1, train__local_steps=1,
+        pool__coordinator="dedicated",
+    )  # fmt: skip
+
+    with open_run(job, None, resume=False, progress=False) as part:
+        assert not isinstance(part, Following)
+        run_rounds(part.job, part.method, part.recorder, 0, part.device)
+        record = part.recorder.history[0]
+
+    for counted in (record["bytes_to_worker"], record["bytes_from_worker"]):
+        assert len(counted) == workers
+        assert all(law(workers) <= nbytes <= 1.01 * law(workers) for nbytes in counted)
+
+
+def test_bytes_fall_faster_than_the_number_of_workers_rises_and_slower_than_its_square() -> None:
+    for workers in (2, 4, 8):
+        assert 2 < law(workers) / law(2 * workers) < 4

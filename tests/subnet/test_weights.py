@@ -1,0 +1,45 @@
+"""A run may begin with given weights: fine-tuning."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ist.errors import ConfigError
+from ist.models.mlp import MLP
+from ist.runs.build import build_job
+from tests.conftest import small_config
+
+WIDTHS = [64, 16, 10]
+
+
+def config(weights: Path) -> object:
+    return small_config(
+        model={"name": "mlp", "args": {"widths": WIDTHS}, "weights": str(weights)}, data={"name": "digits"}
+    )
+
+
+def test_a_run_begins_with_the_given_weights(tmp_path: Path) -> None:
+    given = MLP(WIDTHS)
+    save_file(given.state_dict(), tmp_path / "model.safetensors")
+
+    built = build_job(config(tmp_path / "model.safetensors")).build()  # type: ignore[arg-type]
+
+    for name, tensor in given.state_dict().items():
+        assert torch.equal(built.state_dict()[name], tensor)
+
+
+def test_weights_of_another_network_are_an_error_that_names_the_file(tmp_path: Path) -> None:
+    save_file(MLP([64, 8, 10]).state_dict(), tmp_path / "narrow.safetensors")
+
+    with pytest.raises(ConfigError, match=r"'model.weights' is '.*narrow.safetensors', which does not fit"):
+        build_job(config(tmp_path / "narrow.safetensors")).build()  # type: ignore[arg-type]
+
+
+def test_weights_that_cannot_be_read_are_an_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+
+    for name in ("broken.safetensors", "missing.safetensors"):
+        with pytest.raises(ConfigError, match=rf"'model.weights' is '.*{name}', which cannot be read"):
+            build_job(config(tmp_path / name)).build()  # type: ignore[arg-type]

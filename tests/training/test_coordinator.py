@@ -1,0 +1,205 @@
+"""What the coordinator does with workers that do not come back, or come back with nonsense."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ist.errors import CheckpointError, DivergedError, PoolError, WorkerLostError
+from ist.monitoring.meter import Meter
+from ist.pools.inline import InlinePool
+from ist.training.coordinator import Coordinator, _report
+from ist.training.worker import Worker
+from ist.transport.codec import Envelope, Route
+from ist.transport.interfaces import Buffers, Lost, Subnet
+from ist.transport.message import Header
+from tests.conftest import assert_same, clone, job_for
+from tests.networks import NETWORKS, seeded
+
+
+class FaultyPool:
+    """The inline pool, with faults: who is lost, and what is done to whose message."""
+
+    parallel = False
+
+    def __init__(self, inner: InlinePool, lost: Sequence[int] = (), spoil: int | None = None, how: str = "") -> None:
+        self.inner, self.lost, self.spoil, self.how = inner, lost, spoil, how
+
+    def gather(self, round_number: int) -> tuple[str, ...]:
+        return self.inner.gather(round_number)
+
+    def process(self, worker: int) -> str:
+        return self.inner.process(worker)
+
+    def envelope(self, worker: int, route: Route) -> Envelope:
+        return self.inner.envelope(worker, route)
+
+    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Iterator[Subnet | Lost]:
+        for result in self.inner.train(round_number, subnets):
+            assert isinstance(result, Subnet)
+            if result.worker in self.lost:
+                yield Lost(result.worker, "it burnt down")
+                continue
+            if result.worker == self.spoil:
+                if self.how == "weight":
+                    result.envelope.up.tensors["linear_2.weight"][0, 0] = math.inf
+                elif self.how == "loss":
+                    result.envelope.up.write_header(Header(round_number, result.worker, 3, 10, math.nan))
+                elif self.how == "stale":
+                    result.envelope.up.write_header(Header(round_number - 1, result.worker, 3, 10, 1.0))
+            yield result
+
+    def close(self) -> None:
+        pass
+
+
+def coordinator(min_returned: int | None = None, **faults: object) -> Coordinator:
+    model = seeded(NETWORKS["no batch norm"])
+    job, meter = job_for(model, pool__min_returned=min_returned), Meter()
+    pool = FaultyPool(InlinePool(job, torch.device("cpu"), meter), **faults)  # type: ignore[arg-type]
+    return Coordinator(job, pool, model, meter)
+
+
+def test_a_lost_worker_leaves_its_neurons_untouched() -> None:
+    made = coordinator(min_returned=3, lost=[2])
+    before = clone(made.model.state_dict())
+
+    report = made.train_round(0)
+
+    cuts = made.job.cuts(0)
+    changed = made.model.linear_1.bias != before["linear_1.bias"]
+    assert not changed[cuts[2]["linear_1.bias"][0]].any()
+    assert changed[cuts[1]["linear_1.bias"][0]].any()
+    assert [(lost.worker, lost.reason) for lost in report.lost] == [(2, "it burnt down")]
+
+
+def test_by_default_one_lost_worker_ends_the_run_and_names_the_cause() -> None:
+    with pytest.raises(WorkerLostError, match=r"worker 1 was lost in round 0 \(it burnt down\); 4 of 4 workers"):
+        coordinator(lost=[1]).train_round(0)
+
+
+def test_where_some_are_lost_and_one_returns_nonsense_it_is_the_loss_that_counts() -> None:
+    with pytest.raises(WorkerLostError, match=r"worker 2 was lost in round 0 \(it burnt down\); 2 of 4 workers"):
+        coordinator(min_returned=2, spoil=0, how="loss", lost=[2, 3]).train_round(0)
+
+
+class SpoiltOnce(nn.Module):
+    """A network in which one step of one round's one worker gives infinite weights."""
+
+    spoils = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(12, 24), nn.Linear(24, 5)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.linear_2(self.linear_1(inputs).relu())
+        return outputs * (math.inf if SpoiltOnce.spoils else 1.0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train__optimizer_state": "kept", "recipe__stages": [{"keep": 1}]},
+        {"exchange": {"down": "int8", "up": "int4", "values": "deltas", "error_feedback": True}},
+    ],
+    ids=["state that is kept", "rounding that is fed back"],
+)
+def test_a_worker_that_has_once_trained_nonsense_keeps_none_of_it(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = SpoiltOnce()
+    job, meter = job_for(model, pool__min_returned=3, train__rounds=6, **settings), Meter()
+    made = Coordinator(job, InlinePool(job, torch.device("cpu"), meter), model, meter)
+    train = Worker.train
+
+    def spoilt(self: Worker, round_number: int, *rest: Any) -> None:
+        monkeypatch.setattr(SpoiltOnce, "spoils", (round_number, self.number) == (2, 1))
+        train(self, round_number, *rest)
+
+    monkeypatch.setattr(Worker, "train", spoilt)
+
+    lost = [(r, left.worker, left.kind) for r in range(6) for left in made.train_round(r).lost]
+
+    assert lost == [(2, 1, "rejected")]
+
+
+def test_what_a_checkpoint_holds_and_nobody_wants_is_named() -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    job, meter = job_for(model), Meter()
+    pool = InlinePool(job, torch.device("cpu"), meter)
+
+    with pytest.raises(CheckpointError, match="holds 'outer/linear_1.bias', for which this run has no use"):
+        Coordinator(job, pool, model, meter, {"outer/linear_1.bias": torch.zeros(24)})
+
+
+def test_a_round_that_trained_nothing_is_an_error_whatever_the_floor() -> None:
+    with pytest.raises(WorkerLostError, match=r"worker 0 was lost in round 0 \(it burnt down\); 1 of 4 workers"):
+        coordinator(min_returned=1, lost=range(4)).train_round(0)
+
+
+@pytest.mark.parametrize("how", ["weight", "loss", "stale"])
+def test_a_worker_that_returns_nonsense_is_left_out_by_name_where_others_suffice(how: str) -> None:
+    made = coordinator(min_returned=3, spoil=2, how=how)
+    before = clone(made.model.state_dict())
+
+    report = made.train_round(1)
+
+    (lost,) = report.lost
+    assert (lost.worker, lost.kind, report.workers) == (2, "rejected", 4)
+    changed = made.model.linear_1.bias != before["linear_1.bias"]
+    cuts = made.job.cuts(1)
+    assert not changed[cuts[2]["linear_1.bias"][0]].any()
+    assert changed[cuts[0]["linear_1.bias"][0]].any()
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in made.model.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("weight", "worker 2 returned values in 'linear_2.weight' that are not finite in round 0"),
+        ("loss", "a loss of nan"),
+    ],
+)
+def test_a_worker_that_returns_nonsense_stops_the_run_at_the_merge(how: str, message: str) -> None:
+    with pytest.raises(DivergedError, match=message):
+        coordinator(spoil=2, how=how).train_round(0)
+
+
+def test_a_message_of_another_round_is_refused() -> None:
+    with pytest.raises(PoolError, match=r"expected a message of \(layout, round, worker\)"):
+        coordinator(spoil=2, how="stale").train_round(1)
+
+
+def test_a_report_counts_every_step_and_sample() -> None:
+    report = coordinator().train_round(0)
+
+    # 100 samples, 4 workers: shards of 25 in two batches an epoch; three steps are one and a half epochs.
+    assert (report.steps, report.samples) == (3, 100 + 4 * 13)
+    assert report.compute_s > 0
+    assert report.merge_s >= 0
+
+
+def test_rounds_reuse_their_buffers_without_mixing_them_up() -> None:
+    one, other = coordinator(), coordinator()
+    for round_number in range(3):
+        one.train_round(round_number)
+    for round_number in range(3):
+        other._pool.inner._buffers = Buffers(torch.device("cpu"))  # type: ignore[attr-defined]
+        other.train_round(round_number)
+
+    assert_same(clone(one.model.state_dict()), clone(other.model.state_dict()))
+
+
+def test_the_loss_of_a_round_is_the_mean_over_samples_not_workers() -> None:
+    headers = [
+        Header(0, 0, steps=1, samples=10, loss_sum=5.0),
+        Header(0, 1, steps=3, samples=30, loss_sum=45.0),
+    ]
+
+    report = _report(headers, [], {"train": 0.0, "cut": 0.0, "merge": 0.0}, parallel=True)
+
+    assert (report.loss, report.samples, report.steps) == (50 / 40, 40, 3)

@@ -1,0 +1,223 @@
+"""Identity 3: one worker is plain training, bit for bit, for every optimiser, schedule and way with its state."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from ist.api import train
+from ist.errors import ConfigError, DataError
+from ist.models.mlp import MLP
+from ist.runs.open import Leading, open_run
+from ist.training.rounds import run_rounds
+from tests.conftest import assert_same, clone, data, job_for, plain_loop
+from tests.networks import NETWORKS, seeded
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "SGD": {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-3},
+    "Adam": {"lr": 0.01, "amsgrad": True},
+    "AdamW": {"lr": 0.01},
+    "NAdam": {"lr": 0.01},
+    "RAdam": {"lr": 0.01},
+    "Adamax": {"lr": 0.01},
+    "Adagrad": {"lr": 0.01, "initial_accumulator_value": 0.1},
+    "Adadelta": {"lr": 0.5},
+    "RMSprop": {"lr": 0.01, "momentum": 0.5, "centered": True},
+    "Rprop": {"lr": 0.01},
+}
+
+
+def run(job: Any) -> None:
+    with open_run(job, None, resume=False, progress=False) as part:
+        assert isinstance(part, Leading)
+        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+
+
+@pytest.mark.parametrize("state", ["carried", "kept"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_worker_whose_state_is_not_reset_is_plain_training_bit_for_bit(optimizer: str, state: str) -> None:
+    ours, plain = (seeded(NETWORKS["two hidden layers, batch norm"]) for _ in range(2))
+    args = OPTIMIZERS[optimizer]
+    job = job_for(
+        ours,
+        train__workers=1,
+        train__rounds=3,
+        train__optimizer={"name": optimizer, "args": args},
+        train__optimizer_state=state,
+        train__running_statistics="carried",
+        checkpoint__every=100,
+    )
+
+    run(job)
+    plain_loop(plain, job, getattr(torch.optim, optimizer)(plain.parameters(), **args))
+
+    assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_one_worker_in_one_round_is_plain_training_on_every_network(network: str) -> None:
+    ours, plain = (seeded(NETWORKS[network]) for _ in range(2))
+    job = job_for(ours, train__workers=1, train__rounds=1, train__local_steps=9, train__running_statistics="carried")
+
+    run(job)
+    plain_loop(plain, job, torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9))
+
+    assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
+
+
+SCHEDULES: dict[str, tuple[dict[str, Any], Any]] = {
+    "CosineAnnealingLR": ({"T_max": "total_steps"}, lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 9)),
+    "StepLR": ({"step_size": 4}, lambda o: torch.optim.lr_scheduler.StepLR(o, 4)),
+    "OneCycleLR": (
+        {"max_lr": 0.2, "total_steps": "total_steps"},
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.2, total_steps=10),
+    ),
+    "LinearLR": ({}, lambda o: torch.optim.lr_scheduler.LinearLR(o)),
+    "ExponentialLR": ({"gamma": 0.9}, lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_runs_over_the_whole_run_as_in_a_plain_loop(schedule: str) -> None:
+    ours, plain = (seeded(NETWORKS["no batch norm"]) for _ in range(2))
+    args, make = SCHEDULES[schedule]
+    if schedule == "OneCycleLR":
+        args = {**args, "total_steps": 10}  # the plain loop below steps it once more at the end
+    job = job_for(
+        ours,
+        train__workers=1,
+        train__rounds=3,
+        train__optimizer_state="carried",
+        train__schedule={"name": schedule, "args": args},
+    )
+
+    run(job)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    plain_loop(plain, job, optimizer, make(optimizer))
+
+    assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
+
+
+def test_reset_state_differs_from_carried_state_after_the_first_round() -> None:
+    finals = []
+    for state in ("reset", "carried"):
+        model = seeded(NETWORKS["no batch norm"])
+        run(job_for(model, train__rounds=2, train__optimizer_state=state))
+        finals.append(model.output.weight.detach())
+
+    assert not torch.equal(finals[0], finals[1])
+
+
+def test_without_test_data_the_network_still_gets_statistics_that_fit_it() -> None:
+    model = seeded(lambda: MLP([12, 48, 48, 5]))
+    train(model, data(2000), workers=2, local_steps=10, epochs=10, progress=False)
+    inputs, targets = data(400, seed=5).tensors
+
+    model.eval()
+    accuracy = (model(inputs).argmax(dim=1) == targets).float().mean()
+
+    assert accuracy > 0.75
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("batch_norm", [True, False])
+def test_a_regression_by_several_workers_has_the_right_scale(batch_norm: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(2000, 8, generator=generator)
+    targets = (inputs[:, :1] * 2 + inputs[:, 1:2]).abs()
+    model = seeded(lambda: MLP([8, 64, 64, 1], batch_norm=batch_norm))
+
+    train(
+        model, TensorDataset(inputs, targets), loss="mse_loss", workers=4, local_steps=20, rounds=40, progress=False,
+        optimizer="Adam", optimizer_args={"lr": 3e-3},
+    )  # fmt: skip
+
+    model.eval()
+    error = nn.functional.mse_loss(model(inputs), targets)
+    assert error < 0.25 * targets.var()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ((torch.zeros(4, 2), torch.zeros(4)), "data is a tuple: pass a data set"),
+        (DataLoader(data()), "data is a DataLoader: pass its data set"),
+        (TensorDataset(torch.zeros(4, 12)), "an item of TensorDataset is a tuple, not a pair"),
+    ],
+)
+def test_what_is_no_data_set_of_pairs_is_refused(wrong: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        train(seeded(NETWORKS["no batch norm"]), wrong, workers=2, rounds=1)
+    with pytest.raises(DataError, match=message.replace("data is", "test_data is")):
+        train(seeded(NETWORKS["no batch norm"]), data(), test_data=wrong, workers=2, rounds=1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"exchange": "int8"}, r"exchange is 'int8' \(a str\): give a mapping of keys to values"),
+        ({"pool_options": ["cpu"]}, r"pool_options is \['cpu'\] \(a list\): give a mapping"),
+        ({"data_options": {"shufle": "global"}}, "unknown key 'data.shufle'. Did you mean 'shuffle'"),
+        ({"optimizer": torch.optim.Adam}, "optimizer is the class Adam: give its name, 'Adam', and optimizer_args"),
+        (
+            {"loss": nn.CrossEntropyLoss},
+            r"loss is the class CrossEntropyLoss: give a function, such as CrossEntropyLoss\(\)",
+        ),
+    ],
+)
+def test_arguments_of_another_kind_are_named(wrong: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(seeded(NETWORKS["no batch norm"]), data(), workers=2, rounds=1, **wrong)
+
+
+def test_outputs_and_targets_that_would_be_spread_over_each_other_are_refused() -> None:
+    inputs = torch.randn(60, 12)
+    model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    with pytest.raises(ConfigError, match="Using a target size .* that is different to the input size"):
+        train(model, TensorDataset(inputs, inputs[:, 0]), loss="mse_loss", workers=2, rounds=1)
+    train(model, TensorDataset(inputs, inputs[:, :1]), loss="mse_loss", workers=2, rounds=1, progress=False)
+
+
+def test_accuracy_of_what_are_no_class_numbers_is_refused() -> None:
+    inputs = torch.randn(60, 12)
+    data, model = TensorDataset(inputs, inputs[:, :1]), nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    with pytest.raises(ConfigError, match="accuracy is of class numbers: set evaluate.metric to 'rmse' or 'none'"):
+        train(
+            model, data, loss="mse_loss", workers=2, rounds=1, test_data=data, evaluate_options={"metric": "accuracy"}
+        )
+
+
+def test_frozen_parameters_stay_as_they_are_with_carried_state_too() -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    model.linear_1.requires_grad_(requires_grad=False)
+    before = clone(model.state_dict())
+
+    run(job_for(model, train__optimizer_state="carried"))
+
+    assert torch.equal(model.linear_1.weight, before["linear_1.weight"])
+    assert not torch.equal(model.linear_2.weight, before["linear_2.weight"])
+
+
+def test_the_callers_threads_are_left_alone() -> None:
+    torch.set_num_threads(2)
+
+    train(seeded(NETWORKS["no batch norm"]), data(), workers=2, local_steps=1, rounds=1, progress=False)
+
+    assert torch.get_num_threads() == 2
+
+
+def test_the_python_api_trains_in_place_and_learns() -> None:
+    model = seeded(lambda: MLP([12, 48, 48, 5]))
+    before = clone(model.state_dict())
+
+    result = train(model, data(2000), test_data=data(400, seed=5), workers=3, local_steps=10, epochs=10, progress=False)
+
+    assert result.model is model
+    assert result.is_coordinator
+    assert not torch.equal(model.output.weight, before["output.weight"])
+    assert result.history[-1]["accuracy"] > 0.75  # chance is about 0.2
+    assert result.history[-1]["samples"] == 2000 * 10

@@ -1,0 +1,323 @@
+"""What is done with merged networks: their average, and the coordinator's own step."""
+
+import copy
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import ist
+from ist.config.recipe import Average, Outer
+from ist.monitoring.meter import Meter
+from ist.pools.inline import InlinePool
+from ist.runs.build import build_job
+from ist.runs.open import Leading, open_run
+from ist.storage.checkpoint import read_tensors
+from ist.storage.run_folder import create_run_folder
+from ist.subnet.cut import Cut
+from ist.subnet.job import Job
+from ist.training.average import Averaged
+from ist.training.coordinator import Coordinator
+from ist.training.outer_optimizer import OuterStep
+from ist.training.rounds import RoundReport, run_rounds
+from tests.conftest import assert_same, clone, data, job_for, small_config
+from tests.networks import NETWORKS, seeded
+
+REPORT = RoundReport(1, 1, 0.5, 0, 0, 0, 0, 0, 0, (), 1)
+AVERAGES = {
+    "exponential": {"kind": "ema", "decay": 0.6},
+    "from the middle": {"kind": "ema", "decay": 0.6, "start": 0.5},
+    "of all rounds": {"kind": "swa"},
+    "of the last rounds": {"kind": "swa", "start": 0.5},
+}
+
+
+class Trajectory:
+    """A method whose network takes given values, one a round."""
+
+    def __init__(self, values: list[Tensor]) -> None:
+        self.model = nn.BatchNorm1d(3)
+        self._values = values
+
+    def train_round(self, round_number: int) -> RoundReport:
+        with torch.no_grad():
+            self.model.weight.copy_(self._values[round_number])
+            assert self.model.running_mean is not None
+            self.model.running_mean.fill_(round_number)
+        return REPORT
+
+    def checkpoint_state(self) -> Mapping[str, Tensor]:
+        return self.model.state_dict()
+
+    def bytes_sent(self) -> int:
+        return 7
+
+    def close(self) -> None:
+        pass
+
+
+def by_hand(settings: Average, values: list[Tensor], num_rounds: int) -> Tensor:
+    """The average after the rounds in `values`."""
+    taken = values[min(math.floor(settings.start * num_rounds), len(values) - 1) :]
+    if settings.kind == "swa":
+        return torch.stack(taken).double().mean(dim=0)
+    average = taken[0].double()
+    for value in taken[1:]:
+        average = settings.decay * average + (1 - settings.decay) * value
+    return average
+
+
+@pytest.mark.parametrize("settings", AVERAGES.values(), ids=AVERAGES.keys())
+def test_the_average_is_that_of_its_formula_after_every_round(settings: dict[str, Any]) -> None:
+    average = Average(**settings)
+    values = [torch.randn(3, generator=torch.Generator().manual_seed(number)) for number in range(6)]
+    method = Trajectory(values)
+    averaged = Averaged(method, average, 6)
+
+    for number in range(6):
+        averaged.train_round(number)
+
+        expected = by_hand(average, values[: number + 1], 6).float()
+        torch.testing.assert_close(averaged.model.get_parameter("weight").detach(), expected, rtol=0, atol=1e-6)
+        assert torch.equal(method.model.weight, values[number])  # training goes on from the network itself
+        assert torch.equal(averaged.model.get_buffer("running_mean"), torch.full((3,), float(number)))
+    assert averaged.bytes_sent() == 7
+
+
+@pytest.mark.parametrize("settings", AVERAGES.values(), ids=AVERAGES.keys())
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_an_average_that_is_resumed_is_the_same_average(settings: dict[str, Any], stop: int) -> None:
+    values = [torch.randn(3, generator=torch.Generator().manual_seed(number)) for number in range(6)]
+    whole = Averaged(Trajectory(values), Average(**settings), 6)
+    for number in range(6):
+        whole.train_round(number)
+    first = Averaged(Trajectory(values), Average(**settings), 6)
+    for number in range(stop):
+        first.train_round(number)
+    saved = {name: tensor.clone() for name, tensor in first.checkpoint_state().items() if name.startswith("average/")}
+
+    second = Averaged(Trajectory(values), Average(**settings), 6, saved)
+    for number in range(stop, 6):
+        second.train_round(number)
+
+    assert_same(second.checkpoint_state(), whole.checkpoint_state())
+
+
+def run(folder: Path, **changes: Any) -> tuple[list[dict[str, Tensor]], Leading]:
+    """Run, and return what the network that was trained was after each round."""
+    seen: list[dict[str, Tensor]] = []
+    made = create_run_folder(small_config(**changes), folder)
+    with open_run(build_job(made.load_config()), made, resume=False, progress=False) as part:
+        assert isinstance(part, Leading)
+        note = part.recorder.round_done
+
+        def spy(*arguments: Any) -> None:
+            seen.append(clone(part.method.model.state_dict()))
+            note(*arguments)
+
+        part.recorder.round_done = spy  # type: ignore[method-assign]
+        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+        part.recorder.finish(part.method.model)
+    return seen, part
+
+
+@pytest.mark.parametrize("settings", AVERAGES.values(), ids=AVERAGES.keys())
+def test_what_is_evaluated_and_kept_is_the_average(tmp_path: Path, settings: dict[str, Any]) -> None:
+    network = {"model__args": {"widths": [64, 24, 20, 10], "batch_norm": False}}
+    plain, _ = run(tmp_path / "plain", **network)
+
+    _, part = run(tmp_path / "averaged", **network, recipe__average=settings)
+
+    kept = read_tensors(tmp_path / "averaged" / "model.safetensors")[0]
+    for name, tensor in kept.items():
+        expected = by_hand(Average(**settings), [state[name] for state in plain], 4)
+        torch.testing.assert_close(tensor.double(), expected.double(), rtol=0, atol=1e-6)
+        assert not torch.equal(tensor, plain[-1][name])
+    model = part.job.build()
+    model.load_state_dict(kept)
+    inputs, targets = part.job.test_data.tensors  # type: ignore[union-attr]
+    with torch.no_grad():
+        loss = float(functional.cross_entropy(model.eval()(inputs), targets))
+    assert part.recorder.history[-1]["test_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_training_from_python_leaves_the_average_in_the_users_network() -> None:
+    # Batch norm: its statistics must be the average's too.
+    network, test = seeded(NETWORKS["two hidden layers, batch norm"]), data(50, seed=4)
+    other = copy.deepcopy(network)
+    settings: dict[str, Any] = {
+        "workers": 2, "local_steps": 3, "rounds": 4, "batch_size": 20, "test_data": test, "progress": False,
+    }  # fmt: skip
+
+    averaged = ist.train(network, data(), recipe={"average": {"kind": "swa"}}, **settings)
+    ist.train(other, data(), **settings)
+
+    assert averaged.model is network
+    inputs, targets = test.tensors
+    with torch.no_grad():
+        loss = float(functional.cross_entropy(network.eval()(inputs), targets))
+    assert averaged.history[-1]["test_loss"] == pytest.approx(loss, rel=1e-5)
+    assert not torch.equal(network.state_dict()["output.weight"], other.state_dict()["output.weight"])
+
+
+# The outer step
+
+SETTINGS = Outer(lr=0.7, momentum=0.6)
+
+
+def entry_by_entry(
+    settings: Outer, before: Tensor, merged: Tensor, momentum: Tensor, trained: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the weights after the step, and the momentum: a loop over single numbers."""
+    moved, kept = merged.clone(), momentum.clone()
+    for place in np.ndindex(*before.shape):
+        if trained[place]:
+            change = merged[place] - before[place]
+            kept[place] = settings.momentum * momentum[place] + change
+            moved[place] = before[place] + settings.lr * (change + settings.momentum * kept[place])
+    return moved, kept
+
+
+def held(parameters: Mapping[str, Tensor], cuts: list[Cut], workers: list[int]) -> dict[str, Tensor]:
+    """Return which entries any of the workers holds."""
+    masks = {name: np.zeros(tuple(tensor.shape), bool) for name, tensor in parameters.items()}
+    for name, mask in masks.items():
+        for worker in workers:
+            places = [np.arange(n) if c is None else c for n, c in zip(mask.shape, cuts[worker][name], strict=True)]
+            mask[np.ix_(*places)] = True
+    return {name: torch.from_numpy(mask) for name, mask in masks.items()}
+
+
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.data for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("returned", [[0, 1, 2], [2, 0]])
+def test_an_outer_step_is_the_loop_over_entries_and_leaves_what_nobody_trained(returned: list[int]) -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    job, parameters = job_for(model, train__workers=3), trained_parameters(model)
+    step = OuterStep(parameters, {})
+    momentum = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
+    generator = torch.Generator().manual_seed(0)
+
+    for round_number in range(3):
+        cuts = job.cuts(round_number)
+        masks = held(parameters, cuts, returned)
+        before = clone(parameters)
+        step.begin()
+        for name, tensor in parameters.items():
+            tensor.add_(masks[name] * torch.randn(tensor.shape, generator=generator))
+        merged, momentum_before = clone(parameters), clone(momentum)
+        step.step(SETTINGS, cuts, returned)
+
+        for name, tensor in parameters.items():
+            moved, momentum[name] = entry_by_entry(SETTINGS, before[name], merged[name], momentum[name], masks[name])
+            torch.testing.assert_close(tensor, moved, rtol=0, atol=1e-5)
+            found = step.checkpoint_state()[f"outer/{name}"]
+            torch.testing.assert_close(found, momentum[name], rtol=0, atol=1e-5)
+            assert torch.equal(tensor[~masks[name]], before[name][~masks[name]])
+            assert torch.equal(momentum[name][~masks[name]], momentum_before[name][~masks[name]])
+        assert not masks["linear_2.weight"].all()  # between hidden layers there is what nobody holds
+
+
+def coordinator(job: Job, model: nn.Module, carried: Mapping[str, Tensor] | None = None) -> Coordinator:
+    meter = Meter()
+    return Coordinator(job, InlinePool(job, torch.device("cpu"), meter), model, meter, carried)
+
+
+def test_the_coordinator_steps_from_what_the_merge_alone_would_have_left() -> None:
+    model, reference = seeded(NETWORKS["no batch norm"]), seeded(NETWORKS["no batch norm"])
+    shares = {"strategy": "bernoulli", "keep": 0.4}
+    made = coordinator(job_for(model, partition=shares, recipe__outer=SETTINGS.model_dump()), model)
+    plain = coordinator(job_for(reference, partition=shares), reference)
+    momentum = {name: torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
+
+    for round_number in range(3):
+        reference.load_state_dict(model.state_dict())
+        before, cuts = clone(model.state_dict()), plain.job.cuts(round_number)
+        plain.train_round(round_number)
+        made.train_round(round_number)
+
+        masks = held(trained_parameters(model), cuts, [0, 1, 2, 3])
+        for name, merged in reference.state_dict().items():
+            moved, momentum[name] = entry_by_entry(SETTINGS, before[name], merged, momentum[name], masks[name])
+            torch.testing.assert_close(model.state_dict()[name], moved, rtol=0, atol=1e-5)
+
+
+def test_a_stage_has_an_outer_step_of_its_own() -> None:
+    model, reference = seeded(NETWORKS["no batch norm"]), seeded(NETWORKS["no batch norm"])
+    finish = {"rounds": 2, "keep": 1}
+    made = coordinator(job_for(model, recipe__stages=[{}, {**finish, "outer": SETTINGS.model_dump()}]), model)
+    plain = coordinator(job_for(reference, recipe__stages=[{}, finish]), reference)
+    momentum = {name: torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
+
+    for round_number in range(made.job.num_rounds):
+        reference.load_state_dict(model.state_dict())
+        before = clone(model.state_dict())
+        plain.train_round(round_number)
+        made.train_round(round_number)
+
+        if round_number < made.job.num_rounds - 2:
+            assert_same(clone(model.state_dict()), clone(reference.state_dict()))
+            continue
+        for name, merged in reference.state_dict().items():
+            everything = torch.ones(merged.shape, dtype=torch.bool)
+            moved, momentum[name] = entry_by_entry(SETTINGS, before[name], merged, momentum[name], everything)
+            torch.testing.assert_close(model.state_dict()[name], moved, rtol=0, atol=1e-5)
+
+
+def test_a_stage_may_do_without_the_outer_step_of_the_run() -> None:
+    plain, stages = {"lr": 1.0, "momentum": 0.0}, [{"rounds": 2}, {}]
+    networks = [seeded(NETWORKS["no batch norm"]) for _ in range(2)]
+    with_step = coordinator(
+        job_for(networks[0], recipe={"stages": stages, "outer": SETTINGS.model_dump()}), networks[0]
+    )
+    stages[0]["outer"] = plain
+    without = coordinator(job_for(networks[1], recipe={"stages": stages, "outer": SETTINGS.model_dump()}), networks[1])
+
+    for made in (with_step, without):
+        made.train_round(0)
+        made.train_round(1)
+
+    momenta = [
+        [t for n, t in made.checkpoint_state().items() if n.startswith("outer/")] for made in (with_step, without)
+    ]
+    assert all(bool(tensor.any()) for tensor in momenta[0])
+    assert not any(bool(tensor.any()) for tensor in momenta[1])
+    without.train_round(2)
+    assert any(n.startswith("outer/") and bool(t.any()) for n, t in without.checkpoint_state().items())
+
+
+def test_an_outer_step_that_is_resumed_is_the_same_step() -> None:
+    outer = {"recipe__outer": SETTINGS.model_dump()}
+    model = seeded(NETWORKS["no batch norm"])
+    made = coordinator(job_for(model, **outer), model)
+    made.train_round(0)
+    saved = clone(made.checkpoint_state())
+    made.train_round(1)
+    other = seeded(NETWORKS["no batch norm"])
+    other.load_state_dict({name: tensor for name, tensor in saved.items() if not name.startswith("outer/")})
+
+    resumed = coordinator(
+        job_for(other, **outer), other, {name: t for name, t in saved.items() if name.startswith("outer/")}
+    )
+    resumed.train_round(1)
+
+    assert_same(clone(resumed.checkpoint_state()), clone(made.checkpoint_state()))
+
+
+def test_without_momentum_at_rate_one_merged_weights_are_taken_as_they_are() -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    made = coordinator(job_for(model, recipe__outer={"lr": 1.0, "momentum": 0.0}), model)
+
+    assert Outer().is_plain
+    assert not Outer(lr=0.5).is_plain
+    assert not Outer(momentum=0.5).is_plain
+    assert made._outer is None
+    assert set(made.checkpoint_state()) == set(model.state_dict())

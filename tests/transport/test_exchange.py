@@ -1,0 +1,211 @@
+"""What travels in fewer bits: how exactly, how many bytes, and that nothing else changes."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ist.runs.open import Following, open_run
+from ist.subnet.cut import reassemble
+from ist.subnet.job import Job
+from ist.training.rounds import run_rounds
+from ist.transport.codec import Envelope
+from ist.transport.endpoints import Outgoing, WorkerEnd, read_trained, worker_layout, worker_route
+from ist.transport.quantize import dequantize, packed_columns, quantize
+from tests.conftest import assert_same, clone, job_for, whole_state
+from tests.networks import NETWORKS, seeded
+from tests.neurons.networks import stack
+
+BUILD = NETWORKS["two hidden layers, batch norm"]
+
+
+def rounded(matrix: Tensor, bits: int) -> Tensor:
+    return dequantize(*quantize(matrix, bits), matrix.shape[1], bits)
+
+
+@given(st.integers(2, 8), st.integers(1, 5), st.integers(1, 33), st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_a_number_is_off_by_at_most_half_a_level_of_its_row(bits: int, rows: int, columns: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.randn(rows, columns, generator=generator) * 10.0 ** torch.randint(
+        -4, 4, (rows, 1), generator=generator
+    )
+
+    codes, scale = quantize(matrix, bits)
+    found = dequantize(codes, scale, columns, bits)
+
+    assert codes.shape == (rows, packed_columns(columns, bits)) == (rows, math.ceil(columns * bits / 8))
+    level = matrix.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+    assert ((found - matrix).abs() <= level * (0.5 + 1e-5)).all()  # 1e-5: float32 rounding of the quotient
+    assert torch.equal(quantize(found, bits)[0], codes)
+
+
+def test_a_row_of_zeros_stays_and_a_row_that_is_not_finite_becomes_nan_alone() -> None:
+    matrix = torch.ones(4, 5)
+    matrix[1], matrix[2, 3], matrix[3, 0] = 0.0, math.inf, math.nan
+
+    found = rounded(matrix, 6)
+
+    assert torch.equal(found[:2], matrix[:2])
+    assert found[2:].isnan().all()
+
+
+def there_and_back(job: Job, state: dict[str, Tensor], round_number: int, change: float = 0.0) -> list[Envelope]:
+    """A round in which every worker adds `change` to all it gets; returns what crossed the network."""
+    outgoing, cuts, envelopes, trained = Outgoing(job), job.cuts(round_number), [], []
+    for worker, cut in enumerate(cuts):
+        envelope = Envelope(outgoing.route(cut))
+        outgoing.write(state, cut, round_number, envelope)
+        end = WorkerEnd(job, worker, torch.device("cpu"))
+        message = end.open(envelope)
+        for tensor in message.tensors.values():
+            tensor.add_(change)
+        end.close(envelope, message, round_number)
+        trained.append((worker, read_trained(job, state, cut, envelope)))
+        envelopes.append(envelope)
+    reassemble(state, cuts, trained, job.exclusive(0))
+    return envelopes
+
+
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        {},
+        {"values": "deltas"},
+        {"down": "int4", "values": "deltas"},
+        {"down": "bfloat16", "up": "int2", "values": "deltas"},
+    ],
+    ids=str,
+)
+def test_a_subnet_that_comes_back_untouched_changes_nothing(exchange: dict[str, Any]) -> None:
+    model = seeded(BUILD)
+    job = job_for(model, exchange=exchange)
+    state = whole_state(job, model)
+    before = clone(state)
+
+    for round_number in range(3):
+        there_and_back(job, state, round_number)
+
+    assert_same(state, before)
+
+
+def test_exact_weights_are_trained_where_they_arrive() -> None:
+    job = job_for(seeded(BUILD))
+    envelope = Envelope(worker_route(job, 0, 0))
+
+    message = WorkerEnd(job, 0, torch.device("cpu")).open(envelope)
+
+    assert message.flat.data_ptr() == envelope.flat.data_ptr()
+
+
+@pytest.mark.parametrize(("coding", "tolerance"), [("float16", 1e-3), ("bfloat16", 8e-3), ("int8", 4e-3)])
+def test_rounded_weights_come_back_to_their_precision_and_vectors_bit_for_bit(coding: str, tolerance: float) -> None:
+    model = seeded(BUILD)
+    job = job_for(model, exchange={"down": "exact", "up": coding})
+    state = whole_state(job, model)
+    before = clone(state)
+
+    there_and_back(job, state, 0)
+
+    for name, tensor in state.items():
+        if tensor.ndim < 2:
+            assert torch.equal(tensor, before[name])
+        else:
+            # relative to the largest of a row: half a level of int8, half a unit of the last place of the others
+            largest = before[name].abs().amax(dim=1, keepdim=True)
+            assert (tensor - before[name]).abs().max() > 0
+            assert ((tensor - before[name]).abs() <= tolerance * largest).all()
+
+
+def test_the_change_is_merged_whatever_rounding_did_on_the_way_down() -> None:
+    model = seeded(BUILD)
+    job = job_for(model, exchange={"down": "int2", "up": "exact", "values": "deltas"})
+    state = whole_state(job, model)
+    before = clone(state)
+
+    there_and_back(job, state, 0, change=0.25)
+
+    held_by_all = [name for name in state if name not in job.exclusive(0)]
+    assert held_by_all  # the output's bias
+    changes = torch.cat([(state[name] - before[name]).flatten() for name in state])
+    # 1e-6: a weight plus a quarter minus the weight in float32. What nobody held did not change.
+    assert (((changes - 0.25).abs() < 1e-6) | (changes == 0)).all()
+    assert (changes != 0).float().mean() > 0.5
+
+
+@pytest.mark.parametrize(("coding", "bits"), [("int8", 8), ("int6", 6), ("int4", 4), ("float16", 16)])
+def test_a_rounded_message_has_the_bytes_of_the_formula(coding: str, bits: int) -> None:
+    job = job_for(seeded(BUILD), exchange={"down": coding, "up": "exact"})
+    route = worker_route(job, 1, 0)
+
+    expected = 128  # the header
+    for spec in route.plain.specs.values():
+        sizes = [math.prod(spec.shape) * 4]
+        if len(spec.shape) == 2:
+            rows, columns = spec.shape
+            sizes = [rows * columns * 2] if bits == 16 else [rows * math.ceil(columns * bits / 8), rows * 4]
+        expected += sum(math.ceil(size / 64) * 64 for size in sizes)
+
+    assert route.down.nbytes == expected
+    assert route.up.nbytes == worker_layout(job, 1, 0).nbytes
+
+
+def test_what_rounding_took_is_sent_later() -> None:
+    model = seeded(BUILD)
+    exchange = {"up": "int2", "values": "deltas", "error_feedback": True}
+    job = job_for(model, train__workers=1, exchange=exchange)
+    outgoing, state = Outgoing(job), whole_state(job, model)
+    before, end, generator = clone(state), WorkerEnd(job, 0, torch.device("cpu")), torch.Generator().manual_seed(0)
+    true_change = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+
+    def one_round(round_number: int) -> None:
+        (cut,) = job.cuts(round_number)
+        envelope = Envelope(outgoing.route(cut))
+        outgoing.write(state, cut, round_number, envelope)
+        message = end.open(envelope)
+        for name, tensor in message.tensors.items():
+            change = torch.randn(tensor.shape, generator=generator)
+            true_change[name] += change
+            tensor.add_(change)
+        end.close(envelope, message, round_number)
+        reassemble(state, [cut], [(0, read_trained(job, state, cut, envelope))], job.exclusive(0))
+
+    for round_number in range(3):
+        one_round(round_number)
+
+    name = "linear_1.weight" if "linear_1.weight" in state else next(n for n, t in state.items() if t.ndim == 2)
+    kept = end.taken[name]
+    # 1e-4: sums of three rounds in float32. Sent so far + still kept = all that was trained.
+    assert torch.allclose(state[name] - before[name] + kept, true_change[name], atol=1e-4)
+    assert kept.abs().max() > 0.1
+
+
+def test_what_rounding_took_is_kept_for_blocks_that_another_round_brings() -> None:
+    exchange = {"up": "int4", "values": "deltas", "error_feedback": True}
+    blocks = {"strategy": "blocks", "blocks": ["1.*"], "min_depth": 2}
+    job = job_for(stack(), train__workers=2, train__rounds=5, exchange=exchange, partition=blocks)
+
+    assert len({str(job.neurons(number)[0]) for number in range(5)}) > 1
+    with open_run(job, None, resume=False, progress=False) as part:
+        assert not isinstance(part, Following)
+        run_rounds(part.job, part.method, part.recorder, 0, part.device)
+
+    assert part.recorder.history[-1]["loss"] < part.recorder.history[0]["loss"]
+
+
+def test_a_rounded_run_learns_and_one_of_two_bits_learns_less() -> None:
+    losses = {}
+    for coding in ("exact", "int8", "int2"):
+        job = job_for(
+            seeded(BUILD), train__rounds=6, train__activation_scale="width", exchange={"down": coding, "up": coding}
+        )
+        with open_run(job, None, resume=False, progress=False) as part:
+            run_rounds(part.job, part.method, part.recorder, 0, part.device)  # type: ignore[union-attr]
+            losses[coding] = part.recorder.history[-1]["loss"]  # type: ignore[union-attr]
+
+    assert losses["int8"] == pytest.approx(losses["exact"], rel=0.05)
+    assert losses["int2"] > losses["exact"] * 1.1
