@@ -19,29 +19,29 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from ist.optimization import optimizers
-from ist.network.compiled import plain_name, without_compilation
+from ist.config.registry import call, resolve
 from ist.config.schema import Config
-from ist.data.registry import DATASETS, Splits
 from ist.data.batches import Dealing, fetch, length
 from ist.data.nested import scores
+from ist.data.registry import DATASETS, Splits
 from ist.errors import ConfigError, DataError, ModelError
-from ist.neurons.splittable import fitting_groups
-from ist.neurons.group import Group
-from ist.tensors import constant_tensors, tensor_specs
-from ist.network.copies import on_meta
-from ist.neurons.find import Found, find_neurons
-from ist.neurons.select import split_groups
-from ist.subnet.job import Job, LossFunction
 from ist.evaluation.losses import LOSSES
 from ist.evaluation.metrics import METRICS, Metric
 from ist.models import MODELS
+from ist.network.compiled import plain_name, without_compilation
+from ist.network.copies import on_meta
 from ist.network.modes import set_modes, settle_modes
 from ist.network.supported import check_network, check_values
-from ist.subnet.partition import check_workers
-from ist.config.registry import call, resolve
-from ist.rng import Purpose, seeded
+from ist.neurons.find import Found, find_neurons
+from ist.neurons.group import Group
+from ist.neurons.select import split_groups
+from ist.neurons.splittable import fitting_groups
+from ist.optimization import optimizers
 from ist.optimization.step_settings import groups_by_name, schedule_settings, staged_settings, stand_ins
+from ist.rng import Purpose, seeded
+from ist.subnet.job import Job, LossFunction
+from ist.subnet.partition import check_workers
+from ist.tensors import constant_tensors, tensor_specs
 
 
 def build_job(config: Config, splits: Splits | None = None) -> Job:
@@ -132,7 +132,9 @@ def make_job(
     if not parameters:
         raise ModelError("the network has no parameter that requires a gradient: nothing would be trained")
     carried = train.optimizer_state == "carried" and config.method == "ist"
-    slots = optimizers.state_slots(train.optimizer, (len(spec.shape) for spec in parameters.values())) if carried else ()
+    slots = (
+        optimizers.state_slots(train.optimizer, (len(spec.shape) for spec in parameters.values())) if carried else ()
+    )
     dealing = Dealing(length(train_data), train.workers, train.batch_size, config.seed, config.data.shuffle)
     job = Job(
         config=config,

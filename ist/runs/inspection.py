@@ -12,13 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ist.transport.endpoints import down_bytes, worker_route
 from ist.monitoring.display import format_bytes, format_ratio
-from ist.transport.frozen_parameters import frozen_bytes, message_bytes
 from ist.neurons.group import Group
-from ist.tensors import tensor_specs
 from ist.subnet.job import Job, remote_workers
 from ist.subnet.partition import coverage, holds_everything
+from ist.tensors import tensor_specs
+from ist.transport.endpoints import down_bytes, worker_route
+from ist.transport.frozen_parameters import frozen_bytes, message_bytes
 from ist.transport.message import HEADER_BYTES
 
 

@@ -18,32 +18,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ist.training.average import PREFIX as AVERAGE
-from ist.training.average import Averaged
-from ist.storage.checkpoint import Progress, check_tensors
-from ist.network.compiled import plain_name
-from ist.config.schema import Config, num_processes
-from ist.config.base import plain
-from ist.training.coordinator import Coordinator
-from ist.errors import CheckpointError, ConfigError
-from ist.subnet.job import Job
-from ist.training.worker_state import Site
-from ist.distributed.environment import PRIVATE_STORE, is_launched, is_rank_zero
-from ist.monitoring.meter import MemoryGauge, Meter
 from ist.baselines.registry import METHODS
-from ist.transport.interfaces import WorkerPool
+from ist.config.base import plain
+from ist.config.registry import resolve
+from ist.config.schema import Config, num_processes
 from ist.distributed.device import compute_device
-from ist.distributed.process_group import Membership, agree_on_start, causes_told, join, tell
-from ist.pools.inline import InlinePool
+from ist.distributed.environment import PRIVATE_STORE, is_launched, is_rank_zero
 from ist.distributed.memory_limit import limited_memory
+from ist.distributed.process_group import Membership, agree_on_start, causes_told, join, tell
+from ist.errors import CheckpointError, ConfigError
+from ist.launch.signals import resume_command
+from ist.monitoring.meter import MemoryGauge, Meter
+from ist.monitoring.observers import open_watchers
+from ist.network.compiled import plain_name
+from ist.pools.inline import InlinePool
 from ist.pools.torchrun import RankWorker, TorchrunPool, for_world_size
 from ist.runs.recorder import RunRecorder
-from ist.config.registry import resolve
-from ist.training.rounds import Follower, Method
+from ist.storage.checkpoint import Progress, check_tensors
 from ist.storage.run_folder import RunFolder
 from ist.storage.run_lock import sole_writer
-from ist.launch.signals import resume_command
-from ist.monitoring.observers import open_watchers
+from ist.subnet.job import Job
+from ist.training.average import PREFIX as AVERAGE
+from ist.training.average import Averaged
+from ist.training.coordinator import Coordinator
+from ist.training.rounds import Follower, Method
+from ist.training.worker_state import Site
+from ist.transport.interfaces import WorkerPool
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,8 @@ def _pool(
         return TorchrunPool(job, membership, meter, site)
     if job.config.pool.kind == "inline":
         return InlinePool(job, device, meter, site)
-    from ist.pools.ray_pool import RayPool
     from ist.pools.ray_cluster import connected
+    from ist.pools.ray_pool import RayPool
 
     go_on = f"Go on from the last checkpoint with: {resume_command(folder.path)}" if folder else ""
     stack.enter_context(connected(job.config, go_on))

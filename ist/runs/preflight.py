@@ -6,16 +6,16 @@ Not here: reading the file (`ist/config/load.py`), running anything but a rehear
 
 from pathlib import Path
 
-from ist.runs.build import build_job
-from ist.config.schema import Config
 from ist.config.load import validate
-from ist.subnet.job import Job
-from ist.launch.lab_run import check_hosts
-from ist.distributed.environment import is_launched
+from ist.config.schema import Config
 from ist.distributed.device import compute_device
-from ist.runs.open import check_method
+from ist.distributed.environment import is_launched
+from ist.launch.lab_run import check_hosts
 from ist.monitoring.observers import check_watch
+from ist.runs.build import build_job
+from ist.runs.open import check_method
 from ist.runs.rehearsal import rehearse
+from ist.subnet.job import Job
 
 
 def with_launchers_pool(config: Config) -> Config:

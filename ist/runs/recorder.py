@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ist.storage.checkpoint import Progress
 from ist.errors import CheckpointError
 from ist.evaluation.evaluate import Metrics
-from ist.subnet.job import Job, remote_workers
 from ist.monitoring.meter import MemoryGauge, Meter
-from ist.training.rounds import RoundReport, Seconds
-from ist.storage.run_folder import RunFolder
 from ist.monitoring.observers import Watcher
+from ist.storage.checkpoint import Progress
+from ist.storage.run_folder import RunFolder
+from ist.subnet.job import Job, remote_workers
+from ist.training.rounds import RoundReport, Seconds
 
 COUNTERS = ("samples", "sent_bytes", "train_s", "virtual_s", "evaluate_s")
 FAULTS = ("lost", "late", "rejected")

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 
 import ist
-from ist.runs.build import build_job
-from ist.storage.checkpoint import load_checkpoint, read_tensors, save_checkpoint, save_kept
-from ist.config.schema import Checkpoint
 from ist.config.load import dump_config
+from ist.config.schema import Checkpoint
 from ist.errors import CheckpointError, RunFolderError
-from ist.subnet.job import Job
-from ist.training.worker_state import Keeper, Site
 from ist.optimization.optimizers import build_optimizer, named_state
-from ist.training.rounds import run_rounds
+from ist.runs.build import build_job
 from ist.runs.open import Leading, open_run
-from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.storage.backend import LocalStorage
+from ist.storage.checkpoint import load_checkpoint, read_tensors, save_checkpoint, save_kept
+from ist.storage.run_folder import RunFolder, create_run_folder
+from ist.subnet.job import Job
+from ist.training.rounds import run_rounds
+from ist.training.worker_state import Keeper, Site
 from tests.conftest import assert_same, data, job_for, small_config
 from tests.networks import NETWORKS, seeded
 

@@ -1,0 +1,1 @@
+"""Put a run together in each process: build it, check it, open it, record it."""

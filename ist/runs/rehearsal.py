@@ -1,0 +1,162 @@
+"""Find what cannot work before a run starts: check the cuts, make one step of worker 0, and evaluate it.
+
+Where it sits: `ist/runs/preflight.py` (the command line) and `ist/api.py` ask before a folder is made or a process
+started; the checks themselves are in `ist/checks/`.
+Not here: training that anybody keeps (`ist/training/worker.py`).
+"""
+
+import math
+import warnings
+
+import numpy as np
+import torch
+from torch import nn
+
+from ist.checks.drift import warn_of_counters
+from ist.checks.finite_values import check_start, what_is_not_finite
+from ist.checks.gradient_reach import check_reach
+from ist.checks.optimizer_trial import check_optimizer
+from ist.checks.verify import verify_cuts
+from ist.data.batches import fetch, length, take_shard
+from ist.data.nested import call_model
+from ist.errors import ConfigError, DataError, ISTError, ModelError
+from ist.evaluation.evaluate import evaluate, reestimate_statistics, statistics_batches
+from ist.network.failures import located, loss_of
+from ist.optimization import optimizers
+from ist.optimization.step_settings import apply_settings, matching_groups
+from ist.rng import Indices, Purpose, seeded
+from ist.subnet.cut import cut_specs
+from ist.subnet.job import Job
+from ist.subnet.module import bind, collect
+from ist.tensors import TensorSpec, named_tensors
+from ist.training.worker import Worker
+from ist.transport.endpoints import worker_layout
+from ist.transport.frozen_parameters import check_frozen, checksums
+from ist.transport.message import Message
+
+
+def rehearse(job: Job) -> None:
+    """Check the cuts, make one step of worker 0 on a small batch and evaluate it: what cannot work ends before the run.
+
+    Costs the memory of two whole networks for a moment, then that of several subnets; changes nothing. Warns of data of
+    which an item changes from look to look.
+
+    Raises:
+        ModelError: A narrow network computes something else than the masked whole one, or fails where it is evaluated.
+        DataError: A sample cannot be read, or its loss fails.
+        ConfigError: Network, data, loss, metric and optimiser do not fit each other; the message is torch's.
+    """
+    device = torch.device("cpu")
+    _warn_of_unrepeatable(job)
+    network = job.build()
+    check_start(job, network)
+    if job.config.method == "ist":
+        verify_cuts(job, network)
+    del network
+    try:
+        with seeded(device, job.config.seed, Purpose.REHEARSAL), warnings.catch_warnings():
+            # What torch warns of, and computes: (N, 1) and (N,) are spread over each other.
+            warnings.filterwarnings("error", message="Using a target size")
+            _one_step(job, device)
+    except ISTError:
+        raise
+    except Exception as error:  # network, data, loss and optimiser may be anybody's
+        raise ConfigError(
+            f"network, data, loss and optimiser do not fit each other: a step on a batch of "
+            f"{job.dealing.smallest_batch} fails: {type(error).__name__}: {error}".splitlines()[0]
+        ) from error
+
+
+def _warn_of_unrepeatable(job: Job) -> None:
+    """Warn of data sets that draw from generators which nobody can seed, or that change as they are looked at."""
+    for which, dataset, content in zip(
+        ("training", "test"), (job.train_data, job.test_data), job.contents, strict=True
+    ):
+        if dataset is not None and content.unrepeatable is not None:
+            warnings.warn(
+                f"the {which} data ({type(dataset).__name__}): item {content.unrepeatable} is another one at a second "
+                "look, though the generators of torch, random and numpy.random are seeded alike: runs with one seed, "
+                "and resumed ones, will differ. Draw from these generators, not from one that the data set holds, and "
+                "let items not depend on those that were asked for before",
+                stacklevel=3,
+            )
+
+
+def _one_step(job: Job, device: torch.device) -> None:
+    worker = Worker(job, 0, device)
+    message = Message(worker_layout(job, 0, 0), device)
+    specs = cut_specs(job.frozen_specs, job.frozen_cut(0, 0))
+    # Not zeros: an average that a forward makes in a frozen parameter would not move from there.
+    fixed = {
+        name: torch.full(spec.shape, _like_a_mean(spec), dtype=spec.dtype, device=device)
+        for name, spec in specs.items()
+    }
+    sums = checksums(fixed)
+    bind(worker.module, {**message.tensors, **fixed})
+    named = {name: parameter for name, parameter in worker.module.named_parameters() if parameter.requires_grad}
+    optimizer = optimizers.build_optimizer(job.config.train.optimizer, list(named.values()))
+    if job.settings:
+        apply_settings(optimizer, matching_groups(optimizer, named, job.group_of), job.settings[0])
+    batch = job.dealing.batch(0, 0)[: job.dealing.smallest_batch]
+
+    def numbers() -> Indices:
+        return job.dealing.shard(0)[batch]
+
+    inputs, targets = fetch(worker.shard, batch, device, numbers)
+    with located("network, data and loss do not fit each other"):
+        outputs = call_model(worker.module, inputs)
+        loss = loss_of(job.loss, outputs, targets, numbers)
+    check_reach(loss, lambda: job.loss(outputs, targets), worker.module, (inputs, targets), outputs, job.build)
+    if not torch.isfinite(loss.detach()).all() and (bad := what_is_not_finite(inputs, targets)):
+        raise DataError(
+            f"the loss is not finite: a batch of the training data ({len(batch)} samples from {int(numbers()[0])} on) "
+            f"holds {bad}. Leave such samples out, or mend them"
+        )
+    loss.backward()  # type: ignore[no-untyped-call]
+    check_optimizer(job, named)
+    optimizer.step()
+    check_frozen(worker.module, fixed, sums)
+    _check_replaced(job, worker.module, message)
+    _check_constants(job, worker.module)
+    size = min(2, job.config.evaluate.batch_size)
+    with located(f"evaluating with evaluate.batch_size {job.config.evaluate.batch_size}"):
+        if job.config.train.running_statistics == "reestimate":
+            batches = statistics_batches(job.train_data, size, 1, job.config.seed, device)
+            reestimate_statistics(worker.module, batches)
+        if job.test_data is not None:
+            few = take_shard(job.test_data, np.arange(min(2, length(job.test_data))))
+            evaluate(worker.module, few, job.loss, size, device, job.metric)
+
+
+def _like_a_mean(spec: TensorSpec) -> float:
+    """A value for all of a weight with which it takes the mean of what goes in: from layer to layer nothing grows."""
+    inputs = math.prod(spec.shape[1:])
+    return 1 / inputs if len(spec.shape) > 1 and inputs and spec.dtype.is_floating_point else 1.0
+
+
+def _check_replaced(job: Job, module: nn.Module, message: Message) -> None:
+    """Check that what a forward has put in the place of parameters and buffers can be written back.
+
+    Raises:
+        ModelError: It cannot.
+    """
+    collect(module, message.tensors)
+    for name, parameter in module.named_parameters():
+        if job.state_slots and parameter.requires_grad and parameter.dtype != message.tensors[name].dtype:
+            raise ModelError(
+                f"the forward makes '{name}', which is {message.tensors[name].dtype}, a {parameter.dtype}, and "
+                "'train.optimizer_state' is 'carried', whose state has the dtype of what it was: use 'kept' or 'reset'"
+            )
+
+
+def _check_constants(job: Job, module: nn.Module) -> None:
+    """Warn of buffers and numbers that training changes and that nobody sends or saves."""
+    narrow = job.narrow(job.neurons(0)[0], torch.device("cpu"))
+    warn_of_counters(module, narrow)
+    fresh = named_tensors(narrow)
+    for name, buffer in module.named_buffers():
+        if name in job.constants and not torch.equal(buffer, fresh[name]):
+            warnings.warn(
+                f"buffer '{name}' changes in training but is not persistent: it is neither merged nor kept",
+                stacklevel=2,
+            )
