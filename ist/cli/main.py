@@ -16,9 +16,10 @@ import typer
 
 from ist._version import VERSION
 from ist.cli.theory import theory
-from ist.config.load import config_for_method, describe_keys, load_config, with_methods
+from ist.config.base import describe_keys
+from ist.config.load import config_for_method, load_config, with_methods
 from ist.config.redact import redacted
-from ist.config.schema import FROM_PYTHON, num_processes
+from ist.config.schema import FROM_PYTHON, Config, num_processes
 from ist.distributed.environment import end_with_launcher, is_launched, is_rank_zero, is_repeated_elsewhere
 from ist.errors import (
     ConfigError,
@@ -261,7 +262,7 @@ app.command()(theory)
 @app.command()
 def keys() -> None:
     """Explain every key of a configuration file."""
-    for key, kind, default, meaning in describe_keys():
+    for key, kind, default, meaning in describe_keys(Config):
         typer.echo(f"{typer.style(key, bold=True)}  ({kind}; {default})\n    {meaning}")
 
 

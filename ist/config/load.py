@@ -6,18 +6,14 @@ the value and what is allowed.
 Not here: YAML itself (`ist/config/yaml_text.py`), what a key means (`ist/config/schema.py`).
 """
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
-from ist.config.base import plain
-from ist.config.redact import holds_secret, redacted
+from ist.config.base import explained, kind_of, plain, short
+from ist.config.redact import holds_secret
 from ist.config.schema import Config
 from ist.config.yaml_text import MAX_DEPTH, dump_yaml, parse_yaml, read_text
 from ist.errors import ConfigError
@@ -36,12 +32,12 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """
     tree = parse_yaml(read_text(path), str(path))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys to values, found {_kind(tree)}")
+        raise ConfigError(f"{path}: expected a mapping of keys to values, found {kind_of(tree)}")
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise ConfigError(f"--set {_short(override)}: expected dotted.key=value, such as train.local_steps=20")
-        source = f"--set {_short(override)}"
+            raise ConfigError(f"--set {short(override)}: expected dotted.key=value, such as train.local_steps=20")
+        source = f"--set {short(override)}"
         try:
             tree = _with_override(tree, key, parse_yaml(value, source))
         except ConfigError as error:
@@ -59,10 +55,7 @@ def validate(tree: Mapping[str, Any], source: str) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        told = [" ".join(_explain(detail).splitlines()) for detail in error.errors()]  # a key may hold a line's end
-        lines = [redacted(f"{source}: {line}") for line in told]
-        # pydantic's own text quotes values as they are
-        raise ConfigError("\n".join(lines)) from (None if holds_secret(str(error)) else error)
+        raise explained(error, Config, source) from (None if holds_secret(str(error)) else error)
 
 
 def with_methods(config: Config, methods: Sequence[str], source: str) -> Config:
@@ -95,48 +88,6 @@ def dump_config(config: Config) -> str:
     return dump_yaml(plain(config.model_dump()))
 
 
-def describe_keys(model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yield (dotted key, type, default, description) for every configuration key.
-
-    A section that may be left out (null) and a list of sections have a row of their own. `N` in a key stands for the
-    number of a list's entry, from 0.
-    """
-    for name, field in model.model_fields.items():
-        section = _section_of(field)
-        is_list = get_origin(field.annotation) is list
-        if section is not None and not is_list and type(None) not in get_args(field.annotation):
-            yield from describe_keys(section, f"{prefix}{name}.")
-            continue
-        default = "required" if field.is_required() else f"default {field.get_default(call_default_factory=True)}"
-        if section is not None:
-            yield f"{prefix}{name}", "list" if is_list else "mapping or null", default, field.description or ""
-            inside = f"{prefix}{name}.N." if is_list else f"{prefix}{name}."
-            where = "in each entry" if is_list else f"where {prefix}{name} is given"
-            for key, kind, how, meaning in describe_keys(section, inside):
-                yield key, kind, f"required {where}" if how == "required" else how, meaning
-        else:
-            kind = _type_name(field.annotation)
-            yield f"{prefix}{name}", kind, default, field.description or ""
-
-
-def _type_name(annotation: Any) -> str:
-    """A type in the words of somebody who writes YAML."""
-    origin, parts = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _type_name(parts[0])
-    if origin is Literal:
-        return " or ".join(map(str, parts))
-    if origin in (Union, UnionType):
-        return " or ".join(_type_name(part) for part in parts)
-    plain = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "any"}
-    return plain.get(annotation) or {dict: "mapping", list: "list"}.get(origin or annotation, str(annotation))
-
-
-def _section_of(field: FieldInfo) -> type[BaseModel] | None:
-    candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-
-
 def _with_override(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """Set a key; a new length of the run, in epochs or in rounds, takes the place of the old one."""
     other = {"train.epochs": "train.rounds", "train.rounds": "train.epochs"}.get(key)
@@ -153,7 +104,7 @@ def _with_value(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]
     """
     parts = key.split(".")
     if len(parts) > MAX_DEPTH:
-        raise ConfigError(f"'{_short(key)}' has {len(parts)} parts: no key has more than {MAX_DEPTH}")
+        raise ConfigError(f"'{short(key)}' has {len(parts)} parts: no key has more than {MAX_DEPTH}")
     root: dict[str, Any] = dict(tree)
     node: dict[str, Any] | list[Any] = root
     for number, part in enumerate(parts):
@@ -161,8 +112,8 @@ def _with_value(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]
         if isinstance(node, list):
             if not (part.isdecimal() and len(part) < 10 and int(part) < len(node)):
                 raise ConfigError(
-                    f"'{_short(key)}': '{'.'.join(parts[:number])}' is a list of {len(node)} entries: expected the "
-                    f"number of one of them, from 0, in place of '{_short(part)}'"
+                    f"'{short(key)}': '{'.'.join(parts[:number])}' is a list of {len(node)} entries: expected the "
+                    f"number of one of them, from 0, in place of '{short(part)}'"
                 )
             place = int(part)
         if number + 1 == len(parts):
@@ -175,52 +126,3 @@ def _with_value(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]
         node[place] = made
         node = made
     return root
-
-
-def _short(text: str) -> str:
-    text = redacted(text)  # before the end of a URL is cut off, by which it is known
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
-
-
-_SHOWN = 200
-_OF_OPTIMISERS = ("lr", "momentum", "weight_decay", "betas")
-
-
-def _explain(detail: ErrorDetails) -> str:
-    path = _short(".".join(str(part) for part in detail["loc"]))
-    value = detail["input"]
-    if detail["type"] == "extra_forbidden":
-        known = _known_keys(detail["loc"][:-1])
-        near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
-        if "args" in known:  # of something that is named, with its arguments
-            near = near or [f"{path.rpartition('.')[0]}.args.{detail['loc'][-1]}"]
-        inside = [dotted for dotted, *_ in describe_keys() if dotted.rpartition(".")[2] == path]
-        near = near or ([f"train.optimizer.args.{path}"] if path in _OF_OPTIMISERS else inside)
-        hint = f"Did you mean '{near[0]}'?" if near else f"Known keys: {', '.join(sorted(known))}."
-        return f"unknown key '{path}'. {hint}"
-    if detail["type"] == "missing":
-        return f"'{path}' is required"
-    if detail["type"] == "model_type":
-        keys = ", ".join(_known_keys(detail["loc"]))
-        return f"'{path}' is {_short(repr(value))} ({_kind(value)}): expected a mapping with some of the keys {keys}"
-    if detail["type"] == "value_error":
-        message = detail["msg"].removeprefix("Value error, ")
-        return f"'{path}': {message}" if path else message
-    return f"'{path}' is {_short(repr(value))} ({_kind(value)}): {detail['msg'][0].lower()}{detail['msg'][1:]}"
-
-
-def _known_keys(path: Sequence[int | str]) -> list[str]:
-    model: type[BaseModel] = Config
-    for part in path:
-        if isinstance(part, int):  # a place in a list
-            continue
-        section = _section_of(model.model_fields[str(part)])
-        assert section is not None
-        model = section
-    return list(model.model_fields)
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "a string", int: "a whole number", float: "a number"}
-    names |= {bool: "true/false", type(None): "nothing"}
-    return names.get(type(value), type(value).__name__)

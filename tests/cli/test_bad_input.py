@@ -15,7 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ist.cli import main as cli
-from ist.config.load import describe_keys, load_config
+from ist.config.base import describe_keys
+from ist.config.load import load_config
+from ist.config.schema import Config
 from ist.config.yaml_text import MAX_BYTES, MAX_DEPTH
 from ist.errors import ConfigError, printable
 from tests.conftest import ROOT, config_tree
@@ -374,7 +376,7 @@ def mutated_trees(draw: st.DrawFn, trees: Sequence[Tree]) -> Tree:
     return tree
 
 
-KEYS = sorted({part for key, *_ in describe_keys() for part in key.split(".")})
+KEYS = sorted({part for key, *_ in describe_keys(Config) for part in key.split(".")})
 
 
 def as_yaml(tree: Tree) -> str:

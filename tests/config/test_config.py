@@ -8,7 +8,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ist.config.load import config_for_method, describe_keys, dump_config, load_config, validate
+from ist.config.base import describe_keys
+from ist.config.load import config_for_method, dump_config, load_config, validate
 from ist.config.schema import Config
 from ist.config.yaml_text import parse_yaml
 from ist.errors import ConfigError
@@ -297,7 +298,7 @@ def test_a_label_stands_for_the_method_that_its_overrides_name() -> None:
 
 
 def test_every_key_is_explained() -> None:
-    rows = list(describe_keys())
+    rows = list(describe_keys(Config))
 
     assert len(rows) > 35
     assert all(meaning for _, _, _, meaning in rows)
@@ -305,7 +306,7 @@ def test_every_key_is_explained() -> None:
 
 
 def test_keys_of_what_may_be_left_out_and_of_lists_say_so() -> None:
-    rows = {key: (kind, default) for key, kind, default, _ in describe_keys()}
+    rows = {key: (kind, default) for key, kind, default, _ in describe_keys(Config)}
 
     assert rows["train.schedule"] == ("mapping or null", "default None")
     assert rows["train.schedule.name"] == ("text", "required where train.schedule is given")
@@ -338,7 +339,7 @@ def test_an_override_of_an_entry_that_is_not_there_is_an_error(tmp_path: Path, p
 def test_every_key_that_is_explained_can_be_set(tmp_path: Path) -> None:
     path = written(tmp_path, recipe={"stages": [{"rounds": 1}, {}]})
 
-    for key in (key.replace(".N.", ".0.") for key, *_ in describe_keys()):
+    for key in (key.replace(".N.", ".0.") for key, *_ in describe_keys(Config)):
         told = ""
         try:
             load_config(path, [f"{key}=[]"])
