@@ -83,7 +83,7 @@ def measure(width: int, rounds: int) -> dict[str, Any]:
         grown = peak.stop() - before
         pool.close()
     payload = (meter.total_bytes - sent) // rounds
-    exchange = statistics.median(report.exchange_s for report in reports)
+    exchange = statistics.median(report.numbers["exchange_s"] for report in reports)
     return {
         "model_bytes": model_bytes,
         "subnet_bytes": subnet_bytes,
@@ -92,8 +92,8 @@ def measure(width: int, rounds: int) -> dict[str, Any]:
         "driver_growth_of_model": grown / model_bytes,
         "exchange_s": exchange,
         "copy_s": copy_seconds(payload),
-        "cut_s": statistics.median(report.cut_s for report in reports),
-        "merge_s": statistics.median(report.merge_s for report in reports),
+        "cut_s": statistics.median(report.numbers["cut_s"] for report in reports),
+        "merge_s": statistics.median(report.numbers["merge_s"] for report in reports),
     }
 
 

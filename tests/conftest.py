@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from ist.config.load import validate
 from ist.config.schema import Config
+from ist.measurements import MEASUREMENTS, Numbers, combined, nothing_measured
 from ist.runs.build import make_job
 from ist.subnet.job import Job
 from tests.sizes import longer_than_the_guide
@@ -163,6 +164,18 @@ def generators_left_alone() -> Iterator[None]:
 def whole_state(job: Job, model: nn.Module) -> dict[str, Tensor]:
     tensors = model.state_dict()
     return {name: tensors[name] for name in job.model_specs}
+
+
+def worker_numbers(**changes: float) -> dict[str, float]:
+    """What a worker measured: nothing but what is given."""
+    assert changes.keys() <= nothing_measured().keys()
+    return nothing_measured() | changes
+
+
+def round_numbers(by_worker: Sequence[Numbers], **changes: float) -> dict[str, float]:
+    """What a method measured of a round with these workers; what is not of theirs is 0, or as given."""
+    names = (measured.name for measured in MEASUREMENTS if measured.source == "method")
+    return dict.fromkeys(names, 0.0) | {"workers": len(by_worker)} | combined(by_worker, parallel=True) | changes
 
 
 def a_record(round_number: int, **changes: Any) -> dict[str, Any]:

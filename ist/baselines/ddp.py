@@ -23,7 +23,7 @@ from ist.data.batches import fetch, take_shard
 from ist.data.nested import call_model
 from ist.distributed.process_group import Membership, peer_errors
 from ist.errors import ConfigError, ModelError
-from ist.monitoring.meter import MemoryGauge, Meter
+from ist.monitoring.meter import MemoryGauge, Meter, worker_numbers
 from ist.optimization import optimizers
 from ist.rng import Purpose, seeded
 from ist.subnet.job import Job
@@ -109,15 +109,16 @@ class DataParallel:
             seconds = time.perf_counter() - started
             on_gpu = self._membership.device.type != "cpu"
             cpu_s = seconds - sum(exchange.transfers_s) if on_gpu else time.thread_time() - cpu_started
-            own = RankRound(
-                loss_sum, samples, is_finite(self._named.values()), seconds, cpu_s, exchange.sent_bytes,
-                self._gauge.peak_bytes(), exchange.transfers_s,
+            numbers = worker_numbers(
+                steps=len(self.job.steps(round_number)), samples=samples, loss_sum=loss_sum,
+                compute_s=seconds - sum(exchange.transfers_s), cpu_s=cpu_s, gauge=self._gauge,
             )  # fmt: skip
+            own = RankRound(numbers, is_finite(self._named.values()), exchange.sent_bytes, exchange.transfers_s)
             report = report_round(self.job, self._membership, self._meter, own, round_number)
             trained = time.perf_counter()
             if exchange.powersgd is not None and self.job.config.checkpoint.is_due(round_number + 1):
                 self._saved = saved_powersgd(exchange.powersgd, self._membership)
-        return replace(report, aside_s=time.perf_counter() - trained)
+        return replace(report, numbers={**report.numbers, "aside_s": time.perf_counter() - trained})
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
         """Return the whole network's tensors, the optimiser's state, and what compression remembers."""

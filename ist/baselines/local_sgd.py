@@ -22,7 +22,7 @@ from ist.baselines.ranks import RankRound, begin_together, collect, report_round
 from ist.data.batches import take_shard
 from ist.distributed.process_group import Membership, peer_errors
 from ist.errors import CheckpointError
-from ist.monitoring.meter import MemoryGauge, Meter
+from ist.monitoring.meter import MemoryGauge, Meter, worker_numbers
 from ist.optimization import optimizers
 from ist.subnet.job import Job
 from ist.tensors import is_finite
@@ -113,15 +113,16 @@ class LocalTraining:
             on_gpu = self._membership.device.type != "cpu"
             cpu_s = trained - started if on_gpu else cpu_trained - cpu_started
             transfers = [time.perf_counter() - trained]
-            own = RankRound(
-                loss_sum, samples, is_finite(self._named.values()), seconds, cpu_s, self._sent_bytes,
-                self._gauge.peak_bytes(), transfers,
+            numbers = worker_numbers(
+                steps=len(self.job.steps(round_number)), samples=samples, loss_sum=loss_sum,
+                compute_s=seconds - sum(transfers), cpu_s=cpu_s, gauge=self._gauge,
             )  # fmt: skip
+            own = RankRound(numbers, is_finite(self._named.values()), self._sent_bytes, transfers)
             report = report_round(self.job, self._membership, self._meter, own, round_number)
             ended = time.perf_counter()
             if self.job.config.checkpoint.is_due(round_number + 1):
                 self._saved = self._states()
-        return replace(report, aside_s=time.perf_counter() - ended)
+        return replace(report, numbers={**report.numbers, "aside_s": time.perf_counter() - ended})
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
         """Return the whole network's tensors, and the optimiser states of all ranks where the run can go on from it."""

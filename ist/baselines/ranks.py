@@ -6,7 +6,7 @@ Not here: training traffic. Nothing of this module is counted as such.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import safetensors.torch
 import torch
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ist.distributed.process_group import Membership, broadcast_bytes, peer_errors
+from ist.measurements import Numbers, check_worker, combined, worker_slots
 from ist.monitoring.meter import Meter
 from ist.subnet.job import Job
 from ist.training.coordinator import diverged
@@ -25,24 +26,19 @@ class RankRound:
     """What a rank did in a round.
 
     Attributes:
-        loss_sum: Sum of its samples' losses.
-        samples: Their number.
+        numbers: What it measured, as any worker does (`ist/measurements.py`).
         finite: Whether its network is.
-        seconds: Wall clock, exchange included.
-        cpu_s: CPU seconds of the thread that trains.
         sent_bytes: What it has sent so far.
-        memory_bytes: Its peak memory so far.
         transfers_s: Seconds of each exchange while it did not compute, waiting for slower ranks included.
     """
 
-    loss_sum: float
-    samples: int
+    numbers: Numbers
     finite: bool
-    seconds: float
-    cpu_s: float
     sent_bytes: float
-    memory_bytes: int
     transfers_s: Sequence[float]
+
+    def __post_init__(self) -> None:
+        check_worker(self.numbers)
 
 
 def begin_together(membership: Membership) -> None:
@@ -64,39 +60,33 @@ def report_round(job: Job, membership: Membership, meter: Meter, own: RankRound,
     Raises:
         DivergedError: A rank's loss or network is not finite.
     """
-    *numbers, transfers = astuple(own)
-    gathered = _gather(membership, [*numbers, *transfers])
-    ranks = [
-        RankRound(loss, int(samples), bool(finite), seconds, cpu, sent, int(memory), waits)
-        for loss, samples, finite, seconds, cpu, sent, memory, *waits in gathered
-    ]
+    ranks = [_unflattened(row) for row in _gather(membership, _flattened(own))]
     for rank, did in enumerate(ranks):
-        if not math.isfinite(did.loss_sum) or not did.finite:
-            what = "weights that are not finite" if math.isfinite(did.loss_sum) else f"a loss of {did.loss_sum}"
+        loss = did.numbers["loss_sum"]
+        if not math.isfinite(loss) or not did.finite:
+            what = "weights that are not finite" if math.isfinite(loss) else f"a loss of {loss}"
             raise diverged(job, rank, what, round_number)
         meter.sent[rank] = round(did.sent_bytes)
-    return summarise(len(job.steps(round_number)), ranks)
+    return summarise(ranks)
 
 
-def summarise(steps: int, ranks: Sequence[RankRound]) -> RoundReport:
+def summarise(ranks: Sequence[RankRound]) -> RoundReport:
     """Return the report of a round in which ranks did what is given."""
-    size, samples = len(ranks), sum(did.samples for did in ranks)
+    measured = [did.numbers for did in ranks]
+    numbers = combined(measured, parallel=True)
     # Whoever comes last to an exchange waits for nobody: its time is that of the transfer.
     transfer = sum(min(waits) for waits in zip(*(did.transfers_s for did in ranks), strict=True))
-    waited = [sum(did.transfers_s) for did in ranks]
-    return RoundReport(
-        steps=steps,
-        samples=samples,
-        loss=sum(did.loss_sum for did in ranks) / samples,
-        compute_s=sum(did.seconds - wait for did, wait in zip(ranks, waited, strict=True)) / size,
-        exchange_s=transfer,
-        idle_s=sum(waited) / size - transfer,
-        cut_s=0.0,
-        merge_s=0.0,
-        virtual_s=max(did.cpu_s for did in ranks) + transfer,
-        memory_bytes=tuple(did.memory_bytes for did in ranks),
-        workers=size,
-    )
+    waited = sum(sum(did.transfers_s) for did in ranks)
+    numbers |= {
+        "workers": len(ranks),
+        "loss": sum(of_rank["loss_sum"] for of_rank in measured) / numbers["samples"],
+        "exchange_s": transfer,
+        "idle_s": waited / len(ranks) - transfer,
+        "cut_s": 0.0,
+        "merge_s": 0.0,
+        "virtual_s": max(of_rank["cpu_s"] for of_rank in measured) + transfer,
+    }
+    return RoundReport(numbers, measured)
 
 
 def spread(membership: Membership, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,6 +108,18 @@ def collect(membership: Membership, tensors: Mapping[str, Tensor]) -> list[dict[
         dist.recv(theirs, src=rank)
         found.append(_unpacked(theirs))
     return found
+
+
+def _flattened(own: RankRound) -> list[float]:
+    numbers = [own.numbers[measured.name] for _, measured in worker_slots()]
+    return [own.finite, own.sent_bytes, *numbers, *own.transfers_s]
+
+
+def _unflattened(row: Sequence[float]) -> RankRound:
+    finite, sent_bytes, *others = row
+    slots = worker_slots()
+    numbers = {m.name: m.kind(value) for (_, m), value in zip(slots, others, strict=False)}
+    return RankRound(numbers, bool(finite), sent_bytes, others[len(slots) :])
 
 
 def _gather(membership: Membership, own: Sequence[float]) -> list[list[float]]:

@@ -1,6 +1,7 @@
 """What a run costs: bytes by direction and peer, seconds by phase, peak memory.
 
 Bytes are counted where messages are sent and received. Times come from one monotonic clock per process.
+What the numbers mean is in `ist/measurements.py`.
 Not here: how often it is written down (`ist/storage/run_folder.py`), what it looks like (`ist/report/`).
 """
 
@@ -66,6 +67,24 @@ class MemoryGauge:
         if self.device.type == "cuda":
             return int(torch.cuda.max_memory_allocated(self.device))
         return max(0, _resident_peak_bytes() - self._start)
+
+
+def worker_numbers(
+    *, steps: int, samples: int, loss_sum: float, compute_s: float, cpu_s: float, gauge: MemoryGauge
+) -> dict[str, float]:
+    """Return what a worker, or a rank that trains the whole network, has measured in a round by its end.
+
+    Each number is described in `ist/measurements.py`. `aside_s` is 0: who does more than train sets it.
+    """
+    return {
+        "steps": steps,
+        "samples": samples,
+        "loss_sum": loss_sum,
+        "compute_s": compute_s,
+        "cpu_s": cpu_s,
+        "memory_bytes": gauge.peak_bytes(),
+        "aside_s": 0.0,
+    }
 
 
 def _reset_resident_peak() -> None:

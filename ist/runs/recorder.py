@@ -12,15 +12,13 @@ from torch import Tensor, nn
 
 from ist.errors import CheckpointError
 from ist.evaluation.evaluate import Metrics
+from ist.measurements import FAULTS, MEASUREMENTS, over_rounds
 from ist.monitoring.meter import MemoryGauge, Meter
 from ist.monitoring.observers import Watcher
 from ist.storage.checkpoint import Progress
 from ist.storage.run_folder import RunFolder
 from ist.subnet.job import Job, remote_workers
 from ist.training.rounds import RoundReport, Seconds
-
-COUNTERS = ("samples", "sent_bytes", "train_s", "virtual_s", "evaluate_s")
-FAULTS = ("lost", "late", "rejected")
 
 
 class RunRecorder:
@@ -58,8 +56,8 @@ class RunRecorder:
         self._gauge = gauge
         self._start = start
         self._seen = [[0] * job.config.train.workers for _ in range(2)]
-        self._totals = {counter: before.totals.get(counter, 0) for counter in COUNTERS}
-        self._faults = {kind: before.totals.get(kind, 0) for kind in FAULTS}
+        self._totals = {name: before.totals.get(name, 0) for name in over_rounds("total")}
+        self._faults = {str(kind): before.totals.get(kind, 0) for kind in FAULTS}
         self._rounds_done = before.rounds_done
         self._numbers: dict[str, float] = {}
         self._bytes_before = self._totals["sent_bytes"]
@@ -81,32 +79,25 @@ class RunRecorder:
         Raises:
             RunFolderError: It cannot be written.
         """
-        totals = self._totals
-        totals["samples"] += report.samples
-        totals["train_s"] += seconds.train
-        totals["virtual_s"] += report.virtual_s
-        totals["evaluate_s"] += seconds.evaluate
-        totals["sent_bytes"] = self._bytes_before + sent_bytes
-        record: dict[str, Any] = {
-            "round": round_number,
-            "workers": report.workers,
-            "steps": report.steps,
-            "epoch": totals["samples"] / self._job.dealing.num_samples,
-            "loss": report.loss,
-            **totals,
-            "compute_s": report.compute_s,
-            "exchange_s": report.exchange_s,
-            "idle_s": report.idle_s,
-            "cut_s": report.cut_s,
-            "merge_s": report.merge_s,
-            # Of this round alone: what this process sent to each worker and got from it (what each rank sent, where
-            # they all-reduce).
+        found: dict[str, Any] = {
+            **report.numbers,
+            "sent_bytes": self._bytes_before + sent_bytes - self._totals["sent_bytes"],
+            "train_s": seconds.train,
+            "evaluate_s": seconds.evaluate,
             "bytes_to_worker": self._since_last_round(self._meter.sent, 0),
             "bytes_from_worker": self._since_last_round(self._meter.received, 1),
-            "memory_bytes": max(report.memory_bytes),
-            "memory_bytes_by_worker": list(report.memory_bytes),
             "coordinator_memory_bytes": self._gauge.peak_bytes(),
         }
+        for total in self._totals:
+            self._totals[total] += found[total]
+        found |= self._totals
+        found["epoch"] = self._totals["samples"] / self._job.dealing.num_samples
+        record: dict[str, Any] = {"round": round_number}
+        for measured in MEASUREMENTS:
+            if measured.recorded and measured.source != "evaluation":
+                record[measured.name] = found[measured.name]
+            if measured.by_worker:
+                record[f"{measured.name}_by_worker"] = [of_worker[measured.name] for of_worker in report.by_worker]
         if metrics:
             name = self._metric.names[0] if self._metric else None
             record |= {"test_loss": metrics.loss, "metric": name, "accuracy": None, **metrics.values}
@@ -125,10 +116,11 @@ class RunRecorder:
     def _note_numbers(self, record: Mapping[str, Any]) -> None:
         numbers = self._numbers
         names = self._metric.names if self._metric else ()
-        latest = {key: record[key] for key in ("loss", "test_loss", *names) if record.get(key) is not None}
+        latest = {key: record[key] for key in (*over_rounds("latest"), *names) if record.get(key) is not None}
         numbers |= latest
-        for peak in ("memory_bytes", "coordinator_memory_bytes"):
-            numbers[peak] = max(record[peak], numbers.get(peak, 0))
+        for peak in over_rounds("peak"):
+            if peak in record:
+                numbers[peak] = max(record[peak], numbers.get(peak, 0))
         if self._metric and names[0] in latest:
             best = max if self._metric.higher_is_better else min
             key = f"best_{names[0]}"
@@ -167,7 +159,8 @@ class RunRecorder:
             CheckpointError: The run went on from a checkpoint after its last round, which does not tell them.
         """
         config, numbers = self._job.config, self._numbers
-        if unknown := [key for key in ("loss", "memory_bytes", "coordinator_memory_bytes") if key not in numbers]:
+        required = [m.name for m in MEASUREMENTS if m.required and m.over_rounds in ("latest", "peak")]
+        if unknown := [name for name in required if name not in numbers]:
             raise CheckpointError(
                 f"the checkpoint of the last round has no '{unknown[0]}' in its progress entry, and metrics.jsonl has "
                 "no record that would tell it: delete that checkpoint, and go on from the one before"
@@ -190,8 +183,7 @@ class RunRecorder:
             **self._totals,
             **({"remote_workers": len(remote_workers(self._job))} if config.method == "ist" else {}),
             "faults": dict(self._faults),
-            "memory_bytes": numbers["memory_bytes"],
-            "coordinator_memory_bytes": numbers["coordinator_memory_bytes"],
+            **{peak: numbers[peak] for peak in over_rounds("peak") if peak in numbers},
             **({"block_scales": self._job.block_scales} if self._job.block_scales else {}),
             "parameters": sum(parameter.numel() for parameter in parameters),
             "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ist.checks.finite_values import not_finite_sample
 from ist.config.schema import Config, min_returned
 from ist.errors import DivergedError, ISTError, PoolError, WorkerLostError
+from ist.measurements import combined
 from ist.monitoring.meter import Meter
 from ist.optimization import optimizers
 from ist.storage.checkpoint import check_tensors
@@ -131,7 +132,7 @@ class Coordinator:
                 failed += lost
         spent = {phase: seconds - before.get(phase, 0.0) for phase, seconds in self._meter.seconds.items()}
         if balance:
-            took = {header.worker: header.compute_s for header in headers}
+            took = {header.worker: header.numbers["compute_s"] for header in headers}
             took |= {late.worker: spent["train"] for late in lost if late.kind == "late"}
             balance.note({names[worker]: seconds for worker, seconds in took.items()})
         report = _report(headers, lost, spent, self._pool.parallel)
@@ -175,8 +176,8 @@ class Coordinator:
             yield Subnet(place, envelope, sent, frozen)
 
     def _check_finite(self, header: Header, tensors: Mapping[str, Tensor]) -> None:
-        if not math.isfinite(header.loss_sum):
-            what = f"a loss of {header.loss_sum}"
+        if not math.isfinite(loss := header.numbers["loss_sum"]):
+            what = f"a loss of {loss}"
         else:
             checked = (name for name in tensors if name.removesuffix(SCALE) not in self._never_finite)
             bad = next((name for name in checked if not is_finite([tensors[name]])), None)
@@ -243,27 +244,21 @@ def diverged(job: Job, worker: int, what: str, round_number: int) -> DivergedErr
 
 
 def _report(headers: Sequence[Header], lost: Sequence[Lost], spent: Mapping[str, float], parallel: bool) -> RoundReport:
-    computes = [header.compute_s for header in headers]
+    measured = [header.numbers for header in headers]
+    numbers = combined(measured, parallel)
+    computes = [of_worker["compute_s"] for of_worker in measured]
     critical = max(computes) if parallel else sum(computes)
-    asides = [header.aside_s for header in headers]
-    aside = max(asides) if parallel else sum(asides)
+    cut, merge = spent["cut"], spent["merge"] - spent["train"]
     # Subnets are cut while the pool asks for them.
-    exchange = max(0.0, spent["train"] - spent["cut"] - critical - aside)
-    mean = sum(computes) / len(computes)
-    samples = sum(header.samples for header in headers)
-    merge = spent["merge"] - spent["train"]
-    return RoundReport(
-        steps=max(header.steps for header in headers),
-        samples=samples,
-        loss=sum(header.loss_sum for header in headers) / samples,
-        compute_s=mean,
-        exchange_s=exchange,
-        idle_s=max(0.0, critical - mean) if parallel else 0.0,
-        cut_s=spent["cut"],
-        merge_s=merge,
-        virtual_s=max(header.cpu_s for header in headers) + exchange + spent["cut"] + merge,
-        memory_bytes=tuple(h.memory_bytes for h in sorted(headers, key=lambda header: header.worker)),
-        workers=len(headers) + len(lost),
-        lost=tuple(lost),
-        aside_s=aside,
-    )
+    exchange = max(0.0, spent["train"] - cut - critical - numbers["aside_s"])
+    numbers |= {
+        "workers": len(headers) + len(lost),
+        "loss": sum(of_worker["loss_sum"] for of_worker in measured) / numbers["samples"],
+        "exchange_s": exchange,
+        "idle_s": max(0.0, critical - numbers["compute_s"]) if parallel else 0.0,
+        "cut_s": cut,
+        "merge_s": merge,
+        "virtual_s": max(of_worker["cpu_s"] for of_worker in measured) + exchange + cut + merge,
+    }
+    by_worker = [header.numbers for header in sorted(headers, key=lambda header: header.worker)]
+    return RoundReport(numbers, by_worker, tuple(lost))

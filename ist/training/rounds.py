@@ -6,7 +6,7 @@ Not here: how a round is trained; files; printing.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ist.evaluation.evaluate import Metrics, evaluate, reestimate_statistics, statistics_batches
+from ist.measurements import Numbers, check_round
 from ist.network.failures import located
 from ist.rng import Purpose, seeded
 from ist.subnet.job import Job
@@ -26,36 +27,17 @@ class RoundReport:
     """What a round did.
 
     Attributes:
-        steps: Local steps of each worker.
-        samples: Samples of all workers together.
-        loss: Mean training loss over those samples.
-        compute_s: Mean seconds of a worker's local steps.
-        exchange_s: Seconds of the round in which subnets or gradients were on their way and nobody computed.
-        idle_s: Mean seconds that a worker waited for slower ones.
-        cut_s: Seconds of cutting subnets.
-        merge_s: Seconds of merging them.
-        virtual_s: Compute-normalised seconds, as if every worker had a core of its own: the longest CPU time of a
-            worker's local steps, and what else was measured while nobody computed.
-        memory_bytes: Peak memory of each worker so far.
-        workers: Workers of the round, those that were lost included.
-        aside_s: Seconds of the method's that were no training: collecting the states of all ranks for a checkpoint, or
-            having workers save what they keep.
+        numbers: Every number of `ist/measurements.py` that a method measures of a round, by name.
+        by_worker: What each worker that came back measured, in the order of workers.
         lost: Workers that were left out of the merge.
     """
 
-    steps: int
-    samples: int
-    loss: float
-    compute_s: float
-    exchange_s: float
-    idle_s: float
-    cut_s: float
-    merge_s: float
-    virtual_s: float
-    memory_bytes: tuple[int, ...]
-    workers: int
+    numbers: Numbers
+    by_worker: Sequence[Numbers]
     lost: tuple[Lost, ...] = ()
-    aside_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_round(self.numbers)
 
 
 class Method(Protocol):
@@ -151,7 +133,7 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
                 metrics = evaluate_whole(job, method.model, device)
             elif last:
                 refresh_statistics(job, method.model, device)
-        seconds = Seconds(trained - started - report.aside_s, time.perf_counter() - trained)
+        seconds = Seconds(trained - started - report.numbers["aside_s"], time.perf_counter() - trained)
         recorder.round_done(round_number, report, metrics, seconds, method.bytes_sent())
         if last or config.checkpoint.is_due(rounds_done):
             recorder.save(rounds_done, method.checkpoint_state())

@@ -18,7 +18,7 @@ from ist.checks.drift import Operators, check_forward, is_due, operators
 from ist.data.batches import fetch, take_shard
 from ist.data.nested import call_model
 from ist.errors import AbandonedRoundError
-from ist.monitoring.meter import MemoryGauge
+from ist.monitoring.meter import MemoryGauge, worker_numbers
 from ist.network.failures import located, loss_errors, loss_of, network_errors
 from ist.optimization import optimizers
 from ist.optimization.step_settings import apply_settings, matching_groups
@@ -131,7 +131,10 @@ class Worker:
         elapsed = time.perf_counter() - started - look_s
         # A GPU is nobody else's.
         cpu_s = time.thread_time() - cpu_started - look_cpu_s if self.device.type == "cpu" else elapsed
-        memory_bytes = self.gauge.peak_bytes()
+        steps = len(job.steps(round_number))
+        numbers = worker_numbers(
+            steps=steps, samples=samples, loss_sum=total, compute_s=elapsed, cpu_s=cpu_s, gauge=self.gauge
+        )
         if is_spoilt:
             self._end.taken = {}
         else:
@@ -140,19 +143,8 @@ class Worker:
             with located(f"round {round_number}, worker {self.number}"):
                 neurons = job.neurons(round_number)[self.number]
                 self._operators = check_forward(job, module, neurons, self._operators, self.device)
-        envelope.up.write_header(
-            Header(
-                round_number,
-                self.number,
-                len(job.steps(round_number)),
-                samples,
-                total,
-                elapsed,
-                cpu_s,
-                memory_bytes,
-                aside_s=time.perf_counter() - started - elapsed,
-            )
-        )
+        numbers["aside_s"] = time.perf_counter() - started - elapsed
+        envelope.up.write_header(Header(round_number, self.number, numbers))
 
     def _recover(self, round_number: int) -> None:
         """Take up what was kept where this worker's first round follows a checkpoint."""

@@ -8,10 +8,11 @@ Not here: loss, data, partition.
 
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 
+from ist.measurements import Fault
 from ist.transport.codec import Envelope, Route
 from ist.transport.message import Message
 
@@ -71,7 +72,7 @@ class Lost:
 
     worker: int
     reason: str
-    kind: Literal["lost", "late", "rejected"] = "lost"
+    kind: Fault = "lost"
 
 
 class WorkerPool(Protocol):

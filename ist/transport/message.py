@@ -11,16 +11,18 @@ Not here: sending (`ist/pools/`), loss, data, who owns what.
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ist.errors import PoolError
+from ist.measurements import Numbers, check_worker, nothing_measured, worker_slots
 from ist.tensors import TensorSpec
 
 HEADER_BYTES = 128
-_HEADER_VALUES = 11
+_FINGERPRINT, _ROUND, _WORKER, _RELIES = 0, 1, 2, 10
+"""Slots of a header, of 8 bytes each; `ist/measurements.py` names those of what a worker measures."""
 ALIGNMENT = 64  # a cache line, and what torch's own allocator guarantees its kernels
 
 
@@ -28,25 +30,20 @@ ALIGNMENT = 64  # a cache line, and what torch's own allocator guarantees its ke
 class Header:
     """What a message says beside its tensors; travels as float64 values.
 
-    Everything but `round_number`, `worker` and `relies` is 0 on the way to a worker.
-
     Attributes:
-        compute_s: Wall-clock seconds of the local steps.
-        cpu_s: Seconds that they would have taken on a core of their own: CPU time of the thread that trains.
-        aside_s: Wall-clock seconds of what is no training: saving what the worker keeps.
+        round_number: The round, from 0.
+        worker: Which worker the message goes to or comes from.
+        numbers: What the worker has measured; all 0 on the way to it.
         relies: On the way to a worker, whether it is to keep the frozen parameters that it holds.
     """
 
     round_number: int
     worker: int
-    steps: int = 0
-    samples: int = 0
-    loss_sum: float = 0.0
-    compute_s: float = 0.0
-    cpu_s: float = 0.0
-    memory_bytes: int = 0
-    aside_s: float = 0.0
+    numbers: Numbers = field(default_factory=nothing_measured)
     relies: bool = False
+
+    def __post_init__(self) -> None:
+        check_worker(self.numbers)
 
 
 @dataclass(frozen=True)
@@ -100,20 +97,12 @@ class Message:
 
     def write_header(self, header: Header) -> None:
         """Write the header, with the layout's fingerprint."""
-        values = [
-            self.layout.fingerprint,
-            header.round_number,
-            header.worker,
-            header.steps,
-            header.samples,
-            header.loss_sum,
-            header.compute_s,
-            header.cpu_s,
-            header.memory_bytes,
-            header.aside_s,
-            header.relies,
-        ]
-        self._header().copy_(torch.tensor(values, dtype=torch.float64))
+        values = torch.zeros(HEADER_BYTES // 8, dtype=torch.float64)
+        values[_FINGERPRINT] = self.layout.fingerprint
+        values[_ROUND], values[_WORKER], values[_RELIES] = header.round_number, header.worker, header.relies
+        for slot, measured in worker_slots():
+            values[slot] = header.numbers[measured.name]
+        self._header().copy_(values)
 
     def read_header(self, round_number: int, worker: int) -> Header:
         """Return the header after checking that it is of this round, worker and layout.
@@ -121,12 +110,10 @@ class Message:
         Raises:
             PoolError: The message belongs to something else.
         """
-        found, *numbers = self._header().tolist()
-        round_sent, sender, steps, samples, loss_sum, compute_s, cpu_s, memory, aside_s, relies = numbers
-        header = Header(
-            int(round_sent), int(sender), int(steps), int(samples), loss_sum, compute_s, cpu_s, int(memory), aside_s,
-            bool(relies),
-        )  # fmt: skip
+        values = self._header().tolist()
+        found = values[_FINGERPRINT]
+        numbers = {measured.name: measured.kind(values[slot]) for slot, measured in worker_slots()}
+        header = Header(int(values[_ROUND]), int(values[_WORKER]), numbers, bool(values[_RELIES]))
         expected = (self.layout.fingerprint, round_number, worker)
         if (found, header.round_number, header.worker) != expected:
             raise PoolError(
@@ -137,4 +124,4 @@ class Message:
         return header
 
     def _header(self) -> Tensor:
-        return self.flat[: 8 * _HEADER_VALUES].view(torch.float64)
+        return self.flat[:HEADER_BYTES].view(torch.float64)

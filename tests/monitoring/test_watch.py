@@ -42,7 +42,8 @@ LOST, LATE, BAD = Lost(1, "the actor died"), Lost(2, "missed 5 s", "late"), Lost
 
 
 def report(*lost: Lost, workers: int = 4) -> RoundReport:
-    return RoundReport(3, 192, 0.5, 0.1, 0.2, 0.3, 0.01, 0.02, 0.25, (100, 300, 200), workers, lost)
+    by_worker = [conftest.worker_numbers(steps=3, samples=64, memory_bytes=peak) for peak in (100, 300, 200)]
+    return RoundReport(conftest.round_numbers(by_worker, workers=workers, loss=0.5), by_worker, lost)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ FAULTS = (
     ),
     Fault(
         "the loss of a round is the mean over workers, not samples", "ist/training/coordinator.py",
-        "loss=sum(header.loss_sum for header in headers) / samples", "loss=sum(header.loss_sum for header in headers) / len(headers)",
+        'for of_worker in measured) / numbers["samples"]', "for of_worker in measured) / len(measured)",
         ("tests/training/test_one_worker.py", "tests/training/test_coordinator.py"),
     ),
     # Cutting and reassembling

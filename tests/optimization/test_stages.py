@@ -140,7 +140,7 @@ def test_a_finish_with_everything_kept_is_local_sgd(scale: str, partition: dict[
 
     report = made.train_round(1)
 
-    assert report.steps == 4
+    assert report.numbers["steps"] == 4
     assert not job.exclusive(1)
     for name, found in model.named_parameters():
         mean = torch.stack([parameters[name].detach() for parameters in whole]).mean(dim=0)
@@ -163,7 +163,7 @@ def test_blocks_have_the_scale_in_a_stage_of_the_whole_network_that_they_have_in
 
     report = made.train_round(0)
 
-    assert report.loss == pytest.approx(total / report.samples, rel=1e-5)
+    assert report.numbers["loss"] == pytest.approx(total / report.numbers["samples"], rel=1e-5)
     assert set(job.held_block_scales(0).values()) == {3 / 5}
     assert job.held_block_scales(1) == {}
     assert not any(module._forward_hooks for module in model.modules())

@@ -40,7 +40,9 @@ class ChangingPool(InlinePool):
             shapes.append(tuple(result.envelope.up.tensors["linear_1.bias"].shape))
             header = result.envelope.up.read_header(round_number, result.worker)
             took = self.seconds.get(f"worker {result.worker}", 1.0)
-            result.envelope.up.write_header(replace(header, compute_s=took * shapes[-1][0] ** 2))
+            result.envelope.up.write_header(
+                replace(header, numbers={**header.numbers, "compute_s": took * shapes[-1][0] ** 2})
+            )
             yield result
         self.shapes.append(shapes)
 
@@ -80,10 +82,10 @@ def test_the_next_partition_uses_who_is_there() -> None:
 
     reports = [made.train_round(round_number) for round_number in range(3)]
 
-    assert [report.workers for report in reports] == [4, 2, 3]
+    assert [report.numbers["workers"] for report in reports] == [4, 2, 3]
     assert pool.shapes == [[(4,)] * 4, [(8,)] * 2, [(6,), (5,), (5,)]]
     # 100 samples in batches of 16: shards of 25, 50 and 34 or 33, in 2, 4 and 3 steps an epoch; three steps each.
-    assert [report.samples for report in reports] == [100 + 4 * 13, 2 * 38 - 0, 100]
+    assert [report.numbers["samples"] for report in reports] == [100 + 4 * 13, 2 * 38 - 0, 100]
 
 
 def test_a_round_of_fewer_workers_is_the_round_of_a_run_with_so_many() -> None:

@@ -26,10 +26,10 @@ from ist.training.average import Averaged
 from ist.training.coordinator import Coordinator
 from ist.training.outer_optimizer import OuterStep
 from ist.training.rounds import RoundReport, run_rounds
-from tests.conftest import assert_same, clone, data, job_for, small_config
+from tests.conftest import assert_same, clone, data, job_for, round_numbers, small_config, worker_numbers
 from tests.networks import NETWORKS, seeded
 
-REPORT = RoundReport(1, 1, 0.5, 0, 0, 0, 0, 0, 0, (), 1)
+REPORT = RoundReport(round_numbers([worker_numbers(samples=1)], loss=0.5), [worker_numbers(samples=1)])
 AVERAGES = {
     "exponential": {"kind": "ema", "decay": 0.6},
     "from the middle": {"kind": "ema", "decay": 0.6, "start": 0.5},
