@@ -53,6 +53,14 @@ LONG_LIVED: list[psutil.Process] = []
 Tree = dict[str, Any]
 
 
+def naming(*parts: str) -> str:
+    """Return a pattern for `match=`: a message that names all of these, in any order.
+
+    Tests pin the key, the value and the remedy of a message this way, not its wording.
+    """
+    return "(?s)" + "".join(f"(?=.*{re.escape(part)})" for part in parts)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     lines = list(longer_than_the_guide(ROOT))
     if lines:

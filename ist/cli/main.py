@@ -1,8 +1,9 @@
-"""The command line: parse, build, hand over.
+"""The command line: parse arguments, load the configuration, start the run.
 
-Only this file prints errors and ends the process; exit codes are in `ist/launch/signals.py`. Progress goes to stderr,
-results to stdout.
-Not here: algorithms. torch is imported by the commands that need it, so that `--help` is quick.
+Where it sits: the entry point of `ist` and `python -m ist`. Only this file prints errors and ends the process. Progress
+goes to stderr, results to stdout.
+Not here: algorithms, exit codes (`ist/launch/signals.py`), the command `ist theory` (`ist/cli/theory.py`). Each command
+imports torch only if it needs it, so that `--help` is fast.
 """
 
 import json
@@ -46,7 +47,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run; see 'ist keys' for what it may hold.")]
+ConfigFile = Annotated[Path, typer.Argument(help="Configuration of the run (YAML); 'ist keys' lists its keys.")]
 Overrides = Annotated[
     Optional[list[str]],
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as --set train.local_steps=20; repeatable."),
@@ -54,14 +55,14 @@ Overrides = Annotated[
 Workers = Annotated[Optional[int], typer.Option("--workers", min=1, help="Number of workers (train.workers).")]
 PoolKind = Annotated[
     Optional[str],
-    typer.Option("--pool", metavar="inline|torchrun|ray", help="Who carries subnets to workers (pool.kind)."),
+    typer.Option("--pool", metavar="inline|torchrun|ray", help="How workers run (pool.kind)."),
 ]
 RunDir = Annotated[
     Optional[Path],
-    typer.Option("--run-dir", help="Write the run here; default: a new folder under 'output'."),
+    typer.Option("--run-dir", help="Run folder to write; default: a new folder under 'output'."),
 ]
 Address = Annotated[
-    Optional[str], typer.Option(metavar="auto|HOST:PORT", help="The Ray cluster to use (pool.ray.address).")
+    Optional[str], typer.Option(metavar="auto|HOST:PORT", help="Ray cluster to use (pool.ray.address).")
 ]
 MetricsPort = Annotated[
     Optional[int], typer.Option(help="Serve metrics for Prometheus on this port (watch.metrics_port).")
@@ -70,52 +71,56 @@ Link = Annotated[
     Optional[str],
     typer.Option(
         metavar="RATE",
-        help="Put every process on a host of its own, made on this machine, with a link of this rate: 100mbit, 1gbit, "
-        "or up/down as the host sees it, such as 20mbit/100mbit (pool.link).",
+        help="Run every process on its own simulated host on this machine, with a link of this rate: 100mbit, 1gbit, "
+        "or up/down from the host's view, such as 20mbit/100mbit (pool.link).",
     ),
 ]
 AllowInsecure = Annotated[
-    bool, typer.Option("--allow-insecure", help="May listen on a public network interface (pool.allow_insecure).")
+    bool,
+    typer.Option("--allow-insecure", help="Allow listening on a public network interface (pool.allow_insecure)."),
 ]
 AutoResume = Annotated[
-    bool, typer.Option("--auto-resume", help="Go on with the run in --run-dir, if there is one; for jobs that restart.")
+    bool,
+    typer.Option("--auto-resume", help="Resume the run in --run-dir if there is one; for jobs that are restarted."),
 ]
 
 
 @app.command()
 def train(
-    config_file: Annotated[Optional[Path], typer.Argument(metavar="CONFIG", help="YAML file of the run.")] = None,
+    config_file: Annotated[
+        Optional[Path], typer.Argument(metavar="CONFIG", help="Configuration of the run (YAML).")
+    ] = None,
     overrides: Overrides = None,
     workers: Workers = None,
     pool: PoolKind = None,
-    method: Annotated[Optional[str], typer.Option(help="'ist' or another method, such as 'ddp'.")] = None,
+    method: Annotated[Optional[str], typer.Option(help="'ist' or a baseline, such as 'ddp' (method).")] = None,
     address: Address = None,
     metrics_port: MetricsPort = None,
     allow_insecure: AllowInsecure = False,
     link: Link = None,
     run_dir: RunDir = None,
     auto_resume: AutoResume = False,
-    resume: Annotated[Optional[Path], typer.Option(metavar="RUN", help="Go on with the run in this folder.")] = None,
+    resume: Annotated[Optional[Path], typer.Option(metavar="RUN", help="Resume the run in this folder.")] = None,
 ) -> None:
-    """Train a network by independent subnets.
+    """Train a network by independent subnet training.
 
-    Starts the processes itself, or the Ray actors; under torchrun it joins those that torchrun started. 'ist keys'
+    Starts the worker processes or Ray actors. Under torchrun, joins the processes that torchrun started. 'ist keys'
     explains every key of CONFIG.
     """
     if (config_file is None) == (resume is None):
-        raise ConfigError("give either a CONFIG, or --resume RUN")
+        raise ConfigError("give either CONFIG or --resume RUN")
     flags = _flags(
         workers=workers, pool=pool, method=method, address=address, metrics_port=metrics_port, link=link,
         allow_insecure=allow_insecure or None,
     )  # fmt: skip
     if resume is not None:
         if overrides or flags or run_dir or auto_resume:
-            raise ConfigError("--resume goes on with the run as it was configured: no other option goes with it")
+            raise ConfigError("--resume uses the run's own configuration: it cannot be combined with other options")
         _resume(resume)
         return
     assert config_file is not None
     if auto_resume and run_dir is None:
-        raise ConfigError("--auto-resume needs --run-dir, the folder in which a restarted job finds its run")
+        raise ConfigError("--auto-resume needs --run-dir, the folder in which the restarted job finds its run")
     config = load_config(config_file, [*(overrides or []), *flags])
 
     from ist.runs.preflight import prepare, with_launchers_pool
@@ -123,18 +128,18 @@ def train(
 
     config = with_launchers_pool(config)
     job = prepare(config)
-    folder, go_on = None, False
+    folder, resumes = None, False
     if is_rank_zero():
         if auto_resume and run_dir is not None:
             from ist.storage.run_folder import open_or_create
 
-            folder, go_on = open_or_create(config, run_dir)
+            folder, resumes = open_or_create(config, run_dir)
         else:
             folder = create_run_folder(config, run_dir)
     if folder is not None and folder.is_finished() and not is_launched():
-        _say(f"{folder.path}: this run has finished already", err=True)
-    else:  # under torchrun the other ranks wait for this one, even where no round is left
-        _start(job, folder, resume=go_on)
+        _say(f"{folder.path}: this run has already finished", err=True)
+    else:  # under torchrun the other ranks wait for this one, even if no round is left
+        _start(job, folder, resume=resumes)
     _print_result(folder)
 
 
@@ -142,17 +147,16 @@ def train(
 def compare(
     config_file: ConfigFile,
     methods: Annotated[
-        Optional[str], typer.Option(metavar="NAME,NAME", help="Methods, in order (compare.methods).")
+        Optional[str], typer.Option(metavar="NAME,NAME", help="Methods to run, in order (compare.methods).")
     ] = None,
     overrides: Overrides = None,
     workers: Workers = None,
     link: Link = None,
     run_dir: RunDir = None,
 ) -> None:
-    """Train the same network by several methods, side by side, and write a report.
+    """Train the same network by several methods, one after the other, and write a report.
 
-    Each method runs in the same number of worker processes, on the same data in the same order, from the
-    same initial weights.
+    All methods use the same number of worker processes, the same data in the same order, and the same initial weights.
     """
     config = load_config(config_file, [*(overrides or []), *_flags(workers=workers, link=link)])
     if methods:
@@ -187,7 +191,7 @@ def inspect(
     workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show the neuron groups, what each worker gets, and the bytes of a round."""
+    """Show the neuron groups, each worker's share, and the bytes of a round."""
     config = load_config(config_file, [*(overrides or []), *_flags(workers=workers, method="ist")])
 
     from ist.monitoring.display import PlainConsole
@@ -203,20 +207,20 @@ def inspect(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, or folders that hold such folders.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs, or folders that contain such folders.")],
     output: Annotated[
         Optional[Path],
-        typer.Option("--output", "-o", help="The page to write; default: report.html in the first folder."),
+        typer.Option("--output", "-o", help="Page to write; default: report.html in the first folder."),
     ] = None,
 ) -> None:
-    """Write a page of tables and plots about finished runs, and print the table."""
+    """Write a page with tables and plots of finished runs, and print the table."""
     from ist.report import check_installed
     from ist.report.page import find_runs, write_report
 
     check_installed()
     folders = find_runs(runs)
     for unfinished in [folder for folder in folders if not folder.is_finished() and folder.path not in runs]:
-        _say(f"{unfinished.path}: has not finished: left out", err=True)
+        _say(f"{unfinished.path}: skipped, because the run has not finished", err=True)
         folders.remove(unfinished)
     if not folders:
         raise ConfigError(f"no finished run in {', '.join(map(str, runs))}")
@@ -229,15 +233,23 @@ def report(
 def plan(
     config_file: ConfigFile,
     link: Annotated[str, typer.Option(metavar="UP[/DOWN]", help="Link of every host: 1gbit, 100mbit, 20mbit/100mbit.")],
-    workers: Annotated[Optional[str], typer.Option(metavar="N,N", help="Default: train.workers.")] = None,
-    methods: Annotated[Optional[str], typer.Option(metavar="NAME,NAME", help="Default: all.")] = None,
+    workers: Annotated[
+        Optional[str], typer.Option(metavar="N,N", help="Numbers of workers to plan for; default: train.workers.")
+    ] = None,
+    methods: Annotated[Optional[str], typer.Option(metavar="NAME,NAME", help="Methods to plan; default: all.")] = None,
     overrides: Overrides = None,
-    cores: Annotated[Optional[int], typer.Option(min=1, help="Cores for all workers; default: one each.")] = None,
-    latency_ms: Annotated[Optional[float], typer.Option(min=0, help="From one host's program to another's.")] = None,
+    cores: Annotated[
+        Optional[int], typer.Option(min=1, help="Cores shared by all workers; default: one per worker.")
+    ] = None,
+    latency_ms: Annotated[
+        Optional[float], typer.Option(min=0, help="One-way latency between two hosts, in milliseconds.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    page: Annotated[Optional[Path], typer.Option("--report", help="Page to write, up to 1,024 workers.")] = None,
+    page: Annotated[
+        Optional[Path], typer.Option("--report", help="Also write a page with plots for up to 1,024 workers.")
+    ] = None,
 ) -> None:
-    """Predict bytes, memory and seconds of a round by each method, before anything is bought or run."""
+    """Predict bytes, memory and seconds per round for each method, without starting a run."""
     from ist.monitoring.display import PlainConsole
     from ist.plan.predict import make_plan
     from ist.plan.request import parse_request
@@ -261,7 +273,7 @@ app.command()(theory)
 
 @app.command()
 def keys() -> None:
-    """Explain every key of a configuration file."""
+    """List every key of a configuration file with its type, default and meaning."""
     for key, kind, default, meaning in describe_keys(Config):
         typer.echo(f"{typer.style(key, bold=True)}  ({kind}; {default})\n    {meaning}")
 
@@ -287,7 +299,7 @@ def options(
 
 @app.command(hidden=True)
 def process(folder: Path, resume: bool = False) -> None:
-    """Be one of the processes of a run that `ist` started."""
+    """Run one of the processes that `ist train` started."""
     from ist.runs.build import build_job
     from ist.storage.run_folder import RunFolder
 
@@ -297,7 +309,7 @@ def process(folder: Path, resume: bool = False) -> None:
 
 def main() -> None:
     """Run the command line; the entry point of `ist` and `python -m ist`."""
-    if (here := str(Path.cwd())) not in sys.path:  # as `python -m` has it: networks and data may be in a file there
+    if (here := str(Path.cwd())) not in sys.path:  # like `python -m`: networks and data may be in a file there
         sys.path.append(here)
     with stop_signals() as received:
         try:
@@ -307,12 +319,12 @@ def main() -> None:
             _fail(error, received)
         except Stopped as stopped:
             _fail(InterruptedRunError(stopped_text(stopped, None)), received)
-        except OSError as error:  # a path that the user gave: too long, no permission, a folder where a file should be
+        except OSError as error:  # a path from the user: too long, no permission, a folder instead of a file
             if error.filename is None:
                 _tell_launcher(error)
                 raise
             _fail(RunFolderError(f"{os.fsdecode(error.filename)}: {error.strerror or error}"), received)
-        except Exception as error:  # a fault of this package: the launcher tells it as the cause, traceback above
+        except Exception as error:  # a bug: the launcher reports it as the cause, below the traceback
             if is_out_of_memory(error):
                 _fail(MemoryLimitError(f"{_NO_MEMORY} ({first_line(error)})"), received)
             _tell_launcher(error)
@@ -320,8 +332,8 @@ def main() -> None:
 
 
 _NO_MEMORY = (
-    "the system gives this process no more memory: use a narrower network, a smaller train.batch_size, fewer processes "
-    "on this machine, or more machines"
+    "this process is out of memory: use a narrower network, a smaller train.batch_size, fewer processes on this "
+    "machine, or more machines"
 )
 
 
@@ -335,19 +347,19 @@ def _tell_launcher(error: Exception) -> None:
 def _fail(error: ISTError, received: list[signal.Signals]) -> NoReturn:
     if received:
         ignore_stop_signals()
-    told_elsewhere = False
+    reported = False
     if "torch" in sys.modules:
         from ist.launch.start import report_to_launcher
 
-        told_elsewhere = report_to_launcher(error)
-    # Under torchrun every rank finds the same fault in the input, or is told to end: one on each machine says so.
-    echo = isinstance(error, ConfigError | InterruptedRunError) and is_repeated_elsewhere()
-    if not told_elsewhere and not echo:
+        reported = report_to_launcher(error)
+    # Under torchrun every rank finds the same mistake or gets the same signal: one rank per machine prints it.
+    is_echo = isinstance(error, ConfigError | InterruptedRunError) and is_repeated_elsewhere()
+    if not reported and not is_echo:
         for line in str(error).splitlines():
             print(f"error: {printable(redacted(line))}", file=sys.stderr)
     code = exit_code(error, received)
-    if told_elsewhere or ("RANK" in os.environ and isinstance(error, PoolError | InterruptedRunError)):
-        # Taking the process group down would wait for the peer that does not answer, as long again.
+    if reported or ("RANK" in os.environ and isinstance(error, PoolError | InterruptedRunError)):
+        # Destroying the process group would wait once more for the peer that does not answer.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -355,7 +367,7 @@ def _fail(error: ISTError, received: list[signal.Signals]) -> NoReturn:
 
 
 def _run_here(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
-    """Take this process's part in a run."""
+    """Run this process's part: lead the rounds, or follow them as a worker."""
     from ist.runs.open import Following, open_run
     from ist.training.rounds import follow_rounds, run_rounds
 
@@ -371,8 +383,7 @@ def _run_here(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
 
 
 def _start(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
-    """Run in this process where it is all of the run or a rank of it; else start the processes."""
-
+    """Run in this process if it is the whole run or one of its ranks; else start the processes."""
     config = job.config
     if config.pool.kind != "torchrun" or is_launched():
         _run_here(job, folder, resume)
@@ -382,7 +393,7 @@ def _start(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
     from ist.storage.run_lock import sole_writer
 
     assert folder is not None
-    with sole_writer(folder.path):  # rank 0 holds the folder from its start on
+    with sole_writer(folder.path):  # rank 0 locks the folder once it has started
         if resume:
             folder.check_checkpoint()
     on_links = f", each on a link of {config.pool.link}" if config.pool.link else ""
@@ -400,11 +411,13 @@ def _resume(path: Path) -> None:
     folder = RunFolder(path)
     config = with_launchers_pool(folder.load_config())
     if config.model.name.startswith(FROM_PYTHON):
-        raise ConfigError(f"{path}: was started from Python: go on with ist.train(..., run_dir=..., resume=True)")
+        raise ConfigError(
+            f"{path}: the run was started from Python: resume it by ist.train(..., run_dir=..., resume=True)"
+        )
     if not folder.is_finished() and not folder.has_checkpoint():
-        _say(f"{path}: has no checkpoint yet: starting over", err=True)
+        _say(f"{path}: has no checkpoint: starting from round 1", err=True)
     if folder.is_finished():
-        _say(f"{path}: this run has finished already", err=True)
+        _say(f"{path}: this run has already finished", err=True)
     else:
         _start(prepare(config), folder, resume=True)
     _print_result(folder if is_rank_zero() else None)
@@ -436,7 +449,7 @@ _KEYS = {
 
 
 def _flags(**values: object) -> list[str]:
-    """Spell the options that stand for a configuration key as overrides."""
+    """Turn options that set a configuration key into overrides."""
     return [
         f"{_KEYS[name]}={json.dumps(value, ensure_ascii=False)}" for name, value in values.items() if value is not None
     ]

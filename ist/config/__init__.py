@@ -1,1 +1,1 @@
-"""The configuration: its keys as frozen types, and how a file becomes one. Imports no torch."""
+"""The configuration: all keys as frozen types, and the loader that reads a file into them. Does not import torch."""

@@ -1,6 +1,7 @@
-"""What the sections of a configuration are made of; which keys they have, and what is wrong with a value.
+"""Building blocks of the configuration's sections: types, the base class, and explanations of keys and errors.
 
-Not here: any key (`ist/config/schema.py`, `ist/config/method.py`).
+Where it sits: `ist/config/schema.py`, `ist/config/method.py` and `ist/config/recipe.py` declare keys with these types.
+Not here: the keys themselves.
 """
 
 import difflib
@@ -20,22 +21,22 @@ PositiveInt = Annotated[int, Field(gt=0, le=10**9)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]  # what the system's timers can take
+Seconds = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]  # the range of the system's timers
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Pattern = Annotated[str, Field(min_length=1)]
 FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$", max_length=100)]
 
 
 class Section(BaseModel):
-    """A mapping of the YAML file: unknown keys and wrong types are errors, values never change."""
+    """A mapping in the YAML file. Unknown keys and wrong types are errors; instances are frozen."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     def __init__(self, /, **values: Any) -> None:
-        """Make a section from Python; numbers may be NumPy's or torch's.
+        """Create a section from Python; NumPy and torch numbers are accepted.
 
         Raises:
-            ConfigError: A key is unknown, or its value is not allowed: one line for each.
+            ConfigError: A key is unknown or a value is not allowed; one line per mistake.
         """
         try:
             super().__init__(**python_numbers(values))
@@ -44,20 +45,20 @@ class Section(BaseModel):
                 None if holds_secret(str(error)) else error
             )
 
-    # Sections inside other ones are made by pydantic itself, so that a mistake is told once, with its whole path.
+    # pydantic itself creates nested sections, so that a mistake is reported once, with its full path.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 class Component(Section):
-    """Something named, with its arguments."""
+    """A named function or class and its keyword arguments."""
 
     name: str = Field(description="short name, or import path 'package.module:Name'")
-    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for it")
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of this function or class")
 
 
 def python_numbers(value: Any) -> Any:
-    """Return a nested value with numbers of NumPy and torch as Python's, and arrays as lists: as YAML has them."""
-    numbers = getattr(value, "tolist", None)  # this module does without both packages
+    """Convert NumPy and torch numbers in a nested value to Python numbers, and arrays to lists, as in YAML."""
+    numbers = getattr(value, "tolist", None)  # this module imports neither package
     if callable(numbers) and not isinstance(value, type):
         return numbers()
     if isinstance(value, Mapping):
@@ -68,10 +69,10 @@ def python_numbers(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Return a value of a configuration as YAML and JSON can hold it.
+    """Convert a configuration value to types that YAML and JSON can represent.
 
-    Python's callers may give more than that: a function or a class is named by its module and qualified name, which are
-    the same in every process and at every start; numbers of NumPy and torch are numbers.
+    Values from Python may have other types. A function or class becomes its module and qualified name, which are the
+    same in every process and in every run. NumPy and torch numbers become Python numbers.
     """
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -81,7 +82,7 @@ def plain(value: Any) -> Any:
         return [plain(entry) for entry in value]
     if isinstance(value, functools.partial):
         return {"partial": plain(value.func), "args": plain(value.args), "keywords": plain(value.keywords)}
-    numbers = getattr(value, "tolist", None)  # an array or a tensor; this module does without both packages
+    numbers = getattr(value, "tolist", None)  # an array or a tensor; this module imports neither package
     if callable(numbers) and not isinstance(value, type):
         return numbers()
     for kind in (bool, int, float, str):
@@ -92,10 +93,10 @@ def plain(value: Any) -> Any:
 
 
 def describe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Yield (dotted key, type, default, description) for every key of a section, and of the sections in it.
+    """Yield (dotted key, type, default, description) for every key of a section and of its nested sections.
 
-    A section that may be left out (null) and a list of sections have a row of their own. `N` in a key stands for the
-    number of a list's entry, from 0.
+    An optional section and a list of sections have their own row. `N` in a key stands for the index of a list entry,
+    counted from 0.
     """
     for name, field in model.model_fields.items():
         section = _section_of(field)
@@ -107,7 +108,7 @@ def describe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[st
         if section is not None:
             yield f"{prefix}{name}", "list" if is_list else "mapping or null", default, field.description or ""
             inside = f"{prefix}{name}.N." if is_list else f"{prefix}{name}."
-            where = "in each entry" if is_list else f"where {prefix}{name} is given"
+            where = "in each entry" if is_list else f"if {prefix}{name} is given"
             for key, kind, how, meaning in describe_keys(section, inside):
                 yield key, kind, f"required {where}" if how == "required" else how, meaning
         else:
@@ -116,7 +117,7 @@ def describe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[st
 
 
 def _type_name(annotation: Any) -> str:
-    """A type in the words of somebody who writes YAML."""
+    """Return a type's name for a reader of YAML."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _type_name(parts[0])
@@ -134,25 +135,25 @@ def _section_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def explained(error: ValidationError, root: type[BaseModel], source: str) -> ConfigError:
-    """Return an error with one line for each thing that is wrong.
+    """Return an error with one line per mistake.
 
     Args:
-        error: What pydantic found; its own text quotes values as they are, passwords among them.
-        root: The section that was to be made.
-        source: Where its values are from, to begin each line with.
+        error: pydantic's error; its own message quotes values unredacted, including passwords.
+        root: The section that could not be created.
+        source: Origin of the values; each line starts with it.
     """
-    told = [" ".join(_explain(detail, root).splitlines()) for detail in error.errors()]  # a key may hold a line's end
-    return ConfigError("\n".join(redacted(f"{source}: {line}") for line in told))
+    lines = [" ".join(_explain(detail, root).splitlines()) for detail in error.errors()]  # a key may contain newlines
+    return ConfigError("\n".join(redacted(f"{source}: {line}") for line in lines))
 
 
 def short(text: str) -> str:
-    """Return a text that may be shown: without passwords, and not without end."""
-    text = redacted(text)  # before the end of a URL is cut off, by which it is known
+    """Return a text for a message: passwords removed, length limited."""
+    text = redacted(text)  # before truncating, which could cut off the @ that marks a password
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}... ({len(text):,} characters)"
 
 
 _SHOWN = 200
-_OF_OPTIMISERS = ("lr", "momentum", "weight_decay", "betas")
+_OPTIMIZER_ARGS = ("lr", "momentum", "weight_decay", "betas")
 
 
 def _explain(detail: ErrorDetails, root: type[BaseModel]) -> str:
@@ -161,10 +162,10 @@ def _explain(detail: ErrorDetails, root: type[BaseModel]) -> str:
     if detail["type"] == "extra_forbidden":
         known = _known_keys(root, detail["loc"][:-1])
         near = difflib.get_close_matches(str(detail["loc"][-1]), known, n=1)
-        if "args" in known:  # of something that is named, with its arguments
+        if "args" in known:  # a Component: its own arguments go into args
             near = near or [".".join(map(str, [*detail["loc"][:-1], "args", detail["loc"][-1]]))]
         inside = [dotted for dotted, *_ in describe_keys(root) if dotted.rpartition(".")[2] == path]
-        is_optimizers = path in _OF_OPTIMISERS and "train" in root.model_fields
+        is_optimizers = path in _OPTIMIZER_ARGS and "train" in root.model_fields
         near = near or (
             [f"train.optimizer.args.{path}"] if is_optimizers else sorted(inside, key=lambda k: k.count("."))
         )
@@ -174,7 +175,7 @@ def _explain(detail: ErrorDetails, root: type[BaseModel]) -> str:
         return f"'{path}' is required"
     if detail["type"] == "model_type":
         keys = ", ".join(_known_keys(root, detail["loc"]))
-        return f"'{path}' is {short(repr(value))} ({kind_of(value)}): expected a mapping with some of the keys {keys}"
+        return f"'{path}' is {short(repr(value))} ({kind_of(value)}): expected a mapping with keys among {keys}"
     if detail["type"] == "value_error":
         message = detail["msg"].removeprefix("Value error, ")
         return f"'{path}': {message}" if path else message
@@ -184,7 +185,7 @@ def _explain(detail: ErrorDetails, root: type[BaseModel]) -> str:
 def _known_keys(root: type[BaseModel], path: Sequence[int | str]) -> list[str]:
     model = root
     for part in path:
-        if isinstance(part, int):  # a place in a list
+        if isinstance(part, int):  # an index of a list
             continue
         section = _section_of(model.model_fields[str(part)])
         assert section is not None
@@ -193,7 +194,7 @@ def _known_keys(root: type[BaseModel], path: Sequence[int | str]) -> list[str]:
 
 
 def kind_of(value: Any) -> str:
-    """Return the type of a value in the words of somebody who writes YAML."""
+    """Return the name of a value's type for a reader of YAML."""
     names = {dict: "a mapping", list: "a list", str: "a string", int: "a whole number", float: "a number"}
     names |= {bool: "true/false", type(None): "nothing"}
     return names.get(type(value), type(value).__name__)

@@ -1,7 +1,7 @@
-"""What a link is, and how it is written: `100mbit`, `1gbit`, `20mbit/100mbit`.
+"""The rate of a network link and its notation: `100mbit`, `1gbit`, `20mbit/100mbit`.
 
-Where it sits: `ist/config/schema.py` checks `pool.link` here; `ist/launch/lab_hosts.py` makes links of it.
-Not here: the kernel.
+Where it sits: `ist/config/schema.py` checks `pool.link` here; `ist/launch/lab_hosts.py` creates links with these rates.
+Not here: anything that configures the network.
 """
 
 import re
@@ -15,11 +15,12 @@ _RATE = re.compile(r"([0-9]+(?:\.[0-9]+)?)(mbit|gbit)")
 
 @dataclass(frozen=True)
 class Link:
-    """The rates of a host's link, as the host sees it.
+    """The rates of a host's link, from the host's view.
 
     Attributes:
-        up_mbit: What the host can send, in Mbit/s (10^6 bits), Ethernet, IP and TCP headers included; 10 to 10,000.
-        down_mbit: What it can receive.
+        up_mbit: Rate at which the host sends, in Mbit/s (10^6 bits), including Ethernet, IP and TCP headers; 10 to
+            10,000.
+        down_mbit: Rate at which it receives, in the same unit.
     """
 
     up_mbit: float
@@ -32,14 +33,14 @@ class Link:
 
 
 def parse_link(text: str, least_mbit: float = LEAST_MBIT) -> Link:
-    """Read a link: `100mbit` both ways, or `20mbit/100mbit` up and down as a host sees it; `gbit` for thousands.
+    """Parse a link: `100mbit` in both directions, or `20mbit/100mbit` up/down; `1gbit` is 1000 Mbit/s.
 
     Args:
-        text: What the user wrote.
-        least_mbit: The slowest rate that makes sense; by default the slowest that the lab makes.
+        text: The user's text.
+        least_mbit: Slowest allowed rate; default: the slowest rate that simulated hosts support.
 
     Raises:
-        ConfigError: It is something else, or slower than that or faster than 10 Gbit/s.
+        ConfigError: The text has another form, or the rate is below `least_mbit` or above 10 Gbit/s.
     """
     rates = []
     parts = text.split("/")
@@ -47,20 +48,20 @@ def parse_link(text: str, least_mbit: float = LEAST_MBIT) -> Link:
         match = _RATE.fullmatch(part)
         if match is None or len(parts) > 2:
             raise ConfigError(
-                f"a link is '100mbit', '1gbit', or up/down as a host sees it, such as '20mbit/100mbit', not '{text}'"
+                f"'{text}' is not a link rate: expected '100mbit', '1gbit', or up/down such as '20mbit/100mbit'"
             )
         mbit = float(match[1]) * (1000 if match[2] == "gbit" else 1)
         if not least_mbit <= mbit <= MOST_MBIT:
-            raise ConfigError(f"a link of '{part}' cannot be made: from {_rate_text(least_mbit)} to 10gbit")
+            raise ConfigError(f"link rate '{part}' is out of range: expected {_rate_text(least_mbit)} to 10gbit")
         rates.append(mbit)
     return Link(rates[0], rates[-1])
 
 
 def checked_link(text: str) -> str:
-    """Return the one spelling of a link, for a configuration.
+    """Return a link in its canonical notation; the validator of `pool.link`.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is not a link, or its rate is out of range.
     """
     try:
         return str(parse_link(text))

@@ -1,9 +1,9 @@
 """Read a configuration file and its overrides into a `Config`.
 
-Law: whatever is wrong ends here, as one `ConfigError` that names the file, the key,
-the value and what is allowed.
-
-Not here: YAML itself (`ist/config/yaml_text.py`), what a key means (`ist/config/schema.py`).
+Where it sits: the command line and `ist/storage/run_folder.py` load configurations here; `ist/api.py` validates here.
+Law: every mistake in a configuration becomes one `ConfigError` that names the file, the key, the value and the allowed
+values.
+Not here: YAML itself (`ist/config/yaml_text.py`), the meaning of keys (`ist/config/schema.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,8 +24,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: A YAML file.
-        overrides: Strings `dotted.key=value`, the value in YAML; later ones win. In a key a number stands for an entry
-            of a list, from 0: `recipe.stages.0.rounds=3`.
+        overrides: Strings `dotted.key=value`, the value in YAML; later ones win. A number in a key selects an entry of
+            a list, counted from 0: `recipe.stages.0.rounds=3`.
 
     Raises:
         ConfigError: The file is missing or malformed, or a key or value is not allowed.
@@ -50,7 +50,7 @@ def validate(tree: Mapping[str, Any], source: str) -> Config:
     """Turn plain values into a `Config`; `source` names their origin in error messages.
 
     Raises:
-        ConfigError: One line for each thing that is wrong.
+        ConfigError: One line per mistake.
     """
     try:
         return Config.model_validate(tree)
@@ -59,10 +59,10 @@ def validate(tree: Mapping[str, Any], source: str) -> Config:
 
 
 def with_methods(config: Config, methods: Sequence[str], source: str) -> Config:
-    """Return the configuration with other methods to compare, each checked together with its overrides.
+    """Return the configuration with these methods to compare; check each method with its overrides.
 
     Raises:
-        ConfigError: An override does not fit.
+        ConfigError: An override is not valid.
     """
     changed = validate(
         {**config.model_dump(), "compare": {**config.compare.model_dump(), "methods": list(methods)}}, source
@@ -73,7 +73,7 @@ def with_methods(config: Config, methods: Sequence[str], source: str) -> Config:
 
 
 def config_for_method(config: Config, label: str, source: str = "configuration") -> Config:
-    """Return the configuration with which `ist compare` runs one of its entries: a method, or a label for one."""
+    """Return the configuration that `ist compare` uses for one entry: a method, or a label with its own `method`."""
     tree: dict[str, Any] = {**config.model_dump(), "method": label, "label": label}
     for key, value in config.compare.overrides.get(label, {}).items():
         try:
@@ -84,12 +84,12 @@ def config_for_method(config: Config, label: str, source: str = "configuration")
 
 
 def dump_config(config: Config) -> str:
-    """Return the configuration as YAML that `load_config` reads back to an equal `Config`, where values are `plain`."""
+    """Return the configuration as YAML. If all values are `plain`, `load_config` reads it back to an equal `Config`."""
     return dump_yaml(plain(config.model_dump()))
 
 
 def _with_override(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """Set a key; a new length of the run, in epochs or in rounds, takes the place of the old one."""
+    """Set a key; setting one of `train.epochs` and `train.rounds` removes the other."""
     other = {"train.epochs": "train.rounds", "train.rounds": "train.epochs"}.get(key)
     if other is not None and value is not None:
         tree = _with_value(tree, other, None)
@@ -97,14 +97,14 @@ def _with_override(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, A
 
 
 def _with_value(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """Set a key; where there is a list on the way to it, a number stands for one of its entries, from 0.
+    """Set a key; a number in the key selects an entry of a list, counted from 0.
 
     Raises:
         ConfigError: The list has no such entry.
     """
     parts = key.split(".")
     if len(parts) > MAX_DEPTH:
-        raise ConfigError(f"'{short(key)}' has {len(parts)} parts: no key has more than {MAX_DEPTH}")
+        raise ConfigError(f"'{short(key)}' has {len(parts)} parts: expected at most {MAX_DEPTH}")
     root: dict[str, Any] = dict(tree)
     node: dict[str, Any] | list[Any] = root
     for number, part in enumerate(parts):
@@ -112,8 +112,8 @@ def _with_value(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]
         if isinstance(node, list):
             if not (part.isdecimal() and len(part) < 10 and int(part) < len(node)):
                 raise ConfigError(
-                    f"'{short(key)}': '{'.'.join(parts[:number])}' is a list of {len(node)} entries: expected the "
-                    f"number of one of them, from 0, in place of '{short(part)}'"
+                    f"'{short(key)}': '{'.'.join(parts[:number])}' is a list of {len(node)} entries: expected an "
+                    f"index from 0, found '{short(part)}'"
                 )
             place = int(part)
         if number + 1 == len(parts):

@@ -1,27 +1,27 @@
-"""Take passwords out of what is shown or written where others may read it.
+"""Remove passwords from text that others may read.
 
-Where it sits: whatever may quote a URL asks here: error lines, warnings, reports, checkpoints.
-Not here: keeping files private (`ist/storage/backend.py` writes them, with mode 600 where asked).
+Where it sits: called wherever a URL may be quoted: error messages, warnings, reports, checkpoints.
+Not here: file permissions (`ist/storage/backend.py` writes files with mode 600 on request).
 """
 
 import re
 from urllib.parse import unquote
 
 _HIDDEN = "***"
-_USER = re.compile(r"(?<=://)\S*@")  # up to the last @: a password may have slashes, and an @ of its own
+_USER = re.compile(r"(?<=://)\S*@")  # up to the last @: a password may contain / and @
 _QUERY = re.compile(
     r"([?&][^=&\s]*(?:key|token|secret|sig|password|passwd|pwd|credential|auth)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE
 )
 _SHORTEST = 3
-"""Shorter passwords are no secret, and their letters stand everywhere."""
+"""Passwords below this length are not replaced on their own: ordinary text contains the same letters."""
 
 
 def redacted(text: str, url: str = "") -> str:
-    """Return a text without what stands before the @ of a URL in it, and without keys in a URL's query.
+    """Replace user names and passwords before the @ of a URL, and secrets in its query, by `***`.
 
     Args:
-        text: A URL, or whatever may quote one.
-        url: A URL whose password is also taken out where it stands alone, as libraries quote it.
+        text: A URL, or text that may quote one.
+        url: A URL whose password is also replaced where it appears alone, since libraries quote it so.
     """
     for secret in _secrets(url):
         text = text.replace(secret, _HIDDEN)
@@ -29,7 +29,7 @@ def redacted(text: str, url: str = "") -> str:
 
 
 def holds_secret(text: str) -> bool:
-    """Return whether there is something in a text that `redacted` takes out."""
+    """Return whether a text contains a secret that `redacted` would replace."""
     return redacted(text) != text
 
 

@@ -1,9 +1,10 @@
-"""The configuration of a run: frozen, typed, complete.
+"""The configuration of a run as frozen, typed classes: `Config` and its sections.
 
-Where it sits: `ist/config/load.py` reads YAML and overrides into these classes; everything
-else receives them. A key that is not declared here does not exist.
-Not here: torch, ray, or anything that would have to be imported to check a value against
-a model or a data set (that is `ist/subnet/job.py`).
+Where it sits: `ist/config/load.py` reads YAML and overrides into these classes; all other rooms receive them. A key
+exists only if it is declared here or in a section that is imported here.
+Not here: the sections `partition`, `exchange` and `baseline` (`ist/config/method.py`) and `recipe`
+(`ist/config/recipe.py`), and checks of a value against a model or a data set (`ist/subnet/job.py`). Imports neither
+torch nor ray.
 """
 
 from typing import Annotated, Any, Literal
@@ -25,21 +26,21 @@ from ist.config.method import METHOD_NAMES, Baseline, Exchange, Partition
 from ist.config.recipe import Recipe
 
 TOTAL_STEPS = "total_steps"
-"""Where an argument of a schedule has this value, the run's number of local steps is put."""
+"""An argument of a schedule with this value is replaced by the run's number of local steps."""
 
 
 FROM_PYTHON = "from-python:"
-"""How `model.name` begins where the network was passed to `ist.train`, and cannot be made from its name."""
+"""Prefix of `model.name` if the network was passed to `ist.train`: such a network cannot be built from its name."""
 
 
 class Data(Component):
     """The data set."""
 
-    root: str | None = Field(None, description="folder that holds the files; default: where the package puts them")
+    root: str | None = Field(None, description="folder with the files; default: where the package installs them")
     shuffle: Literal["local", "global"] = Field(
         "local",
-        description="'local': a worker owns a fixed part of the training data; 'global': parts are dealt anew every "
-        "epoch, for which every worker's machine must hold all of it",
+        description="'local': each worker owns a fixed shard of the training data; 'global': the data is sharded again "
+        "every epoch, so every worker's machine must hold all of it",
     )
 
 
@@ -48,8 +49,8 @@ class Model(Component):
 
     weights: str | None = Field(
         None,
-        description="a safetensors file with the values to begin with, such as a run's model.safetensors: fine-tuning; "
-        "default: random values of the run's seed",
+        description="safetensors file with the initial weights (fine-tuning), such as a run's model.safetensors; "
+        "default: random weights from the run's seed",
     )
 
 
@@ -57,43 +58,44 @@ class Train(Section):
     """How the network is trained."""
 
     workers: PositiveInt = Field(
-        description="number of workers, each training one subnet a round; {min: 2, max: 16} for workers that come and "
-        "go is short for 'workers: 16' and 'min_workers: 2'"
+        description="number of workers; each trains one subnet per round. {min: 2, max: 16} allows workers to join and "
+        "leave; it is short for 'workers: 16' and 'min_workers: 2'"
     )
     min_workers: PositiveInt | None = Field(
         None,
-        description="fewest workers with which a round begins, up to 'workers' (needs 'rounds'); default: all of them",
+        description="fewest workers that a round can start with, at most 'workers' (needs 'rounds'); default: all",
     )
     epochs: PositiveInt | None = Field(None, description="passes over the data; give this or 'rounds'")
     rounds: PositiveInt | None = Field(None, description="number of rounds; give this or 'epochs'")
-    local_steps: PositiveInt = Field(description="optimiser steps a worker makes in a round (tau)")
-    batch_size: PositiveInt = Field(description="samples of one worker's step")
+    local_steps: PositiveInt = Field(description="optimizer steps of each worker per round (tau)")
+    batch_size: PositiveInt = Field(description="samples in one step of one worker")
     loss: str = Field("cross_entropy", description="function of torch.nn.functional, or import path")
     optimizer: Component = Field(description="class of torch.optim and its arguments")
     schedule: Component | None = Field(
         None,
-        description="class of torch.optim.lr_scheduler, advanced every local step; an argument "
-        f"'{TOTAL_STEPS}' stands for the run's number of steps",
+        description="class of torch.optim.lr_scheduler, advanced every local step; the argument value "
+        f"'{TOTAL_STEPS}' is replaced by the run's number of steps",
     )
     schedule_unit: Literal["step", "round"] = Field(
-        "step", description="whether the schedule's settings change every local step, or stay for a round of the run"
+        "step", description="'step': the schedule's settings change every local step; 'round': once per round"
     )
     optimizer_state: Literal["kept", "reset", "carried"] = Field(
         "kept",
-        description="IST's: 'kept' by a worker whose neurons are those of the round before, as in a finish of whole "
-        "networks, and new for other neurons (no bytes); 'reset' each round; 'carried' with neurons (costs bytes)",
+        description="optimizer state between rounds of IST. 'kept': a worker keeps it while it trains the same "
+        "neurons, as in a full-width phase, and starts with new state for other neurons (no bytes); 'reset': new state "
+        "every round; 'carried': state travels with its neurons (costs bytes)",
     )
     activation_scale: Literal["none", "width", "folded"] = Field(
         "folded",
-        description="'folded': while a subnet trains them, weights that sum over hidden neurons are multiplied by "
-        "full width / own width, so that the whole network's outputs have the scale that was trained; 'width': the "
-        "same, but activations are multiplied, as in inverted dropout, and with them the weights' steps; 'none': as "
-        "published, for class scores, which need be right only up to a factor",
+        description="a subnet sums over fewer neurons than the full network. 'folded': during local training, weights "
+        "that sum over hidden neurons are multiplied by full width / own width, so the merged network's outputs have "
+        "the trained scale; 'width': activations are multiplied instead, as in inverted dropout, which also scales the "
+        "weights' steps; 'none': no scaling, as published; enough for class scores, which may be off by a factor",
     )
     running_statistics: Literal["reestimate", "carried"] = Field(
         "reestimate",
-        description="batch norm's running statistics: re-estimated before each evaluation, or carried with "
-        "their neurons (exact only for one worker)",
+        description="running statistics of batch norm. 'reestimate': computed again before each evaluation; 'carried': "
+        "they travel with their neurons (exact only for one worker)",
     )
 
     @model_validator(mode="before")
@@ -103,7 +105,7 @@ class Train(Section):
         if not isinstance(workers, dict):
             return tree
         if set(workers) != {"min", "max"} or tree.get("min_workers") is not None:
-            raise ValueError("'workers' is a number, or {min: 2, max: 16} without 'min_workers'")
+            raise ValueError("'workers' must be a number, or {min: 2, max: 16} without 'min_workers'")
         return {**tree, "workers": workers["max"], "min_workers": workers["min"]}
 
     @model_validator(mode="after")
@@ -113,44 +115,44 @@ class Train(Section):
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"'min_workers' is {self.min_workers}, more than the {self.workers} 'workers'")
         if self.is_elastic and self.rounds is None:
-            raise ValueError("how many rounds an epoch has depends on the number of workers: give 'rounds'")
+            raise ValueError("the number of rounds in an epoch depends on the number of workers: give 'rounds'")
         return self
 
     @property
     def is_elastic(self) -> bool:
-        """Whether the number of workers may change while the run goes on."""
+        """Whether the number of workers may change during the run."""
         return self.min_workers is not None and self.min_workers < self.workers
 
 
 class Evaluate(Section):
-    """How the whole network is evaluated."""
+    """How the full network is evaluated."""
 
     every: PositiveInt = Field(1, description="rounds between evaluations; the last round is always evaluated")
-    batch_size: PositiveInt = Field(1024, description="samples of one evaluation batch")
+    batch_size: PositiveInt = Field(1024, description="samples in one evaluation batch")
     metric: str = Field(
         "accuracy",
-        description="what to report beside the loss: accuracy, bits_per_byte, precision (at 1, 3 and 5), rmse, none, "
-        "or the import path of an ist.evaluation.metrics.Metric",
+        description="metric to report besides the loss: accuracy, bits_per_byte, precision (at 1, 3 and 5), rmse, "
+        "none, or the import path of an ist.evaluation.metrics.Metric",
     )
     statistics_batches: PositiveInt = Field(
-        16, description="training batches for re-estimating batch norm's running statistics"
+        16, description="training batches from which batch norm's running statistics are re-estimated"
     )
 
 
 class Checkpoint(Section):
-    """When the run is saved."""
+    """When and where the run is saved."""
 
     every: PositiveInt = Field(1, description="rounds between checkpoints; the last round is always saved")
-    keep: PositiveInt = Field(2, description="how many of the newest checkpoints to keep")
+    keep: PositiveInt = Field(2, description="number of checkpoints to keep; older ones are deleted")
     storage: str | None = Field(
         None,
-        description="folder or fsspec URL, such as s3://bucket/runs, under which checkpoints are kept, in a folder "
-        "named after the run folder; default: in the run folder. Keys and passwords belong into the environment or "
-        "fsspec's configuration, not into the URL",
+        description="folder or fsspec URL, such as s3://bucket/runs; checkpoints are written there, in a folder named "
+        "after the run folder; default: the run folder. Keep keys and passwords out of the URL: use the environment or "
+        "fsspec's configuration",
     )
 
     def is_due(self, rounds_done: int) -> bool:
-        """Return whether the run is saved after so many rounds, its last one aside."""
+        """Return whether to save after this many rounds; the caller saves the last round in any case."""
         return rounds_done % self.every == 0
 
 
@@ -158,7 +160,7 @@ class Ray(Section):
     """Where and how Ray runs the workers (pool.kind ray)."""
 
     address: Annotated[str, Field(pattern=r"^(auto|[^/]+:\d+)$")] | None = Field(
-        None, description="'auto' or host:port of a running cluster; default: a cluster on this machine for this run"
+        None, description="'auto' or host:port of a running cluster; default: start one on this machine for this run"
     )
     num_cpus: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for a worker")
     num_gpus: NonNegativeFloat = Field(0.0, description="GPUs that Ray reserves for a worker")
@@ -166,79 +168,83 @@ class Ray(Section):
         default_factory=dict, description="custom resources that Ray reserves for a worker, such as {spot: 1}"
     )
     placement: Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"] = Field(
-        "SPREAD", description="strategy of the placement group: over many nodes, or on few"
+        "SPREAD", description="placement strategy: spread workers over many nodes, or pack them on few"
     )
-    start_timeout_s: Seconds = Field(300.0, description="seconds to wait until enough workers are there")
+    start_timeout_s: Seconds = Field(300.0, description="seconds to wait until enough workers have started")
 
     @field_validator("resources")
     @classmethod
     def _are_custom(cls, resources: dict[str, float]) -> dict[str, float]:
         if {"CPU", "GPU", "memory", "object_store_memory"} & set(resources):
-            raise ValueError(f"{resources} is for resources of your own: processors go into 'num_cpus' and 'num_gpus'")
+            raise ValueError(f"{resources} must name custom resources: set CPUs and GPUs by 'num_cpus' and 'num_gpus'")
         return resources
 
 
 class Pool(Section):
-    """Who carries subnets to workers."""
+    """How workers run and how subnets reach them."""
 
     kind: Literal["inline", "torchrun", "ray"] = Field(
         "torchrun",
-        description="'inline': all workers in this process; 'torchrun': processes; 'ray': actors, which come and go",
+        description="'inline': all workers in this process; 'torchrun': one process per worker; 'ray': Ray actors, "
+        "which may join and leave",
     )
     coordinator: Literal["trains", "dedicated"] = Field(
         "trains",
-        description="whether rank 0 is a worker too, whose subnet crosses no link, or only coordinates, in a process "
-        "of its own",
+        description="'trains': rank 0 coordinates and is also a worker, whose subnet crosses no link; 'dedicated': "
+        "rank 0 only coordinates, in its own process",
     )
     backend: Literal["auto", "gloo", "nccl"] = Field(
-        "auto", description="auto: nccl where every process has its own GPU, else gloo"
+        "auto", description="'auto': nccl if every process has its own GPU, else gloo"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where workers compute")
-    threads: Annotated[int, Field(gt=0, le=1024)] = Field(1, description="torch threads of each process")
-    timeout_s: Seconds = Field(600.0, description="seconds to wait for a peer before giving it up")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device on which workers train")
+    threads: Annotated[int, Field(gt=0, le=1024)] = Field(1, description="torch threads per process")
+    timeout_s: Seconds = Field(600.0, description="seconds to wait for a peer before the run fails")
     min_returned: PositiveInt | None = Field(
         None,
-        description="fewest workers whose part of a round is taken, or the run ends; default: train.min_workers of a "
-        "range, else all, or half of them on ray. Under torchrun it spares those alone whose part is refused",
+        description="fewest workers that must return a valid result in a round; with fewer, the run ends. Default: the "
+        "minimum if train.workers is a range, else all workers, or half of them on ray. Under torchrun only an invalid "
+        "result is tolerated, not a lost worker",
     )
     round_attempts: PositiveInt = Field(
         3,
-        description="ray: how often a round is begun anew with new workers where too few came back, the first included",
+        description="ray: number of attempts at a round, including the first, if too few workers return; each retry "
+        "uses new workers",
     )
     round_deadline_s: Seconds | None = Field(
         None,
-        description="ray: a worker that is not back after so many seconds is left out of the round; default: none. The "
-        "next round waits for it, or for who takes its place, unless train.workers is a range",
+        description="ray: a worker that has not returned after this many seconds is left out of the round; default: no "
+        "deadline. The next round waits for this worker or its replacement, unless train.workers is a range",
     )
     allow_insecure: bool = Field(
-        False, description="torchrun: may listen on a public network interface, where anybody can connect"
+        False, description="torchrun: allow listening on a public network interface, where anybody can connect"
     )
     memory_limit: Annotated[str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?(MB|GB)$")] | None = Field(
         None,
-        description="torchrun: what a worker's process may allocate, such as 300MB or 1.5GB: of its GPU, else beyond "
-        "interpreter, libraries and data, enforced by Linux; a dedicated coordinator is not limited; default: no limit",
+        description="torchrun: memory that a worker's process may allocate, such as 300MB or 1.5GB: on a GPU, of the "
+        "GPU's memory; on a CPU, in addition to interpreter, libraries and data (enforced by Linux). A dedicated "
+        "coordinator is not limited. Default: no limit",
     )
     link: Annotated[str, AfterValidator(checked_link)] | None = Field(
         None,
-        description="torchrun: every process runs on a host of its own, made on this machine, on a link of this rate: "
-        "100mbit, 1gbit, or up/down as the host sees it, such as 20mbit/100mbit; default: no such hosts",
+        description="torchrun: run every process on its own simulated host on this machine, with a link of this rate: "
+        "100mbit, 1gbit, or up/down from the host's view, such as 20mbit/100mbit; default: no simulated hosts",
     )
     ray: Ray = Field(default_factory=Ray, description="where and how Ray runs the workers")
 
     @property
     def memory_limit_bytes(self) -> int | None:
-        """The limit in bytes, if there is one."""
+        """The memory limit in bytes, or None without a limit."""
         if self.memory_limit is None:
             return None
         return int(float(self.memory_limit[:-2]) * {"MB": 10**6, "GB": 10**9}[self.memory_limit[-2:]])
 
 
 class Watch(Section):
-    """Who else is told about every round."""
+    """Observers that receive every round's numbers."""
 
-    tensorboard: bool = Field(False, description="write TensorBoard event files to the run folder's tensorboard/")
+    tensorboard: bool = Field(False, description="write TensorBoard event files to tensorboard/ in the run folder")
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
-        None, description="serve metrics for Prometheus on this port while the run lasts; 0 picks a free one"
+        None, description="serve metrics for Prometheus on this port during the run; 0 picks a free port"
     )
     metrics_host: str = Field("127.0.0.1", description="address on which metrics are served")
 
@@ -249,11 +255,11 @@ class Compare(Section):
     methods: list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]+$", max_length=100)]] = Field(
         default_factory=lambda: ["ist", "ddp"],
         min_length=1,
-        description="what to run, in order: methods, or labels of your own whose overrides set 'method'",
+        description="runs to make, in order: names of methods, or your own labels whose overrides set 'method'",
     )
     overrides: dict[str, dict[str, Any]] = Field(
         default_factory=dict,
-        description="for each of them: dotted keys of this file and the values that it gets, such as {powersgd_rank4: "
+        description="for each method or label: dotted keys of this file and their values, such as {powersgd_rank4: "
         "{method: powersgd, baseline.powersgd_rank: 4}}",
     )
 
@@ -261,9 +267,9 @@ class Compare(Section):
     @classmethod
     def _name_folders(cls, methods: list[str]) -> list[str]:
         if twice := [name for name in dict.fromkeys(methods) if methods.count(name) > 1]:
-            raise ValueError(f"'{twice[0]}' stands twice: give one of them a label, with 'method' in compare.overrides")
+            raise ValueError(f"'{twice[0]}' is listed twice: give one a label, with its 'method' in compare.overrides")
         if taken := {".", "..", "report.html"} & set(methods):
-            raise ValueError(f"'{taken.pop()}' cannot be a label: run folders are named after labels")
+            raise ValueError(f"'{taken.pop()}' cannot be a label, because run folders are named after labels")
         return methods
 
     @field_validator("overrides")
@@ -275,49 +281,48 @@ class Compare(Section):
         for label, changes in overrides.items():
             if label not in known and "method" not in changes and ":" not in label:
                 raise ValueError(
-                    f"'{label}' is neither in compare.methods nor a method ({', '.join(METHOD_NAMES)}), and sets no "
-                    "'method' of its own"
+                    f"'{label}' is not in compare.methods, is not a method ({', '.join(METHOD_NAMES)}), and does not "
+                    "set 'method'"
                 )
         return overrides
 
 
 class Config(Section):
-    """A whole run."""
+    """The configuration of a run."""
 
     name: FolderName = Field(description="name of the run")
-    seed: NonNegativeInt = Field(0, description="seed of everything random")
+    seed: NonNegativeInt = Field(0, description="seed of all random numbers")
     method: str = Field(
         "ist",
-        description="'ist', or what it is compared with: ddp, ddp_fp16, ddp_bf16, powersgd, local_sgd, diloco, "
-        "diloco_int8",
+        description="'ist', or a baseline: ddp, ddp_fp16, ddp_bf16, powersgd, local_sgd, diloco, diloco_int8",
     )
-    label: str | None = Field(None, description="what tables call the run; default: the method")
+    label: str | None = Field(None, description="name of the run in tables; default: the method")
     model: Model = Field(description="the network")
     data: Data = Field(description="the data set")
     train: Train = Field(description="how the network is trained")
-    partition: Partition = Field(default_factory=Partition, description="how hidden neurons are dealt to workers")
-    recipe: Recipe = Field(default_factory=Recipe, description="how a run changes on its way")
-    exchange: Exchange = Field(default_factory=Exchange, description="in how many bits IST's slices travel")
-    baseline: Baseline = Field(default_factory=Baseline, description="settings of the other methods")
-    evaluate: Evaluate = Field(default_factory=Evaluate, description="how the whole network is evaluated")
-    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="when the run is saved")
-    pool: Pool = Field(default_factory=Pool, description="who carries subnets to workers")
-    watch: Watch = Field(default_factory=Watch, description="who else is told about every round")
+    partition: Partition = Field(default_factory=Partition, description="how hidden neurons are assigned to workers")
+    recipe: Recipe = Field(default_factory=Recipe, description="how settings change during a run")
+    exchange: Exchange = Field(default_factory=Exchange, description="how many bits IST's slices take on the network")
+    baseline: Baseline = Field(default_factory=Baseline, description="settings of the baselines")
+    evaluate: Evaluate = Field(default_factory=Evaluate, description="how the full network is evaluated")
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="when and where the run is saved")
+    pool: Pool = Field(default_factory=Pool, description="how workers run and how subnets reach them")
+    watch: Watch = Field(default_factory=Watch, description="observers that receive every round's numbers")
     compare: Compare = Field(default_factory=Compare, description="what `ist compare` runs")
-    output: str = Field("runs", description="folder in which run folders are made")
+    output: str = Field("runs", description="folder in which run folders are created")
 
     @model_validator(mode="after")
-    def _one_capacity_a_worker(self) -> "Config":
+    def _one_capacity_per_worker(self) -> "Config":
         capacities = self.partition.capacities
         if self.method == "ist" and capacities is not None and len(capacities) != self.train.workers:
             raise ValueError(
-                f"'partition.capacities' is {capacities}, {len(capacities)} numbers, but 'train.workers' is "
-                f"{self.train.workers}: give one number for each worker"
+                f"'partition.capacities' is {capacities} ({len(capacities)} numbers), but 'train.workers' is "
+                f"{self.train.workers}: give one number per worker"
             )
         if capacities is not None and self.train.is_elastic:
             raise ValueError(
-                "'partition.capacities' gives every worker a number, but workers come and go (train.min_workers): use "
-                "'partition.balance' speed, or a fixed number of workers"
+                "'partition.capacities' needs a fixed number of workers, but 'train.min_workers' allows workers to "
+                "join and leave: use 'partition.balance' speed, or a fixed number of workers"
             )
         return self
 
@@ -332,27 +337,28 @@ class Config(Section):
         for key, keep in keeps.items():
             if keep is not None and partition.strategy == "disjoint" and keep * fewest < 1 - 1e-9:
                 raise ValueError(
-                    f"'{key}' is {keep}, but strategy 'disjoint' gives every neuron an owner, and {fewest} workers "
-                    f"with {keep} each do not hold them all: give at least {1 / fewest:.3g}, or take strategy 'rolling'"
+                    f"'{key}' is {keep}, but strategy 'disjoint' assigns every neuron to a worker, and {fewest} "
+                    f"workers with {keep} each cannot hold all neurons: set at least {1 / fewest:.3g}, or use strategy "
+                    "'rolling'"
                 )
             if keep not in (None, 1) and key != "partition.keep" and partition.strategy in ("categorical", "blocks"):
                 raise ValueError(
-                    f"'{key}' is {keep}, but strategy '{partition.strategy}' has no 'keep': only 1, the whole network, "
-                    "makes sense there"
+                    f"'{key}' is {keep}, but strategy '{partition.strategy}' does not use 'keep': only 1, the full "
+                    "network, is allowed"
                 )
         return self
 
     @property
     def workers_keep(self) -> bool:
-        """Whether a worker has something of its own that outlasts a round."""
+        """Whether workers keep state of their own between rounds (optimizer state, error-feedback residuals)."""
         return self.method == "ist" and (self.train.optimizer_state == "kept" or self.exchange.error_feedback)
 
     @model_validator(mode="after")
-    def _keeps_what_it_needs(self) -> "Config":
+    def _residuals_outlast_a_round(self) -> "Config":
         if self.exchange.error_feedback and self.partition.balance == "speed":
             raise ValueError(
-                "'exchange.error_feedback' is true, but what rounding took is forgotten whenever shares change, which "
-                "'partition.balance' speed does nearly every round: leave one of the two out"
+                "'exchange.error_feedback' is true, but its residuals are discarded whenever shares change, and "
+                "'partition.balance' speed changes them nearly every round: leave one of the two out"
             )
         return self
 
@@ -362,13 +368,15 @@ class Config(Section):
         if self.partition.balance == "speed" and kind == "torchrun" and self.method == "ist":
             raise ValueError("'partition.balance' is 'speed', which needs 'pool.kind' ray (or inline), not torchrun")
         if self.pool.round_deadline_s is not None and kind != "ray":
-            raise ValueError(f"'pool.round_deadline_s' is for 'pool.kind' ray, not {kind}: no other pool can go on")
+            raise ValueError(
+                f"'pool.round_deadline_s' needs 'pool.kind' ray, not {kind}: no other pool continues without a worker"
+            )
         if self.pool.ray != Ray() and kind != "ray":
             raise ValueError(f"'pool.ray' is set, but 'pool.kind' is {kind}: set it to ray, or leave 'pool.ray' out")
         if self.pool.memory_limit is not None and kind != "torchrun":
             raise ValueError(
-                f"'pool.memory_limit' is '{self.pool.memory_limit}', which needs 'pool.kind' torchrun, whose workers "
-                f"are processes of their own here, not {kind}"
+                f"'pool.memory_limit' is '{self.pool.memory_limit}', which needs 'pool.kind' torchrun (one process per "
+                f"worker on this machine), not {kind}"
             )
         if self.pool.link is not None and kind != "torchrun":
             raise ValueError(f"'pool.link' is '{self.pool.link}', which needs 'pool.kind' torchrun, not {kind}")
@@ -390,28 +398,28 @@ class Config(Section):
             return self
         if self.partition.strategy == "blocks":
             raise ValueError(
-                "strategy 'blocks' scales each block by the share of them that a worker holds, which must not change: "
-                "leave 'train.min_workers' out"
+                "strategy 'blocks' scales each block by the share of blocks that a worker holds, so the number of "
+                "workers must not change: leave 'train.min_workers' out"
             )
         if train.min_workers is not None and (self.pool.min_returned or 0) > train.min_workers:
             raise ValueError(
-                f"'pool.min_returned' is {self.pool.min_returned}, but a round may begin with {train.min_workers} "
+                f"'pool.min_returned' is {self.pool.min_returned}, but a round can start with {train.min_workers} "
                 "workers (train.min_workers)"
             )
         return self
 
 
 def num_processes(config: Config) -> int:
-    """Return how many processes the torchrun pool needs: the workers, and a coordinator that only coordinates.
+    """Return the number of processes of the torchrun pool: one per worker, plus a dedicated coordinator if configured.
 
-    Data-parallel methods have no coordinator: their ranks are all workers.
+    Data-parallel methods have no coordinator: all their ranks are workers.
     """
     dedicated = config.method == "ist" and config.pool.coordinator == "dedicated"
     return config.train.workers + (1 if dedicated else 0)
 
 
 def min_returned(config: Config) -> int:
-    """Return how many workers must come back from a round, lest the run end."""
+    """Return how many workers must return a valid result in a round; with fewer, the run ends."""
     train, pool = config.train, config.pool
     if pool.min_returned is not None:
         return pool.min_returned

@@ -1,11 +1,11 @@
-"""Read and write YAML: the scalar rules of YAML 1.2, plain values only, and bounds on what a text may hold.
+"""Read and write YAML: the scalar rules of YAML 1.2, plain values only, and limits on size.
 
-Where it sits: `ist/config/load.py` and the command line read configurations and values here.
-Law: whatever a text holds, it is plain values (mappings, lists, text, numbers, true/false, null) of bounded size, or
-one `ConfigError` that names the source and the place.
-Not here: what a key means (`ist/config/schema.py`).
+Where it sits: `ist/config/load.py` and the command line parse configurations and values here.
+Law: any text gives plain values (mappings, lists, text, numbers, true/false, null) of bounded size, or one
+`ConfigError` that names the source and the position.
+Not here: the meaning of keys (`ist/config/schema.py`).
 
-PyYAML follows YAML 1.1, in which `1e-3` is a string, `no` is false and `1:30` is ninety.
+PyYAML follows YAML 1.1, where `1e-3` is a string, `no` is false and `1:30` is ninety.
 """
 
 import os
@@ -20,16 +20,16 @@ from yaml.constructor import ConstructorError
 from ist.errors import ConfigError, first_line
 
 MAX_BYTES = 256 * 1024
-"""Most bytes of a configuration file; it takes seconds to read that many."""
+"""Largest configuration file in bytes; parsing one of this size takes seconds."""
 
 MAX_DEPTH = 40
-"""Most levels of lists and mappings inside each other."""
+"""Largest nesting depth of lists and mappings."""
 
 MAX_VALUES = 50_000
-"""Most values of a text, each counted as often as aliases (`*name`) repeat it."""
+"""Largest number of values in a text; an alias (`*name`) counts as all the values that it repeats."""
 
 MAX_DIGITS = 100
-"""Most digits of a whole number."""
+"""Largest number of digits in a whole number."""
 
 _TAG = "tag:yaml.org,2002:"
 _SHOWN = 40
@@ -47,9 +47,9 @@ _PATTERNS = {tag: re.compile(rf"^(?:{pattern})\Z") for tag, (pattern, _) in _SCA
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes a bounded tree of nodes, and makes plain values of it."""
+    """Composes a bounded tree of nodes and converts it to plain values."""
 
-    # PyYAML's own class attributes: no tag but those below is known.
+    # These override class attributes of PyYAML: only the tags registered below are known.
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
     yaml_constructors = {}  # noqa: RUF012
 
@@ -59,7 +59,7 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[yaml.Node, tuple[int, int]] = {}  # values and levels of each finished node
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Compose a node, unless the text becomes too deep or, with its aliases written out, too large."""
+        """Compose a node; refuse a text that is nested too deeply or, with aliases expanded, too large."""
         mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         self._depth += 1
         if self._depth > MAX_DEPTH:
@@ -69,29 +69,31 @@ class _Loader(yaml.SafeLoader):
         assert node is not None
         if node not in self._sizes and isinstance(node, yaml.CollectionNode):
             if node.end_mark is None:  # PyYAML sets it when the node is finished
-                raise ConstructorError(None, None, "an alias inside the value that it stands for", mark)
+                raise ConstructorError(None, None, "an alias inside the value that it refers to", mark)
             children = [one for item in node.value for one in (item if isinstance(item, tuple) else (item,))]
             sizes = [self._sizes[child] for child in children]
             self._sizes[node] = 1 + sum(size for size, _ in sizes), 1 + max((levels for _, levels in sizes), default=0)
         size, levels = self._sizes.setdefault(node, (1, 1))
         if levels + self._depth > MAX_DEPTH or size > MAX_VALUES:
             what = f"{MAX_VALUES:,} values" if size > MAX_VALUES else f"{MAX_DEPTH} levels of lists and mappings"
-            raise ConstructorError(None, None, f"more than {what}, aliases written out", mark)
+            raise ConstructorError(None, None, f"more than {what} with aliases expanded", mark)
         return node
 
 
 def _map(loader: _Loader, node: yaml.MappingNode) -> dict[str, Any]:
-    """Build a mapping, refusing a key that stands twice (PyYAML keeps the last one in silence)."""
+    """Build a mapping; refuse a duplicate key (PyYAML silently keeps the last one)."""
     found: dict[str, Any] = {}
     for key_node, value_node in _typed(node, yaml.MappingNode).value:
         if not isinstance(key_node, yaml.ScalarNode):
-            raise ConstructorError(None, None, "a key must be a plain name", key_node.start_mark)
+            raise ConstructorError(None, None, "a key must be a plain scalar", key_node.start_mark)
         key = key_node.value
         if key == "<<":
-            raise ConstructorError(None, None, "merge keys (<<) are not YAML 1.2: write them out", key_node.start_mark)
+            raise ConstructorError(
+                None, None, "merge keys (<<) are not in YAML 1.2: write the keys out", key_node.start_mark
+            )
         value = loader.construct_object(key_node, deep=True)
         if value in found:
-            raise ConstructorError(None, None, f"key {_short(key)} stands twice", key_node.start_mark)
+            raise ConstructorError(None, None, f"duplicate key {_short(key)}", key_node.start_mark)
         found[value] = loader.construct_object(value_node, deep=True)
     return found
 
@@ -103,7 +105,7 @@ def _seq(loader: _Loader, node: yaml.SequenceNode) -> list[Any]:
 def _str(_loader: _Loader, node: yaml.ScalarNode) -> str:
     text: str = _typed(node, yaml.ScalarNode).value
     if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        raise ConstructorError(None, None, "text with a NUL or half a surrogate pair", node.start_mark)
+        raise ConstructorError(None, None, "text contains a NUL or half of a surrogate pair", node.start_mark)
     return text
 
 
@@ -128,7 +130,7 @@ def _null(_loader: _Loader, node: yaml.ScalarNode) -> None:
 
 def _unknown(_loader: _Loader, node: yaml.Node) -> None:
     raise ConstructorError(
-        None, None, f"tag {_short(node.tag.replace(_TAG, '!!'))} is not of YAML 1.2's core", node.start_mark
+        None, None, f"tag {_short(node.tag.replace(_TAG, '!!'))} is not in YAML 1.2's core schema", node.start_mark
     )
 
 
@@ -142,7 +144,7 @@ def _matching(node: yaml.Node, tag: str, what: str) -> str:
 def _typed(node: yaml.Node, kind: type[yaml.Node]) -> yaml.Node:
     if not isinstance(node, kind):
         raise ConstructorError(
-            None, None, f"tag {_short(node.tag.replace(_TAG, '!!'))} does not fit here", node.start_mark
+            None, None, f"tag {_short(node.tag.replace(_TAG, '!!'))} does not match this value", node.start_mark
         )
     return node
 
@@ -163,7 +165,7 @@ _Loader.add_constructor(None, _unknown)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not read back as text."""
+    """Quotes text that `_Loader` would read back as another type."""
 
     yaml_implicit_resolvers = _Loader.yaml_implicit_resolvers
 
@@ -172,10 +174,10 @@ def parse_yaml(text: str, source: str) -> Any:
     """Parse one YAML document.
 
     Returns:
-        Mappings, lists, text, numbers, booleans and None; shared where the text has an alias.
+        Mappings, lists, text, numbers, booleans and None. Aliases refer to the same object.
 
     Raises:
-        ConfigError: The text is not YAML, or is too large; the message names `source`, line and column.
+        ConfigError: The text is not YAML or is too large; the message names `source`, line and column.
     """
     try:
         return yaml.load(text, Loader=_Loader)
@@ -193,14 +195,14 @@ def dump_yaml(tree: Any) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Read a configuration file, or what a shell passes as `/dev/stdin` or `<(...)`.
+    """Read a configuration file, or a shell's `/dev/stdin` or `<(...)`.
 
     Raises:
-        ConfigError: It is missing, not a file, larger than `MAX_BYTES`, or not UTF-8.
+        ConfigError: The file is missing, not a regular file, larger than `MAX_BYTES`, or not UTF-8.
     """
     try:
         kind = path.stat().st_mode
-        if not stat.S_ISREG(kind) and path.parts[:2] != (os.sep, "dev"):  # whoever opens a pipe waits for its writer
+        if not stat.S_ISREG(kind) and path.parts[:2] != (os.sep, "dev"):  # opening a pipe would block
             raise ConfigError(f"{path}: is {'a folder' if stat.S_ISDIR(kind) else 'not a file'}: give a YAML file")
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -209,7 +211,7 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if len(content) > MAX_BYTES:
-        raise ConfigError(f"{path}: holds more than {MAX_BYTES // 1024} KiB: too much for a configuration")
+        raise ConfigError(f"{path}: is larger than {MAX_BYTES // 1024} KiB, the limit for a configuration")
     try:
         return content.decode()
     except UnicodeDecodeError as error:

@@ -1,5 +1,6 @@
-"""Configuration: YAML 1.2 scalars, overrides, and errors that name file, key, value and what is right."""
+"""Configuration: YAML 1.2 scalars, overrides, and errors that name the file, the key, the value and the remedy."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ist.config.load import config_for_method, dump_config, load_config, validat
 from ist.config.schema import Config
 from ist.config.yaml_text import parse_yaml
 from ist.errors import ConfigError
-from tests.conftest import config_tree, small_config
+from tests.conftest import config_tree, naming, small_config
 
 
 def written(tmp_path: Path, **changes: Any) -> Path:
@@ -62,131 +63,118 @@ def test_overrides_reach_any_key_and_the_last_one_wins(tmp_path: Path) -> None:
     assert (config.train.local_steps, config.name) == (8, "x")
 
 
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown key": ({"train__local_step": 3}, "unknown key 'train.local_step'. Did you mean 'local_steps'?"),
-    "an optimiser's argument at the wrong place": (
-        {"train__optimizer": {"name": "SGD", "lr": 0.1}},
-        "unknown key 'train.optimizer.lr'. Did you mean 'train.optimizer.args.lr'?",
+BAD: dict[str, tuple[Any, ...]] = {
+    "unknown key": ({"train__local_step": 3}, "'train.local_step'", "'local_steps'"),
+    "an optimizer's argument in the wrong place": (
+        {"train__optimizer": {"name": "SGD", "lr": 0.1}}, "'train.optimizer.lr'", "'train.optimizer.args.lr'",
     ),
-    "an optimiser's argument at the top": ({"lr": 0.1}, "unknown key 'lr'. Did you mean 'train.optimizer.args.lr'?"),
-    "a name for a section": (
-        {"train__optimizer": "SGD"}, "'train.optimizer' is 'SGD' (a string): expected a mapping with some of the keys name, args",
-    ),
-    "unknown section": ({"modle": 3}, "unknown key 'modle'. Did you mean 'model'?"),
-    "wrong type": ({"train__local_steps": "many"}, "'train.local_steps' is 'many' (a string): input should be a valid integer"),
+    "an optimizer's argument at the top": ({"lr": 0.1}, "'lr'", "'train.optimizer.args.lr'"),
+    "a name for a section": ({"train__optimizer": "SGD"}, "'train.optimizer' is 'SGD'", "mapping", "name, args"),
+    "unknown section": ({"modle": 3}, "'modle'", "'model'"),
+    "wrong type": ({"train__local_steps": "many"}, "'train.local_steps' is 'many' (a string)", "integer"),
     "number as text": ({"train__batch_size": "32"}, "'train.batch_size' is '32' (a string)"),
-    "negative steps": ({"train__local_steps": -1}, "'train.local_steps' is -1 (a whole number): input should be greater than 0"),
+    "negative steps": ({"train__local_steps": -1}, "'train.local_steps' is -1", "greater than 0"),
     "zero steps": ({"train__local_steps": 0}, "'train.local_steps' is 0"),
     "no workers": ({"train__workers": 0}, "'train.workers' is 0"),
-    "two lengths": ({"train__epochs": 3}, "'train': give exactly one of 'epochs' and 'rounds'"),
-    "unknown choice": ({"pool__kind": "mpi"}, "'pool.kind' is 'mpi' (a string): input should be 'inline', 'torchrun' or 'ray'"),
+    "two lengths": ({"train__epochs": 3}, "'train'", "one of 'epochs' and 'rounds'"),
+    "unknown choice": ({"pool__kind": "mpi"}, "'pool.kind' is 'mpi'", "'inline', 'torchrun' or 'ray'"),
     "section is a number": ({"train": 3}, "'train' is 3 (a whole number)"),
     "a bad override": (
         {"compare": {"methods": ["ist"], "overrides": {"ist": {"train.loacl_steps": 3}}}},
-        "compare.overrides.ist: unknown key 'train.loacl_steps'",
+        "compare.overrides.ist", "'train.loacl_steps'",
     ),
-    "no such strategy": ({"partition__strategy": "even"}, "'partition.strategy' is 'even' (a string): input should be 'disjoint', "),
-    "keep is nothing": ({"partition": {"strategy": "rolling", "keep": 0.0}}, "'partition.keep' is 0.0 (a number): input should be greater than 0"),
-    "error feedback of what is exact": (
+    "no such strategy": ({"partition__strategy": "even"}, "'partition.strategy' is 'even'", "'disjoint', "),
+    "keep is zero": ({"partition": {"strategy": "rolling", "keep": 0.0}}, "'partition.keep' is 0.0", "greater than 0"),
+    "error feedback without rounding": (
         {"exchange": {"error_feedback": True, "values": "deltas"}},
-        "'exchange': 'error_feedback' is for rounded deltas, but 'up' is exact and 'values' is deltas",
+        "'exchange'", "'error_feedback'", "'up' is exact", "'values' is deltas", "int8",
     ),
-    "no such shuffle": ({"data__shuffle": "none"}, "'data.shuffle' is 'none' (a string): input should be 'local' or 'global'"),
-    "an unknown coding": (
-        {"exchange": {"up": "int9"}}, "'exchange.up' is 'int9' (a string): input should be 'exact', 'bfloat16'",
-    ),
-    "too early for PowerSGD": (
-        {"baseline": {"powersgd_start": 1}}, "'baseline.powersgd_start' is 1 (a whole number): input should be greater than or equal to 2",
-    ),
-    "error feedback that is always forgotten": (
+    "no such shuffle": ({"data__shuffle": "none"}, "'data.shuffle' is 'none'", "'local' or 'global'"),
+    "an unknown coding": ({"exchange": {"up": "int9"}}, "'exchange.up' is 'int9'", "'exact', 'bfloat16'"),
+    "too early for PowerSGD": ({"baseline": {"powersgd_start": 1}}, "'baseline.powersgd_start' is 1", "equal to 2"),
+    "error feedback whose residuals never last": (
         {"exchange": {"error_feedback": True, "values": "deltas", "up": "int8"}, "partition": {"balance": "speed"}},
-        "forgotten whenever shares change, which 'partition.balance' speed does",
+        "'exchange.error_feedback' is true", "'partition.balance' speed",
     ),
-    "a method twice": ({"compare": {"methods": ["ddp", "ddp"]}}, "'compare.methods': 'ddp' stands twice"),
-    "a label that takes the report's name": (
-        {"compare": {"methods": ["report.html"]}}, "'report.html' cannot be a label",
-    ),
-    "overrides for nothing": (
+    "a method twice": ({"compare": {"methods": ["ddp", "ddp"]}}, "'compare.methods'", "'ddp'", "label", "'method'"),
+    "a label that takes the report's name": ({"compare": {"methods": ["report.html"]}}, "'report.html'", "label"),
+    "overrides for an unknown label": (
         {"compare": {"overrides": {"pwersgd": {"train.epochs": 1}}}},
-        "'compare.overrides': 'pwersgd' is neither in compare.methods nor a method (ist, ddp,",
+        "'compare.overrides'", "'pwersgd'", "compare.methods", "(ist, ddp,", "'method'",
     ),
-    "a label that is no folder's name": (
-        {"compare": {"methods": ["../ist"]}}, "'compare.methods.0' is '../ist' (a string): string should match pattern",
-    ),
-    "keep is too much": ({"partition": {"strategy": "rolling", "keep": 1.5}}, "'partition.keep' is 1.5 (a number): input should be less than or equal to 1"),
-    "keep is no number": ({"partition": {"strategy": "rolling", "keep": float("nan")}}, "'partition.keep' is nan"),
-    "a capacity of nothing": (
-        {"partition__capacities": [1, 0, 1, 1]}, "'partition.capacities.1' is 0 (a whole number): input should be greater than 0"
-    ),
-    "a capacity without end": (
-        {"partition__capacities": [1, 1, 1, float("inf")]}, "'partition.capacities.3' is inf (a number): input should be a finite number"
-    ),
+    "a label that cannot name a folder": ({"compare": {"methods": ["../ist"]}}, "'compare.methods.0' is '../ist'", "pattern"),
+    "keep is too large": ({"partition": {"strategy": "rolling", "keep": 1.5}}, "'partition.keep' is 1.5", "equal to 1"),
+    "keep is not a number": ({"partition": {"strategy": "rolling", "keep": float("nan")}}, "'partition.keep' is nan"),
+    "a capacity of zero": ({"partition__capacities": [1, 0, 1, 1]}, "'partition.capacities.1' is 0", "greater than 0"),
+    "an infinite capacity": ({"partition__capacities": [1, 1, 1, float("inf")]}, "'partition.capacities.3' is inf", "finite"),
     "too few capacities": (
-        {"partition__capacities": [1, 2]},
-        "'partition.capacities' is [1.0, 2.0], 2 numbers, but 'train.workers' is 4: give one number for each worker",
+        {"partition__capacities": [1, 2]}, "'partition.capacities' is [1.0, 2.0]", "'train.workers' is 4",
     ),
-    "an empty pattern": ({"partition__exclude": [""]}, "'partition.exclude.0' is '' (a string): string should have at least 1"),
-    "bernoulli without a chance": (
-        {"partition__strategy": "bernoulli"},
-        "'partition': strategy 'bernoulli' needs 'keep', the probability that a worker holds a neuron, such as 0.5",
+    "an empty pattern": ({"partition__exclude": [""]}, "'partition.exclude.0' is ''", "at least 1"),
+    "bernoulli without a probability": (
+        {"partition__strategy": "bernoulli"}, "'partition'", "'bernoulli'", "'keep'", "probability", "0.5",
     ),
     "nested without a size": (
-        {"partition__strategy": "nested"},
-        "'partition': strategy 'nested' with 'capacities' None and no 'keep' gives every worker the whole network: set 'keep'",
+        {"partition__strategy": "nested"}, "'partition'", "'nested'", "'capacities' None", "'keep'", "0.5",
     ),
     "nested with equal capacities": (
-        {"partition": {"strategy": "nested", "capacities": [2, 2, 2, 2]}}, "'capacities' [2.0, 2.0, 2.0, 2.0] and no 'keep'"
+        {"partition": {"strategy": "nested", "capacities": [2, 2, 2, 2]}}, "'capacities' [2.0, 2.0, 2.0, 2.0]", "'keep'"
     ),
-    "blocks without blocks": (
-        {"partition__strategy": "blocks"},
-        "'partition': strategy 'blocks' needs 'blocks', patterns of module paths, such as ['layer3.*']",
-    ),
-    "a range without an end": ({"train__workers": {"min": 2}}, "'workers' is a number, or {min: 2, max: 16}"),
-    "a range upside down": ({"train__workers": {"min": 5, "max": 4}}, "'min_workers' is 5, more than the 4 'workers'"),
-    "a range of nothing": ({"train__workers": {"min": 0, "max": 4}}, "'train.min_workers' is 0"),
+    "blocks without blocks": ({"partition__strategy": "blocks"}, "'partition'", "'blocks'", "['layer3.*']"),
+    "a range without a maximum": ({"train__workers": {"min": 2}}, "'workers'", "{min: 2, max: 16}"),
+    "a reversed range": ({"train__workers": {"min": 5, "max": 4}}, "'min_workers' is 5", "4 'workers'"),
+    "a range from zero": ({"train__workers": {"min": 0, "max": 4}}, "'train.min_workers' is 0"),
     "a range of workers for epochs": (
-        {"train__workers": {"min": 2, "max": 4}, "train__rounds": None, "train__epochs": 3},
-        "how many rounds an epoch has depends on the number of workers: give 'rounds'",
+        {"train__workers": {"min": 2, "max": 4}, "train__rounds": None, "train__epochs": 3}, "epoch", "give 'rounds'",
     ),
-    "capacities for workers that come and go": (
-        {"train__workers": {"min": 2, "max": 4}, "partition__capacities": [1, 1, 1, 2]}, "but workers come and go (train.min_workers)",
+    "capacities for a range of workers": (
+        {"train__workers": {"min": 2, "max": 4}, "partition__capacities": [1, 1, 1, 2]},
+        "'partition.capacities'", "train.min_workers", "'partition.balance' speed",
     ),
-    "blocks for workers that come and go": (
-        {"train__workers": {"min": 2, "max": 4}, "partition": {"strategy": "blocks", "blocks": ["a.*"]}}, "which must not change",
+    "blocks for a range of workers": (
+        {"train__workers": {"min": 2, "max": 4}, "partition": {"strategy": "blocks", "blocks": ["a.*"]}},
+        "'blocks'", "'train.min_workers'",
     ),
-    "capacities given and measured": ({"partition": {"balance": "speed", "capacities": [1, 1, 1, 2]}}, "leave one of the two out"),
+    "capacities given and measured": (
+        {"partition": {"balance": "speed", "capacities": [1, 1, 1, 2]}}, "'capacities'", "'balance'",
+    ),
     "speed under torchrun": (
-        {"partition__balance": "speed", "pool": {"kind": "torchrun"}}, "needs 'pool.kind' ray (or inline), not torchrun",
+        {"partition__balance": "speed", "pool": {"kind": "torchrun"}}, "'partition.balance'", "'pool.kind'", "ray",
     ),
     "a deadline under torchrun": (
-        {"pool": {"kind": "torchrun", "round_deadline_s": 3}}, "'pool.round_deadline_s' is for 'pool.kind' ray, not torchrun",
+        {"pool": {"kind": "torchrun", "round_deadline_s": 3}}, "'pool.round_deadline_s'", "'pool.kind' ray", "torchrun",
     ),
-    "Ray's keys for another pool": ({"pool__ray": {"num_cpus": 2}}, "'pool.ray' is set, but 'pool.kind' is inline"),
+    "Ray's keys for another pool": ({"pool__ray": {"num_cpus": 2}}, "'pool.ray'", "'pool.kind' is inline"),
     "an address of Ray's client": (
-        {"pool": {"kind": "ray", "ray": {"address": "ray://head:10001"}}}, "'pool.ray.address' is 'ray://head:10001' (a string): string should match",
+        {"pool": {"kind": "ray", "ray": {"address": "ray://head:10001"}}},
+        "'pool.ray.address' is 'ray://head:10001'", "pattern",
     ),
     "processors as resources": (
-        {"pool": {"kind": "ray", "ray": {"resources": {"CPU": 1}}}}, "'pool.ray.resources': {'CPU': 1.0} is for resources of your own",
+        {"pool": {"kind": "ray", "ray": {"resources": {"CPU": 1}}}},
+        "'pool.ray.resources'", "{'CPU': 1.0}", "'num_cpus'", "'num_gpus'",
     ),
-    "GPUs without any": ({"pool": {"kind": "ray", "device": "cuda"}}, "'pool.ray.num_gpus' is 0: a worker would see no GPU"),
-    "more to come back than there are": ({"pool__min_returned": 5}, "'pool.min_returned' is 5, more than the 4 workers"),
-    "more to come back than begin": (
-        {"train__workers": {"min": 2, "max": 4}, "pool__min_returned": 3}, "but a round may begin with 2 workers",
+    "a GPU that Ray does not reserve": (
+        {"pool": {"kind": "ray", "device": "cuda"}}, "'pool.device' is 'cuda'", "'pool.ray.num_gpus' is 0", "1",
+    ),
+    "more to return than there are": ({"pool__min_returned": 5}, "'pool.min_returned' is 5", "4", "train.workers"),
+    "more to return than a round starts with": (
+        {"train__workers": {"min": 2, "max": 4}, "pool__min_returned": 3},
+        "'pool.min_returned' is 3", "2", "train.min_workers",
     ),
     "a bad name": ({"name": "a/b"}, "'name' is 'a/b'"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_wrong_value_is_named_with_file_key_and_what_is_right(tmp_path: Path, case: str) -> None:
-    changes, message = BAD[case]
+def test_a_wrong_value_is_named_with_file_key_and_remedy(tmp_path: Path, case: str) -> None:
+    changes, *parts = BAD[case]
     path = written(tmp_path, **changes)
 
     with pytest.raises(ConfigError) as caught:
         load_config(path)
 
     assert str(caught.value).startswith(f"{path}: ")
-    assert message in str(caught.value)
+    assert re.search(naming(*parts), str(caught.value))
 
 
 USED = {
@@ -210,12 +198,11 @@ def test_a_key_that_the_strategy_does_not_use_is_an_error(strategy: str, key: st
         assert getattr(small_config(partition=partition).partition, key) == value
         return
 
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(
+        ConfigError,
+        match=naming(f"test: 'partition.{key}'", f"'{strategy}'", repr(value), f"'partition.strategy' to {users}"),
+    ):
         small_config(partition=partition)
-    assert str(caught.value) == (
-        f"test: 'partition.{key}': strategy '{strategy}' does not use it, but it is {value!r}: "
-        f"leave it out, or set 'partition.strategy' to {users}"
-    )
 
 
 @pytest.mark.parametrize("strategy", ["disjoint", "categorical", "bernoulli", "rolling", "nested", "blocks"])
@@ -225,7 +212,7 @@ def test_every_strategy_is_read_back_from_what_was_dumped(strategy: str) -> None
     assert validate(parse_yaml(dump_config(config), "test"), "test") == config
 
 
-def test_a_method_that_deals_no_neurons_may_have_any_number_of_workers() -> None:
+def test_a_method_that_assigns_no_neurons_may_have_any_number_of_workers() -> None:
     config = small_config(partition__capacities=[1, 2, 3, 4], compare={"overrides": {"ddp": {"train.workers": 2}}})
 
     assert config_for_method(config, "ddp").train.workers == 2
@@ -236,44 +223,44 @@ def test_a_missing_key_is_named(tmp_path: Path) -> None:
     del tree["train"]["optimizer"]
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(tree))
 
-    with pytest.raises(ConfigError, match="'train.optimizer' is required"):
+    with pytest.raises(ConfigError, match=naming("'train.optimizer'", "required")):
         load_config(tmp_path / "job.yaml")
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "parts"),
     [
-        ("a: [1, 2", r"job.yaml:2:1: not valid YAML|job.yaml:1:\d+: not valid YAML"),
-        ("a: 1\na: 2\n", "key 'a' stands twice"),
-        ("- a\n", "expected a mapping of keys to values, found a list"),
-        ("", "expected a mapping of keys to values, found nothing"),
-        ("[a]: 1", "a key must be a plain name"),
-        ("a: !!python/object:os.system {}", "not valid YAML"),
+        ("a: [1, 2", ["job.yaml:1:", "YAML"]),
+        ("a: 1\na: 2\n", ["job.yaml:2:1:", "'a'", "duplicate"]),
+        ("- a\n", ["job.yaml:", "mapping", "list"]),
+        ("", ["job.yaml:", "mapping", "nothing"]),
+        ("[a]: 1", ["job.yaml:1:1:", "key"]),
+        ("a: !!python/object:os.system {}", ["job.yaml:1:4:", "YAML"]),
     ],
 )
-def test_malformed_yaml_is_an_error_with_a_place(tmp_path: Path, text: str, message: str) -> None:
+def test_malformed_yaml_is_an_error_with_a_position(tmp_path: Path, text: str, parts: list[str]) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(text)
 
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=naming(*parts)):
         load_config(path)
 
 
 def test_a_missing_file_and_a_malformed_override_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nothing.yaml: no such configuration file"):
+    with pytest.raises(ConfigError, match=naming("nothing.yaml")):
         load_config(tmp_path / "nothing.yaml")
-    with pytest.raises(ConfigError, match="--set train.workers: expected dotted.key=value"):
+    with pytest.raises(ConfigError, match=naming("--set train.workers", "dotted.key=value")):
         load_config(written(tmp_path), ["train.workers"])
 
 
-def test_a_new_length_takes_the_place_of_the_old_one(tmp_path: Path) -> None:
+def test_a_new_length_replaces_the_old_one(tmp_path: Path) -> None:
     config = load_config(written(tmp_path), ["train.epochs=3"])
 
     assert (config.train.epochs, config.train.rounds) == (3, None)
 
 
-def test_a_key_at_the_wrong_level_is_put_right(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="unknown key 'local_steps'. Did you mean 'train.local_steps'?"):
+def test_a_key_at_the_wrong_level_gets_the_right_level_as_a_hint(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=naming("'local_steps'", "'train.local_steps'")):
         load_config(written(tmp_path), ["local_steps=3"])
 
 
@@ -309,7 +296,7 @@ def test_keys_of_what_may_be_left_out_and_of_lists_say_so() -> None:
     rows = {key: (kind, default) for key, kind, default, _ in describe_keys(Config)}
 
     assert rows["train.schedule"] == ("mapping or null", "default None")
-    assert rows["train.schedule.name"] == ("text", "required where train.schedule is given")
+    assert rows["train.schedule.name"] == ("text", "required if train.schedule is given")
     assert rows["train.optimizer.name"] == ("text", "required")
     assert rows["recipe.stages"] == ("list", "default []")
     assert rows["recipe.stages.N.rounds"] == ("whole number or null", "default None")
@@ -331,7 +318,7 @@ def test_an_override_reaches_an_entry_of_a_list_by_its_number(tmp_path: Path) ->
 def test_an_override_of_an_entry_that_is_not_there_is_an_error(tmp_path: Path, place: str) -> None:
     path = written(tmp_path, recipe={"stages": [{"rounds": 1}, {}]})
 
-    with pytest.raises(ConfigError, match="'recipe.stages' is a list of 2 entries") as caught:
+    with pytest.raises(ConfigError, match=naming("'recipe.stages'", "list of 2")) as caught:
         load_config(path, [f"recipe.stages.{place}.rounds=3"])
     assert len(str(caught.value)) < 1000
 
@@ -340,13 +327,13 @@ def test_every_key_that_is_explained_can_be_set(tmp_path: Path) -> None:
     path = written(tmp_path, recipe={"stages": [{"rounds": 1}, {}]})
 
     for key in (key.replace(".N.", ".0.") for key, *_ in describe_keys(Config)):
-        told = ""
+        message = ""
         try:
             load_config(path, [f"{key}=[]"])
         except ConfigError as error:
-            told = str(error)
-        assert f"unknown key '{key}'" not in told
-        assert "is a list of" not in told
+            message = str(error)
+        assert f"unknown key '{key}'" not in message
+        assert "is a list of" not in message
 
 
 def test_the_configuration_cannot_be_changed(tmp_path: Path) -> None:

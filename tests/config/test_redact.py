@@ -1,4 +1,4 @@
-"""Passwords in URLs: shown nowhere, and kept where only their owner reads."""
+"""Passwords in URLs: never shown, and stored only in files that only their owner can read."""
 
 import stat
 import traceback
@@ -28,7 +28,7 @@ URL = f"guarded://AKIAKEY:{PASSWORD}@bucket/runs"
 
 
 class Guarded(MemoryFileSystem):
-    """A storage that keeps user and password out of paths, and quotes them in its errors."""
+    """A storage that removes user and password from paths, and quotes them in its errors."""
 
     protocol = "guarded"
     refuses = False
@@ -64,14 +64,14 @@ def empty_store() -> Any:
         ("mail me@host or see http://host/page", "mail me@host or see http://host/page"),
     ],
 )
-def test_what_stands_before_the_at_sign_of_a_url_is_hidden(text: str, shown: str) -> None:
+def test_credentials_before_the_at_sign_of_a_url_are_hidden(text: str, shown: str) -> None:
     assert redacted(text) == shown
 
 
-def test_a_password_is_hidden_where_it_stands_alone_too() -> None:
-    said = "no bucket 'KEY:s%2Fx@b': KEY, s/x, s%2Fx"
+def test_a_password_that_appears_alone_is_hidden_too() -> None:
+    message = "no bucket 'KEY:s%2Fx@b': KEY, s/x, s%2Fx"
 
-    assert redacted(said, "s3://KEY:s%2Fx@b/runs") == "no bucket '***@b': KEY, ***, ***"
+    assert redacted(message, "s3://KEY:s%2Fx@b/runs") == "no bucket '***@b': KEY, ***, ***"
 
 
 def misspelt(tmp_path: Path) -> object:
@@ -81,9 +81,9 @@ def misspelt(tmp_path: Path) -> object:
 
 
 REFUSALS: dict[str, Callable[[Path], object]] = {
-    "a protocol that nobody knows": lambda p: create_run_folder(small_config(checkpoint={"storage": URL.replace("guarded", "gopher")}), p / "run"),
+    "an unknown protocol": lambda p: create_run_folder(small_config(checkpoint={"storage": URL.replace("guarded", "gopher")}), p / "run"),
     "a storage that refuses": lambda _: open_storage(URL, "run").write("round-1", b""),
-    "a URL that is no text": lambda _: validate(config_tree(checkpoint={"storage": [URL]}), "job.yaml"),
+    "a URL that is not text": lambda _: validate(config_tree(checkpoint={"storage": [URL]}), "job.yaml"),
     "a URL for a section": lambda _: validate(config_tree(checkpoint=URL), "job.yaml"),
     "an override without =": misspelt,
     "an unknown key": lambda _: validate(config_tree(checkpoint={"store": URL, "every": URL}), "job.yaml"),
@@ -101,21 +101,21 @@ def test_an_error_shows_no_password_nor_does_its_traceback(
     with pytest.raises(ISTError) as caught:
         REFUSALS[why](tmp_path)
 
-    told = str(caught.value) + "".join(
+    shown = str(caught.value) + "".join(
         line for line in traceback.format_exception(caught.value) if not line.lstrip().startswith("File ")
     )
-    assert PASSWORD not in told
-    assert "***" in told or why == "another run"
+    assert PASSWORD not in shown
+    assert "***" in shown or why == "another run"
 
 
-def test_a_run_with_a_password_keeps_it_for_its_owner_alone_and_goes_on(tmp_path: Path) -> None:
+def test_only_the_owner_can_read_a_runs_password_and_the_run_can_be_resumed(tmp_path: Path) -> None:
     folder = create_run_folder(small_config(checkpoint={"every": 1, "storage": URL}), tmp_path / "run")
     assert stat.S_IMODE(folder.config_path.stat().st_mode) == 0o600
 
     run(RunFolder(folder.path), resume=False)
     page = write_report([RunFolder(folder.path)], tmp_path / "report.html").read_text()
 
-    assert PASSWORD in folder.config_path.read_text()  # what goes on needs it
+    assert PASSWORD in folder.config_path.read_text()  # resuming needs it
     assert RunFolder(folder.path).rewind()[1].rounds_done == 4
     stored = {path: MemoryFileSystem.store[path].getvalue() for path in MemoryFileSystem.store}
     assert any(path.endswith("run/config.yaml") for path in stored)
@@ -128,7 +128,7 @@ def test_a_run_with_a_password_keeps_it_for_its_owner_alone_and_goes_on(tmp_path
     assert stat.S_IMODE(moved.config_path.stat().st_mode) == 0o600
 
 
-def test_a_configuration_without_a_password_is_as_readable_as_any_file(tmp_path: Path) -> None:
+def test_a_configuration_without_a_password_has_the_usual_file_mode(tmp_path: Path) -> None:
     folder = create_run_folder(small_config(), tmp_path / "run")
     (tmp_path / "any").touch()
 

@@ -49,7 +49,7 @@ def test_lbfgs_is_refused_because_it_needs_a_closure() -> None:
     [
         (Component(name="SDG"), "'train.optimizer.name' is 'SDG': did you mean 'SGD'?"),
         (Component(name="SGD", args={"lr": -1.0}), "'train.optimizer.args' was refused: Invalid learning rate: -1.0"),
-        (Component(name="SGD", args={"lrr": 1.0}), "'train.optimizer.args' does not fit SGD.*'lrr'"),
+        (Component(name="SGD", args={"lrr": 1.0}), "'train.optimizer.args'.*SGD.*'lrr'"),
         (Component(name="collections:OrderedDict"), "not a torch.optim.Optimizer"),
     ],
 )
@@ -62,7 +62,7 @@ def test_a_wrong_optimiser_is_refused_with_its_key(spec: Component, message: str
     ("schedule", "message"),
     [
         (Component(name="ReduceLROnPlateau"), "needs a metric each step"),
-        (Component(name="StepLR"), "'train.schedule.args' does not fit StepLR.*step_size"),
+        (Component(name="StepLR"), "'train.schedule.args'.*StepLR.*step_size"),
         (Component(name="CosineLR"), "'train.schedule.name' is 'CosineLR': did you mean"),
     ],
 )
