@@ -25,7 +25,7 @@ from ist.network.copies import copied
 from ist.network.failures import network_errors
 from ist.neurons.find import find_neurons
 from ist.neurons.group import Group
-from ist.neurons.trace import try_out
+from ist.neurons.trace import dry_run
 from ist.rng import Indices, Purpose, seeded
 from ist.subnet.job import Job
 
@@ -48,7 +48,7 @@ def operators(job: Job, module: nn.Module, device: torch.device) -> Operators:
         child.register_forward_pre_hook(lambda *_, path=path: watch.path.append(path), prepend=True)
         child.register_forward_hook(lambda *_: watch.leave(), always_call=True)
     with seeded(device, job.config.seed, Purpose.REHEARSAL), network_errors(module):
-        try_out(module, moved(job.example, device), watch)
+        dry_run(module, moved(job.example, device), watch)
     return frozenset(watch.seen)
 
 

@@ -1,1 +1,1 @@
-"""Find the neuron groups of a network: run it once on an example, and see which positions belong together."""
+"""Find the neuron groups of a network: trace one forward pass and see which tensor positions belong together."""

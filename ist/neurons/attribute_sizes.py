@@ -1,12 +1,11 @@
-"""Find the integers of a network that say how wide something is, and what they must be in a narrow one.
+"""Find the integer attributes of a network that are sizes, so that a submodel can get other values.
 
-While the network is traced, the integers that its modules hold (`num_heads`, `groups`, `split_size`, ...)
-are replaced by integers that remember where they came from. Where one of them reaches an operator as
-the size of something that carries neuron labels, its value in a narrow network is the number of
-neurons held there.
+During a trace, the integers that modules hold (`num_heads`, `groups`, `split_size`, ...) are replaced by
+integers that remember their origin. If such an integer reaches an operator as the size of an axis with neuron
+labels, its value in a submodel is the number of neurons that the submodel holds there.
 
-Where it sits: `ist/neurons/trace.py` puts the integers in place; `ist/neurons/find.py` makes of them
-what `ist/subnet/module.py` sets.
+Where it sits: `ist/neurons/trace.py` inserts the integers; `ist/neurons/find.py` computes their values in a
+submodel; `ist/subnet/module.py` sets them.
 Not here: numbers that a forward computes from shapes (`ist/neurons/tracing/call_sites.py`).
 """
 
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 Location = tuple[int | str, ...]
-"""Where an integer is among the arguments of a call: a position or a name, then positions or the bound of a slice."""
+"""The location of an integer in the arguments of a call: a position or a name, then indices or a bound of a slice."""
 
 
 Step = tuple[str, Any]
@@ -44,7 +43,7 @@ class Origin(NamedTuple):
 
 
 class TracedInt(int):
-    """An integer that remembers the attribute it is a multiple of."""
+    """An integer that remembers the attribute of which it is a multiple."""
 
     origin: Origin
     factor: int
@@ -57,7 +56,7 @@ class TracedInt(int):
         return made
 
     def __mul__(self, other: Any) -> Any:
-        """A multiple by a plain integer keeps its origin."""
+        """Multiply; a product with a plain integer keeps its origin."""
         plain = type(other) is int and other > 0
         product = int(self) * (int(other) if isinstance(other, TracedInt) else other)
         return TracedInt.of(product, self.origin, self.factor * other) if plain else product
@@ -65,7 +64,7 @@ class TracedInt(int):
     __rmul__ = __mul__
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
-        """Copies are plain integers."""
+        """Pickle as a plain integer."""
         return int, (int(self),)
 
     def __deepcopy__(self, memo: Any) -> int:
@@ -79,12 +78,12 @@ class Size(NamedTuple):
     """An integer argument of a torch function that is the size of an axis.
 
     Attributes:
-        number: The integer as it was given.
-        location: Where it is among the arguments.
-        tensor: The tensor whose axis it is.
+        number: The integer that was passed.
+        location: Its location in the arguments.
+        tensor: The tensor that has the axis.
         axis: The axis.
-        positions: Which positions of the axis it counts.
-        in_shape: Whether it belongs to the shape that a tensor is brought into, of which one size may be -1.
+        positions: The positions of the axis that it counts.
+        in_shape: Whether it is part of a shape argument (as of `view`), in which one size may be -1.
     """
 
     number: int
@@ -99,21 +98,21 @@ _MODULES_OWN = frozenset(vars(nn.Module()))
 _DEEPEST, _LONGEST = 3, 64
 
 
-def plant(module: nn.Module) -> None:
-    """Replace the integers that a network's modules hold by traced ones.
+def insert_traced_integers(module: nn.Module) -> None:
+    """Replace the integers in a network's modules by traced ones, in place.
 
-    They are attributes of modules, of their `config`s and other plain collections of settings, and items of lists,
-    tuples and dictionaries of a moderate size.
+    These are attributes of modules, of their `config` and of other plain settings objects, and items of lists, tuples
+    and dictionaries of moderate length.
     """
     seen: set[int] = set()
     for path, child in module.named_modules():
         for name, value in list(vars(child).items()):
             if name not in _MODULES_OWN:
-                vars(child)[name] = _planted(value, Origin(path, name), seen)
+                vars(child)[name] = _with_traced_integers(value, Origin(path, name), seen)
 
 
-def _planted(value: Any, origin: Origin, seen: set[int]) -> Any:
-    """Return a value with its integers replaced; objects, lists and dictionaries are changed in place."""
+def _with_traced_integers(value: Any, origin: Origin, seen: set[int]) -> Any:
+    """Return a value with its integers replaced; settings objects, lists and dictionaries change in place."""
     if type(value) is int:
         return TracedInt.of(value, origin)
     if len(origin.steps) >= _DEEPEST or (not isinstance(value, tuple) and id(value) in seen):
@@ -121,11 +120,11 @@ def _planted(value: Any, origin: Origin, seen: set[int]) -> Any:
     if _is_settings(value, origin):
         seen.add(id(value))
         for name, item in list(vars(value).items()):
-            vars(value)[name] = _planted(item, _inside(origin, "attribute", name), seen)
+            vars(value)[name] = _with_traced_integers(item, _inside(origin, "attribute", name), seen)
     elif isinstance(value, dict | list | tuple) and len(value) <= _LONGEST:
         seen.add(id(value))
         items = list(value.items() if isinstance(value, dict) else enumerate(value))
-        made = {key: _planted(item, _inside(origin, "item", key), seen) for key, item in items}
+        made = {key: _with_traced_integers(item, _inside(origin, "item", key), seen) for key, item in items}
         if isinstance(value, tuple):
             return _tuple_like(value, list(made.values())) if any(made[k] is not item for k, item in items) else value
         for key, item in items:
@@ -135,7 +134,7 @@ def _planted(value: Any, origin: Origin, seen: set[int]) -> Any:
 
 
 def _is_settings(value: Any, origin: Origin) -> bool:
-    """Whether an object is a collection of settings."""
+    """Whether an object is a plain collection of settings: a dataclass, a namespace, or a module's `config`."""
     if isinstance(value, type | Tensor | nn.Module) or not isinstance(getattr(value, "__dict__", None), dict):
         return False
     named = is_dataclass(value) or isinstance(value, SimpleNamespace | argparse.Namespace)
@@ -172,7 +171,7 @@ def _with_integer(value: Any, steps: Sequence[Step], number: int) -> Any:
 
 
 def forget_sizes() -> None:
-    """Let einops forget the sizes that it has computed: it would give those of an equal integer of another module."""
+    """Clear einops' cache of computed sizes: it would return those of an equal integer of another module."""
     computed = getattr(sys.modules.get("einops.einops"), "_reconstruct_from_shape", None)
     forget = getattr(computed, "cache_clear", None)
     if forget is not None:
@@ -185,12 +184,12 @@ def takes_sizes(function: Any) -> bool:
 
 
 def makes_constants(function: Any) -> bool:
-    """Return whether a torch function makes a tensor of the sizes that it is given, and of nothing else."""
+    """Return whether a torch function makes a tensor from sizes alone."""
     return getattr(function, "__name__", "") in _FACTORIES
 
 
 def sizes_in(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Iterator[Size]:
-    """Yield the integers among the arguments of a torch function that are sizes of axes; -1 and the like left out."""
+    """Yield the integer arguments of a torch function that are sizes of axes; negative ones (-1) are skipped."""
     reader = _READERS.get(getattr(function, "__name__", ""))
     if reader is not None:
         for size in reader(args, kwargs, result):
@@ -201,7 +200,7 @@ def sizes_in(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any], resu
 def with_sizes(
     args: Sequence[Any], kwargs: Mapping[str, Any], values: Mapping[Location, int]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call with other integers at some locations."""
+    """Return the arguments of a call with the integers at some locations replaced."""
     positional, named = list(args), dict(kwargs)
     for (first, *rest), value in values.items():
         if isinstance(first, int):
@@ -234,41 +233,41 @@ def _replaced(value: Any, steps: Sequence[int | str], number: int) -> Any:
     return tuple(items) if isinstance(value, tuple) else items
 
 
-_Found = Iterator[Size]
-_Reader = Callable[[Sequence[Any], Mapping[str, Any], Any], _Found]
+_Sizes = Iterator[Size]
+_Reader = Callable[[Sequence[Any], Mapping[str, Any], Any], _Sizes]
 
 
 def _argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, *names: str) -> tuple[Location, Any]:
-    """Return where an argument is, and its value; None if it is not given."""
+    """Return the location and the value of an argument; the value is None if the argument is not passed."""
     if len(args) > position:
         return (position,), args[position]
     return next((((name,), kwargs[name]) for name in names if name in kwargs), ((), None))
 
 
 def _listed(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, *names: str) -> list[tuple[Location, Any]]:
-    """Return the integers of an argument that is a list, or all arguments from one on, with their locations."""
+    """Return the integers of a list argument, or all arguments from `position` on, with their locations."""
     location, value = _argument(args, kwargs, position, *names)
     if isinstance(value, tuple | list):
         return [((*location, number), item) for number, item in enumerate(value)]
     return [((number,), item) for number, item in enumerate(args) if number >= position]
 
 
-def _shape(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, in_shape: bool) -> _Found:
+def _shape(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any, in_shape: bool) -> _Sizes:
     sizes = _listed(args, kwargs, 1, "shape", "size")
     lead = result.ndim - len(sizes)
     for axis, (location, size) in enumerate(sizes):
         yield Size(size, location, result, lead + axis, range(result.shape[lead + axis]), in_shape)
 
 
-def _reshaped(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
+def _reshaped(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Sizes:
     yield from _shape(args, kwargs, result, in_shape=True)
 
 
-def _expanded(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
+def _expanded(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Sizes:
     yield from _shape(args, kwargs, result, in_shape=False)
 
 
-def _unflattened(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
+def _unflattened(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Sizes:
     dim = _argument(args, kwargs, 1, "dim")[1]
     location, sizes = _argument(args, kwargs, 2, "sizes")
     for axis, size in enumerate(sizes):
@@ -276,7 +275,7 @@ def _unflattened(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) ->
         yield Size(size, (*location, axis), result, place, range(result.shape[place]), in_shape=True)
 
 
-def _split(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
+def _split(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Sizes:
     location, sizes = _argument(args, kwargs, 1, "split_size_or_sections", "split_size", "split_sizes")
     dim = _argument(args, kwargs, 2, "dim")[1] or 0
     for number, part in enumerate(result):
@@ -286,7 +285,7 @@ def _split(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Foun
             yield Size(sizes, location, part, dim % part.ndim, range(part.shape[dim]))
 
 
-def _indexed(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:  # noqa: ARG001 (one signature)
+def _indexed(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Sizes:  # noqa: ARG001 (one signature)
     source, index = args
     items: list[tuple[Location, Any]] = (
         [((1, number), item) for number, item in enumerate(index)] if isinstance(index, tuple) else [((1,), index)]
@@ -305,7 +304,7 @@ def _indexed(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Fo
         axis += item.ndim if isinstance(item, Tensor) and item.dtype == torch.bool else item is not None
 
 
-def _narrowed(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
+def _narrowed(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Sizes:
     source, dim = args[0], _argument(args, kwargs, 1, "dim")[1] % args[0].ndim
     start, length = _argument(args, kwargs, 2, "start"), _argument(args, kwargs, 3, "length")
     if isinstance(start[1], int) and start[1] >= 0:
@@ -313,14 +312,14 @@ def _narrowed(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _F
     yield Size(length[1], length[0], result, dim, range(int(length[1])))
 
 
-def _normalised(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
+def _normalized(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Sizes:
     location, groups = _argument(args, kwargs, 1, "num_groups")
     if groups > 1:
         yield Size(groups, location, result, 1, range(0, result.shape[1], result.shape[1] // groups))
 
 
-def _convolved(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
-    # Transposed convolutions have the same position: output_padding takes that of dilation.
+def _convolved(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Sizes:
+    # The position is the same for transposed convolutions: output_padding is where dilation is otherwise.
     location, groups = _argument(args, kwargs, 6, "groups")
     weight = _argument(args, kwargs, 1, "weight")[1]
     axis = result.ndim - (weight.ndim - 1)
@@ -329,12 +328,12 @@ def _convolved(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _
         yield Size(groups, location, result, axis, range(0, channels, channels // groups))
 
 
-def _made(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
+def _made(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Sizes:
     for axis, (location, size) in enumerate(_listed(args, kwargs, 0, "size")[: result.ndim]):
         yield Size(size, location, result, axis, range(result.shape[axis]))
 
 
-def _made_like(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Found:
+def _made_like(args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> _Sizes:
     for axis, (location, size) in enumerate(_listed(args, kwargs, 1, "size")[: result.ndim]):
         yield Size(size, location, result, axis, range(result.shape[axis]))
 
@@ -354,12 +353,19 @@ _READERS: dict[str, _Reader] = {
     "unflatten": _unflattened,
     "__getitem__": _indexed,
     "narrow": _narrowed,
-    "group_norm": _normalised,
+    "group_norm": _normalized,
 }
 
 
 class SizeLabels(NamedTuple):
-    """An attribute, the multiple of it that was used, the final labels of the positions it counts, and who used it."""
+    """An attribute that was used as a size.
+
+    Attributes:
+        origin: The attribute.
+        factor: The multiple of it that was used.
+        labels: The final labels of the positions that it counts.
+        user: The path of the module that used it.
+    """
 
     origin: Origin
     factor: int

@@ -1,15 +1,15 @@
 """Neuron groups: which positions of which tensors belong to the same hidden neuron.
 
-A *neuron* is whatever can be handed to a worker as a whole: a hidden unit, a channel, an attention
-head. A *group* is a set of neurons that are alike. It lists *slots*: along dim `dim` of tensor
-`tensor`, neuron k of the group occupies the `block` consecutive positions that begin at
-`offset + k * block` (or `offset + order[k] * block`). That covers more than perceptrons: a channel that
-is flattened into h*w inputs is a slot with block h*w; a head in a fused query-key-value projection has
-three slots that differ in offset. Positions that no slot covers (and tensors without slots) are *shared*
-by all workers.
+A *neuron* is the unit that a worker gets as a whole: a hidden unit, a channel, an attention head. A *group*
+is a set of neurons that are alike. It lists *slots*: along dim `dim` of tensor `tensor`, neuron k of the group
+occupies the `block` consecutive positions that start at `offset + k * block` (or `offset + order[k] * block`).
+This covers more than perceptrons: a channel that is flattened into h*w inputs is a slot with block h*w; a head
+in a fused query-key-value projection has three slots with different offsets. Positions that no slot covers, and
+tensors without slots, are *shared*: every worker holds them.
 
-Where it sits: `ist/neurons/trace.py` watches a network run, and `ist/neurons/find.py` makes groups of what
-it found; `ist/subnet/partition.py` deals their neurons; `ist/subnet/cut.py` cuts tensors by them.
+Where it sits: `ist/neurons/trace.py` traces a network, and `ist/neurons/find.py` makes groups from the trace;
+`ist/subnet/partition.py` assigns neurons to workers; `ist/subnet/cut.py` cuts tensors by group.
+Not here: which groups are split (`ist/neurons/select.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ class Slot:
     order: tuple[int, ...] | None = None
 
     def positions(self, neurons: Indices) -> Indices:
-        """Return the positions of some neurons: int64, a neuron's block after another's, in the order given."""
+        """Return the positions of some neurons: int64, one block per neuron, in the given order of the neurons."""
         places = neurons if self.order is None else np.asarray(self.order, dtype=np.int64)[neurons]
         starts = self.offset + places * self.block
         return starts if self.block == 1 else (starts[:, None] + np.arange(self.block)).reshape(-1)
@@ -43,18 +43,18 @@ class Slot:
 
 @dataclass(frozen=True)
 class Group:
-    """A set of `size` interchangeable hidden neurons and every place where they live.
+    """A set of `size` interchangeable hidden neurons, and all positions that they occupy.
 
     Attributes:
-        name: The module that holds them.
-        size: How many they are.
-        slots: Where they live.
-        kind: What they are, for a person: "hidden units", "attention heads, 64 wide".
-        residual: Whether they are channels of a residual stream.
-        outgoing: (tensor, dim) over which the network sums the neurons' outputs: zeros there mask a neuron.
-        scaled: Those of them that do nothing else, so that a factor on them is a factor on the outputs.
-        masked_by: For parameters among `outgoing` that are not used as they are, the values that mask a neuron.
-        modules: Where the neurons are whole modules (residual blocks): their paths; there are no slots then.
+        name: The module that contains them.
+        size: The number of neurons.
+        slots: The positions of the neurons.
+        kind: A description for the user: "hidden units", "attention heads, 64 wide".
+        residual: Whether the neurons are channels of a residual stream.
+        outgoing: The (tensor, dim) over which the network sums the neurons' outputs: zeros there mask a neuron.
+        scaled: Those of `outgoing` with no other use, so that a factor on them scales the outputs by that factor.
+        masked_by: For parameters in `outgoing` that enter through a function, the value that masks a neuron.
+        modules: If the neurons are whole modules (residual blocks), their paths; the group then has no slots.
     """
 
     name: str
@@ -69,12 +69,12 @@ class Group:
 
 
 def check_groups(groups: Sequence[Group], tensors: Mapping[str, TensorSpec | Tensor]) -> None:
-    """Check that groups fit a network's tensors and do not overlap.
+    """Check that groups match a network's tensors and do not overlap.
 
     Raises:
-        ModelError: A slot names a tensor or positions that are not there, or two slots overlap.
+        ModelError: A slot names a tensor or positions that do not exist, or two slots overlap.
     """
-    taken: dict[tuple[str, int], NDArray[np.bool_]] = {}
+    covered: dict[tuple[str, int], NDArray[np.bool_]] = {}
     for group in groups:
         if group.size < 1:
             raise ModelError(f"group '{group.name}' has {group.size} neurons: expected at least one")
@@ -90,7 +90,7 @@ def check_groups(groups: Sequence[Group], tensors: Mapping[str, TensorSpec | Ten
                     f"group '{group.name}': positions {places.min()} to {places.max()} of dim {slot.dim} are not "
                     f"within '{slot.tensor}' of shape {shape}"
                 )
-            used = taken.setdefault((slot.tensor, slot.dim), np.zeros(shape[slot.dim], bool))
+            used = covered.setdefault((slot.tensor, slot.dim), np.zeros(shape[slot.dim], bool))
             if used[places].any() or len(np.unique(places)) != len(places):
                 raise ModelError(
                     f"group '{group.name}' overlaps another group, or itself, in dim {slot.dim} of '{slot.tensor}'"

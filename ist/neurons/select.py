@@ -1,8 +1,12 @@
-"""Which of a network's groups are split: the policy.
+"""Choose which neuron groups of a network are split.
 
-Split by default: everything hidden. Residual streams are split on request (LoFT, TwIST and ResIST
-share them); what `partition.exclude` names is shared; with the strategy `blocks`, whole residual blocks
-are dealt instead of neurons.
+By default every hidden group is split. Residual streams are split only on request (LoFT, TwIST and ResIST
+share them). Groups that `partition.exclude` names are shared. With the strategy `blocks`, workers get whole
+residual blocks instead of neurons.
+
+Where it sits: between `ist/neurons/find.py`, which finds the groups, and `ist/neurons/splittable.py`, which drops
+those that a submodel cannot do without.
+Not here: which worker gets which neuron (`ist/subnet/partition.py`).
 
 Reference: Dun et al., arXiv 2107.00961 (ResIST: blocks); Wang et al., arXiv 2210.16169 (LoFT: hidden channels).
 """
@@ -15,41 +19,45 @@ from torch import nn
 
 from ist.config.method import Partition
 from ist.errors import ConfigError, ModelError
-from ist.neurons.find import Found
+from ist.neurons.find import Neurons
 from ist.neurons.group import Group, check_groups
 from ist.tensors import constant_tensors, named_tensors
 
 
-def split_groups(found: Found, template: nn.Module, partition: Partition) -> tuple[Group, ...]:
+def split_groups(neurons: Neurons, template: nn.Module, partition: Partition) -> tuple[Group, ...]:
     """Return the groups that are split.
 
     Args:
-        found: What is known of the network.
+        neurons: The neurons of the network.
         template: The network, on any device.
-        partition: How neurons are dealt.
+        partition: The configuration section `partition`.
 
     Raises:
         ConfigError: A pattern of the configuration matches nothing.
         ModelError: Nothing is left to split.
     """
-    for operator, where in found.unknown.items():
+    for operator, where in neurons.unknown.items():
         warnings.warn(
-            f"operator {operator} (in {where}) has no rule: what reaches it is not split",
+            f"operator {operator} (in {where}) has no rule: neurons that reach it are not split",
             stacklevel=2,
         )
     if partition.strategy == "blocks":
         return _blocks(template, partition.blocks)
     for pattern in partition.exclude:
-        if not any(fnmatchcase(group.name, pattern) for group in found.groups):
-            names = ", ".join(group.name for group in found.groups[:8])
-            raise ConfigError(f"'partition.exclude' holds '{pattern}', which no group matches: groups are {names}, ...")
-    hidden = [group for group in found.groups if partition.residual or not group.residual]
+        if not any(fnmatchcase(group.name, pattern) for group in neurons.groups):
+            names = ", ".join(group.name for group in neurons.groups[:8])
+            raise ConfigError(
+                f"'partition.exclude' contains '{pattern}', which matches no group: groups are {names}, ..."
+            )
+    hidden = [group for group in neurons.groups if partition.residual or not group.residual]
     groups = tuple(g for g in hidden if not any(fnmatchcase(g.name, pattern) for pattern in partition.exclude))
-    if found.groups and not groups:
-        left = (
-            "'partition.exclude' leaves nothing" if hidden else "only residual streams could be: set partition.residual"
+    if neurons.groups and not groups:
+        reason = (
+            "'partition.exclude' excludes every group"
+            if hidden
+            else "the network has only residual streams; set partition.residual to split them"
         )
-        raise ModelError(f"no neurons are split: {left}")
+        raise ModelError(f"no neurons are split: {reason}")
     check_groups(groups, named_tensors(template) | constant_tensors(template))
     return groups
 
@@ -64,7 +72,7 @@ def _blocks(template: nn.Module, patterns: Sequence[str]) -> tuple[Group, ...]:
         ]
         if len(paths) < 2:
             raise ConfigError(
-                f"'partition.blocks' holds '{pattern}', which matches {len(paths)} modules: expected at least two"
+                f"'partition.blocks' contains '{pattern}', which matches {len(paths)} modules: expected at least two"
             )
         groups.append(Group(pattern, len(paths), (), "residual blocks", modules=tuple(paths)))
     return tuple(groups)

@@ -32,10 +32,10 @@ from ist.network.compiled import plain_name, without_compilation
 from ist.network.copies import on_meta
 from ist.network.modes import set_modes, settle_modes
 from ist.network.supported import check_network, check_values
-from ist.neurons.find import Found, find_neurons
+from ist.neurons.find import Neurons, find_neurons
 from ist.neurons.group import Group
 from ist.neurons.select import split_groups
-from ist.neurons.splittable import fitting_groups
+from ist.neurons.splittable import splittable_groups
 from ist.optimization import optimizers
 from ist.optimization.step_settings import groups_by_name, schedule_settings, staged_settings, stand_ins
 from ist.rng import Purpose, seeded
@@ -115,7 +115,7 @@ def make_job(
         set_modes(model, modes)
         return model
 
-    found, groups = Found((), (), {}), tuple[Group, ...]()
+    found, groups = Neurons((), (), {}), tuple[Group, ...]()
     if config.method == "ist":
         try:
             found = find_neurons(template, example, build_in_modes)
@@ -158,7 +158,7 @@ def make_job(
     )
     if config.method == "ist":
         if groups and train.workers > 1:
-            groups, found = fitting_groups(groups, found, job.try_out)
+            groups, found = splittable_groups(groups, found, job.try_out)
         else:
             found = replace(found, calls=(), sites={})
         check_workers(groups, train.workers, config.partition, found.causes)

@@ -1,11 +1,11 @@
-"""Let modules of a narrow network make some calls with other sizes than their forward computes.
+"""Replace the sizes in some calls of a submodel's forward.
 
-A forward may take a size from the shape of what it is given, as in `y.view(B, T, C)`. Such a module computes all
-its integers as in the whole network, and where one of them says how many neurons there are, the call is made with
-the number that is held instead.
+A forward may take a size from the shape of its input, as in `y.view(B, T, C)`. Such a module computes all its
+integers as in the full network. In calls where such an integer counts neurons, it is replaced by the number of
+neurons that the submodel holds.
 
-Where it sits: `ist/neurons/trial.py` finds which calls need this; `ist/subnet/module.py` puts it into narrow modules.
-Not here: whether what comes out is right (`ist/checks/verify.py`).
+Where it sits: `ist/neurons/trial.py` finds the calls; `ist/subnet/module.py` applies this to submodels.
+Not here: whether the submodel computes the right values (`ist/checks/verify.py`).
 """
 
 import sys
@@ -17,16 +17,16 @@ from torch.overrides import TorchFunctionMode
 
 from ist.errors import ModelError
 from ist.neurons.attribute_sizes import Location, number_at, takes_sizes, with_sizes
-from ist.neurons.tracing.call_sites import Resize, Resizes, Site, site_of
+from ist.neurons.tracing.call_sites import CallSite, Resize, Resizes, site_of
 from ist.neurons.tracing.code_location import users_line
 
 
 def resize_calls(module: nn.Module, resizes: Resizes) -> None:
-    """Let a module make some calls of its forward with other sizes, in place.
+    """Make a module replace the sizes in some calls of its forward; the module is changed in place.
 
     Args:
-        module: A module of a narrow network, whose integer attributes are those of the whole network.
-        resizes: For every call with sizes that its forward makes, what becomes of these.
+        module: A module of a submodel, whose integer attributes are those of the full network.
+        resizes: For every call with sizes in its forward, the replacements.
     """
     base = type(module)
 
@@ -42,20 +42,20 @@ def _run(forward: Any, module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 _FORWARD = _run.__code__
-"""What the frames of a forward end in, seen from a call that it makes itself."""
+"""The code at which the frames of a module's own call end."""
 
 
 class _Resizing(TorchFunctionMode):
-    """Changes the sizes of calls while a forward runs; calls of the modules inside it are left alone."""
+    """Replaces the sizes of calls while a forward runs, except in calls of the modules inside it."""
 
     def __init__(self, resizes: Resizes, is_training: bool) -> None:
         super().__init__()
         self._resizes = resizes
         self._is_training = is_training
-        self._visits: Counter[Site] = Counter()
+        self._visits: Counter[CallSite] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function, with other sizes if need be."""
+        """Run a function, with replaced sizes if necessary."""
         kwargs = kwargs or {}
         if takes_sizes(func):
             site, is_own = site_of(sys._getframe(1), _FORWARD)
@@ -65,13 +65,13 @@ class _Resizing(TorchFunctionMode):
                     args, kwargs = with_sizes(args, kwargs, values)
         return func(*args, **kwargs)
 
-    def _values(self, site: Site, args: Any, kwargs: Any) -> dict[Location, int]:
+    def _values(self, site: CallSite, args: Any, kwargs: Any) -> dict[Location, int]:
         visits = self._resizes.get(site)
         if visits is None:
             if self._is_training:
                 raise ModelError(
-                    f"a narrow network was about to run {users_line()}, which the example did not reach: a size there "
-                    "cannot be narrowed. Share the neurons of this module (partition.exclude)"
+                    f"a submodel is about to run {users_line()}, which the example did not reach, so the size that a "
+                    "submodel needs there is unknown. Share the neurons of this module (partition.exclude)"
                 )
             return {}
         number = 0
@@ -80,9 +80,9 @@ class _Resizing(TorchFunctionMode):
             self._visits[site] += 1
             if number >= len(visits):
                 raise ModelError(
-                    f"a narrow network runs {users_line()} {number + 1} times, where the whole one did {len(visits)} "
-                    "times on the example: its sizes cannot be narrowed. Share the neurons of this module "
-                    "(partition.exclude)"
+                    f"a submodel runs {users_line()} {number + 1} times, but the full network ran it {len(visits)} "
+                    "times on the example, so the size that a submodel needs there is unknown. Share the neurons of "
+                    "this module (partition.exclude)"
                 )
         return {
             resize.location: _resized(resize, number_at(args, kwargs, resize.location)) for resize in visits[number]
@@ -90,12 +90,13 @@ class _Resizing(TorchFunctionMode):
 
 
 def _resized(resize: Resize, number: int) -> int:
-    if resize.narrow is None:
+    if resize.submodel is None:
         return -1
-    value, rest = divmod(number * resize.narrow, resize.whole)
-    if rest or (number != resize.whole and not resize.in_proportion):
+    value, rest = divmod(number * resize.submodel, resize.full)
+    if rest or (number != resize.full and not resize.in_proportion):
         raise ModelError(
-            f"{users_line()}: the size {number} cannot be narrowed: it was {resize.whole} on the example, of which a "
-            f"narrow network holds {resize.narrow}. Share the neurons of this module (partition.exclude)"
+            f"{users_line()}: the size {number} cannot be changed to that of a submodel: it is {resize.full} on the "
+            f"example, where this submodel holds {resize.submodel}. Share the neurons of this module "
+            "(partition.exclude)"
         )
     return value

@@ -22,10 +22,10 @@ from ist.data.batches import Dealing
 from ist.data.content import NOTHING, Content, content
 from ist.evaluation.metrics import Metric
 from ist.network.copies import copied
-from ist.neurons.find import Found, narrow_calls, narrow_sizes
+from ist.neurons.find import Neurons, submodel_calls, submodel_sizes
 from ist.neurons.group import Group
-from ist.neurons.trace import try_out
-from ist.neurons.trial import Trial
+from ist.neurons.trace import dry_run
+from ist.neurons.trial import SubnetTrial
 from ist.optimization import optimizers
 from ist.optimization.stages import WHOLE_RUN, Span, spans
 from ist.optimization.step_settings import StepSettings
@@ -69,7 +69,7 @@ class Job:
     loss: LossFunction
     metric: Metric | None
     example: Any
-    found: Found
+    found: Neurons
     groups: tuple[Group, ...]
     model_specs: dict[str, TensorSpec]
     frozen_specs: dict[str, TensorSpec]
@@ -269,10 +269,10 @@ class Job:
         declared = declared_sizes(self.template, self.config.partition.sizes, self.everything, specs)
         return NarrowPlan(
             specs,
-            narrow_sizes([size for size in self.found.sizes if size.origin not in declared], held) | declared,
+            submodel_sizes([size for size in self.found.sizes if size.origin not in declared], held) | declared,
             input_scales(self.groups, neurons, self.template, self.everything) if scaled else {},
             tuple(absent_modules(self.groups, neurons)),
-            narrow_calls(self.found, held),
+            submodel_calls(self.found, held),
         )
 
     def narrow(self, neurons: Sequence[Indices], device: torch.device) -> nn.Module:
@@ -287,7 +287,7 @@ class Job:
         return narrow_module(self.template, plan, device, constants)
 
     def try_out(
-        self, groups: Sequence[Group], neurons: Sequence[Indices], found: Found, trial: Trial | None = None
+        self, groups: Sequence[Group], neurons: Sequence[Indices], found: Neurons, trial: SubnetTrial | None = None
     ) -> None:
         """Run a narrow network on the example, without values if that can be.
 
@@ -310,7 +310,7 @@ class Job:
                 name: t.detach().contiguous() for name, t in named_tensors(self.build_copy()).items() if name in cut
             }
             extract(whole, cut, into={n: t.data for n, t in named_tensors(narrow).items() if n in whole})
-        try_out(narrow, self.example, trial.watching(narrow, held) if trial is not None else None)
+        dry_run(narrow, self.example, trial.watching(narrow, held) if trial is not None else None)
 
 
 def _no_build() -> nn.Module:

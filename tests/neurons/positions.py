@@ -1,4 +1,4 @@
-"""Attention with positions and states of many kinds, as users write it, with what its groups must be."""
+"""Attention with many kinds of positions and states, as users write it, with the expected groups."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from tests.neurons.spellings import layer
 
 
 class Projections(nn.Module):
-    """Four projections; what is done between them differs."""
+    """Four projections; subclasses differ in the attention between them."""
 
     def __init__(self, width: int = 32, heads: int = 4) -> None:
         super().__init__()

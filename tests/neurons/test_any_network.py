@@ -1,4 +1,4 @@
-"""What users' networks do beside computing: frozen norms, buffers that change, odd parameters; and clear refusals."""
+"""Side effects of users' networks: frozen norms, changing buffers, unusual parameters; and clear errors."""
 
 from collections import namedtuple
 from typing import Any
@@ -71,7 +71,7 @@ def test_a_buffer_that_is_replaced_in_the_forward_comes_back() -> None:
 
 
 class Replacing(nn.Module):
-    """Gives a parameter other memory in its forward, and a buffer whether it trains or not."""
+    """Replaces the memory of a parameter and of a buffer in every forward, in training and in evaluation mode."""
 
     def __init__(self, change: Any = lambda tensor: tensor.clone()) -> None:
         super().__init__()
@@ -99,10 +99,10 @@ def test_a_parameter_whose_data_is_replaced_in_the_forward_trains_as_one_that_is
     assert not torch.equal(expected["scale"], seeded(Replacing).state_dict()["scale"])
     for name in expected:
         assert torch.equal(found[name], expected[name]), name
-    assert found["count"] == 9 + 3  # nine steps, and an evaluation after each three of them
+    assert found["count"] == 9 + 3  # nine steps, and an evaluation after every three steps
 
 
-def test_a_parameter_that_the_forward_makes_wider_numbers_of_is_trained_and_keeps_its_dtype() -> None:
+def test_a_parameter_that_the_forward_casts_to_float32_is_trained_and_keeps_its_dtype() -> None:
     model = seeded(Router)
     before = model.router.weight.detach().clone()
 
@@ -110,9 +110,7 @@ def test_a_parameter_that_the_forward_makes_wider_numbers_of_is_trained_and_keep
 
     assert trained.router.weight.dtype == torch.bfloat16
     assert (trained.router.weight - before).abs().max() > 1e-3
-    with pytest.raises(
-        ModelError, match=r"makes 'router\.weight', which is torch\.bfloat16, a torch\.float32, and 'train"
-    ):
+    with pytest.raises(ModelError, match=r"'router\.weight'.*torch\.bfloat16.*torch\.float32.*'train"):
         train(seeded(Router), workers=1, train_options=CARRIED, optimizer_args={"lr": 0.1, "momentum": 0.9})
 
 
@@ -123,12 +121,12 @@ class Growing(Counting):
 
 
 def test_a_buffer_that_the_forward_makes_longer_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"the forward replaces 'count', of shape \(1,\), by a tensor of shape \(2,\)"):
+    with pytest.raises(ModelError, match=r"'count'.*\(1,\).*\(2,\)"):
         train(Growing())
 
 
-def test_a_buffer_that_changes_and_is_not_kept_is_named_in_a_warning() -> None:
-    with pytest.warns(UserWarning, match="buffer 'count' changes in training but is not persistent"):
+def test_a_non_persistent_buffer_that_changes_is_named_in_a_warning() -> None:
+    with pytest.warns(UserWarning, match="'count'.*persistent"):
         train(Counting(persistent=False))
 
 
@@ -175,7 +173,7 @@ def test_two_parameters_in_the_same_memory_are_refused() -> None:
     model = nn.Sequential(nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
     model[2].weight.data = model[0].weight.data
 
-    with pytest.raises(ModelError, match=r"'0\.weight' and '2\.weight' are two parameters in the same memory"):
+    with pytest.raises(ModelError, match=r"'0\.weight' and '2\.weight'.*decoder\.weight = encoder\.weight"):
         train(model)
 
 
@@ -230,14 +228,16 @@ PLAIN = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5))
     ("model", "options", "kind", "message"),
     [
         (lambda: Failing(nn.Linear(12, 8), nn.Linear(8, 5)), {}, ModelError, "AssertionError: expected 99 features"),
-        (lazy, {}, ModelError, "some parameters have no shape yet"),
-        (lambda: PLAIN, {"dataset": ragged()}, DataError, "do not make a batch"),
-        (lambda: PLAIN, {"test_data": data(0)}, DataError, "the test data set is empty"),
+        (lazy, {}, ModelError, r"'0\.weight'.*lazy"),
+        (lambda: PLAIN, {"dataset": ragged()}, DataError, "of Ragged .*RuntimeError: stack"),
+        (lambda: PLAIN, {"test_data": data(0)}, DataError, "test.*empty"),
     ],
     ids=["assertion", "lazy", "ragged", "empty test data"],
 )
 @pytest.mark.filterwarnings("ignore:Lazy modules")
-def test_what_cannot_work_is_one_clear_error(model: Any, options: Any, kind: type[ISTError], message: str) -> None:
+def test_an_impossible_network_or_data_set_is_one_clear_error(
+    model: Any, options: Any, kind: type[ISTError], message: str
+) -> None:
     with pytest.raises(kind, match=message):
         train(model(), **options)
 
@@ -246,5 +246,5 @@ def test_an_index_out_of_range_is_one_clear_error() -> None:
     model = nn.Sequential(nn.Embedding(9, 6), nn.Flatten(), nn.Linear(18, 8), nn.ReLU(), nn.Linear(8, 5))
     tokens = TensorDataset(torch.full((30, 3), 50), torch.zeros(30, dtype=torch.int64))
 
-    with pytest.raises(ModelError, match="the network fails on an example of the data: index out of range"):
+    with pytest.raises(ModelError, match="index out of range"):
         train(model, tokens)

@@ -1,4 +1,4 @@
-"""Parts of a network that the example does not reach: experts, branches, selections of no rows."""
+"""Parts of a network that the example does not reach: experts, branches, empty selections."""
 
 from collections.abc import Callable
 
@@ -52,7 +52,7 @@ def _sums(experts: nn.ModuleList, x: Tensor, chosen: Tensor, weight: Tensor) -> 
 
 
 class Mixture(nn.Module):
-    """One expert of five for each sample; two samples reach two at most."""
+    """Sends each sample to one of five experts; two samples reach at most two of them."""
 
     def __init__(self, send: Send) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_experts_that_the_example_does_not_reach_are_split_and_checked(send: Sen
 
 
 class Exits(nn.Module):
-    """Goes on only with samples that it is not sure of."""
+    """Continues only if the early exit is not confident."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Exits(nn.Module):
         return self.out(self.second(h).tanh())
 
 
-def test_a_branch_that_the_example_does_not_take_is_cut_along_what_reaches_it() -> None:
+def test_a_branch_that_the_example_does_not_take_is_cut_along_its_inputs() -> None:
     model = seeded(Exits)
     job = job_of(model, rand(4, 12))
 
@@ -111,14 +111,14 @@ class Large(nn.Module):
         return self.out(self.first(x).tanh())
 
 
-def test_what_no_detour_reaches_stays_whole_and_is_named() -> None:
+def test_parameters_that_no_detour_reaches_are_not_split_and_are_named() -> None:
     job = job_of(seeded(Large), rand(4, 12))
 
     assert [group.name for group in job.groups] == ["first"]
     assert job.found.unreached == ("second.weight", "second.bias")
 
 
-def test_a_sparse_matrix_times_hidden_units_keeps_them_apart() -> None:
+def test_a_product_with_a_sparse_matrix_does_not_join_hidden_units() -> None:
     class Sparse(nn.Module):
         def __init__(self) -> None:
             super().__init__()

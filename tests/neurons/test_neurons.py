@@ -1,4 +1,4 @@
-"""Any network: its groups are found, and identities 1, 2 and 4 hold for it."""
+"""Many networks: their neuron groups are found, a subnet is the masked full network, and cuts round-trip."""
 
 import dataclasses
 import warnings
@@ -36,7 +36,7 @@ def case_job(case: Case, **changes: Any) -> Job:
 
 
 @by_case
-def test_the_groups_are_those_that_a_person_would_name(case: Case) -> None:
+def test_the_groups_are_the_expected_ones(case: Case) -> None:
     job = case_job(case)
 
     assert not job.found.unknown
@@ -48,7 +48,7 @@ def test_the_groups_are_those_that_a_person_would_name(case: Case) -> None:
 
 @by_case
 @pytest.mark.parametrize("scale", ["none", "width"])
-def test_a_subnet_is_the_masked_whole_network(case: Case, scale: str) -> None:
+def test_a_subnet_is_the_masked_full_network(case: Case, scale: str) -> None:
     # Checks outputs and gradients in float64: the first share, the last (uneven), and one neuron of each group.
     verify_cuts(case_job(case, train__activation_scale=scale))
 
@@ -80,7 +80,7 @@ def test_subnets_written_back_untouched_change_nothing(case: Case) -> None:
 
 
 @by_case
-def test_the_network_of_a_single_worker_trains_like_the_whole_one_bit_for_bit(case: Case) -> None:
+def test_the_submodel_of_a_single_worker_trains_like_the_full_network_bit_for_bit(case: Case) -> None:
     whole = seeded(case.build).double()
     example = mapped(case.example, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
     job = job_of(whole, example, workers=1)
@@ -99,8 +99,8 @@ def test_the_network_of_a_single_worker_trains_like_the_whole_one_bit_for_bit(ca
     assert_same(dict(single.named_parameters()), dict(whole.named_parameters()))
 
 
-class Looking(nn.Module):
-    """Looks at values of its inputs, so that it can be traced only with values."""
+class ReadsValues(nn.Module):
+    """Reads values of its inputs, so it can be traced only with values."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -112,16 +112,16 @@ class Looking(nn.Module):
 
 
 @pytest.mark.parametrize("case", [CASES[name] for name in ("fused", "dense", "oddities")])
-def test_a_network_that_looks_at_values_is_traced_with_values(case: Case) -> None:
+def test_a_network_that_reads_values_is_traced_with_values(case: Case) -> None:
     model = seeded(case.build)
-    job = job_of(Looking(model), case.example)
+    job = job_of(ReadsValues(model), case.example)
 
     assert not job.found.on_meta
     assert [group.size for group in job.groups] == list(case.groups.values())
     verify_cuts(job)
 
 
-class Unknown(nn.Module):
+class UnknownOperator(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second, self.third = nn.Linear(12, 8), nn.Linear(8, 6), nn.Linear(6, 5)
@@ -130,18 +130,16 @@ class Unknown(nn.Module):
         return self.third(self.second(torch.linalg.qr(self.first(x).T).Q.T).relu())
 
 
-def test_what_reaches_an_operator_without_a_rule_is_not_split_and_a_warning_names_it() -> None:
-    with pytest.warns(
-        UserWarning, match=r"aten\.linalg_qr.* \(in the network itself \(.*test_neurons\.py:\d+\)\) has no rule"
-    ):
-        job = job_of(seeded(Unknown), rand(3, 12))
+def test_neurons_that_reach_an_operator_without_a_rule_are_not_split_and_a_warning_names_it() -> None:
+    with pytest.warns(UserWarning, match=r"aten\.linalg_qr.*test_neurons\.py:\d+"):
+        job = job_of(seeded(UnknownOperator), rand(3, 12))
 
     assert [group.name for group in job.groups] == ["second"]
     verify_cuts(job)
 
 
 class Mixing(nn.Module):
-    """What mixes along the hidden axis: nothing of it may be split."""
+    """Mixes along the hidden axis, so its first layer cannot be split."""
 
     def __init__(self, mix: Any) -> None:
         super().__init__()
@@ -168,7 +166,7 @@ class Mixing(nn.Module):
     ],
     ids=["softmax", "mean", "cumsum", "layer norm", "numbered", "sort", "normalize", "index", "constant", "pad"],
 )
-def test_what_is_mixed_is_left_whole(mix: Any) -> None:
+def test_neurons_that_an_operator_mixes_are_not_split(mix: Any) -> None:
     job = job_of(seeded(lambda: Mixing(mix)), rand(3, 12))
 
     assert [group.name for group in job.groups] == ["second"]
@@ -176,7 +174,7 @@ def test_what_is_mixed_is_left_whole(mix: Any) -> None:
 
 
 def test_a_wrong_cut_is_refused_by_the_check() -> None:
-    # The groups of a network that flips, given to it without the flip.
+    # The groups of a network that flips an axis, without the order that the flip needs.
     job = job_of(seeded(Flipped), IMAGE)
     wrong = [
         dataclasses.replace(group, slots=tuple(dataclasses.replace(s, order=None) for s in group.slots))
@@ -184,19 +182,19 @@ def test_a_wrong_cut_is_refused_by_the_check() -> None:
     ]
     assert wrong != list(job.groups)
 
-    with pytest.raises(ModelError, match="computes something else than the masked whole one"):
+    with pytest.raises(ModelError, match="masked"):
         verify_cuts(dataclasses.replace(job, groups=tuple(wrong)))
 
 
-def test_a_forgotten_attribute_is_refused_by_the_check() -> None:
+def test_a_missing_attribute_size_is_refused_by_the_check() -> None:
     job = job_of(seeded(Heads), rand(2, 5, 20))
     blind = dataclasses.replace(job, found=dataclasses.replace(job.found, sizes=()))
 
-    with pytest.raises(ModelError, match="a narrow network of this class fails"):
+    with pytest.raises(ModelError, match=r"'q'.*\[2, 5, 6, 4\].*partition\.sizes.*partition\.exclude"):
         verify_cuts(blind)
 
 
-class Stubborn(Heads):
+class FixedWidth(Heads):
     """Its forward compares a shape with a number that no attribute gives."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -204,29 +202,29 @@ class Stubborn(Heads):
         return super().forward(x)
 
 
-class Mostly(nn.Module):
+class PartlySplittable(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.feed, self.back, self.attention = nn.Linear(20, 11), nn.Linear(11, 20), Stubborn()
+        self.feed, self.back, self.attention = nn.Linear(20, 11), nn.Linear(11, 20), FixedWidth()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attention(self.back(self.feed(x).relu()))
 
 
-def test_what_a_narrow_network_cannot_do_without_is_left_whole_and_named() -> None:
-    with pytest.warns(UserWarning, match=r"'attention.*' is not split: .*width of 24 \(test_neurons.py, line \d+"):
-        job = job_of(seeded(Mostly), rand(2, 5, 20))
+def test_a_group_that_makes_submodels_fail_is_not_split_and_a_warning_names_it() -> None:
+    with pytest.warns(UserWarning, match=r"'attention.*width of 24 \(test_neurons.py, line \d+.*partition\.exclude"):
+        job = job_of(seeded(PartlySplittable), rand(2, 5, 20))
 
     assert "feed" in [group.name for group in job.groups]
     assert not any(group.name.startswith("attention") for group in job.groups)
     verify_cuts(job)
 
 
-def test_a_network_of_which_nothing_can_be_split_is_refused() -> None:
+def test_a_network_without_a_splittable_group_is_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(ModelError, match="a narrow network of this class fails"):
-            job_of(seeded(Stubborn), rand(2, 5, 20))
+        with pytest.raises(ModelError, match=r"width of 24 \(test_neurons.py, line \d+.*docs/groups\.md"):
+            job_of(seeded(FixedWidth), rand(2, 5, 20))
 
 
 def test_a_cut_of_chosen_neurons_can_be_checked() -> None:

@@ -1,4 +1,4 @@
-"""Attention and recurrence as users write them: their heads and units are split, whatever a forward computes."""
+"""Attention and recurrence as users write them: their heads and units are split, however the code computes sizes."""
 
 # ruff: noqa: N806 (the letters that these programs give to sizes)
 
@@ -22,7 +22,7 @@ from tests.neurons.networks import Case, rand
 from tests.neurons.positions import POSITIONS
 from tests.neurons.recurrences import RECURRENCES, SERIES, WithState
 from tests.neurons.spellings import GPT, SPELLINGS, STATES, TOKENS, Inside, ViTAttention
-from tests.neurons.test_neurons import Looking, job_of
+from tests.neurons.test_neurons import ReadsValues, job_of
 
 CASES: dict[str, Case] = SPELLINGS | RECURRENCES | POSITIONS
 
@@ -33,18 +33,18 @@ def test_networks_as_users_write_them_are_split(case: Case) -> None:
 
     assert not job.found.unknown
     assert {group.name: group.size for group in job.groups} == case.groups
-    verify_cuts(job)  # outputs and gradients are those of the masked whole network, in float64
+    verify_cuts(job)  # outputs and gradients are those of the masked full network, in float64
 
 
-def narrow_with_values(job: Job, worker: int = 0) -> nn.Module:
-    narrow = job.narrow(job.neurons(0)[worker], torch.device("cpu"))
+def submodel_with_values(job: Job, worker: int = 0) -> nn.Module:
+    submodel = job.narrow(job.neurons(0)[worker], torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
-    bind(narrow, {n: torch.randn(t.shape, generator=generator) / 9 for n, t in named_tensors(narrow).items()})
-    return narrow
+    bind(submodel, {n: torch.randn(t.shape, generator=generator) / 9 for n, t in named_tensors(submodel).items()})
+    return submodel
 
 
 class ByHand(ViTAttention):
-    """What a narrow `ViTAttention` of 2 heads must compute."""
+    """The computation that a `ViTAttention` with 2 heads must make."""
 
     def forward(self, x: Tensor) -> Tensor:
         B, N, _ = x.shape
@@ -53,48 +53,48 @@ class ByHand(ViTAttention):
         return self.proj(y.transpose(1, 2).reshape(B, N, 16))
 
 
-def test_a_narrow_module_computes_bit_for_bit_what_one_written_for_its_size_does() -> None:
+def test_a_submodel_computes_bit_for_bit_what_a_module_written_for_its_size_does() -> None:
     job = job_of(seeded(lambda: Inside(ViTAttention())), STATES)
-    narrow = narrow_with_values(job)
-    by_hand = copy.deepcopy(narrow)
+    submodel = submodel_with_values(job)
+    by_hand = copy.deepcopy(submodel)
     by_hand.block.attn.__class__ = ByHand
-    batch = rand(5, 9, 32)  # neither the samples nor the positions of the example
+    batch = rand(5, 9, 32)  # a different number of samples and of positions than in the example
 
     for precision in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             outputs = []
-            for module in (narrow, by_hand):
+            for module in (submodel, by_hand):
                 torch.manual_seed(0)  # dropout
                 outputs.append(module.train()(batch))
         for output in outputs:
             output.square().mean().backward()
 
         assert torch.equal(*outputs)
-        for one, other in zip(narrow.parameters(), by_hand.parameters(), strict=True):
+        for one, other in zip(submodel.parameters(), by_hand.parameters(), strict=True):
             assert torch.equal(one.grad, other.grad)
 
 
-def test_only_modules_that_need_it_make_calls_with_other_sizes() -> None:
+def test_sizes_of_calls_are_replaced_only_in_modules_that_need_it() -> None:
     plain = job_of(seeded(SPELLINGS["own width"].build), STATES)
     resized = job_of(seeded(SPELLINGS["DINO"].build), STATES)
 
     assert not plain.found.resized
-    assert type(narrow_with_values(plain).block.attn) is type(plain.template.block.attn)
+    assert type(submodel_with_values(plain).block.attn) is type(plain.template.block.attn)
     assert list(resized.found.resized) == ["block.attn"]
-    assert narrow_with_values(resized).block.attn.num_heads == 4  # computes as if it were whole
+    assert submodel_with_values(resized).block.attn.num_heads == 4  # the value of the full network
 
 
 @pytest.mark.parametrize("name", ["vit-pytorch", "fused pattern", "layers of einops", "perceiver", "configured"])
-def test_axes_of_einops_and_settings_are_narrowed_where_they_are_held(name: str) -> None:
+def test_axes_of_einops_and_settings_objects_are_changed_as_attributes(name: str) -> None:
     job = job_of(seeded(SPELLINGS[name].build), SPELLINGS[name].example)
 
     assert not job.found.resized
 
 
 def test_an_lstm_that_is_traced_with_values_is_split() -> None:
-    # On the CPU torch runs one operator for all of it, unless that is switched off.
+    # On the CPU torch runs the whole LSTM as one operator, unless oneDNN is switched off.
     one_dnn = torch.backends.mkldnn.enabled
-    job = job_of(Looking(seeded(lambda: WithState(nn.LSTM))), SERIES)
+    job = job_of(ReadsValues(seeded(lambda: WithState(nn.LSTM))), SERIES)
 
     assert not job.found.on_meta
     assert [group.size for group in job.groups] == [7]
@@ -103,7 +103,7 @@ def test_an_lstm_that_is_traced_with_values_is_split() -> None:
 
 
 class Numbered(nn.Module):
-    """Numbers its hidden units: with fewer of them the numbers would be others."""
+    """Multiplies each hidden unit by its index, which would be another one in a submodel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,14 +113,14 @@ class Numbered(nn.Module):
         return self.down(self.middle(self.up(x) * torch.arange(self.width)).relu())
 
 
-def test_units_that_are_numbered_stay_whole() -> None:
+def test_units_that_are_numbered_are_not_split() -> None:
     job = job_of(seeded(Numbered), SERIES)
 
     assert [group.name for group in job.groups] == ["middle"]
     verify_cuts(job)
 
 
-def test_what_is_known_of_calls_reaches_other_processes() -> None:
+def test_the_sizes_of_calls_survive_pickling_for_other_processes() -> None:
     job = job_of(seeded(lambda: Inside(ViTAttention())), STATES)
     sent = pickle.loads(pickle.dumps(job.found))
 
@@ -141,15 +141,15 @@ class Branching(ViTAttention):
 
 
 def test_code_that_the_example_did_not_reach_is_an_error_in_training() -> None:
-    narrow = narrow_with_values(job_of(seeded(lambda: Inside(Branching())), STATES))
+    submodel = submodel_with_values(job_of(seeded(lambda: Inside(Branching())), STATES))
 
-    narrow.train()(rand(3, 6, 32))
-    with pytest.raises(ModelError, match=r"test_spellings\.py:\d+, which the example did not reach"):
-        narrow(rand(4, 6, 32))
+    submodel.train()(rand(3, 6, 32))
+    with pytest.raises(ModelError, match=r"test_spellings\.py:\d+.*partition\.exclude"):
+        submodel(rand(4, 6, 32))
 
 
 class Repeating(nn.Module):
-    """Runs one line as often as there are positions, each time with other heads."""
+    """Runs one line once per position, each time with another number of heads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -166,11 +166,11 @@ class Repeating(nn.Module):
 
 
 def test_more_visits_of_a_line_than_on_the_example_are_an_error() -> None:
-    narrow = narrow_with_values(job_of(seeded(lambda: Inside(Repeating())), STATES))
+    submodel = submodel_with_values(job_of(seeded(lambda: Inside(Repeating())), STATES))
 
-    narrow.train()(STATES)
-    with pytest.raises(ModelError, match=r"spellings\.py:\d+ 7 times, where the whole one did 6 times"):
-        narrow(rand(2, 7, 32))
+    submodel.train()(STATES)
+    with pytest.raises(ModelError, match=r"spellings\.py:\d+ .*\b7\b.*\b6\b.*partition\.exclude"):
+        submodel(rand(2, 7, 32))
 
 
 class Comparing(ViTAttention):
@@ -180,8 +180,10 @@ class Comparing(ViTAttention):
         return super().forward(x)
 
 
-def test_attention_that_compares_a_width_with_a_number_stays_whole_and_the_line_is_named() -> None:
-    with pytest.warns(UserWarning, match=r"'block.attn' is not split: .*width of 96 \(test_spellings.py, line \d+"):
+def test_attention_that_compares_a_width_with_a_number_is_not_split_and_the_line_is_named() -> None:
+    with pytest.warns(
+        UserWarning, match=r"'block.attn'.*width of 96 \(test_spellings.py, line \d+.*partition\.exclude"
+    ):
         job = job_of(seeded(lambda: Inside(Comparing())), STATES)
 
     assert [group.name for group in job.groups] == ["block.mlp"]
@@ -189,7 +191,7 @@ def test_attention_that_compares_a_width_with_a_number_stays_whole_and_the_line_
 
 
 class Chosen(nn.Module):
-    """How many of its first four units a worker holds depends on which units it holds."""
+    """The number of its first four units that a worker holds depends on the assignment."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -200,7 +202,7 @@ class Chosen(nn.Module):
         return self.last(torch.cat([h[:, : self.few].relu(), h[:, self.few :].tanh()], dim=1))
 
 
-def test_a_number_that_depends_on_which_units_are_held_is_set_anew_for_others() -> None:
+def test_a_size_that_depends_on_which_units_are_held_is_set_for_each_assignment() -> None:
     job = job_of(seeded(Chosen), rand(2, 12))
 
     looks = {job.looks(0, number) for number in range(20)}

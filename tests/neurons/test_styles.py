@@ -1,4 +1,4 @@
-"""Any style of network: its subnets are the masked whole network."""
+"""Networks in many styles: their subnets are the masked full network."""
 
 import pytest
 

@@ -1,1 +1,1 @@
-"""What each operator does to labels of neurons."""
+"""Rules: what each operator does to the labels of neurons."""

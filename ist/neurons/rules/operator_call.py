@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ist.neurons.rules.joins import Scene, Value, mix
+from ist.neurons.rules.joins import TraceState, Value, mix
 from ist.neurons.rules.parameter_views import ParameterView
 from ist.neurons.tracing.labels import FREE, FROZEN, Activation, Shape
 from ist.neurons.tracing.tape import storages
@@ -19,8 +19,8 @@ class Call(NamedTuple):
 
     Attributes:
         operator: For instance `torch.ops.aten.addmm.default`.
-        args: Arguments by name; tensors are replaced by their values (labels), lists of tensors by lists of them.
-        raw: The same arguments with the tensors themselves.
+        args: Arguments by name; tensors are replaced by their labels, lists of tensors by lists of labels.
+        raw: The same arguments with the original tensors.
         results: The tensors that it returned.
     """
 
@@ -31,13 +31,13 @@ class Call(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The operator without namespace and overload; in-place variants have the name of the others."""
+        """The name of the operator without namespace and overload, and without the `_` of an in-place variant."""
         name = str(self.operator.overloadpacket.__name__)
         return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
     @property
     def values(self) -> list[Value]:
-        """The tensor arguments, in order."""
+        """The labels of the tensor arguments, in order."""
         flat = [item for value in self.args.values() for item in (value if isinstance(value, list) else [value])]
         return [item for item in flat if isinstance(item, Activation | ParameterView)]
 
@@ -46,7 +46,7 @@ class Call(NamedTuple):
         return tuple(self.results[number].shape)
 
     def dims(self, value: Value) -> set[int]:
-        """The dims that argument `dim` names, counted from 0; all of them if it is not given."""
+        """The dims that argument `dim` names, counted from 0; all dims if it is not passed."""
         dim = self.args.get("dim")
         ndim = max(1, len(value.shape))
         if dim is None or dim == []:
@@ -54,26 +54,26 @@ class Call(NamedTuple):
         return {d % ndim for d in ([dim] if isinstance(dim, int) else dim)}
 
 
-Rule = Callable[[Scene, Call], Sequence[Value]]
+Rule = Callable[[TraceState, Call], Sequence[Value]]
 
 
-def free(scene: Scene, call: Call) -> Sequence[Value]:
-    """Results that are constants of any width, or of the widths that attributes give."""
-    sized = [scene.sized[memory] for memory in storages(call.results) if memory in scene.sized]
+def free(state: TraceState, call: Call) -> Sequence[Value]:
+    """Results that are constants of any width, or of widths that come from attributes."""
+    sized = [state.sized[memory] for memory in storages(call.results) if memory in state.sized]
     if sized and len(call.results) == 1:
-        return [scene.atoms.constant(call.shape(), sized[0])]
-    return [scene.labels.constant(tuple(result.shape), FREE) for result in call.results]
+        return [state.positions.constant(call.shape(), sized[0])]
+    return [state.labels.constant(tuple(result.shape), FREE) for result in call.results]
 
 
-def frozen(scene: Scene, call: Call) -> Sequence[Value]:
-    """Results that nobody may be without any part of."""
-    return [scene.labels.constant(tuple(result.shape), FROZEN) for result in call.results]
+def frozen(state: TraceState, call: Call) -> Sequence[Value]:
+    """Results that every worker holds in full."""
+    return [state.labels.constant(tuple(result.shape), FROZEN) for result in call.results]
 
 
-def resized(scene: Scene, call: Call, dims: set[int]) -> Sequence[Value]:
-    """Mix along some dims, whose size then is that of the results."""
-    mixed = scene.activation(mix(scene, call.values[0], dims))
+def resized(state: TraceState, call: Call, dims: set[int]) -> Sequence[Value]:
+    """Mix along some dims, whose size may change."""
+    mixed = state.activation(mix(state, call.values[0], dims))
     core = mixed.core
     for dim in dims:
         core = core.narrow(dim, 0, 1)
-    return [scene.labels.activation(core.expand(result.shape), mixed.depth) for result in call.results]
+    return [state.labels.activation(core.expand(result.shape), mixed.depth) for result in call.results]

@@ -1,10 +1,11 @@
-"""What each operator does to labels.
+"""The table of rules: what each operator does to labels.
 
-A rule takes the scene and the call (operator, arguments by name, results) and returns the labels of each
-result. Operators that only move data are run on the labels themselves. An operator without a rule makes
-everything that reaches it unpartitionable, and is reported by name.
+A rule takes the state of the trace and the call (operator, arguments by name, results) and returns the labels of each
+result. Operators that only move data run on the labels themselves. Neurons that reach an operator without a rule
+are not split, and the operator is reported by name.
 
 Where it sits: `ist/neurons/trace.py` calls `labels_of_results` for every operator that the network runs.
+Not here: the rules for layers (`layers.py`), indexing (`indexing.py`) and functions of weights (`weight_functions.py`).
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ist.neurons.rules.indexing import copy, gather, index, index_put, looked_up, scatter
-from ist.neurons.rules.joins import Scene, Value, elementwise, mix
+from ist.neurons.rules.joins import TraceState, Value, elementwise, mix
 from ist.neurons.rules.layers import (  # fmt: skip
     batch_norm,
     convolution,
@@ -77,42 +78,42 @@ _BATCH_NORMS = """
 """
 
 
-def labels_of_results(scene: Scene, call: Call) -> Sequence[Value] | None:
-    """Return the labels of an operator's results, or None if there is no rule for it."""
+def labels_of_results(state: TraceState, call: Call) -> Sequence[Value] | None:
+    """Return the labels of an operator's results; None if there is no rule for it."""
     rule = RULES.get(call.name)
     if rule is None and _is_pointwise(call):
         rule = _elementwise
-    return None if rule is None else rule(scene, call)
+    return None if rule is None else rule(state, call)
 
 
 def _is_pointwise(call: Call) -> bool:
-    """Whether torch says so of the operator, or of its variant that does not write in place."""
+    """Whether torch tags the operator, or its out-of-place variant, as pointwise."""
     plain = getattr(getattr(torch.ops.aten, call.name, None), call.operator._overloadname, None)
     return any(torch.Tag.pointwise in found.tags for found in (call.operator, plain) if found is not None)
 
 
-def _elementwise(scene: Scene, call: Call) -> Sequence[Value]:
+def _elementwise(state: TraceState, call: Call) -> Sequence[Value]:
     if not call.values:
-        return free(scene, call)
-    weights = of_weights(scene, call)
+        return free(state, call)
+    weights = of_weights(state, call)
     if weights is not None:
         return [weights]
-    return [elementwise(scene, call.values, call.shape(), is_sum=call.name in ("add", "sub", "addcmul"))]
+    return [elementwise(state, call.values, call.shape(), is_sum=call.name in ("add", "sub", "addcmul"))]
 
 
-def _same(scene: Scene, call: Call) -> Sequence[Value]:  # noqa: ARG001 (every rule is called alike)
+def _same(state: TraceState, call: Call) -> Sequence[Value]:  # noqa: ARG001 (every rule is called alike)
     return [call.values[0]] * len(call.results)
 
 
-def _restrided(scene: Scene, call: Call) -> Sequence[Value]:
-    """Other strides in place: the same elements if the shape is the same, and anything if not."""
+def _restrided(state: TraceState, call: Call) -> Sequence[Value]:
+    """`as_strided`: the same elements if it changes strides in place and keeps the shape; otherwise unknown."""
     if call.values[0].shape == call.shape() and call.operator._schema.is_mutable:
         return [call.values[0]]
-    scene.labels.freeze(scene.activation(call.values[0]).core)
-    return frozen(scene, call)
+    state.labels.freeze(state.activation(call.values[0]).core)
+    return frozen(state, call)
 
 
-def _move(scene: Scene, call: Call) -> Sequence[Value]:
+def _move(state: TraceState, call: Call) -> Sequence[Value]:
     """Run the operator on the labels; a single parameter stays a view of it."""
     values = call.values
     if len(values) == 1 and isinstance(values[0], ParameterView):
@@ -125,20 +126,20 @@ def _move(scene: Scene, call: Call) -> Sequence[Value]:
             )
             for k, result in enumerate(call.results)
         ]
-    found = [scene.activation(value) for value in values]
+    found = [state.activation(value) for value in values]
     depth = max(value.depth for value in found)
-    if call.name == "expand" and torch.Size(found[0].shape).numel() == 1 and scene.labels.is_frozen(found[0]):
-        return free(scene, call)  # one number, repeated: it fits any width
-    made = [scene.labels.activation(labels, depth) for labels in _run(call, [value.full for value in found])]
+    if call.name == "expand" and torch.Size(found[0].shape).numel() == 1 and state.labels.is_frozen(found[0]):
+        return free(state, call)  # one repeated number adapts to any width
+    made = [state.labels.activation(labels, depth) for labels in _run(call, [value.full for value in found])]
     if call.name in ("cat", "stack") and found[0].shape:
-        made = [scene.labels.filled(made[0], [call.args["dim"] % len(made[0].shape)])]
+        made = [state.labels.filled(made[0], [call.args["dim"] % len(made[0].shape)])]
     if call.name == "cat" and found[0].shape:
-        # A class token before patches: pieces that vary along other dims only are parts of the same neurons.
+        # A class token before patches: pieces that vary only along other dims belong to the same neurons.
         dim = call.args["dim"] % len(made[0].shape)
         if len(made[0].varying) > 1 and not any(dim in value.varying for value in found):
-            made = [scene.labels.join_along(made[0], {dim})]
+            made = [state.labels.join_along(made[0], {dim})]
     if call.name in _SPLITTING:
-        scene.forms.extend(value for value in made if len(value.varying) > max(1, *(len(v.varying) for v in found)))
+        state.forms.extend(value for value in made if len(value.varying) > max(1, *(len(v.varying) for v in found)))
     return made
 
 
@@ -152,74 +153,74 @@ def _run(call: Call, tensors: list[Tensor]) -> list[Tensor]:
 
     arguments = {name: replaced(value) for name, value in call.args.items()}
     if "size" in arguments and call.name in _VIEWS:
-        # Labels are expanded where they do not vary, and may have no view of the wanted shape.
+        # Labels are expanded where they do not vary, so a view of the requested shape may not exist.
         return [arguments["self"].reshape(arguments["size"])]
     made = call.operator(**arguments)
     return [made] if isinstance(made, Tensor) else list(made)
 
 
-def _reduction(scene: Scene, call: Call) -> Sequence[Value]:
+def _reduction(state: TraceState, call: Call) -> Sequence[Value]:
     value = call.values[0]
     dims = call.dims(value)
     if isinstance(value, ParameterView):
-        weights = reduced(scene, value, dims, bool(call.args.get("keepdim")), call.name)
-        return [weights] * len(call.results) if weights is not None else frozen(scene, call)
-    mixed = scene.activation(mix(scene, value, dims))
+        weights = reduced(state, value, dims, bool(call.args.get("keepdim")), call.name)
+        return [weights] * len(call.results) if weights is not None else frozen(state, call)
+    mixed = state.activation(mix(state, value, dims))
     core = mixed.core
     for dim in sorted(dims, reverse=True):
         core = core.narrow(dim, 0, 1) if call.args.get("keepdim") else core.select(dim, 0)
-    return [scene.labels.activation(core.expand(result.shape), mixed.depth) for result in call.results]
+    return [state.labels.activation(core.expand(result.shape), mixed.depth) for result in call.results]
 
 
-def _along(scene: Scene, call: Call) -> Sequence[Value]:
-    mixed = mix(scene, call.values[0], call.dims(call.values[0]))
+def _along(state: TraceState, call: Call) -> Sequence[Value]:
+    mixed = mix(state, call.values[0], call.dims(call.values[0]))
     return [mixed] * len(call.results)
 
 
-def _matrix_positions(scene: Scene, call: Call) -> Sequence[Value]:
+def _matrix_positions(state: TraceState, call: Call) -> Sequence[Value]:
     ndim = len(call.values[0].shape)
-    return [mix(scene, call.values[0], {ndim - 2, ndim - 1})]
+    return [mix(state, call.values[0], {ndim - 2, ndim - 1})]
 
 
-def _topk(scene: Scene, call: Call) -> Sequence[Value]:
-    return resized(scene, call, {call.args["dim"] % len(call.values[0].shape)})
+def _topk(state: TraceState, call: Call) -> Sequence[Value]:
+    return resized(state, call, {call.args["dim"] % len(call.values[0].shape)})
 
 
-def _last(scene: Scene, call: Call) -> Sequence[Value]:
-    """What mixes along the last dim."""
-    return [mix(scene, call.values[0], {len(call.values[0].shape) - 1})]
+def _last(state: TraceState, call: Call) -> Sequence[Value]:
+    """Operators that mix along the last dim."""
+    return [mix(state, call.values[0], {len(call.values[0].shape) - 1})]
 
 
-def _transformed(scene: Scene, call: Call) -> Sequence[Value]:
+def _transformed(state: TraceState, call: Call) -> Sequence[Value]:
     """A Fourier transform along some dims."""
-    return resized(scene, call, call.dims(call.values[0]))
+    return resized(state, call, call.dims(call.values[0]))
 
 
-def _gated(scene: Scene, call: Call) -> Sequence[Value]:
+def _gated(state: TraceState, call: Call) -> Sequence[Value]:
     """One half of a tensor, times a function of the other."""
-    value = scene.activation(call.values[0])
+    value = state.activation(call.values[0])
     halves = value.full.chunk(2, dim=call.args["dim"])
-    return [elementwise(scene, [scene.labels.activation(half, value.depth) for half in halves], call.shape())]
+    return [elementwise(state, [state.labels.activation(half, value.depth) for half in halves], call.shape())]
 
 
-def _packed(scene: Scene, call: Call) -> Sequence[Value]:
-    """The steps of all sequences, sorted by step; and how many there are of each."""
-    value = scene.activation(mix(scene, call.values[0], {0, 1}))
-    data = scene.labels.activation(value.full[0, 0].expand(call.shape()), value.depth)
-    return [data, *[scene.labels.constant(tuple(result.shape), FROZEN) for result in call.results[1:]]]
+def _packed(state: TraceState, call: Call) -> Sequence[Value]:
+    """A packed batch: the steps of all sequences, sorted by step, and the number of sequences at each step."""
+    value = state.activation(mix(state, call.values[0], {0, 1}))
+    data = state.labels.activation(value.full[0, 0].expand(call.shape()), value.depth)
+    return [data, *[state.labels.constant(tuple(result.shape), FROZEN) for result in call.results[1:]]]
 
 
-def _chosen(scene: Scene, call: Call) -> Sequence[Value]:
-    """Numbers of positions of the last dim, drawn by chance."""
-    return resized(scene, call, {len(call.values[0].shape) - 1})
+def _chosen(state: TraceState, call: Call) -> Sequence[Value]:
+    """Indices into the last dim, drawn at random."""
+    return resized(state, call, {len(call.values[0].shape) - 1})
 
 
-def _complex(scene: Scene, call: Call) -> Sequence[Value]:
-    value = scene.activation(call.values[0])
+def _complex(state: TraceState, call: Call) -> Sequence[Value]:
+    value = state.activation(call.values[0])
     if call.name == "view_as_real":
-        return [scene.labels.activation(value.full.unsqueeze(-1).expand(call.shape()), value.depth)]
-    joined = scene.labels.join_along(value, {len(value.shape) - 1})
-    return [scene.labels.activation(joined.full.select(-1, 0), value.depth)]
+        return [state.labels.activation(value.full.unsqueeze(-1).expand(call.shape()), value.depth)]
+    joined = state.labels.join_along(value, {len(value.shape) - 1})
+    return [state.labels.activation(joined.full.select(-1, 0), value.depth)]
 
 
 def _table() -> dict[str, Rule]:

@@ -1,11 +1,11 @@
-"""Where the labels of activations meet the positions of parameters and buffers.
+"""Join the labels of activations with the positions of parameters and buffers.
 
-A parameter is followed through transposes, slices and reshapes as a *view*: for each of its dims, a
-tensor that tells at which position of that dim each element of the view lies. When an operator joins the
-view with labelled activations, the labels reach the positions: every (tensor, dim, position) has a
-label of its own, its *atom*.
+A parameter is followed through transposes, slices and reshapes as a *view*. For each dim of the parameter, the
+view has a *plane*: a tensor with the position in that dim of each element of the view. Every (tensor, dim,
+position) has its own label. When an operator combines the view with activations, their labels are joined with the
+labels of the positions.
 
-Where it sits: `ist/neurons/rules/joins.py` calls `use`; `ist/neurons/find.py` reads the atoms.
+Where it sits: `ist/neurons/rules/joins.py` calls `use`; `ist/neurons/find.py` reads the labels of positions.
 """
 
 from collections import Counter, defaultdict
@@ -20,16 +20,16 @@ from ist.neurons.tracing.labels import FREE, FROZEN, Activation, Labels, Shape
 
 
 class ParameterView(NamedTuple):
-    """Elements of one parameter or buffer.
+    """A view of some elements of a parameter or buffer, or of an elementwise function of parameters.
 
     Attributes:
         name: The tensor.
-        planes: For each dim of it that is still known, the positions of the view's elements: int64, of the
+        planes: For each dim of the tensor that is still known, the positions of the view's elements: int64, of the
             view's shape, expanded (stride 0) where they do not vary.
         shape: The view's shape.
-        zero: Whether it is zero where the parameters that it is made of have certain values.
-        linear: Whether it doubles when they double.
-        zeros: These values where they are not zero, by parameter: the root of `softplus` is far below zero.
+        zero: Whether certain values of the parameters make the view zero.
+        linear: Whether the view doubles when the parameters double.
+        zeros: The values that make it zero, by parameter, where they are not 0: `softplus` vanishes far below zero.
     """
 
     name: str
@@ -46,12 +46,12 @@ class ParameterView(NamedTuple):
 
     @property
     def extents(self) -> set[int]:
-        """Axes along which the view holds different elements."""
+        """The axes along which the view has different elements."""
         return {axis for dim in self.planes for axis in self.axes(dim)}
 
 
 def is_repeated(view: ParameterView) -> bool:
-    """Return whether a view holds an element several times, as a learned query that is spread over a batch."""
+    """Return whether a view contains an element several times, as when a learned query is expanded over a batch."""
     number, known = torch.zeros((), dtype=torch.int64), 1
     for plane in view.planes.values():
         number = number + plane * known
@@ -61,18 +61,18 @@ def is_repeated(view: ParameterView) -> bool:
 
 
 _MADE = "made of several: "
-"""Begins the names of what is made of several parameters."""
+"""The prefix of names of views that are made of several parameters."""
 
 
 class _Table(NamedTuple):
-    """Labels of a parameter that depend on several dims at once; settled when all is known."""
+    """Labels of a parameter that depend on several dims at once; `settle` resolves them after the trace."""
 
     name: str
     dims: tuple[int, ...]
     labels: Tensor
 
 
-class Atoms:
+class PositionLabels:
     """A label for every position of every dim of every parameter and buffer."""
 
     def __init__(self, labels: Labels) -> None:
@@ -82,9 +82,11 @@ class Atoms:
         self.outgoing: set[tuple[str, int]] = set()
         self.incoming: set[tuple[str, int]] = set()
         self.masked_by: dict[str, float] = {}  # for a parameter, the value that masks a neuron
-        self.members: dict[str, dict[int, list[tuple[str, int]]]] = {}  # of what is made of several parameters
-        self.uses: Counter[str] = Counter()  # how many times something was summed over with a parameter
-        self._sized: dict[str, set[int]] = {}  # of constants, the dims whose size an attribute gives
+        self.members: dict[
+            str, dict[int, list[tuple[str, int]]]
+        ] = {}  # for combined views, their (tensor, dim) by axis
+        self.uses: Counter[str] = Counter()  # for a parameter, how many weighted sums use it
+        self._sized: dict[str, set[int]] = {}  # for a constant, the dims whose size comes from an attribute
         self._tables: list[_Table] = []
 
     def view(self, name: str, shape: Shape) -> ParameterView:
@@ -98,7 +100,7 @@ class Atoms:
         return ParameterView(name, planes, shape, is_parameter, is_parameter)
 
     def combined(self, views: Sequence[ParameterView], shape: Shape) -> ParameterView:
-        """Return what is computed element by element from several views, of which each position is cut alike.
+        """Return the view of an elementwise function of several views: their positions are cut together.
 
         Args:
             views: Views that broadcast to `shape`.
@@ -121,24 +123,24 @@ class Atoms:
                     (axis,) = axes
                     self.labels.join(self.of[view.name, dim][_at(plane, axes).reshape(-1)], self.of[name, axis])
                     self.members[name][axis].append((view.name, dim))
-                elif axes:  # several axes that were one dim: which of them is cut is not known
+                elif axes:  # several axes come from one dim, and it is unknown along which of them it is cut
                     self.freeze(view, [dim])
                     self.freeze(made, axes)
         return made
 
     def constant(self, shape: Shape, dims: set[int]) -> ParameterView:
-        """Return a constant that a forward makes, such as zeros, whose size along some dims an attribute gives."""
+        """Return a constant that a forward makes (zeros, say), whose size along some dims comes from an attribute."""
         name = f"{_MADE}{len(self.members)}"
         self.members[name] = defaultdict(list)
         self._sized[name] = dims
         return self.view(name, shape)._replace(zero=False, linear=False)
 
     def is_constant(self, view: ParameterView) -> bool:
-        """Return whether no tensor of the network is part of a view."""
+        """Return whether a view contains no tensor of the network."""
         return not any(self.real(view.name, dim) for dim in view.planes)
 
     def real(self, name: str, dim: int) -> set[tuple[str, int]]:
-        """Return the dims of the network's own tensors that a dim of a view is made of."""
+        """Return the (tensor, dim) of the network's own tensors from which a dim of a view is made."""
         if name not in self.members:
             return {(name, dim)}
         return {found for member in self.members[name][dim] for found in self.real(*member)}
@@ -149,22 +151,22 @@ class Atoms:
         return [(name, dim) for name, dim in self.of if name not in self.members]
 
     def freeze(self, view: ParameterView, dims: Iterable[int] | None = None) -> None:
-        """Let every worker hold all positions of the given dims (default: all dims)."""
+        """Make every worker hold all positions of the given dims (default: all dims)."""
         for dim in view.planes if dims is None else dims:
             self.labels.freeze(self.of[view.name, dim])
 
     def freeze_along(self, view: ParameterView, axes: Iterable[int]) -> None:
-        """Freeze the dims that vary along some axes of the view: something mixes along them."""
+        """Freeze the dims that vary along some axes of the view, because an operator mixes along these axes."""
         self.freeze(view, [dim for dim in view.planes if view.axes(dim) & set(axes)])
 
     def use(self, view: ParameterView, labels: Tensor, axes: Iterable[int], outgoing: bool = False) -> None:
         """Join the positions of a view with the labels of activations.
 
         Args:
-            view: What is used.
+            view: The view of a parameter.
             labels: Labels that broadcast to the view's shape.
-            axes: The view's axes that this is about; dims that vary only along others are not concerned.
-            outgoing: Whether the labels are summed over, weighted by the parameter: then zeros there mask a neuron.
+            axes: The axes of the view to which the labels apply; dims that vary only along other axes are unchanged.
+            outgoing: Whether the operator sums over the labels, weighted by the parameter: zeros then mask a neuron.
         """
         wanted, core = set(axes), self.labels.roots(labels)
         varying = {axis for axis, size in enumerate(core.shape) if size > 1}
@@ -196,10 +198,10 @@ class Atoms:
             self._tabulate(view, tuple(held), core, varying)
 
     def as_activation(self, view: ParameterView) -> Activation:
-        """Return the labels of a parameter that is used like an activation: those of its last axis; others stay whole.
+        """Return the labels of a parameter that is used like an activation: it can be split along its last axis only.
 
-        A buffer of several dims is data, and stays whole. Of a constant it is the last axis whose size an attribute
-        gives.
+        A buffer with several dims is data and is not split. A constant can be split along its last axis whose size
+        comes from an attribute.
         """
         sized = self._sized.get(view.name, set())
         axes = sorted(axis for dim in view.planes for axis in view.axes(dim) if dim in sized) or sorted(view.extents)
@@ -212,12 +214,12 @@ class Atoms:
         return self.labels.activation(self.of[view.name, along[0]][plane].expand(view.shape))
 
     def names(self, view: ParameterView) -> set[str]:
-        """Return the parameters that a view is made of."""
+        """Return the parameters from which a view is made."""
         names = {name for dim in view.planes for name, _ in self.real(view.name, dim)}
         return names - self.buffers
 
     def _can_mask(self, view: ParameterView) -> bool:
-        """Whether some values of its parameters mask a neuron, the same wherever they are used; note them."""
+        """Whether the same values of its parameters mask a neuron wherever they are used; records these values."""
         wanted = {name: dict(view.zeros).get(name, 0.0) for name in self.names(view)}
         if not view.zero or any(self.masked_by.get(name, value) != value for name, value in wanted.items()):
             return False
@@ -248,10 +250,10 @@ class Atoms:
                 value = self.labels.join_along(value, sorted(value.varying)[1:])
             for axis, dim in enumerate(table.dims):
                 core = value.core if axis in value.varying else torch.full([1], FROZEN)
-                atoms = self.of[table.name, dim]
-                before = self.labels.roots(atoms)
-                self.labels.join(atoms, core.reshape(-1))
-                changed = changed or not torch.equal(before, self.labels.roots(atoms))
+                own = self.of[table.name, dim]
+                before = self.labels.roots(own)
+                self.labels.join(own, core.reshape(-1))
+                changed = changed or not torch.equal(before, self.labels.roots(own))
         return changed
 
     def _tabulate(self, view: ParameterView, dims: tuple[int, ...], core: Tensor, axes: set[int]) -> None:
@@ -262,12 +264,12 @@ class Atoms:
         *indices, labels = [tensor.expand(shape).reshape(-1) for tensor in spread]
         table = torch.full(sizes, FREE)
         table[tuple(indices)] = labels
-        self.labels.join(table[tuple(indices)], labels)  # where several labels fell on one element
+        self.labels.join(table[tuple(indices)], labels)  # joins labels that fall on the same element
         self._tables.append(_Table(view.name, dims, table))
 
 
 def _at(plane: Tensor, axes: set[int]) -> Tensor:
-    """The plane at position 0 of every axis but the given ones."""
+    """Return the plane at position 0 of every axis that is not in `axes`."""
     for axis in range(plane.ndim):
         if axis not in axes:
             plane = plane.narrow(axis, 0, min(1, plane.shape[axis]))

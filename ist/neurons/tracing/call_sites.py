@@ -1,11 +1,11 @@
-"""Calls of torch functions, named by the place in the code that makes them.
+"""Calls of torch functions, identified by the place in the code that makes them.
 
-A forward may compute a size from a shape, as in `y.view(B, T, C)` with `B, T, C = x.size()`. No attribute can
-make such a number narrow, but the call can be recognised when it is made again: by the chain of code positions
-from the module's forward to the call. A narrow network then makes exactly that call with another number.
+A forward may compute a size from a shape, as in `y.view(B, T, C)` with `B, T, C = x.size()`. No attribute controls
+such a number, but the call can be recognized in another run by the chain of code positions from the module's
+forward to the call. A submodel then makes exactly that call with another number.
 
-Where it sits: `ist/neurons/trace.py` notes the calls of the whole network, `ist/neurons/trial.py` finds out which of
-them need another number, `ist/subnet/call_sizes.py` gives it to them.
+Where it sits: `ist/neurons/trace.py` records the calls of the full network, `ist/neurons/trial.py` finds out which
+of them need another number, `ist/subnet/call_sizes.py` replaces it.
 """
 
 from collections import Counter
@@ -21,23 +21,23 @@ from torch import nn
 
 from ist.neurons.attribute_sizes import Location
 
-Site = tuple[tuple[str, str, int, int], ...]
-"""From the call outwards to the module's forward: module name, function, its first line, instruction."""
+CallSite = tuple[tuple[str, str, int, int], ...]
+"""The frames from the call outwards to the module's forward: module name, function, its first line, instruction."""
 
 _MODULE_FILE = nn.Module.__call__.__code__.co_filename
 
 
 @dataclass(frozen=True)
 class CallSize:
-    """An integer argument of a call that is the size of an axis, and what it counts.
+    """An integer argument of a call that is the size of an axis, and the neurons that it counts.
 
     Attributes:
         call: The call.
-        location: Which of its arguments.
-        size: The integer in the whole network, on the example.
+        location: The location of the integer in the arguments.
+        size: The integer in the full network, on the example.
         counted: For each group, by name, the neurons at the counted positions.
         in_shape: Whether the argument may be -1.
-        where: File and line, for messages.
+        where: 'file:line' of the network's code, for messages.
     """
 
     call: "Call"
@@ -49,11 +49,11 @@ class CallSize:
 
     @property
     def in_proportion(self) -> bool:
-        """Whether everything that is counted is split, so that multiples of the integer are narrowed alike."""
+        """Whether every counted position is split, so that multiples of the integer shrink by the same factor."""
         return sum(map(len, self.counted.values())) == self.size
 
-    def narrow(self, held: Mapping[str, NDArray[np.int64]]) -> int:
-        """Return the integer in a narrow network on the same example.
+    def in_submodel(self, held: Mapping[str, NDArray[np.int64]]) -> int:
+        """Return the integer in a worker's submodel on the same example.
 
         Args:
             held: For each group that is split, by name, the neurons that a worker holds.
@@ -63,50 +63,50 @@ class CallSize:
 
 
 class Call(NamedTuple):
-    """One call of a torch function while a network is watched.
+    """One call of a torch function in a recorded run.
 
     Attributes:
         path: The module whose forward makes the call.
-        turn: How many times this module had run before.
-        site: Where in the code.
-        visit: How many times this run of it had made the call before.
+        turn: How many times this module ran before.
+        site: The place in the code.
+        visit: How many times this run of the module made the call before.
     """
 
     path: str
     turn: int
-    site: Site
+    site: CallSite
     visit: int
 
 
 class Resize(NamedTuple):
-    """What happens to one integer of a call.
+    """The replacement of one integer argument of a call.
 
     Attributes:
-        location: Which of its arguments.
-        whole: The integer in the whole network, on the example.
-        narrow: What it becomes; None: -1.
-        in_proportion: Whether other integers change in proportion, as with another number of samples.
+        location: The location of the integer in the arguments.
+        full: The integer in the full network, on the example.
+        submodel: The integer in the submodel; None: -1, which torch infers.
+        in_proportion: Whether other values of the integer (as with another number of samples) scale by the same factor.
     """
 
     location: Location
-    whole: int
-    narrow: int | None
+    full: int
+    submodel: int | None
     in_proportion: bool
 
 
-Resizes = Mapping[Site, Sequence[Sequence[Resize]]]
-"""For each place in a module's code that calls a function with sizes: what becomes of them, the same at every visit
-if there is one entry, and otherwise an entry for each visit."""
+Resizes = Mapping[CallSite, Sequence[Sequence[Resize]]]
+"""For each place in a module's code that calls a function with sizes, their replacements: one entry if they are the
+same at every visit, otherwise one entry per visit."""
 
 
 class _Run(NamedTuple):
     path: str
     turn: int
-    visits: Counter[Site]
+    visits: Counter[CallSite]
 
 
-class Running:
-    """Which modules of a network are running, and which calls they have made."""
+class ModuleStack:
+    """The modules of a network whose forward is running, and the calls that they have made."""
 
     def __init__(self) -> None:
         self._turns: Counter[str] = Counter()
@@ -114,14 +114,14 @@ class Running:
 
     @property
     def path(self) -> str:
-        """The innermost module that is running."""
+        """The path of the innermost running module."""
         return self._stack[-1].path
 
     def call(self, frame: FrameType) -> Call:
-        """Return which call the innermost module makes, and count it.
+        """Return the call that the innermost module makes, and count it.
 
         Args:
-            frame: The code that calls.
+            frame: The frame of the calling code.
         """
         path, turn, visits = self._stack[-1]
         site, _ = site_of(frame)
@@ -130,7 +130,7 @@ class Running:
 
     @contextmanager
     def watching(self, module: nn.Module) -> Iterator[None]:
-        """Follow which module is running."""
+        """Track which module is running, by hooks that are removed afterwards."""
 
         def enter(path: str) -> None:
             self._stack.append(_Run(path, self._turns[path], Counter()))
@@ -150,12 +150,12 @@ class Running:
                 handle.remove()
 
 
-def site_of(frame: FrameType | None, forward: CodeType | None = None) -> tuple[Site, bool]:
+def site_of(frame: FrameType | None, forward: CodeType | None = None) -> tuple[CallSite, bool]:
     """Return where in the code of a running module a call is made.
 
     Args:
-        frame: The code that calls.
-        forward: The code in which the search ends, if it comes before the call of a module.
+        frame: The frame of the calling code.
+        forward: The code at which the search ends, if it comes before the call of a module.
 
     Returns:
         The site, and whether `forward` was reached.

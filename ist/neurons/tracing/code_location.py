@@ -1,6 +1,7 @@
-"""Where in the network's own code something happens: the file and line of a message.
+"""The line of the network's own code that is running, for messages.
 
-Where it sits: `ist/neurons/trace.py` and `ist/neurons/tracing/shared_draws.py` ask while a network runs.
+Where it sits: `ist/neurons/trace.py`, `ist/neurons/trial.py`, `ist/neurons/tracing/shared_draws.py` and
+`ist/subnet/call_sizes.py` call it while a network runs.
 """
 
 import os
@@ -22,7 +23,7 @@ _CALLER = str(_OURS / "data" / "nested.py")
 
 
 def users_line() -> str:
-    """Return 'file:line' of the innermost code of a running network; none where only torch's own modules run."""
+    """Return 'file:line' of the innermost code of a running network; '' if only torch's own modules run."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename != _CALLER:
         file = frame.f_code.co_filename

@@ -1,10 +1,9 @@
 """Labels of neurons, and which of them belong together: a union-find over tensors of integers.
 
-Every element of an activation carries one label; two labels that must be kept or left out together are
-joined. Label `FROZEN` stands for what no worker may be without, label `FREE` for constants that fit any
-width.
+Every element of an activation carries one label. Two labels are joined if a worker must hold both or neither.
+Label `FROZEN` marks what every worker holds, label `FREE` marks constants that adapt to any width.
 
-Where it sits: `ist/neurons/rules/operators.py` says what an operator joins; this file does the joining.
+Where it sits: `ist/neurons/rules/operators.py` says which labels an operator joins; this file joins them.
 """
 
 from collections.abc import Iterable
@@ -21,12 +20,12 @@ FREE = 1
 
 
 class Activation(NamedTuple):
-    """The labels of a tensor that is computed.
+    """The labels of a computed tensor.
 
     Attributes:
         core: int64 labels; size 1 in every dim along which the labels do not vary.
         shape: The shape of the tensor itself.
-        depth: Contractions with parameters on the longest way from the inputs.
+        depth: The number of contractions with parameters on the longest path from the inputs.
     """
 
     core: Tensor
@@ -35,7 +34,7 @@ class Activation(NamedTuple):
 
     @property
     def full(self) -> Tensor:
-        """The labels in the tensor's own shape, without taking memory for it."""
+        """The labels in the tensor's own shape, as a view that takes no memory."""
         return self.core.expand(self.shape)
 
     @property
@@ -45,7 +44,7 @@ class Activation(NamedTuple):
 
 
 def slim(tensor: Tensor) -> Tensor:
-    """Return a tensor at position 0 of every dim along which it does not vary; the dims stay, with size 1."""
+    """Return a tensor reduced to size 1 in every dim along which it does not vary."""
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)
@@ -56,14 +55,14 @@ def slim(tensor: Tensor) -> Tensor:
 
 
 class Labels:
-    """A growing set of labels, and which are joined."""
+    """A growing set of labels, and which of them are joined."""
 
     def __init__(self) -> None:
         self._parent = torch.arange(1024)
         self._count = 2
 
     def fresh(self, *shape: int) -> Tensor:
-        """Return new labels, all different."""
+        """Return new labels, all different, of the given shape."""
         start, self._count = self._count, self._count + torch.Size(shape).numel()
         if self._count > len(self._parent):
             grown = torch.arange(2 * self._count)
@@ -81,7 +80,7 @@ class Labels:
             found = further
 
     def join(self, first: Tensor, second: Tensor | int) -> None:
-        """Join labels elementwise, with broadcasting; `FREE` is joined with nothing."""
+        """Join labels elementwise, with broadcasting; `FREE` is never joined."""
         shape = torch.Size(np.broadcast_shapes(first.shape, torch.as_tensor(second).shape))
         a, b = first.expand(shape).reshape(-1), torch.as_tensor(second).expand(shape).reshape(-1)
         bound = (a != FREE) & (b != FREE)
@@ -92,11 +91,11 @@ class Labels:
             if not bool(apart.any()):
                 return
             a, b = a[apart], b[apart]
-            # Where one root is written twice, one of the two survives; the other pair comes round again.
+            # If one root is written twice, only one of the writes survives; the loop joins the other pair next time.
             self._parent[torch.maximum(a, b)] = torch.minimum(a, b)
 
     def freeze(self, labels: Tensor) -> None:
-        """Let nobody be without these."""
+        """Make every worker hold these labels."""
         self.join(labels, FROZEN)
 
     def activation(self, labels: Tensor, depth: int = 0) -> Activation:
@@ -112,11 +111,11 @@ class Labels:
         return Activation(torch.full([1] * len(shape), label), shape, depth)
 
     def filled(self, value: Activation, dims: Iterable[int]) -> Activation:
-        """Let constants beside labels, along some dims, have these labels: they are held where the others are.
+        """Give constants the label of their neighbors along some dims, so that a worker holds both or neither.
 
         Args:
-            value: An activation of which a part is a constant, such as zeros in front of a sequence.
-            dims: Dims along which all labels of the other parts are the same, or nothing is filled in.
+            value: An activation with a constant part, such as zeros in front of a sequence.
+            dims: A constant is filled along such a dim if all its neighbors there carry the same label.
         """
         core = self.roots(value.core)
         for dim in dims:
@@ -136,9 +135,9 @@ class Labels:
         return self.reduced(value)
 
     def is_frozen(self, value: Activation) -> bool:
-        """Return whether no element may be cut."""
+        """Return whether every worker holds every element."""
         return bool((self.roots(value.core) == FROZEN).all())
 
     def is_free(self, value: Activation) -> bool:
-        """Return whether the activation is a constant of any width."""
+        """Return whether the activation is a constant that adapts to any width."""
         return bool((value.core == FREE).all())

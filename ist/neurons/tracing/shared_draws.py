@@ -1,12 +1,12 @@
-"""Random draws that two networks of different width share, so that what they compute can be compared.
+"""Random draws that two networks of different width share, so that their outputs can be compared.
 
-A narrow network draws fewer random numbers than the whole one. Here the n-th draw of a run has fixed values:
-one for each position along the dims that have the same size in all runs, and the same value everywhere along
-dims that differ. Draws are independent and alike at every position, so a narrow network then draws what the
-whole one draws for the neurons that it holds.
+A submodel draws fewer random numbers than the full network. Here the n-th draw of a run has fixed values: one
+value per position along dims that have the same size in all runs, and one value for all positions along dims whose
+size differs. Draws at different positions are independent and identically distributed, so the submodel may use
+the values that the full network draws for the neurons that it holds.
 
 Where it sits: `ist/checks/verify.py` compares networks under `with_same_draws`; `ist/neurons/trace.py` uses
-`fixed_draws`, so that the branches that a network takes by chance are the same at every run.
+`fixed_draws`, so that a network takes the same random branches in every run.
 Not here: dropout, which is switched off instead (`ist/neurons/trace.py`).
 """
 
@@ -42,10 +42,10 @@ class Draws:
     """The draws of one run.
 
     Attributes:
-        seed: What the values follow from, beside the number of the draw.
-        equal: For the number of a draw, the dims along which all positions have the same value.
-        made: What torch's operators drew so far.
-        others: Whether Python's or NumPy's generator was used.
+        seed: The values follow from it and from the index of the draw.
+        equal: For the index of a draw, the dims along which all positions have the same value.
+        made: The draws of torch's operators so far.
+        others: Whether Python's or NumPy's generator was used as well.
     """
 
     seed: int
@@ -65,7 +65,7 @@ class Draws:
 
 @contextmanager
 def fixed_draws(draws: Draws) -> Iterator[None]:
-    """Let everything random be a function of `draws.seed`: torch's operators, and Python's and NumPy's generators."""
+    """Make all randomness a function of `draws.seed`: torch's operators, and Python's and NumPy's generators."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         random.seed(draws.seed)
@@ -81,20 +81,20 @@ def fixed_draws(draws: Draws) -> Iterator[None]:
 
 
 def _others() -> tuple[Any, ...]:
-    """Return what changes when Python's or NumPy's generator draws."""
+    """Return the state of Python's and NumPy's generators, which changes with every draw."""
     numpy: Any = np.random.get_state(legacy=False)
     return random.getstate(), numpy["state"]["pos"], numpy["has_gauss"]
 
 
 def with_same_draws(seed: int, runs: Sequence[Callable[[], Result]]) -> tuple[list[Result], bool]:
-    """Return the results of several runs of which each draws what the others draw.
+    """Return the results of several runs that all draw the same random values.
 
     Args:
-        seed: What the values of the draws follow from.
-        runs: Each can be called several times, with the same result for the same draws.
+        seed: Determines the values of the draws.
+        runs: Functions that may be called several times; the same draws give the same result.
 
     Returns:
-        The results, and whether anything was drawn.
+        The results, and whether anything was drawn at random.
 
     Raises:
         ModelError: The runs make different draws.
@@ -131,20 +131,20 @@ def _check_alike(made: Sequence[Sequence[Draw]]) -> None:
         for mine, theirs in zip(made[0], other, strict=False):
             if mine.operator != theirs.operator or len(mine.shape) != len(theirs.shape):
                 raise ModelError(
-                    f"a narrow network draws other random numbers than the whole one: {mine.operator} of shape "
+                    f"the submodel and the full network make different random draws: {mine.operator} of shape "
                     f"{mine.shape} at {mine.line}, {theirs.operator} of shape {theirs.shape} at {theirs.line}"
                 )
         if len(made[0]) != len(other):
             longer = max(made[0], other, key=len)
             last = longer[min(len(made[0]), len(other))]
             raise ModelError(
-                f"a narrow network makes {len(made[0])} random draws and the whole one {len(other)}: the first that "
+                f"the submodel makes {len(made[0])} random draws and the full network {len(other)}: the first that "
                 f"only one of them makes is {last.operator} at {last.line}"
             )
 
 
 class _Drawing(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Replaces what random operators return."""
+    """Replaces the results of random operators by shared draws."""
 
     def __init__(self, draws: Draws) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -252,4 +252,4 @@ _VALUES: dict[str, _Value] = {
     "randperm": _permutation, "multinomial": _multinomial, "poisson": _poisson, "binomial": _binomial,
     "_standard_gamma": _gamma, "_sample_dirichlet": _dirichlet,
 }  # fmt: skip
-"""Values of a draw by the name of its operator, without the marks of its variants."""
+"""For each random operator, without the suffixes of its variants (`_`, `_like`), the function that makes its values."""

@@ -1,8 +1,10 @@
-"""What a network did while it ran: its operators in order, and which of them its outputs depend on.
+"""The tape of a run: its operators in order, and which of them the outputs depend on.
 
-Where it sits: `ist/neurons/trace.py` records a run and gives labels to what is on the tape.
-Not here: labels. What no output depends on gets none: a check of values (`assert h.isfinite().all()`), a mean that
-a hook prints.
+Steps that no output depends on get no labels: a check of values (`assert h.isfinite().all()`), a mean that a hook
+prints.
+
+Where it sits: `ist/neurons/trace.py` records a run, and gives labels to the tensors of the needed steps.
+Not here: the labels (`ist/neurons/tracing/labels.py`).
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,15 +22,15 @@ class Step(NamedTuple):
 
     Attributes:
         operator: For instance `torch.ops.aten.addmm.default`.
-        arguments: Its arguments by name, with the tensors themselves.
+        arguments: Its arguments by name, tensors included.
         results: The tensors that it returned.
-        shapes: Their shapes when it returned; later steps may change a tensor's own shape.
+        shapes: Their shapes when it returned; a later step may change a tensor's shape in place.
         value: The number that left torch here (`item()`, `bool()`, `equal()`), or None.
         path: The module that was running.
         line: 'file:line' of the network's code.
         reads: The memory (storages) of its arguments.
         writes: The memory of its results, and of the arguments that it writes to.
-        is_empty: Whether an argument, or what it is called for (the first result), has no elements.
+        is_empty: Whether a tensor argument or the first result has no elements.
     """
 
     operator: Any
@@ -60,12 +62,12 @@ def step_of(operator: Any, arguments: dict[str, Any], result: Any, path: str, li
 
 
 def storages(tensors: Iterable[Tensor]) -> frozenset[int]:
-    """Return the memory in which tensors lie (sparse ones: themselves); it is told apart only while they live."""
+    """Return ids of the tensors' storages (for sparse tensors, of the tensors); valid only while the tensors live."""
     return frozenset(t.untyped_storage()._cdata if t.layout == torch.strided else id(t) for t in tensors)
 
 
 def tensors_of(network: nn.Module) -> list[Tensor]:
-    """Return the tensors that a network holds: parameters, buffers, and what its modules have as attributes."""
+    """Return the tensors that a network holds: parameters, buffers, and tensors in attributes of its modules."""
     found = [*network.parameters(), *network.buffers()]
     for child in network.modules():
         for value in vars(child).values():
@@ -75,12 +77,12 @@ def tensors_of(network: nn.Module) -> list[Tensor]:
 
 
 def needed(steps: Sequence[Step], wanted: Iterable[Tensor], reads: Iterable[int] = ()) -> list[bool]:
-    """Return for each step whether something that is wanted depends on it.
+    """Return for each step whether a wanted tensor or value depends on it.
 
     Args:
-        steps: In order.
+        steps: The steps, in order.
         wanted: Tensors, such as a network's outputs.
-        reads: Numbers of steps that are wanted for the value that they read.
+        reads: Indices of steps that are needed for the value that they read.
     """
     live, chosen = set(storages(wanted)), set(reads)
     found = [False] * len(steps)

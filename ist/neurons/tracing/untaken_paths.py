@@ -1,8 +1,8 @@
-"""Ways through a forward that the example does not take: an expert that no sample is sent to, an early exit.
+"""Paths through a forward that the example does not take: an expert that gets no sample, an early exit.
 
-A branch that depends on values is visited by giving another value to the `if` in question; a selection of no rows
-(`x[mask]`, `nonzero`) selects the first one instead, so that what is applied to it runs. What a network computes on
-such a way is never used: it is only watched (`ist/neurons/trace.py`) and compared (`ist/checks/verify.py`).
+A *detour* forces such a path. A branch that depends on a value gets another value; an empty selection
+(`x[mask]`, `nonzero`) selects the first row instead, so that the code after it runs. The results of a detour are
+never used: they are only traced (`ist/neurons/trace.py`) and compared (`ist/checks/verify.py`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,11 @@ from ist.neurons.tracing.tape import Step
 
 @dataclass(frozen=True)
 class Detour:
-    """What is changed in a run.
+    """A change to one run that forces an untaken path.
 
     Attributes:
-        value: What the network reads; None: nothing else than without the detour.
-        turn: Number of the read, in order; None: every read of a bool.
+        value: The value that the network reads instead; None: values stay, only empty selections change.
+        turn: The index of the read that gets this value; None: every read of a bool.
     """
 
     value: bool | int | float | None = None
@@ -42,14 +42,14 @@ def detours(steps: Sequence[Step]) -> Iterator[Detour]:
 
 
 def other_values(value: bool | int | float) -> list[bool | int | float]:
-    """Return values that would lead elsewhere."""
+    """Return values that may lead to another branch."""
     if isinstance(value, bool):
         return [not value]
     return [value + 1, 0, -1] if isinstance(value, int) else [1.5 * value + 0.1, 1e9, -1e9]
 
 
 class OnDetour(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Has a network take a detour."""
+    """Makes a network take a detour."""
 
     def __init__(self, detour: Detour) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -69,16 +69,16 @@ class OnDetour(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _read(self, value: bool | int | float) -> bool | int | float:
-        value_there = self._detour.value
-        if value_there is None:
+        forced = self._detour.value
+        if forced is None:
             return value
         turn = self._detour.turn
         chosen = isinstance(value, bool) if turn is None else turn == self._reads - 1
-        return value_there if chosen else value
+        return forced if chosen else value
 
 
 def not_empty(index: Tensor | None) -> Tensor | None:
-    """Return a mask that selects something: the first element, if it selects nothing."""
+    """Return a mask that selects at least one element: the first, if the given mask selects none."""
     if index is None or index.dtype != torch.bool or index.is_meta or index.any() or not index.numel():
         return index
     filled = index.clone()

@@ -1,10 +1,10 @@
-"""Values that leave torch in a forward (`item()`, `bool()`, `float()`), and whether the outputs depend on them.
+"""Values that a forward reads from tensors (`item()`, `bool()`, `float()`), and whether the outputs depend on them.
 
-A check (`assert h.isfinite().all()`), or a mean that is printed, does not keep neurons together; a value that is
-computed with, or that chooses a branch, does. Each value is changed in a run of its own: if the outputs are
-the same, or if the network's own `raise` or `assert` answers, it is only looked at.
+A check (`assert h.isfinite().all()`) or a printed mean does not prevent a split; a value that enters a computation
+or chooses a branch does. Each value is changed in a separate run: if the outputs stay the same, or the network's own
+`raise` or `assert` fires, the outputs do not depend on the value.
 
-Where it sits: `ist/neurons/trace.py` asks, for networks that run with values.
+Where it sits: `ist/neurons/trace.py` calls it for networks that run with values.
 """
 
 import linecache
@@ -23,7 +23,7 @@ from ist.neurons.tracing.tape import Step
 from ist.neurons.tracing.untaken_paths import other_values
 
 MOST_READS = 100
-"""So many values are tried, two or three runs each; further ones are taken to matter."""
+"""The most values that are tried, in up to three runs each; further values count as ones that matter."""
 
 
 def reads_that_matter(
@@ -33,13 +33,13 @@ def reads_that_matter(
     fresh: Callable[[], nn.Module],
     run: Callable[[nn.Module], Any],
 ) -> set[int]:
-    """Return the steps whose value the outputs depend on.
+    """Return the indices of the steps whose value the outputs depend on.
 
     Args:
-        steps: Those of one run of a network.
-        suspects: Numbers of steps that read a value which depends on parameters.
-        seed: That of the run's random draws.
-        fresh: Makes the network anew.
+        steps: The steps of one run of a network.
+        suspects: Indices of steps that read a value which depends on parameters.
+        seed: The seed of the run's random draws.
+        fresh: Builds the network once more.
         run: Runs it, and returns its outputs.
     """
     if not suspects:
@@ -74,13 +74,13 @@ def _are_same(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
 
 
 def _is_check(error: Exception) -> bool:
-    """Whether an error was raised by a statement of Python, not by an operator that got wrong arguments."""
+    """Whether a `raise` or `assert` statement raised an error, not an operator that got wrong arguments."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return bool(re.search(r"\b(raise|assert)\b", linecache.getline(last.filename, last.lineno or 0)))
 
 
 class _Altered(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Changes one of the values that leave torch."""
+    """Changes one of the values that the network reads."""
 
     def __init__(self, turn: int, value: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
