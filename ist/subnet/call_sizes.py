@@ -70,8 +70,8 @@ class _Resizing(TorchFunctionMode):
         if visits is None:
             if self._is_training:
                 raise ModelError(
-                    f"a submodel is about to run {users_line()}, which the example did not reach, so the size that a "
-                    "submodel needs there is unknown. Share the neurons of this module (partition.exclude)"
+                    f"a submodel is about to run {users_line()}, which the example did not reach, so the size that it "
+                    "needs there is unknown. Share the neurons of this module (partition.exclude)"
                 )
             return {}
         number = 0

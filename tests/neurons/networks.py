@@ -1,4 +1,4 @@
-"""Small networks of many kinds, with what their groups must be."""
+"""Small networks of many kinds, with their expected groups."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ class Dense(nn.Module):
 
 
 class Flipped(nn.Module):
-    """Data movement that elementwise reasoning gets wrong."""
+    """Data movement for which elementwise rules are wrong."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Flipped(nn.Module):
 
 
 class Heads(nn.Module):
-    """Attention with grouped queries, with a number of heads in its forward."""
+    """Grouped-query attention, whose forward uses the number of heads."""
 
     def __init__(self, width: int = 20, heads: int = 6, kv_heads: int = 3, head_dim: int = 4) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ class TiedAutoencoder(nn.Module):
 
 
 class Experts(nn.Module):
-    """A dense mixture: weights of all experts in one tensor, a product for each."""
+    """A dense mixture of experts: one tensor holds the weights of all experts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class Graph(nn.Module):
 
 
 class Bags(nn.Module):
-    """Weighted sums of rows of a table, with weights of the input, and with weights that a hidden unit gives."""
+    """Weighted sums of rows of a table; the weights are an input, or the output of a hidden unit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class Variational(nn.Module):
 
 
 class MaskedAutoencoder(nn.Module):
-    """Hides half of the positions, chosen by sorting noise."""
+    """Masks half of the positions, chosen by sorting noise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -253,7 +253,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 class NoisyUnits(nn.Module):
-    """Noise on hidden units, and a generator's input."""
+    """Noise on hidden units, and noise as the input of a generator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ class Masked(nn.Linear):
 
 
 class MaskedConv(nn.Conv2d):
-    """A filter that sees only what is above and to the left, as in PixelCNN; the mask is a plain attribute."""
+    """A filter that sees only pixels above and to the left, as in PixelCNN; the mask is a plain attribute."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, 3, padding=1)
@@ -291,7 +291,7 @@ class MaskedConv(nn.Conv2d):
 
 
 class Bayesian(nn.Module):
-    """Weights that are drawn around means, with deviations of their own."""
+    """Weights that are drawn at random, with a learned mean and deviation for each."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -303,7 +303,7 @@ class Bayesian(nn.Module):
 
 
 class Noisy(nn.Module):
-    """Weights with factorised noise, which its forward draws into a buffer (NoisyNet)."""
+    """Weights with factorized noise, which its forward draws into a buffer (NoisyNet)."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -342,7 +342,7 @@ class Spline(nn.Module):
 
 
 class LowRank(nn.Linear):
-    """Weights with a product of two narrow matrices added to them."""
+    """Weights plus a product of two low-rank matrices, as in LoRA."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
@@ -380,7 +380,7 @@ class Gated(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """Computes its hidden units, and their dropout, anew in the backward pass."""
+    """Recomputes its hidden units, and their dropout, in the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -394,7 +394,7 @@ class Checkpointed(nn.Module):
 
 
 class Skips(nn.Module):
-    """Its last block makes a residual that nobody reads, as in WaveNet."""
+    """Its last block computes a residual that is never read, as in WaveNet."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Recurrent networks as users write them, with what their groups must be."""
+"""Recurrent networks as users write them, with their expected groups."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ SERIES, WORDS = rand(3, 5, 6), torch.randint(0, 50, (3, 4), generator=torch.Gene
 
 
 class Cell(nn.Module):
-    """A cell in a loop, from a state that the forward makes."""
+    """A cell in a loop, with an initial state that the forward makes."""
 
     def __init__(self, kind: type[nn.RNNCellBase], start: Callable[["Cell", Tensor], Tensor] | None = None) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class ByHand(nn.Module):
 
 
 class Joined(nn.Module):
-    """PyTorch's character network: input and state in one row, states written into a tensor made before."""
+    """PyTorch's character network: input and state in one row, states written into a preallocated tensor."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Attention and recurrence as users write them, with what their groups must be.
+"""Attention as users write it, with the expected groups.
 
 Each network keeps the code of the best-known program that spells it so, shortened where that does not matter.
 """
@@ -22,7 +22,7 @@ TOKENS, STATES = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual
 
 
 class GPTAttention(nn.Module):
-    """nanoGPT: a fused projection; the width of its input is the width of its heads together."""
+    """nanoGPT: a fused projection; the width of its input is the total width of its heads."""
 
     def __init__(self, n_embd: int = 32, n_head: int = 4, dropout: float = 0.1, flash: bool = True) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ class ViTAttention(nn.Module):
 
 
 class HeadDim(ViTAttention):
-    """Newer timm: the width of a head is an attribute, the width of all is not."""
+    """Newer timm: the width of one head is an attribute, the total width is not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class SharedKeys(nn.Module):
 
 
 class Asserting(nn.Module):
-    """fairseq: heads beside the batch, and shapes that are compared with attributes."""
+    """fairseq: heads are part of the batch dim, and shapes are compared with attributes."""
 
     def __init__(self, width: int = 32, n_head: int = 4) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class CountedHeads(nn.Module):
 
 
 class OwnWidth(nn.Module):
-    """Everything follows from shapes of what is narrow: attributes alone are enough."""
+    """All sizes follow from shapes of split tensors: changing attributes is enough."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class OwnWidth(nn.Module):
 
 
 class Unrolled(nn.Module):
-    """Layers of different heads in one forward: the same line of code has other sizes at each visit."""
+    """Layers with different numbers of heads in one forward: one line of code has other sizes at each visit."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class Unrolled(nn.Module):
 
 
 class Windows(ViTAttention):
-    """Swin: windows beside the batch, a relative bias for each head."""
+    """Swin: windows are part of the batch dim, with a relative bias for each head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class Windows(ViTAttention):
 
 
 class Lucid(nn.Module):
-    """vit-pytorch: the head is an axis of an einops pattern; not every number of heads divides another."""
+    """vit-pytorch: heads are an axis of an einops pattern; the submodel's number of heads need not be a divisor."""
 
     def __init__(self, dim: int = 32, heads: int = 5, dim_head: int = 6) -> None:
         super().__init__()
@@ -318,7 +318,7 @@ class FusedPattern(nn.Module):
 
 
 class Layered(nn.Module):
-    """Everything is a layer: its axes are a tuple that the layer holds."""
+    """Rearrangements are einops layers, which hold the axes in a tuple."""
 
     def __init__(self, dim: int = 30, heads: int = 5) -> None:
         super().__init__()
@@ -331,7 +331,7 @@ class Layered(nn.Module):
 
 
 class Perceiver(nn.Module):
-    """Heads beside the batch."""
+    """Heads are part of the batch dim."""
 
     def __init__(self, dim: int = 30, heads: int = 5) -> None:
         super().__init__()
@@ -373,7 +373,7 @@ class Settings:
 
 
 class Configured(nn.Module):
-    """Sizes in a data class and a dictionary, under names of the user's choice."""
+    """Sizes in a dataclass and a dictionary, under names of the user's choice."""
 
     def __init__(self) -> None:
         super().__init__()

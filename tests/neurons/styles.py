@@ -1,4 +1,4 @@
-"""Networks in the styles that people write them in: more kinds than `networks.py`, of which only the check is run."""
+"""More networks in the styles of published code; for these only the sizes of groups and the cuts are checked."""
 
 import random
 from collections.abc import Callable
@@ -78,7 +78,7 @@ class Capsules(nn.Module):
 
 
 class HyperNetwork(nn.Module):
-    """Its hidden layer has weights that another network makes."""
+    """A hypernetwork: another network computes the weights of its hidden layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class HyperNetwork(nn.Module):
 
 
 class Conditioned(nn.Module):
-    """Scales and shifts channels by what is given (FiLM, conditional batch norm)."""
+    """Scales and shifts channels by a conditioning input (FiLM, conditional batch norm)."""
 
     def __init__(self, given: nn.Module) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class MixtureDensity(nn.Module):
 
 
 class SoftMixture(nn.Module):
-    """Every expert works on weighted means of all positions."""
+    """Soft mixture of experts: every expert gets weighted means of all positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class SoftMixture(nn.Module):
 
 
 class Quantized(nn.Module):
-    """A code of the nearest entry of a table, passed through in the backward pass."""
+    """Vector quantization: the nearest entry of a table, with a straight-through gradient."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Quantized(nn.Module):
 
 
 class Coupling(nn.Module):
-    """A flow: half of the features moves the other half."""
+    """A coupling flow: one half of the features shifts the other half."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ class Coupling(nn.Module):
 
 
 class Initialised(nn.Module):
-    """Sets its scales by the first batch, as in Glow."""
+    """Initializes its scales from the first batch, as in Glow."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -197,7 +197,7 @@ class Interactions(nn.Module):
 
 
 class Points(nn.Module):
-    """Turns a cloud of points by a matrix that it makes, as in PointNet."""
+    """Rotates a point cloud by a matrix that it computes, as in PointNet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +257,7 @@ class Shaken(nn.Module):
 
 
 class Diffusion(nn.Module):
-    """Draws a time and noise, and predicts the noise."""
+    """Diffusion: draws a time and noise, and predicts the noise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ class Diffusion(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Members that share a weight and have their own scales."""
+    """A batch ensemble: members share a weight and have their own scales."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -77,23 +77,23 @@ def test_what_is_no_residual_block_is_not_dealt_as_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("partition", "message"),
+    ("partition", "parts"),
     [
-        ({"exclude": ["no.such*"]}, "'partition.exclude' holds 'no.such*', which no group matches"),
+        ({"exclude": ["no.such*"]}, ["'partition.exclude'", "'no.such*'", "linear_1"]),
         (
             {"strategy": "blocks", "blocks": ["layer9.*"]},
-            "'partition.blocks' holds 'layer9.*', which matches 0 modules",
+            ["'partition.blocks'", "'layer9.*'", "0 modules", "at least two"],
         ),
-        ({"sizes": {"none.*": {"a": "b"}}}, "'partition.sizes' holds 'none.*', which matches no module"),
-        ({"sizes": {"linear_1": {"heads": "weight"}}}, "'linear_1' has no integer attribute 'heads'"),
-        ({"sizes": {"linear_1": {"in_features": "nothing"}}}, "'linear_1' has no tensor 'nothing'"),
+        ({"sizes": {"none.*": {"a": "b"}}}, ["'partition.sizes'", "'none.*'"]),
+        ({"sizes": {"linear_1": {"heads": "weight"}}}, ["'linear_1'", "'heads'"]),
+        ({"sizes": {"linear_1": {"in_features": "nothing"}}}, ["'linear_1'", "'nothing'"]),
     ],
 )
-def test_a_pattern_that_matches_nothing_is_an_error(partition: dict[str, Any], message: str) -> None:
+def test_a_pattern_that_matches_nothing_is_an_error(partition: dict[str, Any], parts: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         train(seeded(lambda: MLP([12, 24, 20, 5])), partition)
 
-    assert message in str(caught.value)
+    assert all(part in str(caught.value) for part in parts)
 
 
 def test_what_is_excluded_is_shared() -> None:
