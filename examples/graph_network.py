@@ -55,8 +55,8 @@ def main() -> None:
     model = NodeClassifier(features, edges, hidden=128, classes=10)
     result = ist.train(
         model, TensorDataset(train, classes[train]), test_data=TensorDataset(test, classes[test]), workers=4,
-        local_steps=5, rounds=30, batch_size=75, optimizer="Adam", optimizer_args={"lr": 0.01},
-        evaluate_options={"batch_size": 1497},
+        local_steps=5, rounds=30, batch_size=75, optimizer=ist.Optimizer(name="Adam", args={"lr": 0.01}),
+        evaluate=ist.Evaluate(batch_size=1497),
     )  # fmt: skip
     if result.is_coordinator:
         last = result.history[-1]

@@ -6,23 +6,82 @@
 The command line is `ist` (see `ist --help`); how a run goes is told in README.md.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ist._version import VERSION
-from ist.errors import ISTError
+from ist.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    ISTError,
+    ModelError,
+    PoolError,
+    RunFolderError,
+    WorkerLostError,
+)
 
 if TYPE_CHECKING:
     from ist.api import TrainResult, train
+    from ist.config.method import Exchange, Partition
+    from ist.config.recipe import Average, Outer, Recipe, Stage
+    from ist.config.schema import Checkpoint, Evaluate, Optimizer, Pool, Ray, Schedule, Watch
+    from ist.data.batched import BatchedDataset
+    from ist.evaluation.metrics import Metric
+    from ist.subnet.residual_blocks import scaled_blocks
 
 __version__ = VERSION
 
-__all__ = ["ISTError", "TrainResult", "__version__", "train"]
+__all__ = [
+    "Average",
+    "BatchedDataset",
+    "Checkpoint",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "DivergedError",
+    "Evaluate",
+    "Exchange",
+    "ISTError",
+    "Metric",
+    "ModelError",
+    "Optimizer",
+    "Outer",
+    "Partition",
+    "Pool",
+    "PoolError",
+    "Ray",
+    "Recipe",
+    "RunFolderError",
+    "Schedule",
+    "Stage",
+    "TrainResult",
+    "Watch",
+    "WorkerLostError",
+    "__version__",
+    "scaled_blocks",
+    "train",
+]
+
+# torch and pydantic are imported when they are needed, so that `ist --help` is quick.
+_LATER = {
+    "ist.api": ("TrainResult", "train"),
+    "ist.config.method": ("Exchange", "Partition"),
+    "ist.config.recipe": ("Average", "Outer", "Recipe", "Stage"),
+    "ist.config.schema": ("Checkpoint", "Evaluate", "Optimizer", "Pool", "Ray", "Schedule", "Watch"),
+    "ist.data.batched": ("BatchedDataset",),
+    "ist.evaluation.metrics": ("Metric",),
+    "ist.subnet.residual_blocks": ("scaled_blocks",),
+}
+_MODULE_OF = {name: module for module, names in _LATER.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    # torch is imported when it is needed, so that `ist --help` is quick.
-    if name in ("train", "TrainResult"):
-        import ist.api
-
-        return getattr(ist.api, name)
+    if name in _MODULE_OF:
+        return getattr(import_module(_MODULE_OF[name]), name)
     raise AttributeError(f"module 'ist' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,27 +11,78 @@ from pathlib import Path
 
 
 class ISTError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Example:
+        >>> try:
+        ...     ist.Partition(strategi="rolling")
+        ... except ist.ISTError as error:
+        ...     print(type(error).__name__)
+        ConfigError
+    """
 
 
 class ConfigError(ISTError):
-    """A configuration, an override or a command line that cannot be run as it stands."""
+    """A configuration, an override or a command line that cannot be run as it stands.
+
+    Example:
+        >>> ist.Partition(strategi="rolling")
+        Traceback (most recent call last):
+            ...
+        ist.errors.ConfigError: ist.Partition: unknown key 'strategi'. Did you mean 'strategy'?
+    """
 
 
 class DataError(ISTError):
-    """A data set that is missing, malformed, or too small for the number of workers."""
+    """A data set that is missing, malformed, or too small for the number of workers.
+
+    Example:
+        >>> import torch
+        >>> ist.train(torch.nn.Linear(2, 2), torch.zeros(8, 2), workers=1, rounds=1)
+        Traceback (most recent call last):
+            ...
+        ist.errors.DataError: data is a Tensor: pass a data set, such as TensorDataset(inputs, targets)
+    """
 
 
 class ModelError(ISTError):
-    """A network whose hidden neurons cannot be split."""
+    """A network whose hidden neurons cannot be split.
+
+    Example:
+        >>> from torch import nn, randn
+        >>> from torch.utils.data import TensorDataset
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))  # three hidden neurons
+        >>> data = TensorDataset(randn(8, 2), randn(8, 1))
+        >>> try:
+        ...     ist.train(model, data, loss="mse_loss", workers=4, rounds=1)
+        ... except ist.ModelError as error:
+        ...     print(error)
+        group '0' has 3 neurons, ... 4 workers ...
+    """
 
 
 class PoolError(ISTError):
-    """Worker processes that could not be started or joined."""
+    """Worker processes that could not be started or joined.
+
+    Example:
+        >>> try:
+        ...     raise ist.PoolError("rank 2 was lost")
+        ... except ist.PoolError as error:
+        ...     print("start again with resume=True:", error)
+        start again with resume=True: rank 2 was lost
+    """
 
 
 class WorkerLostError(PoolError):
-    """A worker that was lost while fewer than the required number remained."""
+    """A worker that was lost while fewer than the required number remained.
+
+    Example:
+        >>> try:
+        ...     raise ist.WorkerLostError("round 7: 1 of 4 workers came back, and pool.min_returned is 2")
+        ... except ist.PoolError as error:
+        ...     print("go on with resume=True:", error)
+        go on with resume=True: round 7: 1 of 4 workers came back, and pool.min_returned is 2
+    """
 
 
 class AbandonedRoundError(ISTError):
@@ -47,11 +98,34 @@ class MemoryLimitError(ISTError):
 
 
 class DivergedError(ISTError):
-    """A worker returned a loss or a weight that is not finite."""
+    """A worker returned a loss or a weight that is not finite.
+
+    Example:
+        >>> from torch import nn, ones
+        >>> from torch.utils.data import TensorDataset
+        >>> data = TensorDataset(ones(8, 2), ones(8, 1))
+        >>> sgd = ist.Optimizer(name="SGD", args={"lr": 1e30})
+        >>> try:
+        ...     ist.train(nn.Linear(2, 1), data, loss="mse_loss", workers=1, rounds=1, optimizer=sgd, progress=False)
+        ... except ist.DivergedError as error:
+        ...     print("diverged:", error)
+        diverged: worker 0 ... round 0...
+    """
 
 
 class RunFolderError(ISTError):
-    """A run folder that cannot be created, written or read."""
+    """A run folder that cannot be created, written or read.
+
+    Example:
+        >>> from torch import nn, ones
+        >>> from torch.utils.data import TensorDataset
+        >>> data = TensorDataset(ones(8, 2), ones(8, 1))
+        >>> try:
+        ...     ist.train(nn.Linear(2, 1), data, loss="mse_loss", workers=1, rounds=1, run_dir="/dev/null/run")
+        ... except ist.RunFolderError as error:
+        ...     print(error)
+        /dev/null/run: ...
+    """
 
 
 class LabError(ISTError):
@@ -59,7 +133,25 @@ class LabError(ISTError):
 
 
 class CheckpointError(RunFolderError):
-    """A checkpoint that is missing, truncated or altered."""
+    """A checkpoint that is missing, truncated or altered.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from torch import nn, ones
+        >>> from torch.utils.data import TensorDataset
+        >>> data = TensorDataset(ones(8, 2), ones(8, 1))
+        >>> settings = {"loss": "mse_loss", "workers": 1, "rounds": 1, "progress": False}
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = ist.train(nn.Linear(2, 1), data, run_dir=folder, **settings)
+        ...     for path in Path(folder, "checkpoints").glob("*.safetensors"):
+        ...         _ = path.write_bytes(b"")
+        ...     try:
+        ...         _ = ist.train(nn.Linear(2, 1), data, run_dir=folder, resume=True, **settings)
+        ...     except ist.CheckpointError as error:
+        ...         print("damaged:", error)
+        damaged: ...round-00000001.safetensors...
+    """
 
 
 def first_line(error: BaseException) -> str:

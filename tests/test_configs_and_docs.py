@@ -132,6 +132,18 @@ def test_every_make_target_and_command_in_the_readme_exists() -> None:
         assert {word.split("=")[0] for word in words if word.startswith("--")} <= options, words
 
 
+def test_the_python_of_the_readme_trains() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    training = [block.replace("rounds=20", "rounds=5") for block in blocks if "ist.train(" in block]
+    names: dict[str, Any] = {}
+
+    for block in training:
+        exec(block.replace("threads=2", "threads=1"), names)
+
+    assert len(training) == 2
+    assert len(names["result"].history) == 5
+
+
 def test_the_tree_in_the_readme_names_every_module() -> None:
     for path in [*(ROOT / "ist").glob("*.py"), *(p for p in (ROOT / "ist").iterdir() if p.is_dir())]:
         if not path.name.startswith("_"):

@@ -23,7 +23,13 @@ USED_BY: dict[str, tuple[str, ...]] = {
 
 
 class Partition(Section):
-    """How hidden neurons are dealt to workers."""
+    """How hidden neurons are dealt to workers.
+
+    Example:
+        >>> partition = ist.Partition(strategy="rolling", keep=0.5, exclude=["head.*"])
+        >>> partition.keep, partition.residual
+        (0.5, False)
+    """
 
     strategy: Literal["disjoint", "categorical", "bernoulli", "rolling", "nested", "blocks"] = Field(
         "disjoint",
@@ -115,7 +121,13 @@ Coding = Literal["exact", "bfloat16", "float16", "int8", "int7", "int6", "int5",
 
 
 class Exchange(Section):
-    """In how many bits IST's slices travel; matrices alone, everything else travels as it is."""
+    """In how many bits IST's slices travel; matrices alone, everything else travels as it is.
+
+    Example:
+        >>> exchange = ist.Exchange(up="int4", values="deltas", error_feedback=True)
+        >>> exchange.down
+        'exact'
+    """
 
     down: Coding = Field(
         "exact",

@@ -12,7 +12,12 @@ from ist.config.base import Fraction, PositiveFloat, PositiveInt, Section
 
 
 class Outer(Section):
-    """The step that the coordinator makes with what the workers' rounds add up to."""
+    """The step that the coordinator makes with what the workers' rounds add up to.
+
+    Example:
+        >>> ist.Outer(lr=0.7, momentum=0.9).is_plain
+        False
+    """
 
     lr: PositiveFloat = Field(1.0, description="what the merged change is multiplied by")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -28,7 +33,12 @@ class Outer(Section):
 
 
 class Stage(Section):
-    """A part of an IST run, some rounds long, in which some settings differ."""
+    """A part of an IST run, some rounds long, in which some settings differ.
+
+    Example:
+        >>> ist.Stage(share=0.2, keep=1, lr_scale=2).is_open
+        False
+    """
 
     rounds: PositiveInt | None = Field(
         None,
@@ -62,7 +72,12 @@ class Stage(Section):
 
 
 class Average(Section):
-    """The average of the whole network over rounds, which is what is evaluated and kept."""
+    """The average of the whole network over rounds, which is what is evaluated and kept.
+
+    Example:
+        >>> ist.Average(kind="ema").decay
+        0.8
+    """
 
     kind: Literal["none", "ema", "swa"] = Field(
         "none", description="'ema': exponential, 'swa': every round weighs the same; costs no bytes. Of every method"
@@ -74,7 +89,14 @@ class Average(Section):
 
 
 class Recipe(Section):
-    """How an IST run changes on its way, and how what workers trained is taken."""
+    """How an IST run changes on its way, and how what workers trained is taken.
+
+    Example:
+        >>> finish = ist.Stage(share=0.2, keep=1)  # every worker trains the whole network
+        >>> recipe = ist.Recipe(stages=[ist.Stage(), finish], average=ist.Average(kind="ema"))
+        >>> [stage.is_open for stage in recipe.stages]
+        [True, False]
+    """
 
     stages: list[Stage] = Field(
         default_factory=list,

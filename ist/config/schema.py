@@ -54,6 +54,25 @@ class Model(Component):
     )
 
 
+class Optimizer(Component):
+    """A class of torch.optim, or another optimizer by its import path, and its arguments.
+
+    Example:
+        >>> ist.Optimizer(name="AdamW", args={"lr": 3e-4, "weight_decay": 0.1}).args["lr"]
+        0.0003
+    """
+
+
+class Schedule(Component):
+    """A class of torch.optim.lr_scheduler, and its arguments.
+
+    Example:
+        >>> schedule = ist.Schedule(name="OneCycleLR", args={"max_lr": 0.1, "total_steps": "total_steps"})
+        >>> schedule.args["total_steps"]  # stands for the run's number of steps
+        'total_steps'
+    """
+
+
 class Train(Section):
     """How the network is trained."""
 
@@ -70,8 +89,8 @@ class Train(Section):
     local_steps: PositiveInt = Field(description="optimizer steps of each worker per round (tau)")
     batch_size: PositiveInt = Field(description="samples in one step of one worker")
     loss: str = Field("cross_entropy", description="function of torch.nn.functional, or import path")
-    optimizer: Component = Field(description="class of torch.optim and its arguments")
-    schedule: Component | None = Field(
+    optimizer: Optimizer = Field(description="class of torch.optim and its arguments")
+    schedule: Schedule | None = Field(
         None,
         description="class of torch.optim.lr_scheduler, advanced every local step; the argument value "
         f"'{TOTAL_STEPS}' is replaced by the run's number of steps",
@@ -125,14 +144,20 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """How the full network is evaluated."""
+    """How the full network is evaluated.
+
+    Example:
+        >>> evaluate = ist.Evaluate(every=5, metric="rmse")
+        >>> evaluate.batch_size
+        1024
+    """
 
     every: PositiveInt = Field(1, description="rounds between evaluations; the last round is always evaluated")
     batch_size: PositiveInt = Field(1024, description="samples in one evaluation batch")
     metric: str = Field(
         "accuracy",
         description="metric to report besides the loss: accuracy, bits_per_byte, precision (at 1, 3 and 5), rmse, "
-        "none, or the import path of an ist.evaluation.metrics.Metric",
+        "none, or the import path of an ist.Metric",
     )
     statistics_batches: PositiveInt = Field(
         16, description="training batches from which batch norm's running statistics are re-estimated"
@@ -140,7 +165,12 @@ class Evaluate(Section):
 
 
 class Checkpoint(Section):
-    """When and where the run is saved."""
+    """When and where the run is saved.
+
+    Example:
+        >>> [done for done in range(1, 11) if ist.Checkpoint(every=4).is_due(done)]
+        [4, 8]
+    """
 
     every: PositiveInt = Field(1, description="rounds between checkpoints; the last round is always saved")
     keep: PositiveInt = Field(2, description="number of checkpoints to keep; older ones are deleted")
@@ -157,7 +187,12 @@ class Checkpoint(Section):
 
 
 class Ray(Section):
-    """Where and how Ray runs the workers (pool.kind ray)."""
+    """Where and how Ray runs the workers (pool.kind ray).
+
+    Example:
+        >>> ist.Ray(address="auto", num_gpus=1).placement
+        'SPREAD'
+    """
 
     address: Annotated[str, Field(pattern=r"^(auto|[^/]+:\d+)$")] | None = Field(
         None, description="'auto' or host:port of a running cluster; default: start one on this machine for this run"
@@ -181,7 +216,13 @@ class Ray(Section):
 
 
 class Pool(Section):
-    """How workers run and how subnets reach them."""
+    """How workers run and how subnets reach them.
+
+    Example:
+        >>> pool = ist.Pool(kind="ray", round_deadline_s=60, ray=ist.Ray(num_cpus=2))
+        >>> pool.ray.num_cpus
+        2.0
+    """
 
     kind: Literal["inline", "torchrun", "ray"] = Field(
         "torchrun",
@@ -240,7 +281,12 @@ class Pool(Section):
 
 
 class Watch(Section):
-    """Observers that receive every round's numbers."""
+    """Observers that receive every round's numbers.
+
+    Example:
+        >>> ist.Watch(metrics_port=9464).metrics_host
+        '127.0.0.1'
+    """
 
     tensorboard: bool = Field(False, description="write TensorBoard event files to tensorboard/ in the run folder")
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(

@@ -16,7 +16,25 @@ IGNORED = -100
 
 
 class BatchedDataset(Dataset[Any]):
-    """A map-style data set whose batches are not a stack of its items."""
+    """A map-style data set whose batches are not a stack of its items.
+
+    Example:
+        >>> import torch
+        >>> class Sentences(ist.BatchedDataset):
+        ...     def __init__(self, words, classes):
+        ...         self.words, self.classes = words, classes
+        ...     def __len__(self):
+        ...         return len(self.words)
+        ...     def batch(self, indices):
+        ...         rows = [torch.tensor(self.words[i]) for i in indices]
+        ...         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), self.classes[indices]
+        ...     def part(self, indices):
+        ...         return Sentences([self.words[i] for i in indices], self.classes[indices])
+        >>> inputs, classes = Sentences([[1, 2, 3], [4]], torch.tensor([0, 1])).batch([0, 1])
+        >>> inputs
+        tensor([[1, 2, 3],
+                [4, 0, 0]])
+    """
 
     @abstractmethod
     def __len__(self) -> int:

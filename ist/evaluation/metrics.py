@@ -35,6 +35,16 @@ class Metric:
         batch: From (scores, targets) of a batch to the sum of each and how many they are of.
         finish: What is reported, of a mean.
         higher_is_better: Whether more is better.
+
+    Example:
+        >>> import torch
+        >>> def in_first_two(scores, labels):
+        ...     best = scores.topk(2, dim=1).indices
+        ...     return (best == labels[:, None]).any(dim=1).sum()[None].double(), len(labels)
+        >>> metric = ist.Metric(names=("in_first_two",), batch=in_first_two)
+        >>> scores = torch.tensor([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0]])
+        >>> metric.values(*metric.batch(scores, torch.tensor([1, 2])))
+        {'in_first_two': 0.5}
     """
 
     names: tuple[str, ...]

@@ -219,9 +219,7 @@ def metric_named(name: str) -> Metric | None:
         return None
     found = resolve(name, "evaluate.metric", METRICS, is_called=False)
     if not isinstance(found, Metric):
-        raise ConfigError(
-            f"'evaluate.metric' is '{name}', which is a {type(found).__name__}, not an ist.evaluation.metrics.Metric"
-        )
+        raise ConfigError(f"'evaluate.metric' is '{name}', which is a {type(found).__name__}, not an ist.Metric")
     return found
 
 

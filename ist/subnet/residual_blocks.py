@@ -26,6 +26,18 @@ def scaled_blocks(model: nn.Module, scales: Mapping[str, float]) -> Iterator[Non
 
     Raises:
         ModelError: A block does not map one tensor to one of the same shape.
+
+    Example:
+        >>> import torch
+        >>> class PlusOne(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return x + 1
+        >>> model = torch.nn.Sequential(PlusOne(), PlusOne())
+        >>> with ist.scaled_blocks(model, {"0": 0.5, "1": 0.5}):  # as two workers trained them, a block each
+        ...     model(torch.zeros(1))
+        tensor([1.])
+        >>> model(torch.zeros(1))
+        tensor([2.])
     """
 
     def scaling(path: str, scale: float) -> Any:

@@ -109,7 +109,7 @@ def test_rmse_does_not_spread_outputs_over_targets_of_another_shape() -> None:
         ("acuracy", "'evaluate.metric' is 'acuracy': did you mean 'accuracy'?"),
         ("my_metrics.recall", "did you mean 'my_metrics:recall'"),
         ("loss_of_hair", "accuracy, bits_per_byte, precision, rmse"),
-        ("tests.evaluation.test_metrics:NO_METRIC", "which is a str, not an ist.evaluation.metrics.Metric"),
+        ("tests.evaluation.test_metrics:NO_METRIC", "which is a str, not an ist.Metric"),
         ("tests.evaluation.test_metrics:MISSING", "module 'tests.evaluation.test_metrics' has no 'MISSING'"),
     ],
 )

@@ -1,0 +1,220 @@
+"""What `ist.train` is given, checked and as a configuration.
+
+Where it sits: `ist/api.py` asks before it looks at the network.
+Law: a section gives the same configuration as an object, as a mapping of its keys, and as the keywords of earlier
+versions.
+Not here: what a key means (`ist/config/schema.py`), whether the network can be split.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal, TypedDict
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ist.config.base import Section, python_numbers
+from ist.config.load import validate
+from ist.config.method import Exchange, Partition
+from ist.config.recipe import Recipe
+from ist.config.schema import FROM_PYTHON, Checkpoint, Config, Evaluate, Optimizer, Pool, Schedule, Watch
+from ist.data.batched import BatchedDataset
+from ist.data.batches import length
+from ist.distributed.environment import is_launched
+from ist.errors import ConfigError, DataError, ISTError, first_line
+from ist.network.compiled import original
+
+SECTIONS: dict[str, type[Section]] = {
+    "optimizer": Optimizer,
+    "schedule": Schedule,
+    "partition": Partition,
+    "exchange": Exchange,
+    "recipe": Recipe,
+    "evaluate": Evaluate,
+    "checkpoint": Checkpoint,
+    "pool": Pool,
+    "watch": Watch,
+}
+"""Arguments that are sections of a configuration, and their classes."""
+
+_SHORT = {"optimizer": "name", "schedule": "name", "pool": "kind"}
+"""Sections for which a string may stand, and the key that it sets."""
+
+_EARLIER = {
+    "optimizer": "optimizer_args",
+    "schedule": "schedule_args",
+    "evaluate": "evaluate_options",
+    "checkpoint": "checkpoint_options",
+    "pool": "pool_options",
+    "watch": "watch_options",
+}
+"""By section, the keyword of earlier versions with the keys that are not in its own argument."""
+
+
+class TrainKeys(TypedDict, total=False):
+    """Keys of the section `train` that few runs set; `ist keys` explains them."""
+
+    min_workers: int | None
+    schedule_unit: Literal["step", "round"]
+    optimizer_state: Literal["kept", "reset", "carried"]
+    activation_scale: Literal["none", "width", "folded"]
+    running_statistics: Literal["reestimate", "carried"]
+
+
+class Keywords(TrainKeys, total=False):
+    """All further keywords: those keys, and mappings of earlier versions, for which there are sections now."""
+
+    optimizer_args: Mapping[str, Any] | None
+    schedule_args: Mapping[str, Any] | None
+    data_options: Mapping[str, Any] | None
+    train_options: Mapping[str, Any] | None
+    evaluate_options: Mapping[str, Any] | None
+    pool_options: Mapping[str, Any] | None
+    checkpoint_options: Mapping[str, Any] | None
+    watch_options: Mapping[str, Any] | None
+
+
+def train_config(given: Mapping[str, Any]) -> Config:
+    """Return the configuration that the arguments of `ist.train` describe.
+
+    Args:
+        given: All arguments by name; those of `Keywords` in a mapping under "keywords".
+
+    Raises:
+        ConfigError: An argument is wrong.
+        DataError: `data` or `test_data` is no data set.
+        TypeError: There is no argument of that name.
+    """
+    keywords = given["keywords"]
+    _check_keywords(given, keywords)
+    _check_classes(given)
+    _check_data(given["data"], "data")
+    if given["test_data"] is not None:
+        _check_data(given["test_data"], "test_data")
+    sections = {name: _section(name, given[name], keywords) for name in SECTIONS}
+    if given["optimizer"] == "SGD" and keywords.get("optimizer_args") is None:
+        sections["optimizer"]["args"] = {"lr": 0.1}
+    loss = given["loss"]
+    tree = {
+        "name": "api",
+        "seed": given["seed"],
+        "model": {"name": FROM_PYTHON + type(original(given["model"])).__name__},
+        "data": {
+            "name": type(given["data"]).__name__,
+            "shuffle": given["shuffle"],
+            **(keywords.get("data_options") or {}),
+        },
+        "train": {
+            **{key: given[key] for key in ("workers", "rounds", "epochs", "local_steps", "batch_size")},
+            "loss": loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__),
+            "optimizer": sections.pop("optimizer"),
+            "schedule": sections.pop("schedule") or None,
+            **{key: keywords[key] for key in TrainKeys.__annotations__ if key in keywords},
+            **(keywords.get("train_options") or {}),
+        },
+        **sections,
+        "evaluate": {"metric": _metric(given["test_data"]), **sections["evaluate"]},
+        "pool": {"kind": "torchrun" if is_launched() else "inline", **sections["pool"]},
+    }
+    return validate(python_numbers(tree), "ist.train")
+
+
+def _section(name: str, value: Any, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a section that are set, in its own argument or in the keyword of earlier versions.
+
+    Raises:
+        ConfigError: It is no such section, or both have keys.
+    """
+    kind, short, earlier = SECTIONS[name], _SHORT.get(name), _EARLIER.get(name, "")
+    if value is None or (name == "pool" and value == "auto"):
+        found: dict[str, Any] = {}
+    elif isinstance(value, str) and short is not None:
+        found = {short: value}
+    elif isinstance(value, Mapping):
+        found = dict(value)
+    elif isinstance(value, kind):
+        found = {key: getattr(value, key) for key in kind.model_fields if key in value.model_fields_set}
+    else:
+        text = f"its {short}, " if short else ""
+        raise ConfigError(
+            f"{name} is {value!r} (a {type(value).__name__}): give {text}ist.{kind.__name__}(...) or a mapping of its "
+            "keys to values"
+        )
+    more = keywords.get(earlier)
+    if not more:
+        return found
+    if not isinstance(value, str | None):
+        raise ConfigError(f"{name} and {earlier} are one section: put everything into {name}, and leave {earlier} out")
+    return {**found, "args": dict(more)} if earlier.endswith("_args") else {**found, **more}
+
+
+def _check_keywords(given: Mapping[str, Any], keywords: Mapping[str, Any]) -> None:
+    """Refuse keywords that do not exist, and what is no mapping where earlier versions take one.
+
+    Raises:
+        ConfigError: It is no mapping.
+        TypeError: There is no such keyword, as Python says it.
+    """
+    known = [*(name for name in given if name != "keywords"), *Keywords.__annotations__]
+    for name, value in keywords.items():
+        if name not in Keywords.__annotations__:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f". Did you mean '{near[0]}'?" if near else ""
+            raise TypeError(f"train() got an unexpected keyword argument '{name}'{hint}")
+        if name not in TrainKeys.__annotations__ and not isinstance(value, Mapping | None):
+            raise ConfigError(f"{name} is {value!r} (a {type(value).__name__}): give a mapping of keys to values")
+
+
+def _check_classes(given: Mapping[str, Any]) -> None:
+    """Refuse a class where its name is wanted, or what it makes.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    if not isinstance(given["model"], nn.Module):
+        raise ConfigError(f"model is {given['model']!r}: give a torch.nn.Module")
+    if isinstance(given["optimizer"], type):
+        name = given["optimizer"].__name__
+        raise ConfigError(f"optimizer is the class {name}: give its name, ist.Optimizer(name='{name}', args={{...}})")
+    if isinstance(given["loss"], type):
+        name = given["loss"].__name__
+        raise ConfigError(f"loss is the class {name}: give a function, such as {name}()")
+
+
+def _check_data(data: Any, name: str) -> None:
+    """Refuse what looks like a data set and is none.
+
+    Raises:
+        DataError: It is a DataLoader, bare tensors, or its items are not pairs.
+    """
+    if isinstance(data, DataLoader):
+        raise DataError(f"{name} is a DataLoader: pass its data set; batches are made for each worker")
+    if isinstance(data, tuple | list | Tensor):
+        raise DataError(f"{name} is a {type(data).__name__}: pass a data set, such as TensorDataset(inputs, targets)")
+    if length(data) == 0:
+        raise DataError("the data set is empty" if name == "data" else "the test data set is empty")
+    if isinstance(data, BatchedDataset):
+        return
+    try:
+        item = data[0]
+    except ISTError:
+        raise
+    except Exception as error:  # whatever a data set raises
+        raise DataError(
+            f"item 0 of {type(data).__name__} cannot be read: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise DataError(f"an item of {type(data).__name__} is a {type(item).__name__}, not a pair (input, target)")
+
+
+def _metric(test_data: Dataset[Any] | None) -> str:
+    """Accuracy where the targets are class numbers."""
+    if test_data is None:
+        return "none"
+    if isinstance(test_data, BatchedDataset):
+        return "none"  # what a batch's targets are is for evaluate_options to say
+    target = test_data[0][1]
+    is_class = isinstance(target, int) or (
+        isinstance(target, Tensor) and target.ndim == 0 and not target.is_floating_point()
+    )
+    return "accuracy" if is_class else "none"
