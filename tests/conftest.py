@@ -250,6 +250,17 @@ def run_torchrun(program: Sequence[str], processes: int, timeout: float, **env: 
     assert done.returncode == 0, done.stderr
 
 
+def run_ranks(*groups: tuple[object, ...], timeout: float = 100) -> None:
+    """Run groups of ranks, one after the other: (number, program, argument, ...); see that all of them end well.
+
+    Ranks are forks of one process that has loaded torch: they start at once, where torchrun takes some ten seconds.
+    """
+    words = [word for group in groups for word in (*map(str, group), "--")][:-1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = run_group([sys.executable, "-m", "tests.forked_ranks", *words], ROOT, environment, timeout)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="session")
 def ray_address() -> Iterator[str]:
     """A Ray cluster of one node with room for ten workers, for the whole session; this process is connected to it."""

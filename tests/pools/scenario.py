@@ -1,6 +1,6 @@
-"""Runs that every pool must agree on; under torchrun this file is the processes' program.
+"""Runs that every pool must agree on; this file is the program of the torchrun pool's ranks as well.
 
-torchrun --nproc-per-node N tests/pools/scenario.py OUT COORDINATOR [DEVICE]
+python -m tests.forked_ranks N tests/pools/scenario.py OUT COORDINATOR [DEVICE [SCENARIO ...]]   (or under torchrun)
 """
 
 import json
@@ -136,6 +136,6 @@ def run(name: str, out: Path, **changes: Any) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    place = {"kind": "torchrun", "coordinator": sys.argv[2], "device": (*sys.argv[3:], "cpu")[0]}
-    for scenario in SCENARIOS:
-        run(scenario, Path(sys.argv[1]), pool=place)
+    out, coordinator, device, *chosen = [*sys.argv[1:], "cpu"] if len(sys.argv) < 4 else sys.argv[1:]
+    for scenario in chosen or SCENARIOS:
+        run(scenario, Path(out), pool={"kind": "torchrun", "coordinator": coordinator, "device": device})

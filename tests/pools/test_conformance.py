@@ -14,7 +14,7 @@ from ist.subnet.job import Job
 from ist.subnet.partition import sizes_vary
 from ist.transport.endpoints import down_bytes, worker_route
 from ist.transport.frozen_parameters import frozen_bytes
-from tests.conftest import ROOT, assert_same, run_torchrun
+from tests.conftest import assert_same, run_ranks
 from tests.pools.scenario import SCENARIOS, WORKERS, job, run
 
 Outcome = tuple[dict[str, Tensor], list[dict[str, Any]]]
@@ -33,36 +33,68 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=[pytest.param(who, marks=pytest.mark.system) for who in ("trains", "dedicated")])
-def torchrun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    folder = tmp_path_factory.mktemp("torchrun")
-    processes = WORKERS + (request.param == "dedicated")
-    run_torchrun([str(ROOT / "tests/pools/scenario.py"), str(folder), request.param], processes, timeout=100)
-    return folder, request.param
+QUICK_DEDICATED = (
+    "batch norm, reset", "carried Adam, uneven", "shares that vary", "rounded, fed back", "kept in a finish, dealt anew",
+    "frozen, rounded",
+)  # fmt: skip
+"""Of every kind of message one: with a dedicated coordinator, ranks have other numbers, and messages are as they were."""
+
+BY_RANKS = [("trains", name) for name in SCENARIOS] + [
+    pytest.param("dedicated", name, marks=[] if name in QUICK_DEDICATED else pytest.mark.system) for name in SCENARIOS
+]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ranks have done, in a folder for each kind of coordinator."""
+    folder, program = tmp_path_factory.mktemp("ranks"), "tests/pools/scenario.py"
+    for coordinator in ("trains", "dedicated"):
+        (folder / coordinator).mkdir()
+    run_ranks(
+        (WORKERS, program, folder / "trains", "trains"),
+        (WORKERS + 1, program, folder / "dedicated", "dedicated", "cpu", *QUICK_DEDICATED),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def others_dedicated(ranks: Path) -> None:
+    rest = [name for name in SCENARIOS if name not in QUICK_DEDICATED]
+    run_ranks((WORKERS + 1, "tests/pools/scenario.py", ranks / "dedicated", "dedicated", "cpu", *rest))
+
+
+@pytest.fixture
+def torchrun(request: pytest.FixtureRequest, ranks: Path, coordinator: str, name: str) -> Outcome:
+    """What ranks have made of a scenario."""
+    if coordinator == "dedicated" and name not in QUICK_DEDICATED:
+        request.getfixturevalue("others_dedicated")
+    return outcome(ranks / coordinator, name)
 
 
 @pytest.mark.procs
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_torchrun_and_inline_end_with_identical_weights(inline: Path, torchrun: tuple[Path, str], name: str) -> None:
+@pytest.mark.parametrize(("coordinator", "name"), BY_RANKS)
+def test_torchrun_and_inline_end_with_identical_weights(
+    inline: Path, torchrun: Outcome, coordinator: str, name: str
+) -> None:
     expected, history = outcome(inline, name)
-    found, found_history = outcome(torchrun[0], name)
+    found, found_history = torchrun
 
     assert_same(found, expected)
-    keys = ("loss", "accuracy", "samples", "steps", *(("sent_bytes",) if torchrun[1] == "trains" else ()))
+    keys = ("loss", "accuracy", "samples", "steps", *(("sent_bytes",) if coordinator == "trains" else ()))
     for key in keys:
         assert [record[key] for record in found_history] == [record[key] for record in history]
 
 
 @pytest.mark.procs
-@pytest.mark.parametrize("name", SCENARIOS)
-def test_the_bytes_counted_are_the_bytes_of_the_formula(torchrun: tuple[Path, str], name: str) -> None:
-    _, history = outcome(torchrun[0], name)
-    made, _ = job(name, pool__kind="torchrun", pool__coordinator=torchrun[1])
+@pytest.mark.parametrize(("coordinator", "name"), BY_RANKS)
+def test_the_bytes_counted_are_the_bytes_of_the_formula(torchrun: Outcome, coordinator: str, name: str) -> None:
+    _, history = torchrun
+    made, _ = job(name, pool__kind="torchrun", pool__coordinator=coordinator)
 
     partition = made.config.partition
     varies = sizes_vary(partition) or partition.strategy == "blocks" or bool(made.config.recipe.stages)
 
-    first = 1 if torchrun[1] == "trains" else 0  # worker 0 is then rank 0: its subnet crosses nothing
+    first = 1 if coordinator == "trains" else 0  # worker 0 is then rank 0: its subnet crosses nothing
     for record in history:
         expected = message_bytes(made, record["round"])
         assert record["bytes_to_worker"][first:] == [sent for sent, _ in expected[first:]]
