@@ -31,7 +31,7 @@ from ist.config.load import load_config
 from ist.launch.lab_run import launch_on_hosts
 from ist.launch.start import launch
 from ist.monitoring.display import format_bytes, format_ratio
-from ist.report.plots import AXES, curve_plot
+from ist.report.plots import axes_of_curves, curve_plot
 from ist.runs.build import build_job
 from ist.storage.run_folder import create_run_folder
 
@@ -180,7 +180,7 @@ def table(found: Mapping[str, Mapping[str, Any]], link: str) -> Table:
 def draw(found: Mapping[str, Mapping[str, Any]], name: str) -> None:
     """Draw accuracy against bytes, and against seconds of both kinds: all contenders, on links."""
     curves = {label: row["records"] for label, row in found.items()}
-    for counter, label, scale in AXES:
+    for counter, label, scale in axes_of_curves():
         if counter in ("sent_bytes", "train_s", "virtual_s"):
             (RESULTS / f"{name}_{counter}.svg").write_text(curve_plot(curves, counter, label, scale))
 

@@ -3,8 +3,8 @@
 Where it sits: on the ground. `MEASUREMENTS` is read by the message header (`ist/transport/message.py`), the report of a
 round (`ist/training/rounds.py`, `ist/baselines/ranks.py`), the record (`ist/runs/recorder.py`), the check of records
 (`ist/storage/run_files.py`), TensorBoard and Prometheus (`ist/monitoring/exporters.py`), reports (`ist/report/`) and
-`docs/numbers.md`. A new number is an entry here and the line that measures it: for a worker's number that is in
-`worker_numbers` of `ist/monitoring/meter.py`.
+`docs/measurements.md`. A new number is an entry here and the line that measures it: for a worker's number that is in
+`worker_numbers` of `ist/monitoring/meter.py`. Then `python docs/measurements.py` brings the documentation up to date.
 Law: where a number needs more than its workers' values of the same name, the formula is written out where the number
 is made; here it has no `combine`.
 Not here: measuring.
@@ -83,7 +83,8 @@ class Measurement:
         prometheus: Its place in Prometheus; None: it is not there.
         phase: Its name in the plot of where the seconds went; empty: it is no phase of a round.
         axis: The plot of the test metric against it, in a report; None: there is none.
-        column: Its title in the table that compares runs; empty: it is not there.
+        column: Its title in the table that compares runs; empty: it is not there, or it has a column with a format of
+            its own (`sent_bytes`, and what is evaluated).
     """
 
     name: str
@@ -136,7 +137,7 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     Measurement(
         name="sent_bytes", unit="bytes", kind=int, source="recorder", required=True, over_rounds="total",
         meaning="Payload bytes that all processes have sent.",
-        tensorboard="bytes/sent", axis=Axis("bytes sent by all processes", "log"), column="bytes sent",
+        tensorboard="bytes/sent", axis=Axis("bytes sent by all processes", "log"),
     ),
     Measurement(
         name="train_s", unit="s", kind=float, source="recorder", required=True, over_rounds="total",

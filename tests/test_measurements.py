@@ -1,14 +1,50 @@
 """The table of measured numbers, and that what is in it reaches everyone who writes or shows numbers."""
 
+import json
+import runpy
 import struct
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from prometheus_client import generate_latest
+from torch import Tensor
 
-from ist.measurements import MEASUREMENTS, check_round, check_worker, combined, worker_slots
+import ist.baselines.ddp
+import ist.baselines.local_sgd
+import ist.baselines.ranks
+import ist.training.worker
+from ist.baselines.ranks import RankRound, report_round
+from ist.distributed.process_group import Membership
+from ist.errors import RunFolderError
+from ist.measurements import (
+    MEASUREMENTS,
+    Axis,
+    Family,
+    Measurement,
+    Sample,
+    check_round,
+    check_worker,
+    combined,
+    worker_slots,
+)
+from ist.monitoring.exporters import Prometheus, scalars
+from ist.monitoring.meter import Meter
+from ist.monitoring.meter import worker_numbers as measured_by_workers
+from ist.pools import torchrun
+from ist.report.plots import axes_of_curves
+from ist.report.table import table_columns, table_rows
+from ist.runs.build import build_job
+from ist.runs.open import Leading, open_run
+from ist.storage.run_folder import create_run_folder
 from ist.tensors import TensorSpec
+from ist.training.rounds import run_rounds
 from ist.transport.message import HEADER_BYTES, Header, Message, layout_of
-from tests.conftest import round_numbers, worker_numbers
+from tests.conftest import ROOT, a_record, job_for, round_numbers, small_config, worker_numbers
+from tests.networks import NETWORKS, seeded
+from tests.pools.test_ranks import Ranks, by_ranks
 
 # What is in a message's header, 8 bytes each, from its beginning. Another order is another format.
 HEADER = (
@@ -68,3 +104,110 @@ def test_a_number_that_nobody_measured_or_that_is_not_in_the_table_is_an_error_t
         Header(0, 0, {**whole, "volts": 3.0})
     with pytest.raises(AssertionError, match=r"\['volts'\] of a round"):
         check_round(round_numbers([whole], volts=3.0))
+
+
+ENERGY = Measurement(
+    name="energy_j", unit="J", kind=float, source="worker", slot=11, combine="sum", by_worker=True, over_rounds="total",
+    meaning="Energy that all workers together have used.",
+    tensorboard="energy/joules",
+    prometheus=Sample(Family("ist_energy_joules", "counter", "Energy of all workers together.")),
+    axis=Axis("joules of all workers", "log"), column="energy",
+)  # fmt: skip
+
+
+@pytest.fixture
+def energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number more: an entry in the table, and the line that measures it."""
+    table = (*MEASUREMENTS, ENERGY)
+
+    def measure(**others: Any) -> dict[str, float]:
+        return {**measured_by_workers(**others), "energy_j": 2.5}
+
+    for name, module in list(sys.modules.items()):
+        for attribute, value in (("MEASUREMENTS", table), ("worker_numbers", measure)):
+            if name.startswith("ist.") and hasattr(module, attribute):
+                monkeypatch.setattr(module, attribute, value)
+
+
+@pytest.mark.usefixtures("energy")
+def test_a_new_number_is_recorded_and_shown_everywhere_by_one_entry_in_the_table(tmp_path: Path) -> None:
+    config = small_config()
+    folder = create_run_folder(config, tmp_path / "run")
+    with open_run(build_job(config), folder, resume=False, progress=False) as part:
+        assert isinstance(part, Leading)
+        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+        part.recorder.finish(part.method.model)
+    records, result = folder.records(), folder.result()
+    exporter = Prometheus(config, "run", 4, 0, records)
+
+    assert [record["energy_j"] for record in records] == [10.0, 20.0, 30.0, 40.0]
+    assert records[0]["energy_j_by_worker"] == [2.5] * 4
+    assert result["energy_j"] == 40.0
+    assert scalars(records[1])["energy/joules"] == 20.0
+    assert "ist_energy_joules_total 40.0" in generate_latest(exporter.registry).decode()
+    assert ("energy_j", "joules of all workers", "log") in axes_of_curves()
+    assert dict(zip(table_columns([result]), table_rows([result])[0], strict=True))["energy"] == "40.0"
+
+
+@pytest.mark.usefixtures("energy")
+def test_a_new_number_is_checked_where_a_run_is_read_and_missing_in_older_ones(tmp_path: Path) -> None:
+    folder = create_run_folder(small_config(), tmp_path / "run")
+    metrics = folder.path / "metrics.jsonl"
+
+    metrics.write_text(json.dumps(a_record(0)) + "\n")
+    assert "energy_j" not in folder.records()[0]
+    Prometheus(small_config(), "run", 4, 1, folder.records())
+    metrics.write_text(json.dumps(a_record(0, energy_j="much")) + "\n")
+    with pytest.raises(RunFolderError, match="line 1 is damaged: 'energy_j'"):
+        folder.records()
+
+
+@pytest.mark.usefixtures("energy")
+def test_a_new_number_crosses_from_ranks_that_train_subnets(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks, model = Ranks(), seeded(NETWORKS["no batch norm"])
+    monkeypatch.setattr(torchrun, "dist", ranks)
+    job = job_for(model, train__workers=3, pool__kind="torchrun")
+    coordinator, _ = by_ranks(ranks, job, model, spare=1)
+
+    report = coordinator.train_round(0)
+
+    assert report.numbers["energy_j"] == 7.5
+    assert [of_worker["energy_j"] for of_worker in report.by_worker] == [2.5] * 3
+
+
+@pytest.mark.usefixtures("energy")
+def test_a_new_number_crosses_between_ranks_that_train_the_whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(slots: list[Tensor], own: Tensor) -> None:
+        rows.append(own)
+        for slot, row in zip(slots, rows if len(rows) == 2 else [own, own], strict=True):
+            slot.copy_(row)
+
+    rows: list[Tensor] = []
+    monkeypatch.setattr(ist.baselines.ranks.dist, "all_gather", gather)
+    job = job_for(seeded(NETWORKS["no batch norm"]), train__workers=2)
+    for rank, joules in enumerate((1.0, 4.0)):
+        numbers = worker_numbers(steps=3, samples=5, energy_j=joules)
+        own = RankRound(numbers, finite=True, sent_bytes=64.0 + rank, transfers_s=[0.5, 0.25])
+        meter = Meter()
+        report = report_round(job, Membership(rank, 2, torch.device("cpu"), "gloo"), meter, own, 0)
+
+    assert report.numbers["energy_j"] == 5.0
+    assert (report.numbers["samples"], report.numbers["exchange_s"]) == (10, 0.75)
+    assert [of_rank["energy_j"] for of_rank in report.by_worker] == [1.0, 4.0]
+    assert dict(meter.sent) == {0: 64, 1: 65}
+
+
+@pytest.mark.usefixtures("energy")
+def test_the_documentation_lists_what_is_measured_and_the_dashboard_shows_it() -> None:
+    written = runpy.run_path(str(ROOT / "docs" / "measurements.py"))
+    assert "| `energy_j` | J | total | Energy that all workers together have used. |" in written["page"]()
+    before = json.loads((ROOT / "docker" / "grafana-dashboard.json").read_text())
+    panels = written["dashboard"](before)["panels"]
+    assert len(panels) == len(before["panels"]) + 1
+    assert "rate(ist_energy_joules_total[" in panels[-1]["targets"][0]["expr"]
+
+
+def test_the_documentation_is_up_to_date() -> None:
+    written = runpy.run_path(str(ROOT / "docs" / "measurements.py"))
+
+    assert (ROOT / "docs" / "measurements.md").read_text() == written["page"](), "run: python docs/measurements.py"

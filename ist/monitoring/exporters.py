@@ -1,7 +1,8 @@
 """What TensorBoard and Prometheus are told about a run.
 
 Where it sits: `ist/monitoring/observers.py` imports this where one of the two is configured; needs the extra `watch`.
-Not here: whether and where (`ist/monitoring/observers.py`), what is measured (`ist/runs/recorder.py`).
+Not here: whether and where (`ist/monitoring/observers.py`), what is measured
+and what it is called (`ist/measurements.py`).
 """
 
 import threading
@@ -9,19 +10,17 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ist._version import VERSION
 from ist.config.schema import Config
 from ist.errors import ConfigError, RunFolderError
+from ist.measurements import FAULTS, MEASUREMENTS, Family
 from ist.monitoring.metrics_server import start_server
 
 Record = Mapping[str, Any]
 
-PHASES = ("compute", "exchange", "idle", "cut", "merge")
-FAULTS = ("lost", "late", "rejected")
 _FLUSH_EVERY_S = 10
 
 
@@ -30,15 +29,9 @@ def scalars(record: Record) -> dict[str, float]:
     faults = record.get("lost", [])
     metric = record.get("metric") or "accuracy"
     found = {
-        "loss/train": record["loss"],
-        "loss/test": record.get("test_loss"),
+        **{m.tensorboard: record.get(m.name) for m in MEASUREMENTS if m.tensorboard},
         f"{metric}/test": record.get(metric),
-        "bytes/sent": record["sent_bytes"],
-        **{f"seconds/{phase}": record[f"{phase}_s"] for phase in PHASES},
-        "workers/in_round": record["workers"],
         **{f"workers/{kind}": sum(fault["kind"] == kind for fault in faults) for kind in FAULTS},
-        "memory/worker_bytes": record["memory_bytes"],
-        "memory/coordinator_bytes": record["coordinator_memory_bytes"],
     }
     return {name: value for name, value in found.items() if value is not None}
 
@@ -109,39 +102,24 @@ class TensorBoard:
             raise RunFolderError(f"{self._folder}: cannot be written: {error.strerror or error}") from error
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A metric as Prometheus knows it.
-
-    Attributes:
-        kind: What it is; a counter's samples have `_total` behind their name.
-        help: What it says.
-        label: What its samples differ by, if there are several.
-    """
-
-    kind: Literal["counter", "gauge"]
-    help: str
-    label: str = ""
+_ABOUT_THE_RUN = (
+    Family("ist_rounds", "counter", "Rounds done, since the beginning of the run."),
+    Family("ist_rounds_planned", "gauge", "Rounds of the whole run."),
+    Family("ist_test_metric", "gauge", "What is reported of the whole network on the test data, by name.", "name"),
+    Family("ist_bytes", "counter", "Payload bytes: to_workers, from_workers, or of an all_reduce.", "direction"),
+    Family("ist_workers_alive", "gauge", "Workers of the last round that were not lost in it; late ones are alive."),
+    Family("ist_workers_configured", "gauge", "Workers that are configured."),
+    Family("ist_faults", "counter", "Workers that were left out of a round, by kind.", "kind"),
+    Family("ist_checkpoint_rounds", "gauge", "Rounds that the newest checkpoint has behind it."),
+    Family("ist_last_round_timestamp_seconds", "gauge", "When the last round ended, in seconds since 1970."),
+)
 
 
-METRICS: dict[str, Metric] = {
-    "ist_rounds": Metric("counter", "Rounds done, since the beginning of the run."),
-    "ist_rounds_planned": Metric("gauge", "Rounds of the whole run."),
-    "ist_samples": Metric("counter", "Samples of all workers together."),
-    "ist_train_loss": Metric("gauge", "Mean training loss of the last round."),
-    "ist_test_loss": Metric("gauge", "Loss of the whole network on the test data."),
-    "ist_test_accuracy": Metric("gauge", "Accuracy of the whole network on the test data, from 0 to 1."),
-    "ist_test_metric": Metric("gauge", "What is reported of the whole network on the test data, by name.", "name"),
-    "ist_bytes": Metric("counter", "Payload bytes: to_workers, from_workers, or of an all_reduce.", "direction"),
-    "ist_phase_seconds": Metric("counter", "Seconds by phase; those of workers are their mean.", "phase"),
-    "ist_workers": Metric("gauge", "Workers of the last round."),
-    "ist_workers_alive": Metric("gauge", "Workers of the last round that were not lost in it; late ones are alive."),
-    "ist_workers_configured": Metric("gauge", "Workers that are configured."),
-    "ist_faults": Metric("counter", "Workers that were left out of a round, by kind.", "kind"),
-    "ist_memory_peak_bytes": Metric("gauge", "Peak memory, of workers that of the largest.", "process"),
-    "ist_checkpoint_rounds": Metric("gauge", "Rounds that the newest checkpoint has behind it."),
-    "ist_last_round_timestamp_seconds": Metric("gauge", "When the last round ended, in seconds since 1970."),
-}
+def families() -> list[Family]:
+    """Return every metric that Prometheus is told: those of measured numbers, and those about the run."""
+    measured = dict.fromkeys(m.prometheus.family for m in MEASUREMENTS if m.prometheus)
+    return [*measured, *_ABOUT_THE_RUN]
+
 
 Values = dict[str, dict[str, float]]
 """Metric to its label's value (empty where it has none) to its number."""
@@ -157,6 +135,14 @@ def add_record(values: Values, record: Record, method: str) -> Values:
     """
     new: defaultdict[str, dict[str, float]] = defaultdict(dict, {name: dict(now) for name, now in values.items()})
 
+    for measured in MEASUREMENTS:
+        shown, value = measured.prometheus, record.get(measured.name)
+        if shown is not None and value is not None:
+            # Of a total, the record tells all of the run so far; of what is no total, a counter adds up the rounds.
+            adds = shown.family.kind == "counter" and measured.over_rounds != "total"
+            before = new[shown.family.name].get(shown.label, 0) if adds else 0
+            new[shown.family.name][shown.label] = before + value
+
     def add(name: str, amounts: Mapping[str, float]) -> None:
         for label, amount in amounts.items():
             new[name][label] = new[name].get(label, 0) + amount
@@ -167,25 +153,12 @@ def add_record(values: Values, record: Record, method: str) -> Values:
         add("ist_bytes", {"to_workers": to_workers, "from_workers": from_workers})
     else:
         add("ist_bytes", {"all_reduce": to_workers + from_workers})
-    add("ist_phase_seconds", {phase: record[f"{phase}_s"] for phase in PHASES})
     add("ist_faults", {kind: faults.count(kind) for kind in FAULTS})
-    new["ist_phase_seconds"]["evaluate"] = record["evaluate_s"]
-    new["ist_memory_peak_bytes"] |= {
-        "worker": record["memory_bytes"],
-        "coordinator": record["coordinator_memory_bytes"],
-    }
     if record.get("metric"):
         new["ist_test_metric"] = {record["metric"]: record[record["metric"]]}
-    plain = {
-        "ist_rounds": record["round"] + 1,
-        "ist_samples": record["samples"],
-        "ist_train_loss": record["loss"],
-        "ist_test_loss": record.get("test_loss"),
-        "ist_test_accuracy": record.get("accuracy"),
-        "ist_workers": record["workers"],
-        "ist_workers_alive": record["workers"] - faults.count("lost"),
-    }
-    return dict(new) | {name: {"": value} for name, value in plain.items() if value is not None}
+    new["ist_rounds"][""] = record["round"] + 1
+    new["ist_workers_alive"][""] = record["workers"] - faults.count("lost")
+    return dict(new)
 
 
 class Prometheus:
@@ -244,11 +217,11 @@ class Prometheus:
         core = self._core
         yield core.InfoMetricFamily("ist_run", "What is running.", value=self._info)
         values = self._values
-        for name, metric in METRICS.items():
-            family = core.CounterMetricFamily if metric.kind == "counter" else core.GaugeMetricFamily
-            made = family(name, metric.help, labels=[metric.label] if metric.label else [])
-            for label, value in values.get(name, {}).items():
-                made.add_metric([label] if metric.label else [], value)
+        for family in families():
+            make = core.CounterMetricFamily if family.kind == "counter" else core.GaugeMetricFamily
+            made = make(family.name, family.help, labels=[family.label] if family.label else [])
+            for label, value in values.get(family.name, {}).items():
+                made.add_metric([label] if family.label else [], value)
             yield made
 
     def show(self, record: Record) -> None:

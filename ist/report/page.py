@@ -13,7 +13,7 @@ from ist.config.load import dump_config
 from ist.config.redact import redacted
 from ist.errors import RunFolderError
 from ist.report.names import run_names
-from ist.report.plots import AXES, curve_plot, phase_plot
+from ist.report.plots import axes_of_curves, curve_plot, phase_plot
 from ist.report.table import fault_text, link_text, table_columns, table_rows
 from ist.storage.backend import write_atomically
 from ist.storage.run_folder import RunFolder
@@ -63,7 +63,7 @@ def write_report(runs: Sequence[RunFolder], path: Path) -> Path:
         faults=[(label, text) for label, text in zip(labels, map(fault_text, results), strict=True) if text],
         model=redacted(yaml.safe_dump(configs[0].model.model_dump(), default_flow_style=True, width=1000).strip()),
         data=configs[0].data.name,
-        plots=[Markup(curve_plot(curves, *axis)) for axis in AXES],
+        plots=[Markup(curve_plot(curves, *axis)) for axis in axes_of_curves()],
         phases=Markup(phase_plot(curves)),
         configs=[(label, redacted(dump_config(config))) for label, config in zip(labels, configs, strict=True)],
     )

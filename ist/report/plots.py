@@ -9,19 +9,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ist.errors import printable
+from ist.measurements import MEASUREMENTS
 from ist.monitoring.display import format_metric, metric_title
-
-AXES = (
-    ("sent_bytes", "bytes sent by all processes", "log"),
-    ("train_s", "seconds of training", "log"),
-    ("virtual_s", "seconds of training, every worker on a core of its own", "log"),
-    ("samples", "samples seen by all workers", "linear"),
-)
 
 _COLOURS = 10
 """How many lines matplotlib draws before it begins with the first colour again."""
 
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+def axes_of_curves() -> list[tuple[str, str, str]]:
+    """Return what runs are plotted against: the key in a record, what the axis says, and its scale."""
+    return [(m.name, m.axis.title, m.axis.scale) for m in MEASUREMENTS if m.axis]
 
 
 def curve_plot(curves: Curves, x: str, x_label: str, x_scale: str) -> str:
@@ -61,18 +60,12 @@ def curve_plot(curves: Curves, x: str, x_label: str, x_scale: str) -> str:
 
 def phase_plot(curves: Curves) -> str:
     """Draw where the seconds of each run went, as stacked bars; returns an `<svg>` element."""
-    phases = {
-        "compute_s": "local steps",
-        "exchange_s": "exchange",
-        "cut_s": "cut",
-        "merge_s": "merge",
-        "idle_s": "waiting for slower workers",
-    }
+    phases = {measured.name: measured.phase for measured in MEASUREMENTS if measured.phase}
     figure = Figure(figsize=(16.8, 1.2 + 0.6 * len(curves)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(curves)
     for key, label in phases.items():
-        widths = [sum(record[key] for record in records) for records in curves.values()]
+        widths = [sum(record.get(key, 0) for record in records) for records in curves.values()]
         axes.barh(range(len(curves)), widths, left=left, label=label, height=0.6)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.set_yticks(range(len(curves)), [_literal(label) for label in curves])

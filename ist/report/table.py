@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from ist.measurements import MEASUREMENTS, Measurement
 from ist.monitoring.display import format_bytes, format_metric, format_ratio, metric_title
 
 Result = Mapping[str, Any]
@@ -14,7 +15,8 @@ def table_columns(results: Sequence[Result]) -> tuple[str, ...]:
     """Return the names of the columns; `on the wire` where any run counted what crossed its links."""
     on_the_wire = ("on the wire",) if _counted(results) else ()
     titles = tuple(metric_title(name) for name in _metrics(results)) or ("loss",)
-    return ("method", *titles, "bytes sent", *on_the_wire, "ratio", "seconds", "on own cores", "memory a worker")
+    others = (measured.column for measured in MEASUREMENTS if measured.column)
+    return ("method", *titles, "bytes sent", *on_the_wire, "ratio", *others)
 
 
 def table_rows(results: Sequence[Result], names: Sequence[str] = ()) -> list[tuple[str, ...]]:
@@ -40,9 +42,7 @@ def table_rows(results: Sequence[Result], names: Sequence[str] = ()) -> list[tup
                 format_bytes(sent),
                 *((wire,) if counted else ()),
                 f"{format_ratio(most / sent)}x fewer" if sent and sent < most else "1x",
-                f"{result['train_s']:.1f}",
-                f"{result['virtual_s']:.1f}" if "virtual_s" in result else "not counted",
-                format_bytes(result["memory_bytes"]),
+                *(_shown(result, measured) for measured in MEASUREMENTS if measured.column),
             )
         )
     return rows
@@ -96,6 +96,13 @@ def _values(result: Result, metrics: Sequence[str]) -> list[str]:
         loss = result["test_loss"] if result.get("test_loss") is not None else result["loss"]
         return [f"loss {loss:.4f}", *[""] * (len(metrics) - 1)]
     return [format_metric(name, found[name]) if name in found else "" for name in metrics]
+
+
+def _shown(result: Result, measured: Measurement) -> str:
+    if measured.name not in result:
+        return "not counted"
+    value = result[measured.name]
+    return format_bytes(value) if measured.unit == "bytes" else f"{value:.1f}"
 
 
 def _counted(results: Sequence[Result]) -> bool:

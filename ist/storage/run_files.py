@@ -6,15 +6,17 @@ names the file, the line and the key.
 Not here: opening files; writing them (`ist/storage/run_folder.py`, `ist/runs/recorder.py`).
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 from ist.config.base import NonNegativeFloat, NonNegativeInt
 from ist.errors import RunFolderError
+from ist.measurements import MEASUREMENTS, Measurement
 
 Number = int | float
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -32,44 +34,25 @@ class _Lost(_Written):
     kind: str = "lost"
 
 
-class RoundRecord(_Written):
-    """A line of metrics.jsonl; what has a default is missing in records of earlier versions, or of some rounds."""
+class _Record(_Written):
+    """A line of metrics.jsonl, but for the measured numbers; what has a default is missing in some records."""
 
     round: NonNegativeInt
-    loss: Finite
-    samples: NonNegativeFloat
-    sent_bytes: NonNegativeFloat
-    train_s: Finite
-    compute_s: Finite
-    exchange_s: Finite
-    idle_s: Finite
-    cut_s: Finite
-    merge_s: Finite
-    memory_bytes: NonNegativeFloat
     workers: NonNegativeInt = 0
     steps: NonNegativeInt = 0
-    epoch: Finite = 0.0
-    virtual_s: Finite = 0.0
-    evaluate_s: Finite = 0.0
-    coordinator_memory_bytes: NonNegativeFloat = 0
-    bytes_to_worker: list[Number] = []
-    bytes_from_worker: list[Number] = []
-    memory_bytes_by_worker: list[Number] = []
-    test_loss: Number | None = None
     metric: str | None = None
-    accuracy: Number | None = None
     lost: list[_Lost] = []
 
     @model_validator(mode="after")
-    def _metric_is_a_number(self) -> "RoundRecord":
+    def _metric_is_a_number(self) -> "_Record":
         value = (self.model_extra or {}).get(self.metric or "", 0)
         if isinstance(value, bool) or not isinstance(value, int | float | None):
             raise ValueError(f"'{self.metric}' is no number")
         return self
 
 
-class RunResult(_Written):
-    """What result.json holds; see `RoundRecord`."""
+class _Result(_Written):
+    """What result.json holds, but for the measured numbers that some versions did not write."""
 
     name: str
     method: str
@@ -81,16 +64,10 @@ class RunResult(_Written):
     train_s: Finite
     memory_bytes: NonNegativeFloat
     label: str = ""
-    samples: NonNegativeFloat = 0
-    virtual_s: Finite = 0.0
-    evaluate_s: Finite = 0.0
-    coordinator_memory_bytes: NonNegativeFloat = 0
     parameters: NonNegativeFloat = 0
     remote_workers: NonNegativeInt = 0
-    test_loss: Number | None = None
     metric: str | None = None
     metrics: dict[str, Number] = {}
-    accuracy: Number | None = None
     best_accuracy: Number | None = None
     faults: dict[str, int] = {}
     block_scales: dict[str, Number] = {}
@@ -135,7 +112,7 @@ def parse_records(raw: bytes, where: str) -> Lines:
         line = f"{where}: line {number}"
         if tree is None:
             raise RunFolderError(f"{line} is damaged: it is not JSON")
-        _check(RoundRecord, tree, line)
+        _check(_record_model(MEASUREMENTS), tree, line)
         if records and tree["round"] <= records[-1]["round"]:
             raise RunFolderError(
                 f"{line} is of round {tree['round']}, and the one before of round {records[-1]['round']}: two "
@@ -154,9 +131,36 @@ def parse_result(raw: bytes, where: str) -> dict[str, Any]:
     tree = _tree(raw)
     if tree is None:
         raise RunFolderError(f"{where} is damaged: it is not JSON")
-    _check(RunResult, tree, where)
+    _check(_result_model(MEASUREMENTS), tree, where)
     result: dict[str, Any] = tree
     return result
+
+
+@functools.cache
+def _record_model(table: tuple[Measurement, ...]) -> type[_Record]:
+    """A line of metrics.jsonl with the numbers of a table."""
+    fields = {m.name: _field(m, m.required) for m in table if m.recorded and m.name not in _Record.model_fields}
+    lists = {f"{measured.name}_by_worker": _LIST for measured in table if measured.by_worker}
+    return create_model("RoundRecord", __base__=_Record, **fields, **lists)
+
+
+@functools.cache
+def _result_model(table: tuple[Measurement, ...]) -> type[_Result]:
+    """What result.json holds, with the numbers of a table."""
+    fields = {m.name: _field(m, False) for m in table if m.over_rounds and m.name not in _Result.model_fields}
+    return create_model("RunResult", __base__=_Result, **fields)
+
+
+_LIST: Any = (list[Number], [])
+
+
+def _field(measured: Measurement, required: bool) -> Any:
+    """A field of a pydantic model: its type, and its default where it may be missing."""
+    if measured.is_list:
+        return _LIST
+    if measured.source == "evaluation":
+        return Number | None, None
+    return NonNegativeFloat if measured.kind is int else Finite, ... if required else 0
 
 
 def _tree(text: bytes) -> Any:

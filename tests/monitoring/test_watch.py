@@ -23,7 +23,7 @@ from ist.errors import ConfigError, PoolError, RunFolderError
 from ist.evaluation.evaluate import Metrics
 from ist.monitoring import metrics_server
 from ist.monitoring.display import Display
-from ist.monitoring.exporters import METRICS, Prometheus, TensorBoard, scalars
+from ist.monitoring.exporters import Prometheus, TensorBoard, families, scalars
 from ist.monitoring.meter import MemoryGauge, Meter
 from ist.monitoring.observers import Watcher, check_watch, open_watchers
 from ist.runs.build import build_job
@@ -361,10 +361,10 @@ def test_counters_of_a_resumed_run_go_on() -> None:
 
 
 def test_all_metrics_are_named_by_the_conventions() -> None:
-    for name, metric in METRICS.items():
-        assert re.fullmatch(r"ist_[a-z_]+", name)
-        assert not name.endswith("_total")
-        assert metric.help.endswith(".")
+    for family in families():
+        assert re.fullmatch(r"ist_[a-z_]+", family.name)
+        assert not family.name.endswith("_total")
+        assert family.help.endswith(".")
 
 
 def test_the_dashboard_shows_every_metric_and_no_other() -> None:
@@ -384,7 +384,7 @@ def test_the_dashboard_shows_every_metric_and_no_other() -> None:
         target["datasource"]["uid"] == "${datasource}" for panel in dashboard["panels"] for target in panel["targets"]
     )
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
-    labels = {f"{{{{{metric.label}}}}}" for metric in METRICS.values() if metric.label}
+    labels = {f"{{{{{family.label}}}}}" for family in families() if family.label}
     legends = " ".join(target["legendFormat"] for panel in dashboard["panels"] for target in panel["targets"])
     assert labels <= set(re.findall(r"{{\w+}}", legends))
 
