@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import write_result
-from ist.baselines.registry import METHODS
 from ist.config.link_rate import Link
 from ist.config.load import load_config
+from ist.config.methods import METHODS
 from ist.distributed.environment import is_rank_zero
 from ist.launch.lab_hosts import hosts, run_ranks, why_not
 from ist.plan.predict import make_plan
@@ -140,7 +140,7 @@ def error(row: dict[str, Any], planned: str, seen: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", default=",".join(["ist", *METHODS]))
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--workers", default="2,4,8")
     parser.add_argument("--rank", nargs="+", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()

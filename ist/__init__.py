@@ -24,7 +24,7 @@ from ist.errors import (
 
 if TYPE_CHECKING:
     from ist.api import TrainResult, train
-    from ist.config.method import Exchange, Partition
+    from ist.config.partition import Exchange, Partition
     from ist.config.recipe import Average, Outer, Recipe, Stage
     from ist.config.schema import Checkpoint, Evaluate, Optimizer, Pool, Ray, Schedule, Watch
     from ist.data.batched import BatchedDataset
@@ -67,7 +67,7 @@ __all__ = [
 # torch and pydantic are imported when they are needed, so that `ist --help` is quick.
 _LATER = {
     "ist.api": ("TrainResult", "train"),
-    "ist.config.method": ("Exchange", "Partition"),
+    "ist.config.partition": ("Exchange", "Partition"),
     "ist.config.recipe": ("Average", "Outer", "Recipe", "Stage"),
     "ist.config.schema": ("Checkpoint", "Evaluate", "Optimizer", "Pool", "Ray", "Schedule", "Watch"),
     "ist.data.batched": ("BatchedDataset",),

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from typing_extensions import Unpack
 
 from ist.checks.gradient_reach import check_held
-from ist.config.method import Exchange, Partition
+from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
 from ist.config.schema import Checkpoint, Evaluate, Optimizer, Pool, Schedule, Watch
 from ist.distributed.environment import is_rank_zero

@@ -36,17 +36,24 @@ class DataParallel:
     """Data-parallel training of the whole network; a `Method` on rank 0, and its mirror on every other rank.
 
     Args:
-        job: The run; its method says how gradients cross the network.
+        job: The run.
         membership: This rank.
         model: The whole network with its start values; rank 0's are broadcast.
         state: Optimiser state of a checkpoint, by `optimizers.state_name`; empty at the start. Only rank 0's is used.
         meter: Counts the all-reduce.
+        compression: How gradients cross the network: 'none', 'float16', 'bfloat16' or 'low_rank' (PowerSGD).
 
     Reference: Li et al., "PyTorch Distributed", VLDB 2020; Vogels et al., "PowerSGD", arXiv 1905.13727.
     """
 
     def __init__(
-        self, job: Job, membership: Membership, model: nn.Module, state: Mapping[str, Tensor], meter: Meter
+        self,
+        job: Job,
+        membership: Membership,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        meter: Meter,
+        compression: str = "none",
     ) -> None:
         self.job = job
         self._membership = membership
@@ -54,12 +61,12 @@ class DataParallel:
         self._gauge = MemoryGauge(membership.device)
         self._shard = take_shard(job.train_data, job.dealing.shard(membership.rank))
         self._model = model.to(membership.device)
-        if job.config.method == "powersgd" and membership.device.type == "cpu" and torch.cuda.is_available():
+        self._exchange = GradientExchange(job.config, compression, membership.world_size)
+        if self._exchange.powersgd is not None and membership.device.type == "cpu" and torch.cuda.is_available():
             raise ConfigError(
                 "pool.device is 'cpu', but PyTorch's PowerSGD waits for a GPU wherever it sees one: set "
                 "CUDA_VISIBLE_DEVICES to nothing for these processes, or pool.device to 'cuda'"
             )
-        self._exchange = GradientExchange(job.config, membership.world_size)
         # Buffers are batch norm's running statistics, re-estimated before evaluation: not worth a broadcast a step.
         # Newer versions of torch have renamed the option that says so.
         names = inspect.signature(DistributedDataParallel).parameters

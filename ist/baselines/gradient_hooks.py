@@ -23,19 +23,20 @@ from ist.config.schema import Config
 
 Future = torch.futures.Future[Tensor]
 
-PLAIN: dict[str, tuple[Callable[[Any, Any], Future], int | None]] = {
-    "ddp": (allreduce_hook, None),
-    "ddp_fp16": (fp16_compress_hook, 2),
-    "ddp_bf16": (bf16_compress_hook, 2),
+CASTS: dict[str, tuple[Callable[[Any, Any], Future], int | None]] = {
+    "none": (allreduce_hook, None),
+    "float16": (fp16_compress_hook, 2),
+    "bfloat16": (bf16_compress_hook, 2),
 }
-"""Method to PyTorch's hook, and the bytes of a number on the way; None: as many as it has."""
+"""Compression to PyTorch's hook, and the bytes of a number on the way; None: as many as it has."""
 
 
 class GradientExchange:
     """A communication hook, with a count of bytes and seconds.
 
     Args:
-        config: Names the method and its settings.
+        config: The run.
+        compression: A key of `CASTS`, or 'low_rank' (PowerSGD).
         world_size: Number of ranks.
 
     Attributes:
@@ -46,7 +47,7 @@ class GradientExchange:
         rehearses: While true, nothing is sent and gradients stay this rank's own.
     """
 
-    def __init__(self, config: Config, world_size: int) -> None:
+    def __init__(self, config: Config, compression: str, world_size: int) -> None:
         self._share = 2 * (world_size - 1) / world_size
         self._lock = threading.Lock()  # futures complete on another thread
         self._under_way = 0
@@ -55,12 +56,12 @@ class GradientExchange:
         self.transfers_s: list[float] = []
         self.rehearses = False
         self.powersgd: PowerSGDState | None = None
-        if config.method == "powersgd":
+        if compression == "low_rank":
             self.powersgd = PowerSGDState(
                 None, config.baseline.powersgd_rank, config.baseline.powersgd_start, random_seed=config.seed
             )
         else:
-            self._hook, self._item_bytes = PLAIN[config.method]
+            self._hook, self._item_bytes = CASTS[compression]
 
     def start_round(self) -> None:
         """Forget the seconds of earlier steps."""

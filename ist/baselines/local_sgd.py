@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.model_averaging.utils import average_parameters
 
-from ist.baselines.quantized_mean import mean_in_int8
+from ist.baselines.quantized_mean import quantized_mean
 from ist.baselines.ranks import RankRound, begin_together, collect, report_round, spread
 from ist.data.batches import take_shard
 from ist.distributed.process_group import Membership, peer_errors
@@ -37,20 +37,30 @@ class LocalTraining:
     """Local SGD and DiLoCo; a `Method` on rank 0, and its mirror on every other rank.
 
     Args:
-        job: The run; its method is 'local_sgd', 'diloco' or 'diloco_int8'.
+        job: The run.
         membership: This rank.
         model: The whole network with its start values; rank 0's are broadcast.
         state: Optimiser states of a checkpoint; empty at the start. Only rank 0's are used.
         meter: Counts the all-reduce.
+        has_outer_step: Whether an outer optimiser moves the common network (DiLoCo); else it is the mean (local SGD).
+        bits: In how many bits a number of the change travels; None: as it is.
 
     Reference: Stich, "Local SGD Converges Fast and Communicates Little", arXiv 1805.09767; Douillard et al., "DiLoCo",
     arXiv 2311.08105, Algorithm 1 (outer learning rate 0.7, momentum 0.9).
     """
 
     def __init__(
-        self, job: Job, membership: Membership, model: nn.Module, state: Mapping[str, Tensor], meter: Meter
+        self,
+        job: Job,
+        membership: Membership,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        meter: Meter,
+        has_outer_step: bool = False,
+        bits: int | None = None,
     ) -> None:
         self.job = job
+        self._bits = bits
         self._membership = membership
         self._meter = meter
         self._gauge = MemoryGauge(membership.device)
@@ -60,7 +70,7 @@ class LocalTraining:
             self._model.load_state_dict(spread(membership, self._model.state_dict()))
             state = spread(membership, state)
         ranks = [_RANK.format(rank) for rank in range(membership.world_size)]
-        prefixes = (*ranks, _OUTER) if job.config.method != "local_sgd" else tuple(ranks)
+        prefixes = (*ranks, _OUTER) if has_outer_step else tuple(ranks)
         if foreign := [name for name in state if not name.startswith(prefixes)]:
             raise CheckpointError(
                 f"the checkpoint holds '{foreign[0]}', for which method '{job.config.method}' has no use"
@@ -73,7 +83,7 @@ class LocalTraining:
         # The network on which all ranks agreed last, and the optimiser that moves it.
         self._common: dict[str, nn.Parameter] = {}
         self._outer: torch.optim.Optimizer | None = None
-        if job.config.method != "local_sgd":
+        if has_outer_step:
             baseline = job.config.baseline
             self._common = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in trained.items()}
             self._outer = torch.optim.SGD(
@@ -148,8 +158,8 @@ class LocalTraining:
             return
         common = list(self._common.values())
         change = torch.cat([(old - new).detach().flatten() for old, new in zip(common, parameters, strict=True)])
-        if self.job.config.method == "diloco_int8":
-            change, sent = mean_in_int8(change, self._membership)
+        if self._bits is not None:
+            change, sent = quantized_mean(change, self._membership, self._bits)
             self._sent_bytes += sent
         else:
             self._sent_bytes += ring * change.nbytes

@@ -54,7 +54,7 @@ def check_optimizer(job: Job, named: Mapping[str, nn.Parameter]) -> None:
     config, train = job.config, job.config.train
     name = train.optimizer.name
     keeps = f"{name} keeps {' and '.join(found.outside)}" if found.outside else name
-    if config.method != "ist" or (train.optimizer_state == "kept" and _same_neurons(job)):
+    if not config.method_spec.needs_groups or (train.optimizer_state == "kept" and _same_neurons(job)):
         unsaved = [what for what, is_saved in found.outside.items() if not is_saved]
         if unsaved and any(config.checkpoint.is_due(number) for number in range(1, job.num_rounds)):
             warnings.warn(

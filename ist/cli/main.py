@@ -19,7 +19,7 @@ from ist._version import VERSION
 from ist.cli.theory import theory
 from ist.config.base import describe_keys
 from ist.config.load import config_for_method, load_config, with_methods
-from ist.config.redact import redacted
+from ist.config.methods import users_of
 from ist.config.schema import FROM_PYTHON, Config, num_processes
 from ist.distributed.environment import end_with_launcher, is_launched, is_rank_zero, is_repeated_elsewhere
 from ist.errors import (
@@ -34,6 +34,7 @@ from ist.errors import (
     printable,
 )
 from ist.launch.signals import Stopped, exit_code, ignore_stop_signals, stop_signals, stopped_text
+from ist.redact import redacted
 
 if TYPE_CHECKING:
     from ist.storage.run_folder import RunFolder
@@ -275,6 +276,8 @@ app.command()(theory)
 def keys() -> None:
     """List every key of a configuration file with its type, default and meaning."""
     for key, kind, default, meaning in describe_keys(Config):
+        users = users_of(key)
+        meaning = f"{', '.join(users)}: {meaning}" if users else meaning
         typer.echo(f"{typer.style(key, bold=True)}  ({kind}; {default})\n    {meaning}")
 
 
@@ -385,7 +388,7 @@ def _run_here(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
 def _start(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
     """Run in this process if it is the whole run or one of its ranks; else start the processes."""
     config = job.config
-    if config.pool.kind != "torchrun" or is_launched():
+    if not config.pool.spec.is_launched or is_launched():
         _run_here(job, folder, resume)
         return
     from ist.launch.lab_run import launch_on_hosts

@@ -1,6 +1,7 @@
 """Building blocks of the configuration's sections: types, the base class, and explanations of keys and errors.
 
-Where it sits: `ist/config/schema.py`, `ist/config/method.py` and `ist/config/recipe.py` declare keys with these types.
+Where it sits: `ist/config/schema.py`, `ist/config/methods.py`, `ist/config/partition.py` and `ist/config/recipe.py`
+declare keys with these types.
 Not here: the keys themselves.
 """
 
@@ -14,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from ist.config.redact import holds_secret, redacted
 from ist.errors import ConfigError
+from ist.redact import holds_secret, redacted
 
 PositiveInt = Annotated[int, Field(gt=0, le=10**9)]
 NonNegativeInt = Annotated[int, Field(ge=0)]

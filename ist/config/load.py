@@ -13,10 +13,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from ist.config.base import explained, kind_of, plain, short
-from ist.config.redact import holds_secret
 from ist.config.schema import Config
 from ist.config.yaml_text import MAX_DEPTH, dump_yaml, parse_yaml, read_text
 from ist.errors import ConfigError
+from ist.redact import holds_secret
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:

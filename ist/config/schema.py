@@ -2,7 +2,7 @@
 
 Where it sits: `ist/config/load.py` reads YAML and overrides into these classes; all other rooms receive them. A key
 exists only if it is declared here or in a section that is imported here.
-Not here: the sections `partition`, `exchange` and `baseline` (`ist/config/method.py`) and `recipe`
+Not here: the sections `partition`, `exchange` and `baseline` (`ist/config/partition.py`) and `recipe`
 (`ist/config/recipe.py`), and checks of a value against a model or a data set (`ist/subnet/job.py`). Imports neither
 torch nor ray.
 """
@@ -22,7 +22,8 @@ from ist.config.base import (
     Section,
 )
 from ist.config.link_rate import checked_link
-from ist.config.method import METHOD_NAMES, Baseline, Exchange, Partition
+from ist.config.methods import METHODS, POOLS, Baseline, MethodSpec, PoolSpec, method_spec
+from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
 
 TOTAL_STEPS = "total_steps"
@@ -273,6 +274,11 @@ class Pool(Section):
     ray: Ray = Field(default_factory=Ray, description="where and how Ray runs the workers")
 
     @property
+    def spec(self) -> PoolSpec:
+        """What the pool can do."""
+        return POOLS[self.kind]
+
+    @property
     def memory_limit_bytes(self) -> int | None:
         """The memory limit in bytes, or None without a limit."""
         if self.memory_limit is None:
@@ -323,11 +329,11 @@ class Compare(Section):
     def _are_for_something(
         cls, overrides: dict[str, dict[str, Any]], info: ValidationInfo
     ) -> dict[str, dict[str, Any]]:
-        known = [*info.data.get("methods", []), *METHOD_NAMES]
+        known = [*info.data.get("methods", []), *METHODS]
         for label, changes in overrides.items():
             if label not in known and "method" not in changes and ":" not in label:
                 raise ValueError(
-                    f"'{label}' is not in compare.methods, is not a method ({', '.join(METHOD_NAMES)}), and does not "
+                    f"'{label}' is not in compare.methods, is not a method ({', '.join(METHODS)}), and does not "
                     "set 'method'"
                 )
         return overrides
@@ -340,7 +346,8 @@ class Config(Section):
     seed: NonNegativeInt = Field(0, description="seed of all random numbers")
     method: str = Field(
         "ist",
-        description="'ist', or a baseline: ddp, ddp_fp16, ddp_bf16, powersgd, local_sgd, diloco, diloco_int8",
+        description="; ".join(f"{spec.name}: {spec.title}" for spec in METHODS.values())
+        + "; or the import path 'package.module:Name' of another",
     )
     label: str | None = Field(None, description="name of the run in tables; default: the method")
     model: Model = Field(description="the network")
@@ -357,10 +364,15 @@ class Config(Section):
     compare: Compare = Field(default_factory=Compare, description="what `ist compare` runs")
     output: str = Field("runs", description="folder in which run folders are created")
 
+    @property
+    def method_spec(self) -> MethodSpec:
+        """What the method is and needs."""
+        return method_spec(self.method)
+
     @model_validator(mode="after")
     def _one_capacity_per_worker(self) -> "Config":
         capacities = self.partition.capacities
-        if self.method == "ist" and capacities is not None and len(capacities) != self.train.workers:
+        if self.method_spec.needs_groups and capacities is not None and len(capacities) != self.train.workers:
             raise ValueError(
                 f"'partition.capacities' is {capacities} ({len(capacities)} numbers), but 'train.workers' is "
                 f"{self.train.workers}: give one number per worker"
@@ -375,7 +387,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _covers_every_neuron(self) -> "Config":
         train, partition = self.train, self.partition
-        if self.method != "ist":
+        if not self.method_spec.needs_groups:
             return self
         keeps = {"partition.keep": partition.keep}
         keeps |= {f"recipe.stages.{number}.keep": stage.keep for number, stage in enumerate(self.recipe.stages)}
@@ -397,7 +409,8 @@ class Config(Section):
     @property
     def workers_keep(self) -> bool:
         """Whether workers keep state of their own between rounds (optimizer state, error-feedback residuals)."""
-        return self.method == "ist" and (self.train.optimizer_state == "kept" or self.exchange.error_feedback)
+        keeps = self.train.optimizer_state == "kept" or self.exchange.error_feedback
+        return self.method_spec.has_coordinator and keeps
 
     @model_validator(mode="after")
     def _residuals_outlast_a_round(self) -> "Config":
@@ -410,23 +423,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits_the_pool(self) -> "Config":
-        kind = self.pool.kind
-        if self.partition.balance == "speed" and kind == "torchrun" and self.method == "ist":
-            raise ValueError("'partition.balance' is 'speed', which needs 'pool.kind' ray (or inline), not torchrun")
-        if self.pool.round_deadline_s is not None and kind != "ray":
-            raise ValueError(
-                f"'pool.round_deadline_s' needs 'pool.kind' ray, not {kind}: no other pool continues without a worker"
-            )
-        if self.pool.ray != Ray() and kind != "ray":
-            raise ValueError(f"'pool.ray' is set, but 'pool.kind' is {kind}: set it to ray, or leave 'pool.ray' out")
-        if self.pool.memory_limit is not None and kind != "torchrun":
-            raise ValueError(
-                f"'pool.memory_limit' is '{self.pool.memory_limit}', which needs 'pool.kind' torchrun (one process per "
-                f"worker on this machine), not {kind}"
-            )
-        if self.pool.link is not None and kind != "torchrun":
-            raise ValueError(f"'pool.link' is '{self.pool.link}', which needs 'pool.kind' torchrun, not {kind}")
-        if kind == "ray" and self.pool.device == "cuda" and self.pool.ray.num_gpus == 0:
+        kind, pool = self.pool.kind, self.pool.spec
+        if self.partition.balance == "speed" and not pool.measures_speed and self.method_spec.needs_groups:
+            able = " or ".join(spec.name for spec in POOLS.values() if spec.measures_speed)
+            raise ValueError(f"'partition.balance' is 'speed', which needs 'pool.kind' {able}, not {kind}")
+        for spec in POOLS.values():
+            for key, why in spec.keys.items() if spec.name != kind else ():
+                value = getattr(self.pool, key)
+                if value != Pool.model_fields[key].get_default(call_default_factory=True):
+                    shown = "set" if isinstance(value, Section) else repr(value)
+                    raise ValueError(f"'pool.{key}' is {shown}, which needs 'pool.kind' {spec.name}, not {kind}: {why}")
+        if pool.reserves_processors and self.pool.device == "cuda" and self.pool.ray.num_gpus == 0:
             raise ValueError(
                 "'pool.device' is 'cuda', but 'pool.ray.num_gpus' is 0: a worker would see no GPU; set it to 1"
             )
@@ -440,7 +447,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _can_be_elastic(self) -> "Config":
         train = self.train
-        if not train.is_elastic or self.method != "ist":
+        if not train.is_elastic or not self.method_spec.needs_groups:
             return self
         if self.partition.strategy == "blocks":
             raise ValueError(
@@ -458,9 +465,9 @@ class Config(Section):
 def num_processes(config: Config) -> int:
     """Return the number of processes of the torchrun pool: one per worker, plus a dedicated coordinator if configured.
 
-    Data-parallel methods have no coordinator: all their ranks are workers.
+    Methods without a coordinator need no such process: all their ranks are workers.
     """
-    dedicated = config.method == "ist" and config.pool.coordinator == "dedicated"
+    dedicated = config.method_spec.has_coordinator and config.pool.coordinator == "dedicated"
     return config.train.workers + (1 if dedicated else 0)
 
 
@@ -471,4 +478,4 @@ def min_returned(config: Config) -> int:
         return pool.min_returned
     if train.is_elastic:
         return train.min_workers or 1
-    return -(-train.workers // 2) if pool.kind == "ray" else train.workers
+    return -(-train.workers // 2) if pool.spec.replaces_workers else train.workers

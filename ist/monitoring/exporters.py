@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ist._version import VERSION
+from ist.config.methods import method_spec
 from ist.config.schema import Config
 from ist.errors import ConfigError, RunFolderError
 from ist.measurements import FAULTS, MEASUREMENTS, Family
@@ -149,7 +150,7 @@ def add_record(values: Values, record: Record, method: str) -> Values:
 
     to_workers, from_workers = sum(record["bytes_to_worker"]), sum(record["bytes_from_worker"])
     faults = [fault["kind"] for fault in record.get("lost", [])]
-    if method == "ist":
+    if method_spec(method).has_coordinator:
         add("ist_bytes", {"to_workers": to_workers, "from_workers": from_workers})
     else:
         add("ist_bytes", {"all_reduce": to_workers + from_workers})

@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ist.config.method import Partition
+from ist.config.partition import Partition
 from ist.errors import ConfigError, ModelError
 from ist.neurons.find import Neurons
 from ist.neurons.group import Group, check_groups

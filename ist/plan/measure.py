@@ -4,7 +4,7 @@ The loops are the workers' own, on real data of the job, from its initial weight
 With one thread on a CPU the clock is the processor's time, as on a core of one's own: what else this machine does
 meanwhile does not count.
 Where it sits: `predict.py` asks for these once for each number of workers.
-Not here: bytes on links (`formulas.py`), several workers at once (`predict.py`).
+Not here: bytes on links (`ist/config/methods.py`), several workers at once (`predict.py`).
 """
 
 import statistics

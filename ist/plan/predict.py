@@ -10,7 +10,7 @@ The model, for links of rate R that carry both directions at once (`Hosts`):
   (`pool.coordinator: trains`) begins while the others' messages are on their way.
 
 Where it sits: `ist plan` calls `make_plan`.
-Not here: what bytes are sent (`formulas.py`), how steps are measured (`measure.py`).
+Not here: what bytes are sent (`ist/config/methods.py`), how steps are measured (`measure.py`).
 
 Shape letters: n workers.
 """
@@ -23,11 +23,11 @@ import torch
 
 from ist.config.link_rate import Link
 from ist.config.load import config_for_method
+from ist.config.methods import Baseline, Collective, Shapes, parameter_bytes, ring_bytes
 from ist.config.schema import Config
 from ist.distributed.device import compute_device
 from ist.errors import ConfigError, ISTError, first_line
-from ist.plan import formulas
-from ist.plan.formulas import COLLECTIVES, exchanges, rank_bytes, ring_bytes
+from ist.plan.formulas import buckets
 from ist.plan.measure import CoordinatorCost, StepCost, WholeCost, measure_coordinator, measure_narrow, measure_whole
 from ist.plan.request import Hosts, Request
 from ist.runs.build import build_job
@@ -105,27 +105,32 @@ def transfer_s(nbytes: float, rate_mbit: float, payload: float = FRAME_PAYLOAD) 
 
 
 def collective_seconds(
-    method: str, whole: WholeCost, num_workers: int, local_steps: int, hosts: Hosts, rank: int = 1
+    collective: Collective,
+    whole: WholeCost,
+    num_workers: int,
+    local_steps: int,
+    hosts: Hosts,
+    settings: Baseline | None = None,
 ) -> tuple[float, float]:
     """Return (compute, exchange) seconds of a round by a method that all-reduces; see the module's header."""
-    collective = COLLECTIVES[method]
+    settings = settings or Baseline()
     crowding = hosts.crowding(num_workers)
     rate = min(hosts.link.up_mbit, hosts.link.down_mbit)
     hops_s = collective.calls * 2 * (num_workers - 1) * hosts.hop_s
 
-    def exchange_s(shapes: formulas.Shapes) -> float:
-        sent = ring_bytes(collective.payload(shapes, rank), num_workers)
+    def exchange_s(shapes: Shapes) -> float:
+        sent = ring_bytes(collective.payload(shapes, settings), num_workers)
         return hops_s + transfer_s(sent, rate, ACKNOWLEDGED_PAYLOAD)
 
     if collective.every == "round":
         exposed_s = exchange_s(whole.shapes)
     else:
         exposed_s = -float("inf")  # counted from the end of the backward pass
-        for bucket in formulas.buckets([formulas.parameter_bytes([shape]) for shape in whole.shapes]):
+        for bucket in buckets([parameter_bytes([shape]) for shape in whole.shapes]):
             ready_s = -whole.left_s[bucket[-1]] * crowding
             exposed_s = max(exposed_s, ready_s) + exchange_s([whole.shapes[number] for number in bucket])
     passes_s = collective.passes * whole.pass_s * crowding if num_workers > 1 else 0.0
-    times = exchanges(method, local_steps)
+    times = collective.exchanges(local_steps)
     return local_steps * whole.step.step_s * crowding, times * (max(0.0, exposed_s) + passes_s)
 
 
@@ -161,7 +166,7 @@ def at_workers(job: Job, num_workers: int) -> Job:
         ModelError: A group has fewer neurons than workers.
     """
     config = job.config
-    if config.method == "ist":
+    if config.method_spec.needs_groups:
         if config.partition.capacities is not None and num_workers != config.train.workers:
             raise ConfigError(
                 f"'partition.capacities' is for {config.train.workers} workers (train.workers) and says nothing of "
@@ -183,7 +188,11 @@ class Planner:
     """
 
     def __init__(self, config: Config, methods: Sequence[str]) -> None:
-        self.jobs = {method: build_job(config_for_method(config, method)) for method in methods}
+        configs = {method: config_for_method(config, method) for method in methods}
+        for method, configured in configs.items():
+            if not configured.method_spec.can_be_planned:
+                raise ConfigError(f"method '{method}' cannot be planned: nobody has said how many bytes it sends")
+        self.jobs = {method: build_job(configured) for method, configured in configs.items()}
         self.device = compute_device(config.pool)
         self._whole: dict[str, WholeCost] = {}
         self._parts: dict[int, Parts] = {}
@@ -195,7 +204,8 @@ class Planner:
             ISTError: That many workers cannot be had, or a step fails.
         """
         job = at_workers(self.jobs[method], num_workers)
-        return self._ist(job, hosts) if job.config.method == "ist" else self._collective(job, hosts)
+        collective = job.config.method_spec.collective
+        return self._by_messages(job, hosts) if collective is None else self._collective(collective, job, hosts)
 
     def whole(self, job: Job) -> WholeCost:
         """Return what a step of the whole network costs; measured once for all jobs that make the same step."""
@@ -217,17 +227,16 @@ class Planner:
             self._parts[workers] = Parts(messages, step, measure_coordinator(job, self.device))
         return self._parts[workers]
 
-    def _collective(self, job: Job, hosts: Hosts) -> Prediction:
-        method, workers, steps = job.config.method, job.config.train.workers, job.config.train.local_steps
+    def _collective(self, collective: Collective, job: Job, hosts: Hosts) -> Prediction:
+        workers, steps, settings = job.config.train.workers, job.config.train.local_steps, job.config.baseline
         whole = self.whole(job)
-        rank = job.config.baseline.powersgd_rank
-        compute_s, exchange_s = collective_seconds(method, whole, workers, steps, hosts, rank)
-        sent = rank_bytes(method, whole.shapes, workers, steps, rank)
+        compute_s, exchange_s = collective_seconds(collective, whole, workers, steps, hosts, settings)
+        sent = collective.rank_bytes(whole.shapes, workers, steps, settings)
         held = _held_bytes(whole.step) + whole.step.parameter_bytes
-        added = COLLECTIVES[method].memory(whole.shapes, rank) if workers > 1 else 0
+        added = collective.memory(whole.shapes, settings) if workers > 1 else 0
         return _prediction(job, round(workers * sent), round(sent), round(held + added), None, compute_s, exchange_s)
 
-    def _ist(self, job: Job, hosts: Hosts) -> Prediction:
+    def _by_messages(self, job: Job, hosts: Hosts) -> Prediction:
         workers, steps = job.config.train.workers, job.config.train.local_steps
         parts = self.parts(job)
         messages, step = parts.messages, parts.step

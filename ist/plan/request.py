@@ -2,11 +2,11 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ist.config.link_rate import Link, parse_link
+from ist.config.methods import planned_methods
 from ist.errors import ConfigError
-from ist.plan.formulas import PLANNED
 
 LEAST_MBIT = 0.001
 """The slowest link that can be planned."""
@@ -40,13 +40,13 @@ class Request:
 
     Attributes:
         hosts: Where.
-        methods: Names of `formulas.PLANNED`.
+        methods: Names of methods that can be planned.
         workers: Numbers of workers; empty: as configured.
         simulate: Whether to go on to many workers and several links.
     """
 
     hosts: Hosts
-    methods: tuple[str, ...] = PLANNED
+    methods: tuple[str, ...] = field(default_factory=planned_methods)
     workers: tuple[int, ...] = ()
     simulate: bool = False
 
@@ -79,10 +79,11 @@ def _parse_workers(text: str | None) -> tuple[int, ...]:
 
 
 def _parse_methods(text: str | None) -> tuple[str, ...]:
-    names: Sequence[str] = PLANNED if text is None else [part.strip() for part in text.split(",")]
+    known = planned_methods()
+    names: Sequence[str] = known if text is None else [part.strip() for part in text.split(",")]
     for name in names:
-        if name not in PLANNED:
-            near = difflib.get_close_matches(name, PLANNED, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(PLANNED)}"
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
             raise ConfigError(f"--methods: '{name}' cannot be planned: {hint}")
     return tuple(dict.fromkeys(names))

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ist.config.redact import redacted
 from ist.config.schema import Config
+from ist.redact import redacted
 from ist.storage.run_folder import RunFolder
 from ist.storage.same_run import flat
 

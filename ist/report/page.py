@@ -10,8 +10,8 @@ from markupsafe import Markup
 
 from ist._version import VERSION
 from ist.config.load import dump_config
-from ist.config.redact import redacted
 from ist.errors import RunFolderError
+from ist.redact import redacted
 from ist.report.names import run_names
 from ist.report.plots import axes_of_curves, curve_plot, phase_plot
 from ist.report.table import fault_text, link_text, table_columns, table_rows

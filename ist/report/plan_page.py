@@ -8,6 +8,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ist._version import VERSION
+from ist.config.methods import method_spec
 from ist.plan.show import COLUMNS, describe_hosts, ending_lines, plan_rows, round_titles
 from ist.report.page import render, write_page
 from ist.report.plots import svg
@@ -47,7 +48,7 @@ def simulation_plot(simulation: Mapping[str, Any]) -> str:
                 [point["epoch_s"] for point in own],
                 label=method,
                 color=f"C{number}",
-                linewidth=2.6 if method == "ist" else 1.5,
+                linewidth=2.6 if method_spec(method).needs_groups else 1.5,
                 linestyle=("-", "--")[number % 2],  # some lie on each other: dashes above lines show both
                 zorder=2 + number % 2,
                 marker="o",

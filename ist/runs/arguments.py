@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ist.config.base import Section, python_numbers
 from ist.config.load import validate
-from ist.config.method import Exchange, Partition
+from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
 from ist.config.schema import FROM_PYTHON, Checkpoint, Config, Evaluate, Optimizer, Pool, Schedule, Watch
 from ist.data.batched import BatchedDataset

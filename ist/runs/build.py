@@ -64,7 +64,7 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
         if not isinstance(model, nn.Module):
             raise ConfigError(f"'model.name' is '{config.model.name}', which makes no torch.nn.Module")
         model = without_compilation(model)
-        check_network(model, is_split=config.method == "ist")
+        check_network(model, is_split=config.method_spec.needs_groups)
         return model
 
     def build() -> nn.Module:
@@ -116,7 +116,7 @@ def make_job(
         return model
 
     found, groups = Neurons((), (), {}), tuple[Group, ...]()
-    if config.method == "ist":
+    if config.method_spec.needs_groups:
         try:
             found = find_neurons(template, example, build_in_modes)
         except ModelError:
@@ -131,7 +131,7 @@ def make_job(
     frozen = {name: specs[name] for name, p in template.named_parameters() if not p.requires_grad}
     if not parameters:
         raise ModelError("the network has no parameter that requires a gradient: nothing would be trained")
-    carried = train.optimizer_state == "carried" and config.method == "ist"
+    carried = train.optimizer_state == "carried" and config.method_spec.needs_groups
     slots = (
         optimizers.state_slots(train.optimizer, (len(spec.shape) for spec in parameters.values())) if carried else ()
     )
@@ -156,7 +156,7 @@ def make_job(
         settings=[],
         group_of={},
     )
-    if config.method == "ist":
+    if config.method_spec.needs_groups:
         if groups and train.workers > 1:
             groups, found = splittable_groups(groups, found, job.try_out)
         else:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ist.config.methods import ring_bytes
 from ist.monitoring.display import format_bytes, format_ratio
 from ist.neurons.group import Group
 from ist.subnet.job import Job, remote_workers
@@ -42,7 +43,7 @@ def inspect_job(job: Job) -> dict[str, Any]:
     gradient = sum(whole[name].nbytes for name in trained)
     ist_bytes = sum(out[worker] + back[worker] for worker in remote_workers(job))
     local_steps = len(job.steps(main))
-    ddp_bytes = 2 * (workers - 1) * gradient * local_steps
+    ddp_bytes = round(workers * local_steps * ring_bytes(gradient, workers))
     return {
         "model": config.model.name,
         "parameters": sum(parameters.values()),

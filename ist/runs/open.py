@@ -5,11 +5,12 @@ Not here: starting processes (`ist/launch/start.py`), the loop itself (`ist/trai
 """
 
 import difflib
+import functools
 import json
 import os
 import secrets
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ist.baselines.registry import METHODS
 from ist.config.base import plain
+from ist.config.methods import METHODS
 from ist.config.registry import resolve
 from ist.config.schema import Config, num_processes
 from ist.distributed.device import compute_device
@@ -40,7 +41,6 @@ from ist.storage.run_lock import sole_writer
 from ist.subnet.job import Job
 from ist.training.average import PREFIX as AVERAGE
 from ist.training.average import Averaged
-from ist.training.coordinator import Coordinator
 from ist.training.rounds import Follower, Method
 from ist.training.worker_state import Site
 from ist.transport.interfaces import WorkerPool
@@ -73,31 +73,42 @@ def check_method(config: Config) -> None:
         ConfigError: It is not known, needs processes, or a package is missing; or there are to be links between
             processes that were started without.
     """
-    kind = config.pool.kind
+    pool, method = config.pool.spec, config.method_spec
     if config.pool.link is not None and is_launched() and PRIVATE_STORE not in os.environ:
         raise ConfigError(
             f"'pool.link' (--link) is '{config.pool.link}', but torchrun, or a launcher like it, started this process: "
             "hosts and links are made by 'ist train' and 'ist compare' when they start the processes themselves"
         )
-    if kind == "ray" and find_spec("ray") is None:
-        raise ConfigError("pool.kind is 'ray', but Ray is not installed: pip install 'ist[ray]'")
-    if config.method == "ist":
-        return
+    if pool.package is not None and find_spec(pool.package) is None:
+        raise ConfigError(
+            f"pool.kind is '{pool.name}', but {pool.package} is not installed: pip install 'ist[{pool.package}]'"
+        )
     if config.label == config.method and config.method not in METHODS and ":" not in config.method:
-        near = difflib.get_close_matches(config.method, ["ist", *METHODS], n=1)
+        near = difflib.get_close_matches(config.method, METHODS, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise ConfigError(
-            f"compare.methods: '{config.label}' is no method: {hint}Methods are ist, {', '.join(METHODS)}; a label of "
+            f"compare.methods: '{config.label}' is no method: {hint}Methods are {', '.join(METHODS)}; a label of "
             f"your own needs one in compare.overrides, such as {{{config.label}: {{method: powersgd}}}}"
         )
-    resolve(config.method, "method", {"ist": "", **METHODS})
-    if config.method == "powersgd" and config.train.is_elastic:
+    implementation(config)
+    if method.fixed_workers is not None and config.train.is_elastic:
         raise ConfigError(
-            "method 'powersgd' needs a fixed number of workers, whose errors it keeps, but 'train.min_workers' is "
-            f"{config.train.min_workers}: leave it out"
+            f"method '{config.method}' needs a fixed number of workers, {method.fixed_workers}, but "
+            f"'train.min_workers' is {config.train.min_workers}: leave it out"
         )
-    if kind != "torchrun":
-        raise ConfigError(f"method '{config.method}' needs processes: pool.kind must be 'torchrun', not '{kind}'")
+    if pool.name not in method.pools:
+        able = "' or '".join(method.pools)
+        raise ConfigError(f"method '{config.method}' needs pool.kind '{able}', not '{pool.name}'")
+
+
+def implementation(config: Config) -> Callable[..., Any]:
+    """Return what makes the configured method, with the options that its entry in the registry gives.
+
+    Raises:
+        ConfigError: It is not known, or cannot be imported.
+    """
+    made = resolve(config.method, "method", {name: spec.implementation for name, spec in METHODS.items()})
+    return functools.partial(made, **config.method_spec.options)
 
 
 @contextmanager
@@ -117,7 +128,7 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
         PoolError: The process group cannot be formed, or no Ray cluster be reached.
         RunFolderError: `folder` cannot be read, or its checkpoints are damaged, or another process writes into it.
     """
-    leads = job.config.pool.kind != "torchrun" or is_rank_zero()
+    leads = not job.config.pool.spec.is_launched or is_rank_zero()
     with sole_writer(folder.path) if folder and leads else nullcontext():
         if folder and leads:
             folder.sweep()
@@ -133,15 +144,17 @@ def _opened(job: Job, folder: RunFolder | None, resume: bool, progress: bool) ->
     config = job.config
     check_method(config)
     # Before the others are joined: a damaged checkpoint must not leave them waiting.
-    leads = config.pool.kind != "torchrun" or is_rank_zero()
+    leads = not config.pool.spec.is_launched or is_rank_zero()
     tensors, before = folder.rewind() if leads and resume and folder else ({}, Progress())
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.pool.threads)
         membership = None
-        if config.pool.kind == "torchrun":
+        if config.pool.spec.is_launched:
             if not is_launched():
-                raise ConfigError("pool.kind is 'torchrun', but no launcher started this process: run it with torchrun")
+                raise ConfigError(
+                    f"pool.kind is '{config.pool.kind}', but no launcher started this process: run it with torchrun"
+                )
             job = for_world_size(job)
             membership = join(config.pool)
             stack.enter_context(causes_told(membership))
@@ -157,7 +170,7 @@ def _opened(job: Job, folder: RunFolder | None, resume: bool, progress: bool) ->
         site = _site(config, folder, membership, start, before) if config.workers_keep else None
         meter = Meter()
         device = membership.device if membership else torch.device("cpu")
-        if config.pool.kind == "inline":
+        if config.pool.spec.in_process:
             device = compute_device(config.pool)
         if not (leads and num_processes(config) > config.train.workers):  # a dedicated coordinator is no worker
             stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))
@@ -191,11 +204,12 @@ def _method(
     model, further = _restored(job, saved)
     average_state = {name: tensor for name, tensor in further.items() if name.startswith(AVERAGE)}
     method_state = {name: tensor for name, tensor in further.items() if not name.startswith(AVERAGE)}
-    if config.method == "ist":
+    make = implementation(config)
+    method: Method
+    if config.method_spec.has_coordinator:
         pool = _pool(job, membership, meter, device, folder, site, stack)
-        method: Method = Coordinator(job, pool, model.to(device), meter, method_state if saved is not None else None)
+        method = make(job, pool, model.to(device), meter, method_state if saved is not None else None)
     else:
-        make = resolve(config.method, "method", METHODS)
         method = make(job, membership, model.to(device), method_state, meter)
     if config.recipe.average.kind != "none":
         method = Averaged(method, config.recipe.average, job.num_rounds, average_state if saved is not None else None)
@@ -219,7 +233,7 @@ def _pool(
     """Make the pool; what it needs for as long as the run lasts goes on the stack."""
     if membership:
         return TorchrunPool(job, membership, meter, site)
-    if job.config.pool.kind == "inline":
+    if job.config.pool.spec.in_process:
         return InlinePool(job, device, meter, site)
     from ist.pools.ray_cluster import connected
     from ist.pools.ray_pool import RayPool
@@ -248,9 +262,9 @@ def _site(
 
 
 def _follower(job: Job, membership: Membership, meter: Meter, site: Site | None) -> Follower:
-    if job.config.method == "ist":
+    if job.config.method_spec.has_coordinator:
         return RankWorker(job, membership, site)
-    made: Follower = resolve(job.config.method, "method", METHODS)(job, membership, job.build(), {}, meter)
+    made: Follower = implementation(job.config)(job, membership, job.build(), {}, meter)
     return made
 
 

@@ -23,8 +23,8 @@ def with_launchers_pool(config: Config) -> Config:
     if not is_launched():
         return config
     pool = {**config.pool.model_dump(), "kind": "torchrun"}
-    if config.pool.kind == "ray":  # what is for Ray alone
-        pool |= {"ray": {}, "round_deadline_s": None}
+    for key in config.pool.spec.keys if not config.pool.spec.is_launched else ():  # what is for the other pool alone
+        del pool[key]
     return validate({**config.model_dump(), "pool": pool}, "under torchrun")
 
 
@@ -39,7 +39,7 @@ def prepare(config: Config) -> Job:
     check_method(config)
     check_watch(config)
     check_hosts(config)
-    if config.pool.kind != "ray":
+    if config.pool.spec.coordinator_may_train:
         compute_device(config.pool)
     job = build_job(config)
     rehearse(job)

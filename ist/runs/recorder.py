@@ -181,7 +181,7 @@ class RunRecorder:
             "accuracy": numbers.get("accuracy"),
             "best_accuracy": numbers.get("best_accuracy"),
             **self._totals,
-            **({"remote_workers": len(remote_workers(self._job))} if config.method == "ist" else {}),
+            **({"remote_workers": len(remote_workers(self._job))} if config.method_spec.has_coordinator else {}),
             "faults": dict(self._faults),
             **{peak: numbers[peak] for peak in over_rounds("peak") if peak in numbers},
             **({"block_scales": self._job.block_scales} if self._job.block_scales else {}),

@@ -50,7 +50,7 @@ def rehearse(job: Job) -> None:
     _warn_of_unrepeatable(job)
     network = job.build()
     check_start(job, network)
-    if job.config.method == "ist":
+    if job.config.method_spec.needs_groups:
         verify_cuts(job, network)
     del network
     try:

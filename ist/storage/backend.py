@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from ist.config.redact import holds_secret, redacted
 from ist.errors import CheckpointError, ConfigError, RunFolderError
+from ist.redact import holds_secret, redacted
 
 WHOLE_PUTS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory"})
 """Protocols with which an object appears whole or not at all; with others it is written beside its place and moved."""

@@ -27,10 +27,10 @@ from typing import Any
 from torch import Tensor
 
 from ist.config.load import dump_config, load_config, validate
-from ist.config.redact import holds_secret, redacted
 from ist.config.schema import Config
 from ist.config.yaml_text import parse_yaml
 from ist.errors import CheckpointError, RunFolderError
+from ist.redact import holds_secret, redacted
 from ist.storage.backend import LocalStorage, Storage, is_url, refuse_link, run_storage, sweep, write_atomically
 from ist.storage.checkpoint import Progress, forget_kept, latest_checkpoint, load_newest, save_checkpoint, write_tensors
 from ist.storage.run_files import Lines, parse_records, parse_result

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ist.config.base import plain
-from ist.config.redact import redacted
 from ist.config.schema import Config
+from ist.redact import redacted
 
 NOT_COMPARED: dict[str, Any] = {
     "output": True,

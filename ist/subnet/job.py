@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ist.config.method import Partition
+from ist.config.partition import Partition
 from ist.config.recipe import Outer
 from ist.config.schema import Config
 from ist.data.batches import Dealing
@@ -85,7 +85,7 @@ class Job:
         """Every round of the run; the last may be shorter than others, and is merged like any other."""
         train = self.config.train
         total = train.epochs * self.dealing.steps_per_epoch if train.epochs is not None else None
-        stages = self.config.recipe.stages if self.config.method == "ist" else ()
+        stages = self.config.recipe.stages if self.config.method_spec.needs_groups else ()
         return spans(stages, train.local_steps, train.rounds, total)
 
     @cached_property
@@ -324,4 +324,5 @@ def remote_workers(job: Job) -> range:
     process count as they would in processes of their own. Ray's driver is no worker.
     """
     pool = job.config.pool
-    return range(int(pool.coordinator == "trains" and pool.kind != "ray"), job.config.train.workers)
+    trains = pool.coordinator == "trains" and pool.spec.coordinator_may_train
+    return range(int(trains), job.config.train.workers)

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ist.config.method import Partition
+from ist.config.partition import Partition
 from ist.errors import ModelError
 from ist.neurons.group import Group
 from ist.rng import Indices, Purpose, permutation, uniform

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ist import api
-from ist.config.method import Partition
+from ist.config.partition import Partition
 from ist.neurons.group import Group
 from ist.subnet.partition import assign
 from ist.theory.algorithm import Run, initial_weights, signs

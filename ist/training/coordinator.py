@@ -227,8 +227,8 @@ class Coordinator:
 
 
 def attempts(config: Config) -> int:
-    """Return how often a round may be begun: only Ray's workers are replaced while a run goes on."""
-    return config.pool.round_attempts if config.pool.kind == "ray" else 1
+    """Return how often a round may be begun: once, unless the pool replaces workers while a run goes on."""
+    return config.pool.round_attempts if config.pool.spec.replaces_workers else 1
 
 
 def diverged(job: Job, worker: int, what: str, round_number: int) -> DivergedError:

@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ist.config.redact import redacted
 from ist.config.schema import Checkpoint
 from ist.errors import CheckpointError, ConfigError, RunFolderError
 from ist.optimization import optimizers
+from ist.redact import redacted
 from ist.rng import Indices
 from ist.storage.backend import Storage, is_url, run_storage
 from ist.storage.checkpoint import load_kept, save_kept

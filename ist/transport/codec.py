@@ -15,7 +15,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ist.config.method import Coding, Exchange
+from ist.config.partition import Coding, Exchange
 from ist.tensors import TensorSpec
 from ist.transport.message import Layout, Message, layout_of
 from ist.transport.quantize import dequantize, packed_columns, quantize

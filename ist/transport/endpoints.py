@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ist.config.method import Coding, Exchange
+from ist.config.partition import Coding, Exchange
 from ist.subnet.cut import Cut, cut_specs, extract, positions, reassemble
 from ist.subnet.job import Job
 from ist.tensors import TensorSpec

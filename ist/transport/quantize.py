@@ -15,9 +15,6 @@ from torch import Tensor
 
 MIN_BITS, MAX_BITS = 2, 8
 
-BLOCK = 1024
-"""Numbers that share a scale where a long vector is rounded as a matrix of such rows."""
-
 
 def packed_columns(columns: int, bits: int) -> int:
     """Return the bytes of a packed row of so many numbers."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from ist.config.method import METHOD_NAMES
+from ist.config.methods import METHODS
 from ist.data.batches import fetch, take_shard
 from ist.distributed.environment import is_rank_zero
 from ist.errors import ModelError
@@ -38,7 +38,7 @@ DROPOUT = 0.3 if DEVICE is None else 0.0
 """Where two devices are compared, nothing is dropped: a GPU draws other random numbers."""
 
 STOPPED_AFTER = 2
-BASELINES = [name for name in METHOD_NAMES if name != "ist"]
+BASELINES = [name for name, spec in METHODS.items() if not spec.has_coordinator]
 
 PLAIN: dict[str, Any] = {"train__optimizer": {"name": "SGD", "args": {"lr": 0.2}}}
 ADAM: dict[str, Any] = {"train__optimizer": {"name": "AdamW", "args": {"lr": 0.01}}}

@@ -1,7 +1,6 @@
 """The methods that IST is compared with train the user's own modules: their modes, hooks and tensors are theirs."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
@@ -9,16 +8,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ist.baselines.ddp import DataParallel
-from ist.baselines.local_sgd import LocalTraining
 from ist.distributed.process_group import Membership
 from ist.errors import ModelError
 from ist.monitoring.meter import Meter
 from ist.network.modes import modes_of
+from ist.runs.open import implementation
 from ist.training.rounds import evaluate_whole
 from tests.conftest import data, job_for
 from tests.networks import Router, seeded
-
-METHODS: dict[str, Any] = {"ddp": DataParallel, "local_sgd": LocalTraining, "diloco": LocalTraining}
 
 
 @pytest.fixture
@@ -53,7 +50,7 @@ class Odd(nn.Module):
         return self.last(self.norm(self.first(x)).relu()) * self.scale
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["ddp", "local_sgd", "diloco"])
 def test_a_baseline_trains_modules_as_the_user_has_set_them(method: str, alone: Membership) -> None:
     model = seeded(Odd)
     mask = torch.ones(5, 1)
@@ -61,7 +58,7 @@ def test_a_baseline_trains_modules_as_the_user_has_set_them(method: str, alone: 
     model.last.weight.register_hook(lambda gradient: gradient * mask)
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     job = job_for(model, test=data(20), method=method, train__workers=1, pool={"kind": "torchrun", "device": "cpu"})
-    trained = METHODS[method](job, alone, job.build(), {}, Meter())
+    trained = implementation(job.config)(job, alone, job.build(), {}, Meter())
 
     for round_number in range(2):
         trained.train_round(round_number)

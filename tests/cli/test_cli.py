@@ -91,7 +91,7 @@ def test_a_restarted_command_resumes_its_own_run_and_no_other(ist: Any, tmp_path
 
 BAD: dict[str, tuple[Any, ...]] = {
     "a restart without a folder": ({}, ["--auto-resume"], 2, "--auto-resume", "--run-dir"),
-    "an address without Ray": ({}, ["--address", "auto"], 2, "'pool.ray'", "'pool.kind' is inline"),
+    "an address without Ray": ({}, ["--address", "auto"], 2, "'pool.ray'", "'pool.kind' ray", "inline"),
     "more workers than neurons": ({"train__workers": 21}, [], 2, "'linear_2'", "20", "21", "train.workers"),
     "a model path that cannot be imported": (
         {"model__name": "no_such_package:Net"}, [], 2,
@@ -113,7 +113,7 @@ BAD: dict[str, tuple[Any, ...]] = {
         {"train__optimizer": {"name": "SDG", "args": {"lr": 0.1}}}, [], 2, "'train.optimizer.name' is 'SDG'", "'SGD'",
     ),
     "an unknown method": ({"method": "dpd"}, [], 2, "'method' is 'dpd'", "'ddp'"),
-    "data-parallel without processes": ({"method": "ddp"}, [], 2, "'ddp'", "processes", "torchrun"),
+    "data-parallel without processes": ({"method": "ddp"}, [], 2, "'ddp'", "'torchrun'", "'inline'"),
     "a GPU that is not there": ({"pool": {"kind": "inline", "device": "cuda"}}, [], 2, "pool.device", "CUDA"),
     "a loss that becomes NaN": ({"train__optimizer": {"name": "SGD", "args": {"lr": 1e30}}}, [], 1, "worker", "round"),
     "widths that do not match the data": (

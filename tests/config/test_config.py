@@ -144,7 +144,7 @@ BAD: dict[str, tuple[Any, ...]] = {
     "a deadline under torchrun": (
         {"pool": {"kind": "torchrun", "round_deadline_s": 3}}, "'pool.round_deadline_s'", "'pool.kind' ray", "torchrun",
     ),
-    "Ray's keys for another pool": ({"pool__ray": {"num_cpus": 2}}, "'pool.ray'", "'pool.kind' is inline"),
+    "Ray's keys for another pool": ({"pool__ray": {"num_cpus": 2}}, "'pool.ray'", "'pool.kind' ray", "inline"),
     "an address of Ray's client": (
         {"pool": {"kind": "ray", "ray": {"address": "ray://head:10001"}}},
         "'pool.ray.address' is 'ray://head:10001'", "pattern",

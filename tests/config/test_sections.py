@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ist.config.base import Component, Section
-from ist.config.method import Exchange, Partition
+from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe, Stage
 from ist.config.schema import Pool
 from ist.errors import ConfigError

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ist.config.method import Partition
+from ist.config.partition import Partition
 from ist.errors import ConfigError
 from ist.neurons.group import Group
 from ist.subnet.partition import assign, at_stage, holds_everything, is_disjoint, share_sizes, sizes_vary

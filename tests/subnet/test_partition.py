@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ist.config.method import Partition
+from ist.config.partition import Partition
 from ist.errors import ModelError
 from ist.neurons.group import Group
 from ist.rng import Purpose, permutation, torch_seed, uniform

@@ -12,9 +12,9 @@ import yaml
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ist.config.load import load_config, validate
-from ist.config.redact import redacted
 from ist.config.schema import Checkpoint
 from ist.errors import ISTError
+from ist.redact import redacted
 from ist.report.page import write_report
 from ist.storage.backend import open_storage
 from ist.storage.run_folder import RunFolder, create_run_folder, open_or_create

@@ -1,7 +1,7 @@
-"""The configuration of the methods themselves: how IST deals neurons and sends slices, and what the others need.
+"""The configuration of how IST partitions neurons among workers, and in how many bits it sends their slices.
 
 Where it sits: sections of `ist/config/schema.py`.
-Not here: torch.
+Not here: settings of the other methods (`ist/config/methods.py`); torch.
 """
 
 from typing import Annotated, Any, Literal
@@ -114,9 +114,6 @@ class Partition(Section):
         return self
 
 
-METHOD_NAMES = ("ist", "ddp", "ddp_fp16", "ddp_bf16", "powersgd", "local_sgd", "diloco", "diloco_int8")
-"""Methods by name; others are import paths."""
-
 Coding = Literal["exact", "bfloat16", "float16", "int8", "int7", "int6", "int5", "int4", "int3", "int2"]
 
 
@@ -154,16 +151,3 @@ class Exchange(Section):
                 "'exchange.up', such as int8, and 'exchange.values' deltas, or leave it out"
             )
         return self
-
-
-class Baseline(Section):
-    """Settings of the methods that IST is compared with."""
-
-    powersgd_rank: PositiveInt = Field(1, description="powersgd: rank of the approximation of a gradient matrix")
-    powersgd_start: Annotated[int, Field(ge=2)] = Field(
-        2, description="powersgd: steps at the beginning whose gradients are sent whole (PyTorch needs 2)"
-    )
-    outer_lr: PositiveFloat = Field(0.7, description="diloco: learning rate of the outer Nesterov step")
-    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.9, description="diloco: momentum of the outer Nesterov step"
-    )

@@ -1,0 +1,297 @@
+"""Every method of training and every pool of workers, as data: the one place that knows them by name.
+
+A method is one entry of `METHODS` and one class; settings of its own are keys of `Baseline`. All other files ask what a
+method or a pool *can* (`MethodSpec.needs_groups`, `PoolSpec.replaces_workers`), and never what it is called.
+
+Where it sits: the configuration, the command line and `ist plan` read it without torch; `ist/runs/open.py` imports the
+class that an entry names.
+Not here: what a method does (`ist/training/coordinator.py`, `ist/baselines/`), seconds (`ist/plan/predict.py`).
+
+Shape letters: n workers, B bytes that are all-reduced, P bytes of the trained parameters.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ist.config.base import PositiveFloat, PositiveInt, Section
+
+
+class Baseline(Section):
+    """Settings of the methods that IST is compared with; `MethodSpec.keys` says which method uses which."""
+
+    powersgd_rank: PositiveInt = Field(1, description="rank of the approximation of a gradient matrix")
+    powersgd_start: Annotated[int, Field(ge=2)] = Field(
+        2, description="steps at the beginning whose gradients are sent whole (PyTorch needs 2)"
+    )
+    outer_lr: PositiveFloat = Field(0.7, description="learning rate of the outer Nesterov step")
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of the outer Nesterov step")
+
+
+Shapes = Sequence[tuple[int, ...]]
+"""The shapes of parameters, in the order in which their gradients are ready."""
+
+Formula = Callable[[Shapes, Baseline], float]
+"""Bytes, of the trained parameters' shapes and the settings."""
+
+FLOAT_BYTES = 4
+
+BLOCK = 1024
+"""Numbers that share a scale where a vector is averaged in a few bits a number."""
+
+MIN_COMPRESSION_RATE = 2
+"""powerSGD_hook's default: a matrix is compressed where that makes it more than so many times smaller."""
+
+
+def ring_bytes(payload: float, num_workers: int) -> float:
+    """Return what one rank sends, and receives, in a ring all-reduce of `payload` bytes."""
+    return 2 * (num_workers - 1) / num_workers * payload
+
+
+@dataclass(frozen=True)
+class Collective:
+    """How a method of equal ranks all-reduces.
+
+    Attributes:
+        every: After every step, while the backward pass goes on; or once a round, after the last step.
+        payload: B, the bytes that one exchange all-reduces.
+        memory: The bytes that a worker holds beside parameters, gradients, optimiser state and activations.
+        passes: How often a worker goes over P bytes of memory in one exchange, such as to divide a sum: an estimate.
+        calls: All-reduces, one after the other, of one bucket or one exchange.
+    """
+
+    every: Literal["step", "round"]
+    payload: Formula
+    memory: Formula
+    passes: int
+    calls: int = 1
+
+    def exchanges(self, local_steps: int) -> int:
+        """Return how many exchanges a round has."""
+        return local_steps if self.every == "step" else 1
+
+    def rank_bytes(
+        self,
+        shapes: Shapes,
+        num_workers: int,
+        local_steps: int,
+        settings: Baseline | None = None,
+        whole_steps: int = 0,
+    ) -> float:
+        """Return what one rank sends in a round.
+
+        Args:
+            shapes: Of the trained parameters.
+            num_workers: Ranks.
+            local_steps: Steps of the round.
+            settings: The method's; None: the defaults.
+            whole_steps: Steps of the round that all-reduce whole gradients, as PowerSGD's first ones do.
+        """
+        compressed = (self.exchanges(local_steps) - whole_steps) * self.payload(shapes, settings or Baseline())
+        return ring_bytes(compressed + whole_steps * parameter_bytes(shapes), num_workers)
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """A method of training.
+
+    Attributes:
+        name: What `method` and `compare.methods` call it.
+        title: What it is, in a few words.
+        implementation: Import path of its class. With a coordinator it is made from (job, pool, model, meter, state);
+            else each rank makes one from (job, membership, model, state, meter), and all call `train_round` together.
+        options: Further keyword arguments of the class.
+        needs_groups: Whether it splits the network by groups of neurons.
+        has_coordinator: Whether one process coordinates workers by messages; else all ranks are workers and equal.
+        pools: The pools that it can run on.
+        fixed_workers: Why the number of workers must not change; None: it may.
+        collective: How its ranks all-reduce, for `ist plan`; None: they do not, or nobody has said how.
+        keys: Keys of the configuration, or sections, that are for it.
+    """
+
+    name: str
+    title: str
+    implementation: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    needs_groups: bool = False
+    has_coordinator: bool = False
+    pools: tuple[str, ...] = ("torchrun",)
+    fixed_workers: str | None = None
+    collective: Collective | None = None
+    keys: tuple[str, ...] = ()
+
+    @property
+    def can_be_planned(self) -> bool:
+        """Whether `ist plan` knows its bytes: by formula, or by the messages of its subnets."""
+        return self.collective is not None or self.needs_groups
+
+
+def parameter_bytes(shapes: Shapes, _settings: Baseline | None = None) -> float:
+    """Return P."""
+    return FLOAT_BYTES * sum(math.prod(shape) for shape in shapes)
+
+
+def _half(shapes: Shapes, _settings: Baseline) -> float:
+    return parameter_bytes(shapes) / 2
+
+
+def powersgd_bytes(shapes: Shapes, settings: Baseline) -> float:
+    """Return what PowerSGD all-reduces in a step after its first ones.
+
+    Reference: Vogels et al., arXiv 1905.13727; torch.distributed's `powerSGD_hook`.
+    """
+    return sum(_factor_bytes(shape, settings.powersgd_rank) or parameter_bytes([shape]) for shape in shapes)
+
+
+def _factor_bytes(shape: tuple[int, ...], rank: int) -> float:
+    """Bytes of a matrix's two factors; 0 where it is not worth to compress it, as for every vector."""
+    if len(shape) < 2:
+        return 0.0
+    rows, columns = shape[0], math.prod(shape[1:])
+    entries = (rows + columns) * min(rank, rows, columns)
+    return FLOAT_BYTES * entries if entries * MIN_COMPRESSION_RATE < rows * columns else 0.0
+
+
+def _powersgd_memory(shapes: Shapes, settings: Baseline) -> float:
+    factors = sum(_factor_bytes(shape, settings.powersgd_rank) for shape in shapes)
+    return 2 * parameter_bytes(shapes) + factors  # the error that is fed back, the gradient before it was compressed
+
+
+def int8_bytes(shapes: Shapes, _settings: Baseline | None = None) -> float:
+    """Return the bytes of all parameters as int8, in blocks with a float32 scale each; padding is left out."""
+    return parameter_bytes(shapes) / FLOAT_BYTES * (1 + FLOAT_BYTES / BLOCK)
+
+
+def _nothing(_shapes: Shapes, _settings: Baseline) -> float:
+    return 0.0
+
+
+def _outer_state(shapes: Shapes, _settings: Baseline) -> float:
+    return 3 * parameter_bytes(shapes)  # the outer copy, its momentum, the change that is all-reduced
+
+
+def _int8_state(shapes: Shapes, settings: Baseline) -> float:
+    return _outer_state(shapes, settings) + 2 * int8_bytes(shapes)  # both ends hold int8 copies
+
+
+_DDP = "ist.baselines.ddp:DataParallel"
+_LOCAL = "ist.baselines.local_sgd:LocalTraining"
+_OUTER = ("baseline.outer_lr", "baseline.outer_momentum")
+
+METHODS: dict[str, MethodSpec] = {
+    spec.name: spec
+    for spec in (
+        MethodSpec(
+            "ist", "independent subnet training", "ist.training.coordinator:Coordinator",
+            needs_groups=True, has_coordinator=True, pools=("inline", "torchrun", "ray"),
+            keys=("partition", "exchange", "recipe.stages", "recipe.outer"),
+        ),
+        MethodSpec(
+            "ddp", "data-parallel training", _DDP, {"compression": "none"},
+            collective=Collective("step", parameter_bytes, _nothing, passes=2),  # gradients are views of the buckets
+        ),
+        MethodSpec(
+            "ddp_fp16", "data-parallel training with gradients in float16", _DDP, {"compression": "float16"},
+            collective=Collective("step", _half, _half, passes=3),
+        ),
+        MethodSpec(
+            "ddp_bf16", "data-parallel training with gradients in bfloat16", _DDP, {"compression": "bfloat16"},
+            collective=Collective("step", _half, _half, passes=3),
+        ),
+        MethodSpec(
+            "powersgd", "data-parallel training with low-rank gradients", _DDP, {"compression": "low_rank"},
+            fixed_workers="whose errors it keeps",
+            collective=Collective("step", powersgd_bytes, _powersgd_memory, passes=6, calls=3),
+            keys=("baseline.powersgd_rank", "baseline.powersgd_start"),
+        ),
+        MethodSpec(
+            "local_sgd", "local training of whole networks, averaged every round", _LOCAL, {"has_outer_step": False},
+            collective=Collective("round", parameter_bytes, parameter_bytes, passes=4),
+        ),
+        MethodSpec(
+            "diloco", "local SGD with an outer Nesterov step", _LOCAL, {"has_outer_step": True},
+            collective=Collective("round", parameter_bytes, _outer_state, passes=7), keys=_OUTER,
+        ),
+        MethodSpec(
+            "diloco_int8", "DiLoCo with changes in int8", _LOCAL, {"has_outer_step": True, "bits": 8},
+            # An all-to-all of shards and an all-gather of their means send what a ring would.
+            collective=Collective("round", int8_bytes, _int8_state, passes=12), keys=_OUTER,
+        ),
+    )
+}  # fmt: skip
+"""Methods by name, in the order in which tables and messages show them; any other is an import path."""
+
+
+def method_spec(name: str) -> MethodSpec:
+    """Return what is known of a method.
+
+    A user's own, by import path, is a method of equal ranks that cannot be planned. So is a name that is not known:
+    `ist/runs/open.py` refuses it when it imports the class.
+    """
+    return METHODS.get(name) or MethodSpec(name, "an import path", name)
+
+
+def planned_methods() -> tuple[str, ...]:
+    """Return the names of the methods that `ist plan` can plan."""
+    return tuple(spec.name for spec in METHODS.values() if spec.can_be_planned)
+
+
+def users_of(key: str) -> list[str]:
+    """Return the names of the methods that a configuration key is for; none: the key is for all."""
+    return [spec.name for spec in METHODS.values() if key in spec.keys]
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """A pool of workers.
+
+    Attributes:
+        name: What `pool.kind` calls it.
+        in_process: Whether all workers are in this process.
+        is_launched: Whether the workers are a group of processes that a launcher starts, and this process is one.
+        replaces_workers: Whether lost workers are replaced, so that a round may be tried again and go on without some.
+        measures_speed: Whether shares can follow the measured speed of workers.
+        reserves_processors: Whether a worker has only the processors that were reserved for it.
+        package: The package that it needs; None: none.
+        keys: Keys of the section `pool` that are for it alone, and why.
+    """
+
+    name: str
+    in_process: bool = False
+    is_launched: bool = False
+    replaces_workers: bool = False
+    measures_speed: bool = False
+    reserves_processors: bool = False
+    package: str | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def coordinator_may_train(self) -> bool:
+        """Whether the process that coordinates can be a worker too."""
+        return self.in_process or self.is_launched
+
+
+POOLS: dict[str, PoolSpec] = {
+    spec.name: spec
+    for spec in (
+        PoolSpec("inline", in_process=True, measures_speed=True),
+        PoolSpec(
+            "torchrun", is_launched=True,
+            keys={
+                "memory_limit": "its workers are processes of their own on this machine",
+                "link": "its processes are the ones that are put on hosts of their own",
+            },
+        ),
+        PoolSpec(
+            "ray", replaces_workers=True, measures_speed=True, reserves_processors=True, package="ray",
+            keys={
+                "round_deadline_s": "no other pool can go on without a worker",
+                "ray": "leave it out, or use that pool",
+            },
+        ),
+    )
+}  # fmt: skip
+"""Pools by name."""
