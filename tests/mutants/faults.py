@@ -112,6 +112,19 @@ FAULTS = (
         "a layout's fingerprint is the same for other dtypes", "ist/transport/message.py", "{name}:{spec.shape}:{spec.dtype}",
         "{name}:{spec.shape}", ("tests/pools/test_ranks.py",),
     ),
+    # Measured numbers
+    Fault(
+        "workers that take turns are aside as long as one of them", "ist/measurements.py",
+        '"elapsed": max if parallel else sum', '"elapsed": max', ("tests/test_measurements.py",),
+    ),
+    Fault(
+        "a total is added up again for Prometheus", "ist/monitoring/exporters.py",
+        ' and measured.over_rounds != "total"', "", ("tests/test_measurements.py",),
+    ),
+    Fault(
+        "a header may lack what a worker measures", "ist/transport/message.py", "        check_worker(self.numbers)\n",
+        "        pass\n", ("tests/test_measurements.py",),
+    ),
     # Checkpoints
     Fault(
         "a checkpoint without a checksum is taken", "ist/storage/checkpoint.py",
