@@ -24,7 +24,7 @@ from ist.errors import ConfigError
 from ist.monitoring.observers import check_watch
 from ist.network.compiled import uncompiled
 from ist.network.copies import on_meta
-from ist.network.modes import kept_modes
+from ist.network.modes import preserve_modes
 from ist.network.supported import check_network, check_values
 from ist.rng import Purpose, seeded
 from ist.runs.arguments import Keywords, train_config
@@ -201,7 +201,7 @@ def train(
     check_watch(config)
     check_held(loss, model)
     function = loss_function(loss) if isinstance(loss, str) else loss
-    with uncompiled(model) as plain, kept_modes(plain):
+    with uncompiled(model) as plain, preserve_modes(plain):
         check_network(plain, is_split=True)
         check_values(plain)
         job = make_job(config, on_meta(plain), lambda: plain, data, test_data, function)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ist.data.nested import tensors_in
 from ist.errors import ModelError
-from ist.network.copies import held_by
+from ist.network.copies import captured_values
 
 Leaves = dict[int, Tensor]
 """Tensors by id."""
@@ -35,7 +35,7 @@ def check_held(loss: Any, network: nn.Module) -> None:
     parts = {id(module) for module in network.modules()}
     found = False
     if isinstance(loss, FunctionType):
-        found = any(id(held) in parts for held in held_by(loss))
+        found = any(id(held) in parts for held in captured_values(loss))
     elif isinstance(loss, nn.Module):
         found = any(id(module) in parts for module in loss.modules())
     elif isinstance(loss, MethodType) and id(loss.__self__) in parts:

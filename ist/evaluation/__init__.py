@@ -1,1 +1,1 @@
-"""Metrics and losses of the whole network."""
+"""Metrics and losses of the full network."""

@@ -1,9 +1,11 @@
-"""Metrics of the whole network.
+"""Evaluate the full network.
 
-Batch norm's running statistics are meaningless after a merge: no subnet ever saw the activations of
-the whole network. They are re-estimated by a forward pass over training batches before evaluation.
-A network whose batch norm keeps no running statistics uses batch statistics here, and its accuracy then
-depends on the batch size of the evaluation.
+Batch norm's running statistics are meaningless after a merge, because no subnet saw the activations of the full
+network. They are re-estimated by forward passes over training batches before evaluation. A network whose batch norm
+tracks no running statistics uses batch statistics here, so its accuracy depends on the batch size of the evaluation.
+
+Where it sits: `ist/training/rounds.py` calls it after a round.
+Not here: metrics (`metrics.py`), losses (`losses.py`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,13 +23,13 @@ from ist.data.nested import call_model, scores
 from ist.errors import DataError
 from ist.evaluation.metrics import Metric
 from ist.network.failures import loss_errors, loss_of, network_errors
-from ist.network.modes import kept_modes
+from ist.network.modes import preserve_modes
 from ist.rng import Indices, Purpose, permutation
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Mean loss over `samples` samples, and the values of a metric, by name, where one was asked for."""
+    """The mean loss over `samples` samples, and the values of the metric by name (empty without a metric)."""
 
     loss: float
     values: Mapping[str, float]
@@ -45,20 +47,20 @@ def evaluate(
     """Evaluate a network on a data set.
 
     Args:
-        model: The whole network, on `device`; evaluated in evaluation mode, and left in the modes that it had.
+        model: The full network, on `device`; it runs in evaluation mode, and its modes are restored.
         dataset: Pairs (input, target).
         loss: Mean loss of (outputs, targets).
-        batch_size: Samples of a batch.
-        device: Where the network is.
-        metric: What to report beside the loss.
+        batch_size: The number of samples in a batch.
+        device: The device of the network.
+        metric: The metric to report beside the loss; None for none.
 
     Raises:
-        DataError: The metric counts none of the data set's targets; or a sample cannot be read, or its loss fails.
+        DataError: The metric counts none of the data set's targets, a sample cannot be read, or its loss fails.
         ConfigError: The metric fails.
         ModelError: The network fails.
     """
     count, loss_sum, sums, counted = length(dataset), 0.0, torch.zeros((), dtype=torch.float64, device=device), 0
-    with kept_modes(model), _kept_tensors(model), torch.no_grad():
+    with preserve_modes(model), _preserve_tensors(model), torch.no_grad():
         model.eval()
         for batch in evaluation_batches(count, batch_size):
 
@@ -75,14 +77,14 @@ def evaluate(
                     batch_sums, batch_count = metric.batch(scores(outputs), targets)
                 sums, counted = sums + batch_sums, counted + batch_count
     if metric is not None and counted == 0:
-        raise DataError(f"metric '{metric.names[0]}' has nothing to count: no target of the {count} samples is one")
+        raise DataError(f"metric '{metric.names[0]}' counts none of the {count} samples: all targets are ignored ones")
     return Metrics(loss_sum / count, metric.values(sums, counted) if metric else {}, count)
 
 
 def evaluation_batches(count: int, batch_size: int) -> Iterator[Indices]:
-    """Yield the positions of `count` samples in batches of `batch_size`; the last may be smaller.
+    """Yield the positions of `count` samples (int64) in batches of `batch_size`; the last batch may be smaller.
 
-    But not a single sample, which a batch norm without running statistics cannot normalise: it joins the batch before.
+    A single last sample joins the batch before it: batch norm without running statistics cannot normalize one sample.
     """
     starts = list(range(0, count, batch_size))
     if batch_size > 1 and len(starts) > 1 and count - starts[-1] == 1:
@@ -94,12 +96,12 @@ def evaluation_batches(count: int, batch_size: int) -> Iterator[Indices]:
 def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     """Replace batch norm's running statistics by their mean over the given batches.
 
-    Like `torch.optim.swa_utils.update_bn`, but with everything else in evaluation mode: dropout must be
-    off while the statistics of the network as evaluated are taken.
+    Like `torch.optim.swa_utils.update_bn`, but with all other modules in evaluation mode, so that dropout is off as it
+    is in evaluation.
 
     Args:
-        model: The whole network; left in the modes that it had. A norm in evaluation mode keeps its statistics, which
-            are like weights.
+        model: The full network; its modes are restored. A norm in evaluation mode keeps its statistics, which then
+            act like weights.
         batches: Training inputs, one batch each, on the network's device.
     """
     norms = [
@@ -110,7 +112,7 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
-    with kept_modes(model), _kept_tensors(model), torch.no_grad():
+    with preserve_modes(model), _preserve_tensors(model), torch.no_grad():
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
@@ -126,10 +128,10 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 @contextmanager
-def _kept_tensors(model: nn.Module) -> Iterator[None]:
-    """Let a forward replace parameters and buffers inside of the `with` block only.
+def _preserve_tensors(model: nn.Module) -> Iterator[None]:
+    """Put the original tensors back if a forward in the `with` block replaces parameters or buffers.
 
-    The values are kept, in the tensors that were there before: whoever holds these goes on holding the network's.
+    The original tensors get the new values, so that other references to them still refer to the network's tensors.
     """
     parameters = [(parameter, parameter.data) for parameter in model.parameters()]
     places: list[tuple[dict[str, Any], str, Tensor]] = [
@@ -158,7 +160,7 @@ def statistics_batches(
 ) -> Iterable[Any]:
     """Yield the inputs of up to `num_batches` batches, drawn once for the run without replacement."""
     order = permutation(length(dataset), seed, Purpose.STATISTICS)
-    # At most as many batches as are full: a runt batch would weigh as much as a full one.
+    # Only full batches: a smaller one would have the same weight in the mean.
     full = max(1, min(num_batches, len(order) // batch_size))
     for number in range(full):
         yield fetch(dataset, order[number * batch_size : (number + 1) * batch_size], device)[0]

@@ -1,6 +1,7 @@
 """Losses that torch.nn.functional does not have.
 
-`LOSSES` maps short names, as used in a configuration's `train.loss`, to import paths.
+`LOSSES` maps the short names that a configuration may use in `train.loss` to import paths.
+Not here: the losses of torch.nn.functional, which `ist/runs/build.py` finds by name.
 """
 
 import torch.nn.functional as F
@@ -13,18 +14,18 @@ def next_token(scores: Tensor, tokens: Tensor) -> Tensor:
     """Return the mean cross entropy of predicting each token of a sequence from those before it.
 
     Args:
-        scores: float, shape (batch, length, vocabulary): after each token, the scores of the next one.
-        tokens: int64, shape (batch, length): the same sequence as the inputs; -100 is left out.
+        scores: float, shape (batch, length, vocabulary): at each token, the scores of the next one.
+        tokens: int64, shape (batch, length): the same sequence as the inputs; -100 is ignored.
     """
     return F.cross_entropy(scores[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def label_softmax(scores: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross entropy with all labels of an item, which share its probability equally.
+    """Return the mean cross entropy with a uniform distribution over an item's labels.
 
     Args:
-        scores: float, shape (batch, all labels).
-        labels: int64, shape (batch, most labels of an item): label numbers; negative where there are no more.
+        scores: float, shape (batch, number of labels).
+        labels: int64, shape (batch, largest number of labels of an item): label numbers, padded with negative numbers.
     """
     present = labels >= 0
     chances = F.log_softmax(scores, dim=1).gather(1, labels.clamp(min=0))

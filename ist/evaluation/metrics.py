@@ -1,7 +1,7 @@
-"""What is reported of the whole network beside its loss.
+"""Metrics of the full network, reported beside its loss.
 
-`METRICS` maps short names, as used in a configuration's `evaluate.metric`, to import paths of `Metric`s; any other may
-be named by its own. `ist/evaluation/evaluate.py` sums them over batches.
+`METRICS` maps the short names that a configuration may use in `evaluate.metric` to import paths of `Metric` objects. A
+configuration may also give the import path of another `Metric`. `ist/evaluation/evaluate.py` sums them over batches.
 """
 
 import math
@@ -22,19 +22,19 @@ METRICS = {
 }
 
 
-def _as_it_is(mean: float) -> float:
+def _identity(mean: float) -> float:
     return mean
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Means over a data set, each of a number that batches add up to.
+    """One or more values over a data set, each a function of a mean.
 
     Attributes:
-        names: What it reports; the first is what tables show.
-        batch: From (scores, targets) of a batch to the sum of each and how many they are of.
-        finish: What is reported, of a mean.
-        higher_is_better: Whether more is better.
+        names: The names of the values; tables show the first.
+        batch: Maps (scores, targets) of a batch to the sum for each value, and the number of items in the sums.
+        finish: Maps a mean to the reported value.
+        higher_is_better: Whether a higher value is better.
 
     Example:
         >>> import torch
@@ -49,24 +49,24 @@ class Metric:
 
     names: tuple[str, ...]
     batch: Callable[[Tensor, Any], tuple[Tensor, int]]
-    finish: Callable[[float], float] = _as_it_is
+    finish: Callable[[float], float] = _identity
     higher_is_better: bool = True
 
     def values(self, sums: Tensor, count: int) -> Mapping[str, float]:
-        """Return what is reported, by name, of sums over `count` things."""
+        """Return the reported values by name, from sums over `count` items."""
         return {name: self.finish(float(total) / count) for name, total in zip(self.names, sums, strict=True)}
 
 
 def _correct(scores: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-    """Scores (things, classes), and class numbers (things,), of which some may be ignored."""
+    """Count correct classes; scores (items, classes), class numbers (items,), some of which may be `IGNORED`."""
     if targets.is_floating_point():
-        raise ValueError("accuracy is of class numbers: set evaluate.metric to 'rmse' or 'none'")
+        raise ValueError("accuracy needs class numbers as targets: set evaluate.metric to 'rmse' or 'none'")
     counts = targets != IGNORED
     return ((scores.argmax(dim=1) == targets) & counts).sum()[None].double(), int(counts.sum())
 
 
 def _bits(scores: Tensor, tokens: Tensor) -> tuple[Tensor, int]:
-    """Scores (batch, length, 256) after each byte, and the bytes (batch, length)."""
+    """Sum the bits of each next byte; scores (batch, length, 256) at each byte, bytes (batch, length)."""
     chances = torch.log_softmax(scores[:, :-1].float(), dim=-1)
     spent = -chances.gather(-1, tokens[:, 1:, None]).double().sum() / math.log(2)
     return spent[None], tokens[:, 1:].numel()
@@ -76,14 +76,14 @@ _TOP = (1, 3, 5)
 
 
 def _precision(scores: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-    """Scores (batch, all labels), and label numbers (batch, most of an item), negative where there are no more."""
+    """Sum the precision at `_TOP`; scores (batch, labels), label numbers (batch, most per item), padded negative."""
     best = scores.topk(max(_TOP), dim=1).indices
     right = (best[:, :, None] == labels[:, None, :]).any(dim=2)
     return torch.stack([right[:, :top].double().mean(dim=1).sum() for top in _TOP]), len(labels)
 
 
 def _squared_errors(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-    if outputs.shape != targets.shape:  # they would be spread over each other
+    if outputs.shape != targets.shape:  # they would be broadcast
         raise ValueError(f"outputs have the shape {tuple(outputs.shape)}, targets {tuple(targets.shape)}")
     return (outputs.double() - targets).square().sum()[None], targets.numel()
 
@@ -91,5 +91,5 @@ def _squared_errors(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
 ACCURACY = Metric(("accuracy",), _correct)
 BITS_PER_BYTE = Metric(("bits_per_byte",), _bits, higher_is_better=False)
 PRECISION = Metric(tuple(f"precision_at_{top}" for top in _TOP), _precision)
-"""The part of the best-scored 1, 3 and 5 labels that an item has. Reference: Prabhu and Varma, KDD 2014 (P@k)."""
+"""The fraction of the 1, 3 and 5 best-scored labels that an item has. Reference: Prabhu and Varma, KDD 2014 (P@k)."""
 RMSE = Metric(("rmse",), _squared_errors, math.sqrt, higher_is_better=False)

@@ -1,1 +1,1 @@
-"""Anybody's `nn.Module`: copied, uncompiled, its modes, what is refused, and what failed in it."""
+"""Handle a user's `nn.Module`: copies, `torch.compile`, train and eval modes, refusals, and error locations."""

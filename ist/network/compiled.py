@@ -1,7 +1,7 @@
-"""Take `torch.compile` off a network: narrow networks change their shapes from round to round, and run uncompiled.
+"""Remove `torch.compile` from a network: the shapes of submodels change from round to round, so they run uncompiled.
 
-Where it sits: `ist/api.py` and `ist/runs/build.py` do so before anything looks at a network.
-Law: in the `with` block names of tensors are those of the plain network; afterwards the network is compiled again.
+Where it sits: `ist/api.py` and `ist/runs/build.py` call it before anything else uses a network.
+Law: in the `with` block tensors have the names of the plain network; afterwards the network is compiled again.
 """
 
 import sys
@@ -17,17 +17,17 @@ _PREFIX = "_orig_mod."
 
 
 def plain_name(name: str) -> str:
-    """Return the name that a tensor of a compiled network has in the plain one."""
+    """Return the name in the plain network of a tensor of a compiled network."""
     return name.replace(_PREFIX, "")
 
 
 @contextmanager
 def uncompiled(network: nn.Module) -> Iterator[nn.Module]:
-    """Give the plain network that a compiled one runs, or has as parts; its tensors are the same.
+    """Yield the plain network under a (partly) compiled one; the tensors are the same.
 
-    A warning says that it runs uncompiled. Everything is compiled as before when the `with` block ends.
+    A warning says that it runs uncompiled. When the `with` block ends, everything is compiled as before.
     """
-    plain, undo = _taken_off(network)
+    plain, undo = _uncompile(network)
     try:
         yield plain
     finally:
@@ -36,17 +36,17 @@ def uncompiled(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def without_compilation(network: nn.Module) -> nn.Module:
-    """Return the plain network that a compiled one runs, for good; see `uncompiled`."""
-    return _taken_off(network)[0]
+    """Return the plain network under a compiled one, permanently; see `uncompiled`."""
+    return _uncompile(network)[0]
 
 
-def _taken_off(network: nn.Module) -> tuple[nn.Module, list[Callable[[], Any]]]:
+def _uncompile(network: nn.Module) -> tuple[nn.Module, list[Callable[[], Any]]]:
     plain = original(network)
     undo: list[Callable[[], Any]] = []
     compiled = [] if plain is network else ["the network"]
     for path, module in list(plain.named_modules()):
         if original(module) is not module:
-            continue  # it is taken out, with what it has
+            continue  # its parent replaces it by the plain module
         for name, child in module._modules.items():
             if child is not None and original(child) is not child:
                 module._modules[name] = original(child)
@@ -64,8 +64,8 @@ def _taken_off(network: nn.Module) -> tuple[nn.Module, list[Callable[[], Any]]]:
                 compiled.append(_shown(path, name))
     if compiled:
         warnings.warn(
-            f"torch.compile is taken off {', '.join(dict.fromkeys(compiled))} while it is trained, because the "
-            "shapes of narrow networks change from round to round. Names in files are those of the plain network",
+            f"torch.compile is disabled for {', '.join(dict.fromkeys(compiled))} during training, because the "
+            "shapes of submodels change from round to round. Files use the tensor names of the plain network",
             stacklevel=4,
         )
     return plain, undo
@@ -77,8 +77,8 @@ def _shown(*parts: str) -> str:
 
 
 def original(module: nn.Module) -> nn.Module:
-    """Return the module that a compiled one runs; any other as it is."""
-    frames = sys.modules.get("torch._dynamo.eval_frame")  # takes seconds to import: without it nothing is compiled
+    """Return the plain module under a compiled one; any other module is returned unchanged."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")  # slow to import, and if it is not, nothing is compiled
     while frames is not None and isinstance(module, frames.OptimizedModule):
         module = module._orig_mod
     return module

@@ -1,13 +1,13 @@
-"""Copy a network so that the copy is a network of its own.
+"""Copy a network so that the copy shares nothing with it.
 
-`copy.deepcopy` leaves three things behind. A function stays the same object, so that a hook, or an activation that is a
-lambda, goes on using the modules that it was made with: here it is made anew around those of the copy. A parameter
-loses its class and its Python attributes. And a tensor that was computed (as `torch.nn.utils.weight_norm` leaves it in
-its module) cannot be copied at all.
+`copy.deepcopy` is not enough, for three reasons. It does not copy functions, so a hook, or an activation that is a
+lambda, still uses the modules of the original: here such functions are rebuilt around the modules of the copy. A
+parameter loses its class and its Python attributes. A computed tensor (as `torch.nn.utils.weight_norm` stores in its
+module) cannot be copied at all.
 
-Where it sits: whoever needs a copy of a network comes here.
-Law: a copy computes what the network computes, and nothing that it does reaches the network.
-Not here: which networks are refused for what else they hold (`ist/network/supported.py`).
+Where it sits: all code that needs a copy of a network uses `copied`.
+Law: a copy computes what the network computes, and never changes the network.
+Not here: other reasons to refuse a network (`ist/network/supported.py`).
 """
 
 import copy
@@ -25,7 +25,7 @@ from ist.errors import ModelError, first_line
 from ist.tensors import constant_tensors
 
 Memo = dict[int, Any]
-"""For the id of an object of the network, what stands for it in the copy; as `copy.deepcopy` has it."""
+"""For the id of an object in the network, its counterpart in the copy; the memo of `copy.deepcopy`."""
 
 _CALLABLES = (FunctionType, MethodType, functools.partial)
 
@@ -33,14 +33,14 @@ _CALLABLES = (FunctionType, MethodType, functools.partial)
 def copied(network: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
     """Return a copy of a network, with the same modes, hooks, and attributes of parameters.
 
-    Hooks on parameters are left behind: they are refused where they matter.
+    Hooks on parameters are not copied: `ist/network/supported.py` refuses them where they matter.
 
     Args:
-        network: The network; left as it is.
-        memo: For ids of its tensors, what the copy has in their places.
+        network: The network; it is not changed.
+        memo: For ids of its tensors, the tensors that the copy gets instead.
 
     Raises:
-        ModelError: Something in it cannot be copied, or is a function that would go on using the network itself.
+        ModelError: A part of it cannot be copied, or is a function that would still use the original network.
     """
     known: Memo = dict(memo or {})
     for tensor in _tensors_of(network):
@@ -60,11 +60,11 @@ def copied(network: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Modu
 
 
 def like(tensor: Tensor, values: Tensor) -> Tensor:
-    """Return a tensor with the given values, and otherwise like another: a parameter of the same class, its attributes.
+    """Return a tensor with the given values, and the class (of a parameter) and attributes of another tensor.
 
     Args:
         tensor: A parameter, or any tensor.
-        values: What it holds; of any shape, dtype and device.
+        values: The values; of any shape, dtype and device.
     """
     if isinstance(tensor, nn.Parameter):
         values = torch.Tensor._make_subclass(type(tensor), values, tensor.requires_grad)
@@ -73,7 +73,7 @@ def like(tensor: Tensor, values: Tensor) -> Tensor:
 
 
 def _tensors_of(network: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors in attributes of modules, where a forward may keep what it has computed."""
+    """Yield parameters, buffers, and tensors in attributes of modules, in which a forward may store its results."""
     yield from network.parameters()
     yield from network.buffers()
     for module in network.modules():
@@ -92,7 +92,7 @@ def _tensors_within(value: Any, depth: int = 4) -> Iterator[Tensor]:
 
 
 def _not_copied(network: nn.Module, given: Memo, error: Exception) -> str:
-    """Name the attribute that cannot be copied."""
+    """Return the message of the error, which names the attribute that cannot be copied."""
     for path, module in network.named_modules():
         for name, value in vars(module).items():
             if name != "_modules":
@@ -101,7 +101,7 @@ def _not_copied(network: nn.Module, given: Memo, error: Exception) -> str:
                 except Exception as own:
                     return (
                         f"'{_join(path, name)}' (a {type(value).__name__}) cannot be copied: {first_line(own)}. "
-                        "Workers train copies of the network: make it outside of the network, or where it is used"
+                        "Workers train copies of the network: create it outside the network, or in the forward"
                     )
     return f"the network cannot be copied: {type(error).__name__}: {first_line(error)}"
 
@@ -113,7 +113,7 @@ def _rebind(holder: Any, memo: Memo, fresh: set[int], done: Memo) -> None:
         if isinstance(value, FunctionType | MethodType):
             holder[key] = _rebound(value, memo, done)
         elif id(value) not in fresh or id(value) in done:
-            continue  # only what was made for this copy may be changed
+            continue  # change only objects that were made for this copy
         elif isinstance(value, functools.partial):
             done[id(value)] = value
             state = (_rebound(value.func, memo, done), value.args, value.keywords, vars(value))
@@ -127,7 +127,7 @@ def _rebind(holder: Any, memo: Memo, fresh: set[int], done: Memo) -> None:
 
 
 def _rebound(function: Any, memo: Memo, done: Memo) -> Any:
-    """Return a function that holds a copy's parts where the given one holds the network's, or the same function."""
+    """Return a function with references to the copy's modules instead of the network's; the same one if it has none."""
     if id(function) in memo:
         return memo[id(function)]
     if isinstance(function, MethodType):
@@ -138,7 +138,7 @@ def _rebound(function: Any, memo: Memo, done: Memo) -> Any:
         return function
     if id(function) in done:
         return done[id(function)]
-    done[id(function)] = function  # it may hold itself
+    done[id(function)] = function  # a function may refer to itself
     cells = tuple(_new_cell(cell, memo, done) for cell in function.__closure__ or ())
     defaults = tuple(_rebound(value, memo, done) for value in function.__defaults__ or ())
     named = {name: _rebound(value, memo, done) for name, value in (function.__kwdefaults__ or {}).items()}
@@ -167,10 +167,10 @@ def _same(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
 
 
 def _check_functions(made: nn.Module, network: nn.Module) -> None:
-    """Check that no function in a copy holds a part of the network that was copied.
+    """Check that no function in a copy refers to a part of the original network.
 
     Raises:
-        ModelError: One does, in a way that could not be changed in the copy.
+        ModelError: A function does, in a way that cannot be changed in the copy.
     """
     parts: dict[int, str] = {id(module): path for path, module in network.named_modules()}
     parts |= {id(tensor): name for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
@@ -180,18 +180,18 @@ def _check_functions(made: nn.Module, network: nn.Module) -> None:
             for function, part in _holding(value, parts, seen):
                 what = f"'{parts[id(part)]}'" if parts[id(part)] else "the network"
                 raise ModelError(
-                    f"'{_join(path, name)}' holds the function '{function.__qualname__}', which uses {what} from "
-                    "outside: copies of the network would go on using the original's. Make it a method, or a module"
+                    f"'{_join(path, name)}' holds the function '{function.__qualname__}', which uses {what} through a "
+                    "reference: copies of the network would still use the original. Make it a method, or a module"
                 )
 
 
 def _holding(value: Any, parts: Mapping[int, str], seen: set[int]) -> Iterator[tuple[Any, Any]]:
-    """Yield functions within a value, and what part of the network each of them holds."""
+    """Yield the functions within a value, each with the part of the network to which it refers."""
     if id(value) in seen or isinstance(value, nn.Module | Tensor | str | int | float | type | ModuleType):
         return
     seen.add(id(value))
     if isinstance(value, FunctionType):
-        for held in held_by(value):
+        for held in captured_values(value):
             for part in [held, *(held.values() if isinstance(held, dict) else held if isinstance(held, list) else [])]:
                 if id(part) in parts:
                     yield value, part
@@ -211,8 +211,8 @@ def _holding(value: Any, parts: Mapping[int, str], seen: set[int]) -> Iterator[t
         yield from _holding(vars(value), parts, seen)
 
 
-def held_by(function: FunctionType) -> Iterator[Any]:
-    """Yield what a function closes over, its defaults, and the global modules and tensors that its code names."""
+def captured_values(function: FunctionType) -> Iterator[Any]:
+    """Yield the values in a function's closure, its defaults, and the global modules and tensors that its code uses."""
     for cell in function.__closure__ or ():
         try:
             yield cell.cell_contents

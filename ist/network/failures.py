@@ -1,8 +1,10 @@
-"""Say what failed in a user's code, and where: which sample, which module, which line.
+"""Add the location to errors in a user's code: the sample, the module, the line.
 
-Where it sits: `ist/training/worker.py` and `ist/evaluation/evaluate.py` run networks and losses inside these contexts.
-Not here: the data set's own failures (`ist/data/batches.py`). Errors of this package, warnings, a peer that is gone and
-memory that is refused pass as they are: they have other causes than the code that they stop.
+Errors of this package, warnings, lost peers and out-of-memory errors pass unchanged: the user's code does not cause
+them.
+
+Where it sits: `ist/training/worker.py` and `ist/evaluation/evaluate.py` run networks and losses in these contexts.
+Not here: errors in a data set (`ist/data/batches.py`).
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ _MOST_SHOWN = 8
 
 
 def is_peer_failure(error: BaseException) -> bool:
-    """Return whether torch.distributed says that a peer is gone."""
+    """Return whether an error of torch.distributed reports a lost peer."""
     text = str(error)
     return isinstance(error, RuntimeError) and (
         isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "Gloo", "NCCL", "onnection"))
@@ -31,7 +33,7 @@ def is_peer_failure(error: BaseException) -> bool:
 
 @contextmanager
 def located(where: str) -> Iterator[None]:
-    """Put in front of what is said of data or network where it failed."""
+    """Prefix the messages of errors in configuration, data or network with a location."""
     try:
         yield
     except (ConfigError, DataError, ModelError) as error:
@@ -40,10 +42,14 @@ def located(where: str) -> Iterator[None]:
 
 @contextmanager
 def network_errors(network: nn.Module, what: str = "the network") -> Iterator[None]:
-    """Turn what a network's code raises into an error that names the module.
+    """Turn an exception of a network's code into an error that names the module.
+
+    Args:
+        network: The network.
+        what: The subject of the message, such as "the backward pass".
 
     Raises:
-        ModelError: It has raised something.
+        ModelError: The network's code raised an exception.
     """
     try:
         yield
@@ -55,15 +61,15 @@ def network_errors(network: nn.Module, what: str = "the network") -> Iterator[No
 
 @contextmanager
 def loss_errors(numbers: Callable[[], Indices], metric: str | None = None) -> Iterator[None]:
-    """Turn what a loss or a metric raises into an error that names the samples of the batch.
+    """Turn an exception of a loss or a metric into an error that names the samples of the batch.
 
     Args:
-        numbers: Tells by which numbers the samples are known.
-        metric: The name of the metric; None: it is the loss.
+        numbers: Returns the numbers of the samples in the data set; called only after an error.
+        metric: The name of the metric; None for the loss.
 
     Raises:
-        DataError: The loss has raised something.
-        ConfigError: The metric has.
+        DataError: The loss raised an exception.
+        ConfigError: The metric raised an exception.
     """
     try:
         yield
@@ -75,16 +81,16 @@ def loss_errors(numbers: Callable[[], Indices], metric: str | None = None) -> It
 
 
 def loss_of(loss: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, numbers: Callable[[], Indices]) -> Tensor:
-    """Return the loss of a batch; where it fails for some of the samples alone, say for which.
+    """Return the loss of a batch; if it fails only for some of the samples, name the first of them.
 
     Args:
         loss: Mean loss of (outputs, targets).
-        outputs: Of the network, for the batch.
-        targets: Of the batch.
-        numbers: Tells by which numbers its samples are known.
+        outputs: The network's outputs for the batch.
+        targets: The targets of the batch.
+        numbers: Returns the numbers of the samples in the data set; called only after an error.
 
     Raises:
-        DataError: It fails for some samples; the message names the first of them, and its target.
+        DataError: The loss fails for some samples; the message names the first of them, and its target.
     """
     try:
         return loss(outputs, targets)
@@ -103,7 +109,7 @@ def _passes(error: Exception) -> bool:
 
 
 def _in_module(error: BaseException, network: nn.Module) -> str:
-    """Name the innermost module of the network whose code was running."""
+    """Return the innermost module of the network whose code was running, for a message."""
     paths = {id(module): path for path, module in network.named_modules()}
     found, trace = None, error.__traceback__
     while trace is not None:
@@ -115,7 +121,7 @@ def _in_module(error: BaseException, network: nn.Module) -> str:
 
 
 def _failing_alone(loss: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, size: int) -> int | None:
-    """Return the first sample of a batch for which a loss fails, unless it fails for all or cannot be taken apart."""
+    """Return the first sample of a batch for which a loss fails; None if it fails for all or cannot be split."""
     tensors = [*tensors_in(outputs), *tensors_in(targets)]
     if not tensors or any(tensor.ndim == 0 or len(tensor) != size for tensor in tensors):
         return None
@@ -134,7 +140,7 @@ def _part(value: Any, position: int) -> Any:
 
 
 def _target_text(target: Any, outputs: Any) -> str:
-    """Say what a target is, and which class numbers there are where it is one."""
+    """Return a target's value for a message, and the valid class numbers if it is a class number."""
     if not isinstance(target, Tensor) or target.numel() > _MOST_SHOWN:
         return ""
     values = target[0].tolist()

@@ -1,10 +1,10 @@
-"""Training and evaluation mode, module by module: they are the user's.
+"""Training and evaluation mode of each module, as the user has set them.
 
-A network may hold some of its modules in evaluation mode: a frozen batch norm, a dropout that is switched off. It is
-trained so, evaluated as a whole, and comes back as it was.
+A network may have some of its modules in evaluation mode: a frozen batch norm, a dropout that is switched off. It
+trains in these modes. Evaluation puts all modules into evaluation mode and restores their modes afterwards.
 
-Where it sits: `ist/runs/build.py` reads the modes once, for all copies of the network; `ist/evaluation/evaluate.py` and
-`ist/api.py` put them back.
+Where it sits: `ist/runs/build.py` reads the modes once, for all copies of the network; `ist/evaluation/evaluate.py`
+and `ist/api.py` restore them.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from torch import nn
 
 Modes = Mapping[str, bool]
-"""For the path of every module, whether it is in training mode."""
+"""For the path of each module, whether it is in training mode."""
 
 
 def modes_of(network: nn.Module) -> dict[str, bool]:
@@ -22,12 +22,11 @@ def modes_of(network: nn.Module) -> dict[str, bool]:
 
 
 def set_modes(network: nn.Module, modes: Modes) -> None:
-    """Give every module of a network the mode that `modes_of` returned for it; modules that are new since keep theirs.
+    """Give each module of a network the mode that `modes_of` returned for it; other modules keep theirs.
 
-    A module that does more than note its mode (one that merges an adapter's weights for evaluation) is told by its
-    own `train`.
+    The modules' own `train` is called, because it may do more than set the mode (merge an adapter's weights, say).
     """
-    # Outer modules first: their `train` reaches the inner ones, which then get their own mode.
+    # Outer modules first: their `train` also changes the inner ones, which get their own mode afterwards.
     for path, module in network.named_modules():
         if module.training != modes.get(path, module.training):
             module.train(modes[path])
@@ -35,14 +34,14 @@ def set_modes(network: nn.Module, modes: Modes) -> None:
         module.training = modes.get(path, module.training)
 
 
-def settle_modes(network: nn.Module) -> dict[str, bool]:
-    """Put a network into the modes in which it is trained, and return them.
+def enter_training_modes(network: nn.Module) -> dict[str, bool]:
+    """Put a network into the modes in which it trains, and return them.
 
-    They are the modes that it has; but where the network's own `train` puts modules into evaluation mode, they are in
-    that mode, as they would be in a loop that calls `train` first.
+    These are its current modes, except that modules which the network's own `train` puts into evaluation mode are in
+    that mode, as in a loop that calls `train` first.
 
     Args:
-        network: Any network. One that is in evaluation mode itself is left as it is.
+        network: Any network. If it is in evaluation mode itself, its modes do not change.
     """
     own = modes_of(network)
     if network.training:
@@ -53,8 +52,8 @@ def settle_modes(network: nn.Module) -> dict[str, bool]:
 
 
 @contextmanager
-def kept_modes(network: nn.Module) -> Iterator[None]:
-    """Let modes change inside of the `with` block only."""
+def preserve_modes(network: nn.Module) -> Iterator[None]:
+    """Restore the modes of a network when the `with` block ends."""
     modes = modes_of(network)
     try:
         yield

@@ -1,10 +1,10 @@
-"""Which networks are refused for what they hold, by name, before anything starts.
+"""Refuse networks that cannot be trained as submodels, by name, before anything starts.
 
-Workers train narrow copies of a network. What hangs on it and cannot go with a copy would be dropped in silence: it is
-refused here, with what would be right.
+Workers train smaller copies of a network. Anything attached to it that a copy cannot have would be dropped silently,
+so it is refused here, with a remedy.
 
-Where it sits: `ist/runs/build.py` and `ist/api.py` ask before a job is made.
-Not here: whether a network can be split (`ist/neurons/`), or copied (`ist/network/copies.py`).
+Where it sits: `ist/runs/build.py` and `ist/api.py` call it before they build a run.
+Not here: whether a network can be split (`ist/neurons/`) or copied (`ist/network/copies.py`).
 """
 
 from collections.abc import Iterator
@@ -22,32 +22,28 @@ _WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParalle
 
 
 def check_network(network: nn.Module, is_split: bool) -> None:
-    """Refuse a network that cannot be copied and narrowed.
+    """Refuse a network that cannot be copied and split.
 
     Args:
-        network: The network as it was made; may be on the `meta` device.
-        is_split: Whether narrow copies of it are trained; else it is trained itself.
+        network: The network; may be on the `meta` device.
+        is_split: Whether workers train submodels; otherwise the network itself is trained.
 
     Raises:
-        ModelError: It is compiled to TorchScript or wrapped for parallel training, some of its parameters have no shape
-            yet, something hangs on a parameter that a narrow one cannot have, or its `state_dict` is something else
-            than its parameters and buffers.
+        ModelError: The network is TorchScript or wrapped for parallel training, a parameter has no shape yet, is not
+            dense or has an attachment that a submodel cannot have, or the `state_dict` differs from the parameters
+            and buffers.
     """
     if any(isinstance(module, torch.jit.ScriptModule) for module in network.modules()):
         raise ModelError(
-            "the network is TorchScript, whose forward cannot be watched: pass the module it was made from"
+            "the network is TorchScript, whose forward cannot be traced: pass the module from which it was made"
         )
     for path, module in network.named_modules():
         for kind in {kind.__name__ for kind in type(module).__mro__} & _WRAPPERS:
             where = f"'{path}'" if path else "the network"
-            raise ModelError(
-                f"{where} is a {kind}, which trains in processes or on devices of its own: pass the module in it"
-            )
+            raise ModelError(f"{where} is a {kind}, which uses its own processes or devices: pass the module inside it")
     for name, tensor in _saved_tensors(network).items():
         if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
-            raise ModelError(
-                f"some parameters have no shape yet ('{name}', of a lazy module): run the network on an input first"
-            )
+            raise ModelError(f"'{name}' (of a lazy module) has no shape yet: run the network on an input first")
         if tensor.layout != torch.strided:
             raise ModelError(f"'{name}' has the layout {tensor.layout}: only dense tensors are trained and saved")
     for name, parameter in network.named_parameters():
@@ -62,17 +58,17 @@ def check_network(network: nn.Module, is_split: bool) -> None:
 
 
 def check_values(network: nn.Module) -> None:
-    """Refuse a network some of whose tensors have no values, or share memory with others.
+    """Refuse a network in which a tensor has no values, or overlaps another tensor in memory.
 
     Raises:
-        ModelError: One does.
+        ModelError: A tensor does.
     """
     tensors = _saved_tensors(network)
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ModelError(
                 f"'{name}' is on the device 'meta' and has no values: give the network values first "
-                "(model.to_empty(device='cpu') and its initialisation, or load_state_dict(..., assign=True))"
+                "(model.to_empty(device='cpu') and its initialization, or load_state_dict(..., assign=True))"
             )
     spans = sorted(
         (start, start + _extent(tensor), name)
@@ -84,22 +80,22 @@ def check_values(network: nn.Module) -> None:
             first, second = sorted((first, second), key=list(tensors).index)
             kinds = {isinstance(tensors[name], nn.Parameter) for name in (first, second)}
             remedy = (
-                "tie them by making them one, as in decoder.weight = encoder.weight"
+                "tie them by using one parameter, as in decoder.weight = encoder.weight"
                 if kinds == {True}
-                else "give one of them memory of its own (clone())"
+                else "give one of them its own memory (clone())"
             )
             what = "parameters" if kinds == {True} else "tensors"
             raise ModelError(f"'{first}' and '{second}' are two {what} in the same memory: {remedy}")
 
 
 def _extent(tensor: Tensor) -> int:
-    """Return the bytes from a tensor's first element to behind its last."""
+    """Return the number of bytes from a tensor's first element to the end of its last."""
     steps = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (steps + 1) * tensor.element_size()
 
 
 def _saved_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and persistent buffers by name, a tied one by all its names."""
+    """Return parameters and persistent buffers by name; a tied one appears under each of its names."""
     tensors: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
     for path, module in network.named_modules(remove_duplicate=False):
         for name, buffer in module._buffers.items():
@@ -109,23 +105,24 @@ def _saved_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_state(network: nn.Module) -> None:
-    """Refuse a network whose `state_dict` is something else than its parameters and buffers.
+    """Refuse a network whose `state_dict` differs from its parameters and buffers.
 
-    What is trained is taken from there, and saved and resumed by these names.
+    Training reads and writes the tensors of the `state_dict`, and checkpoints use its names.
 
     Raises:
-        ModelError: It fails, names them otherwise, gives copies of them, or holds what is no tensor.
+        ModelError: The `state_dict` fails, uses other names, contains copies, or contains something other than tensors.
     """
     for path, module in network.named_modules():
         where = f"'{path}'" if path else "the network"
         if ".ao.nn." in type(module).__module__ and ".quantized" in type(module).__module__:
             raise ModelError(
-                f"{where} is quantised ({type(module).__name__}), and cannot be trained: pass it as it was"
+                f"{where} is quantized ({type(module).__name__}) and cannot be trained: pass the network before "
+                "quantization"
             )
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ModelError(
-                f"{where} ({type(module).__name__}) has a get_extra_state: what it holds is neither merged nor saved. "
-                "Make it a buffer (register_buffer), or leave it out"
+                f"{where} ({type(module).__name__}) has a get_extra_state, whose state is neither merged nor saved. "
+                "Make it a buffer (register_buffer), or remove it"
             )
     tensors = _saved_tensors(network)
     try:
@@ -134,35 +131,37 @@ def _check_state(network: nn.Module) -> None:
         raise ModelError(f"the network's state_dict fails: {type(error).__name__}: {first_line(error)}") from error
     for name in [*tensors, *state]:
         if name not in state or name not in tensors:
-            has, lacks = ("state_dict", "parameters and buffers") if name in state else ("parameters", "state_dict")
+            where, missing = (
+                ("state_dict", "parameters and buffers") if name in state else ("parameters and buffers", "state_dict")
+            )
             raise ModelError(
-                f"the network's {has} have '{name}', which its {lacks} have not (a state_dict of its own, or a hook on "
-                "it?): what is trained is saved by the names of parameters and buffers"
+                f"'{name}' is in the network's {where} but not in its {missing} (does it override state_dict, or have "
+                "a hook on it?): checkpoints use the names of parameters and buffers"
             )
         if not isinstance(state[name], Tensor) or state[name].data_ptr() != tensors[name].data_ptr():
             raise ModelError(
-                f"the network's state_dict gives a copy of '{name}', or something made of it (a hook?): what is merged "
-                "would be written into that"
+                f"the network's state_dict returns a copy or a function of '{name}' (does it have a hook on it?): "
+                "merged values would be written to the copy"
             )
 
 
 def _check_attachments(name: str, parameter: nn.Parameter) -> None:
-    """Refuse hooks on a parameter, and attributes of it that would have to be narrowed.
+    """Refuse hooks on a parameter, and tensors in its attributes, which a submodel would have to cut.
 
     Raises:
-        ModelError: It has one.
+        ModelError: The parameter has a hook, or an attribute with a tensor.
     """
     if parameter.requires_grad:
         for kind, hook in _hooks(parameter):
             raise ModelError(
-                f"'{name}' has a hook on its gradient ({kind}: {_described(hook)}): workers train narrow copies of the "
-                "parameter, which cannot have it. Do the same in the forward (such as weight * mask), in the step of "
-                "an optimizer of your own (train.optimizer.name: module:Class), or freeze the parameter"
+                f"'{name}' has a hook on its gradient ({kind}: {_described(hook)}): workers train smaller copies of "
+                "the parameter, which cannot have the hook. Do the same in the forward (such as weight * mask), or in "
+                "the step of your own optimizer (train.optimizer.name: module:Class), or freeze the parameter"
             )
     for attribute, value in vars(parameter).items():
         if any(True for _ in tensors_in(value)):
             raise ModelError(
-                f"'{name}' has an attribute '{attribute}' that holds a tensor, which would not be narrowed with it: "
+                f"'{name}' has an attribute '{attribute}' with a tensor, which would not be cut with the parameter: "
                 "make it a buffer of the module (register_buffer)"
             )
 
@@ -175,6 +174,6 @@ def _hooks(parameter: Tensor) -> Iterator[tuple[str, Any]]:
 
 
 def _described(hook: Any) -> str:
-    """Return a hook's name, and the line where it is written."""
+    """Return a hook's name, and the line where it is defined."""
     name, code = getattr(hook, "__qualname__", type(hook).__name__), getattr(hook, "__code__", None)
     return f"{name}, {code.co_filename}:{code.co_firstlineno}" if code else name

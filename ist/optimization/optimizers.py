@@ -1,11 +1,13 @@
-"""Any `torch.optim` optimiser by name, and its state as named tensors.
+"""Build any `torch.optim` optimizer by name, and convert its state to named tensors and back.
 
-A worker makes a new optimiser for a subnet that it has not held in the round before.
+A worker builds a new optimizer for each subnet that it did not hold in the round before. `train.optimizer_state` says
+what happens to the state. `reset`: it starts fresh each round. `kept`: the worker stores it
+(`ist/training/worker_state.py`). `carried`: each state tensor with the shape of its parameter (momentum, second
+moments) is cut, sent and merged like the parameter, and scalars (step counts) are shared. A state tensor is named
+after its parameter: `momentum_buffer@linear_1.weight`.
 
-State is reset each round; or kept by the worker, whose own it then is (`ist/training/worker_state.py`); or carried:
-then each state tensor that is shaped like its parameter (momentum, second moments) is cut, sent and merged as the
-parameter is, and scalars (step counts) are shared. Names: `momentum_buffer@linear_1.weight`.
-Not here: schedules (`step_settings.py`), cutting state (`ist/subnet/cut.py`), moving it (`ist/transport/`).
+Where it sits: `ist/training/worker.py` builds and restores optimizers, `ist/training/coordinator.py` merges state.
+Not here: schedules (`step_settings.py`), cutting state (`ist/subnet/cut.py`), sending it (`ist/transport/`).
 """
 
 import copy
@@ -29,7 +31,14 @@ _NUMBER = "#"
 
 @dataclass(frozen=True)
 class StateSlot:
-    """One entry of an optimiser's per-parameter state."""
+    """One entry of an optimizer's per-parameter state.
+
+    Attributes:
+        key: The name of the entry.
+        like_parameter: Whether it is a tensor with the shape of the parameter; otherwise it is a scalar.
+        dtype: Its dtype; None for that of the parameter.
+        initial: Its value before the first step.
+    """
 
     key: str
     like_parameter: bool
@@ -38,44 +47,48 @@ class StateSlot:
 
 
 def build_optimizer(spec: Component, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Make an optimiser.
+    """Build an optimizer.
+
+    Args:
+        spec: Its name in `torch.optim` (or an import path) and its arguments.
+        parameters: The parameters that it updates.
 
     Raises:
-        ConfigError: It is not known, refuses its arguments, or needs a closure.
+        ConfigError: The optimizer is unknown, rejects its arguments, or needs a closure.
     """
     cls = resolve(spec.name, "train.optimizer.name", {}, torch.optim)
     if cls is torch.optim.LBFGS:
         raise ConfigError(
-            "'train.optimizer.name' is 'LBFGS', which evaluates the loss several times a step: not supported"
+            "'train.optimizer.name' is 'LBFGS', which evaluates the loss several times per step: not supported"
         )
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ConfigError(f"'train.optimizer.name' is '{spec.name}', which is not a torch.optim.Optimizer")
-    # A copy of the arguments: a schedule changes a rate that is a tensor in place.
-    made = call(cls, {"params": parameters, **copy.deepcopy(spec.args)}, "train.optimizer.args")
-    assert isinstance(made, torch.optim.Optimizer)
-    return made
+    # Copy the arguments: a schedule changes a learning rate in place if it is a tensor.
+    optimizer = call(cls, {"params": parameters, **copy.deepcopy(spec.args)}, "train.optimizer.args")
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    return optimizer
 
 
 def try_optimizer(spec: Component) -> None:
-    """Make a few steps on a small parameter: some arguments are refused when they are first used.
+    """Make a few steps on a small parameter, because some arguments are rejected only at their first use.
 
     Raises:
-        ConfigError: As `build_optimizer`, or a step fails.
+        ConfigError: As for `build_optimizer`, or a step fails.
     """
     _stepped(spec, [nn.Parameter(torch.zeros(_SAMPLE_SHAPE))], 1.0, _TRIED_STEPS)
 
 
 def _stepped(spec: Component, parameters: Sequence[nn.Parameter], gradient: float, steps: int) -> torch.optim.Optimizer:
-    """Make an optimiser and some steps with gradients of one value, which are sparse if it does not take others.
+    """Build an optimizer and make some steps with constant gradients, which are sparse if it rejects dense ones.
 
     Raises:
-        ConfigError: A step fails with both.
+        ConfigError: A step fails with dense and with sparse gradients.
     """
     first: Exception | None = None
     for is_sparse in (False, True):
         optimizer = build_optimizer(spec, parameters)
         for group in optimizer.param_groups if gradient == 0 else ():
-            group["weight_decay"] = 0.0  # state from gradients alone, which are zero
+            group["weight_decay"] = 0.0  # so that the state depends only on the gradients, which are zero
         try:
             with torch.random.fork_rng(devices=[]):
                 for _ in range(steps):
@@ -83,7 +96,7 @@ def _stepped(spec: Component, parameters: Sequence[nn.Parameter], gradient: floa
                         dense = torch.full_like(parameter, gradient)
                         parameter.grad = dense.to_sparse(1) if is_sparse else dense
                     optimizer.step()
-        except Exception as error:  # its class may be anybody's
+        except Exception as error:  # a user's class may raise anything
             first = first or error
         else:
             return optimizer
@@ -95,15 +108,15 @@ def _stepped(spec: Component, parameters: Sequence[nn.Parameter], gradient: floa
 
 
 def state_slots(spec: Component, dims: Iterable[int] = (2,)) -> tuple[StateSlot, ...]:
-    """Return what state an optimiser keeps for a parameter, found by making one step on small ones.
+    """Return the entries of an optimizer's state per parameter, found by one step on small parameters.
 
     Args:
-        spec: The optimiser.
-        dims: How many dims the parameters of the network have.
+        spec: The optimizer.
+        dims: The numbers of dims of the network's parameters.
 
     Raises:
-        ConfigError: The state cannot be carried with neurons: a tensor of another shape than its
-            parameter, one that starts from the parameter's values, or another state for parameters of other dims.
+        ConfigError: The state cannot be carried with neurons: a tensor has another shape than its parameter or depends
+            on the parameter's values, or the entries depend on the number of dims.
     """
     ordered = sorted(set(dims) - {0}) or [1]
     shapes = [_SAMPLE_SHAPE[-number:] if number <= 2 else (*_SAMPLE_SHAPE, *[2] * (number - 2)) for number in ordered]
@@ -114,8 +127,8 @@ def state_slots(spec: Component, dims: Iterable[int] = (2,)) -> tuple[StateSlot,
     for number, slots in zip(ordered, found, strict=True):
         if slots != found[0]:
             raise ConfigError(
-                f"'train.optimizer_state' is 'carried', but {spec.name} keeps {_keys(found[0])} for parameters of "
-                f"{ordered[0]} dims and {_keys(slots)} for those of {number}: use 'reset' or 'kept'"
+                f"'train.optimizer_state' is 'carried', but {spec.name} stores {_keys(found[0])} for parameters with "
+                f"{ordered[0]} dims and {_keys(slots)} for parameters with {number}: use 'reset' or 'kept'"
             )
     return found[0]
 
@@ -129,7 +142,7 @@ def _slots_of(name: str, optimizer: torch.optim.Optimizer, parameter: nn.Paramet
         like = tensor.shape == parameter.shape
         if not isinstance(value, Tensor) or not (like or tensor.ndim == 0) or (tensor != tensor.flatten()[0]).any():
             raise ConfigError(
-                f"'train.optimizer_state' is 'carried', but {name} keeps '{key}', which cannot be cut along "
+                f"'train.optimizer_state' is 'carried', but {name} stores '{key}', which cannot be cut together "
                 "with its parameter: use 'reset'"
             )
         same_dtype = like and tensor.dtype == parameter.dtype
@@ -142,7 +155,7 @@ def _keys(slots: Sequence[StateSlot]) -> str:
 
 
 def state_name(key: str, parameter: str) -> str:
-    """Return the name under which a parameter's state tensor travels and is saved."""
+    """Return the name of a parameter's state tensor in messages and checkpoints."""
     return f"{key}@{parameter}"
 
 
@@ -158,7 +171,7 @@ def carried_specs(slots: Sequence[StateSlot], parameters: Mapping[str, TensorSpe
 def carried_groups(
     slots: Sequence[StateSlot], groups: Sequence[Group], parameters: Mapping[str, TensorSpec]
 ) -> tuple[Group, ...]:
-    """Return groups whose neurons take their optimiser state with them."""
+    """Return the groups with slots for the optimizer state of their neurons, so that it is cut with them."""
     return tuple(
         replace(
             group,
@@ -178,7 +191,7 @@ def carried_groups(
 def initial_state(
     slots: Sequence[StateSlot], specs: Mapping[str, TensorSpec], device: torch.device
 ) -> dict[str, Tensor]:
-    """Return whole state tensors as they are before any step, for the names in `specs`."""
+    """Return the state tensors before the first step, for the names in `specs`."""
     values = {slot.key: slot.initial for slot in slots}
     return {
         name: torch.full(spec.shape, values[name.partition("@")[0]], dtype=spec.dtype, device=device)
@@ -192,7 +205,7 @@ def load_state(
     slots: Sequence[StateSlot],
     state: Mapping[str, Tensor],
 ) -> None:
-    """Give an optimiser the state in `state`; tensors shaped like their parameter are used in place, not copied."""
+    """Load `state` into an optimizer; tensors with the shape of their parameter are used in place, not copied."""
     for name, parameter in named.items():
         for slot in slots:
             tensor = state[state_name(slot.key, name)]
@@ -201,12 +214,12 @@ def load_state(
 
 
 def scalar_device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> torch.device:
-    """Return where an optimiser wants step counts: on the CPU, unless it is fused or capturable."""
+    """Return the device on which an optimizer needs step counts: the CPU, unless it is fused or capturable."""
     settings: Mapping[str, Any] = next(
         (group for group in optimizer.param_groups if any(member is parameter for member in group["params"])), {}
     )
-    beside = settings.get("fused") or settings.get("capturable")
-    return parameter.device if beside else torch.device("cpu")
+    on_device = settings.get("fused") or settings.get("capturable")
+    return parameter.device if on_device else torch.device("cpu")
 
 
 def store_state(
@@ -215,11 +228,11 @@ def store_state(
     slots: Sequence[StateSlot],
     state: Mapping[str, Tensor],
 ) -> None:
-    """Write an optimiser's state into the tensors of `state`, the inverse of `load_state`."""
+    """Write an optimizer's state into the tensors of `state`: the inverse of `load_state`."""
     for name, parameter in named.items():
         for slot in slots:
             target, source = state[state_name(slot.key, name)], optimizer.state[parameter].get(slot.key)
-            if source is None:  # it has had no gradient yet
+            if source is None:  # the parameter has had no gradient yet
                 target.fill_(slot.initial)
             elif source.is_sparse:  # momentum of sparse gradients
                 target.copy_(source.to_dense())
@@ -228,9 +241,9 @@ def store_state(
 
 
 def named_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return an optimiser's state by `state_name`: tensors, and plain numbers as tensors whose names say so.
+    """Return an optimizer's state as tensors by `state_name`; the names of plain numbers are marked with '#'.
 
-    What a class keeps in itself, or in its parameter groups, is there too; see `named_extras`.
+    The result includes state that a class stores in itself or in its parameter groups; see `named_extras`.
     """
     found: dict[str, Tensor] = {}
     for name, parameter in named.items():
@@ -252,18 +265,18 @@ def _named_value(key: str, owner: str, value: Any) -> dict[str, Tensor]:
 
 
 _OBJECT, _GROUP = ":optimizer", ":group-"
-"""What stands in the place of a parameter's name for the optimiser's own attributes, and for those of a group."""
+"""Used instead of a parameter's name: for attributes of the optimizer, and for settings of a parameter group."""
 
 
 def extra_name(name: str, group: int | None) -> str:
-    """Return the name of an optimiser's attribute, or of a setting of a parameter group."""
+    """Return the name of an optimizer's attribute, or of a setting of a parameter group."""
     return state_name(name, _OBJECT if group is None else f"{_GROUP}{group}")
 
 
 def named_extras(optimizer: torch.optim.Optimizer) -> dict[str, int | float | Tensor]:
-    """Return the numbers and tensors that a class keeps outside per-parameter state, by `extra_name`.
+    """Return the numbers and tensors that a class stores outside per-parameter state, by `extra_name`.
 
-    They are attributes that torch's own optimisers do not have, and settings of groups that are not the defaults.
+    These are attributes that torch's own optimizers do not have, and settings of groups that differ from the defaults.
     """
     plain = vars(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
     found = {
@@ -288,10 +301,10 @@ def _equal(value: Any, other: Any) -> bool:
 def restore_named_state(
     optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
 ) -> None:
-    """Give an optimiser the state that `named_state` returned.
+    """Load into an optimizer the state that `named_state` returned.
 
     Raises:
-        CheckpointError: It holds something of no parameter of these.
+        CheckpointError: The state belongs to a parameter or parameter group that the optimizer does not have.
     """
     for full_name, tensor in state.items():
         key, _, name = full_name.partition("@")
@@ -299,7 +312,9 @@ def restore_named_state(
             _restore_extra(optimizer, key, name, tensor)
             continue
         if name not in named:
-            raise CheckpointError(f"the checkpoint holds '{full_name}', which is no optimiser state of this network")
+            raise CheckpointError(
+                f"the checkpoint contains '{full_name}', which is not optimizer state of this network"
+            )
         parameter = named[name]
         if key.endswith(_NUMBER):
             optimizer.state[parameter][key.removesuffix(_NUMBER)] = tensor.item()
@@ -318,6 +333,6 @@ def _restore_extra(optimizer: torch.optim.Optimizer, key: str, owner: str, tenso
     number = int(owner.removeprefix(_GROUP))
     if number >= len(optimizer.param_groups):
         raise CheckpointError(
-            f"the checkpoint holds '{key}' of parameter group {number}, which this optimiser does not have"
+            f"the checkpoint contains '{key}' of parameter group {number}, which this optimizer does not have"
         )
     optimizer.param_groups[number][key] = value

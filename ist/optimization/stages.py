@@ -1,7 +1,7 @@
-"""Which local steps a round has, and which stage of the run it belongs to: a pure function of the configuration.
+"""The rounds of a run: the local steps of each, and the stage to which it belongs, as a function of the configuration.
 
-Where it sits: `ist/config/recipe.py` holds the keys; `ist/subnet/job.py` asks.
-Not here: what a stage changes (`ist/subnet/partition.py`, `ist/subnet/job.py`).
+Where it sits: `ist/config/recipe.py` defines the keys of a stage; the run's schedule is built from these rounds.
+Not here: the changes that a stage makes (`ist/subnet/partition.py`, `step_settings.py`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,22 +14,22 @@ from ist.errors import ConfigError
 WHOLE_RUN = Stage()
 
 MAX_ROUNDS = 1_000_000
-"""Most rounds of a run; `ist inspect` looks at every one of them."""
+"""The most rounds of a run: `ist inspect` visits each of them."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """A round: its local steps, numbered over the run, and its stage."""
+    """One round: its local steps, numbered over the whole run, and its stage."""
 
     steps: range
     stage: Stage
 
 
 class Spans(Sequence[Span]):
-    """Every round of a run, made when it is asked for: a run may have very many.
+    """All rounds of a run, each computed on access because a run may have very many.
 
     Args:
-        parts: For each stage the first local steps of its rounds, and the step after its last one.
+        parts: For each stage: the first local step of each of its rounds, the step after its last one, and the stage.
     """
 
     def __init__(self, parts: Sequence[tuple[range, int, Stage]]) -> None:
@@ -65,18 +65,18 @@ class Spans(Sequence[Span]):
 def spans(
     stages: Sequence[Stage], local_steps: int, rounds: int | None = None, total_steps: int | None = None
 ) -> Spans:
-    """Return every round of a run.
+    """Return the rounds of a run.
 
     Args:
-        stages: In order; none is one stage that is the whole run. Exactly one does not say how long it lasts.
-        local_steps: Steps of a round in a stage that does not say.
-        rounds: Length of the run; give this or `total_steps`. Then every round is whole.
-        total_steps: Length of the run in local steps; the last round of the stage that takes what is left may be
-            shorter.
+        stages: The stages in order; an empty list means one stage for the whole run. Exactly one stage is open: it has
+            neither `rounds` nor `share`, and gets the rest of the run.
+        local_steps: The local steps of a round, for stages that do not set them.
+        rounds: The length of the run in rounds; give this or `total_steps`. Then all rounds of a stage are equally
+            long.
+        total_steps: The length of the run in local steps; the last round of the open stage may be shorter.
 
     Raises:
-        ConfigError: The stages that say how long they last leave nothing for the one that does not, or there are more
-            than `MAX_ROUNDS` rounds.
+        ConfigError: The other stages leave nothing for the open one, or there are more than `MAX_ROUNDS` rounds.
     """
     stages = list(stages) or [WHOLE_RUN]
     steps_of = [stage.local_steps or local_steps for stage in stages]
@@ -97,21 +97,21 @@ def spans(
             length = f"{rounds} rounds" if rounds is not None else f"{total_steps} local steps"
             used = f"{fixed} of them" if rounds is not None else f"{taken} of them"
             raise ConfigError(
-                f"'recipe.stages': the run has {length}, and the stages that say how long they last take {used}: "
-                "nothing is left for the one that does not. Lengthen the run, or shorten those"
+                f"'recipe.stages': the run has {length}, and the stages with 'rounds' or 'share' take {used}: nothing "
+                "is left for the stage without them. Make the run longer, or these stages shorter"
             )
         found.append((range(begin, end, steps), end, stage))
         if sum(len(firsts) for firsts, _, _ in found) > MAX_ROUNDS:
             raise ConfigError(
                 f"the run has more than {MAX_ROUNDS:,} rounds ('train.rounds', or 'train.epochs' and "
-                "'train.local_steps'): shorten it, or make rounds longer"
+                "'train.local_steps'): make the run shorter, or its rounds longer"
             )
         begin = end
     return Spans(found)
 
 
 def _own_rounds(stage: Stage, steps: int, rounds: int | None, total_steps: int | None) -> int:
-    """Return how many rounds a stage says that it lasts; 0 where it takes what is left."""
+    """Return the rounds of a stage with `rounds` or `share`; 0 for the open stage."""
     if stage.share is None:
         return stage.rounds or 0
     if rounds is not None:

@@ -1,9 +1,11 @@
-"""What a schedule sets at every local step of a run, for every parameter group.
+"""The settings that a schedule gives each parameter group at each local step of a run.
 
-The schedule belongs to the whole run, so it is played once on an optimiser over stand-ins of all parameters, and every
-step's settings are read off, for each of its parameter groups. A worker has the parameters of a subnet: each group of
-its optimiser gets the settings of that group of the whole network which has the same parameters.
-Not here: making an optimiser (`optimizers.py`), which rounds there are (`stages.py`).
+A schedule covers the whole run. So it runs once in advance, on an optimizer over stand-ins for all parameters, and the
+settings of every step are recorded. A worker's optimizer has only the parameters of a subnet: each of its parameter
+groups gets the settings of the full network's group with the same parameters.
+
+Where it sits: `ist/runs/build.py` records the settings; `ist/training/worker.py` applies them before each step.
+Not here: building an optimizer (`optimizers.py`), the rounds of a run (`stages.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,32 +22,35 @@ from ist.optimization.optimizers import build_optimizer
 from ist.optimization.stages import Span
 
 Settings = Mapping[str, Any]
-"""What a schedule sets for a parameter group, such as {'lr': 0.1}."""
+"""The settings of one parameter group, such as {'lr': 0.1}."""
 
 StepSettings = tuple[Settings, ...]
-"""What a schedule sets for one step: an entry for each parameter group of the whole network's optimiser."""
+"""The settings of one step: an entry for each parameter group of the full network's optimizer."""
 
 MAX_SCHEDULED_STEPS = 3_000_000
-"""Most local steps of a run with a schedule: their settings take a gigabyte."""
+"""The most local steps of a run with a schedule: their settings take a gigabyte."""
 
 
 def stand_ins(template: nn.Module, spec: Component) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
-    """Return parameters like those of a network that are trained, and an optimiser over them; neither takes memory.
+    """Return stand-ins for the trained parameters of a network, and an optimizer over them; neither takes memory.
 
-    An optimiser class may put its parameters into several groups, by their shapes: so all of them are there.
+    There is a stand-in for each parameter, because an optimizer class may group its parameters by their shapes.
 
     Args:
-        template: The whole network, on the `meta` device.
-        spec: The optimiser.
+        template: The full network, on the `meta` device.
+        spec: The optimizer.
+
+    Returns:
+        The stand-ins by name, and the optimizer.
 
     Raises:
-        ConfigError: As `build_optimizer`.
+        ConfigError: As for `build_optimizer`.
     """
     trained = {name: parameter for name, parameter in template.named_parameters() if parameter.requires_grad}
     named = {name: nn.Parameter(torch.empty_like(parameter, device="meta")) for name, parameter in trained.items()}
     try:
         return named, build_optimizer(spec, list(named.values()))
-    except (ConfigError, NotImplementedError):  # some look at devices or values: one value, wherever it is read
+    except (ConfigError, NotImplementedError):  # some classes read devices or values: expand a single value
         named = {
             name: nn.Parameter(torch.zeros((), dtype=parameter.dtype).expand(parameter.shape))
             for name, parameter in trained.items()
@@ -54,7 +59,7 @@ def stand_ins(template: nn.Module, spec: Component) -> tuple[dict[str, nn.Parame
 
 
 def groups_by_name(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, int]:
-    """Return the number of the parameter group in which an optimiser has each parameter."""
+    """Return, for each parameter, the index of its parameter group in an optimizer."""
     names = {id(parameter): name for name, parameter in named.items()}
     return {
         names[id(parameter)]: number
@@ -64,35 +69,35 @@ def groups_by_name(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Para
 
 
 def matching_groups(
-    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], whole: Mapping[str, int]
+    optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], full: Mapping[str, int]
 ) -> list[int | None]:
-    """Return, for every parameter group of a subnet's optimiser, the whole network's group that it is a part of.
+    """Return, for each parameter group of a subnet's optimizer, the group of the full network that contains it.
 
     Args:
-        optimizer: Over the parameters of a subnet, or of the whole network.
-        named: Those parameters.
-        whole: For every parameter of the whole network, the number of its group.
+        optimizer: An optimizer over the parameters of a subnet, or of the full network.
+        named: Its parameters by name.
+        full: For each parameter of the full network, the index of its group.
 
     Returns:
-        Numbers of groups; None for a group without parameters.
+        Indices of groups; None for a group without parameters.
 
     Raises:
-        ModelError: The optimiser puts parameters of a subnet together that it has in different groups in the whole
-            network, so that no schedule can be followed.
+        ModelError: A group of the optimizer has parameters from several groups of the full network, so that no
+            schedule can apply to it.
     """
     found: list[int | None] = []
     names = {id(parameter): name for name, parameter in named.items()}
     for number, group in enumerate(optimizer.param_groups):
-        belongs = {names[id(parameter)]: whole.get(names[id(parameter)]) for parameter in group["params"]}
-        numbers = set(belongs.values())
+        full_groups = {names[id(parameter)]: full.get(names[id(parameter)]) for parameter in group["params"]}
+        numbers = set(full_groups.values())
         if len(numbers) > 1:
-            first, at = next(iter(belongs.items()))
-            other, elsewhere = next(pair for pair in belongs.items() if pair[1] != at)
+            first, first_group = next(iter(full_groups.items()))
+            other, other_group = next(pair for pair in full_groups.items() if pair[1] != first_group)
             raise ModelError(
                 f"'train.optimizer.name': {type(optimizer).__name__} has '{first}' and '{other}' in one parameter "
-                f"group ({number}) in a subnet, but in groups {at} and {elsewhere} in the whole "
-                "network: a schedule or a stage's lr_scale needs the same groups in both (group by name or by number "
-                "of dims, not by size)"
+                f"group ({number}) in a subnet, but in groups {first_group} and {other_group} in the full network: a "
+                "schedule or a stage's lr_scale needs the same groups in both (group by name or by number of dims, "
+                "not by size)"
             )
         found.append(numbers.pop() if numbers else None)
     return found
@@ -101,12 +106,12 @@ def matching_groups(
 def apply_settings(
     optimizer: torch.optim.Optimizer, groups: Sequence[int | None], settings: Sequence[Settings]
 ) -> None:
-    """Set what a schedule says for a step.
+    """Apply the settings of a step to an optimizer.
 
     Args:
-        optimizer: Whose parameter groups are changed.
-        groups: As `matching_groups` returns them.
-        settings: One entry for each parameter group of the whole network's optimiser.
+        optimizer: The optimizer; its parameter groups are changed.
+        groups: The result of `matching_groups`.
+        settings: An entry for each parameter group of the full network's optimizer.
     """
     for group, number in zip(optimizer.param_groups, groups, strict=True):
         if number is not None:
@@ -116,29 +121,31 @@ def apply_settings(
 def schedule_settings(
     optimizer: torch.optim.Optimizer, schedule: Component | None, total_steps: int
 ) -> list[StepSettings]:
-    """Return what the schedule sets at each local step of the run.
+    """Return the settings that a schedule gives at each local step of the run.
 
     Args:
-        optimizer: One over stand-ins of all parameters that are trained; of no use afterwards.
-        schedule: Class of torch.optim.lr_scheduler and its arguments, or None.
-        total_steps: Local steps of the run.
+        optimizer: An optimizer over stand-ins for all trained parameters; it is unusable afterwards.
+        schedule: A class of torch.optim.lr_scheduler and its arguments, or None.
+        total_steps: The number of local steps of the run.
 
     Returns:
-        For every step and every parameter group, the settings that differ from the optimiser's own somewhere in the
-        run; an empty list without a schedule.
+        For each step and each parameter group, the settings that the schedule changes at some step of the run; an
+        empty list without a schedule.
 
     Raises:
-        ConfigError: The schedule is not known, refuses its arguments, or needs a metric.
+        ConfigError: The schedule is unknown, rejects its arguments, or needs a metric.
     """
     if schedule is None:
         return []
     _check_length(total_steps, "'train.schedule'")
     cls = resolve(schedule.name, "train.schedule.name", {}, torch.optim.lr_scheduler)
     if cls is torch.optim.lr_scheduler.ReduceLROnPlateau:
-        raise ConfigError("'train.schedule.name' is 'ReduceLROnPlateau', which needs a metric each step: not supported")
+        raise ConfigError(
+            "'train.schedule.name' is 'ReduceLROnPlateau', which needs a metric at each step: not supported"
+        )
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.lr_scheduler.LRScheduler)):
         raise ConfigError(f"'train.schedule.name' is '{schedule.name}', which is not an LRScheduler")
-    for group in optimizer.param_groups:  # a step looks at every parameter: one of each group is enough
+    for group in optimizer.param_groups:  # a step visits every parameter, and one of each group is enough
         del group["params"][1:]
     args = {key: total_steps if value == TOTAL_STEPS else value for key, value in schedule.args.items()}
     own = _settings_now(optimizer)
@@ -152,25 +159,25 @@ def schedule_settings(
                 scheduler.step()
             except ValueError as error:
                 raise ConfigError(f"'train.schedule.args': {error} (the run has {total_steps} local steps)") from error
-            except Exception as error:  # its class may be anybody's, and some arguments are looked at late
+            except Exception as error:  # a user's class may raise anything, and some arguments are checked late
                 raise ConfigError(
                     f"'train.schedule.args' {schedule.args}: step {step + 1} of {schedule.name} raises {said_at(error)}"
                 ) from error
-    # What is the optimiser's own at one step may follow another value: it is set there too.
+    # A setting that changes at any step is set at every step, also where it equals the optimizer's own value.
     base = [
         {key: values[key] for key in values if any(key in groups[number] for groups in found)}
         for number, values in enumerate(own)
     ]
-    return [tuple({**kept, **group} for kept, group in zip(base, groups, strict=True)) for groups in found]
+    return [tuple({**own, **group} for own, group in zip(base, groups, strict=True)) for groups in found]
 
 
 def _changed(own: Settings, now: Settings) -> Settings:
-    """Return the learning rate of a group, and whatever is not as the optimiser had it."""
+    """Return the learning rate of a group, and the settings that differ from the optimizer's own."""
     return {key: value for key, value in now.items() if key == "lr" or key not in own or own[key] != value}
 
 
 def _settings_now(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Copy the settings of every group: a schedule changes a rate that is a tensor in place."""
+    """Copy the settings of every group, because a schedule changes a learning rate in place if it is a tensor."""
     return [
         {
             key: value.clone() if isinstance(value, Tensor) else value
@@ -187,16 +194,16 @@ def staged_settings(
     spans: Sequence[Span],
     unit: Literal["step", "round"],
 ) -> list[StepSettings]:
-    """Return what is set at each local step of the run, its stages considered.
+    """Return the settings at each local step of the run, with the learning-rate scales of its stages.
 
     Args:
-        optimizer: One over stand-ins of all parameters that are trained, whose groups have the base settings.
-        settings: What `schedule_settings` gave.
-        spans: The run's rounds.
-        unit: Whether settings change every step, or are those of a round's first step throughout it.
+        optimizer: An optimizer over stand-ins for all trained parameters, with the base settings in its groups.
+        settings: The result of `schedule_settings`.
+        spans: The rounds of the run.
+        unit: 'step': settings change at every step; 'round': the settings of a round's first step hold for the round.
 
     Raises:
-        ConfigError: A stage scales the learning rate of an optimiser that has none.
+        ConfigError: A stage scales the learning rate of an optimizer without one.
     """
     if not settings and all(span.stage.lr_scale == 1 for span in spans):
         return settings
@@ -218,6 +225,6 @@ def staged_settings(
 def _check_length(total_steps: int, what: str) -> None:
     if total_steps > MAX_SCHEDULED_STEPS:
         raise ConfigError(
-            f"{what} is worked out for every local step beforehand, at most {MAX_SCHEDULED_STEPS:,}, but the "
-            f"run has {total_steps:,} ('train.rounds' or 'train.epochs'): shorten it, or leave the schedule out"
+            f"{what} is computed in advance for every local step, for at most {MAX_SCHEDULED_STEPS:,} of them, but the "
+            f"run has {total_steps:,} ('train.rounds' or 'train.epochs'): make it shorter, or remove the schedule"
         )

@@ -30,7 +30,7 @@ from ist.evaluation.metrics import METRICS, Metric
 from ist.models import MODELS
 from ist.network.compiled import plain_name, without_compilation
 from ist.network.copies import on_meta
-from ist.network.modes import set_modes, settle_modes
+from ist.network.modes import enter_training_modes, set_modes
 from ist.network.supported import check_network, check_values
 from ist.neurons.find import Neurons, find_neurons
 from ist.neurons.group import Group
@@ -102,7 +102,7 @@ def make_job(
     larger = train.batch_size if example is None else 0
     example = example_inputs(train_data) if example is None else example
     template = on_meta(template)
-    modes = settle_modes(template)
+    modes = enter_training_modes(template)
     if not template.training:
         warnings.warn(
             "the network as a whole is in evaluation mode, and is trained so: without dropout, and with batch norm's "

@@ -1,4 +1,4 @@
-"""What is reported beside the loss: each against a plain computation, and by any name."""
+"""Metrics: each against a plain computation, and the names by which a configuration refers to them."""
 
 import math
 from pathlib import Path
@@ -36,12 +36,12 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def values(metric: Metric, outputs: Tensor, targets: Tensor, batch_size: int = 3) -> dict[str, float]:
-    """Evaluate with outputs that are given, in batches the last of which is smaller."""
+    """Evaluate given outputs, in batches of which the last is smaller."""
     dataset = TensorDataset(outputs, targets)
     return dict(evaluate(nn.Identity(), dataset, lambda *_: torch.zeros(()), batch_size, CPU, metric).values)
 
 
-def test_accuracy_is_the_part_of_counted_targets_that_score_best() -> None:
+def test_accuracy_is_the_fraction_of_counted_targets_with_the_best_score() -> None:
     scores, targets = randn(10, 4), torch.tensor([0, 1, 2, 3, -100, 1, 2, -100, 0, 3])
     rows = [(row, int(target)) for row, target in zip(scores.tolist(), targets, strict=True) if target != -100]
 
@@ -50,12 +50,12 @@ def test_accuracy_is_the_part_of_counted_targets_that_score_best() -> None:
     assert values(ACCURACY, scores, targets) == {"accuracy": pytest.approx(sum(right) / 8)}
 
 
-def test_accuracy_of_nothing_that_counts_is_an_error() -> None:
-    with pytest.raises(DataError, match="metric 'accuracy' has nothing to count: no target of the 4 samples is one"):
+def test_accuracy_of_ignored_targets_only_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"'accuracy' .*\b4 samples"):
         values(ACCURACY, randn(4, 3), torch.full((4,), -100))
 
 
-def test_bits_per_byte_are_those_of_every_byte_given_those_before_it() -> None:
+def test_bits_per_byte_are_the_bits_of_each_byte_given_the_bytes_before_it() -> None:
     scores, tokens = randn(5, 7, 256), torch.randint(256, (5, 7), generator=torch.Generator().manual_seed(1))
     bits = [
         -math.log2(math.exp(scores[i, t, tokens[i, t + 1]]) / sum(math.exp(s) for s in scores[i, t].tolist()))
@@ -66,7 +66,7 @@ def test_bits_per_byte_are_those_of_every_byte_given_those_before_it() -> None:
     assert values(BITS_PER_BYTE, scores, tokens) == {"bits_per_byte": pytest.approx(sum(bits) / 30, rel=1e-5)}
 
 
-def test_precision_is_the_part_of_the_best_labels_that_an_item_has() -> None:
+def test_precision_is_the_fraction_of_the_best_labels_that_an_item_has() -> None:
     scores = randn(7, 9)
     labels = torch.tensor([[0, 1, 2], [3, -1, -1], [4, 8, -1], [5, 6, 7], [2, -1, -1], [-1, -1, -1], [1, 0, -1]])
     expected = {}
@@ -87,33 +87,29 @@ def test_rmse_is_the_root_of_the_mean_square_over_all_batches() -> None:
     assert values(RMSE, outputs, targets) == {"rmse": pytest.approx(math.sqrt(sum(squares) / 16))}
 
 
-def test_rmse_does_not_spread_outputs_over_targets_of_another_shape() -> None:
-    with pytest.raises(
-        ConfigError, match=r"of samples 0, 1, 2 fails: ValueError: outputs have the shape \(3, 1\), targets"
-    ):
+def test_rmse_does_not_broadcast_outputs_to_targets_of_another_shape() -> None:
+    with pytest.raises(ConfigError, match=r"samples 0, 1, 2 .*ValueError: .*\(3, 1\).*\(3,\)"):
         values(RMSE, randn(8, 1), randn(8))
     network = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 1), nn.Flatten(0))
     inputs = data().tensors[0]
     test = TensorDataset(inputs[:4], inputs[:4, :1])
     job = job_for(seeded(lambda: network), TensorDataset(inputs, inputs[:, 0]), test, evaluate__metric="rmse")
     object.__setattr__(job, "loss", lambda outputs, targets: (outputs - targets.flatten()).square().mean())
-    with pytest.raises(
-        ConfigError, match=r"metric 'rmse' of samples 0, 1 fails: ValueError: outputs have the shape \(2,\)"
-    ):
+    with pytest.raises(ConfigError, match=r"'rmse' of samples 0, 1 .*ValueError: .*\(2,\).*\(2, 1\)"):
         rehearse(job)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("acuracy", "'evaluate.metric' is 'acuracy': did you mean 'accuracy'?"),
-        ("my_metrics.recall", "did you mean 'my_metrics:recall'"),
+        ("acuracy", "'accuracy'"),
+        ("my_metrics.recall", "'my_metrics:recall'"),
         ("loss_of_hair", "accuracy, bits_per_byte, precision, rmse"),
-        ("tests.evaluation.test_metrics:NO_METRIC", "which is a str, not an ist.Metric"),
-        ("tests.evaluation.test_metrics:MISSING", "module 'tests.evaluation.test_metrics' has no 'MISSING'"),
+        ("tests.evaluation.test_metrics:NO_METRIC", "ist.Metric"),
+        ("tests.evaluation.test_metrics:MISSING", "'MISSING'"),
     ],
 )
-def test_a_metric_that_is_none_is_refused_by_its_key(name: str, message: str) -> None:
+def test_a_wrong_metric_is_refused_by_its_key(name: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build_job(small_config(evaluate__metric=name))
 
@@ -121,7 +117,7 @@ def test_a_metric_that_is_none_is_refused_by_its_key(name: str, message: str) ->
     assert message in str(caught.value)
 
 
-def test_names_stand_for_metrics() -> None:
+def test_each_short_name_refers_to_its_metric() -> None:
     names = ("accuracy", "bits_per_byte", "precision", "rmse")
     assert [metric_named(name) for name in names] == [ACCURACY, BITS_PER_BYTE, PRECISION, RMSE]
     assert metric_named("none") is None
@@ -136,7 +132,7 @@ def run(tmp_path: Path, **changes: Any) -> tuple[list[dict[str, Any]], dict[str,
     return folder.records(), folder.result()
 
 
-def test_a_metric_of_ones_own_is_recorded_by_its_names_and_its_best_is_the_least(tmp_path: Path) -> None:
+def test_a_users_metric_is_recorded_by_its_names_and_its_best_value_is_the_least(tmp_path: Path) -> None:
     records, result = run(tmp_path, evaluate__metric="tests.evaluation.test_metrics:EXTREMES")
 
     shown = [record["largest"] for record in records]
@@ -150,7 +146,7 @@ def test_a_metric_of_ones_own_is_recorded_by_its_names_and_its_best_is_the_least
     assert result["accuracy"] is None
 
 
-def test_without_a_metric_the_loss_is_reported_alone(tmp_path: Path) -> None:
+def test_without_a_metric_only_the_loss_is_reported(tmp_path: Path) -> None:
     records, result = run(tmp_path, evaluate__metric="none")
 
     assert all(record["metric"] is None and record["test_loss"] > 0 for record in records)

@@ -146,8 +146,8 @@ FAULTS = (
     # Evaluation
     Fault(
         "evaluation leaves the network in evaluation mode", "ist/evaluation/evaluate.py",
-        "    with kept_modes(model), _kept_tensors(model), torch.no_grad():\n        model.eval()\n        for batch in",
-        "    with _kept_tensors(model), torch.no_grad():\n        model.eval()\n        for batch in", ("tests/evaluation/test_evaluate.py",),
+        "    with preserve_modes(model), _preserve_tensors(model), torch.no_grad():\n        model.eval()\n        for batch in",
+        "    with _preserve_tensors(model), torch.no_grad():\n        model.eval()\n        for batch in", ("tests/evaluation/test_evaluate.py",),
     ),
     Fault(
         "a small last batch weighs as much as a full one", "ist/evaluation/evaluate.py",

@@ -1,4 +1,4 @@
-"""A compiled network is trained as the plain one that it runs, with a warning, and is compiled again afterwards."""
+"""A compiled network trains uncompiled, with a warning, and is compiled again afterwards."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -58,21 +58,21 @@ def test_a_compiled_network_trains_as_the_plain_one(build: Callable[[], Any], na
     model, expected = build(), train(plain()).state_dict()
     before = set(model.state_dict())
 
-    with pytest.warns(UserWarning, match=f"torch.compile is taken off {named} while it is trained"):
+    with pytest.warns(UserWarning, match=rf"torch\.compile .*{named}\W"):
         trained = train(model, run_dir=tmp_path / "run")
 
     assert trained is model
-    assert set(model.state_dict()) == before  # what was compiled is compiled again
+    assert set(model.state_dict()) == before  # everything is compiled again
     assert_same({name.replace("_orig_mod.", ""): tensor for name, tensor in model.state_dict().items()}, expected)
     assert_same(load_file(tmp_path / "run" / "model.safetensors"), expected)
 
 
-def test_what_is_compiled_in_place_is_compiled_again() -> None:
+def test_a_module_compiled_in_place_is_compiled_again() -> None:
     model, by_hand = in_place(), by_method()
 
-    with pytest.warns(UserWarning, match="torch.compile is taken off"):
+    with pytest.warns(UserWarning, match=r"torch\.compile"):
         train(model)
-    with pytest.warns(UserWarning, match="torch.compile is taken off"):
+    with pytest.warns(UserWarning, match=r"torch\.compile"):
         train(by_hand)
 
     assert model[2]._compiled_call_impl is not None
@@ -87,8 +87,8 @@ def compiled_for_digits() -> Any:
     return torch.compile(for_digits(), backend="eager")
 
 
-@pytest.mark.filterwarnings("ignore:torch.compile is taken off the network")
-def test_files_of_compiled_networks_fit_a_configuration_and_its_checkpoints(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:torch.compile")
+def test_files_of_compiled_networks_can_be_used_as_weights_and_checkpoints(tmp_path: Path) -> None:
     values = for_digits().state_dict()
     old = {f"_orig_mod.{name}": tensor for name, tensor in values.items()}
     save_file(old, tmp_path / "old.safetensors")
@@ -103,9 +103,7 @@ def test_files_of_compiled_networks_fit_a_configuration_and_its_checkpoints(tmp_
 
 
 def test_a_network_that_is_wrapped_for_parallel_training_is_refused() -> None:
-    with pytest.raises(
-        ModelError, match="the network is a DataParallel, which trains in processes or on devices of it"
-    ):
+    with pytest.raises(ModelError, match=r"the network\b.*DataParallel.*pass the module"):
         train(nn.DataParallel(plain()))
-    with pytest.raises(ModelError, match="'0' is a DataParallel"):
+    with pytest.raises(ModelError, match=r"'0'.*DataParallel.*pass the module"):
         train(nn.Sequential(nn.DataParallel(plain()), nn.ReLU()))

@@ -1,4 +1,4 @@
-"""A copy of a network is a network of its own, and what cannot go with one is refused by name."""
+"""A copy of a network shares nothing with it, and attachments that cannot be copied are refused by name."""
 
 import functools
 import threading
@@ -27,7 +27,7 @@ def plain() -> Any:
 
 
 class Holding(nn.Module):
-    """Uses itself through functions of every kind."""
+    """Refers to itself through functions of every kind."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Holding(nn.Module):
         return self.steps[1](self.steps[0](self.activation(x)))
 
 
-def test_functions_that_hold_the_network_hold_the_copy_in_a_copy() -> None:
+def test_functions_that_refer_to_the_network_refer_to_the_copy_in_a_copy() -> None:
     model, inputs = seeded(Holding), torch.randn(3, 12)
     expected = model(inputs)
 
@@ -57,10 +57,10 @@ def test_functions_that_hold_the_network_hold_the_copy_in_a_copy() -> None:
     assert moved(inputs.to("meta")).is_meta
     with torch.no_grad():
         made.gain.mul_(2)
-    assert torch.equal(model(inputs), expected)  # what is made for the copy is not put into the network
+    assert torch.equal(model(inputs), expected)  # the functions of the network are unchanged
 
 
-def test_a_network_that_uses_itself_through_a_lambda_trains_as_one_that_does_not() -> None:
+def test_a_network_that_refers_to_itself_through_a_lambda_trains_as_one_that_does_not() -> None:
     class Lambda(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -93,7 +93,7 @@ def made_with(parts: Any) -> Callable[..., None]:
 
 
 def keeping(*_: Any, parts: Any = None) -> None:
-    """Return nothing: what matters is what it holds."""
+    """Do nothing; the test needs only its arguments."""
 
 
 @pytest.mark.parametrize(
@@ -105,17 +105,17 @@ def keeping(*_: Any, parts: Any = None) -> None:
     ],
     ids=["a global variable", "within a tuple", "within a list"],
 )
-def test_a_hook_that_would_go_on_using_the_original_is_refused(hook: Callable[[Any], Any], used: str) -> None:
+def test_a_hook_that_would_still_use_the_original_is_refused(hook: Callable[[Any], Any], used: str) -> None:
     model = GLOBAL
     handle = model[0].register_forward_hook(hook(model))
 
-    with pytest.raises(ModelError, match=rf"'0\._forward_hooks' holds the function '.*', which uses {used} from outs"):
+    with pytest.raises(ModelError, match=rf"'0\._forward_hooks' .*'.*'.* {used} .*method"):
         train(model)
     handle.remove()
 
 
 class Shared:
-    """Says that it need not be copied."""
+    """Returns itself instead of a copy."""
 
     def __init__(self, part: nn.Module) -> None:
         self.part = part
@@ -134,20 +134,20 @@ def test_a_forward_that_reaches_the_original_in_another_way_is_refused() -> None
         def forward(self, x: Tensor) -> Tensor:
             return self.shared.part(self.first(x).relu())
 
-    with pytest.raises(ModelError, match=r"a copy of the network uses 'last\.weight' of the original"):
+    with pytest.raises(ModelError, match=r"copy .*'last\.weight'.*original"):
         train(Odd(), workers=1)
 
 
-def test_what_cannot_be_copied_is_named() -> None:
+def test_an_attribute_that_cannot_be_copied_is_named() -> None:
     model = plain()
     model[2].guard = threading.Lock()
 
-    with pytest.raises(ModelError, match=r"'2\.guard' \(a lock\) cannot be copied: cannot pickle '_thread\.lock' obj"):
+    with pytest.raises(ModelError, match=r"'2\.guard' .*lock.*cannot pickle '_thread\.lock' obj"):
         train(model)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
-@pytest.mark.filterwarnings("ignore:operator aten")  # which of them have rules does not matter here
+@pytest.mark.filterwarnings("ignore:operator aten")  # some of them have no rules, which does not matter here
 @pytest.mark.parametrize(
     "change",
     [
@@ -171,10 +171,10 @@ def test_a_layer_whose_weight_is_computed_in_a_hook_is_trained(change: Any) -> N
 
 
 class Marked(nn.Parameter):
-    """A parameter of a class of its own."""
+    """A user's parameter class."""
 
 
-def test_a_parameter_keeps_its_class_and_its_attributes_in_a_narrow_network() -> None:
+def test_a_parameter_keeps_its_class_and_its_attributes_in_a_submodel() -> None:
     seen = []
 
     class Reading(nn.Linear):
@@ -211,22 +211,22 @@ def attached() -> nn.Module:
     [
         (
             lambda: hooked("register_hook"),
-            r"'2\.weight' has a hook on its gradient \(register_hook: hooked\..*\.py:\d+",
+            r"'2\.weight' .*\(register_hook: hooked\..*\.py:\d+.*train\.optimizer\.name",
         ),
         (
             lambda: hooked("register_post_accumulate_grad_hook"),
-            r"'2\.weight' has a hook on its gradient \(register_post_accumulate_grad_hook: hooked\.",
+            r"'2\.weight' .*\(register_post_accumulate_grad_hook: hooked\.",
         ),
-        (attached, r"'2\.weight' has an attribute 'mask' that holds a tensor"),
+        (attached, r"'2\.weight' .*'mask'.*register_buffer"),
     ],
     ids=["hook", "post-accumulate hook", "tensor"],
 )
-def test_what_hangs_on_a_parameter_and_cannot_be_narrowed_is_refused(build: Any, message: str) -> None:
+def test_attachments_of_a_parameter_that_cannot_be_cut_are_refused(build: Any, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         train(build())
 
 
-def test_a_hook_on_a_frozen_parameter_does_nothing_and_is_no_reason() -> None:
+def test_a_hook_on_a_frozen_parameter_is_allowed() -> None:
     model = hooked("register_hook")
     model[2].weight.requires_grad_(False)
 

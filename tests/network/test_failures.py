@@ -1,4 +1,4 @@
-"""What fails late in a user's data, network or loss is told with the sample, the round, the worker and the module."""
+"""Errors in a user's data, network or loss name the sample, the round, the worker and the module."""
 
 import re
 from pathlib import Path
@@ -49,15 +49,15 @@ class Damaged(Dataset[Any]):
 
 
 def load(root: Path | None, damaged: str) -> tuple[Dataset[Any], Dataset[Any]]:  # noqa: ARG001
-    """Training and test data, of which one has a target that is no class."""
+    """Return training and test data; one of them has a target that is not a class number."""
     train, test = data(), data(90, seed=4)
     return (Damaged("target", train), test) if damaged == "train" else (train, Damaged("target", test))
 
 
-TOLD = {
-    "raises": rf"sample {BAD} of Damaged: KeyError: 'no such recording' \(test_failures.py, line \d+\)",
-    "shape": rf"samples (\d+ and )?{BAD}|do not make a batch",
-    "target": rf"the loss of sample {BAD} fails \(its target is 11, where classes are 0 to 4\): IndexError: Target 11",
+EXPECTED = {
+    "raises": rf"\b{BAD} of Damaged.*KeyError: 'no such recording' \(test_failures.py, line \d+\)",
+    "shape": rf"\b{BAD}\b.*RuntimeError: stack|RuntimeError: stack",
+    "target": rf"loss.*\b{BAD}\b.*\b11\b.*0 to 4.*IndexError: Target 11",
 }
 
 
@@ -75,8 +75,7 @@ def error_of(act: Any, kind: type[ISTError]) -> str:
     return str(caught.value)
 
 
-def where_dealt(workers: int = 2) -> tuple[int, int]:
-    """The round and the worker that meet the bad sample."""
+def round_and_worker_of_bad_sample(workers: int = 2) -> tuple[int, int]:
     dealing = job_for(seeded(NETWORKS["no batch norm"]), train__workers=workers, train__batch_size=8, seed=0).dealing
     return next(
         (step, worker)
@@ -86,44 +85,42 @@ def where_dealt(workers: int = 2) -> tuple[int, int]:
     )
 
 
-@pytest.mark.parametrize("how", TOLD)
+@pytest.mark.parametrize("how", EXPECTED)
 def test_a_late_bad_sample_is_named_with_its_round_and_worker(how: str) -> None:
-    told = error_of(lambda: trained(Damaged(how)), DataError)
+    message = error_of(lambda: trained(Damaged(how)), DataError)
 
-    round_number, worker = where_dealt()
+    round_number, worker = round_and_worker_of_bad_sample()
     assert round_number > 0
-    assert told.startswith(f"round {round_number}, worker {worker}: ")
-    assert re.search(TOLD[how], told)
+    assert message.startswith(f"round {round_number}, worker {worker}: ")
+    assert re.search(EXPECTED[how], message)
 
 
-def test_the_bad_target_of_a_tensor_data_set_is_named_by_its_number_in_the_whole_data_set() -> None:
+def test_the_bad_target_of_a_tensor_data_set_is_named_by_its_number_in_the_full_data_set() -> None:
     inputs, targets = data().tensors
     targets[BAD] = -3
 
-    told = error_of(lambda: trained(TensorDataset(inputs, targets)), DataError)
+    message = error_of(lambda: trained(TensorDataset(inputs, targets)), DataError)
 
-    assert f"the loss of sample {BAD} fails (its target is -3, where classes are 0 to 4)" in told
+    assert re.search(rf"loss.*\b{BAD}\b.*-3.*0 to 4", message)
 
 
-@pytest.mark.parametrize("how", TOLD)
+@pytest.mark.parametrize("how", EXPECTED)
 def test_a_bad_test_sample_is_named(how: str) -> None:
-    told = error_of(lambda: trained(data(), test_data=Damaged(how)), DataError)
+    message = error_of(lambda: trained(data(), test_data=Damaged(how)), DataError)
 
-    assert told.startswith("evaluating the whole network after round 0: ")
-    assert re.search(TOLD[how], told)
+    assert re.match(r"eval.*round 0: ", message)
+    assert re.search(EXPECTED[how], message)
 
 
-def test_items_of_unlike_shapes_are_named_both() -> None:
-    with pytest.raises(
-        DataError, match=rf"samples 70, {BAD} of Damaged do not make a batch: RuntimeError: stack expects"
-    ):
+def test_two_items_of_different_shapes_are_both_named() -> None:
+    with pytest.raises(DataError, match=rf"70, {BAD} of Damaged.*RuntimeError: stack expects"):
         fetch(Damaged("shape"), np.array([70, 71, BAD, 78]), CPU)
 
 
-def test_items_that_are_no_pair_are_refused() -> None:
+def test_items_that_are_not_pairs_are_refused() -> None:
     triples = TensorDataset(torch.zeros(4, 2), torch.zeros(4), torch.zeros(4))
 
-    with pytest.raises(DataError, match=r"a batch of TensorDataset is 3 parts, not a pair \(inputs, targets\)"):
+    with pytest.raises(DataError, match=r"TensorDataset .*3 .*\(inputs, targets\)"):
         fetch(triples, np.array([0, 1]), CPU)
 
 
@@ -138,13 +135,13 @@ class DamagedBatches(BatchedDataset):
         return self
 
 
-def test_a_batch_that_a_data_set_makes_itself_is_named_by_its_samples() -> None:
-    with pytest.raises(DataError, match=r"samples 0, 1, 2, 3, 4, 5, 6, 7, \.\.\. \(9\) of DamagedBatches .* disk gone"):
+def test_the_error_of_a_batch_that_the_data_set_makes_names_its_samples() -> None:
+    with pytest.raises(DataError, match=r"0, 1, 2, 3, 4, 5, 6, 7, \.\.\. \(9\) of DamagedBatches .* disk gone"):
         fetch(DamagedBatches(), np.arange(9), CPU)
 
 
 class Fragile(nn.Module):
-    """Passes its input on; fails where that is large, in its forward or its backward pass."""
+    """Returns its input; fails if that is large, in its forward or its backward pass."""
 
     def __init__(self, backward: bool) -> None:
         super().__init__()
@@ -163,23 +160,20 @@ def refuse(gradient: Tensor) -> Tensor:  # noqa: ARG001
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_a_network_that_fails_late_is_told_with_round_worker_and_module(backward: bool) -> None:
+def test_the_error_of_a_network_that_fails_late_names_round_worker_and_module(backward: bool) -> None:
     inputs, targets = data().tensors
     inputs[BAD] *= 1e6
     network = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), Fragile(backward), nn.Linear(16, 5))
 
-    told = error_of(lambda: trained(TensorDataset(inputs, targets), network), ModelError)
+    message = error_of(lambda: trained(TensorDataset(inputs, targets), network), ModelError)
 
-    round_number, worker = where_dealt()
-    if backward:
-        expected = "the backward pass fails: ArithmeticError: too large to go back"
-    else:
-        expected = "the network fails in '2' (Fragile): ArithmeticError: too large"
-    assert told.startswith(f"round {round_number}, worker {worker}: {expected} (test_failures.py, line ")
+    round_number, worker = round_and_worker_of_bad_sample()
+    expected = "backward.*ArithmeticError: too large to go back" if backward else r"'2' \(Fragile\).*: too large"
+    assert re.match(rf"round {round_number}, worker {worker}: .*{expected} \(test_failures\.py, line ", message)
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_memory_that_is_refused_is_told_as_it_is(error: Exception) -> None:
+def test_an_out_of_memory_error_passes_unchanged(error: Exception) -> None:
     class Full(Dataset[Any]):
         def __len__(self) -> int:
             return 10
@@ -195,33 +189,26 @@ def without_statistics() -> nn.Module:
     return seeded(NETWORKS["the paper's"])
 
 
-def test_a_last_test_sample_that_would_be_alone_joins_the_batch_before() -> None:
+def test_a_single_last_test_sample_joins_the_batch_before() -> None:
     result = trained(data(), without_statistics(), test_data=data(33, seed=4), evaluate_options={"batch_size": 16})
 
     assert all(record["test_loss"] > 0 for record in result.history)
 
 
 @pytest.mark.parametrize(
-    ("make", "test", "size", "told"),
+    ("make", "test", "size"),
     [
-        (without_statistics, data(33, seed=4), 1, "evaluating with evaluate.batch_size 1: the network fails in"),
-        (without_statistics, data(1, seed=4), 16, "evaluating with evaluate.batch_size 16: the network fails in"),
-        (
-            lambda: seeded(NETWORKS["one hidden layer"]),
-            None,
-            1,
-            "evaluating with evaluate.batch_size 1: the network fails in",
-        ),
+        (without_statistics, data(33, seed=4), 1),
+        (without_statistics, data(1, seed=4), 16),
+        (lambda: seeded(NETWORKS["one hidden layer"]), None, 1),
     ],
 )
-def test_evaluation_that_would_fail_after_the_first_round_is_refused_before_it(
-    make: Any, test: Any, size: int, told: str
-) -> None:
+def test_evaluation_that_would_fail_after_the_first_round_is_refused_before_it(make: Any, test: Any, size: int) -> None:
     job = job_for(make(), None, test, evaluate__batch_size=size)
 
     found = error_of(lambda: rehearse(job), ModelError)
 
-    assert told in found
+    assert f"evaluate.batch_size {size}" in found
     assert "Expected more than 1 value per channel" in found
 
 
@@ -230,9 +217,7 @@ def test_a_metric_that_fails_names_the_samples() -> None:
     job = job_for(model, test=test)
     floats = TensorDataset(test.tensors[0], test.tensors[1].float())
 
-    with pytest.raises(
-        ConfigError, match=r"metric 'accuracy' of samples 0, 1, .* fails: ValueError: accuracy is of class"
-    ):
+    with pytest.raises(ConfigError, match=r"'accuracy' of samples 0, 1, .*ValueError: .*evaluate\.metric.*'rmse'"):
         evaluate(model, floats, lambda outputs, _: functional.mse_loss(outputs, outputs), 16, CPU, job.metric)
 
 
@@ -245,20 +230,20 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> list[group.Membership]:
 
 
 def failed(membership: group.Membership, error: Exception) -> str:
-    """What a rank says that fails with an error."""
+    """Return the message of a rank that fails with an error."""
     with pytest.raises(type(error)) as caught, group.causes_told(membership):
         raise error
     return str(caught.value)
 
 
-def test_a_rank_that_lost_a_peer_says_what_the_peer_has_told(ranks: list[group.Membership]) -> None:
+def test_a_rank_that_lost_a_peer_repeats_the_error_that_the_peer_has_reported(ranks: list[group.Membership]) -> None:
     assert failed(ranks[0], PoolError("rank 0 lost rank 1")) == "rank 0 lost rank 1"
     assert failed(ranks[2], DataError("sample 77 is bad\nand more")) == "sample 77 is bad\nand more"
     assert failed(ranks[0], WorkerLostError("rank 0 lost rank 1")) == "rank 2 failed: DataError: sample 77 is bad"
     assert failed(ranks[1], ValueError("its own")) == "its own"
 
 
-def test_what_a_rank_told_of_an_earlier_run_is_forgotten(ranks: list[group.Membership]) -> None:
+def test_an_error_that_a_rank_reported_in_an_earlier_run_is_forgotten(ranks: list[group.Membership]) -> None:
     failed(ranks[2], ValueError("\x1b[31mred\x07"))
     assert failed(ranks[0], PoolError("lost")) == "rank 2 failed: ValueError:  [31mred "
 
@@ -266,7 +251,7 @@ def test_what_a_rank_told_of_an_earlier_run_is_forgotten(ranks: list[group.Membe
         assert failed(ranks[0], PoolError("lost")) == "lost"
 
 
-def test_what_a_stranger_writes_into_the_store_is_passed_over(ranks: list[group.Membership]) -> None:
+def test_reports_without_a_valid_signature_are_ignored(ranks: list[group.Membership]) -> None:
     failed(ranks[2], DataError("sample 77 is bad"))
     store: Any = group.dist.distributed_c10d._get_default_store()
     genuine = store.get("ist/cause//2").decode()
@@ -279,7 +264,7 @@ def test_what_a_stranger_writes_into_the_store_is_passed_over(ranks: list[group.
     assert failed(ranks[0], PoolError("lost")) == "lost"
 
 
-def test_a_store_that_is_gone_hides_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_store_does_not_hide_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: Any) -> Any:
         raise RuntimeError("Connection reset by peer")
 

@@ -1,4 +1,4 @@
-"""A network's modules stay in the modes that the user gave them, and come back in them."""
+"""A network's modules train in the modes that the user gave them, and have these modes afterwards."""
 
 from typing import Any
 
@@ -9,31 +9,31 @@ from torch import Tensor, nn
 import ist
 from ist.errors import ISTError, ModelError
 from ist.evaluation.evaluate import evaluate, reestimate_statistics
-from ist.network.modes import kept_modes, modes_of, set_modes, settle_modes
+from ist.network.modes import enter_training_modes, modes_of, preserve_modes, set_modes
 from tests.conftest import data, job_for
 from tests.networks import seeded
 
 CPU = torch.device("cpu")
 
 
-class Told(nn.Linear):
-    """Notes what its `train` is told, as an adapter does that merges its weights for evaluation."""
+class Adapter(nn.Linear):
+    """Does more in `train` than set the mode, as an adapter that merges its weights for evaluation."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs)
         self.is_merged = False
 
-    def train(self, mode: bool = True) -> "Told":
+    def train(self, mode: bool = True) -> "Adapter":
         self.is_merged = not mode
         return super().train(mode)
 
 
 def network() -> nn.Module:
-    """A frozen batch norm, one that trains, a dropout that is off, and one that is on."""
+    """A network with a frozen batch norm, one that trains, a dropout that is off, and one that is on."""
     model = seeded(
         lambda: nn.Sequential(
             nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.9), nn.Linear(8, 6), nn.BatchNorm1d(6),
-            nn.Dropout(0.5), Told(6, 5),
+            nn.Dropout(0.5), Adapter(6, 5),
         )
     )  # fmt: skip
     model[1].running_mean.fill_(0.3)
@@ -57,22 +57,22 @@ def test_a_frozen_batch_norm_keeps_its_statistics_and_all_modules_their_modes() 
 
     assert (trained[1].running_mean == 0.3).all()
     assert (trained[1].running_var == 1).all()
-    assert (trained[5].running_mean != 0).all()  # this one is re-estimated
+    assert (trained[5].running_mean != 0).all()  # re-estimated
     assert list(modes_of(model).values()) == MODES
     assert not trained[7].is_merged
 
 
-def test_narrow_and_whole_networks_are_trained_in_the_modes_of_the_users() -> None:
+def test_submodels_and_full_networks_train_in_the_modes_of_the_user() -> None:
     model = network()
     job = job_for(model, train__workers=2)
 
-    narrow = job.narrow(job.neurons(0)[0], CPU)
+    submodel = job.narrow(job.neurons(0)[0], CPU)
 
-    assert list(modes_of(narrow).values()) == MODES
+    assert list(modes_of(submodel).values()) == MODES
     assert list(modes_of(job.build_copy()).values()) == MODES
 
 
-def test_modes_come_back_after_an_error() -> None:
+def test_modes_are_restored_after_an_error() -> None:
     model = network()
     before = modes_of(model)
 
@@ -82,7 +82,7 @@ def test_modes_come_back_after_an_error() -> None:
     assert modes_of(model) == before
 
 
-def test_evaluation_is_in_evaluation_mode_and_puts_every_mode_back() -> None:
+def test_evaluation_runs_in_evaluation_mode_and_restores_every_mode() -> None:
     model, seen = network(), []
     model[6].register_forward_hook(lambda module, *_: seen.append(module.training))
 
@@ -93,7 +93,7 @@ def test_evaluation_is_in_evaluation_mode_and_puts_every_mode_back() -> None:
     assert list(modes_of(model).values()) == MODES
 
 
-def test_evaluation_that_fails_puts_every_mode_and_momentum_back() -> None:
+def test_evaluation_that_fails_restores_every_mode_and_momentum() -> None:
     model = network()
 
     with pytest.raises(ModelError, match="mat1 and mat2"):
@@ -105,40 +105,40 @@ def test_evaluation_that_fails_puts_every_mode_and_momentum_back() -> None:
     assert model[5].momentum == 0.1
 
 
-def test_a_network_that_is_in_evaluation_mode_as_a_whole_is_trained_so_and_a_warning_says_it() -> None:
+def test_a_network_in_evaluation_mode_trains_in_it_with_a_warning() -> None:
     model = network().eval()
     model[5].running_mean.fill_(0.2)
 
-    with pytest.warns(UserWarning, match="the network as a whole is in evaluation mode"):
+    with pytest.warns(UserWarning, match="network .*evaluation mode"):
         train(model)
 
     assert not any(modes_of(model).values())
     assert (model[5].running_mean == 0.2).all()
 
 
-class Keeps(nn.Sequential):
-    """Has its first norm in evaluation mode whenever it trains; as it is made, the norm is not yet."""
+class FreezesNorm(nn.Sequential):
+    """Puts its first norm into evaluation mode in `train`, which has not been called yet."""
 
-    def train(self, mode: bool = True) -> "Keeps":
+    def train(self, mode: bool = True) -> "FreezesNorm":
         super().train(mode)
         self[1].eval()
         return self
 
 
-def test_what_a_networks_own_train_freezes_is_frozen_and_the_users_modes_come_back() -> None:
-    model = Keeps(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8), nn.Linear(8, 5))
+def test_modules_that_a_networks_own_train_freezes_are_frozen_and_modes_can_be_restored() -> None:
+    model = FreezesNorm(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.BatchNorm1d(8), nn.Linear(8, 5))
     model[2].eval()
 
-    assert list(settle_modes(model).values()) == [True, True, False, False, True]
+    assert list(enter_training_modes(model).values()) == [True, True, False, False, True]
 
     set_modes(model, dict.fromkeys(modes_of(model), True))
     assert all(modes_of(model).values())
 
 
-def test_modes_are_put_back_by_the_modules_own_train() -> None:
+def test_modes_are_restored_by_the_modules_own_train() -> None:
     model = network()
 
-    with kept_modes(model):
+    with preserve_modes(model):
         model.eval()
         assert model[7].is_merged
 
@@ -146,7 +146,7 @@ def test_modes_are_put_back_by_the_modules_own_train() -> None:
     assert list(modes_of(model).values()) == MODES
 
 
-def test_a_part_that_is_frozen_in_a_network_trains_as_by_hand() -> None:
+def test_a_network_with_a_frozen_part_trains_as_in_a_plain_loop() -> None:
     model, mine = network(), network()
     for module in (model, mine):
         module[6].p = 0.0

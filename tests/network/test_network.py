@@ -1,6 +1,5 @@
-"""A network that holds what cannot be trained, merged or saved is refused by name before anything starts."""
+"""A network with parts that cannot be trained, merged or saved is refused by name before anything starts."""
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -91,45 +90,45 @@ def frozen() -> Any:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: nn.Sequential(*plain()[:2], Extra(8, 5)), "'2' (Extra) has a get_extra_state"),
-        (lambda: Renamed(*plain()), "the network's parameters have '0.weight', which its state_dict have not"),
+        (lambda: nn.Sequential(*plain()[:2], Extra(8, 5)), r"'2' \(Extra\).*get_extra_state.*register_buffer"),
+        (lambda: Renamed(*plain()), r"'0\.weight' .*not .*state_dict"),
         (
             lambda: changed(lambda state, prefix: state.update({f"{prefix}more": torch.ones(1)})),
-            "the network's state_dict have '2.more', which its parameters and buffers have not",
+            r"'2\.more' .*state_dict .*not .*parameters and buffers",
         ),
         (
             lambda: changed(lambda state, prefix: state.update({f"{prefix}bias": torch.ones(5)})),
-            "the network's state_dict gives a copy of '2.bias'",
+            r"state_dict .*copy .*'2\.bias'",
         ),
-        (lambda: changed(failing), "the network's state_dict fails: ValueError: no state today"),
-        (on_meta, "'0.weight' is on the device 'meta' and has no values"),
-        (partly_on_meta, "'1.running_var' is on the device 'meta' and has no values"),
-        (overlapping, "'0.low' and '0.high' are two tensors in the same memory: give one of them"),
-        (aliased, "'0.weight' and '0.start' are two tensors in the same memory: give one of them"),
-        (sparse, "'0.weight' has the layout torch.sparse_coo: only dense tensors"),
-        (lambda: with_buffer(graph=torch.eye(3).to_sparse()), "'0.graph' has the layout torch.sparse_coo"),
-        (lambda: nn.Sequential(nn.ReLU()), "the network has no parameter that requires a gradient"),
-        (frozen, "the network has no parameter that requires a gradient"),
+        (lambda: changed(failing), "state_dict .*ValueError: no state today"),
+        (on_meta, r"'0\.weight' .*'meta'.*to_empty"),
+        (partly_on_meta, r"'1\.running_var' .*'meta'.*to_empty"),
+        (overlapping, r"'0\.low' and '0\.high' .*clone\(\)"),
+        (aliased, r"'0\.weight' and '0\.start' .*clone\(\)"),
+        (sparse, r"'0\.weight' .*torch\.sparse_coo.*dense"),
+        (lambda: with_buffer(graph=torch.eye(3).to_sparse()), r"'0\.graph' .*torch\.sparse_coo.*dense"),
+        (lambda: nn.Sequential(nn.ReLU()), "no parameter .*gradient"),
+        (frozen, "no parameter .*gradient"),
     ],
 )
-def test_a_network_that_cannot_be_trained_as_it_is_is_refused(build: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ModelError, match=re.escape(message)):
+def test_a_network_that_cannot_be_trained_is_refused(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
         train(build())
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
-def test_a_quantised_network_is_refused() -> None:
+def test_a_quantized_network_is_refused() -> None:
     if "fbgemm" not in torch.backends.quantized.supported_engines:
-        pytest.skip("torch was built without quantised operators")
+        pytest.skip("torch was built without quantized operators")
     model = torch.ao.quantization.quantize_dynamic(plain(), {nn.Linear})
 
-    with pytest.raises(ModelError, match="'0' is quantised"):
+    with pytest.raises(ModelError, match=r"'0' .*quanti[sz]ed"):
         train(model)
 
 
 def test_views_of_one_memory_that_do_not_overlap_are_trained(tmp_path: Path) -> None:
     class Flat(nn.Module):
-        """Has its weights in one stretch of memory, as recurrent layers have on a GPU."""
+        """Has all its weights in one block of memory, as recurrent layers have on a GPU."""
 
         def __init__(self, apart: bool) -> None:
             super().__init__()
@@ -150,7 +149,7 @@ def test_views_of_one_memory_that_do_not_overlap_are_trained(tmp_path: Path) -> 
 
 
 class NoValues(nn.Module):
-    """Is made without values, whatever the default device is."""
+    """Is built without values, on any default device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +160,7 @@ class NoValues(nn.Module):
 
 
 def test_a_configured_network_without_values_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"'net\.0\.weight' is on the device 'meta' and has no values"):
+    with pytest.raises(ModelError, match=r"'net\.0\.weight' .*'meta'.*to_empty"):
         build_job(small_config(model={"name": f"{__name__}:NoValues"}, train__workers=2)).build()
 
 
@@ -184,13 +183,13 @@ class Unreadable(Dataset[Any]):
 @pytest.mark.parametrize(
     ("model", "options", "kind", "message"),
     [
-        (plain, {"dataset": Stream()}, DataError, "Stream is an IterableDataset"),
-        (plain, {"test_data": Stream()}, DataError, "Stream is an IterableDataset"),
-        (plain, {"dataset": Unreadable()}, DataError, "item 0 of Unreadable cannot be read: KeyError: 'row 0'"),
-        (lambda: len, {}, ConfigError, "model is <built-in function len>: give a torch.nn.Module"),
+        (plain, {"dataset": Stream()}, DataError, "Stream .*IterableDataset"),
+        (plain, {"test_data": Stream()}, DataError, "Stream .*IterableDataset"),
+        (plain, {"dataset": Unreadable()}, DataError, "0 of Unreadable .*KeyError: 'row 0'"),
+        (lambda: len, {}, ConfigError, r"model .*<built-in function len>.*torch\.nn\.Module"),
     ],
 )
-def test_arguments_of_another_kind_are_named(model: Any, options: Any, kind: type[ISTError], message: str) -> None:
+def test_arguments_of_a_wrong_type_are_named(model: Any, options: Any, kind: type[ISTError], message: str) -> None:
     with pytest.raises(kind, match=message):
         train(model(), **options)
 

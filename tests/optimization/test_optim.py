@@ -1,4 +1,4 @@
-"""Optimisers and schedules by name, and what of their state can be carried."""
+"""Optimizers and schedules by name, and the optimizer state that can be carried."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ from tests.networks import NETWORKS, seeded
 REFUSED = {"Adafactor": "row_var", "ASGD": "ax"}
 
 
-def test_every_optimiser_of_torch_is_carried_or_refused_by_name() -> None:
+def test_every_optimizer_of_torch_is_carried_or_refused_by_name() -> None:
     carried, refused = set(), set()
     for name, cls in vars(torch.optim).items():
         if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
@@ -28,7 +28,7 @@ def test_every_optimiser_of_torch_is_carried_or_refused_by_name() -> None:
             continue
         spec = Component(name=name, args={"lr": 0.1} if name == "SGD" else {})
         if name in REFUSED:
-            with pytest.raises(ConfigError, match=f"'{REFUSED[name]}'.*use 'reset'"):
+            with pytest.raises(ConfigError, match=f"'{REFUSED[name]}'.*'reset'"):
                 optim.state_slots(spec)
             refused.add(name)
         else:
@@ -40,20 +40,20 @@ def test_every_optimiser_of_torch_is_carried_or_refused_by_name() -> None:
 
 
 def test_lbfgs_is_refused_because_it_needs_a_closure() -> None:
-    with pytest.raises(ConfigError, match="'LBFGS', which evaluates the loss several times"):
+    with pytest.raises(ConfigError, match=r"'train\.optimizer\.name'.*'LBFGS'"):
         optim.build_optimizer(Component(name="LBFGS"), [nn.Parameter(torch.zeros(1))])
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (Component(name="SDG"), "'train.optimizer.name' is 'SDG': did you mean 'SGD'?"),
-        (Component(name="SGD", args={"lr": -1.0}), "'train.optimizer.args' was refused: Invalid learning rate: -1.0"),
-        (Component(name="SGD", args={"lrr": 1.0}), "'train.optimizer.args'.*SGD.*'lrr'"),
-        (Component(name="collections:OrderedDict"), "not a torch.optim.Optimizer"),
+        (Component(name="SDG"), r"'train\.optimizer\.name'.*'SDG'.*'SGD'"),
+        (Component(name="SGD", args={"lr": -1.0}), r"'train\.optimizer\.args'.*Invalid learning rate: -1\.0"),
+        (Component(name="SGD", args={"lrr": 1.0}), r"'train\.optimizer\.args'.*SGD.*'lrr'"),
+        (Component(name="collections:OrderedDict"), r"'collections:OrderedDict'.*torch\.optim\.Optimizer"),
     ],
 )
-def test_a_wrong_optimiser_is_refused_with_its_key(spec: Component, message: str) -> None:
+def test_a_wrong_optimizer_is_refused_with_its_key(spec: Component, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         optim.build_optimizer(spec, [nn.Parameter(torch.zeros(1))])
 
@@ -61,9 +61,9 @@ def test_a_wrong_optimiser_is_refused_with_its_key(spec: Component, message: str
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        (Component(name="ReduceLROnPlateau"), "needs a metric each step"),
-        (Component(name="StepLR"), "'train.schedule.args'.*StepLR.*step_size"),
-        (Component(name="CosineLR"), "'train.schedule.name' is 'CosineLR': did you mean"),
+        (Component(name="ReduceLROnPlateau"), r"'train\.schedule\.name'.*'ReduceLROnPlateau'.*metric"),
+        (Component(name="StepLR"), r"'train\.schedule\.args'.*StepLR.*step_size"),
+        (Component(name="CosineLR"), r"'train\.schedule\.name'.*'CosineLR'.*'\w*Cosine\w*LR'|'Cosine"),
     ],
 )
 def test_a_wrong_schedule_is_refused_with_its_key(schedule: Component, message: str) -> None:
@@ -71,7 +71,7 @@ def test_a_wrong_schedule_is_refused_with_its_key(schedule: Component, message: 
         schedule_settings(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), schedule, 10)
 
 
-def test_loading_what_was_stored_gives_the_same_optimiser_state() -> None:
+def test_loading_stored_state_gives_the_same_optimizer_state() -> None:
     spec = Component(name="Adam")
     slots = optim.state_slots(spec)
     named = {"w": nn.Parameter(torch.randn(3, 2))}
@@ -92,18 +92,18 @@ def test_loading_what_was_stored_gives_the_same_optimiser_state() -> None:
         assert torch.equal(value, expected[key]), key
 
 
-def test_numbers_among_an_optimisers_state_stay_numbers() -> None:
+def test_plain_numbers_in_optimizer_state_stay_plain_numbers() -> None:
     named = {"w": nn.Parameter(torch.zeros(3, 2))}
     first, second = (optim.build_optimizer(Component(name="SGD", args={"lr": 0.1}), [named["w"]]) for _ in range(2))
-    kept = {"step": 7, "rate": 0.5, "warm": True, "moment": torch.ones(3, 2)}  # SparseAdam counts in a plain number
-    first.state[named["w"]].update(kept)
+    state = {"step": 7, "rate": 0.5, "warm": True, "moment": torch.ones(3, 2)}  # SparseAdam's step is a plain number
+    first.state[named["w"]].update(state)
 
     optim.restore_named_state(second, named, optim.named_state(first, named))
 
     found = second.state[named["w"]]
     assert {key: found[key] for key in ("step", "rate", "warm")} == {"step": 7, "rate": 0.5, "warm": True}
     assert type(found["step"]) is int
-    assert torch.equal(found["moment"], kept["moment"])
+    assert torch.equal(found["moment"], state["moment"])
 
 
 def test_state_of_a_parameter_without_gradients_is_carried_too() -> None:

@@ -1,4 +1,4 @@
-"""Stages of a run: which rounds they are, and what each changes and leaves alone."""
+"""Stages of a run: their rounds, and the changes that each makes."""
 
 import copy
 from typing import Any
@@ -41,12 +41,12 @@ def table(stages: list[Stage], **length: Any) -> list[tuple[int, int, Stage]]:
 # Spans
 
 
-def test_without_stages_rounds_are_equal_and_the_last_takes_what_is_left_of_the_epochs() -> None:
+def test_without_stages_rounds_are_equal_and_the_last_takes_the_rest_of_the_epochs() -> None:
     assert table([], rounds=3) == [(0, 5, Stage()), (5, 10, Stage()), (10, 15, Stage())]
     assert table([], total_steps=12) == [(0, 5, Stage()), (5, 10, Stage()), (10, 12, Stage())]
 
 
-def test_stages_take_their_rounds_and_the_open_one_what_is_left() -> None:
+def test_stages_take_their_rounds_and_the_open_one_the_rest() -> None:
     fixed, finish = [(0, 3, WARM_UP), (3, 6, WARM_UP)], [(16, 20, FINISH)]
 
     assert table(ALL, rounds=5) == [*fixed, (6, 11, MAIN), (11, 16, MAIN), *finish]
@@ -54,7 +54,7 @@ def test_stages_take_their_rounds_and_the_open_one_what_is_left() -> None:
     assert table(ALL, total_steps=18) == [*fixed, (6, 11, MAIN), (11, 14, MAIN), (14, 18, FINISH)]
 
 
-def test_a_share_is_of_the_rounds_or_of_the_steps_to_the_nearest_round() -> None:
+def test_a_share_is_a_fraction_of_the_rounds_or_of_the_steps_rounded_to_rounds() -> None:
     main, finish = Stage(), Stage(share=0.4, local_steps=4, keep=1)
     last = [(10, 14, finish), (14, 18, finish)]
 
@@ -78,8 +78,8 @@ def test_every_step_belongs_to_one_round() -> None:
 @pytest.mark.parametrize(
     ("length", "message"),
     [
-        ({"rounds": 3}, "the run has 3 rounds, and the stages that say how long they last take 3 of them"),
-        ({"total_steps": 10}, "the run has 10 local steps, and the stages that say how long they last take 10 of them"),
+        ({"rounds": 3}, r"'recipe\.stages'.*\b3 rounds.*\b3\b"),
+        ({"total_steps": 10}, r"'recipe\.stages'.*\b10 local steps.*\b10\b"),
     ],
 )
 def test_stages_that_leave_nothing_for_the_open_one_are_refused(length: dict[str, int], message: str) -> None:
@@ -90,30 +90,28 @@ def test_stages_that_leave_nothing_for_the_open_one_are_refused(length: dict[str
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recipe__stages": [{}, {}]}, "'recipe': 'stages' has 2 stages, 2 of which have no 'rounds' and no 'share': exactly one"),
-        ({"recipe__stages": [{}, {"rounds": 1, "share": 0.5}]}, "'recipe.stages.1': 'rounds' and 'share' both say"),
-        ({"recipe__stages": [{}, {"share": 1}]}, "'recipe.stages.1.share' is 1"),
-        ({"recipe__stages": [{"rounds": 2}]}, "'stages' has 1 stages, 0 of which have no 'rounds'"),
-        ({"recipe__stages": [{"kep": 1}]}, "unknown key 'recipe.stages.0.kep'. Did you mean 'keep'?"),
-        ({"recipe__stages": [{}, {"rounds": 1, "keep": 0.2}]}, "'recipe.stages.1.keep' is 0.2, but strategy 'disjoint'"),
+        ({"recipe__stages": [{}, {}]}, r"'recipe'.*'stages'.*\b2\b.*\b2\b.*'rounds'.*'share'"),
+        ({"recipe__stages": [{}, {"rounds": 1, "share": 0.5}]}, r"'recipe\.stages\.1'.*'rounds'.*'share'"),
+        ({"recipe__stages": [{}, {"share": 1}]}, r"'recipe\.stages\.1\.share'.*\b1\b"),
+        ({"recipe__stages": [{"rounds": 2}]}, r"'stages'.*\b1\b.*\b0\b.*'rounds'"),
+        ({"recipe__stages": [{"kep": 1}]}, r"'recipe\.stages\.0\.kep'.*'keep'"),
+        ({"recipe__stages": [{}, {"rounds": 1, "keep": 0.2}]}, r"'recipe\.stages\.1\.keep'.*0\.2.*'disjoint'"),
         (
             {"partition__strategy": "categorical", "recipe__stages": [{"keep": 0.5}]},
-            "'recipe.stages.0.keep' is 0.5, but strategy 'categorical' has no 'keep': only 1",
+            r"'recipe\.stages\.0\.keep'.*0\.5.*'categorical'",
         ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_stage_is_named_by_its_key(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ConfigError, match=message):
         small_config(**changes)
 
-    assert message in str(caught.value)
 
-
-# The whole network on every worker
+# The full network on every worker
 
 
 def trained_by_hand(job: Job, model: nn.Module, worker: int, round_number: int) -> nn.Module:
-    """A worker's local SGD on the whole network, without anything of ist but whose samples those are."""
+    """Train a worker's local SGD on the full network with plain torch, on the samples that ist assigns to it."""
     mine = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(mine.parameters(), lr=0.1, momentum=0.9)
     shard = take_shard(job.train_data, job.dealing.shard(worker))
@@ -127,7 +125,7 @@ def trained_by_hand(job: Job, model: nn.Module, worker: int, round_number: int) 
 
 @pytest.mark.parametrize("scale", ["none", "width", "folded"])
 @pytest.mark.parametrize("partition", [{}, {"strategy": "categorical", "capacities": [1, 2, 5]}])
-def test_a_finish_with_everything_kept_is_local_sgd(scale: str, partition: dict[str, Any]) -> None:
+def test_a_full_width_phase_is_local_sgd(scale: str, partition: dict[str, Any]) -> None:
     model = seeded(NETWORKS["no batch norm"])
     stages = [{}, {"rounds": 1, "keep": 1, "local_steps": 4}]
     job = job_for(
@@ -147,7 +145,7 @@ def test_a_finish_with_everything_kept_is_local_sgd(scale: str, partition: dict[
         torch.testing.assert_close(found.detach(), mean, rtol=0, atol=1e-6)  # float32's rounding of a mean
 
 
-def test_blocks_have_the_scale_in_a_stage_of_the_whole_network_that_they_have_in_evaluation() -> None:
+def test_blocks_have_the_same_scale_in_a_full_width_phase_as_in_evaluation() -> None:
     model = seeded(stack)
     job = job_for(
         model, train__workers=3, train__rounds=2, train__local_steps=1, recipe__stages=[{"rounds": 1, "keep": 1}, {}],
@@ -172,7 +170,7 @@ def test_blocks_have_the_scale_in_a_stage_of_the_whole_network_that_they_have_in
     assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_stages_are_told_with_their_part_of_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_shows_stages_with_their_fraction_of_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
     stages = [{"local_steps": 4}, {"share": 0.5, "keep": 1, "local_steps": 2}]
     length = {"train__rounds": None, "train__epochs": 8}  # of two steps: 100 samples, four workers, batches of 16
     job = job_for(seeded(NETWORKS["no batch norm"]), recipe__stages=stages, **length)
@@ -183,12 +181,12 @@ def test_stages_are_told_with_their_part_of_the_steps(capsys: pytest.CaptureFixt
     assert job.total_steps == 16
     assert found["local_steps"] == 4
     assert [(s["rounds"], s["local_steps"], s["steps"]) for s in found["stages"]] == [(2, 4, 8), (4, 2, 8)]
-    assert "Stage 2: 4 rounds of 2 steps, 50% of all; a worker holds the whole network." in capsys.readouterr().out
+    assert "Stage 2: 4 rounds of 2 steps, 50%" in capsys.readouterr().out
     one = inspect_job(job_for(seeded(NETWORKS["no batch norm"]), train__local_steps=1))
     assert found["bytes_per_round"]["ddp"] == 4 * one["bytes_per_round"]["ddp"]
 
 
-def test_what_is_inspected_is_the_stage_that_takes_what_is_left() -> None:
+def test_inspect_shows_the_shares_of_the_open_stage() -> None:
     job = job_for(seeded(NETWORKS["no batch norm"]), recipe__stages=[{"rounds": 2, "keep": 1}, {}], train__rounds=6)
 
     found = inspect_job(job)
@@ -221,7 +219,7 @@ def test_a_stage_multiplies_the_learning_rate() -> None:
     assert settings_of() == settings_of(recipe__stages=[{}, {"rounds": 2, "keep": 1}]) == []
 
 
-def test_a_schedule_by_rounds_stays_for_a_round() -> None:
+def test_a_schedule_by_rounds_is_constant_within_a_round() -> None:
     by_step = settings_of(train__schedule=COSINE)
 
     by_round = settings_of(train__schedule=COSINE, train__schedule_unit="round")
@@ -230,7 +228,7 @@ def test_a_schedule_by_rounds_stays_for_a_round() -> None:
     assert len(set(by_step)) == 12
 
 
-def test_a_scaled_learning_rate_is_the_one_that_is_trained_with() -> None:
+def test_training_uses_the_scaled_learning_rate() -> None:
     moved = []
     for scale in (1.0, 0.5):
         model = seeded(NETWORKS["no batch norm"])
@@ -247,7 +245,7 @@ def test_a_scaled_learning_rate_is_the_one_that_is_trained_with() -> None:
     assert float(moved[0]["output.weight"].abs().max()) > 1e-3
 
 
-def test_the_bytes_that_inspect_foretells_are_those_that_a_run_with_stages_sends() -> None:
+def test_a_run_with_stages_sends_the_bytes_that_inspect_predicts() -> None:
     job = job_for(
         stack(), train__workers=3, train__rounds=6, recipe__stages=[stage.model_dump() for stage in ALL],
         exchange={"down": "int8", "up": "int8", "values": "deltas"},
@@ -260,11 +258,11 @@ def test_the_bytes_that_inspect_foretells_are_those_that_a_run_with_stages_sends
     assert made.bytes_sent() == inspect_job(job)["bytes_of_run"]
 
 
-# State that a worker keeps
+# Optimizer state that a worker stores
 
 
 def trained(state: str, stages: list[dict[str, Any]], **changes: Any) -> tuple[dict[str, torch.Tensor], int]:
-    """Return the weights of two workers' run, and the bytes they have sent."""
+    """Return the final weights of a run with two workers, and the bytes sent."""
     model = seeded(NETWORKS["no batch norm"]).double()
     samples, targets = data().tensors
     job = job_for(
@@ -278,7 +276,7 @@ def trained(state: str, stages: list[dict[str, Any]], **changes: Any) -> tuple[d
     return clone(model.state_dict()), method.bytes_sent()
 
 
-def test_kept_state_of_whole_networks_is_local_training_whose_optimisers_go_on() -> None:
+def test_kept_state_with_full_networks_is_local_training_with_persistent_optimizers() -> None:
     found, _ = trained("kept", [{"keep": 1}])
 
     common = seeded(NETWORKS["no batch norm"]).double()
@@ -301,11 +299,11 @@ def test_kept_state_of_whole_networks_is_local_training_whose_optimisers_go_on()
         torch.testing.assert_close(found[name], value)
 
 
-def test_state_is_kept_only_where_neurons_are_the_same_and_costs_nothing() -> None:
-    anew, anew_bytes = trained("reset", [])
+def test_state_is_kept_only_for_the_same_neurons_and_sends_no_bytes() -> None:
+    fresh, fresh_bytes = trained("reset", [])
     drawn, drawn_bytes = trained("kept", [])
-    assert anew_bytes == drawn_bytes
-    assert all(torch.equal(anew[name], drawn[name]) for name in anew)  # a new deal every round
+    assert fresh_bytes == drawn_bytes
+    assert all(torch.equal(fresh[name], drawn[name]) for name in fresh)  # a new assignment every round
 
     finish = [{}, {"rounds": 3, "keep": 1}]
     reset, reset_bytes = trained("reset", finish)
