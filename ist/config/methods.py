@@ -23,12 +23,14 @@ from ist.config.base import PositiveFloat, PositiveInt, Section
 class Baseline(Section):
     """Settings of the methods that IST is compared with; `MethodSpec.keys` says which method uses which."""
 
-    powersgd_rank: PositiveInt = Field(1, description="rank of the approximation of a gradient matrix")
+    powersgd_rank: PositiveInt = Field(default=1, description="rank of the approximation of a gradient matrix")
     powersgd_start: Annotated[int, Field(ge=2)] = Field(
-        2, description="steps at the beginning whose gradients are sent whole (PyTorch needs 2)"
+        default=2, description="steps at the beginning whose gradients are sent whole (PyTorch needs 2)"
     )
-    outer_lr: PositiveFloat = Field(0.7, description="learning rate of the outer Nesterov step")
-    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="momentum of the outer Nesterov step")
+    outer_lr: PositiveFloat = Field(default=0.7, description="learning rate of the outer Nesterov step")
+    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.9, description="momentum of the outer Nesterov step"
+    )
 
 
 Shapes = Sequence[tuple[int, ...]]

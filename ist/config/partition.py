@@ -32,31 +32,32 @@ class Partition(Section):
     """
 
     strategy: Literal["disjoint", "categorical", "bernoulli", "rolling", "nested", "blocks"] = Field(
-        "disjoint",
+        default="disjoint",
         description="'disjoint': every neuron to one worker, in fixed shares; 'categorical': to one worker, drawn "
         "for each neuron alone; 'bernoulli': a coin for each worker and neuron; 'rolling': a window that moves by one "
         "neuron a round; 'nested': the first neurons; 'blocks': whole residual blocks instead of neurons",
     )
     keep: Fraction | None = Field(
-        None,
+        default=None,
         description="bernoulli: the probability that a worker holds a neuron; rolling (default 1 / workers) and "
         "nested (default 1): the part of every group that a worker of the largest capacity holds; disjoint (default: "
         "no more than its share): a worker's share is filled up at random to this part, so that shares overlap",
     )
     capacities: Annotated[list[PositiveFloat], Field(min_length=1)] | None = Field(
-        None,
+        default=None,
         description="one number for each worker, to which its share, its probability or its 'keep' is proportional; "
         "default: equal",
     )
     coverage: Literal["random", "balanced"] = Field(
-        "random",
+        default="random",
         description="disjoint: shares are drawn anew every round, or 'balanced': once in as many rounds as there are "
         "workers, in which every share of a group meets every share of the next one exactly once",
     )
     balance: Literal["equal", "speed"] = Field(
-        "equal", description="'speed': capacities follow the measured time of each worker's local steps (inline, ray)"
+        default="equal",
+        description="'speed': capacities follow the measured time of each worker's local steps (inline, ray)",
     )
-    residual: bool = Field(False, description="also split residual streams where no norm forbids it")
+    residual: bool = Field(default=False, description="also split residual streams where no norm forbids it")
     exclude: list[Pattern] = Field(
         default_factory=list,
         description="patterns (*, ?) of names of groups that are not split: all workers share them",
@@ -71,7 +72,8 @@ class Partition(Section):
         description="strategy blocks: patterns of paths of the modules to deal out, such as ['layer3.*']",
     )
     min_depth: PositiveInt = Field(
-        1, description="strategy blocks: a worker holds at least this many, so that a block may have several holders"
+        default=1,
+        description="strategy blocks: a worker holds at least this many, so that a block may have several holders",
     )
 
     @field_validator(*USED_BY)
@@ -127,18 +129,18 @@ class Exchange(Section):
     """
 
     down: Coding = Field(
-        "exact",
+        default="exact",
         description="the slices that go to a worker: as they are, or each number rounded to so many bits (int: with a "
         "scale for each row)",
     )
-    up: Coding = Field("exact", description="the slices that a worker returns")
+    up: Coding = Field(default="exact", description="the slices that a worker returns")
     values: Literal["weights", "deltas"] = Field(
-        "weights",
+        default="weights",
         description="what a worker returns: its trained weights, or how they differ from those that it got; rounded "
         "deltas lose less",
     )
     error_feedback: bool = Field(
-        False,
+        default=False,
         description="a worker adds to its next deltas what rounding took from the last ones; it holds that for the "
         "whole network, and forgets it when the number of workers changes",
     )

@@ -19,9 +19,9 @@ class Outer(Section):
         False
     """
 
-    lr: PositiveFloat = Field(1.0, description="what the merged change is multiplied by")
+    lr: PositiveFloat = Field(default=1.0, description="what the merged change is multiplied by")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0,
+        default=0.0,
         description="Nesterov momentum of the merged change, for each weight by the rounds in which it was trained; 0: "
         "the merged weights are taken as they are",
     )
@@ -41,23 +41,23 @@ class Stage(Section):
     """
 
     rounds: PositiveInt | None = Field(
-        None,
+        default=None,
         description="how many rounds it lasts; exactly one stage has neither this nor share, and takes what is left of "
         "the run",
     )
     share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        None,
+        default=None,
         description="what part of the run it lasts, to the nearest round, in place of rounds: of its rounds where "
         "train.rounds is given, else of its local steps",
     )
     keep: Fraction | None = Field(
-        None,
+        default=None,
         description="the part of every group that a worker holds, in place of partition.keep; 1: every worker trains "
         "the whole network (local SGD), as a warm-up or a finish",
     )
-    local_steps: PositiveInt | None = Field(None, description="in place of train.local_steps")
-    lr_scale: PositiveFloat = Field(1.0, description="what the learning rate of the schedule is multiplied by")
-    outer: Outer | None = Field(None, description="in place of recipe.outer, such as {lr: 0.7, momentum: 0.9}")
+    local_steps: PositiveInt | None = Field(default=None, description="in place of train.local_steps")
+    lr_scale: PositiveFloat = Field(default=1.0, description="what the learning rate of the schedule is multiplied by")
+    outer: Outer | None = Field(default=None, description="in place of recipe.outer, such as {lr: 0.7, momentum: 0.9}")
 
     @property
     def is_open(self) -> bool:
@@ -80,11 +80,14 @@ class Average(Section):
     """
 
     kind: Literal["none", "ema", "swa"] = Field(
-        "none", description="'ema': exponential, 'swa': every round weighs the same; costs no bytes. Of every method"
+        default="none",
+        description="'ema': exponential, 'swa': every round weighs the same; costs no bytes. Of every method",
     )
-    decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.8, description="ema: what the average keeps of itself a round")
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.8, description="ema: what the average keeps of itself a round"
+    )
     start: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="the part of the rounds that pass before the average begins"
+        default=0.0, description="the part of the rounds that pass before the average begins"
     )
 
 

@@ -37,9 +37,11 @@ FROM_PYTHON = "from-python:"
 class Data(Component):
     """The data set."""
 
-    root: str | None = Field(None, description="folder with the files; default: where the package installs them")
+    root: str | None = Field(
+        default=None, description="folder with the files; default: where the package installs them"
+    )
     shuffle: Literal["local", "global"] = Field(
-        "local",
+        default="local",
         description="'local': each worker owns a fixed shard of the training data; 'global': the data is sharded again "
         "every epoch, so every worker's machine must hold all of it",
     )
@@ -49,7 +51,7 @@ class Model(Component):
     """The network."""
 
     weights: str | None = Field(
-        None,
+        default=None,
         description="safetensors file with the initial weights (fine-tuning), such as a run's model.safetensors; "
         "default: random weights from the run's seed",
     )
@@ -82,38 +84,38 @@ class Train(Section):
         "leave; it is short for 'workers: 16' and 'min_workers: 2'"
     )
     min_workers: PositiveInt | None = Field(
-        None,
+        default=None,
         description="fewest workers that a round can start with, at most 'workers' (needs 'rounds'); default: all",
     )
-    epochs: PositiveInt | None = Field(None, description="passes over the data; give this or 'rounds'")
-    rounds: PositiveInt | None = Field(None, description="number of rounds; give this or 'epochs'")
+    epochs: PositiveInt | None = Field(default=None, description="passes over the data; give this or 'rounds'")
+    rounds: PositiveInt | None = Field(default=None, description="number of rounds; give this or 'epochs'")
     local_steps: PositiveInt = Field(description="optimizer steps of each worker per round (tau)")
     batch_size: PositiveInt = Field(description="samples in one step of one worker")
-    loss: str = Field("cross_entropy", description="function of torch.nn.functional, or import path")
+    loss: str = Field(default="cross_entropy", description="function of torch.nn.functional, or import path")
     optimizer: Optimizer = Field(description="class of torch.optim and its arguments")
     schedule: Schedule | None = Field(
-        None,
+        default=None,
         description="class of torch.optim.lr_scheduler, advanced every local step; the argument value "
         f"'{TOTAL_STEPS}' is replaced by the run's number of steps",
     )
     schedule_unit: Literal["step", "round"] = Field(
-        "step", description="'step': the schedule's settings change every local step; 'round': once per round"
+        default="step", description="'step': the schedule's settings change every local step; 'round': once per round"
     )
     optimizer_state: Literal["kept", "reset", "carried"] = Field(
-        "kept",
+        default="kept",
         description="optimizer state between rounds of IST. 'kept': a worker keeps it while it trains the same "
         "neurons, as in a full-width phase, and starts with new state for other neurons (no bytes); 'reset': new state "
         "every round; 'carried': state travels with its neurons (costs bytes)",
     )
     activation_scale: Literal["none", "width", "folded"] = Field(
-        "folded",
+        default="folded",
         description="a subnet sums over fewer neurons than the full network. 'folded': during local training, weights "
         "that sum over hidden neurons are multiplied by full width / own width, so the merged network's outputs have "
         "the trained scale; 'width': activations are multiplied instead, as in inverted dropout, which also scales the "
         "weights' steps; 'none': no scaling, as published; enough for class scores, which may be off by a factor",
     )
     running_statistics: Literal["reestimate", "carried"] = Field(
-        "reestimate",
+        default="reestimate",
         description="running statistics of batch norm. 'reestimate': computed again before each evaluation; 'carried': "
         "they travel with their neurons (exact only for one worker)",
     )
@@ -153,15 +155,15 @@ class Evaluate(Section):
         1024
     """
 
-    every: PositiveInt = Field(1, description="rounds between evaluations; the last round is always evaluated")
-    batch_size: PositiveInt = Field(1024, description="samples in one evaluation batch")
+    every: PositiveInt = Field(default=1, description="rounds between evaluations; the last round is always evaluated")
+    batch_size: PositiveInt = Field(default=1024, description="samples in one evaluation batch")
     metric: str = Field(
-        "accuracy",
+        default="accuracy",
         description="metric to report besides the loss: accuracy, bits_per_byte, precision (at 1, 3 and 5), rmse, "
         "none, or the import path of an ist.Metric",
     )
     statistics_batches: PositiveInt = Field(
-        16, description="training batches from which batch norm's running statistics are re-estimated"
+        default=16, description="training batches from which batch norm's running statistics are re-estimated"
     )
 
 
@@ -173,10 +175,10 @@ class Checkpoint(Section):
         [4, 8]
     """
 
-    every: PositiveInt = Field(1, description="rounds between checkpoints; the last round is always saved")
-    keep: PositiveInt = Field(2, description="number of checkpoints to keep; older ones are deleted")
+    every: PositiveInt = Field(default=1, description="rounds between checkpoints; the last round is always saved")
+    keep: PositiveInt = Field(default=2, description="number of checkpoints to keep; older ones are deleted")
     storage: str | None = Field(
-        None,
+        default=None,
         description="folder or fsspec URL, such as s3://bucket/runs; checkpoints are written there, in a folder named "
         "after the run folder; default: the run folder. Keep keys and passwords out of the URL: use the environment or "
         "fsspec's configuration",
@@ -196,17 +198,18 @@ class Ray(Section):
     """
 
     address: Annotated[str, Field(pattern=r"^(auto|[^/]+:\d+)$")] | None = Field(
-        None, description="'auto' or host:port of a running cluster; default: start one on this machine for this run"
+        default=None,
+        description="'auto' or host:port of a running cluster; default: start one on this machine for this run",
     )
-    num_cpus: NonNegativeFloat = Field(1.0, description="CPUs that Ray reserves for a worker")
-    num_gpus: NonNegativeFloat = Field(0.0, description="GPUs that Ray reserves for a worker")
+    num_cpus: NonNegativeFloat = Field(default=1.0, description="CPUs that Ray reserves for a worker")
+    num_gpus: NonNegativeFloat = Field(default=0.0, description="GPUs that Ray reserves for a worker")
     resources: dict[str, PositiveFloat] = Field(
         default_factory=dict, description="custom resources that Ray reserves for a worker, such as {spot: 1}"
     )
     placement: Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"] = Field(
-        "SPREAD", description="placement strategy: spread workers over many nodes, or pack them on few"
+        default="SPREAD", description="placement strategy: spread workers over many nodes, or pack them on few"
     )
-    start_timeout_s: Seconds = Field(300.0, description="seconds to wait until enough workers have started")
+    start_timeout_s: Seconds = Field(default=300.0, description="seconds to wait until enough workers have started")
 
     @field_validator("resources")
     @classmethod
@@ -226,48 +229,48 @@ class Pool(Section):
     """
 
     kind: Literal["inline", "torchrun", "ray"] = Field(
-        "torchrun",
+        default="torchrun",
         description="'inline': all workers in this process; 'torchrun': one process per worker; 'ray': Ray actors, "
         "which may join and leave",
     )
     coordinator: Literal["trains", "dedicated"] = Field(
-        "trains",
+        default="trains",
         description="'trains': rank 0 coordinates and is also a worker, whose subnet crosses no link; 'dedicated': "
         "rank 0 only coordinates, in its own process",
     )
     backend: Literal["auto", "gloo", "nccl"] = Field(
-        "auto", description="'auto': nccl if every process has its own GPU, else gloo"
+        default="auto", description="'auto': nccl if every process has its own GPU, else gloo"
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device on which workers train")
-    threads: Annotated[int, Field(gt=0, le=1024)] = Field(1, description="torch threads per process")
-    timeout_s: Seconds = Field(600.0, description="seconds to wait for a peer before the run fails")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="device on which workers train")
+    threads: Annotated[int, Field(gt=0, le=1024)] = Field(default=1, description="torch threads per process")
+    timeout_s: Seconds = Field(default=600.0, description="seconds to wait for a peer before the run fails")
     min_returned: PositiveInt | None = Field(
-        None,
+        default=None,
         description="fewest workers that must return a valid result in a round; with fewer, the run ends. Default: the "
         "minimum if train.workers is a range, else all workers, or half of them on ray. Under torchrun only an invalid "
         "result is tolerated, not a lost worker",
     )
     round_attempts: PositiveInt = Field(
-        3,
+        default=3,
         description="ray: number of attempts at a round, including the first, if too few workers return; each retry "
         "uses new workers",
     )
     round_deadline_s: Seconds | None = Field(
-        None,
+        default=None,
         description="ray: a worker that has not returned after this many seconds is left out of the round; default: no "
         "deadline. The next round waits for this worker or its replacement, unless train.workers is a range",
     )
     allow_insecure: bool = Field(
-        False, description="torchrun: allow listening on a public network interface, where anybody can connect"
+        default=False, description="torchrun: allow listening on a public network interface, where anybody can connect"
     )
     memory_limit: Annotated[str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?(MB|GB)$")] | None = Field(
-        None,
+        default=None,
         description="torchrun: memory that a worker's process may allocate, such as 300MB or 1.5GB: on a GPU, of the "
         "GPU's memory; on a CPU, in addition to interpreter, libraries and data (enforced by Linux). A dedicated "
         "coordinator is not limited. Default: no limit",
     )
     link: Annotated[str, AfterValidator(checked_link)] | None = Field(
-        None,
+        default=None,
         description="torchrun: run every process on its own simulated host on this machine, with a link of this rate: "
         "100mbit, 1gbit, or up/down from the host's view, such as 20mbit/100mbit; default: no simulated hosts",
     )
@@ -294,11 +297,13 @@ class Watch(Section):
         '127.0.0.1'
     """
 
-    tensorboard: bool = Field(False, description="write TensorBoard event files to tensorboard/ in the run folder")
-    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
-        None, description="serve metrics for Prometheus on this port during the run; 0 picks a free port"
+    tensorboard: bool = Field(
+        default=False, description="write TensorBoard event files to tensorboard/ in the run folder"
     )
-    metrics_host: str = Field("127.0.0.1", description="address on which metrics are served")
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = Field(
+        default=None, description="serve metrics for Prometheus on this port during the run; 0 picks a free port"
+    )
+    metrics_host: str = Field(default="127.0.0.1", description="address on which metrics are served")
 
 
 class Compare(Section):
@@ -343,13 +348,13 @@ class Config(Section):
     """The configuration of a run."""
 
     name: FolderName = Field(description="name of the run")
-    seed: NonNegativeInt = Field(0, description="seed of all random numbers")
+    seed: NonNegativeInt = Field(default=0, description="seed of all random numbers")
     method: str = Field(
-        "ist",
+        default="ist",
         description="; ".join(f"{spec.name}: {spec.title}" for spec in METHODS.values())
         + "; or the import path 'package.module:Name' of another",
     )
-    label: str | None = Field(None, description="name of the run in tables; default: the method")
+    label: str | None = Field(default=None, description="name of the run in tables; default: the method")
     model: Model = Field(description="the network")
     data: Data = Field(description="the data set")
     train: Train = Field(description="how the network is trained")
@@ -362,7 +367,7 @@ class Config(Section):
     pool: Pool = Field(default_factory=Pool, description="how workers run and how subnets reach them")
     watch: Watch = Field(default_factory=Watch, description="observers that receive every round's numbers")
     compare: Compare = Field(default_factory=Compare, description="what `ist compare` runs")
-    output: str = Field("runs", description="folder in which run folders are created")
+    output: str = Field(default="runs", description="folder in which run folders are created")
 
     @property
     def method_spec(self) -> MethodSpec:

@@ -1,5 +1,6 @@
 """Sections made in Python: a mistake names the section, the key, the value and what is right."""
 
+import ast
 import re
 from typing import Any
 
@@ -11,6 +12,7 @@ from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe, Stage
 from ist.config.schema import Pool
 from ist.errors import ConfigError
+from tests.conftest import ROOT
 
 MISTAKES: dict[str, tuple[type[Section], dict[str, Any], tuple[str, ...]]] = {
     "an unknown key": (Partition, {"strategi": "rolling"}, ("ist.Partition", "'strategi'", "'strategy'")),
@@ -57,3 +59,16 @@ def test_numbers_of_numpy_are_numbers_also_inside() -> None:
     assert (pool.threads, type(pool.threads), pool.timeout_s) == (2, int, 2.5)
     assert partition.capacities == [1.0, 2.0]
     assert recipe.stages == [Stage(), Stage(rounds=3, keep=1)]
+
+
+def test_defaults_are_keywords_which_type_checkers_read() -> None:
+    """Without it editors, and mypy without pydantic's plugin, take every key of a section for required."""
+    calls = [
+        (path.name, ast.unparse(node))
+        for path in (ROOT / "ist" / "config").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "Field"
+    ]
+
+    assert len(calls) > 60
+    assert [call for call in calls if not re.match(r"Field\((\w+=|\))", call[1])] == []
