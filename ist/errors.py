@@ -1,8 +1,9 @@
-"""What can go wrong, as exceptions a caller can tell apart.
+"""The exceptions of this package, and helpers for their messages.
 
-Every class takes exactly one string, so that an error survives pickling and a
-trip through another process. The string says what was found, where, what was
-expected, and what to do. Only `ist/cli/main.py` prints them and sets exit codes.
+Where it sits: every room raises these; only `ist/cli/main.py` prints them and sets exit codes.
+Law: every class takes exactly one string, so that an error can be sent to another process and created again there. The
+string says what was found, where, what was expected, and what to do.
+Not here: exit codes (`ist/launch/signals.py`).
 """
 
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 
 class ISTError(Exception):
-    """Base of every error that this package raises on purpose.
+    """Base class of all errors that this package raises deliberately.
 
     Example:
         >>> try:
@@ -23,7 +24,7 @@ class ISTError(Exception):
 
 
 class ConfigError(ISTError):
-    """A configuration, an override or a command line that cannot be run as it stands.
+    """A configuration, an override or a command line is not valid.
 
     Example:
         >>> ist.Partition(strategi="rolling")
@@ -34,7 +35,7 @@ class ConfigError(ISTError):
 
 
 class DataError(ISTError):
-    """A data set that is missing, malformed, or too small for the number of workers.
+    """A data set is missing, malformed, or too small for the number of workers.
 
     Example:
         >>> import torch
@@ -46,7 +47,7 @@ class DataError(ISTError):
 
 
 class ModelError(ISTError):
-    """A network whose hidden neurons cannot be split.
+    """The hidden neurons of a network cannot be split.
 
     Example:
         >>> from torch import nn, randn
@@ -62,7 +63,7 @@ class ModelError(ISTError):
 
 
 class PoolError(ISTError):
-    """Worker processes that could not be started or joined.
+    """Worker processes could not be started, or a peer could not be reached.
 
     Example:
         >>> try:
@@ -74,7 +75,7 @@ class PoolError(ISTError):
 
 
 class WorkerLostError(PoolError):
-    """A worker that was lost while fewer than the required number remained.
+    """A worker was lost, and too few workers remain.
 
     Example:
         >>> try:
@@ -86,19 +87,19 @@ class WorkerLostError(PoolError):
 
 
 class AbandonedRoundError(ISTError):
-    """A worker was told that its round goes on without it."""
+    """The coordinator continued a round without this worker."""
 
 
 class InterruptedRunError(ISTError):
-    """A run that the user, or the system, told to end."""
+    """The user or the system ended the run."""
 
 
 class MemoryLimitError(ISTError):
-    """A worker that needs more memory than it was given."""
+    """A process needs more memory than it may allocate."""
 
 
 class DivergedError(ISTError):
-    """A worker returned a loss or a weight that is not finite.
+    """A worker returned a non-finite loss or weight.
 
     Example:
         >>> from torch import nn, ones
@@ -114,7 +115,7 @@ class DivergedError(ISTError):
 
 
 class RunFolderError(ISTError):
-    """A run folder that cannot be created, written or read.
+    """A run folder cannot be created, written or read.
 
     Example:
         >>> from torch import nn, ones
@@ -129,11 +130,11 @@ class RunFolderError(ISTError):
 
 
 class LabError(ISTError):
-    """Hosts that could not be made, or a command on one of them that failed."""
+    """Simulated hosts could not be created, or a command on one of them failed."""
 
 
 class CheckpointError(RunFolderError):
-    """A checkpoint that is missing, truncated or altered.
+    """A checkpoint is missing, truncated or altered.
 
     Example:
         >>> from pathlib import Path
@@ -155,12 +156,12 @@ class CheckpointError(RunFolderError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, on one line."""
+    """Return the first line of an error's message, or the name of its class."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def said_at(error: BaseException) -> str:
-    """Return the class of an error, what it says, and the line of the code outside of torch that raised it."""
+    """Return an error's class, its first line, and the line of user code (not torch's, not ours) that raised it."""
     own = Path(__file__).parent
     lines = [
         f" ({Path(frame.filename).name}, line {frame.lineno})"
@@ -170,20 +171,20 @@ def said_at(error: BaseException) -> str:
     return f"{type(error).__name__}: {first_line(error)}{lines[-1] if lines else ''}"
 
 
-_REFUSED = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
-"""What torch and the C++ library say when the operating system gives no more memory."""
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc")
+"""Messages of torch and the C++ library if the operating system refuses an allocation."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that there is no more memory."""
-    refused = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return refused or any(said in str(error) for said in _REFUSED)
+    """Return whether an error means that an allocation failed."""
+    is_memory_error = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_memory_error or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def printable(text: str) -> str:
-    """Return a text without what would steer a terminal: escape sequences and other control characters.
+    """Remove escape sequences and other control characters, which a terminal would interpret, from a text.
 
-    Line ends and tabs stay. Half surrogate pairs, which stand for bytes of a name that are not UTF-8, become `?`.
+    Newlines and tabs stay. Lone surrogates, which represent non-UTF-8 bytes of a file name, become `?`.
     """
     return _CONTROLS.sub("", _ESCAPES.sub("", text)).encode(errors="replace").decode()
 

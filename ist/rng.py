@@ -1,11 +1,11 @@
-"""Random numbers that every process can derive for itself.
+"""Random numbers that every process derives from the run's seed.
 
-Nothing in this package reads global random state. Whatever is random comes from a
-counter-based generator (Philox) keyed by (run seed, purpose, round or epoch, worker),
-so a partition is computed on every machine instead of being sent, and a resumed run
-draws what the uninterrupted run would have drawn.
-A user's data set, network or loss does draw from the process's own generators, and so does
-dropout: `seeded` makes these a function of the same key while such code runs.
+Where it sits: every room that needs random numbers calls this module; no other code reads global random state.
+Law: all random numbers come from a counter-based generator (Philox) keyed by (run seed, purpose, round or epoch,
+worker). So every machine computes a partition instead of receiving it, and a resumed run draws the same numbers as an
+uninterrupted one.
+A user's data set, network or loss draws from the process's global generators, and so does dropout: while such code
+runs, `seeded` seeds these generators from the same key.
 """
 
 import random
@@ -22,7 +22,7 @@ Indices = NDArray[np.int64]
 
 
 class Purpose(IntEnum):
-    """What a stream of random numbers is for; the values are part of the reproducible stream."""
+    """The purpose of a stream of random numbers; the values are part of the key."""
 
     MODEL = 0
     PARTITION = 1
@@ -43,8 +43,8 @@ def _bits(seed: int, purpose: Purpose, *counters: int) -> np.random.Philox:
 def permutation(size: int, seed: int, purpose: Purpose, *counters: int) -> Indices:
     """Return a random permutation of `range(size)`.
 
-    Sorting raw Philox output, rather than calling `Generator.permutation`, keeps the result
-    the same for every NumPy version: NumPy freezes the raw stream, not the distributions.
+    It sorts raw Philox output instead of calling `Generator.permutation`, so the result is the same for every NumPy
+    version: NumPy guarantees the raw stream, not the distributions.
 
     Args:
         size: Number of elements, >= 0.
@@ -60,7 +60,7 @@ def permutation(size: int, seed: int, purpose: Purpose, *counters: int) -> Indic
 
 
 def uniform(size: int, seed: int, purpose: Purpose, *counters: int) -> NDArray[np.float64]:
-    """Return independent numbers, uniform in [0, 1): the upper 53 bits of raw Philox output; see `permutation`.
+    """Return independent uniform numbers in [0, 1), from the upper 53 bits of raw Philox output (see `permutation`).
 
     Args:
         size: Number of elements, >= 0.
@@ -82,13 +82,13 @@ def torch_seed(seed: int, purpose: Purpose, *counters: int) -> int:
 
 @contextmanager
 def seeded(device: torch.device, seed: int, purpose: Purpose, *counters: int) -> Iterator[None]:
-    """Seed the process's own generators for a while, and put them back as they were.
+    """Seed the process's global generators within the context, and restore their state afterwards.
 
-    These are torch's, `random`'s and `numpy.random`'s. A generator that an object holds for itself, such as a
-    `numpy.random.Generator`, is not among them.
+    These are the generators of torch, `random` and `numpy.random`. A generator that an object owns, such as a
+    `numpy.random.Generator`, is not seeded.
 
     Args:
-        device: Where the code computes; on a GPU, the generators of all GPUs are seeded as well.
+        device: Device on which the code computes; for a GPU, the generators of all GPUs are seeded as well.
         seed: The run's seed, >= 0.
         purpose: Which stream to draw from.
         counters: Further keys, such as the round and the worker; each >= 0.
@@ -97,7 +97,7 @@ def seeded(device: torch.device, seed: int, purpose: Purpose, *counters: int) ->
     on_gpu = device.type == "cuda"
     python = random.getstate()
     numpy, numpy_state = mtrand.get_bit_generator(), np.random.get_state(legacy=False)
-    # manual_seed reaches every GPU, so every GPU's generator is put back.
+    # manual_seed seeds every GPU, so every GPU's generator is restored.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else []):
         try:
             (torch if on_gpu else torch.default_generator).manual_seed(number)
@@ -106,5 +106,5 @@ def seeded(device: torch.device, seed: int, purpose: Purpose, *counters: int) ->
             yield
         finally:
             random.setstate(python)
-            mtrand.set_bit_generator(numpy)  # the user may have chosen another kind, which cannot be seeded anew
+            mtrand.set_bit_generator(numpy)  # the user may have chosen another kind, which cannot be seeded again
             np.random.set_state(numpy_state)

@@ -320,4 +320,4 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
         if found:
             return found
         time.sleep(0.05)
-    raise AssertionError(f"waited {seconds} s in vain for {what}")
+    raise AssertionError(f"waited {seconds} s waiting for {what}")

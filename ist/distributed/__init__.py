@@ -1,1 +1,1 @@
-"""What a process needs to work with others: its rank, its device, its process group, its memory limit."""
+"""Working with other processes: rank, device, process group, run secret, ports, memory limit."""

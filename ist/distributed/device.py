@@ -1,4 +1,8 @@
-"""Where a process of a pool computes."""
+"""The device on which a process computes.
+
+Where it sits: `ist/runs/open.py` and `ist/distributed/process_group.py` choose the device here.
+Not here: how much of its memory a process may allocate (`ist/distributed/memory_limit.py`).
+"""
 
 import os
 
@@ -9,10 +13,10 @@ from ist.errors import ConfigError
 
 
 def compute_device(settings: Pool) -> torch.device:
-    """Return where this process computes.
+    """Return the device on which this process computes.
 
     Raises:
-        ConfigError: CUDA or NCCL is asked for and not there.
+        ConfigError: The configuration asks for CUDA or NCCL, and there is no GPU.
     """
     available = torch.cuda.is_available()
     if settings.device == "cuda" and not available:

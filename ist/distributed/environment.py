@@ -1,7 +1,7 @@
-"""What a launcher (torchrun, Slurm, `ist` itself) told this process: its rank; and that it ends with its launcher.
+"""The environment variables of a launcher (torchrun, Slurm, or `ist` itself): this process's rank, and its launcher.
 
-Where it sits: whoever asks whether this process is a rank asks here. Torch is not imported: errors of the command line
-are told by rank too.
+Where it sits: code that needs to know whether this process is a rank asks here. It does not import torch, because the
+command line needs the rank to print its errors.
 Not here: forming the process group (`ist/distributed/process_group.py`), starting ranks (`ist/launch/start.py`).
 """
 
@@ -16,13 +16,13 @@ import time
 from ist.errors import ConfigError
 
 PRIVATE_STORE = "IST_STORE"
-"""Set by `ist/launch/start.py`: the file in which processes of one machine find each other, instead of at a port."""
+"""Set by `ist/launch/start.py`: a file through which processes of one machine find each other, instead of a port."""
 
 LAUNCHER = "IST_LAUNCHED"
-"""Set by `ist/launch/start.py`: its process id. It reports the errors of the ranks that it started."""
+"""Set by `ist/launch/start.py`: its process id. That process reports the errors of the ranks that it started."""
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-"""The file in which torchrun, and `ist/launch/start.py`, look for a rank's error."""
+"""Names the file in which torchrun and `ist/launch/start.py` look for a rank's error."""
 
 _ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 _PR_SET_PDEATHSIG = 1
@@ -36,8 +36,7 @@ def is_launched() -> bool:
     """Return whether a launcher gave this process a rank.
 
     Raises:
-        ConfigError: RANK and WORLD_SIZE are set, but cannot be a launcher's: they are no numbers, or no address comes
-            with them.
+        ConfigError: RANK and WORLD_SIZE are set, but are not valid numbers, or the rendezvous address is missing.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return False
@@ -46,31 +45,31 @@ def is_launched() -> bool:
         raise ConfigError(f"RANK is {rank} and WORLD_SIZE is {world_size}: ranks are 0 to WORLD_SIZE - 1. {_REMEDY}")
     missing = [name for name in _ADDRESS if name not in os.environ]
     if missing and PRIVATE_STORE not in os.environ and not _has_group():
-        raise ConfigError(f"RANK and WORLD_SIZE are set, but not {' and '.join(missing)}. {_REMEDY}")
+        raise ConfigError(f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} is missing. {_REMEDY}")
     return True
 
 
 _REMEDY = (
-    "Where no launcher started this process, they are left over in the shell: run 'unset RANK WORLD_SIZE'; else have "
-    "the launcher set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun does"
+    "Without a launcher, run 'unset RANK WORLD_SIZE'. With a launcher, set RANK, WORLD_SIZE, MASTER_ADDR and "
+    "MASTER_PORT, as torchrun does"
 )
 
 
 def is_rank_zero() -> bool:
-    """Return whether this process coordinates: rank 0 of a launched job, or the only process."""
+    """Return whether this process is the coordinator: rank 0 of a launched job, or the only process."""
     return not is_launched() or _number("RANK") == 0
 
 
 def is_started_by_ist() -> bool:
-    """Return whether `ist/launch/start.py` of the parent process started this one, and will report its error."""
+    """Return whether the parent process started this one by `ist/launch/start.py` and will report its error."""
     return os.environ.get(LAUNCHER) == str(os.getppid()) and ERROR_FILE in os.environ
 
 
 def is_repeated_elsewhere() -> bool:
-    """Return whether another rank on this machine surely finds the same fault in the input, and prints it.
+    """Return whether another rank on this machine certainly finds the same mistake in the input and prints it.
 
-    Variables alone do not show that: they may be left over in a shell. torchrun starts each rank in a session of its
-    own, as no shell does; srun gives every task its number.
+    Variables alone do not prove this, because a shell may have kept them. But torchrun starts each rank in its own
+    session, which no shell does, and srun numbers its tasks.
     """
     if not {"RANK", "WORLD_SIZE", "LOCAL_RANK", *_ADDRESS} <= os.environ.keys() or os.environ["LOCAL_RANK"] == "0":
         return False
@@ -80,17 +79,16 @@ def is_repeated_elsewhere() -> bool:
 
 
 def end_with_launcher() -> None:
-    """See to it that this process ends when the process that launched it does, whatever ended that one.
+    """End this process when its launcher ends, for any reason.
 
-    A rank that lives on would train for nobody, and write into a run that somebody resumes. One that a person started,
-    with the variables of a launcher, is left alone. A rank of `ist/launch/start.py`
-    is killed by the kernel, on Linux; elsewhere, and where another launcher may have started it from a thread that ends
-    sooner, a thread looks.
+    An orphaned rank would keep training, and write into a run that somebody resumes. A rank that a person started by
+    hand is not affected. On Linux, the kernel kills a rank of `ist/launch/start.py`. On other systems and with other
+    launchers, which may start a rank from a short-lived thread, a thread polls for the launcher.
     """
     has_address = PRIVATE_STORE in os.environ or os.environ.keys() >= {*_ADDRESS} or _has_group()
     if _watched or not has_address or not os.environ.keys() >= {"RANK", "WORLD_SIZE"}:
         return
-    # Ranks that somebody starts by hand are a shell's children, which may end while they go on (nohup).
+    # Ranks started by hand are children of a shell, which may end before them (nohup).
     if not os.environ.keys() & {LAUNCHER, "TORCHELASTIC_RUN_ID", "SLURM_STEP_ID"}:
         return
     parent = os.getppid()
@@ -99,7 +97,7 @@ def end_with_launcher() -> None:
         if os.getppid() == parent:
             return
     elif LAUNCHER in os.environ and PRIVATE_STORE in os.environ and not is_started_by_ist():
-        _end(parent)  # it ended before this process could ask
+        _end(parent)  # the launcher ended before prctl took effect
     _watched.append(parent)
     threading.Thread(target=_watch, args=(parent,), name="ist-launcher", daemon=True).start()
 
@@ -111,7 +109,7 @@ def _watch(parent: int) -> None:
 
 
 def _end(parent: int) -> None:
-    _log.error("rank %s: the process that launched it (%s) has ended, and so does this one", os.environ["RANK"], parent)
+    _log.error("rank %s: exiting, because its launcher (process %s) has ended", os.environ["RANK"], parent)
     os._exit(1)
 
 
@@ -119,10 +117,10 @@ def _number(name: str) -> int:
     try:
         return int(os.environ[name])
     except ValueError as error:
-        raise ConfigError(f"{name} is '{os.environ[name]}', which is no number. {_REMEDY}") from error
+        raise ConfigError(f"{name} is '{os.environ[name]}': expected a number. {_REMEDY}") from error
 
 
 def _has_group() -> bool:
-    """Whether the user's own program has formed a process group already: then no address is needed."""
+    """Whether the user's program has already formed a process group; then no address is needed."""
     distributed = sys.modules.get("torch.distributed")
     return distributed is not None and bool(distributed.is_available() and distributed.is_initialized())

@@ -1,7 +1,7 @@
-"""A limit on a worker's memory, which the operating system enforces, and torch's allocator on a GPU.
+"""A limit on a worker's memory, enforced by the operating system, or by torch's allocator on a GPU.
 
-Where it sits: `ist/runs/open.py` puts it around a worker's part of a run.
-Not here: how much memory was used (`ist/monitoring/meter.py`).
+Where it sits: `ist/runs/open.py` runs a worker's part of a run inside `limited_memory`.
+Not here: measuring memory (`ist/monitoring/meter.py`).
 """
 
 import gc
@@ -18,19 +18,20 @@ from ist.errors import ConfigError, MemoryLimitError, is_out_of_memory
 
 @contextmanager
 def limited_memory(limit_bytes: int | None, text: str, device: torch.device) -> Iterator[None]:
-    """Let this process allocate only so much where it computes, as long as the context lasts.
+    """Limit the memory that this process can allocate within the context.
 
-    On a CPU: so much beyond what it holds now (RLIMIT_DATA); the interpreter, libraries and data that are there already
-    do not count. On a GPU: so much of it; CUDA's own context does not count, nor does memory that is not the GPU's.
+    On a CPU, the limit applies to memory in addition to what the process holds now (RLIMIT_DATA): the interpreter,
+    libraries and loaded data do not count. On a GPU, it applies to the GPU's memory; CUDA's context and host memory do
+    not count.
 
     Args:
-        limit_bytes: The limit; None: there is none.
-        text: The limit as the configuration has it, for the message.
-        device: Where this process computes.
+        limit_bytes: The limit; None: no limit.
+        text: The limit as written in the configuration, for the message.
+        device: Device on which this process computes.
 
     Raises:
-        ConfigError: This system cannot enforce it.
-        MemoryLimitError: More was asked for.
+        ConfigError: This system cannot enforce a limit.
+        MemoryLimitError: The process tried to allocate more.
     """
     if limit_bytes is None:
         yield
@@ -41,8 +42,8 @@ def limited_memory(limit_bytes: int | None, text: str, device: torch.device) -> 
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error):
                 raise MemoryLimitError(
-                    f"a worker needs more memory than 'pool.memory_limit' ({text}) gives it: use a narrower network, "
-                    "or more workers by IST, each of which holds a smaller part of it"
+                    f"a worker needs more memory than 'pool.memory_limit' ({text}) allows: use a narrower network, "
+                    "or, with method ist, more workers, each of which holds a smaller part"
                 ) from error
             raise
 
@@ -61,10 +62,10 @@ def _limited_gpu(limit_bytes: int, device: torch.device) -> Iterator[None]:
 def _limited_process(limit_bytes: int, text: str) -> Iterator[None]:
     if sys.platform != "linux":
         raise ConfigError(
-            f"'pool.memory_limit' is '{text}', but only Linux limits a process's own memory: leave it out"
+            f"'pool.memory_limit' is '{text}', but only Linux can limit the memory of a process: leave it out"
         )
     before = resource.getrlimit(resource.RLIMIT_DATA)
-    gc.collect()  # what is garbage now would be so much more than the limit when it is freed
+    gc.collect()  # garbage that is freed later would raise the effective limit
     allowed = _data_bytes() + limit_bytes
     if before[1] != resource.RLIM_INFINITY:
         allowed = min(allowed, before[1])
@@ -77,9 +78,9 @@ def _limited_process(limit_bytes: int, text: str) -> Iterator[None]:
 
 @contextmanager
 def lifted_limit() -> Iterator[None]:
-    """Let this process allocate beyond its limit for what is no part of training: files that are written.
+    """Suspend the limit within the context, for work that is not training, such as writing files.
 
-    safetensors ends the process, without an error, where it gets no memory.
+    If an allocation fails, safetensors ends the process without an error.
     """
     before = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (before[1], before[1]))

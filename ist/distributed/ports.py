@@ -1,8 +1,8 @@
-"""The ports of a rank: on which interfaces it listens, and shut as soon as everybody is there.
+"""The ports of a rank: refuse public interfaces, and close ports once all ranks are connected.
 
-Where it sits: `ist/distributed/process_group.py` asks here before it forms the process group, and forms it inside
-`briefly_open`.
-Not here: ports that torchrun opens before a rank runs. What remains exposed is in SECURITY.md.
+Where it sits: `ist/distributed/process_group.py` calls `refuse_public` before it forms the process group, and forms the
+group inside `closed_afterwards`.
+Not here: ports that torchrun opens before a rank runs. SECURITY.md lists what remains exposed.
 """
 
 import ctypes
@@ -26,14 +26,14 @@ _RECORD_BYTES = 40  # struct ifreq: name, 16 bytes; family and port, 4; IPv4 add
 
 
 @dataclass(frozen=True)
-class Door:
-    """Where something of this rank can be reached.
+class Listener:
+    """An address on which this rank, or torchrun for this rank, will listen.
 
     Attributes:
         what: What listens, and why there; the beginning of a sentence.
-        interface: Name of the network interface, or '' where it is not known.
-        address: Its address.
-        remedy: How to have it listen elsewhere.
+        interface: Name of the network interface; '' if unknown.
+        address: The address.
+        remedy: How to make it listen elsewhere.
     """
 
     what: str
@@ -43,52 +43,55 @@ class Door:
 
 
 def refuse_public(backend: str) -> None:
-    """See to it that this rank will not listen where anybody can connect.
+    """Check that this rank will not listen on a public address.
 
     Args:
         backend: 'gloo' or 'nccl'.
 
     Raises:
-        ConfigError: It would; the message names address and interface.
+        ConfigError: It would; the message names the address and the interface.
     """
-    for door in doors(backend):
-        if is_public(door.address):
-            where = f"{door.interface} ({door.address})" if door.interface else door.address
+    for listener in listeners(backend):
+        if is_public(listener.address):
+            where = f"{listener.interface} ({listener.address})" if listener.interface else listener.address
             raise ConfigError(
-                f"{door.what} on {where}, a public address: {door.remedy}, or pass --allow-insecure "
-                "(pool.allow_insecure: true) where a firewall lets only this run's machines connect"
+                f"{listener.what} on {where}, a public address: {listener.remedy}, or pass --allow-insecure "
+                "(pool.allow_insecure: true) if a firewall lets only this run's machines connect"
             )
 
 
 def is_public(address: str) -> bool:
-    """Return whether an address is reachable from the whole internet, as far as the address tells."""
+    """Return whether an address belongs to the public internet, judged by the address alone."""
     return ipaddress.ip_address(address.partition("%")[0]).is_global
 
 
-def doors(backend: str) -> list[Door]:
-    """Return where this rank, and torchrun on its behalf, will listen while the group is formed."""
+def listeners(backend: str) -> list[Listener]:
+    """Return the addresses on which this rank, or torchrun for it, listens while the group is formed."""
     variable = "GLOO_SOCKET_IFNAME" if backend == "gloo" else "NCCL_SOCKET_IFNAME"
     wanted = [name for name in os.environ.get(variable, "").split(",") if name]
     exposed = _gloo_addresses(wanted) if backend == "gloo" else _nccl_addresses(wanted)
     remedy = f"name an interface with a private address in {variable}"
-    found = [Door(f"{backend} would listen", *where, remedy) for where in exposed]
+    found = [Listener(f"{backend} would listen", *where, remedy) for where in exposed]
     if PRIVATE_STORE in os.environ:
         return found
     if "TORCHELASTIC_RUN_ID" in os.environ:
         if os.environ.get("GROUP_RANK") == "0":
             what = "torchrun's rendezvous store listens on all interfaces of this machine, so"
-            remedy = "start torchrun on machines without one (on a single machine, use ist train without torchrun)"
-            found += [Door(what, *where, remedy) for where in addresses()]
+            remedy = (
+                "start torchrun on machines without a public address (on a single machine, use ist train without "
+                "torchrun)"
+            )
+            found += [Listener(what, *where, remedy) for where in addresses()]
     elif os.environ.get("RANK") == "0":
-        remedy = "let MASTER_ADDR be a private address of this machine"
+        remedy = "set MASTER_ADDR to a private address of this machine"
         own = _store_address()
         where_to = addresses() if own is None else [("", own)]
-        found += [Door("the rendezvous store would listen", *where, remedy) for where in where_to]
+        found += [Listener("the rendezvous store would listen", *where, remedy) for where in where_to]
     return found
 
 
 def addresses() -> list[tuple[str, str]]:
-    """Return (interface, address) for every address of this machine, as far as the system tells."""
+    """Return (interface, address) for every address of this machine that the system reports."""
     if sys.platform != "linux":
         return [("", address) for address in _resolved(socket.gethostname())]
     import fcntl
@@ -107,11 +110,11 @@ def addresses() -> list[tuple[str, str]]:
 
 
 def store_socket() -> socket.socket | None:
-    """Return a socket that listens at MASTER_ADDR and MASTER_PORT, and nowhere else.
+    """Return a socket that listens on MASTER_ADDR and MASTER_PORT only.
 
     Returns:
-        None where that is not possible: it is no address of this machine (a forwarded one), or it is the loopback of a
-        host name that other machines resolve otherwise.
+        None if that is not possible: MASTER_ADDR is not an address of this machine (a forwarded one), or is the
+        loopback address of a host name that other machines resolve differently.
 
     Raises:
         OSError: The port is in use.
@@ -123,12 +126,12 @@ def store_socket() -> socket.socket | None:
 
 
 @contextmanager
-def briefly_open() -> Iterator[None]:
-    """Shut the ports that are opened in the body, at its end: later connections get no answer.
+def closed_afterwards() -> Iterator[None]:
+    """Close ports that the body opens when the body ends: later connections get no answer. Linux only.
 
-    Gloo accepts whoever connects for as long as the process lives, and ends the process when it has no file
-    descriptors left. Nobody has to connect once all ranks are there; what is connected stays so. The number of
-    descriptors is raised to what the system permits, for those who connect until then. Only on Linux.
+    Gloo accepts any connection for the lifetime of the process, and ends the process if file descriptors run out. Once
+    all ranks are connected, nobody else needs to connect; open connections stay open. Until then, the limit on file
+    descriptors is raised to the system's maximum.
     """
     if sys.platform != "linux":
         yield
@@ -147,9 +150,9 @@ def briefly_open() -> Iterator[None]:
 
 
 def _listening() -> Iterator[tuple[int, socket.socket]]:
-    """Yield the inode and a copy, closed afterwards, of every TCP socket on which this process listens."""
+    """Yield the inode and a duplicate (closed afterwards) of every TCP socket on which this process listens."""
     for descriptor in Path("/proc/self/fd").iterdir():
-        with suppress(OSError):  # closed meanwhile, or not asked this way
+        with suppress(OSError):  # closed in the meantime, or not a socket
             status = os.fstat(int(descriptor.name))
             if not stat.S_ISSOCK(status.st_mode):
                 continue
@@ -160,15 +163,15 @@ def _listening() -> Iterator[tuple[int, socket.socket]]:
 
 
 def _drop_everything(listener: socket.socket) -> None:
-    """Have the kernel drop every packet for a listening socket; its owner need not know, and connections stay."""
-    program = struct.pack("HBBI", 0x06, 0, 0, 0)  # one instruction of the packet filter: return 0 bytes of it
-    held = ctypes.create_string_buffer(program, len(program))
-    with suppress(OSError):  # a sandbox may not have packet filters: then the port stays open, as SECURITY.md says
-        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(held)))
+    """Make the kernel drop every packet for a listening socket; its owner does not notice, connections stay open."""
+    program = struct.pack("HBBI", 0x06, 0, 0, 0)  # one instruction of the packet filter: accept 0 bytes of the packet
+    buffer = ctypes.create_string_buffer(program, len(program))
+    with suppress(OSError):  # a sandbox may forbid packet filters: then the port stays open, as SECURITY.md says
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(buffer)))
 
 
 def _gloo_addresses(wanted: list[str]) -> list[tuple[str, str]]:
-    """The first address of each interface; without names, the first address of the host name that is this machine's."""
+    """The first address of each named interface; without names, the first local address of the host name."""
     if wanted:
         by_name = dict(reversed(addresses()))
         return [(name, by_name[name]) for name in wanted if name in by_name]
@@ -176,7 +179,7 @@ def _gloo_addresses(wanted: list[str]) -> list[tuple[str, str]]:
 
 
 def _nccl_addresses(wanted: list[str]) -> list[tuple[str, str]]:
-    """Interfaces that begin with one of the names, or '=name' for one, '^name' for all but those."""
+    """Interfaces selected by NCCL's rules: a name is a prefix, '=name' is exact, '^name' excludes."""
     if not wanted or wanted[0].startswith("^"):
         return addresses()
     return [

@@ -1,1 +1,1 @@
-"""Start the processes of a run on one machine, on its own network or on hosts with links of a chosen rate."""
+"""Start the processes of a run on one machine: directly, or on simulated hosts whose links have a chosen rate."""

@@ -1,12 +1,12 @@
-"""Hosts on one machine: Linux network namespaces, joined by a switch over links of a given rate.
+"""Simulated hosts on one machine: Linux network namespaces, connected by a switch over links of a given rate.
 
-A namespace lives as long as a process in it. Here that is a `cat` that reads from a pipe of the process that made the
-host: when that process ends, whatever ended it, the pipe closes, `cat` ends, and the kernel takes namespace, interfaces
-and queues away. Nothing has a name that could stay behind. What runs on a host is killed when its parent ends.
+Where it sits: `ist/launch/lab_run.py`, benchmarks and tests run commands on hosts.
+Law: nothing is left behind. A namespace exists as long as a process in it. Here that process is a `cat` that reads from
+a pipe of the process that created the host. When that process ends for any reason, the pipe closes, `cat` ends, and the
+kernel removes the namespace, its interfaces and queues. A command that runs on a host is killed when its parent ends.
+Not here: packet delay and loss; several machines.
 
-Where it sits: `ist/launch/lab_run.py`, benchmarks and tests run things on hosts.
-Needs Linux, iproute2 and util-linux, and the kernel's tbf; root, or a kernel that lets users make user namespaces.
-Not here: delay and loss of packets; more than one machine.
+Needs Linux, iproute2, util-linux, and the kernel's tbf; and root, or a kernel that allows user namespaces.
 """
 
 import json
@@ -25,7 +25,7 @@ from ist.errors import LabError
 INTERFACE = "veth0"
 """Every host's interface to the switch."""
 
-_SYSTEM_FOLDERS = "/usr/sbin:/sbin"  # where tc is, and not on every user's PATH
+_SYSTEM_FOLDERS = "/usr/sbin:/sbin"  # contain tc, and are not on every user's PATH
 _FRAME_BYTES = 1514
 _BURST_S = 0.004
 _QUEUE_S = 0.4
@@ -36,7 +36,7 @@ _LIMITS = {
     "kernel/apparmor_restrict_unprivileged_userns": "1",  # Ubuntu
     "user/max_user_namespaces": "0",
 }
-"""Settings under /proc/sys, and the value with which users may not make user namespaces."""
+"""Settings under /proc/sys, and the value that forbids user namespaces."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Host:
     """A namespace with one interface.
 
     Attributes:
-        name: For messages.
-        address: Of its interface; private.
-        pid: The process that holds the namespace.
-        own_user: Whether it is in a user namespace that was made for it.
+        name: Name for messages.
+        address: Private address of its interface.
+        pid: The process that keeps the namespace alive.
+        own_user: Whether the host is in its own user namespace.
     """
 
     name: str
@@ -56,15 +56,15 @@ class Host:
     own_user: bool
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """Return the command line that runs `arguments` on this host; killed when the process that starts it ends."""
+        """Return the command line that runs `arguments` on this host; the command is killed when its parent ends."""
         return command_in(Path(f"/proc/{self.pid}/ns"), self.own_user, arguments)
 
     def counters(self) -> dict[str, int]:
-        """Return what the interface has sent (`tx`) and received (`rx`) so far, in bytes.
+        """Return the bytes that the interface has sent (`tx`) and received (`rx`) so far.
 
-        The kernel shows the same numbers in /sys/class/net, but there only to whoever mounts it inside the namespace.
-        It hands up to 64 kB to such an interface in one piece, which then counts with the headers of one frame: see
-        `wire_bytes`.
+        The kernel hands up to 64 kB to such an interface at once and counts the headers of only one frame; for the
+        bytes on the link see `wire_bytes`. (/sys/class/net has the same numbers, but only if it is mounted inside the
+        namespace.)
 
         Raises:
             LabError: The host is gone.
@@ -72,29 +72,29 @@ class Host:
         try:
             lines = Path(f"/proc/{self.pid}/net/dev").read_text().splitlines()
         except OSError as error:
-            raise LabError(f"{self.name} is gone: its counters cannot be read") from error
+            raise LabError(f"{self.name}: the host is gone, so its counters cannot be read") from error
         (values,) = [line.split(":")[1].split() for line in lines if line.strip().startswith(f"{INTERFACE}:")]
         return {"tx": int(values[8]), "rx": int(values[0])}
 
     def wire_bytes(self) -> int:
-        """Return what has gone out onto the link so far, in bytes: frames of at most 1,514, each with its headers.
+        """Return the bytes that this host has sent onto its link so far, in frames of at most 1,514 bytes with headers.
 
-        That is what the link's rate is held against, and what the counter of a real interface card would show.
+        The link's rate applies to these bytes, and the counter of a real network card would show them.
 
         Raises:
-            LabError: The host is gone, or has a link of no rate.
+            LabError: The host is gone, or its link has no rate.
         """
         shown = _run(self.command(["tc", "-statistics", "-json", "qdisc", "show", "dev", INTERFACE]))
         counted = [queue["bytes"] for queue in json.loads(shown) if queue["kind"] == "tbf"]
         if not counted:
-            raise LabError(f"{self.name} has a link of no rate, on which bytes are not counted")
+            raise LabError(f"{self.name}: bytes are not counted on a link without a rate")
         return int(counted[0])
 
 
 def why_not() -> str | None:
-    """Return why hosts cannot be had here, or None; tries to make one."""
+    """Return the reason why hosts cannot be created on this machine, or None; tries to create one."""
     if sys.platform != "linux":
-        return f"hosts are network namespaces of Linux, and this is {sys.platform}"
+        return f"hosts need network namespaces of Linux, and this system is {sys.platform}"
     missing = [tool for tool in _TOOLS if shutil.which(tool, path=_environment()["PATH"]) is None]
     if missing:
         packages = ", ".join(sorted({_TOOLS[tool] for tool in missing}))
@@ -109,18 +109,18 @@ def why_not() -> str | None:
         found = [name for name, file in files.items() if file.exists() and file.read_text().strip() == _LIMITS[name]]
         settings = "".join(f"; {name.replace('/', '.')} is {_LIMITS[name]}" for name in found)
         return (
-            "network namespaces need root (CAP_SYS_ADMIN and CAP_NET_ADMIN), or a user namespace, which is not "
-            f"permitted here: {error}{settings}"
+            "network namespaces need root (CAP_SYS_ADMIN and CAP_NET_ADMIN) or a user namespace, and user namespaces "
+            f"are not permitted here: {error}{settings}"
         )
 
 
 @contextmanager
 def hosts(number: int, link: Link | None = None) -> Iterator[list[Host]]:
-    """Make hosts that can reach each other, for as long as the body runs.
+    """Create hosts that can reach each other; they exist while the body runs.
 
     Args:
-        number: How many, 1 to 250.
-        link: Of each host to the switch; None: as fast as the kernel.
+        number: Number of hosts, 1 to 250.
+        link: Link of each host to the switch; None: no limit on the rate.
 
     Raises:
         LabError: The kernel refuses; see `why_not`.
@@ -145,31 +145,31 @@ def hosts(number: int, link: Link | None = None) -> Iterator[list[Host]]:
 
 
 def command_in(namespaces: Path, own_user: bool, arguments: Sequence[str]) -> list[str]:
-    """Return the command line that runs `arguments` in namespaces; killed when the process that starts it ends.
+    """Return the command line that runs `arguments` in namespaces; the command is killed when its parent ends.
 
     Args:
-        namespaces: Their folder under /proc, or a link to it.
-        own_user: Whether a user namespace is to be entered too.
-        arguments: What to run.
+        namespaces: Folder of the namespaces under /proc, or a link to it.
+        own_user: Whether to enter the user namespace too.
+        arguments: The command to run.
     """
     user = [f"--user={namespaces}/user", "--preserve-credentials"] if own_user else []
-    # The signal is asked for after nsenter, whose change of credentials would undo it.
+    # setpriv comes after nsenter, whose change of credentials would reset the signal.
     return ["nsenter", *user, f"--net={namespaces}/net", "--", "setpriv", "--pdeathsig", "KILL", "--", *arguments]
 
 
 def run_ranks(where: Sequence[Host], arguments: Sequence[str], timeout_s: float) -> list[str]:
-    """Run a command as one rank on every host, as torchrun over several nodes would.
+    """Run a command as one rank on every host, like torchrun on several nodes.
 
     Args:
         where: Rank r runs on the r-th host; rank 0's address is the rendezvous.
         arguments: The command.
-        timeout_s: After so many seconds all ranks are killed.
+        timeout_s: After this many seconds all ranks are killed.
 
     Returns:
-        Every rank's stderr.
+        The stderr of every rank.
 
     Raises:
-        LabError: A rank failed; the message holds what it said.
+        LabError: A rank failed; the message contains its stderr.
     """
     environments = [
         {
@@ -188,14 +188,14 @@ def run_ranks(where: Sequence[Host], arguments: Sequence[str], timeout_s: float)
 def run_everywhere(
     where: Sequence[Host], arguments: Sequence[str], environments: Sequence[Mapping[str, str]], timeout_s: float
 ) -> list[str]:
-    """Run a command on every host at the same time, each with variables of its own.
+    """Run a command on every host at the same time, each with its own environment variables.
 
     Returns:
-        What each wrote to stderr.
+        The stderr of each.
 
     Raises:
-        LabError: One failed; the message holds what it said.
-        subprocess.TimeoutExpired: One was not done in time; all are killed.
+        LabError: One failed; the message contains its stderr.
+        subprocess.TimeoutExpired: One did not finish in time; all are killed.
     """
     processes = [
         subprocess.Popen(
@@ -208,19 +208,19 @@ def run_everywhere(
         for host, environment in zip(where, environments, strict=True)
     ]
     try:
-        said = [process.communicate(timeout=timeout_s)[1] for process in processes]
+        outputs = [process.communicate(timeout=timeout_s)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.wait()
-    for host, process, text in zip(where, processes, said, strict=True):
+    for host, process, text in zip(where, processes, outputs, strict=True):
         if process.returncode != 0:
-            raise LabError(f"{host.name} ended with {process.returncode}:\n{text[-3000:]}")
-    return said
+            raise LabError(f"{host.name}: the command exited with code {process.returncode}:\n{text[-3000:]}")
+    return outputs
 
 
 def _needs_user_namespace() -> bool:
-    """Whether this process lacks what making network namespaces takes; in a user namespace of its own it has it."""
+    """Whether this process may not create network namespaces; inside its own user namespace it may."""
     status = Path("/proc/self/status").read_text().splitlines()
     (effective,) = [int(line.split()[1], 16) for line in status if line.startswith("CapEff:")]
     return effective & _CAPABILITIES != _CAPABILITIES
@@ -228,9 +228,9 @@ def _needs_user_namespace() -> bool:
 
 @contextmanager
 def _held(unshare: Sequence[str], setup: str) -> Iterator[int]:
-    """Make a namespace, run a line of shell in it, and hold it; yields the holder's process id."""
+    """Create a namespace, run a shell command in it, and keep it alive; yields the process id of its holder."""
     line = f"({setup}) && echo made && exec cat"
-    # In a session of its own, so that an interrupt from the terminal leaves it to be read from.
+    # In its own session, so that an interrupt from the terminal does not end it before its counters are read.
     with subprocess.Popen(
         [*unshare, "sh", "-c", line],
         stdin=subprocess.PIPE,
@@ -243,15 +243,15 @@ def _held(unshare: Sequence[str], setup: str) -> Iterator[int]:
         try:
             assert holder.stdout is not None
             if holder.stdout.readline() != "made\n":
-                _, said = holder.communicate()
-                raise LabError(f"{' '.join(unshare)}: {said.strip()}")
+                _, stderr = holder.communicate()
+                raise LabError(f"{' '.join(unshare)}: {stderr.strip()}")
             yield holder.pid
         finally:
             holder.kill()
 
 
 def _plug(switch: int, host: Host, port: str) -> None:
-    """Join a host to the switch."""
+    """Connect a host to the switch."""
     in_switch = command_in(Path(f"/proc/{switch}/ns"), host.own_user, ["ip", "-batch", "-"])
     _run(
         in_switch,
@@ -264,10 +264,10 @@ def _plug(switch: int, host: Host, port: str) -> None:
 
 
 def _shape(enter: Sequence[str], device: str, rate_mbit: float) -> None:
-    """Let no more than a rate out of an interface.
+    """Limit the rate at which an interface sends.
 
-    What may pass at once, after a pause, is what the rate makes in a few milliseconds, for this process's machine may
-    not run it sooner; but a few frames.
+    The burst is the amount of a few milliseconds, because the kernel may not run the queue more often, but at least a
+    few frames.
     """
     bytes_per_s = rate_mbit * 1e6 / 8
     burst = max(4 * _FRAME_BYTES, int(bytes_per_s * _BURST_S))
@@ -280,8 +280,8 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:{_SYSTEM_FOLDERS}"}
 
 
-def _run(command: Sequence[str], said: str = "") -> str:
-    done = subprocess.run(command, input=said, capture_output=True, text=True, env=_environment(), check=False)
+def _run(command: Sequence[str], stdin: str = "") -> str:
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, env=_environment(), check=False)
     if done.returncode != 0:
         raise LabError(f"{' '.join(command)}: {done.stderr.strip()}")
     return done.stdout

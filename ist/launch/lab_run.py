@@ -1,6 +1,7 @@
-"""Start the processes of a run on hosts of the lab, one a host, and count what crosses their links.
+"""Start the processes of a run on simulated hosts, one per host, and count the bytes on their links.
 
-Where it sits: `ist/cli/main.py` comes here where `pool.link` is set, instead of to `ist/launch/start.py`.
+Where it sits: `ist/cli/main.py` calls `launch_on_hosts` if `pool.link` is set; it calls `ist/launch/start.py`.
+Not here: the hosts themselves (`ist/launch/lab_hosts.py`).
 """
 
 from ist.config.link_rate import parse_link
@@ -12,26 +13,26 @@ from ist.storage.run_folder import RunFolder
 
 
 def check_hosts(config: Config) -> None:
-    """Check that the hosts of a run can be made here, if it has any.
+    """Check that the simulated hosts of a run, if it has any, can be created on this machine.
 
     Raises:
-        ConfigError: They cannot; the message says why.
+        ConfigError: They cannot; the message gives the reason.
     """
     if config.pool.link is not None and (reason := why_not()):
         raise ConfigError(f"'pool.link' (--link) is '{config.pool.link}', but {reason}")
 
 
 def launch_on_hosts(config: Config, folder: RunFolder, resume: bool) -> None:
-    """Run a job's processes until they are done, each on a host of its own that is made for this run.
+    """Run the processes of a job to their end, each on its own simulated host that exists for this run.
 
-    The run's result gets `link`, and `wire_bytes`: what all hosts sent, headers included. A resumed run has no
-    `wire_bytes`, for what was counted before is gone.
+    The run's result gets `link`, and `wire_bytes`: the bytes that all hosts sent, including headers. A resumed run has
+    no `wire_bytes`, because the earlier count is lost.
 
     Raises:
-        LabError: The hosts could not be made.
+        LabError: The hosts could not be created.
         WorkerLostError: A process died; the message names its rank.
-        ISTError: A process stopped with an error; the message is its own.
-        InterruptedRunError: The user interrupted it, or it was told to end.
+        ISTError: A process ended with an error; this is that error.
+        InterruptedRunError: The user or a signal ended the run.
     """
     assert config.pool.link is not None
     with hosts(num_processes(config), parse_link(config.pool.link)) as where:

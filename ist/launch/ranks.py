@@ -1,8 +1,8 @@
-"""The processes of one machine: started, watched until they are done, and ended together.
+"""Start the ranks of one machine, wait for them, and end them together.
 
-Where it sits: `ist/launch/start.py` says what to run, and turns deaths into the error that is told.
-Law: when `run_ranks` returns or raises, no process that it started is alive. When this process is killed, they end by
-themselves (`ist/distributed/environment.py`).
+Where it sits: `ist/launch/start.py` passes the commands, and turns failed ranks into the error that is reported.
+Law: when `run_ranks` returns or raises, no process that it started is alive. If this process is killed, the ranks end
+by themselves (`ist/distributed/environment.py`).
 Not here: several machines (torchrun).
 """
 
@@ -27,35 +27,35 @@ _GRACE_S = 5.0
 
 @dataclass(frozen=True)
 class Death:
-    """How a rank ended.
+    """How a rank ended unsuccessfully.
 
     Attributes:
-        rank: Its number.
+        rank: The rank.
         return_code: Its exit code, or minus the number of the signal that killed it.
-        was_told: Whether it had been told to end, because another had failed.
-        was_paused: Whether it was stopped (SIGSTOP) when another failed; known on Linux.
+        was_terminated: Whether this launcher had already terminated it, because another rank had failed.
+        was_paused: Whether it was stopped (SIGSTOP) when another rank failed; known on Linux only.
     """
 
     rank: int
     return_code: int
-    was_told: bool
+    was_terminated: bool
     was_paused: bool
 
 
 def run_ranks(commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]]) -> list[Death]:
-    """Run one process a rank until all have ended well, or one has failed and the others are ended.
+    """Run one process per rank until all have succeeded, or until one has failed; then end the others.
 
-    Each is in a session of its own: what a terminal sends reaches this process alone, which then ends them.
+    Each process is in its own session: signals from a terminal reach only this process, which then ends the ranks.
 
     Args:
         commands: The command line of every rank.
-        environments: The variables of every rank, all of them.
+        environments: The complete environment of every rank.
 
     Returns:
-        The ranks that did not end well, in the order in which they ended.
+        The ranks that failed, in the order in which they ended.
 
     Raises:
-        PoolError: The system starts no more processes.
+        PoolError: The system could not start a process.
     """
     running: dict[int, _Process] = {}
     deaths: list[Death] = []
@@ -65,7 +65,7 @@ def run_ranks(commands: Sequence[Sequence[str]], environments: Sequence[Mapping[
         while running and not deaths:
             deaths += _reap(running)
             time.sleep(_POLL_S)
-        # What failed because of it, or caused it and takes longer to end, is heard out for a moment.
+        # Wait a moment for ranks that failed as a consequence, or that are the cause and end later.
         settled = time.monotonic() + _SETTLE_S
         while running and time.monotonic() < settled:
             deaths += _reap(running)
@@ -83,35 +83,35 @@ def _start(rank: int, command: Sequence[str], environment: Mapping[str, str]) ->
         raise PoolError(f"rank {rank} could not be started: {error}") from error
 
 
-def _reap(running: dict[int, _Process], told: bool = False, paused: Set[int] = frozenset()) -> list[Death]:
-    """Take out of `running` those that have ended, and return those that failed."""
+def _reap(running: dict[int, _Process], terminated: bool = False, paused: Set[int] = frozenset()) -> list[Death]:
+    """Remove processes that have ended from `running`, and return those that failed."""
     ended = {rank: code for rank, process in running.items() if (code := process.poll()) is not None}
     for rank in ended:
         del running[rank]
-    return [Death(rank, code, told, rank in paused) for rank, code in ended.items() if code != 0]
+    return [Death(rank, code, terminated, rank in paused) for rank, code in ended.items() if code != 0]
 
 
 def _end(running: dict[int, _Process], paused: Set[int]) -> list[Death]:
-    """End all that run, and what they started; return how those ended that did not end well."""
+    """End all running ranks and their child processes; return those that failed."""
     deaths: list[Death] = []
     try:
         _signal(running, signal.SIGTERM)
-        _signal(running, signal.SIGCONT)  # what is paused cannot end
+        _signal(running, signal.SIGCONT)  # a paused process cannot end
         deadline = time.monotonic() + _GRACE_S
         while running and time.monotonic() < deadline:
-            deaths += _reap(running, told=True, paused=paused)
+            deaths += _reap(running, terminated=True, paused=paused)
             time.sleep(_POLL_S)
-    finally:  # also where a second signal has come
+    finally:  # also after a second signal
         _signal(running, signal.SIGKILL)
         for process in running.values():
             process.wait()
-        deaths += _reap(running, told=True, paused=paused)
+        deaths += _reap(running, terminated=True, paused=paused)
     return deaths
 
 
 def _signal(running: Mapping[int, _Process], number: signal.Signals) -> None:
     for process in running.values():
-        with suppress(ProcessLookupError):  # ended meanwhile
+        with suppress(ProcessLookupError):  # it has ended in the meantime
             os.killpg(process.pid, number)
 
 

@@ -1,16 +1,16 @@
-"""How a command ends: exit codes, and the signals that tell it to end.
+"""Exit codes of a command, and the signals that end it.
 
-| exit code | when |
+| exit code | meaning |
 | --- | --- |
-| 0 | all is done |
-| 1 | the run failed; a rank that was killed is a failure too |
-| 2 | the input cannot be run |
-| 129, 130, 131, 143 | this command was told to end, by SIGHUP, SIGINT (Ctrl-C), SIGQUIT or SIGTERM |
+| 0 | success |
+| 1 | the run failed; a killed rank is a failure too |
+| 2 | the input is not valid |
+| 129, 130, 131, 143 | SIGHUP, SIGINT (Ctrl-C), SIGQUIT or SIGTERM ended the command |
 
-All but 0 come with a line `error: ...`; for a run that was ended it says how to resume. A signal that was ignored when
-the command started (`nohup`, a job in the background of a script) stays ignored.
+With any code but 0 the command prints a line `error: ...`; for an interrupted run, this line says how to resume it. A
+signal that was ignored when the command started (`nohup`, a background job of a script) stays ignored.
 
-Where it sits: `ist/cli/main.py` puts `stop_signals` around a command; pools and launchers ask here for texts and codes.
+Where it sits: `ist/cli/main.py` runs each command inside `stop_signals`; pools and launchers get texts and codes here.
 Not here: how ranks are ended (`ist/launch/ranks.py`).
 """
 
@@ -28,13 +28,13 @@ from types import FrameType
 from ist.errors import ConfigError, DataError, InterruptedRunError, ISTError, ModelError
 
 STOP_SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM)
-"""What tells a command to end, and can be caught."""
+"""Signals that end a command and can be caught."""
 
 _NATIVE_CODE_S = 2.0
 
 
 class Stopped(BaseException):
-    """A signal told this process to end; no `Exception`, so that nothing takes it for an error of its own."""
+    """A signal ended this process. Not an `Exception`, so that no handler mistakes it for an ordinary error."""
 
     def __init__(self, number: signal.Signals) -> None:
         super().__init__(number.name)
@@ -46,7 +46,7 @@ def exit_code(error: ISTError, received: list[signal.Signals]) -> int:
 
     Args:
         error: The error.
-        received: The signals that told the command to end, as `stop_signals` gives them.
+        received: The stop signals that the command received, from `stop_signals`.
     """
     if isinstance(error, InterruptedRunError):
         return 128 + (received[0] if received else signal.SIGINT)
@@ -54,7 +54,7 @@ def exit_code(error: ISTError, received: list[signal.Signals]) -> int:
 
 
 def signal_of(return_code: int) -> signal.Signals | None:
-    """Return the signal of which a child process ended, or was told to end, from its return code; None: it was none."""
+    """Return the signal that ended a child process, from its return code; None if no signal did."""
     number = -return_code if return_code < 0 else return_code - 128
     with suppress(ValueError):
         found = signal.Signals(number)
@@ -63,31 +63,31 @@ def signal_of(return_code: int) -> signal.Signals | None:
 
 
 def stopped_text(stopped: BaseException, folder: Path | None) -> str:
-    """Return what is said of a run that a signal ended: which signal, and how to go on with the run.
+    """Return the message about a run that a signal ended: which signal, and how to resume the run.
 
     Args:
-        stopped: A `Stopped`, or a KeyboardInterrupt.
-        folder: The run folder; None: there is nothing to go on with.
+        stopped: A `Stopped` or a KeyboardInterrupt.
+        folder: The run folder; None: there is no run to resume.
     """
     name = stopped.number.name if isinstance(stopped, Stopped) else "SIGINT"
     what = "interrupted" if name == "SIGINT" else f"ended by {name}"
-    return f"{what}. Go on with: {resume_command(folder)}" if folder else what
+    return f"{what}. Resume with: {resume_command(folder)}" if folder else what
 
 
 def resume_command(folder: Path) -> str:
-    """Return the command that goes on with a run."""
+    """Return the command that resumes a run."""
     return f"ist train --resume {shlex.quote(str(folder))}"
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-    """Have the signals that tell a command to end raise `Stopped` in the main thread, except those that are ignored.
+    """Make stop signals raise `Stopped` in the main thread, except signals that are ignored.
 
-    Python runs a handler only between two of its own instructions: where the main thread is in native code for
-    longer, such as waiting for a peer that does not answer, the process is ended all the same.
+    Python runs a handler only between two of its own instructions. If the main thread stays in native code, for example
+    waiting for a peer that does not answer, a thread ends the process.
 
-    Returns:
-        The signals that have come, in order.
+    Yields:
+        The signals received so far, in order.
     """
     received: list[signal.Signals] = []
     if threading.current_thread() is not threading.main_thread():
@@ -108,7 +108,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 
     def leave() -> None:
         for number in heeded:
-            if signal.getsignal(number) is stop:  # the user's program may have set its own since
+            if signal.getsignal(number) is stop:  # the user's program may have installed its own handler
                 signal.signal(number, before[number])
         signal.set_wakeup_fd(former)
         heeded.clear()
@@ -117,7 +117,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
         leave()
         _restore(masks)
 
-    # A data loader's worker, forked, ends as it would without this; until that is so it gets no signal.
+    # A forked child, such as a data loader's worker, gets the former handlers; until then its signals are blocked.
     os.register_at_fork(
         before=lambda: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, heeded)),
         after_in_parent=lambda: _restore(masks),
@@ -135,7 +135,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 
 
 def ignore_stop_signals() -> None:
-    """Let nothing interrupt the last words of a command that is ending."""
+    """Ignore further stop signals, so that the command can print its error."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -145,7 +145,7 @@ def _restore(masks: list[set[int]]) -> None:
 
 
 def _end_anyway(read_end: int, received: list[signal.Signals], handler: Callable[..., None]) -> None:
-    """End the process where a signal has come and its handler does not run."""
+    """End the process if a signal has arrived but its handler does not run."""
     while number := os.read(read_end, 1):
         if number[0] not in STOP_SIGNALS:
             continue

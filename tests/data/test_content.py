@@ -147,7 +147,7 @@ def test_every_rank_refuses_to_start_with_different_training_data(monkeypatch: p
     ours, theirs, fewer = (content(data(size, seed=seed), 3) for size, seed in ((100, 1), (100, 2), (90, 1)))
 
     assert agreed(monkeypatch, [(ours, NOTHING)] * 3, rank) == 7
-    with pytest.raises(DataError, match=r"training data of rank 2 are not those of rank 0: sample 0 is another one"):
+    with pytest.raises(DataError, match=r"training data of rank 2 .*sample 0"):
         agreed(monkeypatch, [(ours, NOTHING), (ours, NOTHING), (theirs, NOTHING)], rank)
     with pytest.raises(DataError, match="rank 1 has 90 training samples, rank 0 has 100"):
         agreed(monkeypatch, [(ours, NOTHING), (fewer, NOTHING), (theirs, NOTHING)], rank)
@@ -156,7 +156,7 @@ def test_every_rank_refuses_to_start_with_different_training_data(monkeypatch: p
 def test_different_test_data_are_warned_of_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     train, ours, theirs = (content(data(seed=seed), 3) for seed in (1, 2, 3))
 
-    with pytest.warns(UserWarning, match=r"test data of rank 2 are not those of rank 0.*rank 0 alone evaluates"):
+    with pytest.warns(UserWarning, match=r"test data of rank 2 .*rank 0"):
         agreed(monkeypatch, [(train, ours), (train, NOTHING), (train, theirs)])
     agreed(monkeypatch, [(train, ours), (train, NOTHING), (train, theirs)], rank=2)
     agreed(monkeypatch, [(train, ours), (train, NOTHING), (train, ours)])

@@ -1,4 +1,4 @@
-"""What docker/compose.yaml promises of every container, read from the file itself."""
+"""Properties of every container in docker/compose.yaml, read from the file."""
 
 import re
 from typing import Any
@@ -15,7 +15,7 @@ ALL = pytest.mark.parametrize("name", SERVICES)
 
 
 @ALL
-def test_a_service_has_no_rights_and_writes_only_where_it_must(name: str) -> None:
+def test_a_service_has_no_privileges_and_few_writable_folders(name: str) -> None:
     service = SERVICES[name]
 
     assert service["user"] == "10001:10001"
@@ -52,7 +52,7 @@ def test_a_service_has_limits(name: str) -> None:
 
 
 @ALL
-def test_a_service_reads_its_secrets_from_a_volume_that_only_one_writes(name: str) -> None:
+def test_a_service_reads_its_secrets_from_a_volume_that_only_one_service_writes(name: str) -> None:
     service = SERVICES[name]
 
     assert service["environment"]["RAY_AUTH_MODE"] == "token"

@@ -1,7 +1,8 @@
-"""Starting, watching and ending ranks, and which of several processes' errors is told as the cause."""
+"""Starting and ending ranks, and which of several ranks' errors is reported as the cause."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,17 +17,17 @@ from ist.distributed.environment import LAUNCHER, is_launched, is_rank_zero, is_
 from ist.errors import ConfigError, DivergedError, ISTError, PoolError, WorkerLostError
 from ist.launch import start as launching
 from ist.launch.ranks import Death, run_ranks
-from tests.conftest import ROOT, Run, small_config, wait_for
+from tests.conftest import ROOT, Run, naming, small_config, wait_for
 
 DIVERGED = (1, "DivergedError: worker 0 returned a loss of nan")
 LOST_ZERO = (1, "PoolError: worker 1 lost the coordinator")
-UNTOLD = (1, None)
+NO_ERROR = (1, None)
 
 
 def cause(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, *ends: Any, was_told: tuple[int, ...] = (), **death: Any
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *ends: Any, was_terminated: tuple[int, ...] = (), **death: Any
 ) -> ISTError:
-    """What is told when ranks end in this order, each as (rank, return code, the error that it wrote)."""
+    """The reported error if ranks end in this order, each as (rank, return code, the error that it recorded)."""
 
     def run(_commands: Any, environments: Any) -> list[Death]:
         for rank, _, text in ends:
@@ -35,7 +36,7 @@ def cause(
                 file = environments[rank]["TORCHELASTIC_ERROR_FILE"]
                 Path(file).write_text(json.dumps({"message": message}))
         paused = death.get("paused")
-        return [Death(rank, code, rank in was_told, rank == paused) for rank, code, _ in ends]
+        return [Death(rank, code, rank in was_terminated, rank == paused) for rank, code, _ in ends]
 
     monkeypatch.setattr(launching, "run_ranks", run)
     with pytest.raises(ISTError) as raised:
@@ -43,13 +44,15 @@ def cause(
     return raised.value
 
 
-def test_a_lost_peer_is_told_only_if_nobody_knows_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_peer_is_reported_only_if_no_rank_knows_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = cause(monkeypatch, tmp_path, (1, *LOST_ZERO), (0, *DIVERGED))
     assert isinstance(found, DivergedError)
-    assert "worker 0 returned a loss of nan [rank 0 (worker 0)] Go on" in str(found)
+    assert re.search(
+        naming("worker 0 returned a loss of nan", "[rank 0 (worker 0)]", f"ist train --resume {tmp_path}"), str(found)
+    )
 
-    # The launcher ended rank 0, which had told its error, because rank 1 had left.
-    found = cause(monkeypatch, tmp_path, (1, *LOST_ZERO), (0, -signal.SIGTERM, DIVERGED[1]), was_told=(0,))
+    # The launcher terminated rank 0, which had recorded its error, because rank 1 had exited.
+    found = cause(monkeypatch, tmp_path, (1, *LOST_ZERO), (0, -signal.SIGTERM, DIVERGED[1]), was_terminated=(0,))
     assert isinstance(found, DivergedError)
 
     assert "worker 1 lost the coordinator" in str(cause(monkeypatch, tmp_path, (1, *LOST_ZERO)))
@@ -58,34 +61,36 @@ def test_a_lost_peer_is_told_only_if_nobody_knows_more(tmp_path: Path, monkeypat
     assert str(found).startswith("ValueError: Expected more than 1 value per channel [rank 0 (worker 0)]")
 
 
-def test_of_several_that_lost_a_peer_rank_zero_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_among_ranks_that_lost_a_peer_rank_zeros_error_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = cause(monkeypatch, tmp_path, (1, *LOST_ZERO), (0, 1, "WorkerLostError: rank 2: no answer"))
 
     assert str(found).startswith("rank 2: no answer [rank 0 (worker 0)]")
 
 
-@pytest.mark.parametrize(("code", "told"), [(-15, None), (143, None), (143, "InterruptedRunError: ended by SIGTERM")])
-def test_a_rank_that_a_signal_ended_is_named_whatever_others_say(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, told: str | None
+@pytest.mark.parametrize(("code", "error"), [(-15, None), (143, None), (143, "InterruptedRunError: ended by SIGTERM")])
+def test_a_rank_that_a_signal_ended_is_named_whatever_others_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, error: str | None
 ) -> None:
-    found = cause(monkeypatch, tmp_path, (0, *LOST_ZERO), (2, code, told), (1, -15, None), was_told=(1,))
+    found = cause(monkeypatch, tmp_path, (0, *LOST_ZERO), (2, code, error), (1, -15, None), was_terminated=(1,))
 
     assert isinstance(found, WorkerLostError)
-    assert str(found).startswith("rank 2 (worker 2) was killed (SIGTERM). Go on")
+    assert re.match(naming("rank 2 (worker 2)", "SIGTERM", f"ist train --resume {tmp_path}"), str(found))
 
 
 def test_a_rank_that_the_launcher_killed_is_not_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = cause(monkeypatch, tmp_path, (1, *LOST_ZERO), (2, -9, None), (0, -15, None), was_told=(0, 2))
+    found = cause(monkeypatch, tmp_path, (1, *LOST_ZERO), (2, -9, None), (0, -15, None), was_terminated=(0, 2))
     assert str(found).startswith("worker 1 lost the coordinator [rank 1 (worker 1)]")
 
-    found = cause(monkeypatch, tmp_path, (1, *LOST_ZERO), (2, -15, None), was_told=(2,), paused=2)
-    assert str(found).startswith("rank 2 (worker 2) is paused (SIGSTOP), and others timed out waiting for it")
+    found = cause(monkeypatch, tmp_path, (1, *LOST_ZERO), (2, -15, None), was_terminated=(2,), paused=2)
+    assert re.match(naming("rank 2 (worker 2)", "SIGSTOP", "pool.timeout_s"), str(found))
 
-    found = cause(monkeypatch, tmp_path, (0, *UNTOLD), (1, -15, None), was_told=(1,))
-    assert str(found).startswith("rank 0 (worker 0) ended with exit code 1, see above")
+    found = cause(monkeypatch, tmp_path, (0, *NO_ERROR), (1, -15, None), was_terminated=(1,))
+    assert re.match(naming("rank 0 (worker 0)", "code 1"), str(found))
 
 
-def test_an_error_that_was_half_written_is_no_error_of_ours(tmp_path: Path) -> None:
+def test_an_error_that_was_half_written_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "half").write_text('{"message": {"mess')
 
     assert launching._recorded(tmp_path / "half") == (None, "")
@@ -95,7 +100,7 @@ def shell(line: str) -> list[str]:
     return ["sh", "-c", line]
 
 
-def test_ranks_that_end_well_are_no_deaths() -> None:
+def test_ranks_that_succeed_are_not_reported() -> None:
     assert run_ranks([shell("exit 0")] * 2, [dict(os.environ)] * 2) == []
 
 
@@ -106,13 +111,14 @@ def test_the_first_to_fail_comes_first_and_a_paused_one_is_ended_too() -> None:
     deaths = run_ranks([shell(line) for line in lines], [dict(os.environ)] * 4)
 
     first, *others = deaths
-    assert first == Death(3, -signal.SIGTERM, was_told=False, was_paused=False)
-    assert {(death.rank, death.was_told, death.was_paused) for death in others} == {(1, True, False), (2, True, True)}
-    assert time.monotonic() - started < 9  # one second for others to fail, five until what does not end is killed
+    assert first == Death(3, -signal.SIGTERM, was_terminated=False, was_paused=False)
+    found = {(death.rank, death.was_terminated, death.was_paused) for death in others}
+    assert found == {(1, True, False), (2, True, True)}
+    assert time.monotonic() - started < 9  # one second for others to fail, five seconds before SIGKILL
 
 
 def test_a_command_that_cannot_be_started_is_one_error_and_ends_the_others() -> None:
-    with pytest.raises(PoolError, match="rank 1 could not be started: .*nowhere"):
+    with pytest.raises(PoolError, match=naming("rank 1", "/nowhere")):
         run_ranks([shell("sleep 60"), ["/nowhere"]], [dict(os.environ)] * 2)
 
 
@@ -156,7 +162,7 @@ def test_a_rank_that_was_started_by_hand_outlives_its_shell() -> None:
         parent.kill()
 
         with pytest.raises(psutil.TimeoutExpired):
-            child.wait(1.5)  # it looks every half a second
+            child.wait(1.5)  # it polls every half a second
         child.kill()
 
 
@@ -164,7 +170,7 @@ def test_a_rank_that_was_started_by_hand_outlives_its_shell() -> None:
     "left_over",
     [{"RANK": "3"}, {"LOCAL_RANK": "3"}, {"WORLD_SIZE": "4"}, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, {}],
 )
-def test_some_variables_of_a_launcher_are_no_launcher(
+def test_single_variables_of_a_launcher_do_not_make_a_rank(
     left_over: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in left_over.items():
@@ -178,19 +184,19 @@ def test_some_variables_of_a_launcher_are_no_launcher(
 @pytest.mark.parametrize(
     ("left_over", "wrong"),
     [
-        ({"RANK": "1", "WORLD_SIZE": "4"}, "not MASTER_ADDR and MASTER_PORT"),
-        ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "host"}, "not MASTER_PORT"),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, "MASTER_ADDR and MASTER_PORT"),
+        ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "host"}, "MASTER_PORT"),
         ({"RANK": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "host", "MASTER_PORT": "1"}, "RANK is 4 and WORLD_SIZE is 4"),
         ({"RANK": "x", "WORLD_SIZE": "4", "MASTER_ADDR": "host", "MASTER_PORT": "1"}, "RANK is 'x'"),
     ],
 )
-def test_half_of_a_launcher_is_refused_by_name(
+def test_incomplete_variables_of_a_launcher_are_refused_by_name(
     left_over: dict[str, str], wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in left_over.items():
         monkeypatch.setenv(name, value)
 
-    with pytest.raises(ConfigError, match=f"{wrong}.*unset RANK WORLD_SIZE"):
+    with pytest.raises(ConfigError, match=naming(wrong, "unset RANK WORLD_SIZE")):
         is_launched()
 
 
@@ -202,14 +208,15 @@ ALL = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "127.0.
     [{"LOCAL_RANK": "3"}, {"RANK": "3"}, {"RANK": "3", "LOCAL_RANK": "3", "SLURM_PROCID": "3"}, ALL,
      {**ALL, LAUNCHER: "1", "TORCHELASTIC_ERROR_FILE": "/tmp/nowhere/error.json"}],
 )  # fmt: skip
-def test_an_error_is_told_whatever_is_left_over_in_the_shell(left_over: dict[str, str], ist_command: Run) -> None:
+def test_an_error_is_printed_whatever_variables_the_shell_has_kept(left_over: dict[str, str], ist_command: Run) -> None:
     done = ist_command("train", "nosuch.yaml", env=left_over)
 
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["error: nosuch.yaml: no such configuration file"]
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: nosuch.yaml: ")
 
 
-def test_a_rank_of_torchrun_or_slurm_need_not_repeat_what_the_first_prints(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_first_rank_of_torchrun_or_slurm_prints_a_common_error(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in ALL.items():
         monkeypatch.setenv(name, value)
     assert is_launched()
@@ -228,7 +235,7 @@ def test_a_rank_of_torchrun_or_slurm_need_not_repeat_what_the_first_prints(monke
     assert not is_repeated_elsewhere()
 
 
-def test_who_was_started_by_another_process_is_not_told_of_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_belongs_to_ist_only_if_its_parent_process_launched_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "x")
     monkeypatch.setenv(LAUNCHER, str(os.getppid()))
     assert is_started_by_ist()

@@ -1,6 +1,7 @@
-"""How a command ends that a signal tells to end: its exit code, its last line, and nothing left behind."""
+"""A command that a signal ends: its exit code, its error line, and that it leaves nothing behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import yaml
 
 from ist.errors import ConfigError, InterruptedRunError, PoolError
 from ist.launch.signals import Stopped, exit_code, signal_of, stop_signals
-from tests.conftest import ROOT, config_tree, wait_for
+from tests.conftest import ROOT, config_tree, naming, wait_for
 from tests.pools.test_processes import children_of
 
 many_processes = pytest.mark.system
@@ -26,7 +27,7 @@ many_processes = pytest.mark.system
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGQUIT, 131), (signal.SIGTERM, 143)]
 )
-def test_a_signal_is_raised_where_the_command_is_and_decides_its_exit_code(number: signal.Signals, code: int) -> None:
+def test_a_signal_is_raised_in_the_command_and_determines_its_exit_code(number: signal.Signals, code: int) -> None:
     before = signal.getsignal(number)
 
     with stop_signals() as received:
@@ -51,7 +52,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_forked_child_ends_as_it_would_otherwise() -> None:
+def test_a_forked_child_has_the_former_signal_handlers() -> None:
     with stop_signals() as received:
         child = os.fork()
         if child == 0:
@@ -65,7 +66,7 @@ def test_a_forked_child_ends_as_it_would_otherwise() -> None:
     assert received == []
 
 
-def test_another_thread_leaves_signals_alone() -> None:
+def test_another_thread_does_not_change_signal_handlers() -> None:
     before = signal.getsignal(signal.SIGTERM)
     found: list[Any] = []
 
@@ -92,7 +93,7 @@ with stop_signals():
 
 
 @pytest.mark.procs
-def test_a_process_in_native_code_ends_all_the_same() -> None:
+def test_a_process_in_native_code_ends_too() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", NATIVE], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -104,13 +105,13 @@ def test_a_process_in_native_code_ends_all_the_same() -> None:
         _, err = process.communicate(timeout=30)
 
     assert process.returncode == 143
-    assert err == "error: ended by SIGTERM\n"
+    assert re.fullmatch("error: .*SIGTERM\n", err)
     assert time.monotonic() - sent < 6
 
 
 @contextmanager
 def running(tmp_path: Path, pool: str, rounds: int = 5000, **changes: Any) -> Iterator["subprocess.Popen[str]"]:
-    """A run that has begun; its temporary files go to tmp_path/tmp, its metrics to tmp_path/run."""
+    """A run that has made some rounds; its temporary files go to tmp_path/tmp, its metrics to tmp_path/run."""
     config, run = tmp_path / "job.yaml", tmp_path / "run"
     options = {"pool": {"kind": pool, "device": "cpu"}, "train__workers": 2}
     config.write_text(yaml.safe_dump(config_tree(**{**options, "train__rounds": rounds, **changes})))
@@ -130,12 +131,12 @@ def running(tmp_path: Path, pool: str, rounds: int = 5000, **changes: Any) -> It
 
 
 def left_in(folder: Path) -> list[str]:
-    """Temporary files, but for the caches that torch shares among all its processes."""
+    """Temporary files, except caches that torch shares among all its processes."""
     return [entry.name for entry in folder.iterdir() if not entry.name.startswith("torchinductor")]
 
 
 def end(process: "subprocess.Popen[str]", number: signal.Signals, tmp_path: Path) -> str:
-    """Send a signal; check that it is followed by its code, and by one line of error; return that."""
+    """Send a signal; check the exit code and that there is one error line; return that line."""
     started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
     _, err = process.communicate(timeout=60)
@@ -149,25 +150,25 @@ def end(process: "subprocess.Popen[str]", number: signal.Signals, tmp_path: Path
 
 @pytest.mark.procs
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, pytest.param(signal.SIGQUIT, marks=many_processes)])
-def test_a_run_in_one_process_says_what_ended_it_and_how_to_resume(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_run_in_one_process_reports_the_signal_and_how_to_resume(tmp_path: Path, number: signal.Signals) -> None:
     with running(tmp_path, "inline") as process:
         error = end(process, number, tmp_path)
 
-    assert error == f"ended by {number.name}. Go on with: ist train --resume {tmp_path / 'run'}"
+    assert re.search(naming(number.name, f"ist train --resume {tmp_path / 'run'}"), error)
 
 
 @many_processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_run_in_processes_says_what_ended_it_and_how_to_resume(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_run_in_processes_reports_the_signal_and_how_to_resume(tmp_path: Path, number: signal.Signals) -> None:
     with running(tmp_path, "torchrun") as process:
         error = end(process, number, tmp_path)
 
-    what = "interrupted" if number == signal.SIGINT else f"ended by {number.name}"
-    assert error == f"{what}. Go on with: ist train --resume {tmp_path / 'run'}"
+    what = "interrupted" if number == signal.SIGINT else number.name
+    assert re.search(naming(what, f"ist train --resume {tmp_path / 'run'}"), error)
 
 
 @many_processes
-def test_a_comparison_says_what_ended_it(tmp_path: Path) -> None:
+def test_a_comparison_reports_the_signal_that_ended_it(tmp_path: Path) -> None:
     config, run = tmp_path / "job.yaml", tmp_path / "both"
     options = {"pool": {"kind": "torchrun", "device": "cpu"}, "train__workers": 2, "train__rounds": 5000}
     config.write_text(yaml.safe_dump(config_tree(**options)))
@@ -181,19 +182,19 @@ def test_a_comparison_says_what_ended_it(tmp_path: Path) -> None:
         wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") > 3, 60, "round 3")
         error = end(process, signal.SIGTERM, tmp_path)
 
-    assert error == f"ended by SIGTERM. Go on with: ist train --resume {run / 'ist'}"
+    assert re.search(naming("SIGTERM", f"ist train --resume {run / 'ist'}"), error)
 
 
 @many_processes
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_is_told_to_end_is_named(tmp_path: Path, victim: int) -> None:
+def test_a_rank_that_a_signal_ends_is_named(tmp_path: Path, victim: int) -> None:
     with running(tmp_path, "torchrun") as process:
         children_of(psutil.Process(process.pid))[victim].send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=60)
 
     (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert process.returncode == 1
-    assert f"rank {victim} (worker {victim}) was killed (SIGTERM). Go on from the last checkpoint" in error
+    assert re.search(naming(f"rank {victim} (worker {victim})", "SIGTERM", "ist train --resume"), error)
     assert left_in(tmp_path / "tmp") == []
 
 
@@ -207,7 +208,7 @@ def test_a_paused_rank_is_named_soon_after_the_timeout(tmp_path: Path, victim: i
 
     (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert process.returncode == 1
-    assert f"rank {victim} (worker {victim}) is paused (SIGSTOP)" in error
+    assert re.search(naming(f"rank {victim} (worker {victim})", "SIGSTOP"), error)
     assert time.monotonic() - paused < 15
 
 
@@ -223,8 +224,8 @@ def test_ranks_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
 
 
 @many_processes
-def test_a_run_outlives_its_terminal_where_hangups_are_ignored(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does; what is started inherits it
+def test_a_run_outlives_its_terminal_if_hangups_are_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # like nohup; child processes inherit it
     try:
         with running(tmp_path, "torchrun", rounds=200) as process:
             for target in [psutil.Process(process.pid), *children_of(psutil.Process(process.pid))]:

@@ -90,7 +90,7 @@ def test_a_killed_process_ends_the_run_in_seconds_by_name_and_the_run_can_be_res
     assert time.monotonic() - killed < 20
     assert process.returncode == 1
     (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert f"rank {victim} (worker {victim}) was killed (SIGKILL)" in error
+    assert re.search(rf"rank {victim} \(worker {victim}\).*SIGKILL", error)
     assert f"ist train --resume {run}" in error
     assert "Traceback" not in err
 
@@ -116,7 +116,7 @@ def test_an_interrupt_ends_all_processes_and_says_how_to_go_on(tmp_path: Path) -
         _, err = process.communicate(timeout=60)
 
     assert process.returncode == 130
-    assert f"error: interrupted. Go on with: ist train --resume {run}" in err
+    assert re.search(rf"error: interrupted.*ist train --resume {run}", err)
     assert not any(rank.is_running() for rank in ranks)
 
 
@@ -202,7 +202,7 @@ def test_a_network_of_transformers_ends_alike_in_one_process_and_in_many(tmp_pat
     ("count", "told"),
     [
         ("200 - 80 * int(os.environ['RANK'])", "rank 1 has 120 training samples, rank 0 has 200"),
-        ("200", "the training data of rank 1 are not those of rank 0: sample 0 is another one"),
+        ("200", "the training data of rank 1 .*sample 0"),
     ],
 )
 def test_ranks_with_other_data_are_told_so(tmp_path: Path, count: str, told: str) -> None:

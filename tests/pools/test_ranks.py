@@ -180,7 +180,7 @@ def test_every_rank_begins_where_rank_0_does_and_refuses_another_configuration(
     monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
     assert agreed(monkeypatch, rank, [(5, 17), (0, 17), (9, 17)]) == 5
-    with pytest.raises(PoolError, match="rank 2 runs another configuration than rank 0"):
+    with pytest.raises(PoolError, match="rank 2 .*configuration"):
         agreed(monkeypatch, rank, [(5, 17), (5, 17), (5, 18)])
 
 

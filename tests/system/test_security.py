@@ -203,7 +203,7 @@ def test_a_stranger_that_takes_a_ranks_place_gets_nothing_and_the_group_is_forme
             following.result()
 
     assert "rank 0 found a peer that does not prove the run secret" in said
-    assert "forming the group anew" in said
+    assert "forming the group again" in said
     assert 0 < seen.received < FEW_BYTES
     assert_undisturbed(config, tmp_path)
 
@@ -227,7 +227,7 @@ def test_a_rank_with_another_secret_ends_the_run_on_both_sides_before_it_gets_an
         said = [str(end.exception()) for end in ends]
 
     for text, (rank, other) in zip(said, ((0, 1), (1, 0)), strict=True):
-        assert f"error: rank {rank} and rank {other} hold different run secrets: give all ranks the same" in text
+        assert f"error: rank {rank} and rank {other} hold different run secrets" in text
         assert "Traceback" not in text
     assert time.monotonic() - started < 60
     assert not (tmp_path / "run" / "model.safetensors").exists()
