@@ -1,7 +1,9 @@
 """Identity 7: a resumed run is the same run."""
 
+import functools
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,18 +33,22 @@ class PowerCutError(Exception):
     pass
 
 
-def run(folder: RunFolder, resume: bool, stop_after: int | None = None) -> dict[str, torch.Tensor]:
+def run(
+    folder: RunFolder, resume: bool, stop_after: int | None = None, copies: Path | None = None
+) -> dict[str, torch.Tensor]:
+    """Run what a folder holds; raise after the training of a round, or copy the folder there in every round."""
     with open_run(build_job(folder.load_config()), folder, resume, progress=False) as part:
         assert isinstance(part, Leading)
-        if stop_after is not None:
-            note = part.recorder.round_done
+        note = part.recorder.round_done
 
-            def cut(round_number: int, *rest: Any) -> None:
-                if round_number == stop_after:
-                    raise PowerCutError
-                note(round_number, *rest)
+        def trained(round_number: int, *rest: Any) -> None:
+            if round_number == stop_after:
+                raise PowerCutError
+            if copies:
+                shutil.copytree(folder.path, copies / f"stopped in round {round_number}")
+            note(round_number, *rest)
 
-            part.recorder.round_done = cut  # type: ignore[method-assign]
+        part.recorder.round_done = trained  # type: ignore[method-assign]
         run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
         part.recorder.finish(part.method.model)
     return read_tensors(folder.path / "model.safetensors")[0]
@@ -98,21 +104,32 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("stop_after", [0, 1, 2, 3, 4])
-def test_a_run_stopped_anywhere_and_resumed_ends_in_the_same_weights(
-    tmp_path: Path, variant: str, stop_after: int
-) -> None:
-    config = small_config(**VARIANTS[variant], train__rounds=5)
-    whole = create_run_folder(config, tmp_path / "whole")
-    broken = create_run_folder(config, tmp_path / "broken")
-    expected = run(whole, resume=False)
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunFolder]:
+    """A variant's whole run, made once; beside it is what a power cut in each of its rounds would leave of it."""
 
-    with pytest.raises(PowerCutError):
-        run(broken, resume=False, stop_after=stop_after)
+    @functools.cache
+    def made(variant: str) -> RunFolder:
+        folder = tmp_path_factory.mktemp("variant")
+        whole = create_run_folder(small_config(**VARIANTS[variant], train__rounds=5), folder / "whole")
+        run(whole, resume=False, copies=folder)
+        return whole
+
+    return made
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_stopped_anywhere_and_resumed_ends_in_the_same_weights(
+    whole_run: Callable[[str], RunFolder], variant: str, stop_after: int
+) -> None:
+    whole = whole_run(variant)
+    broken = RunFolder(whole.path.with_name(f"stopped in round {stop_after}"))
+    assert len(broken.records()) == stop_after
+
     found = run(broken, resume=True)
 
-    assert_same(found, expected)
+    assert_same(found, read_tensors(whole.path / "model.safetensors")[0])
     stable = ("round", "loss", "accuracy", "samples", "sent_bytes")
     records = [[{key: record[key] for key in stable} for record in f.records()] for f in (whole, broken)]
     assert records[0] == records[1]
