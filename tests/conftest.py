@@ -250,7 +250,7 @@ def run_torchrun(program: Sequence[str], processes: int, timeout: float, **env: 
     assert done.returncode == 0, done.stderr
 
 
-def run_ranks(*groups: tuple[object, ...], timeout: float = 100) -> None:
+def run_forked_ranks(*groups: tuple[object, ...], timeout: float = 100) -> None:
     """Run groups of ranks, one after the other: (number, program, argument, ...); see that all of them end well.
 
     Ranks are forks of one process that has loaded torch: they start at once, where torchrun takes some ten seconds.

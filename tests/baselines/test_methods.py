@@ -20,7 +20,7 @@ from ist.rng import Purpose, seeded
 from ist.storage.checkpoint import read_tensors
 from ist.subnet.job import Job
 from tests.baselines.program import BASELINES, RESUMED, RUNS, WORKERS, build, build_plain, job
-from tests.conftest import assert_same, clone, run_ranks
+from tests.conftest import assert_same, clone, run_forked_ranks
 
 pytestmark = pytest.mark.procs
 
@@ -36,7 +36,7 @@ Mean = Callable[[Sequence[Tensor]], Tensor]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
-    run_ranks((WORKERS, "tests/baselines/program.py", folder))
+    run_forked_ranks((WORKERS, "tests/baselines/program.py", folder))
     return folder
 
 

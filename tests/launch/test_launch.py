@@ -15,6 +15,7 @@ import pytest
 
 from ist.distributed.environment import LAUNCHER, is_launched, is_rank_zero, is_repeated_elsewhere, is_started_by_ist
 from ist.errors import ConfigError, DivergedError, ISTError, PoolError, WorkerLostError
+from ist.launch import ranks
 from ist.launch import start as launching
 from ist.launch.ranks import Death, run_ranks
 from tests.conftest import ROOT, Run, naming, small_config, wait_for
@@ -104,7 +105,8 @@ def test_ranks_that_succeed_are_not_reported() -> None:
     assert run_ranks([shell("exit 0")] * 2, [dict(os.environ)] * 2) == []
 
 
-def test_the_first_to_fail_comes_first_and_a_paused_one_is_ended_too() -> None:
+def test_the_first_to_fail_comes_first_and_a_paused_one_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_GRACE_S", 1.0)
     lines = ["exit 0", "trap '' TERM; sleep 60", "kill -STOP $$; sleep 60", "sleep 0.3; kill -TERM $$"]
     started = time.monotonic()
 
@@ -114,7 +116,7 @@ def test_the_first_to_fail_comes_first_and_a_paused_one_is_ended_too() -> None:
     assert first == Death(3, -signal.SIGTERM, was_terminated=False, was_paused=False)
     found = {(death.rank, death.was_terminated, death.was_paused) for death in others}
     assert found == {(1, True, False), (2, True, True)}
-    assert time.monotonic() - started < 9  # one second for others to fail, five seconds before SIGKILL
+    assert time.monotonic() - started < 5  # one second for others to fail, one second before SIGKILL
 
 
 def test_a_command_that_cannot_be_started_is_one_error_and_ends_the_others() -> None:

@@ -14,7 +14,7 @@ from ist.subnet.job import Job
 from ist.subnet.partition import sizes_vary
 from ist.transport.endpoints import down_bytes, worker_route
 from ist.transport.frozen_parameters import frozen_bytes
-from tests.conftest import assert_same, run_ranks
+from tests.conftest import assert_same, run_forked_ranks
 from tests.pools.scenario import SCENARIOS, WORKERS, job, run
 
 Outcome = tuple[dict[str, Tensor], list[dict[str, Any]]]
@@ -50,7 +50,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, program = tmp_path_factory.mktemp("ranks"), "tests/pools/scenario.py"
     for coordinator in ("trains", "dedicated"):
         (folder / coordinator).mkdir()
-    run_ranks(
+    run_forked_ranks(
         (WORKERS, program, folder / "trains", "trains"),
         (WORKERS + 1, program, folder / "dedicated", "dedicated", "cpu", *QUICK_DEDICATED),
     )
@@ -60,7 +60,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def others_dedicated(ranks: Path) -> None:
     rest = [name for name in SCENARIOS if name not in QUICK_DEDICATED]
-    run_ranks((WORKERS + 1, "tests/pools/scenario.py", ranks / "dedicated", "dedicated", "cpu", *rest))
+    run_forked_ranks((WORKERS + 1, "tests/pools/scenario.py", ranks / "dedicated", "dedicated", "cpu", *rest))
 
 
 @pytest.fixture
