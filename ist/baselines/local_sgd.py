@@ -84,13 +84,13 @@ class LocalTraining:
         self._common: dict[str, nn.Parameter] = {}
         self._outer: torch.optim.Optimizer | None = None
         if has_outer_step:
-            baseline = job.config.baseline
+            outer = job.config.baseline.outer
             self._common = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in trained.items()}
             self._outer = torch.optim.SGD(
                 list(self._common.values()),
-                lr=baseline.outer_lr,
-                momentum=baseline.outer_momentum,
-                nesterov=baseline.outer_momentum > 0,
+                lr=outer.lr,
+                momentum=outer.momentum,
+                nesterov=outer.momentum > 0,
             )
             optimizers.restore_named_state(self._outer, self._common, _part(state, _OUTER))
         optimizers.restore_named_state(self._optimizer, trained, _part(state, _RANK.format(membership.rank)))

@@ -6,6 +6,7 @@ values.
 Not here: YAML itself (`ist/config/yaml_text.py`), the meaning of keys (`ist/config/schema.py`).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,23 @@ from typing import Any
 from pydantic import ValidationError
 
 from ist.config.base import explained, kind_of, plain, short
+from ist.config.methods import RENAMED
 from ist.config.schema import Config
 from ist.config.yaml_text import MAX_DEPTH, dump_yaml, parse_yaml, read_text
 from ist.errors import ConfigError
 from ist.redact import holds_secret
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = (), is_saved: bool = False) -> Config:
     """Read, override and validate a configuration file.
+
+    Warns of keys of earlier versions, which it reads under their new names.
 
     Args:
         path: A YAML file.
         overrides: Strings `dotted.key=value`, the value in YAML; later ones win. A number in a key selects an entry of
             a list, counted from 0: `recipe.stages.0.rounds=3`.
+        is_saved: Whether a run wrote the file, with every key that there was; nobody has to change it: no warnings.
 
     Raises:
         ConfigError: The file is missing or malformed, or a key or value is not allowed.
@@ -33,16 +38,21 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     tree = parse_yaml(read_text(path), str(path))
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping of keys to values, found {kind_of(tree)}")
+    tree, old_keys = with_current_keys(tree, str(path))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {short(override)}: expected dotted.key=value, such as train.local_steps=20")
         source = f"--set {short(override)}"
         try:
-            tree = _with_override(tree, key, parse_yaml(value, source))
+            tree, of_value = with_current_keys(_with_override(tree, key, parse_yaml(value, source)), source)
         except ConfigError as error:
             raise ConfigError(str(error) if str(error).startswith(source) else f"{source}: {error}") from error
+        old_keys += [(source, key)] if key in RENAMED else of_value
     config = validate(tree, str(path))
+    if not is_saved:
+        for where, old in old_keys:
+            warnings.warn(f"{where}: '{old}' is now called '{RENAMED[old]}': rename it", FutureWarning, stacklevel=2)
     return with_methods(config, config.compare.methods, str(path))
 
 
@@ -53,9 +63,46 @@ def validate(tree: Mapping[str, Any], source: str) -> Config:
         ConfigError: One line per mistake.
     """
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(with_current_keys(tree, source)[0])
     except ValidationError as error:
         raise explained(error, Config, source) from (None if holds_secret(str(error)) else error)
+
+
+def with_current_keys(tree: Mapping[str, Any], source: str) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Give keys of earlier versions their new names.
+
+    Returns:
+        The tree, and each old key in it with the place where it is. Those in compare.overrides are among them; they get
+        their new names when they are applied.
+
+    Raises:
+        ConfigError: A key is there under both names.
+    """
+    current, found = dict(tree), list[tuple[str, str]]()
+    for old, new in RENAMED.items():
+        section, _, last = old.rpartition(".")
+        holder = _value_at(current, section)
+        target = _value_at(current, new.rpartition(".")[0])
+        if not isinstance(holder, Mapping) or last not in holder or not isinstance(target or {}, Mapping):
+            continue
+        if _value_at(current, new) is not None:
+            raise ConfigError(f"{source}: '{old}' is the old name of '{new}', and both are there: leave '{old}' out")
+        current = _with_value(current, section, {key: value for key, value in holder.items() if key != last})
+        current = _with_value(current, new, holder[last])
+        found.append((source, old))
+    overrides = _value_at(current, "compare.overrides")
+    for label, changes in overrides.items() if isinstance(overrides, Mapping) else ():
+        keys = changes if isinstance(changes, Mapping) else ()
+        found += [(f"{source}: compare.overrides.{label}", key) for key in keys if key in RENAMED]
+    return current, found
+
+
+def _value_at(tree: Mapping[str, Any], key: str) -> Any:
+    """Return what a tree of mappings holds under a dotted key, None if nothing."""
+    found: Any = tree
+    for part in key.split("."):
+        found = found.get(part) if isinstance(found, Mapping) else None
+    return found
 
 
 def with_methods(config: Config, methods: Sequence[str], source: str) -> Config:
@@ -89,7 +136,8 @@ def dump_config(config: Config) -> str:
 
 
 def _with_override(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
-    """Set a key; setting one of `train.epochs` and `train.rounds` removes the other."""
+    """Set a key, also by an old name; setting one of `train.epochs` and `train.rounds` removes the other."""
+    key = RENAMED.get(key, key)
     other = {"train.epochs": "train.rounds", "train.rounds": "train.epochs"}.get(key)
     if other is not None and value is not None:
         tree = _with_value(tree, other, None)

@@ -18,6 +18,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ist.config.base import PositiveFloat, PositiveInt, Section
+from ist.config.recipe import Outer
+
+
+class DilocoOuter(Outer):
+    """The outer step of DiLoCo, with the learning rate and momentum of its paper."""
+
+    lr: PositiveFloat = Field(default=0.7, description="what the mean change of the ranks is multiplied by")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Nesterov momentum of that change")
 
 
 class Baseline(Section):
@@ -27,10 +35,11 @@ class Baseline(Section):
     powersgd_start: Annotated[int, Field(ge=2)] = Field(
         default=2, description="steps at the beginning whose gradients are sent whole (PyTorch needs 2)"
     )
-    outer_lr: PositiveFloat = Field(default=0.7, description="learning rate of the outer Nesterov step")
-    outer_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.9, description="momentum of the outer Nesterov step"
-    )
+    outer: DilocoOuter = Field(default_factory=DilocoOuter, description="the outer step of DiLoCo")
+
+
+RENAMED = {"baseline.outer_lr": "baseline.outer.lr", "baseline.outer_momentum": "baseline.outer.momentum"}
+"""Keys of earlier versions, and what they are called now; `ist/config/load.py` reads both."""
 
 
 Shapes = Sequence[tuple[int, ...]]
@@ -181,7 +190,7 @@ def _int8_state(shapes: Shapes, settings: Baseline) -> float:
 
 _DDP = "ist.baselines.ddp:DataParallel"
 _LOCAL = "ist.baselines.local_sgd:LocalTraining"
-_OUTER = ("baseline.outer_lr", "baseline.outer_momentum")
+_OUTER = ("baseline.outer.lr", "baseline.outer.momentum")
 
 METHODS: dict[str, MethodSpec] = {
     spec.name: spec

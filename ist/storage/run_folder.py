@@ -74,7 +74,7 @@ class RunFolder:
 
     def load_config(self) -> Config:
         """Return the run's configuration."""
-        return load_config(self.config_path)
+        return load_config(self.config_path, is_saved=True)
 
     @cached_property
     def storage(self) -> Storage:
@@ -429,7 +429,7 @@ def _refuse_contents(path: Path) -> None:
 
 def _refuse_moved(path: Path, config: Config) -> None:
     """Refuse to go on with another run, or with this one where its checkpoints would not be found."""
-    there = load_config(path / _CONFIG)
+    there = load_config(path / _CONFIG, is_saved=True)
     _refuse_other(there, config, str(path))
     before, now = (_storage_of(c, path) for c in (there, config))
     if before.where() != now.where() and latest_checkpoint(before) and not latest_checkpoint(now):

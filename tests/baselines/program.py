@@ -42,7 +42,7 @@ BASELINES = [name for name, spec in METHODS.items() if not spec.has_coordinator]
 
 PLAIN: dict[str, Any] = {"train__optimizer": {"name": "SGD", "args": {"lr": 0.2}}}
 ADAM: dict[str, Any] = {"train__optimizer": {"name": "AdamW", "args": {"lr": 0.01}}}
-OUTER_MEAN: dict[str, Any] = {"baseline": {"outer_lr": 1.0, "outer_momentum": 0.0}}
+OUTER_MEAN: dict[str, Any] = {"baseline": {"outer": {"lr": 1.0, "momentum": 0.0}}}
 
 RUNS: dict[str, dict[str, Any]] = {
     **{method: {"method": method} for method in BASELINES},

@@ -19,7 +19,7 @@ recipe.stages recipe.stages.N.rounds recipe.stages.N.share recipe.stages.N.keep 
 recipe.stages.N.lr_scale recipe.stages.N.outer recipe.stages.N.outer.lr recipe.stages.N.outer.momentum
 recipe.outer.lr recipe.outer.momentum recipe.average.kind recipe.average.decay recipe.average.start
 exchange.down exchange.up exchange.values exchange.error_feedback
-baseline.powersgd_rank baseline.powersgd_start baseline.outer_lr baseline.outer_momentum
+baseline.powersgd_rank baseline.powersgd_start baseline.outer.lr baseline.outer.momentum
 evaluate.every evaluate.batch_size evaluate.metric evaluate.statistics_batches
 checkpoint.every checkpoint.keep checkpoint.storage
 pool.kind pool.coordinator pool.backend pool.device pool.threads pool.timeout_s pool.min_returned
