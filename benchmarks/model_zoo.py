@@ -38,7 +38,7 @@ from ist.errors import ISTError
 from ist.neurons.group import Group
 from ist.runs.build import make_job
 from ist.subnet.cut import cut_specs, extract, reassemble
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 
 
 def job_of(entry: Entry, workers: int, shared: list[str]) -> Job:
@@ -72,15 +72,21 @@ def check_round_trip(job: Job) -> None:
     Raises:
         ISTError: A tensor has changed.
     """
-    state = {name: tensor.contiguous() for name, tensor in job.build_copy().state_dict().items() if name in job.specs}
+    state = {
+        name: tensor.contiguous()
+        for name, tensor in job.task.build_copy().state_dict().items()
+        if name in job.split.specs
+    }
     before = {name: tensor.clone() for name, tensor in state.items()}
-    cuts = job.cuts(0)
+    cuts = assignments(job).cuts(0)
     parts: list[tuple[int, dict[str, Tensor]]] = []
     for worker, cut in enumerate(cuts):
-        part = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in cut_specs(job.specs, cut).items()}
+        part = {
+            name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in cut_specs(job.split.specs, cut).items()
+        }
         extract(state, cut, into=part)
         parts.append((worker, part))
-    reassemble(state, cuts, parts, job.exclusive(0))
+    reassemble(state, cuts, parts, assignments(job).exclusive(0))
     changed = [name for name in state if not torch.equal(state[name], before[name])]
     if changed:
         raise ISTError(f"a round trip changes {', '.join(changed)}")
@@ -89,7 +95,7 @@ def check_round_trip(job: Job) -> None:
 def split_share(job: Job, groups: tuple[Group, ...]) -> float:
     """Return the share of the parameters' entries that not every worker holds."""
     split = whole = 0.0
-    for name, parameter in job.template.named_parameters():
+    for name, parameter in job.split.template.named_parameters():
         kept = 1.0
         for dim, size in enumerate(parameter.shape):
             covered = sum(g.size * s.block for g in groups for s in g.slots if (s.tensor, s.dim) == (name, dim))
@@ -110,23 +116,23 @@ def our_result(entry: Entry) -> dict[str, Any]:
             return {"status": "refused", "reason": str(error)}
         try:
             checks = [job]
-            small = [group.name for group in job.found.groups if group.size < 3]
-            if len(small) < len(job.groups):
+            small = [group.name for group in job.split.found.groups if group.size < 3]
+            if len(small) < len(job.split.groups):
                 checks.append(job_of(entry, 3, small))
             for checked in checks:
                 verify_cuts(checked)
                 check_round_trip(checked)
         except ISTError as error:
             return {"status": "refused", "reason": str(error)}
-    split = {group.name for group in job.groups}
+    split = {group.name for group in job.split.groups}
     return {
         "status": "works",
-        "groups": len(job.groups),
-        "kinds": dict(Counter(group.kind.split(",")[0] for group in job.groups)),
-        "share": split_share(job, job.groups),
-        "left_whole": [g.name for g in job.found.groups if g.name not in split and not g.residual],
-        "residual": [g.name for g in job.found.groups if g.residual],
-        "unknown": dict(job.found.unknown),
+        "groups": len(job.split.groups),
+        "kinds": dict(Counter(group.kind.split(",")[0] for group in job.split.groups)),
+        "share": split_share(job, job.split.groups),
+        "left_whole": [g.name for g in job.split.found.groups if g.name not in split and not g.residual],
+        "residual": [g.name for g in job.split.found.groups if g.residual],
+        "unknown": dict(job.split.found.unknown),
         "seconds": time.perf_counter() - started,
     }
 

@@ -32,11 +32,12 @@ from ist.config.load import validate
 from ist.launch.lab_hosts import hosts, run_ranks, why_not
 from ist.models.mlp import MLP
 from ist.runs.build import make_job
+from ist.subnet.assignments import Team, WorkerSlot
 from ist.subnet.cut import cut_specs, extract, placed, reassemble
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.training.worker import Worker
 from ist.transport.codec import Envelope
-from ist.transport.endpoints import worker_route
+from ist.transport.endpoints import route_of
 from ist.transport.message import Message, layout_of
 
 RATE_MBIT = 100
@@ -87,15 +88,15 @@ def local_step(device: torch.device, repeats: int) -> dict[str, float]:
     steps = 50
     optimizer_spec = {"name": "SGD", "args": {"lr": 0.01, "momentum": 0.9}}
     job = make([784, 1024, 1024, 10], 4, 4 * 6400, local_steps=steps, optimizer=optimizer_spec)
-    worker = Worker(job, 0, device)
-    envelope = Envelope(worker_route(job, 0, 0), device)
-    bare = job.narrow(job.neurons(0)[0], device)
+    worker = Worker(job, WorkerSlot(0, Team(job.config.train.workers)), device, assignments(job))
+    envelope = Envelope(route_of(job.split, job.config.exchange, assignments(job).cuts(0)[0]), device)
+    bare = job.split.module(assignments(job).of(0)[0], device)
     for name, parameter in bare.named_parameters():
         nn.init.normal_(parameter, std=0.02)
         envelope.down.tensors[name].copy_(parameter.detach())
     assert isinstance(worker.shard, TensorDataset)
     inputs, targets = worker.shard.tensors
-    batches = [torch.from_numpy(job.dealing.batch(0, step)) for step in range(steps)]
+    batches = [torch.from_numpy(job.schedule.dealing.batch(0, step)) for step in range(steps)]
 
     def bare_loop() -> None:
         optimizer = torch.optim.SGD(bare.parameters(), lr=0.01, momentum=0.9)
@@ -130,17 +131,17 @@ def cut_and_merge(device: torch.device, repeats: int, width: int) -> dict[str, f
     job = make([784, width, width, 10], workers, 64)
     model = MLP([784, width, width, 10]).to(device)
     tensors = model.state_dict()
-    state = {name: tensors[name] for name in job.specs}
-    computed = job.cuts(0)
+    state = {name: tensors[name] for name in job.split.specs}
+    computed = assignments(job).cuts(0)
     cuts = placed(computed, device)
-    messages = [Message(layout_of(cut_specs(job.specs, cut)), device) for cut in cuts]
+    messages = [Message(layout_of(cut_specs(job.split.specs, cut)), device) for cut in cuts]
 
     def cut_all() -> None:
         for cut, message in zip(placed(computed, device), messages, strict=True):
             extract(state, cut, message.tensors)
 
     def merge_all() -> None:
-        reassemble(state, cuts, [(w, m.tensors) for w, m in enumerate(messages)], job.exclusive(0))
+        reassemble(state, cuts, [(w, m.tensors) for w, m in enumerate(messages)], assignments(job).exclusive(0))
 
     size = sum(message.nbytes for message in messages)
     flat = torch.zeros(size, dtype=torch.uint8, device=device)

@@ -68,7 +68,7 @@ def configure(method: str, workers: int, epochs: float, quick: bool) -> Config:
     config = load_config(CONFIG, [f"{key}={value}" for key, value in changes.items()])
     if method == "ist" or quick:
         return config
-    steps = epochs * build_job(config).dealing.steps_per_epoch
+    steps = epochs * build_job(config).schedule.dealing.steps_per_epoch
     # Whole outer steps: what is trained after the last one would be lost.
     changes |= {"train.rounds": max(1, round(steps / WHOLE_STEPS))}
     return load_config(CONFIG, [f"{key}={value}" for key, value in changes.items()])
@@ -133,9 +133,9 @@ def measure(method: str, config: Config, timeout_s: float) -> dict[str, Any]:
     job = build_job(config)
     found: dict[str, Any] = {
         "rate": config.train.optimizer.args["lr"],
-        "rounds": job.num_rounds,
+        "rounds": job.schedule.num_rounds,
         "local_steps_a_round": config.train.local_steps,
-        "local_steps": [job.total_steps] * config.train.workers,
+        "local_steps": [job.schedule.total_steps] * config.train.workers,
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -156,7 +156,7 @@ def measure(method: str, config: Config, timeout_s: float) -> dict[str, Any]:
         else:
             result = json.loads((folder / "run" / "result.json").read_text())
             found |= {key: result[key] for key in ("accuracy", "train_s")}
-    found["epochs"] = statistics.mean(found["local_steps"]) / job.dealing.steps_per_epoch
+    found["epochs"] = statistics.mean(found["local_steps"]) / job.schedule.dealing.steps_per_epoch
     print(f"{method}: {found}", file=sys.stderr, flush=True)
     return found
 

@@ -152,14 +152,16 @@ def train_with_torchft(job: Job, model: nn.Module, place: Place, notes: Notes) -
     named = dict(model.named_parameters())
     inner = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
     outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
-    shard = take_shard(job.train_data, job.dealing.shard(place.rank))
+    shard = take_shard(job.task.train_data, job.schedule.dealing.shard(place.rank))
     place.meet("the start")
     started = time.perf_counter()
     with DiLoCo(manager, [model], inner, outer, sync_every=job.config.train.local_steps):
-        for number in range(job.num_rounds):
+        for number in range(job.schedule.num_rounds):
             committed = manager.current_step()
-            local_steps(job, place.rank, shard, model, named, inner, number, CPU)  # the last one makes the outer step
-            notes.local_steps += len(job.steps(number))
+            local_steps(
+                job, job.schedule.dealing, place.rank, shard, model, named, inner, number, CPU
+            )  # the last one makes the outer step
+            notes.local_steps += len(job.schedule.steps(number))
             notes.outer_step(manager.num_participants() if manager.current_step() > committed else 0, model)
     notes.train_s = time.perf_counter() - started
     place.meet("the end")
@@ -201,8 +203,8 @@ def train_with_hivemind(job: Job, model: nn.Module, place: Place, notes: Notes) 
         place.store.set("peer", str(dht.get_visible_maddrs()[0]))
     named = dict(model.named_parameters())
     inner = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
-    groups = matching_groups(inner, named, job.group_of)
-    samples_per_step = job.dealing.num_samples / job.dealing.steps_per_epoch
+    groups = matching_groups(inner, named, job.schedule.group_of)
+    samples_per_step = job.schedule.dealing.num_samples / job.schedule.dealing.steps_per_epoch
     optimizer = hivemind.Optimizer(
         dht=dht,
         run_id="peers",
@@ -218,16 +220,16 @@ def train_with_hivemind(job: Job, model: nn.Module, place: Place, notes: Notes) 
         tracker_opts={"min_refresh_period": 0.1, "default_refresh_period": 0.2, "max_refresh_period": 0.5},
         verbose=True,
     )
-    shard = take_shard(job.train_data, job.dealing.shard(place.rank))
+    shard = take_shard(job.task.train_data, job.schedule.dealing.shard(place.rank))
     place.meet("the start")
     started = time.perf_counter()
-    while optimizer.local_epoch < job.num_rounds:
+    while optimizer.local_epoch < job.schedule.num_rounds:
         epoch = optimizer.local_epoch
         ear.averaged_over.clear()
-        apply_settings(inner, groups, job.settings[min(notes.local_steps, job.total_steps - 1)])
-        inputs, targets = fetch(shard, job.dealing.batch(place.rank, notes.local_steps), CPU)
+        apply_settings(inner, groups, job.schedule.settings[min(notes.local_steps, job.schedule.total_steps - 1)])
+        inputs, targets = fetch(shard, job.schedule.dealing.batch(place.rank, notes.local_steps), CPU)
         inner.zero_grad(set_to_none=True)
-        job.loss(call_model(model, inputs), targets).backward()  # type: ignore[no-untyped-call]
+        job.task.loss(call_model(model, inputs), targets).backward()  # type: ignore[no-untyped-call]
         optimizer.step(batch_size=len(targets))
         notes.local_steps += 1
         for _ in range(epoch, optimizer.local_epoch):
@@ -243,7 +245,7 @@ def main() -> None:
     system, config, folder = sys.argv[1:]
     torch.set_num_threads(1)
     job = build_job(load_config(Path(config)))
-    place, notes, model = find_place(), Notes(), job.build()
+    place, notes, model = find_place(), Notes(), job.task.build()
     train = {"torchft": train_with_torchft, "hivemind": train_with_hivemind}[system]
     train(job, model, place, notes)
     if place.rank == 0:

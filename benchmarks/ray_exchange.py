@@ -23,8 +23,9 @@ from benchmarks.overhead import make
 from ist.monitoring.meter import Meter
 from ist.pools.ray_cluster import connected
 from ist.pools.ray_pool import RayPool
+from ist.subnet.job import assignments
 from ist.training.coordinator import Coordinator
-from ist.transport.endpoints import worker_layout
+from ist.transport.endpoints import route_of
 
 WORKERS = 4
 
@@ -70,13 +71,16 @@ def copy_seconds(nbytes: int) -> float:
 def measure(width: int, rounds: int) -> dict[str, Any]:
     """Train a few rounds of one step, and return what they took."""
     job = make([784, width, width, 10], WORKERS, 256, pool="ray", local_steps=1, batch_size=8)
-    model, meter = job.build(), Meter()
+    model, meter = job.task.build(), Meter()
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
     with connected(job.config):
         pool = RayPool(job, meter, "exchange")
         coordinator = Coordinator(job, pool, model, meter)
         coordinator.train_round(0)
-        subnet_bytes = max(worker_layout(job, worker, 0).nbytes for worker in range(WORKERS))
+        subnet_bytes = max(
+            route_of(job.split, job.config.exchange, assignments(job).cuts(0)[worker]).plain.nbytes
+            for worker in range(WORKERS)
+        )
         before, sent, peak = own_bytes(), meter.total_bytes, Peak()
         peak.start()
         reports = [coordinator.train_round(number) for number in range(1, rounds + 1)]

@@ -84,7 +84,7 @@ def plain_rounds(workload: str, given: tuple[str, ...]) -> int:
     from ist.runs.build import build_job
 
     if workload not in _ROUNDS:
-        _ROUNDS[workload] = build_job(Run("", workload, "ist", (*PLAIN, *given)).load()).num_rounds
+        _ROUNDS[workload] = build_job(Run("", workload, "ist", (*PLAIN, *given)).load()).schedule.num_rounds
     return _ROUNDS[workload]
 
 

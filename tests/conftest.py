@@ -139,11 +139,11 @@ def job_for(model: nn.Module, dataset: Dataset[Any] | None = None, test: Any = N
 
 def plain_loop(model: nn.Module, job: Any, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> None:
     """What anybody would write; only which samples a step uses comes from the job."""
-    inputs, targets = job.train_data.tensors
-    shard = torch.from_numpy(job.dealing.shard(0))
+    inputs, targets = job.task.train_data.tensors
+    shard = torch.from_numpy(job.schedule.dealing.shard(0))
     model.train()
-    for step in range(job.total_steps):
-        rows = shard[torch.from_numpy(job.dealing.batch(0, step))]
+    for step in range(job.schedule.total_steps):
+        rows = shard[torch.from_numpy(job.schedule.dealing.batch(0, step))]
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(inputs[rows]), targets[rows]).backward()
         optimizer.step()
@@ -171,7 +171,7 @@ def generators_left_alone() -> Iterator[None]:
 
 def whole_state(job: Job, model: nn.Module) -> dict[str, Tensor]:
     tensors = model.state_dict()
-    return {name: tensors[name] for name in job.model_specs}
+    return {name: tensors[name] for name in job.split.model_specs}
 
 
 def worker_numbers(**changes: float) -> dict[str, float]:

@@ -16,6 +16,7 @@ from ist.errors import MemoryLimitError
 from ist.storage.checkpoint import read_tensors
 from ist.storage.run_folder import create_run_folder
 from ist.subnet.cut import cut_specs, extract, placed, reassemble
+from ist.subnet.job import assignments
 from tests.baselines.program import RESUMED, RUNS
 from tests.baselines.program import WORKERS as RANKS
 from tests.conftest import ROOT, Run, assert_same, clone, config_tree, job_for, run_torchrun, small_config, whole_state
@@ -40,18 +41,18 @@ def test_cutting_and_merging_on_the_gpu_gives_the_bits_of_the_cpu(network: str) 
     job = job_for(model)
     on_cpu = clone(whole_state(job, model))
     on_gpu = {name: tensor.cuda() for name, tensor in on_cpu.items()}
-    cuts = job.cuts(1)
+    cuts = assignments(job).cuts(1)
     trained: dict[str, list[Any]] = {"cpu": [], "cuda": []}
     for device, state in (("cpu", on_cpu), ("cuda", on_gpu)):
         there = placed(cuts, torch.device(device))
         for worker, cut in enumerate(there):
-            specs = cut_specs(job.specs, cut)
+            specs = cut_specs(job.split.specs, cut)
             part = {name: torch.empty(s.shape, dtype=s.dtype, device=device) for name, s in specs.items()}
             extract(state, cut, part)
             for tensor in part.values():
                 tensor += worker
             trained[device].append((worker, part))
-        reassemble(state, there, trained[device], job.exclusive(0))
+        reassemble(state, there, trained[device], assignments(job).exclusive(0))
 
     for name, tensor in on_cpu.items():
         torch.testing.assert_close(on_gpu[name].cpu(), tensor, rtol=0, atol=1e-6)

@@ -59,7 +59,7 @@ class DataParallel:
         self._membership = membership
         self._meter = meter
         self._gauge = MemoryGauge(membership.device)
-        self._shard = take_shard(job.train_data, job.dealing.shard(membership.rank))
+        self._shard = take_shard(job.task.train_data, job.schedule.dealing.shard(membership.rank))
         self._model = model.to(membership.device)
         self._exchange = GradientExchange(job.config, compression, membership.world_size)
         if self._exchange.powersgd is not None and membership.device.type == "cpu" and torch.cuda.is_available():
@@ -110,14 +110,14 @@ class DataParallel:
         exchange.start_round()
         with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):
             loss_sum, samples = local_steps(
-                self.job, self._membership.rank, self._shard, self._ddp, self._named, self._optimizer,
-                round_number, self._membership.device,
+                self.job, self.job.schedule.dealing, self._membership.rank, self._shard, self._ddp, self._named,
+                self._optimizer, round_number, self._membership.device,
             )  # fmt: skip
             seconds = time.perf_counter() - started
             on_gpu = self._membership.device.type != "cpu"
             cpu_s = seconds - sum(exchange.transfers_s) if on_gpu else time.thread_time() - cpu_started
             numbers = worker_numbers(
-                steps=len(self.job.steps(round_number)), samples=samples, loss_sum=loss_sum,
+                steps=len(self.job.schedule.steps(round_number)), samples=samples, loss_sum=loss_sum,
                 compute_s=seconds - sum(exchange.transfers_s), cpu_s=cpu_s, gauge=self._gauge,
             )  # fmt: skip
             own = RankRound(numbers, is_finite(self._named.values()), exchange.sent_bytes, exchange.transfers_s)
@@ -151,8 +151,8 @@ class DataParallel:
         dtypes = {name: parameter.dtype for name, parameter in self._named.items()}
         self._exchange.rehearses = True
         with seeded(device, job.config.seed, Purpose.REHEARSAL):
-            inputs, targets = fetch(self._shard, job.dealing.batch(self._membership.rank, 0), device)
-            job.loss(call_model(self._ddp, inputs), targets).backward()  # type: ignore[no-untyped-call]
+            inputs, targets = fetch(self._shard, job.schedule.dealing.batch(self._membership.rank, 0), device)
+            job.task.loss(call_model(self._ddp, inputs), targets).backward()  # type: ignore[no-untyped-call]
         self._exchange.rehearses = False
         for name, buffer in self._model.named_buffers():
             if name in before and buffer.shape == before[name].shape:  # a cache may have grown

@@ -64,7 +64,7 @@ class LocalTraining:
         self._membership = membership
         self._meter = meter
         self._gauge = MemoryGauge(membership.device)
-        self._shard = take_shard(job.train_data, job.dealing.shard(membership.rank))
+        self._shard = take_shard(job.task.train_data, job.schedule.dealing.shard(membership.rank))
         self._model = model.to(membership.device)
         with peer_errors("starting together"):
             self._model.load_state_dict(spread(membership, self._model.state_dict()))
@@ -111,8 +111,8 @@ class LocalTraining:
         started, cpu_started = time.perf_counter(), time.thread_time()
         self._saved = {}
         loss_sum, samples = local_steps(
-            self.job, self._membership.rank, self._shard, self._model, self._named, self._optimizer,
-            round_number, self._membership.device,
+            self.job, self.job.schedule.dealing, self._membership.rank, self._shard, self._model, self._named,
+            self._optimizer, round_number, self._membership.device,
         )  # fmt: skip
         trained, cpu_trained = time.perf_counter(), time.thread_time()
         with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):
@@ -124,7 +124,7 @@ class LocalTraining:
             cpu_s = trained - started if on_gpu else cpu_trained - cpu_started
             transfers = [time.perf_counter() - trained]
             numbers = worker_numbers(
-                steps=len(self.job.steps(round_number)), samples=samples, loss_sum=loss_sum,
+                steps=len(self.job.schedule.steps(round_number)), samples=samples, loss_sum=loss_sum,
                 compute_s=seconds - sum(transfers), cpu_s=cpu_s, gauge=self._gauge,
             )  # fmt: skip
             own = RankRound(numbers, is_finite(self._named.values()), self._sent_bytes, transfers)

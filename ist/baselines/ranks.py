@@ -65,7 +65,7 @@ def report_round(job: Job, membership: Membership, meter: Meter, own: RankRound,
         loss = did.numbers["loss_sum"]
         if not math.isfinite(loss) or not did.finite:
             what = "weights that are not finite" if math.isfinite(loss) else f"a loss of {loss}"
-            raise diverged(job, rank, what, round_number)
+            raise diverged(job, len(ranks), rank, what, round_number)
         meter.sent[rank] = round(did.sent_bytes)
     return summarise(ranks)
 

@@ -48,16 +48,16 @@ def operators(job: Job, module: nn.Module, device: torch.device) -> Operators:
         child.register_forward_pre_hook(lambda *_, path=path: watch.path.append(path), prepend=True)
         child.register_forward_hook(lambda *_: watch.leave(), always_call=True)
     with seeded(device, job.config.seed, Purpose.REHEARSAL), network_errors(module):
-        dry_run(module, moved(job.example, device), watch)
+        dry_run(module, moved(job.task.example, device), watch)
     return frozenset(watch.seen)
 
 
 def is_due(job: Job, round_number: int) -> bool:
     """Return whether to look again after a round: the 2nd, 4th, 8th, ..., the first of a later stage, and the last."""
     number = round_number + 1
-    stages = [span.stage for span in job.spans[max(0, round_number - 1) : number]]
+    stages = [span.stage for span in job.schedule.spans[max(0, round_number - 1) : number]]
     is_doubled = number > 1 and number & round_number == 0
-    return is_doubled or number == job.num_rounds or stages[0] != stages[-1]
+    return is_doubled or number == job.schedule.num_rounds or stages[0] != stages[-1]
 
 
 def check_forward(
@@ -78,7 +78,7 @@ def check_forward(
     Raises:
         ModelError: Neurons can no longer be told apart: a narrow network computes something else than the whole one.
     """
-    if all(len(held) == group.size for group, held in zip(job.groups, neurons, strict=True)):
+    if all(len(held) == group.size for group, held in zip(job.split.groups, neurons, strict=True)):
         return known  # it is the whole network
     try:
         copy = copied(module)
@@ -90,7 +90,7 @@ def check_forward(
     seen = operators(job, copy, device)
     if seen <= known:
         return known
-    changed = _changed(module, job.narrow(neurons, torch.device("meta")))
+    changed = _changed(module, job.split.module(neurons, torch.device("meta")))
     news = _news(module, seen - known, changed)
     joined: Sequence[str] = ()
     why = ": a run of the whole network does not come there"
@@ -159,17 +159,17 @@ def _joined(job: Job, module: nn.Module, changed: _Attributes) -> tuple[tuple[st
     """
 
     def build() -> nn.Module:
-        return _with(job.build_copy(), module, changed)
+        return _with(job.task.build_copy(), module, changed)
 
     def keys(groups: Sequence[Group]) -> dict[str, Any]:
         return {group.name: (group.size, frozenset(group.slots), group.outgoing) for group in groups}
 
-    before = keys(job.found.groups)
-    found = find_neurons(_with(copied(job.template), module, changed), job.example, build)
+    before = keys(job.split.found.groups)
+    found = find_neurons(_with(copied(job.split.template), module, changed), job.task.example, build)
     after = set(keys(found.groups).values())
     cpu = torch.device("cpu")
-    network = _with(copied(job.template), module, changed) if found.on_meta else build()
-    split = [group.name for group in job.groups if group.name in before]
+    network = _with(copied(job.split.template), module, changed) if found.on_meta else build()
+    split = [group.name for group in job.split.groups if group.name in before]
     return tuple(name for name in split if before[name] not in after), operators(job, network, cpu)
 
 

@@ -30,7 +30,7 @@ def check_start(job: Job, network: nn.Module) -> None:
         DataError: The first samples are not numbers.
         ModelError: A parameter is not, or a buffer that cannot travel as it is configured.
     """
-    if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors_in(job.example)):
+    if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors_in(job.task.example)):
         raise DataError("the first samples of the training data hold nan in their inputs: leave them out, or mend them")
     if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
         return  # it has no values yet, which is told where they are needed
@@ -44,21 +44,21 @@ def check_start(job: Job, network: nn.Module) -> None:
     if exchange.down == exchange.up == "exact" and exchange.values == "weights":
         return
     for name, buffer in network.named_buffers():
-        if name in job.model_specs and not is_finite([buffer]):
+        if name in job.split.model_specs and not is_finite([buffer]):
             raise ModelError(
                 f"buffer '{name}' holds {_what(buffer)}, which can neither be rounded nor subtracted (exchange): leave "
                 "it out of the state_dict (register_buffer(..., persistent=False)), or exchange weights exactly"
             )
 
 
-def not_finite_sample(job: Job, worker: int, round_number: int) -> str | None:
+def not_finite_sample(job: Job, num_workers: int, worker: int, round_number: int) -> str | None:
     """Return what is not finite in the data of a worker's round, and in which sample; None: nothing."""
-    cpu = torch.device("cpu")
+    cpu, dealing = torch.device("cpu"), job.schedule.dealing_for(num_workers)
     try:
         with seeded(cpu, job.config.seed, Purpose.TRAINING, round_number, worker):
-            for step in job.steps(round_number):
-                for number in job.dealing.shard(worker)[job.dealing.batch(worker, step)].tolist():
-                    if bad := what_is_not_finite(*fetch(job.train_data, np.array([number]), cpu)):
+            for step in job.schedule.steps(round_number):
+                for number in dealing.shard(worker)[dealing.batch(worker, step)].tolist():
+                    if bad := what_is_not_finite(*fetch(job.task.train_data, np.array([number]), cpu)):
                         return f"sample {number} of the training data holds {bad}"
     except (ISTError, RuntimeError, ValueError, TypeError, IndexError):
         return None  # the question was asked about another error, which is told

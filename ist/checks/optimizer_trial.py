@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ist.errors import ConfigError
 from ist.optimization import optimizers
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.transport.frozen_parameters import checksum
 
 _MOST_STEPS = 256
@@ -56,7 +56,7 @@ def check_optimizer(job: Job, named: Mapping[str, nn.Parameter]) -> None:
     keeps = f"{name} keeps {' and '.join(found.outside)}" if found.outside else name
     if not config.method_spec.needs_groups or (train.optimizer_state == "kept" and _same_neurons(job)):
         unsaved = [what for what, is_saved in found.outside.items() if not is_saved]
-        if unsaved and any(config.checkpoint.is_due(number) for number in range(1, job.num_rounds)):
+        if unsaved and any(config.checkpoint.is_due(number) for number in range(1, job.schedule.num_rounds)):
             warnings.warn(
                 f"'train.optimizer.name': {name} keeps {' and '.join(unsaved)} outside its per-parameter state, which "
                 "is not saved: a resumed run begins it afresh",
@@ -68,7 +68,7 @@ def check_optimizer(job: Job, named: Mapping[str, nn.Parameter]) -> None:
             f"'train.optimizer_state' is 'carried', but {keeps} outside its per-parameter state, which cannot be cut "
             "along with a parameter: use 'reset', which begins it afresh every round"
         )
-    lengths = {len(span.steps) for span in job.spans[:-1] or job.spans}
+    lengths = {len(span.steps) for span in job.schedule.spans[:-1] or job.schedule.spans}
     if found.period is None and max(lengths) <= _MOST_STEPS:
         raise ConfigError(
             f"'train.optimizer.name': {name} moves no parameter in a round's {max(lengths)} local steps, and every "
@@ -88,11 +88,12 @@ def check_optimizer(job: Job, named: Mapping[str, nn.Parameter]) -> None:
 
 def _same_neurons(job: Job) -> bool:
     """Whether every worker holds the same neurons in all rounds."""
-    first = job.neurons(0)
+    held = assignments(job)
+    first = held.of(0)
     return all(
         all(map(np.array_equal, mine, before))
-        for round_number in range(1, job.num_rounds)
-        for mine, before in zip(job.neurons(round_number), first, strict=True)
+        for round_number in range(1, job.schedule.num_rounds)
+        for mine, before in zip(held.of(round_number), first, strict=True)
     )
 
 
@@ -106,7 +107,7 @@ def try_steps(job: Job, named: Mapping[str, nn.Parameter]) -> Trial:
     is_still = not any(group.get("lr", 1.0) for group in optimizer.param_groups)
     start = {name: copies[name].detach().clone() for name in with_gradients}
     period = 1 if is_still else None
-    for step in range(1, min(max(len(span.steps) for span in job.spans), _MOST_STEPS) + 1):
+    for step in range(1, min(max(len(span.steps) for span in job.schedule.spans), _MOST_STEPS) + 1):
         optimizer.zero_grad(set_to_none=True)
         for name, parameter in with_gradients.items():
             gradient = torch.ones_like(copies[name])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ist.data.nested import call_model, mapped, tensors_in
 from ist.errors import ModelError, first_line
+from ist.evaluation.task import Task
 from ist.network.copies import copied
 from ist.neurons.group import Group
 from ist.neurons.splittable import FAILURES
@@ -26,10 +27,12 @@ from ist.neurons.trace import comparable, without_inner_dropout
 from ist.neurons.tracing.shared_draws import with_same_draws
 from ist.neurons.tracing.untaken_paths import Detour, OnDetour
 from ist.rng import Indices, Purpose, seeded
+from ist.subnet.assignments import Assignments
 from ist.subnet.cut import Cut, cut_specs, extract, positions
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.subnet.module import NarrowPlan, along, bind, leave_out
 from ist.subnet.residual_blocks import scaled_blocks
+from ist.subnet.split_model import SplitModel
 from ist.tensors import TensorSpec, named_tensors
 
 MOST_FOR_DOUBLE = 100_000_000
@@ -57,20 +60,21 @@ def verify_cuts(job: Job, original: nn.Module | None = None) -> None:
         ModelError: A narrow network fails, or computes something else than the masked whole network.
     """
     with seeded(torch.device("cpu"), job.config.seed, Purpose.TRAINING):
-        original = job.build() if original is None else original
-        _check_copies(original, job.example)
-        whole, example = _in_double(job)
-        if job.block_scales:
-            _verify_blocks(job, whole, example)
-        for neurons in _shares(job):
-            verify_cut(job, whole, example, neurons)
+        original = job.task.build() if original is None else original
+        _check_copies(original, job.task.example)
+        whole, example = _in_double(job.task)
+        held = assignments(job)
+        if scales := held.block_scales():
+            _verify_blocks(list(scales), whole, example)
+        for neurons in _shares(job, held):
+            verify_cut(job.split, whole, example, neurons)
 
 
-def verify_cut(job: Job, whole: nn.Module, example: object, neurons: Sequence[Indices]) -> None:
+def verify_cut(split: SplitModel, whole: nn.Module, example: object, neurons: Sequence[Indices]) -> None:
     """Check one cut of a whole network with values; see `verify_cuts`.
 
     Args:
-        job: The run.
+        split: The network and its groups.
         whole: The whole network with the values to compare with, on the CPU; left as it was.
         example: Inputs of a batch, of the network's precision.
         neurons: For each group, the neurons that are held.
@@ -79,19 +83,19 @@ def verify_cut(job: Job, whole: nn.Module, example: object, neurons: Sequence[In
         ModelError: They differ.
     """
     precision = next(p.dtype for p in whole.parameters() if p.is_floating_point())
-    narrow = job.narrow(neurons, torch.device("cpu"))
+    narrow = split.module(neurons, torch.device("cpu"))
     if precision == torch.float64:
         narrow = narrow.double()  # unlike `to`, this leaves complex numbers complex
-    cut = positions(job.groups, job.everything, neurons)
+    cut = positions(split.groups, split.everything, neurons)
     state = {name: tensor.detach().contiguous() for name, tensor in named_tensors(whole).items() if name in cut}
     part = {
-        name: torch.empty(spec.shape, dtype=state[name].dtype) for name, spec in _part_specs(job, cut, state).items()
+        name: torch.empty(spec.shape, dtype=state[name].dtype) for name, spec in _part_specs(split, cut, state).items()
     }
     extract(state, cut, into=part)
     # What a worker is not sent must be right by itself.
-    bind(narrow, {name: tensor for name, tensor in part.items() if name in job.specs or name in job.frozen_specs})
-    plan = job.plan_for(neurons)
-    masked = _masked(job, whole, plan, cut, neurons)
+    bind(narrow, {name: tensor for name, tensor in part.items() if name in split.specs or name in split.frozen_specs})
+    plan = split.plan(neurons)
+    masked = _masked(split, whole, plan, cut, neurons)
     tolerance = TOLERANCE.get(precision, 1e-2)
 
     def run_narrow(detour: Detour | None) -> dict[str, Tensor]:
@@ -99,26 +103,26 @@ def verify_cut(job: Job, whole: nn.Module, example: object, neurons: Sequence[In
             return _repeatable_results(narrow, example, detour)
         except FAILURES as error:
             raise ModelError(
-                f"{_held(job.groups, neurons)}: a narrow network of this class fails: {first_line(error)}. {_ADVICE}"
+                f"{_held(split.groups, neurons)}: a narrow network of this class fails: {first_line(error)}. {_ADVICE}"
             ) from error
 
-    for detour in (None, *job.found.detours):
+    for detour in (None, *split.found.detours):
         runs = [partial(run_narrow, detour), partial(_repeatable_results, masked, example, detour)]
         run = partial(_repeatable_results, example=example, detour=detour)
-        expected, found, differing = _compared(job, plan, cut, masked, runs, run, tolerance)
+        expected, found, differing = _compared(split, plan, cut, masked, runs, run, tolerance)
         if differing:
             break
     if differing:
         name = differing[0]
         raise ModelError(
-            f"{_held(job.groups, neurons)}: a narrow network of this class computes something else than the masked "
+            f"{_held(split.groups, neurons)}: a narrow network of this class computes something else than the masked "
             f"whole one: {name} differs by {_distance(expected[name], found.get(name)):.2g}, where values are up to "
             f"{_size(expected[name]):.2g}. {_ADVICE}"
         )
 
 
 def _compared(
-    job: Job,
+    split: SplitModel,
     plan: NarrowPlan,
     cut: Cut,
     masked: nn.Module,
@@ -129,10 +133,10 @@ def _compared(
     """Return the results of the masked whole network, of the narrow one, and the names of those that differ."""
 
     def restricted(results: dict[str, Tensor]) -> dict[str, Tensor]:
-        return _restricted(job, plan, cut, results)
+        return _restricted(split, plan, cut, results)
 
     gradients: set[str] = set()
-    absent = {f"{_GRADIENT}{name}" for name in job.found.unreached}
+    absent = {f"{_GRADIENT}{name}" for name in split.found.unreached}
     for seed in range(MOST_SEEDS):
         (found, results), is_random = with_same_draws(seed, runs)
         expected = restricted(results)
@@ -184,20 +188,20 @@ def _check_copies(original: nn.Module, example: object) -> None:
         )
 
 
-def _verify_blocks(job: Job, whole: nn.Module, example: object) -> None:
+def _verify_blocks(paths: Sequence[str], whole: nn.Module, example: object) -> None:
     """Check that the blocks which are dealt add to their input: without weights, they must return it.
 
     Raises:
         ModelError: They do something else.
     """
     empty, skipping = copied(whole), copied(whole)
-    for path in job.block_scales:
+    for path in paths:
         for parameter in empty.get_submodule(path).parameters():
             nn.init.zeros_(parameter)
         leave_out(skipping, path)
-    names = ", ".join(list(job.block_scales)[:4])
+    names = ", ".join(paths[:4])
     try:
-        with scaled_blocks(empty, dict.fromkeys(job.block_scales, 1.0)):
+        with scaled_blocks(empty, dict.fromkeys(paths, 1.0)):
             expected, _ = _outputs_and_gradients(empty, example)
         found, _ = _outputs_and_gradients(skipping, example)
         same = all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(expected, found, strict=True))
@@ -210,7 +214,7 @@ def _verify_blocks(job: Job, whole: nn.Module, example: object) -> None:
         )
 
 
-def _in_double(job: Job) -> tuple[nn.Module, object]:
+def _in_double(task: Task) -> tuple[nn.Module, object]:
     """Return a whole network to compare with and its inputs.
 
     They are in float64 if the network is not too large, can compute so, and then has no more values that are not
@@ -219,19 +223,19 @@ def _in_double(job: Job) -> tuple[nn.Module, object]:
     Raises:
         ModelError: An output, or the gradient of a parameter, is not finite anywhere.
     """
-    whole = job.build_copy()
+    whole = task.build_copy()
     _disturb(whole)
-    found = whole, job.example
+    found = whole, task.example
     bad: dict[str, bool] | None = None
     if sum(p.numel() for p in whole.parameters()) <= MOST_FOR_DOUBLE:
-        double = copied(whole).double(), mapped(job.example, lambda t: t.double() if t.is_floating_point() else t)
+        double = copied(whole).double(), mapped(task.example, lambda t: t.double() if t.is_floating_point() else t)
         with suppress(RuntimeError, ValueError, TypeError):
             bad = _not_finite(copied(double[0]), double[1])
             found = double
     if bad is None or bad:
-        plain = _not_finite(copied(whole), job.example)
+        plain = _not_finite(copied(whole), task.example)
         if bad is None or len(plain) < len(bad):
-            found, bad = (whole, job.example), plain
+            found, bad = (whole, task.example), plain
     if True in bad.values():
         name = next(name for name, everywhere in bad.items() if everywhere)
         raise ModelError(
@@ -247,12 +251,12 @@ def _not_finite(module: nn.Module, example: object) -> dict[str, bool]:
     return {name: not bool(where.any()) for name, where in finite.items() if not bool(where.all())}
 
 
-def _shares(job: Job) -> Iterator[Sequence[Indices]]:
-    shares = job.neurons(job.main_round)
+def _shares(job: Job, held: Assignments) -> Iterator[Sequence[Indices]]:
+    shares = held.of(job.schedule.main_round)
     yield shares[0]
     if len(shares) > 1:
         yield shares[-1]
-        yield [np.array([group.size // 2]) for group in job.groups]
+        yield [np.array([group.size // 2]) for group in job.split.groups]
 
 
 def _disturb(module: nn.Module) -> None:
@@ -266,14 +270,14 @@ def _disturb(module: nn.Module) -> None:
                 parameter.copy_(torch.where(usual, moved, parameter))
 
 
-def _masked(job: Job, whole: nn.Module, plan: NarrowPlan, cut: Cut, neurons: Sequence[Indices]) -> nn.Module:
+def _masked(split: SplitModel, whole: nn.Module, plan: NarrowPlan, cut: Cut, neurons: Sequence[Indices]) -> nn.Module:
     """The whole network with the outgoing weights of all other neurons set to zero: the oracle of a subnet."""
     masked = copied(whole)
     for path in plan.absent:
         leave_out(masked, path)
     tensors = dict(masked.named_parameters())
     with torch.no_grad():
-        for group, held in zip(job.groups, neurons, strict=True):
+        for group, held in zip(split.groups, neurons, strict=True):
             others = np.setdiff1d(np.arange(group.size), held)
             for slot in group.slots:
                 if (slot.tensor, slot.dim) in group.outgoing and slot.tensor in tensors:
@@ -287,8 +291,8 @@ def _masked(job: Job, whole: nn.Module, plan: NarrowPlan, cut: Cut, neurons: Seq
     return masked
 
 
-def _part_specs(job: Job, cut: Cut, state: dict[str, Tensor]) -> dict[str, TensorSpec]:
-    return cut_specs({name: job.everything[name] for name in state}, cut)
+def _part_specs(split: SplitModel, cut: Cut, state: dict[str, Tensor]) -> dict[str, TensorSpec]:
+    return cut_specs({name: split.everything[name] for name in state}, cut)
 
 
 def _outputs_and_gradients(module: nn.Module, example: object) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -345,7 +349,7 @@ def _repeatable_results(module: nn.Module, example: object, detour: Detour | Non
             child._buffers.update(buffers)
 
 
-def _restricted(job: Job, plan: NarrowPlan, cut: Cut, results: dict[str, Tensor]) -> dict[str, Tensor]:
+def _restricted(split: SplitModel, plan: NarrowPlan, cut: Cut, results: dict[str, Tensor]) -> dict[str, Tensor]:
     """Restrict the gradients of the masked whole network to the part that a narrow one has."""
     restricted = {}
     for what, tensor in results.items():
@@ -353,7 +357,7 @@ def _restricted(job: Job, plan: NarrowPlan, cut: Cut, results: dict[str, Tensor]
         if name == what:
             restricted[what] = tensor
         elif name in cut:
-            spec = cut_specs({name: job.everything[name]}, cut)[name]
+            spec = cut_specs({name: split.everything[name]}, cut)[name]
             part = torch.empty(spec.shape, dtype=tensor.dtype)
             extract({name: tensor.contiguous()}, {name: cut[name]}, into={name: part})
             if name in plan.scales:  # the derivative of w * scale

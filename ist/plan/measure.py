@@ -23,12 +23,14 @@ from ist.data.nested import call_model, tensors_in
 from ist.errors import ConfigError
 from ist.optimization import optimizers
 from ist.rng import Purpose, seeded
+from ist.runs.build import run_spans
+from ist.subnet.assignments import Team, WorkerSlot
 from ist.subnet.cut import Cut, reassemble
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.subnet.module import bind
 from ist.training.worker import Worker, local_steps
 from ist.transport.codec import Envelope
-from ist.transport.endpoints import Outgoing, WorkerEnd, read_trained, worker_route
+from ist.transport.endpoints import Outgoing, WorkerEnd, read_trained, route_of
 from ist.transport.frozen_parameters import FrozenSender
 from ist.transport.interfaces import Buffers
 
@@ -86,18 +88,18 @@ def measure_whole(job: Job, device: torch.device) -> WholeCost:
         ConfigError: A step fails.
     """
     with _failures_named(job):
-        module = job.build_copy().to(device)
-        shard = take_shard(job.train_data, job.dealing.shard(0))
+        module = job.task.build_copy().to(device)
+        shard = take_shard(job.task.train_data, job.schedule.dealing.shard(0))
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         trained = list(named.values())
         optimizer = optimizers.build_optimizer(job.config.train.optimizer, trained)
 
         def train(job: Job) -> None:
-            local_steps(job, 0, shard, module, named, optimizer, 0, device)
+            local_steps(job, job.schedule.dealing, 0, shard, module, named, optimizer, 0, device)
 
         _try_smallest(job, 0, shard, module, device)
         step_s = _step_s(train, job, device)
-        batch = fetch(shard, job.dealing.batch(0, 0), device)
+        batch = fetch(shard, job.schedule.dealing.batch(0, 0), device)
         shapes, left_s = _gradients(job, module, batch, device)
         cost = StepCost(
             step_s,
@@ -116,9 +118,12 @@ def measure_narrow(job: Job, number: int, device: torch.device) -> StepCost:
         ConfigError: A step fails.
     """
     with _failures_named(job):
-        worker = Worker(job, number, device)
-        envelope = Envelope(worker_route(job, number, job.main_round), device)
-        outgoing, whole, cut = Outgoing(job), _state(job, device), job.cuts(0)[number]
+        held = assignments(job)
+        worker = Worker(job, WorkerSlot(number, Team(job.config.train.workers)), device, held)
+        neurons, main = held.of(0)[number], held.of(job.schedule.main_round)[number]
+        envelope = Envelope(route_of(job.split, job.config.exchange, job.split.cut(main)), device)
+        whole, exchange = _state(job, device), job.config.exchange
+        outgoing, cut = Outgoing(job.split, exchange), job.split.cut(neurons)
         outgoing.write(whole, cut, 1, envelope)
         fresh = envelope.flat.clone()
 
@@ -127,12 +132,12 @@ def measure_narrow(job: Job, number: int, device: torch.device) -> StepCost:
             envelope.flat.copy_(fresh)
             worker.train(0, envelope)
 
-        frozen, _ = FrozenSender(job, whole, device).write("", number, 0, job.frozen_cut(number, 0))
-        fixed = worker.frozen.update(job, number, 0, frozen, device)
-        bind(worker.module, {**WorkerEnd(job, number, device).open(envelope).tensors, **fixed})
+        frozen, _ = FrozenSender(job.split, exchange, whole, device).write("", number, 0, job.split.frozen_cut(neurons))
+        fixed = worker.frozen.update(neurons, number, 0, frozen, device)
+        bind(worker.module, {**WorkerEnd(job.split, exchange, device).open(envelope).tensors, **fixed})
         _try_smallest(job, number, worker.shard, worker.module, device)
         step_s = _step_s(train, job, device)
-        batch = fetch(worker.shard, job.dealing.batch(number, 0), device)
+        batch = fetch(worker.shard, job.schedule.dealing.batch(number, 0), device)
         return StepCost(
             step_s,
             sum(parameter.nbytes for parameter in worker.module.parameters() if parameter.requires_grad),
@@ -143,12 +148,13 @@ def measure_narrow(job: Job, number: int, device: torch.device) -> StepCost:
 
 def measure_coordinator(job: Job, device: torch.device) -> CoordinatorCost:
     """Measure what the coordinator does itself in a round: deal, cut, check and merge."""
-    state, buffers, outgoing = _state(job, device), Buffers(device), Outgoing(job)
+    state, buffers, outgoing = _state(job, device), Buffers(device), Outgoing(job.split, job.config.exchange)
+    held = assignments(job)
     rounds = iter(range(10**9))  # a partition of its own each, as in a run
 
     def cut() -> tuple[list[Cut], list[Envelope]]:
         round_number = next(rounds)
-        cuts = job.cuts(round_number)
+        cuts = [job.split.cut(neurons) for neurons in held.of(round_number)]
         envelopes = [buffers.envelope(worker, outgoing.route(part)) for worker, part in enumerate(cuts)]
         for part, envelope in zip(cuts, envelopes, strict=True):
             outgoing.write(state, part, 1, envelope)
@@ -157,12 +163,14 @@ def measure_coordinator(job: Job, device: torch.device) -> CoordinatorCost:
     cuts, envelopes = cut()
 
     def merge() -> None:
-        trained = [(w, read_trained(job, state, cuts[w], envelope)) for w, envelope in enumerate(envelopes)]
+        trained = [
+            (w, read_trained(job.config.exchange, state, cuts[w], envelope)) for w, envelope in enumerate(envelopes)
+        ]
         for _, tensors in trained:
             for tensor in tensors.values():
                 if tensor.is_floating_point() and tensor.numel():
                     tensor.aminmax()
-        reassemble(state, cuts, trained, job.exclusive(job.main_round))
+        reassemble(state, cuts, trained, held.exclusive(job.schedule.main_round))
         _synchronized(next(iter(state.values())))
 
     return CoordinatorCost(merge_s=_median_s(merge, device), cut_s=_median_s(cut, device))
@@ -170,19 +178,20 @@ def measure_coordinator(job: Job, device: torch.device) -> CoordinatorCost:
 
 def _try_smallest(job: Job, worker: int, shard: Dataset[Any], module: nn.Module, device: torch.device) -> None:
     """Let what cannot do with the smallest batch of any worker fail, as a batch norm fails with one sample."""
-    rows = job.dealing.batch(worker, 0)[: job.dealing.smallest_batch]
+    rows = job.schedule.dealing.batch(worker, 0)[: job.schedule.dealing.smallest_batch]
     _loss(job, module, fetch(shard, rows, device))
 
 
 def _state(job: Job, device: torch.device) -> dict[str, Tensor]:
-    tensors = job.build_copy().to(device).state_dict()
-    fresh = optimizers.initial_state(job.state_slots, job.state_specs, device)
-    return {name: tensors[name].contiguous() for name in (*job.model_specs, *job.frozen_specs)} | fresh
+    tensors = job.task.build_copy().to(device).state_dict()
+    fresh = optimizers.initial_state(job.split.state_slots, job.split.state_specs, device)
+    return {name: tensors[name].contiguous() for name in (*job.split.model_specs, *job.split.frozen_specs)} | fresh
 
 
 def _with_steps(job: Job, steps: int) -> Job:
     train = job.config.train.model_copy(update={"local_steps": steps})
-    return replace(job, config=job.config.model_copy(update={"train": train}))
+    config = job.config.model_copy(update={"train": train})
+    return replace(job, config=config, schedule=replace(job.schedule, spans=run_spans(config, job.schedule.dealing)))
 
 
 def _step_s(train: Callable[[Job], None], job: Job, device: torch.device) -> float:
@@ -190,8 +199,8 @@ def _step_s(train: Callable[[Job], None], job: Job, device: torch.device) -> flo
     # Made once: what a job finds out about itself, it finds out in the first call, which does not count.
     short = _with_steps(job, 1)
     steps = max(1, int(_SAMPLE_S / _median_s(lambda: train(short), device, most=_FEWEST)))
-    sample = _with_steps(job, min(job.config.train.local_steps, job.total_steps, steps))
-    return _median_s(lambda: train(sample), device) / len(sample.steps(0))
+    sample = _with_steps(job, min(job.config.train.local_steps, job.schedule.total_steps, steps))
+    return _median_s(lambda: train(sample), device) / len(sample.schedule.steps(0))
 
 
 def _median_s(action: Callable[[], object], device: torch.device, most: int = _MOST) -> float:
@@ -242,7 +251,7 @@ def _gradients(
 
 def _state_bytes(job: Job, module: nn.Module) -> int:
     """Bytes of the optimiser's state after a step; nothing where it travels in the message."""
-    if job.state_slots:
+    if job.split.state_slots:
         return 0
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = optimizers.build_optimizer(job.config.train.optimizer, trained)
@@ -273,7 +282,7 @@ def _activation_bytes(job: Job, module: nn.Module, batch: tuple[Any, Any]) -> in
 
 def _loss(job: Job, module: nn.Module, batch: tuple[Any, Any]) -> Tensor:
     inputs, targets = batch
-    return job.loss(call_model(module, inputs), targets)
+    return job.task.loss(call_model(module, inputs), targets)
 
 
 def _synchronized(tensor: Tensor) -> None:
@@ -290,6 +299,6 @@ def _failures_named(job: Job) -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(
             f"with {job.config.train.workers} workers (train.workers) a step on a batch of "
-            f"{job.dealing.smallest_batch} or more fails: "
+            f"{job.schedule.dealing.smallest_batch} or more fails: "
             f"{type(error).__name__}: {error}".splitlines()[0]
         ) from error

@@ -31,7 +31,7 @@ from ist.plan.formulas import buckets
 from ist.plan.measure import CoordinatorCost, StepCost, WholeCost, measure_coordinator, measure_narrow, measure_whole
 from ist.plan.request import Hosts, Request
 from ist.runs.build import build_job
-from ist.subnet.job import Job, remote_workers
+from ist.subnet.job import Job, assignments, remote_workers, with_workers
 from ist.subnet.partition import check_workers
 from ist.transport.frozen_parameters import frozen_bytes, message_bytes
 
@@ -172,8 +172,8 @@ def at_workers(job: Job, num_workers: int) -> Job:
                 f"'partition.capacities' is for {config.train.workers} workers (train.workers) and says nothing of "
                 f"{num_workers}: leave it out of the plan (--set partition.capacities=null)"
             )
-        check_workers(job.groups, num_workers, config.partition)
-    return job.with_workers(num_workers)
+        check_workers(job.split.groups, num_workers, config.partition)
+    return with_workers(job, num_workers)
 
 
 class Planner:
@@ -212,7 +212,7 @@ class Planner:
         config = job.config
         optimizer = {key: value for key, value in config.train.optimizer.args.items() if key != "lr"}
         parts = (config.model, config.data, config.train.loss, config.train.optimizer.name, optimizer)
-        key = f"{parts} {len(job.dealing.batch(0, 0))}"
+        key = f"{parts} {len(job.schedule.dealing.batch(0, 0))}"
         if key not in self._whole:
             self._whole[key] = measure_whole(job, self.device)
         return self._whole[key]
@@ -221,7 +221,8 @@ class Planner:
         """Return what a round costs that cuts the network into parts."""
         workers = job.config.train.workers
         if workers not in self._parts:
-            messages = [message_bytes(job, worker) for worker in range(workers)]
+            held = assignments(job)
+            messages = [message_bytes(job, held, worker) for worker in range(workers)]
             largest = max(range(workers), key=lambda worker: messages[worker][1])
             step = measure_narrow(job, largest, self.device)
             self._parts[workers] = Parts(messages, step, measure_coordinator(job, self.device))
@@ -244,10 +245,11 @@ class Planner:
         compute_s, exchange_s = ist_seconds(remote, step.step_s, workers, steps, hosts)
         sent = [sum(message[way] for message in remote) for way in (0, 1)]
         # A worker trains on the message itself, and holds its part of what is frozen beside it.
-        frozen = max(frozen_bytes(job, worker, job.main_round, None) for worker in range(workers))
+        shares = assignments(job).of(job.schedule.main_round)
+        frozen = max(frozen_bytes(job.split, job.config.exchange, neurons, None) for neurons in shares)
         worker_bytes = max(back for _, back in messages) + frozen + _held_bytes(step)
         own = _held_bytes(step) if len(remote) < workers else 0
-        specs = (*job.specs.values(), *job.frozen_specs.values())
+        specs = (*job.split.specs.values(), *job.split.frozen_specs.values())
         whole = sum(spec.nbytes for spec in specs) + sum(back for _, back in messages) + own
         coordinate_s = parts.coordinator.cut_s + parts.coordinator.merge_s
         return _prediction(job, sum(sent), max(sent), worker_bytes, whole, compute_s, exchange_s, coordinate_s)
@@ -274,7 +276,7 @@ def _prediction(
         method=job.config.method,
         workers=job.config.train.workers,
         local_steps=steps,
-        batch_size=len(job.dealing.batch(0, 0)),
+        batch_size=len(job.schedule.dealing.batch(0, 0)),
         sent_bytes=sent_bytes,
         link_bytes=link_bytes,
         memory_bytes=memory_bytes,
@@ -283,7 +285,7 @@ def _prediction(
         exchange_s=exchange_s,
         coordinate_s=coordinate_s,
         round_s=round_s,
-        epoch_s=round_s / steps * job.dealing.steps_per_epoch,
+        epoch_s=round_s / steps * job.schedule.dealing.steps_per_epoch,
     )
 
 
@@ -311,7 +313,7 @@ def make_plan(config: Config, request: Request) -> Plan:
     finally:
         torch.set_num_threads(threads)
     job = next(iter(planner.jobs.values()))
-    parameters = [parameter.numel() for parameter in job.template.parameters() if parameter.requires_grad]
+    parameters = [parameter.numel() for parameter in job.split.template.parameters() if parameter.requires_grad]
     return {
         "name": config.name,
         "model": config.model.name,

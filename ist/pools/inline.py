@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterable
 import torch
 
 from ist.monitoring.meter import Meter
-from ist.subnet.job import Job, remote_workers
+from ist.subnet.job import Job, assignments, remote_workers
 from ist.training.worker import Seat
 from ist.training.worker_state import Site
 from ist.transport.codec import Envelope, Route
@@ -22,7 +22,8 @@ class InlinePool:
 
     def __init__(self, job: Job, device: torch.device, meter: Meter, site: Site | None = None) -> None:
         self._names = tuple(f"worker {number}" for number in range(job.config.train.workers))
-        self._seats = [Seat(job, device, site) for _ in self._names]
+        held = assignments(job)
+        self._seats = [Seat(job, device, held, site) for _ in self._names]
         self._buffers = Buffers(device)
         self._meter = meter
         self._remote = remote_workers(job)
@@ -45,7 +46,7 @@ class InlinePool:
             is_remote = subnet.worker in self._remote
             if is_remote:
                 self._meter.sent[subnet.worker] += subnet.down_bytes
-            worker = self._seats[subnet.worker].worker(subnet.place)
+            worker = self._seats[subnet.worker].worker(subnet.slot)
             worker.train(round_number, subnet.envelope, subnet.frozen)
             if is_remote:
                 self._meter.received[subnet.worker] += subnet.envelope.up.nbytes

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from ist.distributed.device import compute_device
 from ist.errors import PoolError
 from ist.optimization import optimizers
-from ist.subnet.job import Job
+from ist.subnet.assignments import WorkerSlot
+from ist.subnet.job import Job, assignments
 from ist.training.worker import Seat
 from ist.training.worker_state import Site
 from ist.transport.codec import Envelope
-from ist.transport.endpoints import down_bytes, worker_route
-from ist.transport.interfaces import Place
+from ist.transport.endpoints import down_bytes, route_of
 from ist.transport.message import Message
 
 Flat = NDArray[np.uint8]
@@ -38,7 +38,7 @@ class RayWorker:
         self._threads = job.config.pool.threads
         # Ray does not hide the GPUs that this actor did not reserve.
         self._device = compute_device(job.config.pool) if ray.get_gpu_ids() else torch.device("cpu")
-        self._seat = Seat(job, self._device, site)
+        self._seat = Seat(job, self._device, assignments(job), site)
         # The first optimiser imports much of torch: neither the first round's time nor the subnet's memory.
         optimizers.build_optimizer(job.config.train.optimizer, [torch.nn.Parameter(torch.zeros(2, 3))])
         self._envelope: Envelope | None = None
@@ -52,13 +52,15 @@ class RayWorker:
 
     # Ray's record of every call would have the cluster's memory grow with the number of rounds.
     @ray.method(enable_task_events=False)
-    def train(self, ticket: int, round_number: int, place: Place, received: Flat, beside: Flat | None = None) -> Flat:
+    def train(
+        self, ticket: int, round_number: int, slot: WorkerSlot, received: Flat, beside: Flat | None = None
+    ) -> Flat:
         """Train a subnet for a round.
 
         Args:
             ticket: What `abandon` calls this attempt; later attempts have larger ones.
             round_number: The round, from 0.
-            place: Which worker of how many this is in the round.
+            slot: Which worker of which team this is in the round.
             received: The part of the message that was sent; read-only, as it lies in the object store.
             beside: Frozen parameters that this worker lacks, likewise.
 
@@ -70,17 +72,18 @@ class RayWorker:
             AbandonedRoundError: The round went on without this worker.
         """
         torch.set_num_threads(self._threads)  # actors run on a thread of their own
-        worker = self._seat.worker(place)
-        route = worker_route(worker.job, place.worker, round_number)
+        worker = self._seat.worker(slot)
+        split, neurons = worker.job.split, worker.neurons(round_number)
+        route = route_of(split, worker.job.config.exchange, split.cut(neurons))
         if self._envelope is None or self._envelope.route != route:
             self._envelope = Envelope(route, self._device)
         envelope = self._envelope
-        expected = down_bytes(worker.job, route, round_number)
+        expected = down_bytes(split, route, round_number)
         if received.shape != (expected,):
             raise PoolError(f"{self.name} expected a message of {expected} bytes, received {received.shape}")
         envelope.flat[:expected].copy_(as_tensor(received))
-        header = envelope.down.read_header(round_number, place.worker)
-        layout = worker.frozen.layout(worker.job, place.worker, round_number, header.relies)
+        header = envelope.down.read_header(round_number, slot.worker)
+        layout = worker.frozen.layout(neurons, header.relies)
         if (layout.nbytes if layout else 0) != (len(beside) if beside is not None else 0):
             raise PoolError(
                 f"{self.name} expected {layout.nbytes if layout else 0} bytes of frozen parameters, received "

@@ -29,7 +29,7 @@ from ist.config.schema import Ray, min_returned
 from ist.errors import PoolError, WorkerLostError, first_line
 from ist.monitoring.meter import Meter
 from ist.pools.ray_actor import RayWorker, as_tensor
-from ist.subnet.job import Job
+from ist.subnet.job import Job, for_workers
 from ist.training.worker_state import Site
 from ist.transport.codec import Envelope, Route
 from ist.transport.interfaces import Lost, Subnet
@@ -102,7 +102,7 @@ class RayPool:
         remote: Any = ray.remote  # its annotations leave concurrency groups out
         self._class = remote(concurrency_groups={"control": 1})(worker_class)
         try:
-            self._job = ray.put(job.for_workers())
+            self._job = ray.put(for_workers(job))
         except RayError as error:
             raise PoolError(f"network and data do not fit into Ray's object store: {first_line(error)}") from error
         except (TypeError, AttributeError) as error:
@@ -196,7 +196,7 @@ class RayPool:
                     "give nodes a larger one (ray start --object-store-memory; shm_size in containers)"
                 ) from error
             actor = self._member(subnet).actor
-            pending[actor.train.remote(self._ticket, round_number, subnet.place, sent, *beside)] = subnet
+            pending[actor.train.remote(self._ticket, round_number, subnet.slot, sent, *beside)] = subnet
             self._meter.sent[subnet.worker] += subnet.down_bytes
         while pending:
             left = began + self._round_s - time.monotonic()
@@ -246,7 +246,7 @@ class RayPool:
             reason = f"{member.name} on {member.where} returned {what} instead of {route.up.nbytes} bytes"
             return Lost(subnet.worker, reason, "rejected")
         self._meter.received[subnet.worker] += trained.nbytes
-        return Subnet(subnet.place, Envelope(route, flat=as_tensor(trained)), subnet.sent_bytes)
+        return Subnet(subnet.slot, Envelope(route, flat=as_tensor(trained)), subnet.sent_bytes)
 
     def _late(self, ref: Any, subnet: Subnet) -> Lost:
         member = self._member(subnet)

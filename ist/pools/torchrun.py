@@ -7,7 +7,7 @@ Not here: starting processes (`ist/launch/start.py`, or torchrun itself), and ma
 """
 
 import os
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Hashable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,11 +17,14 @@ from ist.config.schema import num_processes
 from ist.distributed.process_group import Membership, peer_errors
 from ist.errors import ConfigError, PoolError
 from ist.monitoring.meter import Meter
-from ist.subnet.job import Job
+from ist.rng import Indices
+from ist.subnet.assignments import Team, WorkerSlot
+from ist.subnet.job import Job, assignments, with_workers
+from ist.subnet.split_model import ShapeKeys
 from ist.training.worker import Worker
 from ist.training.worker_state import Site
 from ist.transport.codec import Envelope, Route
-from ist.transport.endpoints import down_bytes, worker_route
+from ist.transport.endpoints import down_bytes, route_of
 from ist.transport.interfaces import Buffers, Lost, Subnet
 from ist.transport.message import Message
 
@@ -36,7 +39,7 @@ def for_world_size(job: Job) -> Job:
     spare = needed - job.config.train.workers
     least = job.config.train.min_workers or job.config.train.workers
     if least <= world_size - spare < job.config.train.workers:
-        return job.with_workers(world_size - spare)
+        return with_workers(job, world_size - spare)
     if world_size != needed:
         raise ConfigError(
             f"{world_size} processes were started (WORLD_SIZE), but train.workers is {job.config.train.workers} and "
@@ -101,7 +104,7 @@ class TorchrunPool:
         self._early = membership.backend == "gloo"
         self._carrier = membership.carrier
         self._first_rank = membership.world_size - job.config.train.workers
-        self._local = Worker(job, 0, membership.device, site) if self._first_rank == 0 else None
+        self._local = _worker(job, 0, membership, site) if self._first_rank == 0 else None
         self._names = tuple(f"rank {self._rank(worker)}" for worker in range(job.config.train.workers))
         self._buffers = Buffers(membership.device)
 
@@ -166,11 +169,13 @@ class RankWorker:
     def __init__(self, job: Job, membership: Membership, site: Site | None = None) -> None:
         self._job = job
         self._number = membership.rank - (membership.world_size - job.config.train.workers)
-        self._worker = Worker(job, self._number, membership.device, site)
+        self._worker = _worker(job, self._number, membership, site)
         self._channel = Channel(membership, Meter())
         self._carrier = membership.carrier
-        self._looks = job.looks(self._number, 0)
-        self._envelope = Envelope(worker_route(job, self._number, 0), membership.device)
+        self._keys = ShapeKeys(job.split)
+        self._key: Hashable = None
+        self._envelope: Envelope | None = None
+        self._device = membership.device
 
     def train_round(self, round_number: int) -> None:
         """Receive a subnet, train it, send it back.
@@ -178,18 +183,14 @@ class RankWorker:
         Raises:
             PoolError: The coordinator is gone, or sent something else than this round's subnet.
         """
-        if self._looks != (looks := self._job.looks(self._number, round_number)):
-            self._looks = looks
-            route = worker_route(self._job, self._number, round_number)
-            if route != self._envelope.route:
-                self._envelope = Envelope(route, self._envelope.flat.device)
-        envelope = self._envelope
-        incoming = envelope.flat[: down_bytes(self._job, envelope.route, round_number)]
+        neurons = self._worker.neurons(round_number)
+        envelope = self._envelope_for(neurons)
+        incoming = envelope.flat[: down_bytes(self._job.split, envelope.route, round_number)]
         gone = f"worker {self._number} lost the coordinator (rank 0) in round {round_number}"
         _wait(self._channel.receive([(0, self._number, incoming)]), gone)
         self._channel.finish(self._number, incoming)
         header = envelope.down.read_header(round_number, self._number)
-        layout = self._worker.frozen.layout(self._job, self._number, round_number, header.relies)
+        layout = self._worker.frozen.layout(neurons, header.relies)
         frozen = Message(layout, self._carrier) if layout is not None else None
         if frozen is not None:
             _wait(self._channel.receive([(0, self._number, frozen.flat)]), gone)
@@ -197,8 +198,24 @@ class RankWorker:
         self._worker.train(round_number, envelope, frozen)
         _wait(self._channel.send([(0, self._number, envelope.up.flat)]), gone)
 
+    def _envelope_for(self, neurons: Sequence[Indices]) -> Envelope:
+        """Return memory for the messages of a round: the last round's, while their layout is the same."""
+        key = self._keys.of(neurons)
+        if self._envelope is None or self._key != key:
+            self._key = key
+            split = self._job.split
+            route = route_of(split, self._job.config.exchange, split.cut(neurons))
+            if self._envelope is None or route != self._envelope.route:
+                self._envelope = Envelope(route, self._device)
+        return self._envelope
+
     def close(self) -> None:
         """Nothing to let go: the process group outlives the run."""
+
+
+def _worker(job: Job, number: int, membership: Membership, site: Site | None) -> Worker:
+    """Make the worker that a rank is for the whole run."""
+    return Worker(job, WorkerSlot(number, Team(job.config.train.workers)), membership.device, assignments(job), site)
 
 
 def _begin(operations: list[dist.P2POp]) -> list[dist.Work]:

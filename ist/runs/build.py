@@ -6,8 +6,9 @@ Not here: what a job can be asked (`ist/subnet/job.py`), running it.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ist.data.registry import DATASETS, Splits
 from ist.errors import ConfigError, DataError, ModelError
 from ist.evaluation.losses import LOSSES
 from ist.evaluation.metrics import METRICS, Metric
+from ist.evaluation.task import LossFunction, Task
 from ist.models import MODELS
 from ist.network.compiled import plain_name, without_compilation
 from ist.network.copies import on_meta
@@ -37,10 +39,13 @@ from ist.neurons.group import Group
 from ist.neurons.select import split_groups
 from ist.neurons.splittable import splittable_groups
 from ist.optimization import optimizers
+from ist.optimization.schedule import Schedule
+from ist.optimization.stages import Span, spans
 from ist.optimization.step_settings import groups_by_name, schedule_settings, staged_settings, stand_ins
 from ist.rng import Purpose, seeded
-from ist.subnet.job import Job, LossFunction
+from ist.subnet.job import Job
 from ist.subnet.partition import check_workers
+from ist.subnet.split_model import SplitModel, try_submodel
 from ist.tensors import constant_tensors, tensor_specs
 
 
@@ -91,7 +96,7 @@ def make_job(
 ) -> Job:
     """Build a job around objects that are already at hand; see `build_job` and `ist.train`.
 
-    Args are as in `Job`; `template` may be on any device, and `example` is by default made of `train_data`.
+    Args are as in `Task`; `template` may be on any device, and `example` is by default made of `train_data`.
 
     Raises:
         ConfigError: The optimiser or the schedule is wrong.
@@ -136,15 +141,10 @@ def make_job(
         optimizers.state_slots(train.optimizer, (len(spec.shape) for spec in parameters.values())) if carried else ()
     )
     dealing = Dealing(length(train_data), train.workers, train.batch_size, config.seed, config.data.shuffle)
-    job = Job(
-        config=config,
+    metric = metric_named(config.evaluate.metric)
+    task = Task(build_in_modes, train_data, test_data, loss, metric, example, config.seed)
+    split = SplitModel(
         template=template,
-        build=build_in_modes,
-        train_data=train_data,
-        test_data=test_data,
-        loss=loss,
-        metric=metric_named(config.evaluate.metric),
-        example=example,
         found=found,
         groups=groups,
         model_specs={name: spec for name, spec in specs.items() if name not in frozen},
@@ -152,23 +152,41 @@ def make_job(
         state_slots=slots,
         state_specs=optimizers.carried_specs(slots, parameters),
         constants=_constants(template, build),
-        dealing=dealing,
-        settings=[],
-        group_of={},
+        declared=config.partition.sizes,
+        activation_scale=train.activation_scale,
     )
     if config.method_spec.needs_groups:
         if groups and train.workers > 1:
-            groups, found = splittable_groups(groups, found, job.try_out)
+            groups, found = splittable_groups(groups, found, partial(try_submodel, split, task.build_copy, example))
         else:
             found = replace(found, calls=(), sites={})
         check_workers(groups, train.workers, config.partition, found.causes)
-        job = replace(job, found=found, groups=optimizers.carried_groups(slots, groups, parameters))
+        split = replace(split, found=found, groups=optimizers.carried_groups(slots, groups, parameters))
+    return Job(config, task, split, _schedule(config, template, dealing))
+
+
+def _schedule(config: Config, template: nn.Module, dealing: Dealing) -> Schedule:
+    """Return the schedule of a run.
+
+    Raises:
+        ConfigError: The optimizer or the learning-rate schedule is wrong, or stages leave no rounds for others.
+    """
+    train = config.train
     optimizers.try_optimizer(train.optimizer)
     named, optimizer = stand_ins(template, train.optimizer)
-    job.group_of.update(groups_by_name(optimizer, named))
-    settings = schedule_settings(optimizer, train.schedule, job.total_steps)
-    job.settings.extend(staged_settings(optimizer, settings, job.spans, train.schedule_unit))
-    return job
+    group_of = groups_by_name(optimizer, named)  # before the schedule is run, which may replace what it sets
+    rounds = run_spans(config, dealing)
+    settings = schedule_settings(optimizer, train.schedule, rounds[-1].steps.stop)
+    staged = staged_settings(optimizer, settings, rounds, train.schedule_unit)
+    return Schedule(rounds, config.recipe, dealing, staged, group_of)
+
+
+def run_spans(config: Config, dealing: Dealing) -> Sequence[Span]:
+    """Return every round of a run."""
+    train = config.train
+    total = train.epochs * dealing.steps_per_epoch if train.epochs is not None else None
+    stages = config.recipe.stages if config.method_spec.needs_groups else ()
+    return spans(stages, train.local_steps, train.rounds, total)
 
 
 def example_inputs(data: Dataset[Any], size: int = 2) -> Any:

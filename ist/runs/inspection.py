@@ -15,10 +15,11 @@ from rich.table import Table
 from ist.config.methods import ring_bytes
 from ist.monitoring.display import format_bytes, format_ratio
 from ist.neurons.group import Group
-from ist.subnet.job import Job, remote_workers
+from ist.subnet.job import Job, assignments, remote_workers
 from ist.subnet.partition import coverage, holds_everything
+from ist.subnet.split_model import ShapeKeys
 from ist.tensors import tensor_specs
-from ist.transport.endpoints import down_bytes, worker_route
+from ist.transport.endpoints import down_bytes, route_of
 from ist.transport.frozen_parameters import frozen_bytes, message_bytes
 from ist.transport.message import HEADER_BYTES
 
@@ -31,18 +32,19 @@ def inspect_job(job: Job) -> dict[str, Any]:
     over all workers.
     """
     config, workers = job.config, job.config.train.workers
-    whole = tensor_specs(job.template, with_statistics=True)
-    main = job.main_round
-    shares = [job.plan(worker, main).specs for worker in range(workers)]
-    parameters = {name: parameter.numel() for name, parameter in job.template.named_parameters()}
-    exclusive = job.exclusive(main)
-    routes = [worker_route(job, worker, main) for worker in range(workers)]
-    out = [message_bytes(job, worker)[0] for worker in range(workers)]
+    whole = tensor_specs(job.split.template, with_statistics=True)
+    main = job.schedule.main_round
+    split, exchange, held = job.split, config.exchange, assignments(job)
+    shares = [split.plan(neurons).specs for neurons in held.of(main)]
+    parameters = {name: parameter.numel() for name, parameter in job.split.template.named_parameters()}
+    exclusive = held.exclusive(main)
+    routes = [route_of(split, exchange, split.cut(neurons)) for neurons in held.of(main)]
+    out = [message_bytes(job, held, worker)[0] for worker in range(workers)]
     back = [route.up.nbytes for route in routes]
-    trained = [name for name, parameter in job.template.named_parameters() if parameter.requires_grad]
+    trained = [name for name, parameter in job.split.template.named_parameters() if parameter.requires_grad]
     gradient = sum(whole[name].nbytes for name in trained)
     ist_bytes = sum(out[worker] + back[worker] for worker in remote_workers(job))
-    local_steps = len(job.steps(main))
+    local_steps = len(job.schedule.steps(main))
     ddp_bytes = round(workers * local_steps * ring_bytes(gradient, workers))
     return {
         "model": config.model.name,
@@ -51,22 +53,22 @@ def inspect_job(job: Job) -> dict[str, Any]:
         "parameter_bytes": sum(whole[name].nbytes for name in parameters),
         "workers": workers,
         "local_steps": local_steps,
-        "rounds": job.num_rounds,
+        "rounds": job.schedule.num_rounds,
         "stages": _describe_stages(job),
-        "steps_per_epoch": job.dealing.steps_per_epoch,
+        "steps_per_epoch": job.schedule.dealing.steps_per_epoch,
         "strategy": config.partition.strategy,
         "groups": _describe_groups(job),
         "left_whole": _describe_whole(job),
-        "unknown_operators": dict(job.found.unknown),
-        "kept_whole_by": list(job.found.causes),
-        "unreached": list(job.found.unreached),
+        "unknown_operators": dict(job.split.found.unknown),
+        "kept_whole_by": list(job.split.found.causes),
+        "unreached": list(job.split.found.unreached),
         "tensors": [
             {
                 "name": name,
                 "shape": list(spec.shape),
                 "shapes_per_worker": [list(share[name].shape) if name in share else None for share in shares],
-                "travels": name in job.specs or name in job.frozen_specs,
-                "frozen": name in job.frozen_specs,
+                "travels": name in job.split.specs or name in job.split.frozen_specs,
+                "frozen": name in job.split.frozen_specs,
                 "shared": name not in exclusive,
             }
             for name, spec in whole.items()
@@ -76,7 +78,7 @@ def inspect_job(job: Job) -> dict[str, Any]:
                 "worker": worker,
                 "parameters": sum(math.prod(share[name].shape) for name in parameters if name in share),
                 "trained_parameters": sum(math.prod(share[name].shape) for name in trained if name in share),
-                "frozen_bytes": frozen_bytes(job, worker, main, None),
+                "frozen_bytes": frozen_bytes(split, exchange, held.of(main)[worker], None),
                 "sent_bytes": out[worker],
                 "returned_bytes": back[worker],
             }
@@ -94,32 +96,35 @@ def inspect_job(job: Job) -> dict[str, Any]:
 
 def run_bytes(job: Job) -> int:
     """Return what all messages of an IST run will have, its stages considered, where no worker is lost."""
+    split, exchange, held, keys = job.split, job.config.exchange, assignments(job), ShapeKeys(job.split)
     known: dict[tuple[int, Hashable, bool], int] = {}
     total = 0
-    for round_number in range(job.num_rounds):
+    for round_number in range(job.schedule.num_rounds):
         for worker in remote_workers(job):
-            if job.frozen_specs:
-                total += frozen_bytes(job, worker, round_number, round_number - 1 if round_number > 0 else None)
-            key = (worker, job.looks(worker, round_number), round_number > 0)
+            neurons = held.of(round_number)[worker]
+            if split.frozen_specs:
+                before = held.of(round_number - 1)[worker] if round_number > 0 else None
+                total += frozen_bytes(split, exchange, neurons, before)
+            key = (worker, keys.of(neurons), round_number > 0)
             if key not in known:
-                route = worker_route(job, worker, round_number)
-                known[key] = down_bytes(job, route, round_number) + route.up.nbytes
+                route = route_of(split, exchange, split.cut(neurons))
+                known[key] = down_bytes(split, route, round_number) + route.up.nbytes
             total += known[key]
     return total
 
 
 def _describe_stages(job: Job) -> list[dict[str, Any]]:
     """Describe the parts of the run in which rounds are alike, in order."""
-    described = []
-    for _, rounds in groupby(range(job.num_rounds), key=lambda number: job.spans[number].stage):
+    described, held = [], assignments(job)
+    for _, rounds in groupby(range(job.schedule.num_rounds), key=lambda number: job.schedule.spans[number].stage):
         numbers = list(rounds)
-        steps = [len(job.steps(number)) for number in numbers]
+        steps = [len(job.schedule.steps(number)) for number in numbers]
         described.append(
             {
                 "rounds": len(steps),
                 "local_steps": max(steps),
                 "steps": sum(steps),
-                "whole": holds_everything(job.partition(numbers[0])),
+                "whole": holds_everything(held.partition(numbers[0])),
             }
         )
     return described
@@ -128,9 +133,10 @@ def _describe_stages(job: Job) -> list[dict[str, Any]]:
 def _describe_groups(job: Job) -> list[dict[str, Any]]:
     """Describe the groups that are split; `trained_in` counts (round, worker) pairs of the whole run, by neuron."""
     config = job.config
-    shares = job.neurons(job.main_round)
-    partitions = [job.partition(round_number) for round_number in range(job.num_rounds)]
-    counts = coverage(job.groups, config.train.workers, config.seed, partitions)
+    held = assignments(job)
+    shares = held.of(job.schedule.main_round)
+    partitions = [held.partition(round_number) for round_number in range(job.schedule.num_rounds)]
+    counts = coverage(job.split.groups, config.train.workers, config.seed, partitions)
     return [
         {
             "name": group.name,
@@ -139,19 +145,19 @@ def _describe_groups(job: Job) -> list[dict[str, Any]]:
             "kind": group.kind,
             "neurons_per_worker": [len(share[number]) for share in shares],
             "trained_in": {"fewest": int(count.min()), "most": int(count.max())},
-            "slots": [asdict(slot) for slot in group.slots if slot.tensor in job.everything],
+            "slots": [asdict(slot) for slot in group.slots if slot.tensor in job.split.everything],
             "modules": list(group.modules),
         }
-        for number, (group, count) in enumerate(zip(job.groups, counts, strict=True))
+        for number, (group, count) in enumerate(zip(job.split.groups, counts, strict=True))
     ]
 
 
 def _describe_whole(job: Job) -> list[dict[str, Any]]:
     """Describe the groups that could be split and are not."""
-    split = {group.name for group in job.groups}
+    split = {group.name for group in job.split.groups}
     return [
         {"name": group.name, "title": title(group), "residual": group.residual}
-        for group in job.found.groups
+        for group in job.split.found.groups
         if group.name not in split
     ]
 

@@ -159,13 +159,13 @@ def _opened(job: Job, folder: RunFolder | None, resume: bool, progress: bool) ->
             membership = join(config.pool)
             stack.enter_context(causes_told(membership))
         first_round = before.rounds_done
-        if first_round > job.num_rounds:
+        if first_round > job.schedule.num_rounds:
             raise CheckpointError(
-                f"the checkpoint has {first_round} rounds behind it, but the configured run has {job.num_rounds}: "
-                "configure what it was"
+                f"the checkpoint has {first_round} rounds behind it, but the configured run has "
+                f"{job.schedule.num_rounds}: configure what it was"
             )
         if membership:
-            first_round = agree_on_start(membership, first_round, _fingerprint(config), job.contents)
+            first_round = agree_on_start(membership, first_round, _fingerprint(config), job.task.contents)
         start = secrets.token_hex(4)
         site = _site(config, folder, membership, start, before) if config.workers_keep else None
         meter = Meter()
@@ -182,7 +182,7 @@ def _opened(job: Job, folder: RunFolder | None, resume: bool, progress: bool) ->
         gauge = MemoryGauge(device)
         saved = tensors if before.rounds_done else None
         method = _method(job, membership, meter, device, folder, site, saved, stack)
-        watchers = open_watchers(config, folder, job.num_rounds, first_round, progress)
+        watchers = open_watchers(config, folder, job.schedule.num_rounds, first_round, progress)
         for watcher in watchers:
             stack.callback(watcher.close)
         recorder = RunRecorder(job, folder, watchers, before, meter, gauge, start)
@@ -212,7 +212,9 @@ def _method(
     else:
         method = make(job, membership, model.to(device), method_state, meter)
     if config.recipe.average.kind != "none":
-        method = Averaged(method, config.recipe.average, job.num_rounds, average_state if saved is not None else None)
+        method = Averaged(
+            method, config.recipe.average, job.schedule.num_rounds, average_state if saved is not None else None
+        )
     elif average_state:
         raise CheckpointError(
             "the checkpoint holds an average, but 'recipe.average.kind' is 'none': configure what it was"
@@ -264,13 +266,13 @@ def _site(
 def _follower(job: Job, membership: Membership, meter: Meter, site: Site | None) -> Follower:
     if job.config.method_spec.has_coordinator:
         return RankWorker(job, membership, site)
-    made: Follower = implementation(job.config)(job, membership, job.build(), {}, meter)
+    made: Follower = implementation(job.config)(job, membership, job.task.build(), {}, meter)
     return made
 
 
 def _restored(job: Job, saved: Mapping[str, Tensor] | None) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     """Make the whole network, with a checkpoint's values if there is one; return it and what else is in there."""
-    model = job.build()
+    model = job.task.build()
     if saved is None:
         return model, {}
     saved = {plain_name(name): tensor for name, tensor in saved.items()}

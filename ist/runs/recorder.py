@@ -17,7 +17,7 @@ from ist.monitoring.meter import MemoryGauge, Meter
 from ist.monitoring.observers import Watcher
 from ist.storage.checkpoint import Progress
 from ist.storage.run_folder import RunFolder
-from ist.subnet.job import Job, remote_workers
+from ist.subnet.job import Job, assignments, remote_workers
 from ist.training.rounds import RoundReport, Seconds
 
 
@@ -49,7 +49,7 @@ class RunRecorder:
         start: str = "",
     ) -> None:
         self._job = job
-        self._metric = job.metric
+        self._metric = job.task.metric
         self._folder = folder
         self._watchers = watchers
         self._meter = meter
@@ -91,7 +91,7 @@ class RunRecorder:
         for total in self._totals:
             self._totals[total] += found[total]
         found |= self._totals
-        found["epoch"] = self._totals["samples"] / self._job.dealing.num_samples
+        found["epoch"] = self._totals["samples"] / self._job.schedule.dealing.num_samples
         record: dict[str, Any] = {"round": round_number}
         for measured in MEASUREMENTS:
             if measured.recorded and measured.source != "evaluation":
@@ -166,7 +166,7 @@ class RunRecorder:
                 "no record that would tell it: delete that checkpoint, and go on from the one before"
             )
         names = self._metric.names if self._metric else ()
-        parameters = list(self._job.template.parameters())
+        parameters = list(self._job.split.template.parameters())
         return {
             "name": config.name,
             "method": config.method,
@@ -184,7 +184,7 @@ class RunRecorder:
             **({"remote_workers": len(remote_workers(self._job))} if config.method_spec.has_coordinator else {}),
             "faults": dict(self._faults),
             **{peak: numbers[peak] for peak in over_rounds("peak") if peak in numbers},
-            **({"block_scales": self._job.block_scales} if self._job.block_scales else {}),
+            **({"block_scales": scales} if (scales := assignments(self._job).block_scales()) else {}),
             "parameters": sum(parameter.numel() for parameter in parameters),
             "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         }

@@ -7,6 +7,7 @@ Not here: training that anybody keeps (`ist/training/worker.py`).
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -25,14 +26,14 @@ from ist.network.failures import located, loss_of
 from ist.optimization import optimizers
 from ist.optimization.step_settings import apply_settings, matching_groups
 from ist.rng import Indices, Purpose, seeded
+from ist.subnet.assignments import Team, WorkerSlot
 from ist.subnet.cut import cut_specs
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.subnet.module import bind, collect
 from ist.tensors import TensorSpec, named_tensors
 from ist.training.worker import Worker
-from ist.transport.endpoints import worker_layout
 from ist.transport.frozen_parameters import check_frozen, checksums
-from ist.transport.message import Message
+from ist.transport.message import Message, layout_of
 
 
 def rehearse(job: Job) -> None:
@@ -48,7 +49,7 @@ def rehearse(job: Job) -> None:
     """
     device = torch.device("cpu")
     _warn_of_unrepeatable(job)
-    network = job.build()
+    network = job.task.build()
     check_start(job, network)
     if job.config.method_spec.needs_groups:
         verify_cuts(job, network)
@@ -63,14 +64,14 @@ def rehearse(job: Job) -> None:
     except Exception as error:  # network, data, loss and optimiser may be anybody's
         raise ConfigError(
             f"network, data, loss and optimiser do not fit each other: a step on a batch of "
-            f"{job.dealing.smallest_batch} fails: {type(error).__name__}: {error}".splitlines()[0]
+            f"{job.schedule.dealing.smallest_batch} fails: {type(error).__name__}: {error}".splitlines()[0]
         ) from error
 
 
 def _warn_of_unrepeatable(job: Job) -> None:
     """Warn of data sets that draw from generators which nobody can seed, or that change as they are looked at."""
     for which, dataset, content in zip(
-        ("training", "test"), (job.train_data, job.test_data), job.contents, strict=True
+        ("training", "test"), (job.task.train_data, job.task.test_data), job.task.contents, strict=True
     ):
         if dataset is not None and content.unrepeatable is not None:
             warnings.warn(
@@ -83,9 +84,10 @@ def _warn_of_unrepeatable(job: Job) -> None:
 
 
 def _one_step(job: Job, device: torch.device) -> None:
-    worker = Worker(job, 0, device)
-    message = Message(worker_layout(job, 0, 0), device)
-    specs = cut_specs(job.frozen_specs, job.frozen_cut(0, 0))
+    worker = Worker(job, WorkerSlot(0, Team(job.config.train.workers)), device, assignments(job))
+    neurons = worker.neurons(0)
+    message = Message(layout_of(cut_specs(job.split.specs, job.split.cut(neurons))), device)
+    specs = cut_specs(job.split.frozen_specs, job.split.frozen_cut(neurons))
     # Not zeros: an average that a forward makes in a frozen parameter would not move from there.
     fixed = {
         name: torch.full(spec.shape, _like_a_mean(spec), dtype=spec.dtype, device=device)
@@ -95,18 +97,20 @@ def _one_step(job: Job, device: torch.device) -> None:
     bind(worker.module, {**message.tensors, **fixed})
     named = {name: parameter for name, parameter in worker.module.named_parameters() if parameter.requires_grad}
     optimizer = optimizers.build_optimizer(job.config.train.optimizer, list(named.values()))
-    if job.settings:
-        apply_settings(optimizer, matching_groups(optimizer, named, job.group_of), job.settings[0])
-    batch = job.dealing.batch(0, 0)[: job.dealing.smallest_batch]
+    if job.schedule.settings:
+        apply_settings(optimizer, matching_groups(optimizer, named, job.schedule.group_of), job.schedule.settings[0])
+    batch = job.schedule.dealing.batch(0, 0)[: job.schedule.dealing.smallest_batch]
 
     def numbers() -> Indices:
-        return job.dealing.shard(0)[batch]
+        return job.schedule.dealing.shard(0)[batch]
 
     inputs, targets = fetch(worker.shard, batch, device, numbers)
     with located("network, data and loss do not fit each other"):
         outputs = call_model(worker.module, inputs)
-        loss = loss_of(job.loss, outputs, targets, numbers)
-    check_reach(loss, lambda: job.loss(outputs, targets), worker.module, (inputs, targets), outputs, job.build)
+        loss = loss_of(job.task.loss, outputs, targets, numbers)
+    check_reach(
+        loss, lambda: job.task.loss(outputs, targets), worker.module, (inputs, targets), outputs, job.task.build
+    )
     if not torch.isfinite(loss.detach()).all() and (bad := what_is_not_finite(inputs, targets)):
         raise DataError(
             f"the loss is not finite: a batch of the training data ({len(batch)} samples from {int(numbers()[0])} on) "
@@ -117,15 +121,15 @@ def _one_step(job: Job, device: torch.device) -> None:
     optimizer.step()
     check_frozen(worker.module, fixed, sums)
     _check_replaced(job, worker.module, message)
-    _check_constants(job, worker.module)
+    _check_constants(job, worker.module, neurons)
     size = min(2, job.config.evaluate.batch_size)
     with located(f"evaluating with evaluate.batch_size {job.config.evaluate.batch_size}"):
         if job.config.train.running_statistics == "reestimate":
-            batches = statistics_batches(job.train_data, size, 1, job.config.seed, device)
+            batches = statistics_batches(job.task.train_data, size, 1, job.config.seed, device)
             reestimate_statistics(worker.module, batches)
-        if job.test_data is not None:
-            few = take_shard(job.test_data, np.arange(min(2, length(job.test_data))))
-            evaluate(worker.module, few, job.loss, size, device, job.metric)
+        if job.task.test_data is not None:
+            few = take_shard(job.task.test_data, np.arange(min(2, length(job.task.test_data))))
+            evaluate(worker.module, few, job.task.loss, size, device, job.task.metric)
 
 
 def _like_a_mean(spec: TensorSpec) -> float:
@@ -142,20 +146,20 @@ def _check_replaced(job: Job, module: nn.Module, message: Message) -> None:
     """
     collect(module, message.tensors)
     for name, parameter in module.named_parameters():
-        if job.state_slots and parameter.requires_grad and parameter.dtype != message.tensors[name].dtype:
+        if job.split.state_slots and parameter.requires_grad and parameter.dtype != message.tensors[name].dtype:
             raise ModelError(
                 f"the forward makes '{name}', which is {message.tensors[name].dtype}, a {parameter.dtype}, and "
                 "'train.optimizer_state' is 'carried', whose state has the dtype of what it was: use 'kept' or 'reset'"
             )
 
 
-def _check_constants(job: Job, module: nn.Module) -> None:
+def _check_constants(job: Job, module: nn.Module, neurons: Sequence[Indices]) -> None:
     """Warn of buffers and numbers that training changes and that nobody sends or saves."""
-    narrow = job.narrow(job.neurons(0)[0], torch.device("cpu"))
+    narrow = job.split.module(neurons, torch.device("cpu"))
     warn_of_counters(module, narrow)
     fresh = named_tensors(narrow)
     for name, buffer in module.named_buffers():
-        if name in job.constants and not torch.equal(buffer, fresh[name]):
+        if name in job.split.constants and not torch.equal(buffer, fresh[name]):
             warnings.warn(
                 f"buffer '{name}' changes in training but is not persistent: it is neither merged nor kept",
                 stacklevel=2,

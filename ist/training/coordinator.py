@@ -18,18 +18,19 @@ from ist.measurements import combined
 from ist.monitoring.meter import Meter
 from ist.optimization import optimizers
 from ist.storage.checkpoint import check_tensors
+from ist.subnet.assignments import Team, WorkerSlot
 from ist.subnet.cut import Cut, placed, reassemble
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.subnet.partition import holds_everything
-from ist.subnet.shares import SpeedBalance
 from ist.tensors import is_finite
 from ist.training.outer_optimizer import PREFIX as OUTER
 from ist.training.outer_optimizer import OuterStep
 from ist.training.rounds import RoundReport
+from ist.training.speed_balance import SpeedBalance
 from ist.transport.codec import SCALE
 from ist.transport.endpoints import Outgoing, read_trained
 from ist.transport.frozen_parameters import FrozenSender
-from ist.transport.interfaces import Lost, Place, Subnet, WorkerPool
+from ist.transport.interfaces import Lost, Subnet, WorkerPool
 from ist.transport.message import Header
 
 
@@ -61,23 +62,24 @@ class Coordinator:
         self._meter = meter
         self._min_returned = min_returned(job.config)
         self._balance = SpeedBalance() if job.config.partition.balance == "speed" else None
-        self._job_now = job
-        self._outgoing = Outgoing(job)
+        self._held = assignments(job)
+        self._team = Team(job.config.train.workers)
+        self._outgoing = Outgoing(job.split, job.config.exchange)
         self._device = device = next(model.parameters()).device
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data = tensor.data.contiguous()
         tensors = model.state_dict()
-        fresh = optimizers.initial_state(job.state_slots, job.state_specs, device)
-        self._state: dict[str, Tensor] = {name: tensors[name] for name in job.model_specs} | fresh
+        fresh = optimizers.initial_state(job.split.state_slots, job.split.state_specs, device)
+        self._state: dict[str, Tensor] = {name: tensors[name] for name in job.split.model_specs} | fresh
         trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         momentum = (
             {f"{OUTER}{name}": tensor for name, tensor in trained.items()} if job.config.recipe.has_outer_step else {}
         )
         if carried is not None:
             check_tensors(carried, {**fresh, **momentum})
-        self._frozen = FrozenSender(job, tensors, device)
+        self._frozen = FrozenSender(job.split, job.config.exchange, tensors, device)
         # Masks hold infinities from the start.
-        self._never_finite = {name for name in job.model_specs if not is_finite([tensors[name]])}
+        self._never_finite = {name for name in job.split.model_specs if not is_finite([tensors[name]])}
         saved = dict(carried or {})
         self._outer: OuterStep | None = None
         if job.config.recipe.has_outer_step:
@@ -104,27 +106,27 @@ class Coordinator:
         Reference: Yuan et al., arXiv 1910.02120, Algorithm 1.
         """
         failed: list[Lost] = []
-        outer = None if self.job.outer(round_number).is_plain else self._outer
+        outer = None if self.job.schedule.outer(round_number).is_plain else self._outer
         # Where all hold everything, how long a worker takes says nothing of shares, and does not follow them.
-        balance = None if holds_everything(self.job.partition(round_number)) else self._balance
+        balance = None if holds_everything(self._held.partition(round_number)) else self._balance
         for left in reversed(range(attempts(self.job.config))):
             names = self._pool.gather(round_number)
             before = dict(self._meter.seconds)
-            places = self._places(names, balance)
+            self._team = Team(len(names), balance.capacities(names) if balance else None)
             self._frozen.begin(map(self._pool.process, range(len(names))))
             with self._meter.phase("cut"):
-                cuts = placed(self._job_now.cuts(round_number), self._device)
+                cuts = placed(self._held.cuts(round_number, self._team), self._device)
             headers: list[Header] = []
             lost: list[Lost] = []
             if outer and not failed:
                 outer.begin()
             try:
                 with self._meter.phase("merge"):
-                    subnets = self._subnets(round_number, places, cuts)
+                    subnets = self._subnets(round_number, cuts)
                     trained = self._accept(round_number, subnets, cuts, headers, lost)
-                    reassemble(self._state, cuts, trained, self.job.exclusive(round_number))
+                    reassemble(self._state, cuts, trained, self._held.exclusive(round_number))
                     if outer:
-                        outer.step(self.job.outer(round_number), cuts, (header.worker for header in headers))
+                        outer.step(self.job.schedule.outer(round_number), cuts, (header.worker for header in headers))
                 break
             except WorkerLostError:
                 if not left:
@@ -141,7 +143,7 @@ class Coordinator:
     def checkpoint_state(self) -> Mapping[str, Tensor]:
         """Return the whole network's tensors, carried optimiser state, and the outer step's momentum."""
         outer = self._outer.checkpoint_state() if self._outer else {}
-        return {**self._model.state_dict(), **{name: self._state[name] for name in self.job.state_specs}, **outer}
+        return {**self._model.state_dict(), **{name: self._state[name] for name in self.job.split.state_specs}, **outer}
 
     def bytes_sent(self) -> int:
         """Return the bytes of all messages so far, both ways."""
@@ -151,29 +153,21 @@ class Coordinator:
         """Let the workers go."""
         self._pool.close()
 
-    def _places(self, names: Sequence[str], balance: SpeedBalance | None) -> list[Place]:
-        """Give the workers that are there their places, and see to it that `_job_now` is the job for so many."""
-        capacities = balance.capacities(names) if balance else None
-        self._job_now = self.job.with_workers(len(names), capacities)
-        return [Place(worker, len(names), capacities) for worker in range(len(names))]
-
-    def _subnets(self, round_number: int, places: Sequence[Place], cuts: Sequence[Cut]) -> Iterator[Subnet]:
+    def _subnets(self, round_number: int, cuts: Sequence[Cut]) -> Iterator[Subnet]:
         """Cut each subnet when it is asked for.
 
         By then others may have been merged: what two workers hold is merged last of all, and the rest is theirs alone.
         """
-        for place, cut in zip(places, cuts, strict=True):
+        held = self._held.of(round_number, self._team)
+        for worker, (cut, neurons) in enumerate(zip(cuts, held, strict=True)):
             with self._meter.phase("cut"):
-                envelope = self._pool.envelope(place.worker, self._outgoing.route(cut))
+                envelope = self._pool.envelope(worker, self._outgoing.route(cut))
                 sent = self._outgoing.write(self._state, cut, round_number, envelope)
                 frozen, relies = self._frozen.write(
-                    self._pool.process(place.worker),
-                    place.worker,
-                    round_number,
-                    self._job_now.frozen_cut(place.worker, round_number),
+                    self._pool.process(worker), worker, round_number, self.job.split.frozen_cut(neurons)
                 )
-                envelope.down.write_header(Header(round_number, place.worker, relies=relies))
-            yield Subnet(place, envelope, sent, frozen)
+                envelope.down.write_header(Header(round_number, worker, relies=relies))
+            yield Subnet(WorkerSlot(worker, self._team), envelope, sent, frozen)
 
     def _check_finite(self, header: Header, tensors: Mapping[str, Tensor]) -> None:
         if not math.isfinite(loss := header.numbers["loss_sum"]):
@@ -184,7 +178,7 @@ class Coordinator:
             if bad is None:
                 return
             what = f"values in '{bad.removesuffix(SCALE)}' that are not finite"
-        raise diverged(self._job_now, header.worker, what, header.round_number)
+        raise diverged(self.job, self._team.num_workers, header.worker, what, header.round_number)
 
     def _accept(
         self,
@@ -196,7 +190,7 @@ class Coordinator:
     ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
         """Yield what workers return, checked, as it arrives; note headers, and who is left out."""
         results = self._pool.train(round_number, subnets)
-        num_workers = self._job_now.config.train.workers
+        num_workers = self._team.num_workers
         needed = min(self._min_returned, num_workers)
         causes: list[ISTError] = []
         with closing(results):
@@ -209,7 +203,9 @@ class Coordinator:
                     try:
                         header = result.envelope.up.read_header(round_number, result.worker)
                         self._check_finite(header, result.envelope.up.tensors)
-                        tensors = read_trained(self.job, self._state, cuts[result.worker], result.envelope)
+                        tensors = read_trained(
+                            self.job.config.exchange, self._state, cuts[result.worker], result.envelope
+                        )
                     except (PoolError, DivergedError) as error:
                         causes.append(error)
                         lost.append(Lost(result.worker, str(error), "rejected"))
@@ -231,9 +227,9 @@ def attempts(config: Config) -> int:
     return config.pool.round_attempts if config.pool.spec.replaces_workers else 1
 
 
-def diverged(job: Job, worker: int, what: str, round_number: int) -> DivergedError:
+def diverged(job: Job, num_workers: int, worker: int, what: str, round_number: int) -> DivergedError:
     """Return the error about a worker that returned something that is not finite: its data, or divergence."""
-    if bad := not_finite_sample(job, worker, round_number):
+    if bad := not_finite_sample(job, num_workers, worker, round_number):
         return DivergedError(
             f"worker {worker} returned {what} in round {round_number}: {bad}. Leave it out, or mend it"
         )

@@ -17,7 +17,7 @@ from ist.evaluation.evaluate import Metrics, evaluate, reestimate_statistics, st
 from ist.measurements import Numbers, check_round
 from ist.network.failures import located
 from ist.rng import Purpose, seeded
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.subnet.residual_blocks import scaled_blocks
 from ist.transport.interfaces import Lost
 
@@ -121,15 +121,15 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
         ModelError: The network fails.
     """
     config = job.config
-    for round_number in range(first_round, job.num_rounds):
+    for round_number in range(first_round, job.schedule.num_rounds):
         started = time.perf_counter()
         report = method.train_round(round_number)
         trained = time.perf_counter()
         rounds_done = round_number + 1
-        last = rounds_done == job.num_rounds
+        last = rounds_done == job.schedule.num_rounds
         metrics = None
         with located(f"evaluating the whole network after round {round_number}"):
-            if job.test_data is not None and (last or rounds_done % config.evaluate.every == 0):
+            if job.task.test_data is not None and (last or rounds_done % config.evaluate.every == 0):
                 metrics = evaluate_whole(job, method.model, device)
             elif last:
                 refresh_statistics(job, method.model, device)
@@ -141,7 +141,7 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
 
 def follow_rounds(job: Job, follower: Follower, first_round: int) -> None:
     """Take part in every round that is left, on a rank that does not coordinate."""
-    for round_number in range(first_round, job.num_rounds):
+    for round_number in range(first_round, job.schedule.num_rounds):
         follower.train_round(round_number)
 
 
@@ -150,17 +150,17 @@ def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None
     config = job.config
     if config.train.running_statistics == "reestimate":
         batches = statistics_batches(
-            job.train_data, config.evaluate.batch_size, config.evaluate.statistics_batches, config.seed, device
+            job.task.train_data, config.evaluate.batch_size, config.evaluate.statistics_batches, config.seed, device
         )
-        with scaled_blocks(model, job.block_scales), seeded(device, config.seed, Purpose.STATISTICS):
+        with scaled_blocks(model, assignments(job).block_scales()), seeded(device, config.seed, Purpose.STATISTICS):
             reestimate_statistics(model, batches)
 
 
 def evaluate_whole(job: Job, model: nn.Module, device: torch.device) -> Metrics:
     """Evaluate the whole network on the test data, with fresh batch norm statistics if they do not travel."""
     config = job.config
-    assert job.test_data is not None
+    assert job.task.test_data is not None
     refresh_statistics(job, model, device)
     # The same draws at every evaluation: where test data are random, rounds can be compared.
-    with scaled_blocks(model, job.block_scales), seeded(device, config.seed, Purpose.EVALUATION):
-        return evaluate(model, job.test_data, job.loss, config.evaluate.batch_size, device, job.metric)
+    with scaled_blocks(model, assignments(job).block_scales()), seeded(device, config.seed, Purpose.EVALUATION):
+        return evaluate(model, job.task.test_data, job.task.loss, config.evaluate.batch_size, device, job.task.metric)

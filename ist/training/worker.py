@@ -7,7 +7,7 @@ Not here: how the message got here, whose neurons they are, what happens to them
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ist.checks.drift import Operators, check_forward, is_due, operators
-from ist.data.batches import fetch, take_shard
+from ist.data.batches import Dealing, fetch, take_shard
 from ist.data.nested import call_model
 from ist.errors import AbandonedRoundError
 from ist.monitoring.meter import MemoryGauge, worker_numbers
@@ -23,15 +23,16 @@ from ist.network.failures import located, loss_errors, loss_of, network_errors
 from ist.optimization import optimizers
 from ist.optimization.step_settings import apply_settings, matching_groups
 from ist.rng import Indices, Purpose, seeded
+from ist.subnet.assignments import Assignments, WorkerSlot
 from ist.subnet.job import Job
 from ist.subnet.module import bind, collect, multiply
 from ist.subnet.residual_blocks import scaled_blocks
+from ist.subnet.split_model import ShapeKeys
 from ist.tensors import is_finite
 from ist.training.worker_state import Keeper, Site
 from ist.transport.codec import Envelope
 from ist.transport.endpoints import WorkerEnd
 from ist.transport.frozen_parameters import FrozenParts, check_frozen, checksums
-from ist.transport.interfaces import Place
 from ist.transport.message import Header, Message
 
 
@@ -40,8 +41,9 @@ class Worker:
 
     Args:
         job: The run.
-        number: Which worker this is, from 0.
+        slot: Which worker this is, of which team.
         device: Where it computes.
+        held: Who holds which neurons; the workers of a process share it.
         site: Where this worker saves what it keeps; None: nowhere.
         frozen: What its process holds of frozen parameters; None: nothing yet.
     """
@@ -49,24 +51,37 @@ class Worker:
     def __init__(
         self,
         job: Job,
-        number: int,
+        slot: WorkerSlot,
         device: torch.device,
+        held: Assignments,
         site: Site | None = None,
         frozen: FrozenParts | None = None,
     ) -> None:
         self.job = job
-        self.number = number
+        self.slot = slot
         self.device = device
-        self.shard: Dataset[Any] = take_shard(job.train_data, job.dealing.shard(number))
+        self.dealing = job.schedule.dealing_for(slot.team.num_workers)
+        self.shard: Dataset[Any] = take_shard(job.task.train_data, self.dealing.shard(slot.worker))
         self.gauge = MemoryGauge(device)
-        self.module = job.narrow(job.neurons(0)[number], device)
-        self._keeper = Keeper(job, number, site)
+        self._held = held
+        self._shape_keys = ShapeKeys(job.split)
+        self._shape_key = self._shape_keys.of(self.neurons(0))
+        self.module = job.split.module(self.neurons(0), device)
+        self._keeper = Keeper(job, slot, held, site)
         self._is_new = True
-        self._looks = job.looks(number, 0)
-        self._end = WorkerEnd(job, number, device)
-        self.frozen = frozen or FrozenParts()
-        self._buffers = {name for name, _ in job.template.named_buffers()}
+        self._end = WorkerEnd(job.split, job.config.exchange, device)
+        self.frozen = frozen or FrozenParts(job.split, job.config.exchange)
+        self._buffers = {name for name, _ in job.split.template.named_buffers()}
         self._operators: Operators | None = None
+
+    @property
+    def number(self) -> int:
+        """Which worker of its team this is, from 0."""
+        return self.slot.worker
+
+    def neurons(self, round_number: int) -> Sequence[Indices]:
+        """Return the neurons that this worker holds in a round, by group."""
+        return self._held.of(round_number, self.slot.team)[self.slot.worker]
 
     def train(
         self,
@@ -96,11 +111,12 @@ class Worker:
         if self._is_new:
             self._recover(round_number)
         message = self._end.open(envelope)
-        if self._looks != (looks := job.looks(self.number, round_number)):
-            self._looks, self.module = looks, job.narrow(job.neurons(round_number)[self.number], self.device)
+        neurons = self.neurons(round_number)
+        if self._shape_key != (key := self._shape_keys.of(neurons)):
+            self._shape_key, self.module = key, job.split.module(neurons, self.device)
         module = self.module
-        fixed = dict(self.frozen.update(job, self.number, round_number, frozen, self.device))
-        scales = job.folded_scales(self.number, round_number)
+        fixed = dict(self.frozen.update(neurons, self.number, round_number, frozen, self.device))
+        scales = job.split.folded_scales(neurons)
         folded = {name: scale for name, scale in scales.items() if name in message.tensors}
         # What is frozen is held as it came: to multiply it and divide it again would move it.
         fixed |= {name: fixed[name].clone() for name in scales if name in fixed}
@@ -114,24 +130,24 @@ class Worker:
         look_s, look_cpu_s = time.perf_counter() - look_started, time.thread_time() - look_cpu_started
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         optimizer = self._keeper.optimizer(named, round_number)
-        if job.state_slots and round_number > 0:
-            optimizers.load_state(optimizer, named, job.state_slots, message.tensors)
-        with scaled_blocks(module, job.held_block_scales(round_number)):
+        if job.split.state_slots and round_number > 0:
+            optimizers.load_state(optimizer, named, job.split.state_slots, message.tensors)
+        with scaled_blocks(module, self._held.held_block_scales(round_number, self.slot.team)):
             total, samples = local_steps(
-                job, self.number, self.shard, module, named, optimizer, round_number, self.device, is_over
+                job, self.dealing, self.number, self.shard, module, named, optimizer, round_number, self.device, is_over
             )
         optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the subnet travels
         collect(module, message.tensors)
         check_frozen(module, fixed, sums)
         multiply(message.tensors, folded, inverse=True)
-        if job.state_slots:
-            optimizers.store_state(optimizer, named, job.state_slots, message.tensors)
+        if job.split.state_slots:
+            optimizers.store_state(optimizer, named, job.split.state_slots, message.tensors)
         is_spoilt = self._is_spoilt(round_number, total, message)
-        self._end.close(envelope, message, round_number)
+        self._end.close(envelope, message, neurons)
         elapsed = time.perf_counter() - started - look_s
         # A GPU is nobody else's.
         cpu_s = time.thread_time() - cpu_started - look_cpu_s if self.device.type == "cpu" else elapsed
-        steps = len(job.steps(round_number))
+        steps = len(job.schedule.steps(round_number))
         numbers = worker_numbers(
             steps=steps, samples=samples, loss_sum=total, compute_s=elapsed, cpu_s=cpu_s, gauge=self.gauge
         )
@@ -141,7 +157,6 @@ class Worker:
             self._keeper.keep(optimizer, named, self._end.taken, round_number)
         if is_due(job, round_number):
             with located(f"round {round_number}, worker {self.number}"):
-                neurons = job.neurons(round_number)[self.number]
                 self._operators = check_forward(job, module, neurons, self._operators, self.device)
         numbers["aside_s"] = time.perf_counter() - started - elapsed
         envelope.up.write_header(Header(round_number, self.number, numbers))
@@ -170,26 +185,28 @@ class Seat:
     Args:
         job: The run, for as many workers as there may be.
         device: Where it computes.
+        held: Who holds which neurons.
         site: Where workers save what they keep; None: nowhere.
     """
 
-    def __init__(self, job: Job, device: torch.device, site: Site | None = None) -> None:
+    def __init__(self, job: Job, device: torch.device, held: Assignments, site: Site | None = None) -> None:
         self._job = job
+        self._held = held
         self._site = site
         self._device = device
-        self._frozen = FrozenParts()
-        self._taken: tuple[Place, Worker] | None = None
+        self._frozen = FrozenParts(job.split, job.config.exchange)
+        self._worker: Worker | None = None
 
-    def worker(self, place: Place) -> Worker:
-        """Return the worker of a place: the same as before, while the place is."""
-        if self._taken is None or self._taken[0] != place:
-            job = self._job.with_workers(place.num_workers, place.capacities)
-            self._taken = place, Worker(job, place.worker, self._device, self._site, self._frozen)
-        return self._taken[1]
+    def worker(self, slot: WorkerSlot) -> Worker:
+        """Return the worker of a slot: the same as before, while the slot is."""
+        if self._worker is None or self._worker.slot != slot:
+            self._worker = Worker(self._job, slot, self._device, self._held, self._site, self._frozen)
+        return self._worker
 
 
 def local_steps(
     job: Job,
+    dealing: Dealing,
     worker: int,
     shard: Dataset[Any],
     module: nn.Module,
@@ -203,6 +220,7 @@ def local_steps(
 
     Args:
         job: The run.
+        dealing: Which samples each step uses.
         worker: Whose data and random numbers to use.
         shard: The worker's data.
         module: What to train: a narrow network, or a whole one that averages its gradients.
@@ -221,16 +239,16 @@ def local_steps(
         ModelError: The network fails; the message names the module.
     """
     loss_sum, samples = torch.zeros((), device=device), 0
-    groups = matching_groups(optimizer, named, job.group_of) if job.settings else []
+    groups = matching_groups(optimizer, named, job.schedule.group_of) if job.schedule.settings else []
     with seeded(device, job.config.seed, Purpose.TRAINING, round_number, worker):
-        for step in job.steps(round_number):
+        for step in job.schedule.steps(round_number):
             if is_over is not None and is_over():
                 raise AbandonedRoundError(f"round {round_number} went on without worker {worker}")
-            if job.settings:
-                apply_settings(optimizer, groups, job.settings[step])
-            batch = job.dealing.batch(worker, step)
+            if job.schedule.settings:
+                apply_settings(optimizer, groups, job.schedule.settings[step])
+            batch = dealing.batch(worker, step)
             with located(f"round {round_number}, worker {worker}"):
-                loss = _step(job, worker, shard, module, optimizer, batch, device)
+                loss = _step(job, dealing, worker, shard, module, optimizer, batch, device)
             loss_sum.add_(loss, alpha=len(batch))
             samples += len(batch)
     return float(loss_sum), samples
@@ -238,6 +256,7 @@ def local_steps(
 
 def _step(
     job: Job,
+    dealing: Dealing,
     worker: int,
     shard: Dataset[Any],
     module: nn.Module,
@@ -248,14 +267,14 @@ def _step(
     """Make one optimiser step on a batch, and return its loss."""
 
     def numbers() -> Indices:
-        return job.dealing.shard(worker)[batch]
+        return dealing.shard(worker)[batch]
 
     inputs, targets = fetch(shard, batch, device, numbers)
     optimizer.zero_grad(set_to_none=True)
     with network_errors(module):
         outputs = call_model(module, inputs)
     with loss_errors(numbers):
-        loss = loss_of(job.loss, outputs, targets, numbers)
+        loss = loss_of(job.task.loss, outputs, targets, numbers)
     with network_errors(module, "the backward pass"):
         loss.backward()  # type: ignore[no-untyped-call]
     with network_errors(module, f"a step of {type(optimizer).__name__}"):

@@ -29,6 +29,7 @@ from ist.redact import redacted
 from ist.rng import Indices
 from ist.storage.backend import Storage, is_url, run_storage
 from ist.storage.checkpoint import load_kept, save_kept
+from ist.subnet.assignments import Assignments, WorkerSlot
 from ist.subnet.job import Job
 
 _log = logging.getLogger(__name__)
@@ -89,13 +90,16 @@ class Keeper:
 
     Args:
         job: The run.
-        worker: Which worker.
+        slot: Which worker, of which team.
+        held: Who holds which neurons.
         site: Where to save; None: nowhere.
     """
 
-    def __init__(self, job: Job, worker: int, site: Site | None) -> None:
+    def __init__(self, job: Job, slot: WorkerSlot, held: Assignments, site: Site | None) -> None:
         self._job = job
-        self._worker = worker
+        self._slot = slot
+        self._assignments = held
+        self._worker = slot.worker
         self._site = site
         self._last: _Last | None = None
         self._state: dict[str, Tensor] | None = None
@@ -158,7 +162,7 @@ class Keeper:
         if self._site is None or not self.keeps(round_number):
             return
         checkpoint = self._site.checkpoint
-        if rounds_done == job.num_rounds or not checkpoint.is_due(rounds_done):
+        if rounds_done == job.schedule.num_rounds or not checkpoint.is_due(rounds_done):
             return
         state = optimizers.named_state(optimizer, named) if goes_on else {}
         tensors = {**state, **{_TAKEN + name: tensor for name, tensor in taken.items()}}
@@ -176,21 +180,22 @@ class Keeper:
         return run_storage(self._site.checkpoint.storage, Path(self._site.folder))
 
     def _held(self, round_number: int) -> Sequence[Indices]:
-        return self._job.neurons(round_number)[self._worker]
+        return self._assignments.of(round_number, self._slot.team)[self._worker]
 
     def _goes_on(self, round_number: int) -> bool:
         """Whether the optimiser will be of use in the round after this one."""
         job = self._job
-        if job.config.train.optimizer_state != "kept" or round_number + 1 >= job.num_rounds:
+        if job.config.train.optimizer_state != "kept" or round_number + 1 >= job.schedule.num_rounds:
             return False
         return _same(self._held(round_number), self._held(round_number + 1))
 
     def _fingerprint(self, neurons: Sequence[Indices], start: str) -> str:
         """Name what a worker holds, of how much: another number of workers, or other shares, deal other data too."""
-        code = zlib.crc32(repr(self._job.config.partition.capacities).encode())
+        capacities = self._slot.team.capacities
+        code = zlib.crc32(repr(list(capacities) if capacities else self._job.config.partition.capacities).encode())
         for held in neurons:
             code = zlib.crc32(held.tobytes(), zlib.crc32(str(len(held)).encode(), code))
-        return f"{code:08x} of {self._job.config.train.workers} by {start}"
+        return f"{code:08x} of {self._slot.team.num_workers} by {start}"
 
 
 def _same(neurons: Sequence[Indices], others: Sequence[Indices]) -> bool:

@@ -6,14 +6,15 @@ Law: a worker that reads a subnet and writes it back untouched changes nothing, 
 Not here: how matrices are rounded (`ist/transport/codec.py`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ist.config.partition import Coding, Exchange
+from ist.rng import Indices
 from ist.subnet.cut import Cut, cut_specs, extract, positions, reassemble
-from ist.subnet.job import Job
+from ist.subnet.split_model import SplitModel
 from ist.tensors import TensorSpec
 from ist.transport.codec import (
     Envelope,
@@ -29,62 +30,63 @@ from ist.transport.codec import (
 from ist.transport.message import Layout, Message, layout_of
 
 
-def worker_layout(job: Job, worker: int, round_number: int) -> Layout:
-    """Return the layout of what a worker trains in a round."""
-    neurons = job.neurons(round_number)[worker]
-    return layout_of(cut_specs(job.specs, positions(job.groups, job.specs, neurons)))
+def route_of(split: SplitModel, exchange: Exchange, cut: Cut) -> Route:
+    """Return what a worker's messages look like.
+
+    Args:
+        split: The network.
+        exchange: How values are coded on the way.
+        cut: The worker's positions: `split.cut`.
+    """
+    return make_route(layout_of(cut_specs(split.specs, cut)), exchange)
 
 
-def worker_route(job: Job, worker: int, round_number: int) -> Route:
-    """Return what a worker's messages look like in a round."""
-    return make_route(worker_layout(job, worker, round_number), job.config.exchange)
+def sent_names(split: SplitModel, layout: Layout, round_number: int) -> list[str]:
+    """Return the tensors that go to a worker: carried optimizer state does not exist before the first round."""
+    return [name for name in layout.specs if round_number > 0 or name in split.model_specs]
 
 
-def sent_names(job: Job, layout: Layout, round_number: int) -> list[str]:
-    """Return the tensors that go to a worker: carried optimiser state does not exist before the first round."""
-    return [name for name in layout.specs if round_number > 0 or name in job.model_specs]
-
-
-def down_bytes(job: Job, route: Route, round_number: int) -> int:
+def down_bytes(split: SplitModel, route: Route, round_number: int) -> int:
     """Return how much of the message to a worker is sent; see `sent_names`."""
-    return sent_bytes(route, sent_names(job, route.plain, round_number))
+    return sent_bytes(route, sent_names(split, route.plain, round_number))
 
 
 class Outgoing:
     """The coordinator's end of the way down."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, split: SplitModel, exchange: Exchange) -> None:
+        self._split = split
+        self._exchange = exchange
 
     def route(self, cut: Cut) -> Route:
         """Return what the messages of a cut look like."""
-        return make_route(layout_of(cut_specs(self._job.specs, cut)), self._job.config.exchange)
+        return route_of(self._split, self._exchange, cut)
 
     def write(self, state: Mapping[str, Tensor], cut: Cut, round_number: int, envelope: Envelope) -> int:
         """Cut a subnet into an envelope; return how many bytes of it are to be sent."""
         route, into = envelope.route, envelope.down.tensors
-        for name in sent_names(self._job, route.plain, round_number):
+        for name in sent_names(self._split, route.plain, round_number):
             if route.is_plain:
                 extract(state, cut, into={name: into[name]})
             else:  # one tensor after the other: a subnet more would be the memory of a whole network in a finish
                 spec = route.plain.specs[name]
                 part = {name: torch.empty(spec.shape, dtype=spec.dtype, device=envelope.flat.device)}
                 extract(state, cut, into=part)
-                encode(part, into, self._job.config.exchange.down)
-        return down_bytes(self._job, route, round_number)
+                encode(part, into, self._exchange.down)
+        return down_bytes(self._split, route, round_number)
 
 
-def read_trained(job: Job, state: Mapping[str, Tensor], cut: Cut, envelope: Envelope) -> Mapping[str, Tensor]:
+def read_trained(exchange: Exchange, state: Mapping[str, Tensor], cut: Cut, envelope: Envelope) -> Mapping[str, Tensor]:
     """Return what a worker trained, by name: the coordinator's end of the way up.
 
     Args:
-        job: The run.
+        exchange: How values are coded on the way.
         state: Whole tensors. A tensor, when it is read, must be as it was when the subnet was cut, but for what other
             workers alone hold.
         cut: The worker's positions.
         envelope: Its messages; the one up is read.
     """
-    return envelope.up.tensors if envelope.route.is_plain else _Trained(job.config.exchange, state, cut, envelope)
+    return envelope.up.tensors if envelope.route.is_plain else _Trained(exchange, state, cut, envelope)
 
 
 class _Trained(Mapping[str, Tensor]):
@@ -119,8 +121,8 @@ class WorkerEnd:
     Holds memory for the subnet where what travels is not what is trained, and what rounding took where it is fed back.
 
     Args:
-        job: The run.
-        worker: Which worker.
+        split: The network.
+        exchange: How values are coded on the way.
         device: Where it computes.
 
     Attributes:
@@ -129,11 +131,10 @@ class WorkerEnd:
     Reference: Seide et al., Interspeech 2014, and Karimireddy et al., arXiv 1901.09847 (error feedback).
     """
 
-    def __init__(self, job: Job, worker: int, device: torch.device) -> None:
-        self._job = job
-        self._worker = worker
+    def __init__(self, split: SplitModel, exchange: Exchange, device: torch.device) -> None:
+        self._split = split
         self._device = device
-        self._settings = job.config.exchange
+        self._settings = exchange
         self._plain: Message | None = None
         self.taken: dict[str, Tensor] = {}
 
@@ -148,8 +149,14 @@ class WorkerEnd:
             self._plain.tensors[name].copy_(value)
         return self._plain
 
-    def close(self, envelope: Envelope, trained: Message, round_number: int) -> None:
-        """Write the trained subnet into the envelope; `trained` is of no use afterwards."""
+    def close(self, envelope: Envelope, trained: Message, neurons: Sequence[Indices]) -> None:
+        """Write the trained subnet into the envelope.
+
+        Args:
+            envelope: The messages of the round; the one up is written.
+            trained: The subnet; it is overwritten.
+            neurons: For each group, those that the worker holds.
+        """
         route, settings = envelope.route, self._settings
         if route.is_plain:
             return
@@ -159,19 +166,21 @@ class WorkerEnd:
                 if travels_as_delta(name, route.plain.specs[name]):
                     tensors[name].sub_(start)
         if settings.error_feedback:
-            self._encode_with_feedback(envelope, tensors, round_number)
+            self._encode_with_feedback(envelope, tensors, neurons)
         else:
             encode(tensors, envelope.up.tensors, settings.up)
 
-    def _encode_with_feedback(self, envelope: Envelope, tensors: Mapping[str, Tensor], round_number: int) -> None:
-        job, plain, coding = self._job, envelope.route.plain.specs, self._settings.up
-        rounded = {name: spec for name, spec in job.specs.items() if _is_rounded(name, spec, coding)}
+    def _encode_with_feedback(
+        self, envelope: Envelope, tensors: Mapping[str, Tensor], neurons: Sequence[Indices]
+    ) -> None:
+        split, plain, coding = self._split, envelope.route.plain.specs, self._settings.up
+        rounded = {name: spec for name, spec in split.specs.items() if _is_rounded(name, spec, coding)}
         if not self.taken:
             self.taken = {
                 name: torch.zeros(spec.shape, dtype=torch.float32, device=self._device)
                 for name, spec in rounded.items()
             }
-        cut = positions(job.groups, rounded, job.neurons(round_number)[self._worker])
+        cut = positions(split.groups, rounded, neurons)
         parts = {name: torch.empty(plain[name].shape, device=self._device) for name in cut}
         extract(self.taken, cut, into=parts)
         # In float32, whatever the network's dtype: what was taken is small beside the change.

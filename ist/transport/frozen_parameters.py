@@ -13,19 +13,22 @@ Not here: moving bytes (`ist/pools/`), rounding them (`codec.py`).
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ist.config.partition import Exchange
 from ist.errors import ModelError, PoolError
 from ist.rng import Indices
+from ist.subnet.assignments import Assignments
 from ist.subnet.cut import Cut, cut_specs, extract, placed
 from ist.subnet.job import Job
+from ist.subnet.split_model import SplitModel
 from ist.tensors import TensorSpec
 from ist.transport.codec import coded_specs, decoded, encode
-from ist.transport.endpoints import down_bytes, worker_route
+from ist.transport.endpoints import down_bytes, route_of
 from ist.transport.message import Header, Layout, Message, layout_of
 
 Mark = tuple[bytes | None, ...]
@@ -45,60 +48,75 @@ def _hash(positions: Indices | Tensor) -> bytes:
     return hashlib.sha256(positions.tobytes()).digest()
 
 
-def lacking(job: Job, cut: Cut, needed: Marks, held: Marks) -> dict[str, TensorSpec]:
+def lacking(split: SplitModel, cut: Cut, needed: Marks, held: Marks) -> dict[str, TensorSpec]:
     """Return the narrow specs of the frozen parameters that a worker needs and does not hold.
 
     Args:
-        job: The run.
-        cut: What the worker needs: `job.frozen_cut`.
+        split: The network.
+        cut: What the worker needs: `split.frozen_cut`.
         needed: The marks of that.
         held: Those of what it holds.
     """
-    return {name: spec for name, spec in cut_specs(job.frozen_specs, cut).items() if held.get(name) != needed[name]}
+    return {name: spec for name, spec in cut_specs(split.frozen_specs, cut).items() if held.get(name) != needed[name]}
 
 
-def frozen_layout(job: Job, specs: Mapping[str, TensorSpec]) -> Layout:
+def frozen_layout(exchange: Exchange, specs: Mapping[str, TensorSpec]) -> Layout:
     """Return the layout of a message with frozen parameters of the given narrow specs."""
-    return layout_of(coded_specs(specs, job.config.exchange.down))
+    return layout_of(coded_specs(specs, exchange.down))
 
 
-def frozen_bytes(job: Job, worker: int, round_number: int, before: int | None) -> int:
+def frozen_bytes(
+    split: SplitModel, exchange: Exchange, neurons: Sequence[Indices], before: Sequence[Indices] | None
+) -> int:
     """Return the length of the message with the frozen parameters that a worker lacks in a round.
 
     Args:
-        job: The run.
-        worker: Which worker.
-        round_number: The round.
-        before: The worker's last round; None: it holds nothing.
+        split: The network.
+        exchange: How values are coded on the way.
+        neurons: For each group, those that the worker holds.
+        before: The same in its last round; None: it holds nothing.
     """
-    held = marks_of(job.frozen_cut(worker, before)) if before is not None else {}
-    cut = job.frozen_cut(worker, round_number)
-    specs = lacking(job, cut, marks_of(cut), held)
-    return frozen_layout(job, specs).nbytes if specs else 0
+    held = marks_of(split.frozen_cut(before)) if before is not None else {}
+    cut = split.frozen_cut(neurons)
+    specs = lacking(split, cut, marks_of(cut), held)
+    return frozen_layout(exchange, specs).nbytes if specs else 0
 
 
-def message_bytes(job: Job, worker: int) -> tuple[int, int]:
-    """Return (bytes to a worker, bytes from it) of all messages in a full round after the first."""
-    main = job.main_round
-    route = worker_route(job, worker, main)
-    goes_on = main + 1 < job.num_rounds and job.spans[main + 1].stage == job.spans[main].stage
+def message_bytes(job: Job, held: Assignments, worker: int) -> tuple[int, int]:
+    """Return (bytes to a worker, bytes from it) of all messages in a full round after the first.
+
+    Args:
+        job: The run.
+        held: Who holds which neurons.
+        worker: Which worker.
+    """
+    split, schedule, exchange = job.split, job.schedule, job.config.exchange
+    main = schedule.main_round
+    route = route_of(split, exchange, split.cut(held.of(main)[worker]))
+    goes_on = main + 1 < schedule.num_rounds and schedule.spans[main + 1].stage == schedule.spans[main].stage
     earlier, later = (main, main + 1) if goes_on else (max(0, main - 1), main)
-    frozen = frozen_bytes(job, worker, later, earlier) if job.frozen_specs else 0
-    return down_bytes(job, route, 1) + frozen, route.up.nbytes
+    frozen = 0
+    if split.frozen_specs:
+        frozen = frozen_bytes(split, exchange, held.of(later)[worker], held.of(earlier)[worker])
+    return down_bytes(split, route, 1) + frozen, route.up.nbytes
 
 
 class FrozenSender:
     """The coordinator's end.
 
     Args:
-        job: The run.
-        tensors: Whole tensors by name, contiguous; those of `job.frozen_specs` are read.
+        split: The network.
+        exchange: How values are coded on the way.
+        tensors: Whole tensors by name, contiguous; those of `split.frozen_specs` are read.
         device: Where they are.
     """
 
-    def __init__(self, job: Job, tensors: Mapping[str, Tensor], device: torch.device) -> None:
-        self._job = job
-        self._tensors = {name: tensors[name] for name in job.frozen_specs}
+    def __init__(
+        self, split: SplitModel, exchange: Exchange, tensors: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        self._split = split
+        self._exchange = exchange
+        self._tensors = {name: tensors[name] for name in split.frozen_specs}
         self._device = device
         self._held: dict[str, Marks] = {}
         self._sent: dict[str, Marks] = {}
@@ -123,16 +141,16 @@ class FrozenSender:
         """
         held = self._held.pop(process, None)
         needed = self._sent[process] = marks_of(cut)
-        specs = lacking(self._job, cut, needed, held or {})
+        specs = lacking(self._split, cut, needed, held or {})
         if not specs:
             return None, held is not None
-        message = Message(frozen_layout(self._job, specs), self._device)
+        message = Message(frozen_layout(self._exchange, specs), self._device)
         message.write_header(Header(round_number, worker))
         [there] = placed([cut], self._device)
         for name, spec in specs.items():
             part = {name: torch.empty(spec.shape, dtype=spec.dtype, device=self._device)}
             extract(self._tensors, there, into=part)
-            encode(part, message.tensors, self._job.config.exchange.down)
+            encode(part, message.tensors, self._exchange.down)
         return message, held is not None
 
     def returned(self, process: str) -> None:
@@ -143,34 +161,43 @@ class FrozenSender:
 class FrozenParts:
     """A worker's end: its parts of frozen parameters, which stay from round to round.
 
+    Args:
+        split: The network.
+        exchange: How values are coded on the way.
+
     Attributes:
         tensors: Name to narrow tensor; nobody writes to them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, split: SplitModel, exchange: Exchange) -> None:
+        self._split = split
+        self._exchange = exchange
         self.tensors: dict[str, Tensor] = {}
         self._marks: Marks = {}
 
-    def layout(self, job: Job, worker: int, round_number: int, relies: bool) -> Layout | None:
+    def layout(self, neurons: Sequence[Indices], relies: bool) -> Layout | None:
         """Return the layout of the message that comes beside a subnet; None: there is none.
 
         Args:
-            job: The run.
-            worker: Which worker of the round.
-            round_number: The round.
+            neurons: For each group, those that the worker holds in the round.
             relies: Whether the coordinator relies on what is held here.
         """
-        cut = job.frozen_cut(worker, round_number)
-        specs = lacking(job, cut, marks_of(cut), self._marks if relies else {})
-        return frozen_layout(job, specs) if specs else None
+        cut = self._split.frozen_cut(neurons)
+        specs = lacking(self._split, cut, marks_of(cut), self._marks if relies else {})
+        return frozen_layout(self._exchange, specs) if specs else None
 
     def update(
-        self, job: Job, worker: int, round_number: int, received: Message | None, device: torch.device
+        self,
+        neurons: Sequence[Indices],
+        worker: int,
+        round_number: int,
+        received: Message | None,
+        device: torch.device,
     ) -> Mapping[str, Tensor]:
         """Take what was received, let go what is not needed any more, and return the parts of a round.
 
         Args:
-            job: The run.
+            neurons: For each group, those that the worker holds in the round.
             worker: Which worker of the round.
             round_number: The round.
             received: The message that came beside the subnet, if one did.
@@ -179,15 +206,15 @@ class FrozenParts:
         Raises:
             PoolError: The message is of another round or worker, or something is neither there nor received.
         """
-        cut = job.frozen_cut(worker, round_number)
-        now, specs = marks_of(cut), cut_specs(job.frozen_specs, cut)
+        cut = self._split.frozen_cut(neurons)
+        now, specs = marks_of(cut), cut_specs(self._split.frozen_specs, cut)
         if received is not None:
             received.read_header(round_number, worker)
         came = received.tensors if received is not None else {}
         held: dict[str, Tensor] = {}
         for name, spec in specs.items():
             if name in came:
-                value = decoded(came, name, spec, job.config.exchange.down)
+                value = decoded(came, name, spec, self._exchange.down)
                 held[name] = value.to(device, copy=True)  # the message's memory is not kept
             elif self._marks.get(name) == now[name]:
                 held[name] = self.tensors[name]

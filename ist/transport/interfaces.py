@@ -13,23 +13,9 @@ from typing import Protocol
 import torch
 
 from ist.measurements import Fault
+from ist.subnet.assignments import WorkerSlot
 from ist.transport.codec import Envelope, Route
 from ist.transport.message import Message
-
-
-@dataclass(frozen=True)
-class Place:
-    """A worker's place in a round: with the seed and the round, all that its share of network and data depends on.
-
-    Attributes:
-        worker: Which worker it is in this round, from 0.
-        num_workers: How many there are.
-        capacities: One number for each worker, to which shares are proportional; None: as configured.
-    """
-
-    worker: int
-    num_workers: int
-    capacities: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,13 +23,13 @@ class Subnet:
     """A worker's part of the network in a round.
 
     Attributes:
-        place: Whose it is.
+        slot: Whose it is.
         envelope: Its messages: the one to the worker is written before it leaves, the other when it is back.
         sent_bytes: How much of the message down, from its beginning, goes to the worker; all of the other comes back.
         frozen: A message that goes to the worker beside it, with frozen parameters that it lacks; None: it has them.
     """
 
-    place: Place
+    slot: WorkerSlot
     envelope: Envelope
     sent_bytes: int
     frozen: Message | None = None
@@ -56,7 +42,7 @@ class Subnet:
     @property
     def worker(self) -> int:
         """The number of the worker in this round."""
-        return self.place.worker
+        return self.slot.worker
 
 
 @dataclass(frozen=True)

@@ -164,15 +164,15 @@ def run(made: Job, folder: RunFolder | None, resume: bool, stop: bool = False) -
 def plain_powersgd(made: Job) -> dict[str, Tensor]:
     """Train as anybody would with PyTorch's own PowerSGD, in the process group that is there; return what is trained."""
     rank, cpu = dist.get_rank(), torch.device("cpu")
-    shard = take_shard(made.train_data, made.dealing.shard(rank))
+    shard = take_shard(made.task.train_data, made.schedule.dealing.shard(rank))
     model = build()
     ddp = DistributedDataParallel(model)
     ddp.register_comm_hook(PowerSGDState(None, 1, start_powerSGD_iter=2, random_seed=made.config.seed), powerSGD_hook)
     optimizer = torch.optim.SGD(model.parameters(), **made.config.train.optimizer.args)
-    for round_number in range(made.num_rounds):
+    for round_number in range(made.schedule.num_rounds):
         with seeded_generators(cpu, made.config.seed, Purpose.TRAINING, round_number, rank):
-            for step in made.steps(round_number):
-                inputs, targets = fetch(shard, made.dealing.batch(rank, step), cpu)
+            for step in made.schedule.steps(round_number):
+                inputs, targets = fetch(shard, made.schedule.dealing.batch(rank, step), cpu)
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(ddp(inputs), targets).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

@@ -32,7 +32,7 @@ def test_ddp_refuses_a_forward_that_changes_a_dtype(alone: Membership) -> None:
     with pytest.raises(
         ModelError, match=r"the forward makes 'router\.weight', which is torch\.bfloat16, a torch\.float32"
     ):
-        DataParallel(job, alone, job.build(), {}, Meter())
+        DataParallel(job, alone, job.task.build(), {}, Meter())
 
 
 class Odd(nn.Module):
@@ -58,7 +58,7 @@ def test_a_baseline_trains_modules_as_the_user_has_set_them(method: str, alone: 
     model.last.weight.register_hook(lambda gradient: gradient * mask)
     before = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     job = job_for(model, test=data(20), method=method, train__workers=1, pool={"kind": "torchrun", "device": "cpu"})
-    trained = implementation(job.config)(job, alone, job.build(), {}, Meter())
+    trained = implementation(job.config)(job, alone, job.task.build(), {}, Meter())
 
     for round_number in range(2):
         trained.train_round(round_number)

@@ -48,15 +48,23 @@ class Alone:
         assert membership is None
         assert not state
         self.job, self.model, self.meter, self._worker = job, model, meter, worker
-        self._shard = take_shard(job.train_data, job.dealing.shard(worker))
+        self._shard = take_shard(job.task.train_data, job.schedule.dealing.shard(worker))
         self._named = dict(model.named_parameters())
         self._optimizer = build_optimizer(job.config.train.optimizer, list(self._named.values()))
 
     def train_round(self, round_number: int) -> RoundReport:
         loss_sum, samples = local_steps(
-            self.job, self._worker, self._shard, self.model, self._named, self._optimizer, round_number, CPU
+            self.job,
+            self.job.schedule.dealing,
+            self._worker,
+            self._shard,
+            self.model,
+            self._named,
+            self._optimizer,
+            round_number,
+            CPU,
         )
-        steps = len(self.job.steps(round_number))
+        steps = len(self.job.schedule.steps(round_number))
         measured = nothing_measured() | {"steps": steps, "samples": samples, "loss_sum": loss_sum, "memory_bytes": 1}
         return summarise([RankRound(measured, finite=True, sent_bytes=0.0, transfers_s=())])
 

@@ -157,8 +157,8 @@ def test_a_network_is_evaluated_by_the_metric_of_its_job() -> None:
     model, test = seeded(NETWORKS["no batch norm"]), data(40, seed=4)
     job = job_for(model, test=test)
 
-    found = evaluate(model, test, job.loss, 16, CPU, job.metric)
+    found = evaluate(model, test, job.task.loss, 16, CPU, job.task.metric)
 
     inputs, targets = test.tensors
     assert found.values["accuracy"] == pytest.approx(float((model(inputs).argmax(1) == targets).float().mean()))
-    assert evaluate(model, test, job.loss, 16, CPU, None).values == {}
+    assert evaluate(model, test, job.task.loss, 16, CPU, None).values == {}

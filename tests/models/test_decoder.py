@@ -7,7 +7,7 @@ from torch.utils.data import TensorDataset
 import ist
 from ist.checks.verify import verify_cuts
 from ist.models.decoder import Decoder
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from tests.networks import seeded
 from tests.neurons.test_neurons import job_of
 
@@ -66,14 +66,14 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_heads_and_feed_forward_units_are_split_and_nothing_else(tied: bool) -> None:
     job = small_job(tied)
 
-    assert {group.name: group.size for group in job.found.groups} == {
+    assert {group.name: group.size for group in job.split.found.groups} == {
         "blocks.0.attention": 4,
         "blocks.0.feed_forward": 24,
         "blocks.1.attention": 4,
         "blocks.1.feed_forward": 24,
     }
-    assert job.groups == job.found.groups
-    assert job.plan(0, 0).specs["tokens.weight"].shape == (20, 16)
+    assert job.split.groups == job.split.found.groups
+    assert job.split.plan(assignments(job).of(0)[0]).specs["tokens.weight"].shape == (20, 16)
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4])
@@ -82,7 +82,8 @@ def test_a_worker_gets_its_share_of_the_heads_as_the_masked_whole_network(worker
 
     verify_cuts(job)
     heads = [
-        job.narrow(share, torch.device("meta")).get_submodule("blocks.1.attention").heads for share in job.neurons(0)
+        job.split.module(share, torch.device("meta")).get_submodule("blocks.1.attention").heads
+        for share in assignments(job).of(0)
     ]
     assert sum(heads) == 4
     assert max(heads) - min(heads) <= 1

@@ -12,6 +12,7 @@ import ist
 from ist.checks.verify import verify_cuts
 from ist.data.batched import BatchedDataset
 from ist.rng import Indices
+from ist.subnet.job import assignments
 from tests.networks import seeded
 from tests.neurons.networks import rand
 from tests.neurons.test_neurons import job_of
@@ -64,9 +65,9 @@ def test_hidden_features_are_split_and_neither_input_features_nor_classes(kind: 
     job = job_of(network(kind, norm), EXAMPLE)
 
     linear = "lin" if kind == "GCN" else "lin_l"
-    assert not job.found.unknown
-    assert {g.name: g.size for g in job.groups} == {f"convs.{layer}.{linear}": HIDDEN for layer in (0, 1)}
-    specs = job.plan(0, 0).specs
+    assert not job.split.found.unknown
+    assert {g.name: g.size for g in job.split.groups} == {f"convs.{layer}.{linear}": HIDDEN for layer in (0, 1)}
+    specs = job.split.plan(assignments(job).of(0)[0]).specs
     shapes = [specs[f"convs.{layer}.{linear}.weight"].shape for layer in range(3)]
     assert shapes == [(HIDDEN // 2, FEATURES), (HIDDEN // 2, HIDDEN // 2), (CLASSES, HIDDEN // 2)]
 

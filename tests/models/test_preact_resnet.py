@@ -58,9 +58,9 @@ def test_only_the_channels_between_the_convolutions_of_a_block_are_split(depths:
     job = job_of(small(depths), IMAGES)
 
     blocks = {f"sections.{s}.{b}": 4 * 2**s for s, depth in enumerate(depths) for b in range(depth)}
-    assert {group.name: group.size for group in job.groups} == blocks
-    assert {group.size for group in job.found.groups if group.residual} == {4, 8, 16}
-    cut = {name for group in job.groups for name in (slot.tensor for slot in group.slots)}
+    assert {group.name: group.size for group in job.split.groups} == blocks
+    assert {group.size for group in job.split.found.groups if group.residual} == {4, 8, 16}
+    cut = {name for group in job.split.groups for name in (slot.tensor for slot in group.slots)}
     assert {name.rsplit(".", 2)[1] for name in cut} == {"conv_1", "norm_2", "conv_2"}
     verify_cuts(job)
 
@@ -68,8 +68,8 @@ def test_only_the_channels_between_the_convolutions_of_a_block_are_split(depths:
 def test_the_stem_and_the_streams_of_the_sections_are_split_on_request() -> None:
     job = job_of(small(), IMAGES, partition__residual=True)
 
-    assert sorted(group.size for group in job.groups) == [4, 4, 4, 8, 8, 8, 16, 16, 16]
-    assert "stem" in [group.name for group in job.groups]
+    assert sorted(group.size for group in job.split.groups) == [4, 4, 4, 8, 8, 8, 16, 16, 16]
+    assert "stem" in [group.name for group in job.split.groups]
     verify_cuts(job)
 
 
@@ -83,7 +83,7 @@ def test_the_stem_and_the_streams_of_the_sections_are_split_on_request() -> None
 def test_blocks_that_keep_the_shape_are_dealt_whole(pattern: str, paths: list[str]) -> None:
     job = job_of(small(), IMAGES, partition__strategy="blocks", partition__blocks=[pattern])
 
-    assert list(job.groups[0].modules) == paths
+    assert list(job.split.groups[0].modules) == paths
     verify_cuts(job)
 
 

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 import ist
 from ist.checks.verify import verify_cuts
 from ist.models.wide import WideClassifier
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from tests.networks import seeded
 from tests.neurons.test_neurons import job_of
 
@@ -80,9 +80,9 @@ def test_there_must_be_something_of_everything() -> None:
 def test_each_worker_gets_its_share_of_both_layers(norm: bool) -> None:
     job = wide_job(norm)
 
-    assert not job.found.unknown
-    assert [(group.name, group.size) for group in job.groups] == [("words", 12)]
-    specs = job.plan(0, 0).specs
+    assert not job.split.found.unknown
+    assert [(group.name, group.size) for group in job.split.groups] == [("words", 12)]
+    specs = job.split.plan(assignments(job).of(0)[0]).specs
     assert specs["words.weight"].shape == (WORDS + 1, 4)
     assert specs["bias"].shape == (4,)
     assert specs["output.weight"].shape == (LABELS, 4)

@@ -85,12 +85,12 @@ FAULTS = (
         ("tests/training/test_one_worker.py",),
     ),
     Fault(
-        "all workers train on the samples of the first", "ist/training/worker.py", "job.dealing.batch(worker, step)",
-        "job.dealing.batch(worker, job.steps(round_number)[0])", ("tests/training/test_one_worker.py",),
+        "all workers train on the samples of the first", "ist/training/worker.py", "job.schedule.dealing.batch(worker, step)",
+        "job.schedule.dealing.batch(worker, job.schedule.steps(round_number)[0])", ("tests/training/test_one_worker.py",),
     ),
     Fault(
-        "a schedule stays at its first step", "ist/training/worker.py", "apply_settings(optimizer, groups, job.settings[step])",
-        "apply_settings(optimizer, groups, job.settings[0])", ("tests/training/test_one_worker.py",),
+        "a schedule stays at its first step", "ist/training/worker.py", "apply_settings(optimizer, groups, job.schedule.settings[step])",
+        "apply_settings(optimizer, groups, job.schedule.settings[0])", ("tests/training/test_one_worker.py",),
     ),
     # What workers keep
     Fault(

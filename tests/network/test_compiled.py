@@ -97,7 +97,7 @@ def test_files_of_compiled_networks_can_be_used_as_weights_and_checkpoints(tmp_p
     job = build_job(small_config(model=network))
     resumed, further = _restored(job, {name: tensor + 1 for name, tensor in old.items()} | {"more": torch.ones(1)})
 
-    assert_same(job.build().state_dict(), values)
+    assert_same(job.task.build().state_dict(), values)
     assert_same(resumed.state_dict(), {name: tensor + 1 for name, tensor in values.items()})
     assert set(further) == {"more"}
 

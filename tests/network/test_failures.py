@@ -76,7 +76,9 @@ def error_of(act: Any, kind: type[ISTError]) -> str:
 
 
 def round_and_worker_of_bad_sample(workers: int = 2) -> tuple[int, int]:
-    dealing = job_for(seeded(NETWORKS["no batch norm"]), train__workers=workers, train__batch_size=8, seed=0).dealing
+    dealing = job_for(
+        seeded(NETWORKS["no batch norm"]), train__workers=workers, train__batch_size=8, seed=0
+    ).schedule.dealing
     return next(
         (step, worker)
         for worker in range(workers)
@@ -218,7 +220,7 @@ def test_a_metric_that_fails_names_the_samples() -> None:
     floats = TensorDataset(test.tensors[0], test.tensors[1].float())
 
     with pytest.raises(ConfigError, match=r"'accuracy' of samples 0, 1, .*ValueError: .*evaluate\.metric.*'rmse'"):
-        evaluate(model, floats, lambda outputs, _: functional.mse_loss(outputs, outputs), 16, CPU, job.metric)
+        evaluate(model, floats, lambda outputs, _: functional.mse_loss(outputs, outputs), 16, CPU, job.task.metric)
 
 
 @pytest.fixture

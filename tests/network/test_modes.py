@@ -69,7 +69,7 @@ def test_submodels_and_full_networks_train_in_the_modes_of_the_user() -> None:
     submodel = job.narrow(job.neurons(0)[0], CPU)
 
     assert list(modes_of(submodel).values()) == MODES
-    assert list(modes_of(job.build_copy()).values()) == MODES
+    assert list(modes_of(job.task.build_copy()).values()) == MODES
 
 
 def test_modes_are_restored_after_an_error() -> None:

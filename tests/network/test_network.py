@@ -161,7 +161,7 @@ class NoValues(nn.Module):
 
 def test_a_configured_network_without_values_is_refused() -> None:
     with pytest.raises(ModelError, match=r"'net\.0\.weight' .*'meta'.*to_empty"):
-        build_job(small_config(model={"name": f"{__name__}:NoValues"}, train__workers=2)).build()
+        build_job(small_config(model={"name": f"{__name__}:NoValues"}, train__workers=2)).task.build()
 
 
 class Stream(IterableDataset[Any]):

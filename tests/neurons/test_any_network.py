@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import ist
 from ist.errors import DataError, ISTError, ModelError
+from ist.subnet.job import assignments
 from tests.conftest import data
 from tests.networks import Router, seeded
 from tests.neurons.networks import Recurrent, rand
@@ -42,11 +43,11 @@ class FrozenNorm(nn.Module):
 def test_a_norm_that_its_network_keeps_in_evaluation_mode_keeps_its_statistics() -> None:
     model = FrozenNorm()
     job = job_of(model, rand(2, 12))
-    narrow = job.narrow(job.neurons(0)[0], torch.device("cpu"))
+    narrow = job.split.module(assignments(job).of(0)[0], torch.device("cpu"))
 
     trained = train(model, test_data=data(20, seed=1))
 
-    assert "norm.running_mean" in job.specs
+    assert "norm.running_mean" in job.split.specs
     assert not narrow.norm.training
     assert (trained.norm.running_mean == 3).all()
     assert (trained.norm.running_var == 4).all()

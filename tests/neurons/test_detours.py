@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ist.checks.verify import verify_cuts
 from ist.neurons.tracing.untaken_paths import not_empty
+from ist.subnet.job import assignments
 from tests.networks import seeded
 from tests.neurons.networks import rand
 from tests.neurons.test_neurons import job_of
@@ -71,9 +72,9 @@ def test_experts_that_the_example_does_not_reach_are_split_and_checked(send: Sen
     job = job_of(seeded(lambda: Mixture(send)), rand(2, 12))
 
     verify_cuts(job)
-    assert [group.name for group in job.groups] == [f"experts.{number}" for number in range(5)]
-    assert job.found.detours
-    assert not job.found.unreached
+    assert [group.name for group in job.split.groups] == [f"experts.{number}" for number in range(5)]
+    assert job.split.found.detours
+    assert not job.split.found.unreached
 
 
 class Exits(nn.Module):
@@ -96,8 +97,8 @@ def test_a_branch_that_the_example_does_not_take_is_cut_along_its_inputs() -> No
     job = job_of(model, rand(4, 12))
 
     verify_cuts(job)
-    assert [(group.name, group.size) for group in job.groups] == [("first", 8), ("second", 7)]
-    narrow = job.narrow(job.neurons(0)[0], torch.device("cpu"))
+    assert [(group.name, group.size) for group in job.split.groups] == [("first", 8), ("second", 7)]
+    narrow = job.split.module(assignments(job).of(0)[0], torch.device("cpu"))
     assert narrow.get_parameter("second.weight").shape == (4, 4)
 
 
@@ -114,8 +115,8 @@ class Large(nn.Module):
 def test_parameters_that_no_detour_reaches_are_not_split_and_are_named() -> None:
     job = job_of(seeded(Large), rand(4, 12))
 
-    assert [group.name for group in job.groups] == ["first"]
-    assert job.found.unreached == ("second.weight", "second.bias")
+    assert [group.name for group in job.split.groups] == ["first"]
+    assert job.split.found.unreached == ("second.weight", "second.bias")
 
 
 def test_a_product_with_a_sparse_matrix_does_not_join_hidden_units() -> None:
@@ -133,7 +134,7 @@ def test_a_product_with_a_sparse_matrix_does_not_join_hidden_units() -> None:
     job = job_of(seeded(Sparse), rand(4, 12))
 
     verify_cuts(job)
-    assert [group.size for group in job.groups] == [8]
+    assert [group.size for group in job.split.groups] == [8]
 
 
 def test_a_mask_that_selects_nothing_selects_its_first_element_on_a_detour() -> None:

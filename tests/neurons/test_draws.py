@@ -62,7 +62,7 @@ def test_hidden_units_that_are_combined_with_random_numbers_are_split(function: 
     job = job_of(seeded(lambda: Hidden(function)), rand(4, 12))
 
     verify_cuts(job)
-    assert [group.size for group in job.groups] == [8, 6]
+    assert [group.size for group in job.split.groups] == [8, 6]
 
 
 class Sampled(nn.Module):
@@ -103,7 +103,7 @@ def test_layers_before_and_after_a_sampled_distribution_are_split(sample: Callab
     job = job_of(seeded(lambda: Sampled(sample)), rand(4, 12))
 
     verify_cuts(job)
-    assert [group.size for group in job.groups] == [8, 7]
+    assert [group.size for group in job.split.groups] == [8, 7]
 
 
 class Counting(nn.Module):

@@ -34,7 +34,7 @@ def test_a_mask_among_the_parameters_may_be_minus_infinity_or_the_least_number(m
     job = job_of(seeded(lambda: Causal(masked)), rand(2, 6, 12))
 
     verify_cuts(job)
-    assert [group.size for group in job.groups] == [9, 8]
+    assert [group.size for group in job.split.groups] == [9, 8]
 
 
 class Single(nn.Module):
@@ -106,7 +106,7 @@ def test_a_network_that_needs_more_than_two_samples_gets_a_training_batch() -> N
     job = make_job(small_config(train__batch_size=16), model, lambda: model, data, None, F.cross_entropy)
 
     verify_cuts(job)
-    assert [group.size for group in job.groups] == [9]
-    assert len(job.example) == 16
+    assert [group.size for group in job.split.groups] == [9]
+    assert len(job.task.example) == 16
     with pytest.raises(ModelError, match="chunks"):
         make_job(small_config(train__batch_size=4), model, lambda: model, data, None, F.cross_entropy)

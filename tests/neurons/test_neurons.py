@@ -15,7 +15,7 @@ from ist.data.nested import call_model, mapped, tensors_in
 from ist.errors import ModelError
 from ist.runs.build import make_job
 from ist.subnet.cut import cut_specs, extract, reassemble
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.subnet.module import bind
 from ist.tensors import named_tensors
 from tests.conftest import assert_same, clone, small_config, whole_state
@@ -39,10 +39,10 @@ def case_job(case: Case, **changes: Any) -> Job:
 def test_the_groups_are_the_expected_ones(case: Case) -> None:
     job = case_job(case)
 
-    assert not job.found.unknown
-    sizes = [group.size for group in job.groups]
+    assert not job.split.found.unknown
+    sizes = [group.size for group in job.split.groups]
     assert sizes == list(case.groups.values())
-    for group, name in zip(job.groups, case.groups, strict=True):
+    for group, name in zip(job.split.groups, case.groups, strict=True):
         assert name.isdigit() or group.name == name
 
 
@@ -57,22 +57,22 @@ def test_a_subnet_is_the_masked_full_network(case: Case, scale: str) -> None:
 def test_subnets_written_back_untouched_change_nothing(case: Case) -> None:
     model = seeded(case.build)
     job = case_job(case)
-    model = job.build()
+    model = job.task.build()
     for tensor in model.parameters():
         tensor.data = tensor.data.contiguous()
     state = whole_state(job, model)
     before = clone(state)
-    cuts = job.cuts(3)
+    cuts = assignments(job).cuts(3)
     parts = []
     for cut in cuts:
-        part = {name: torch.full(s.shape, 7, dtype=s.dtype) for name, s in cut_specs(job.specs, cut).items()}
+        part = {name: torch.full(s.shape, 7, dtype=s.dtype) for name, s in cut_specs(job.split.specs, cut).items()}
         extract(state, cut, part)
         parts.append(part)
 
-    reassemble(state, cuts, list(enumerate(parts)), job.exclusive(0))
+    reassemble(state, cuts, list(enumerate(parts)), assignments(job).exclusive(0))
 
     assert_same(state, before)
-    for group in job.groups:
+    for group in job.split.groups:
         for slot in group.slots:
             held = [cut[slot.tensor][slot.dim] for cut in cuts if slot.tensor in cut]
             covered = np.concatenate([part for part in held if part is not None]) if held else np.arange(0)
@@ -84,7 +84,7 @@ def test_the_submodel_of_a_single_worker_trains_like_the_full_network_bit_for_bi
     whole = seeded(case.build).double()
     example = mapped(case.example, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
     job = job_of(whole, example, workers=1)
-    single = job.narrow(job.neurons(0)[0], torch.device("cpu")).double()
+    single = job.split.module(assignments(job).of(0)[0], torch.device("cpu")).double()
     bind(single, clone(named_tensors(whole)))
 
     for model in (whole, single):
@@ -116,8 +116,8 @@ def test_a_network_that_reads_values_is_traced_with_values(case: Case) -> None:
     model = seeded(case.build)
     job = job_of(ReadsValues(model), case.example)
 
-    assert not job.found.on_meta
-    assert [group.size for group in job.groups] == list(case.groups.values())
+    assert not job.split.found.on_meta
+    assert [group.size for group in job.split.groups] == list(case.groups.values())
     verify_cuts(job)
 
 
@@ -134,7 +134,7 @@ def test_neurons_that_reach_an_operator_without_a_rule_are_not_split_and_a_warni
     with pytest.warns(UserWarning, match=r"aten\.linalg_qr.*test_neurons\.py:\d+"):
         job = job_of(seeded(UnknownOperator), rand(3, 12))
 
-    assert [group.name for group in job.groups] == ["second"]
+    assert [group.name for group in job.split.groups] == ["second"]
     verify_cuts(job)
 
 
@@ -169,7 +169,7 @@ class Mixing(nn.Module):
 def test_neurons_that_an_operator_mixes_are_not_split(mix: Any) -> None:
     job = job_of(seeded(lambda: Mixing(mix)), rand(3, 12))
 
-    assert [group.name for group in job.groups] == ["second"]
+    assert [group.name for group in job.split.groups] == ["second"]
     verify_cuts(job)
 
 
@@ -178,17 +178,19 @@ def test_a_wrong_cut_is_refused_by_the_check() -> None:
     job = job_of(seeded(Flipped), IMAGE)
     wrong = [
         dataclasses.replace(group, slots=tuple(dataclasses.replace(s, order=None) for s in group.slots))
-        for group in job.groups
+        for group in job.split.groups
     ]
-    assert wrong != list(job.groups)
+    assert wrong != list(job.split.groups)
 
     with pytest.raises(ModelError, match="masked"):
-        verify_cuts(dataclasses.replace(job, groups=tuple(wrong)))
+        verify_cuts(dataclasses.replace(job, split=dataclasses.replace(job.split, groups=tuple(wrong))))
 
 
 def test_a_missing_attribute_size_is_refused_by_the_check() -> None:
     job = job_of(seeded(Heads), rand(2, 5, 20))
-    blind = dataclasses.replace(job, found=dataclasses.replace(job.found, sizes=()))
+    blind = dataclasses.replace(
+        job, split=dataclasses.replace(job.split, found=dataclasses.replace(job.split.found, sizes=()))
+    )
 
     with pytest.raises(ModelError, match=r"'q'.*\[2, 5, 6, 4\].*partition\.sizes.*partition\.exclude"):
         verify_cuts(blind)
@@ -215,8 +217,8 @@ def test_a_group_that_makes_submodels_fail_is_not_split_and_a_warning_names_it()
     with pytest.warns(UserWarning, match=r"'attention.*width of 24 \(test_neurons.py, line \d+.*partition\.exclude"):
         job = job_of(seeded(PartlySplittable), rand(2, 5, 20))
 
-    assert "feed" in [group.name for group in job.groups]
-    assert not any(group.name.startswith("attention") for group in job.groups)
+    assert "feed" in [group.name for group in job.split.groups]
+    assert not any(group.name.startswith("attention") for group in job.split.groups)
     verify_cuts(job)
 
 
@@ -230,9 +232,9 @@ def test_a_network_without_a_splittable_group_is_refused() -> None:
 def test_a_cut_of_chosen_neurons_can_be_checked() -> None:
     case = CASES["fused"]
     job = case_job(case)
-    whole = job.build_copy()
+    whole = job.task.build_copy()
 
-    verify_cut(job, whole, case.example, [np.array([0, 3]), np.array([2])])
+    verify_cut(job.split, whole, case.example, [np.array([0, 3]), np.array([2])])
 
 
 def test_training_moves_every_tensor_of_an_attention_network_and_keeps_ties() -> None:

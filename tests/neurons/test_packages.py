@@ -9,6 +9,7 @@ from torch import nn
 
 from ist.checks.verify import verify_cuts
 from ist.runs.inspection import title
+from ist.subnet.job import assignments
 from tests.networks import seeded
 from tests.neurons.test_neurons import job_of
 
@@ -40,22 +41,22 @@ def llama(**changes: Any) -> nn.Module:
 def test_gpt2_is_split_into_heads_and_feed_forward_units_and_its_embedding_stays_tied() -> None:
     job = job_of(seeded(gpt2), TOKENS, workers=3)
 
-    assert [title(group) for group in job.groups] == [
+    assert [title(group) for group in job.split.groups] == [
         "layer 0 attention: 3 heads, 6 wide",
         "layer 0 feed-forward: 72 hidden units",
         "layer 1 attention: 3 heads, 6 wide",
         "layer 1 feed-forward: 72 hidden units",
     ]
     verify_cuts(job)
-    narrow = job.narrow(job.neurons(0)[0], torch.device("cpu"))
-    assert type(narrow) is type(job.template)
+    narrow = job.split.module(assignments(job).of(0)[0], torch.device("cpu"))
+    assert type(narrow) is type(job.split.template)
     assert narrow.get_parameter("lm_head.weight") is narrow.get_parameter("transformer.wte.weight")
 
 
 def test_llama_is_split_into_key_value_heads_with_their_queries() -> None:
     job = job_of(seeded(llama), TOKENS, workers=3)
 
-    assert [group.size for group in job.groups] == [3, 40, 3, 40]
+    assert [group.size for group in job.split.groups] == [3, 40, 3, 40]
     verify_cuts(job)
 
 

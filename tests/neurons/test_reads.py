@@ -65,7 +65,7 @@ def test_a_check_of_values_does_not_prevent_a_split(check: Callable[[Tensor], Te
     job = job_of(seeded(lambda: Hidden(check)), rand(4, 12))
 
     verify_cuts(job)
-    assert [group.size for group in job.groups] == [8, 6]
+    assert [group.size for group in job.split.groups] == [8, 6]
 
 
 def test_a_hook_that_reads_a_float_does_not_prevent_a_split() -> None:
@@ -74,7 +74,7 @@ def test_a_hook_that_reads_a_float_does_not_prevent_a_split() -> None:
     job = job_of(model, rand(4, 12))
 
     verify_cuts(job)
-    assert [group.size for group in job.groups] == [8, 6]
+    assert [group.size for group in job.split.groups] == [8, 6]
     assert seen
 
 
@@ -145,5 +145,5 @@ def test_blocks_that_are_skipped_at_random_are_all_found(draw: Callable[[], floa
     job = job_of(seeded(lambda: Skipping(draw)), rand(4, 12))
 
     verify_cuts(job)
-    assert [group.name for group in job.groups] == ["up.0", "up.1", "up.2"]
-    assert not job.found.unreached
+    assert [group.name for group in job.split.groups] == ["up.0", "up.1", "up.2"]
+    assert not job.split.found.unreached

@@ -14,8 +14,9 @@ from torch.utils.data import TensorDataset
 import ist
 from ist.checks.verify import verify_cuts
 from ist.errors import ModelError
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.subnet.module import bind
+from ist.subnet.split_model import ShapeKeys
 from ist.tensors import named_tensors
 from tests.networks import seeded
 from tests.neurons.networks import Case, rand
@@ -31,13 +32,13 @@ CASES: dict[str, Case] = SPELLINGS | RECURRENCES | POSITIONS
 def test_networks_as_users_write_them_are_split(case: Case) -> None:
     job = job_of(seeded(case.build), case.example)
 
-    assert not job.found.unknown
-    assert {group.name: group.size for group in job.groups} == case.groups
+    assert not job.split.found.unknown
+    assert {group.name: group.size for group in job.split.groups} == case.groups
     verify_cuts(job)  # outputs and gradients are those of the masked full network, in float64
 
 
 def submodel_with_values(job: Job, worker: int = 0) -> nn.Module:
-    submodel = job.narrow(job.neurons(0)[worker], torch.device("cpu"))
+    submodel = job.split.module(assignments(job).of(0)[worker], torch.device("cpu"))
     generator = torch.Generator().manual_seed(1)
     bind(submodel, {n: torch.randn(t.shape, generator=generator) / 9 for n, t in named_tensors(submodel).items()})
     return submodel
@@ -78,9 +79,9 @@ def test_sizes_of_calls_are_replaced_only_in_modules_that_need_it() -> None:
     plain = job_of(seeded(SPELLINGS["own width"].build), STATES)
     resized = job_of(seeded(SPELLINGS["DINO"].build), STATES)
 
-    assert not plain.found.resized
-    assert type(submodel_with_values(plain).block.attn) is type(plain.template.block.attn)
-    assert list(resized.found.resized) == ["block.attn"]
+    assert not plain.split.found.resized
+    assert type(submodel_with_values(plain).block.attn) is type(plain.split.template.block.attn)
+    assert list(resized.split.found.resized) == ["block.attn"]
     assert submodel_with_values(resized).block.attn.num_heads == 4  # the value of the full network
 
 
@@ -88,7 +89,7 @@ def test_sizes_of_calls_are_replaced_only_in_modules_that_need_it() -> None:
 def test_axes_of_einops_and_settings_objects_are_changed_as_attributes(name: str) -> None:
     job = job_of(seeded(SPELLINGS[name].build), SPELLINGS[name].example)
 
-    assert not job.found.resized
+    assert not job.split.found.resized
 
 
 def test_an_lstm_that_is_traced_with_values_is_split() -> None:
@@ -96,8 +97,8 @@ def test_an_lstm_that_is_traced_with_values_is_split() -> None:
     one_dnn = torch.backends.mkldnn.enabled
     job = job_of(ReadsValues(seeded(lambda: WithState(nn.LSTM))), SERIES)
 
-    assert not job.found.on_meta
-    assert [group.size for group in job.groups] == [7]
+    assert not job.split.found.on_meta
+    assert [group.size for group in job.split.groups] == [7]
     assert torch.backends.mkldnn.enabled == one_dnn
     verify_cuts(job)
 
@@ -116,19 +117,19 @@ class Numbered(nn.Module):
 def test_units_that_are_numbered_are_not_split() -> None:
     job = job_of(seeded(Numbered), SERIES)
 
-    assert [group.name for group in job.groups] == ["middle"]
+    assert [group.name for group in job.split.groups] == ["middle"]
     verify_cuts(job)
 
 
 def test_the_sizes_of_calls_survive_pickling_for_other_processes() -> None:
     job = job_of(seeded(lambda: Inside(ViTAttention())), STATES)
-    sent = pickle.loads(pickle.dumps(job.found))
+    sent = pickle.loads(pickle.dumps(job.split.found))
 
-    plan, received = job.plan(0, 0), job.plan(1, 0)
+    plan, received = job.split.plan(assignments(job).of(0)[0]), job.split.plan(assignments(job).of(0)[1])
     object.__setattr__(job, "found", sent)
 
-    assert job.plan(0, 0).calls == plan.calls
-    assert job.plan(1, 0).calls == received.calls
+    assert job.split.plan(assignments(job).of(0)[0]).calls == plan.calls
+    assert job.split.plan(assignments(job).of(0)[1]).calls == received.calls
 
 
 class Branching(ViTAttention):
@@ -186,7 +187,7 @@ def test_attention_that_compares_a_width_with_a_number_is_not_split_and_the_line
     ):
         job = job_of(seeded(lambda: Inside(Comparing())), STATES)
 
-    assert [group.name for group in job.groups] == ["block.mlp"]
+    assert [group.name for group in job.split.groups] == ["block.mlp"]
     verify_cuts(job)
 
 
@@ -204,9 +205,10 @@ class Chosen(nn.Module):
 
 def test_a_size_that_depends_on_which_units_are_held_is_set_for_each_assignment() -> None:
     job = job_of(seeded(Chosen), rand(2, 12))
+    keys = ShapeKeys(job.split)
 
-    looks = {job.looks(0, number) for number in range(20)}
-    held = {tuple(job.neurons(number)[0][0].tolist()) for number in range(20)}
+    looks = {keys.of(assignments(job).of(number)[0]) for number in range(20)}
+    held = {tuple(assignments(job).of(number)[0][0].tolist()) for number in range(20)}
 
     assert len(looks) == len(held) > 1
     verify_cuts(job)

@@ -13,4 +13,4 @@ def test_a_network_of_any_style_is_split_as_it_is(style: Style) -> None:
     job = job_of(seeded(style.build), style.example)
 
     verify_cuts(job)
-    assert [group.size for group in job.groups] == style.sizes
+    assert [group.size for group in job.split.groups] == style.sizes

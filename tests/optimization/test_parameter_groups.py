@@ -88,7 +88,7 @@ def test_a_stages_learning_rate_scale_reaches_every_group() -> None:
         recipe__stages=[{"rounds": 1, "lr_scale": 2}, {}],
     )
 
-    rates = [tuple(group["lr"] for group in step) for step in job.settings]
+    rates = [tuple(group["lr"] for group in step) for step in job.schedule.settings]
 
     assert rates == [(0.04, 0.1)] * 3 + [(0.02, 0.05)] * 3
 
@@ -104,7 +104,7 @@ def test_groups_are_matched_by_their_parameters_if_a_worker_lacks_some() -> None
     named = dict(list(model.named_parameters())[2:])
     optimizer = optimizers.GroupForEach(named.values(), **args)
 
-    apply_settings(optimizer, matching_groups(optimizer, named, job.group_of), job.settings[0])
+    apply_settings(optimizer, matching_groups(optimizer, named, job.schedule.group_of), job.schedule.settings[0])
 
     # The third and the fourth parameter of the network, at half their learning rates.
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.05 * 0.9**2, 0.05 * 0.9**3], rel=1e-12)

@@ -17,7 +17,7 @@ from ist.monitoring.meter import Meter
 from ist.optimization.stages import spans
 from ist.pools.inline import InlinePool
 from ist.runs.inspection import inspect_job, print_inspection
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.subnet.residual_blocks import scaled_blocks
 from ist.training.coordinator import Coordinator
 from tests.conftest import clone, data, job_for, small_config
@@ -114,9 +114,9 @@ def trained_by_hand(job: Job, model: nn.Module, worker: int, round_number: int) 
     """Train a worker's local SGD on the full network with plain torch, on the samples that ist assigns to it."""
     mine = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(mine.parameters(), lr=0.1, momentum=0.9)
-    shard = take_shard(job.train_data, job.dealing.shard(worker))
-    for step in job.steps(round_number):
-        inputs, targets = fetch(shard, job.dealing.batch(worker, step), CPU)
+    shard = take_shard(job.task.train_data, job.schedule.dealing.shard(worker))
+    for step in job.schedule.steps(round_number):
+        inputs, targets = fetch(shard, job.schedule.dealing.batch(worker, step), CPU)
         optimizer.zero_grad()
         functional.cross_entropy(mine(inputs), targets).backward()
         optimizer.step()
@@ -139,7 +139,7 @@ def test_a_full_width_phase_is_local_sgd(scale: str, partition: dict[str, Any]) 
     report = made.train_round(1)
 
     assert report.numbers["steps"] == 4
-    assert not job.exclusive(1)
+    assert not assignments(job).exclusive(1)
     for name, found in model.named_parameters():
         mean = torch.stack([parameters[name].detach() for parameters in whole]).mean(dim=0)
         torch.testing.assert_close(found.detach(), mean, rtol=0, atol=1e-6)  # float32's rounding of a mean
@@ -152,7 +152,11 @@ def test_blocks_have_the_same_scale_in_a_full_width_phase_as_in_evaluation() -> 
         partition={"strategy": "blocks", "blocks": ["1.*"], "min_depth": 3},
     )  # fmt: skip
     batches = [
-        fetch(take_shard(job.train_data, job.dealing.shard(worker)), job.dealing.batch(worker, 0), CPU)
+        fetch(
+            take_shard(job.task.train_data, job.schedule.dealing.shard(worker)),
+            job.schedule.dealing.batch(worker, 0),
+            CPU,
+        )
         for worker in range(3)
     ]
     with scaled_blocks(model, {f"1.{block}": 3 / 5 for block in range(5)}), torch.no_grad():
@@ -162,8 +166,8 @@ def test_blocks_have_the_same_scale_in_a_full_width_phase_as_in_evaluation() -> 
     report = made.train_round(0)
 
     assert report.numbers["loss"] == pytest.approx(total / report.numbers["samples"], rel=1e-5)
-    assert set(job.held_block_scales(0).values()) == {3 / 5}
-    assert job.held_block_scales(1) == {}
+    assert set(assignments(job).held_block_scales(0).values()) == {3 / 5}
+    assert assignments(job).held_block_scales(1) == {}
     assert not any(module._forward_hooks for module in model.modules())
     before = clone(model.state_dict())
     made.train_round(1)
@@ -178,7 +182,7 @@ def test_inspect_shows_stages_with_their_fraction_of_the_steps(capsys: pytest.Ca
     found = inspect_job(job)
     print_inspection(found, Console(width=120))
 
-    assert job.total_steps == 16
+    assert job.schedule.total_steps == 16
     assert found["local_steps"] == 4
     assert [(s["rounds"], s["local_steps"], s["steps"]) for s in found["stages"]] == [(2, 4, 8), (4, 2, 8)]
     assert "Stage 2: 4 rounds of 2 steps, 50%" in capsys.readouterr().out
@@ -191,13 +195,13 @@ def test_inspect_shows_the_shares_of_the_open_stage() -> None:
 
     found = inspect_job(job)
 
-    assert job.main_round == 2
+    assert job.schedule.main_round == 2
     narrow = job_for(seeded(NETWORKS["no batch norm"]))
     assert [share["parameters"] for share in found["shares"]] == [
         share["parameters"] for share in inspect_job(narrow)["shares"]
     ]
-    assert [len(held) for held in job.neurons(0)[0]] == [16, 8]
-    assert [len(held) for held in job.neurons(2)[0]] == [4, 2]
+    assert [len(held) for held in assignments(job).of(0)[0]] == [16, 8]
+    assert [len(held) for held in assignments(job).of(2)[0]] == [4, 2]
 
 
 # Settings of the steps
@@ -206,7 +210,7 @@ COSINE = {"name": "CosineAnnealingLR", "args": {"T_max": "total_steps"}}
 
 
 def settings_of(**changes: Any) -> list[float]:
-    return [step[0]["lr"] for step in job_for(seeded(NETWORKS["no batch norm"]), **changes).settings]
+    return [step[0]["lr"] for step in job_for(seeded(NETWORKS["no batch norm"]), **changes).schedule.settings]
 
 
 def test_a_stage_multiplies_the_learning_rate() -> None:
@@ -250,9 +254,9 @@ def test_a_run_with_stages_sends_the_bytes_that_inspect_predicts() -> None:
         stack(), train__workers=3, train__rounds=6, recipe__stages=[stage.model_dump() for stage in ALL],
         exchange={"down": "int8", "up": "int8", "values": "deltas"},
     )  # fmt: skip
-    made = coordinator(job, job.build())
+    made = coordinator(job, job.task.build())
 
-    for number in range(job.num_rounds):
+    for number in range(job.schedule.num_rounds):
         made.train_round(number)
 
     assert made.bytes_sent() == inspect_job(job)["bytes_of_run"]
@@ -271,7 +275,7 @@ def trained(state: str, stages: list[dict[str, Any]], **changes: Any) -> tuple[d
         **changes,
     )  # fmt: skip
     method = coordinator(job, model)
-    for round_number in range(job.num_rounds):
+    for round_number in range(job.schedule.num_rounds):
         method.train_round(round_number)
     return clone(model.state_dict()), method.bytes_sent()
 
@@ -283,7 +287,7 @@ def test_kept_state_with_full_networks_is_local_training_with_persistent_optimiz
     workers = [copy.deepcopy(common) for _ in range(2)]
     optimizers = [torch.optim.Adam(worker.parameters(), lr=0.01) for worker in workers]
     samples, targets = data().tensors
-    dealing = job_for(common, train__workers=2).dealing
+    dealing = job_for(common, train__workers=2).schedule.dealing
     for round_number in range(5):
         for number, (worker, optimizer) in enumerate(zip(workers, optimizers, strict=True)):
             worker.load_state_dict(common.state_dict())

@@ -23,7 +23,7 @@ from ist.plan.predict import ACKNOWLEDGED_PAYLOAD, FRAME_PAYLOAD, collective_sec
 from ist.plan.request import Hosts, parse_request
 from ist.runs.build import build_job
 from ist.runs.inspection import inspect_job
-from ist.subnet.job import remote_workers
+from ist.subnet.job import assignments, remote_workers
 from ist.transport.frozen_parameters import message_bytes
 from tests.conftest import config_tree, small_config
 
@@ -96,8 +96,8 @@ def test_bytes_are_those_that_inspect_shows(coordinator: str) -> None:
     job = build_job(small_config(pool={"kind": "torchrun", "device": "cpu", "coordinator": coordinator}))
     shown = inspect_job(job)["bytes_per_round"]
 
-    sent = sum(sum(message_bytes(job, worker)) for worker in remote_workers(job))
-    all_reduced = 4 * COLLECTIVES["ddp"].rank_bytes(trained_shapes(job.template), 4, job.config.train.local_steps)
+    sent = sum(sum(message_bytes(job, assignments(job), worker)) for worker in remote_workers(job))
+    all_reduced = 4 * COLLECTIVES["ddp"].rank_bytes(trained_shapes(job.split.template), 4, job.config.train.local_steps)
 
     assert sent == shown["ist"]
     assert all_reduced == shown["ddp"]
@@ -190,7 +190,7 @@ def test_seconds_fall_with_the_rate_and_rise_with_the_parameters(method: str) ->
 
 def test_measured_steps_know_the_order_of_gradients_and_what_memory_holds() -> None:
     job = build_job(small_config())
-    parameters = 4 * sum(p.numel() for p in job.template.parameters())
+    parameters = 4 * sum(p.numel() for p in job.split.template.parameters())
     before = torch.get_rng_state()
 
     found = measure_whole(job, CPU)
@@ -205,7 +205,7 @@ def test_measured_steps_know_the_order_of_gradients_and_what_memory_holds() -> N
 
 def test_a_workers_part_is_measured_as_small_as_it_is() -> None:
     job = build_job(small_config())
-    narrow = job.narrow(job.neurons(0)[0], torch.device("meta"))
+    narrow = job.split.module(assignments(job).of(0)[0], torch.device("meta"))
 
     found = measure_narrow(job, 0, CPU)
     coordinator = measure_coordinator(job, CPU)

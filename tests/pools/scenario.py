@@ -119,7 +119,7 @@ def job(name: str, **changes: Any) -> tuple[Job, nn.Module]:
     items = settings.pop("items", lambda dataset: dataset)
     model = seeded(build)
     made = job_for(model, items(data()), items(data(40, seed=4)), **{"train__workers": WORKERS, **settings})
-    return replace(made, build=lambda: model), model
+    return replace(made, task=replace(made.task, build=lambda: model)), model
 
 
 def run(name: str, out: Path, **changes: Any) -> None:

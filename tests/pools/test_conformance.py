@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ist.runs.inspection import inspect_job
 from ist.storage.checkpoint import read_tensors
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.subnet.partition import sizes_vary
-from ist.transport.endpoints import down_bytes, worker_route
+from ist.transport.endpoints import down_bytes, route_of
 from ist.transport.frozen_parameters import frozen_bytes
 from tests.conftest import assert_same, run_forked_ranks
 from tests.pools.scenario import SCENARIOS, WORKERS, job, run
@@ -108,13 +108,13 @@ def test_the_bytes_counted_are_the_bytes_of_the_formula(torchrun: Outcome, coord
 
 def message_bytes(made: Job, round_number: int) -> list[tuple[int, int]]:
     """What goes to each worker in a round, and what comes back."""
-    routes = [worker_route(made, worker, round_number) for worker in range(WORKERS)]
-    beside = [
-        frozen_bytes(made, worker, round_number, round_number - 1 if round_number else None)
-        for worker in range(WORKERS)
-    ]
+    split, exchange, held = made.split, made.config.exchange, assignments(made)
+    routes = [route_of(split, exchange, cut) for cut in held.cuts(round_number)]
+    before = held.of(round_number - 1) if round_number else [None] * WORKERS
+    beside = [frozen_bytes(split, exchange, *both) for both in zip(held.of(round_number), before, strict=True)]
     return [
-        (down_bytes(made, route, round_number) + b, route.up.nbytes) for route, b in zip(routes, beside, strict=True)
+        (down_bytes(made.split, route, round_number) + b, route.up.nbytes)
+        for route, b in zip(routes, beside, strict=True)
     ]
 
 

@@ -22,12 +22,13 @@ from ist.pools.inline import InlinePool
 from ist.pools.torchrun import RankWorker, TorchrunPool
 from ist.runs.open import _fingerprint
 from ist.storage.checkpoint import read_tensors, write_tensors
-from ist.subnet.job import Job
+from ist.subnet.assignments import Team, WorkerSlot
+from ist.subnet.job import Job, assignments
 from ist.tensors import TensorSpec
 from ist.training.coordinator import Coordinator
 from ist.training.rounds import run_rounds
 from ist.training.worker_state import Keeper
-from ist.transport.endpoints import down_bytes, worker_route
+from ist.transport.endpoints import down_bytes, route_of
 from ist.transport.message import HEADER_BYTES, Header, Message, layout_of
 from tests.conftest import assert_same, clone, data, job_for, small_config
 from tests.networks import NETWORKS, seeded
@@ -101,15 +102,18 @@ def test_ranks_end_with_the_weights_of_the_inline_pool_and_count_each_byte_once(
     inline = Coordinator(job, InlinePool(job, CPU, Meter()), expected, Meter())
     coordinator, meter = by_ranks(ranks, job, model, spare)
 
-    for round_number in range(job.num_rounds):
+    for round_number in range(job.schedule.num_rounds):
         ranks.round_number = round_number
         coordinator.train_round(round_number)
         inline.train_round(round_number)
 
     assert_same(model.state_dict(), expected.state_dict())
     workers = range(1 - spare, 3)
-    routes = [[worker_route(job, worker, number) for worker in workers] for number in range(job.num_rounds)]
-    down = sum(down_bytes(job, route, number) for number, row in enumerate(routes) for route in row)
+    routes = [
+        [route_of(job.split, job.config.exchange, assignments(job).cuts(number)[worker]) for worker in workers]
+        for number in range(job.schedule.num_rounds)
+    ]
+    down = sum(down_bytes(job.split, route, number) for number, row in enumerate(routes) for route in row)
     up = sum(route.up.nbytes for row in routes for route in row)
     assert (meter.sent.total(), meter.received.total()) == (down, up)
     assert coordinator.bytes_sent() == meter.total_bytes == down + up == ranks.crossed
@@ -203,7 +207,8 @@ def test_every_worker_and_round_draws_random_numbers_of_its_own() -> None:
                 draws.append(torch.rand(()).item())
             return nn.functional.cross_entropy(outputs, targets)
 
-        job = replace(job_for(model, train__workers=2, train__rounds=2, train__local_steps=1), loss=loss)
+        job = job_for(model, train__workers=2, train__rounds=2, train__local_steps=1)
+        job = replace(job, task=replace(job.task, loss=loss))
         coordinator = Coordinator(job, InlinePool(job, CPU, Meter()), model, Meter())
         torch.manual_seed(process_seed)
         for round_number in range(2):
@@ -219,10 +224,10 @@ def test_every_worker_and_round_draws_random_numbers_of_its_own() -> None:
 def test_an_optimiser_is_kept_for_the_same_neurons_alone() -> None:
     stages = [{}, {"rounds": 2, "keep": 1}]
     job = job_for(seeded(NETWORKS["no batch norm"]), train__workers=2, train__rounds=4, recipe__stages=stages)
-    keeper = Keeper(job, 0, None)
+    keeper = Keeper(job, WorkerSlot(0, Team(job.config.train.workers)), assignments(job), None)
     made = []
     for round_number in range(4):
-        narrow = job.narrow(job.neurons(round_number)[0], CPU)
+        narrow = job.split.module(assignments(job).of(round_number)[0], CPU)
         named = dict(narrow.named_parameters())
         made.append(keeper.optimizer(named, round_number))
         keeper.keep(made[-1], named, {}, round_number)
@@ -236,7 +241,7 @@ def test_where_neurons_change_keeping_is_starting_anew() -> None:
         model = seeded(NETWORKS["no batch norm"])
         job = job_for(model, train__workers=2, train__optimizer_state=optimizer_state)
         coordinator = Coordinator(job, InlinePool(job, CPU, Meter()), model, Meter())
-        for round_number in range(job.num_rounds):
+        for round_number in range(job.schedule.num_rounds):
             coordinator.train_round(round_number)
         return clone(model.state_dict())
 

@@ -22,7 +22,8 @@ from ist.runs.open import Leading, open_run
 from ist.storage.backend import LocalStorage
 from ist.storage.checkpoint import load_checkpoint, read_tensors, save_checkpoint, save_kept
 from ist.storage.run_folder import RunFolder, create_run_folder
-from ist.subnet.job import Job
+from ist.subnet.assignments import Team, WorkerSlot
+from ist.subnet.job import Job, assignments, with_workers
 from ist.training.rounds import run_rounds
 from ist.training.worker_state import Keeper, Site
 from tests.conftest import assert_same, data, job_for, small_config
@@ -211,10 +212,10 @@ def test_a_worker_takes_what_it_kept_of_the_same_neurons_among_as_many(tmp_path:
     job, named = kept_job()
     site = Site(str(tmp_path), Checkpoint(), start="a")
     optimizer = stepped(job, named)
-    Keeper(job, 0, site).keep(optimizer, named, {}, 0)
+    Keeper(job, WorkerSlot(0, Team(job.config.train.workers)), assignments(job), site).keep(optimizer, named, {}, 0)
 
     def taken_by(other: Job, worker: int = 0, round_number: int = 1, site: Site = site) -> dict[str, Tensor]:
-        keeper = Keeper(other, worker, site)
+        keeper = Keeper(other, WorkerSlot(worker, Team(other.config.train.workers)), assignments(other), site)
         keeper.recover(round_number)
         return named_state(keeper.optimizer(named, round_number), named)
 
@@ -225,13 +226,18 @@ def test_a_worker_takes_what_it_kept_of_the_same_neurons_among_as_many(tmp_path:
     assert taken_by(job, site=replace(site, start="b")) == {}
     assert taken_by(job, worker=1) == {}
     assert taken_by(job, round_number=2) == {}
-    assert taken_by(job.with_workers(3)) == {}
+    assert taken_by(with_workers(job, 3)) == {}
     assert taken_by(kept_job(recipe={})[0]) == {}  # who draws neurons anew has no use for it
 
 
 def test_a_place_that_cannot_be_reached_is_told_and_costs_what_was_kept_alone(caplog: pytest.LogCaptureFixture) -> None:
     job, named = kept_job()
-    keeper = Keeper(job, 0, Site("/nowhere", Checkpoint(storage="nosuch://bucket")))
+    keeper = Keeper(
+        job,
+        WorkerSlot(0, Team(job.config.train.workers)),
+        assignments(job),
+        Site("/nowhere", Checkpoint(storage="nosuch://bucket")),
+    )
 
     assert keeper.recover(1) == {}
     keeper.keep(stepped(job, named), named, {}, 1)

@@ -11,7 +11,7 @@ from ist.data.batches import fetch, take_shard
 from ist.models.mlp import MLP
 from ist.monitoring.meter import Meter
 from ist.pools.inline import InlinePool
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.training.coordinator import Coordinator
 from tests.conftest import assert_same, clone, job_for
 from tests.networks import NETWORKS, seeded
@@ -44,10 +44,10 @@ def test_a_workers_step_is_a_plain_step_of_the_narrow_network_with_multiplied_we
         model, train__workers=3, train__local_steps=2, train__activation_scale="folded",
         partition={"keep": 0.75} if overlapping else {},
     )  # fmt: skip
-    before, cuts = copy.deepcopy(model), job.cuts(0)
+    before, cuts = copy.deepcopy(model), assignments(job).cuts(0)
     total = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
     count = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
-    for worker, (first, second) in enumerate(job.neurons(0)):
+    for worker, (first, second) in enumerate(assignments(job).of(0)):
         factors = {"linear_2.weight": 16 / len(first), "output.weight": 8 / len(second)}
         places = {
             name: torch.meshgrid(
@@ -64,9 +64,9 @@ def test_a_workers_step_is_a_plain_step_of_the_narrow_network_with_multiplied_we
             {name: factors.get(name, 1) * tensor[places[name]] for name, tensor in before.state_dict().items()}
         )
         optimizer = torch.optim.SGD(narrow.parameters(), lr=0.1, momentum=0.9)
-        shard = take_shard(job.train_data, job.dealing.shard(worker))
+        shard = take_shard(job.task.train_data, job.schedule.dealing.shard(worker))
         for step in range(2):
-            inputs, targets = fetch(shard, job.dealing.batch(worker, step), CPU)
+            inputs, targets = fetch(shard, job.schedule.dealing.batch(worker, step), CPU)
             optimizer.zero_grad()
             functional.cross_entropy(narrow(inputs), targets).backward()
             optimizer.step()

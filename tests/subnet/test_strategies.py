@@ -11,6 +11,7 @@ import ist
 from ist.checks.verify import verify_cuts
 from ist.errors import ConfigError, ModelError
 from ist.models.mlp import MLP
+from ist.subnet.job import assignments
 from ist.subnet.residual_blocks import scaled_blocks
 from tests.conftest import clone, data
 from tests.networks import seeded
@@ -100,8 +101,8 @@ def test_what_is_excluded_is_shared() -> None:
     model = seeded(lambda: MLP([12, 24, 20, 5]))
     job = job_of(model, rand(2, 12), partition__exclude=["linear_1"])
 
-    assert [group.name for group in job.groups] == ["linear_2"]
-    assert job.plan(0, 0).specs["linear_1.weight"].shape == (24, 12)
+    assert [group.name for group in job.split.groups] == ["linear_2"]
+    assert job.split.plan(assignments(job).of(0)[0]).specs["linear_1.weight"].shape == (24, 12)
 
 
 class Declared(nn.Module):
@@ -131,7 +132,7 @@ def test_a_size_that_is_not_found_can_be_declared() -> None:
     sizes = {"loop": {"width": "up.weight"}}
     job = job_of(seeded(Model), rand(2, 5, 20), partition__sizes=sizes)
 
-    assert [(group.name, group.size) for group in job.groups] == [("loop", 12)]
+    assert [(group.name, group.size) for group in job.split.groups] == [("loop", 12)]
     verify_cuts(job)
 
 

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from ist.neurons.group import Group, Slot
 from ist.subnet.cut import Cut, cut_specs, exclusive_names, extract, positions, reassemble
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.subnet.module import bind
 from ist.subnet.partition import assign
 from ist.tensors import TensorSpec
@@ -27,8 +27,8 @@ by_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch
 
 def cut_all(job: Job, state: dict[str, Tensor], round_number: int) -> list[dict[str, Tensor]]:
     parts = []
-    for cut in job.cuts(round_number):
-        part = {name: torch.full(s.shape, 7, dtype=s.dtype) for name, s in cut_specs(job.specs, cut).items()}
+    for cut in assignments(job).cuts(round_number):
+        part = {name: torch.full(s.shape, 7, dtype=s.dtype) for name, s in cut_specs(job.split.specs, cut).items()}
         extract(state, cut, part)
         parts.append(part)
     return parts
@@ -48,17 +48,17 @@ def test_cutting_and_writing_back_untouched_gives_the_same_model(
 
     for round_number in range(3):
         parts = cut_all(job, state, round_number)
-        reassemble(state, job.cuts(round_number), list(enumerate(parts)), job.exclusive(0))
+        reassemble(state, assignments(job).cuts(round_number), list(enumerate(parts)), assignments(job).exclusive(0))
 
     assert_same(state, before)
 
 
 def mask_others(model: nn.Module, job: Job, worker: int, round_number: int) -> None:
     """Zero the outgoing weights of every neuron that the worker does not hold: the oracle of a subnet."""
-    neurons = assign(job.groups, job.config.train.workers, job.config.seed, round_number)[worker]
+    neurons = assign(job.split.groups, job.config.train.workers, job.config.seed, round_number)[worker]
     tensors = dict(model.named_parameters())
     with torch.no_grad():
-        for group, held in zip(job.groups, neurons, strict=True):
+        for group, held in zip(job.split.groups, neurons, strict=True):
             others = np.setdiff1d(np.arange(group.size), held)
             for slot in (slot for slot in group.slots if slot.dim == 1):
                 tensors[slot.tensor][:, torch.from_numpy(others)] = 0
@@ -75,10 +75,10 @@ def test_a_subnet_is_the_masked_full_model_in_outputs_and_gradients(
     inputs = torch.randn(6, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     targets = torch.arange(6) % 5
 
-    for worker, (cut, part) in enumerate(zip(job.cuts(2), cut_all(job, state, 2), strict=True)):
-        plan = job.plan(worker, 2)
+    for worker, (cut, part) in enumerate(zip(assignments(job).cuts(2), cut_all(job, state, 2), strict=True)):
+        plan = job.split.plan(assignments(job).of(2)[worker])
         assert bool(plan.scales) == scaled
-        narrow = job.narrow(job.neurons(2)[worker], torch.device("cpu")).double()
+        narrow = job.split.module(assignments(job).of(2)[worker], torch.device("cpu")).double()
         bind(narrow, part)
         model.load_state_dict(state, strict=False)
         mask_others(model, job, worker, 2)
@@ -110,21 +110,21 @@ def test_a_subnet_is_the_masked_full_model_in_outputs_and_gradients(
 def test_every_entry_has_the_holders_that_its_kind_says(build: Callable[[], nn.Module]) -> None:
     model = seeded(build)
     job = job_for(model)
-    counts = {name: torch.zeros(spec.shape, dtype=torch.int64) for name, spec in job.specs.items()}
+    counts = {name: torch.zeros(spec.shape, dtype=torch.int64) for name, spec in job.split.specs.items()}
 
-    for cut in job.cuts(0):
+    for cut in assignments(job).cuts(0):
         for name, held in cut.items():
             index = np.ix_(*(np.arange(n) if h is None else h for n, h in zip(counts[name].shape, held, strict=True)))
             counts[name].numpy()[index] += 1
 
-    for group in job.groups:
+    for group in job.split.groups:
         for slot in group.slots:
             if slot.tensor in counts and counts[slot.tensor].ndim == 1:
                 assert (counts[slot.tensor] == 1).all()
     for name, count in counts.items():
-        assert count.max() == (1 if name in job.exclusive(0) else 4)
-        if count.ndim == 2 and name in job.exclusive(0):
-            inner = sum(slot.tensor == name for group in job.groups for slot in group.slots) == 2
+        assert count.max() == (1 if name in assignments(job).exclusive(0) else 4)
+        if count.ndim == 2 and name in assignments(job).exclusive(0):
+            inner = sum(slot.tensor == name for group in job.split.groups for slot in group.slots) == 2
             assert bool((count == 0).any()) == inner
 
 
@@ -138,10 +138,10 @@ def test_an_entry_that_nobody_returned_keeps_its_value() -> None:
         for tensor in part.values():
             tensor += 1
 
-    reassemble(state, job.cuts(0), [(1, parts[1]), (3, parts[3])], job.exclusive(0))
+    reassemble(state, assignments(job).cuts(0), [(1, parts[1]), (3, parts[3])], assignments(job).exclusive(0))
 
-    lost = assign(job.groups, 4, job.config.seed, 0)
-    for group, neurons in zip(job.groups, zip(*lost, strict=True), strict=True):
+    lost = assign(job.split.groups, 4, job.config.seed, 0)
+    for group, neurons in zip(job.split.groups, zip(*lost, strict=True), strict=True):
         bias = next(slot.tensor for slot in group.slots if slot.tensor.endswith("bias"))
         change = state[bias] - before[bias]
         torch.testing.assert_close(change[np.concatenate([neurons[1], neurons[3]])], torch.ones(group.size // 2))
@@ -169,7 +169,12 @@ def test_a_shared_entry_becomes_the_mean_whatever_the_order_of_arrival() -> None
     results = []
     for order in ORDERS:
         state = clone(before)
-        reassemble(state, job.cuts(0), [(worker, parts[worker]) for worker in order], job.exclusive(0))
+        reassemble(
+            state,
+            assignments(job).cuts(0),
+            [(worker, parts[worker]) for worker in order],
+            assignments(job).exclusive(0),
+        )
         results.append(state)
 
     assert_same(results[0], results[1])
@@ -177,7 +182,7 @@ def test_a_shared_entry_becomes_the_mean_whatever_the_order_of_arrival() -> None
     # One tensor that all hold whole, and one of which each holds some rows.
     expected = torch.stack([part["output.bias"].double() for part in parts]).mean(dim=0)
     sums, counts = torch.zeros(16, dtype=torch.float64), torch.zeros(16)
-    for cut, part in zip(job.cuts(0), parts, strict=True):
+    for cut, part in zip(assignments(job).cuts(0), parts, strict=True):
         rows = cut["linear_1.bias"][0]
         assert rows is not None
         sums[rows] += part["linear_1.bias"].double()
@@ -300,7 +305,7 @@ def test_two_dims_that_are_not_the_first_are_cut_too() -> None:
 
 
 def test_the_groups_of_the_shipped_network_are_its_hidden_layers() -> None:
-    groups = job_for(NETWORKS["two hidden layers, batch norm"]()).groups
+    groups = job_for(NETWORKS["two hidden layers, batch norm"]()).split.groups
 
     assert [(group.name, group.size) for group in groups] == [("linear_1", 16), ("linear_2", 8)]
     assert Slot("linear_2.weight", 1) in groups[0].slots

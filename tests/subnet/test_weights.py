@@ -24,7 +24,7 @@ def test_a_run_begins_with_the_given_weights(tmp_path: Path) -> None:
     given = MLP(WIDTHS)
     save_file(given.state_dict(), tmp_path / "model.safetensors")
 
-    built = build_job(config(tmp_path / "model.safetensors")).build()  # type: ignore[arg-type]
+    built = build_job(config(tmp_path / "model.safetensors")).task.build()  # type: ignore[arg-type]
 
     for name, tensor in given.state_dict().items():
         assert torch.equal(built.state_dict()[name], tensor)
@@ -34,7 +34,7 @@ def test_weights_of_another_network_are_an_error_that_names_the_file(tmp_path: P
     save_file(MLP([64, 8, 10]).state_dict(), tmp_path / "narrow.safetensors")
 
     with pytest.raises(ConfigError, match=r"'model.weights' is '.*narrow.safetensors', which does not fit"):
-        build_job(config(tmp_path / "narrow.safetensors")).build()  # type: ignore[arg-type]
+        build_job(config(tmp_path / "narrow.safetensors")).task.build()  # type: ignore[arg-type]
 
 
 def test_weights_that_cannot_be_read_are_an_error_that_names_the_file(tmp_path: Path) -> None:
@@ -42,4 +42,4 @@ def test_weights_that_cannot_be_read_are_an_error_that_names_the_file(tmp_path: 
 
     for name in ("broken.safetensors", "missing.safetensors"):
         with pytest.raises(ConfigError, match=rf"'model.weights' is '.*{name}', which cannot be read"):
-            build_job(config(tmp_path / name)).build()  # type: ignore[arg-type]
+            build_job(config(tmp_path / name)).task.build()  # type: ignore[arg-type]

@@ -19,9 +19,10 @@ import ist.training.worker
 from ist.monitoring.meter import Meter
 from ist.pools.ray_actor import RayWorker
 from ist.pools.ray_pool import RayPool
+from ist.subnet.assignments import WorkerSlot
 from ist.subnet.job import Job
 from ist.transport.codec import Envelope, Route
-from ist.transport.interfaces import Lost, Place, Subnet
+from ist.transport.interfaces import Lost, Subnet
 from ist.transport.message import HEADER_BYTES
 
 
@@ -61,8 +62,8 @@ class FaultyWorker(RayWorker):
     def pid(self) -> int:
         return os.getpid()
 
-    def train(self, ticket: int, round_number: int, place: Place, received: Any, *beside: Any) -> Any:
-        mine = [f for f in self.faults if (f.round, f.worker) == (round_number, place.worker)]
+    def train(self, ticket: int, round_number: int, slot: WorkerSlot, received: Any, *beside: Any) -> Any:
+        mine = [f for f in self.faults if (f.round, f.worker) == (round_number, slot.worker)]
         now = {f.phase: f.what for f in mine if self._is_new(f)}
         fetch = ist.training.worker.fetch
         calls = 0
@@ -77,7 +78,7 @@ class FaultyWorker(RayWorker):
         if "while training" in now:
             ist.training.worker.fetch = faulty_fetch
         try:
-            trained = super().train(ticket, round_number, place, received, *beside)
+            trained = super().train(ticket, round_number, slot, received, *beside)
         finally:
             ist.training.worker.fetch = fetch
         before, self.last = self.last, trained.copy()

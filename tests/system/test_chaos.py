@@ -60,7 +60,7 @@ class LeavingOut(InlinePool):
 
 
 def run(pool_of: Any, job: Job, on_save: Any = None) -> Ended:
-    model, meter = job.build(), Meter()
+    model, meter = job.task.build(), Meter()
     pool = pool_of(job, meter)
     recorder = RunRecorder(
         job, None, [Display("", ROUNDS, 0, enabled=False)], Progress(), meter, MemoryGauge(torch.device("cpu"))

@@ -11,6 +11,7 @@ from torch import nn
 from ist.errors import CheckpointError, DivergedError, PoolError, WorkerLostError
 from ist.monitoring.meter import Meter
 from ist.pools.inline import InlinePool
+from ist.subnet.job import assignments
 from ist.training.coordinator import Coordinator, _report
 from ist.training.worker import Worker
 from ist.transport.codec import Envelope, Route
@@ -71,7 +72,7 @@ def test_a_lost_worker_leaves_its_neurons_untouched() -> None:
 
     report = made.train_round(0)
 
-    cuts = made.job.cuts(0)
+    cuts = assignments(made.job).cuts(0)
     changed = made.model.linear_1.bias != before["linear_1.bias"]
     assert not changed[cuts[2]["linear_1.bias"][0]].any()
     assert changed[cuts[1]["linear_1.bias"][0]].any()
@@ -153,7 +154,7 @@ def test_a_worker_that_returns_nonsense_is_left_out_by_name_where_others_suffice
     (lost,) = report.lost
     assert (lost.worker, lost.kind, report.numbers["workers"]) == (2, "rejected", 4)
     changed = made.model.linear_1.bias != before["linear_1.bias"]
-    cuts = made.job.cuts(1)
+    cuts = assignments(made.job).cuts(1)
     assert not changed[cuts[2]["linear_1.bias"][0]].any()
     assert changed[cuts[0]["linear_1.bias"][0]].any()
     assert all(bool(torch.isfinite(tensor).all()) for tensor in made.model.state_dict().values())

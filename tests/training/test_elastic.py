@@ -14,8 +14,10 @@ from ist.errors import ConfigError
 from ist.monitoring.meter import Meter
 from ist.pools.inline import InlinePool
 from ist.pools.torchrun import for_world_size
-from ist.subnet.shares import SMALLEST, SpeedBalance, rebalanced
+from ist.subnet.assignments import Team, WorkerSlot
+from ist.subnet.job import assignments, for_workers
 from ist.training.coordinator import Coordinator
+from ist.training.speed_balance import SMALLEST, SpeedBalance, rebalanced
 from ist.training.worker import Worker
 from ist.transport.interfaces import Lost, Subnet
 from tests.conftest import assert_same, clone, job_for, small_config
@@ -67,7 +69,7 @@ def test_shares_stay_what_they_were_where_all_hold_everything() -> None:
 
     for round_number in range(3, 6):
         made.train_round(round_number)
-        workers.add(tuple(id(seat._taken) for seat in pool._seats))
+        workers.add(tuple(id(seat._worker) for seat in pool._seats))
 
     assert measured
     assert measured[0] < measured[1]
@@ -177,9 +179,12 @@ def test_processes_of_a_range_are_as_many_workers_as_were_started(monkeypatch: p
 def test_a_worker_needs_neither_initial_weights_nor_test_data() -> None:
     job = job_for(seeded(NETWORKS["two hidden layers, batch norm"]))
 
-    lean = job.for_workers()
+    lean = for_workers(job)
 
-    assert lean.test_data is None
-    assert Worker(lean, 1, torch.device("cpu")).module is not None
+    assert lean.task.test_data is None
+    assert (
+        Worker(lean, WorkerSlot(1, Team(lean.config.train.workers)), torch.device("cpu"), assignments(lean)).module
+        is not None
+    )
     with pytest.raises(AssertionError, match="initial weights"):
-        lean.build()
+        lean.task.build()

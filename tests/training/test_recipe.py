@@ -21,7 +21,7 @@ from ist.runs.open import Leading, open_run
 from ist.storage.checkpoint import read_tensors
 from ist.storage.run_folder import create_run_folder
 from ist.subnet.cut import Cut
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.training.average import Averaged
 from ist.training.coordinator import Coordinator
 from ist.training.outer_optimizer import OuterStep
@@ -139,9 +139,9 @@ def test_what_is_evaluated_and_kept_is_the_average(tmp_path: Path, settings: dic
         expected = by_hand(Average(**settings), [state[name] for state in plain], 4)
         torch.testing.assert_close(tensor.double(), expected.double(), rtol=0, atol=1e-6)
         assert not torch.equal(tensor, plain[-1][name])
-    model = part.job.build()
+    model = part.job.task.build()
     model.load_state_dict(kept)
-    inputs, targets = part.job.test_data.tensors  # type: ignore[union-attr]
+    inputs, targets = part.job.task.test_data.tensors  # type: ignore[union-attr]
     with torch.no_grad():
         loss = float(functional.cross_entropy(model.eval()(inputs), targets))
     assert part.recorder.history[-1]["test_loss"] == pytest.approx(loss, rel=1e-5)
@@ -207,7 +207,7 @@ def test_an_outer_step_is_the_loop_over_entries_and_leaves_what_nobody_trained(r
     generator = torch.Generator().manual_seed(0)
 
     for round_number in range(3):
-        cuts = job.cuts(round_number)
+        cuts = assignments(job).cuts(round_number)
         masks = held(parameters, cuts, returned)
         before = clone(parameters)
         step.begin()
@@ -240,7 +240,7 @@ def test_the_coordinator_steps_from_what_the_merge_alone_would_have_left() -> No
 
     for round_number in range(3):
         reference.load_state_dict(model.state_dict())
-        before, cuts = clone(model.state_dict()), plain.job.cuts(round_number)
+        before, cuts = clone(model.state_dict()), assignments(plain.job).cuts(round_number)
         plain.train_round(round_number)
         made.train_round(round_number)
 
@@ -257,13 +257,13 @@ def test_a_stage_has_an_outer_step_of_its_own() -> None:
     plain = coordinator(job_for(reference, recipe__stages=[{}, finish]), reference)
     momentum = {name: torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
 
-    for round_number in range(made.job.num_rounds):
+    for round_number in range(made.job.schedule.num_rounds):
         reference.load_state_dict(model.state_dict())
         before = clone(model.state_dict())
         plain.train_round(round_number)
         made.train_round(round_number)
 
-        if round_number < made.job.num_rounds - 2:
+        if round_number < made.job.schedule.num_rounds - 2:
             assert_same(clone(model.state_dict()), clone(reference.state_dict()))
             continue
         for name, merged in reference.state_dict().items():

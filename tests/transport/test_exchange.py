@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ist.runs.open import Following, open_run
 from ist.subnet.cut import reassemble
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.training.rounds import run_rounds
 from ist.transport.codec import Envelope
-from ist.transport.endpoints import Outgoing, WorkerEnd, read_trained, worker_layout, worker_route
+from ist.transport.endpoints import Outgoing, WorkerEnd, read_trained, route_of
 from ist.transport.quantize import dequantize, packed_columns, quantize
 from tests.conftest import assert_same, clone, job_for, whole_state
 from tests.networks import NETWORKS, seeded
@@ -56,18 +56,23 @@ def test_a_row_of_zeros_stays_and_a_row_that_is_not_finite_becomes_nan_alone() -
 
 def there_and_back(job: Job, state: dict[str, Tensor], round_number: int, change: float = 0.0) -> list[Envelope]:
     """A round in which every worker adds `change` to all it gets; returns what crossed the network."""
-    outgoing, cuts, envelopes, trained = Outgoing(job), job.cuts(round_number), [], []
-    for worker, cut in enumerate(cuts):
+    outgoing, cuts, envelopes, trained = (
+        Outgoing(job.split, job.config.exchange),
+        assignments(job).cuts(round_number),
+        [],
+        [],
+    )
+    for worker, (cut, neurons) in enumerate(zip(cuts, assignments(job).of(round_number), strict=True)):
         envelope = Envelope(outgoing.route(cut))
         outgoing.write(state, cut, round_number, envelope)
-        end = WorkerEnd(job, worker, torch.device("cpu"))
+        end = WorkerEnd(job.split, job.config.exchange, torch.device("cpu"))
         message = end.open(envelope)
         for tensor in message.tensors.values():
             tensor.add_(change)
-        end.close(envelope, message, round_number)
-        trained.append((worker, read_trained(job, state, cut, envelope)))
+        end.close(envelope, message, neurons)
+        trained.append((worker, read_trained(job.config.exchange, state, cut, envelope)))
         envelopes.append(envelope)
-    reassemble(state, cuts, trained, job.exclusive(0))
+    reassemble(state, cuts, trained, assignments(job).exclusive(0))
     return envelopes
 
 
@@ -95,9 +100,9 @@ def test_a_subnet_that_comes_back_untouched_changes_nothing(exchange: dict[str, 
 
 def test_exact_weights_are_trained_where_they_arrive() -> None:
     job = job_for(seeded(BUILD))
-    envelope = Envelope(worker_route(job, 0, 0))
+    envelope = Envelope(route_of(job.split, job.config.exchange, assignments(job).cuts(0)[0]))
 
-    message = WorkerEnd(job, 0, torch.device("cpu")).open(envelope)
+    message = WorkerEnd(job.split, job.config.exchange, torch.device("cpu")).open(envelope)
 
     assert message.flat.data_ptr() == envelope.flat.data_ptr()
 
@@ -129,7 +134,7 @@ def test_the_change_is_merged_whatever_rounding_did_on_the_way_down() -> None:
 
     there_and_back(job, state, 0, change=0.25)
 
-    held_by_all = [name for name in state if name not in job.exclusive(0)]
+    held_by_all = [name for name in state if name not in assignments(job).exclusive(0)]
     assert held_by_all  # the output's bias
     changes = torch.cat([(state[name] - before[name]).flatten() for name in state])
     # 1e-6: a weight plus a quarter minus the weight in float32. What nobody held did not change.
@@ -140,7 +145,7 @@ def test_the_change_is_merged_whatever_rounding_did_on_the_way_down() -> None:
 @pytest.mark.parametrize(("coding", "bits"), [("int8", 8), ("int6", 6), ("int4", 4), ("float16", 16)])
 def test_a_rounded_message_has_the_bytes_of_the_formula(coding: str, bits: int) -> None:
     job = job_for(seeded(BUILD), exchange={"down": coding, "up": "exact"})
-    route = worker_route(job, 1, 0)
+    route = route_of(job.split, job.config.exchange, assignments(job).cuts(0)[1])
 
     expected = 128  # the header
     for spec in route.plain.specs.values():
@@ -151,19 +156,23 @@ def test_a_rounded_message_has_the_bytes_of_the_formula(coding: str, bits: int) 
         expected += sum(math.ceil(size / 64) * 64 for size in sizes)
 
     assert route.down.nbytes == expected
-    assert route.up.nbytes == worker_layout(job, 1, 0).nbytes
+    assert route.up.nbytes == route_of(job.split, job.config.exchange, assignments(job).cuts(0)[1]).plain.nbytes
 
 
 def test_what_rounding_took_is_sent_later() -> None:
     model = seeded(BUILD)
     exchange = {"up": "int2", "values": "deltas", "error_feedback": True}
     job = job_for(model, train__workers=1, exchange=exchange)
-    outgoing, state = Outgoing(job), whole_state(job, model)
-    before, end, generator = clone(state), WorkerEnd(job, 0, torch.device("cpu")), torch.Generator().manual_seed(0)
+    outgoing, state = Outgoing(job.split, job.config.exchange), whole_state(job, model)
+    before, end, generator = (
+        clone(state),
+        WorkerEnd(job.split, job.config.exchange, torch.device("cpu")),
+        torch.Generator().manual_seed(0),
+    )
     true_change = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
 
     def one_round(round_number: int) -> None:
-        (cut,) = job.cuts(round_number)
+        (cut,), (neurons,) = assignments(job).cuts(round_number), assignments(job).of(round_number)
         envelope = Envelope(outgoing.route(cut))
         outgoing.write(state, cut, round_number, envelope)
         message = end.open(envelope)
@@ -171,8 +180,10 @@ def test_what_rounding_took_is_sent_later() -> None:
             change = torch.randn(tensor.shape, generator=generator)
             true_change[name] += change
             tensor.add_(change)
-        end.close(envelope, message, round_number)
-        reassemble(state, [cut], [(0, read_trained(job, state, cut, envelope))], job.exclusive(0))
+        end.close(envelope, message, neurons)
+        reassemble(
+            state, [cut], [(0, read_trained(job.config.exchange, state, cut, envelope))], assignments(job).exclusive(0)
+        )
 
     for round_number in range(3):
         one_round(round_number)
@@ -189,7 +200,7 @@ def test_what_rounding_took_is_kept_for_blocks_that_another_round_brings() -> No
     blocks = {"strategy": "blocks", "blocks": ["1.*"], "min_depth": 2}
     job = job_for(stack(), train__workers=2, train__rounds=5, exchange=exchange, partition=blocks)
 
-    assert len({str(job.neurons(number)[0]) for number in range(5)}) > 1
+    assert len({str(assignments(job).of(number)[0]) for number in range(5)}) > 1
     with open_run(job, None, resume=False, progress=False) as part:
         assert not isinstance(part, Following)
         run_rounds(part.job, part.method, part.recorder, 0, part.device)

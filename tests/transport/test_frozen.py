@@ -17,10 +17,10 @@ from ist.monitoring.meter import Meter
 from ist.pools.inline import InlinePool
 from ist.runs.inspection import inspect_job
 from ist.runs.open import Leading, open_run
-from ist.subnet.job import Job
+from ist.subnet.job import Job, assignments
 from ist.training.coordinator import Coordinator
 from ist.training.rounds import run_rounds
-from ist.transport.endpoints import down_bytes, worker_route
+from ist.transport.endpoints import down_bytes, route_of
 from ist.transport.frozen_parameters import FrozenParts, FrozenSender, frozen_bytes
 from ist.transport.message import HEADER_BYTES, Message
 from tests.conftest import assert_same, clone, data, job_for, plain_loop
@@ -137,8 +137,8 @@ def test_who_did_not_come_back_well_is_sent_everything_again() -> None:
         sent.append(meter.sent[1] - before)
         before = meter.sent[1]
 
-    whole = down_bytes(job, worker_route(job, 1, 0), 1)
-    beside = frozen_bytes(job, 1, 0, None)
+    whole = down_bytes(job.split, route_of(job.split, job.config.exchange, assignments(job).cuts(0)[1]), 1)
+    beside = frozen_bytes(job.split, job.config.exchange, assignments(job).of(0)[1], None)
     # It came back well but for the third round: after that the coordinator does not rely on what it holds.
     assert beside > 4 * (40 * 12 + 24 * 40)
     assert sent == [whole + beside, whole, whole, whole + beside, whole]
@@ -149,7 +149,7 @@ def test_shared_frozen_parameters_stay_where_the_number_of_workers_changes() -> 
     job = job_for(model, train__workers={"min": 1, "max": 3}, train__rounds=9, partition__exclude=SHARED)
     pool = ChangingPoolOfAny(job, meter, {0: 3, 1: 2, 2: 3})
     made = Coordinator(job, pool, model, meter)
-    beside = frozen_bytes(job, 0, 0, None)
+    beside = frozen_bytes(job.split, job.config.exchange, assignments(job).of(0)[0], None)
 
     relied, write = [], made._frozen.write
 
@@ -177,39 +177,42 @@ class ChangingPoolOfAny(ChangingPool):
 def test_what_a_worker_lacks_and_is_not_sent_is_an_error() -> None:
     model = seeded(frozen_first)
     job = job_for(model, train__workers=2)
-    sender, worker = FrozenSender(job, model.state_dict(), torch.device("cpu")), FrozenParts()
-    message, relies = sender.write("a", 0, 0, job.frozen_cut(0, 0))
+    sender, worker = (
+        FrozenSender(job.split, job.config.exchange, model.state_dict(), torch.device("cpu")),
+        FrozenParts(job.split, job.config.exchange),
+    )
+    message, relies = sender.write("a", 0, 0, job.split.frozen_cut(assignments(job).of(0)[0]))
     assert message is not None
     assert not relies
 
-    worker.update(job, 0, 0, message, torch.device("cpu"))
+    worker.update(assignments(job).of(0)[0], 0, 0, message, torch.device("cpu"))
 
     with pytest.raises(PoolError, match="worker 0 does not have its part of '0.weight'"):
-        worker.update(job, 0, 1, None, torch.device("cpu"))  # other neurons
+        worker.update(assignments(job).of(1)[0], 0, 1, None, torch.device("cpu"))  # other neurons
     with pytest.raises(PoolError, match="expected a message"):
-        worker.update(job, 0, 1, message, torch.device("cpu"))  # an old message
+        worker.update(assignments(job).of(1)[0], 0, 1, message, torch.device("cpu"))  # an old message
 
 
 def test_both_ends_derive_the_same_message() -> None:
     model = seeded(frozen_first)
     job = job_for(model, train__workers=2, train__rounds=6, partition__exclude=["0"])
     sender, worker, device = (
-        FrozenSender(job, model.state_dict(), torch.device("cpu")),
-        FrozenParts(),
+        FrozenSender(job.split, job.config.exchange, model.state_dict(), torch.device("cpu")),
+        FrozenParts(job.split, job.config.exchange),
         torch.device("cpu"),
     )
     whole = dict(model.named_parameters())
     for round_number in range(6):
         sender.begin(["a"])
-        message, relies = sender.write("a", 1, round_number, job.frozen_cut(1, round_number))
-        layout = worker.layout(job, 1, round_number, relies)
+        message, relies = sender.write("a", 1, round_number, job.split.frozen_cut(assignments(job).of(round_number)[1]))
+        layout = worker.layout(assignments(job).of(round_number)[1], relies)
         assert relies == (round_number not in (0, 4))
         assert (message.layout if message else None) == layout
         received = Message(layout, flat=message.flat.clone()) if layout and message else None
 
-        held = worker.update(job, 1, round_number, received, device)
+        held = worker.update(assignments(job).of(round_number)[1], 1, round_number, received, device)
 
-        rows = job.neurons(round_number)[1][-1]
+        rows = assignments(job).of(round_number)[1][-1]
         assert torch.equal(held["0.weight"], whole["0.weight"])
         assert torch.equal(held["2.weight"], whole["2.weight"][rows])
         if round_number != 3:

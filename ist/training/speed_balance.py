@@ -1,7 +1,7 @@
 """Shares that follow the speed of workers, so that those of a round finish together.
 
 Where it sits: the coordinator notes how long each worker's local steps took, and asks for the shares of the
-next round, which become `capacities` of the partition.
+next round, which become the `capacities` of its team.
 Not here: turning shares into neurons (`ist/subnet/partition.py`).
 
 Reference: AdapTrain (unequal shares so that rounds finish together); the rule below is our own.
