@@ -1,1 +1,1 @@
-"""Data sets, and how any of them is dealt to workers as shards and batches."""
+"""Data sets, and the assignment of their samples to workers as shards and batches."""

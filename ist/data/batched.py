@@ -1,7 +1,6 @@
-"""Data sets that make their batches themselves: graphs of many sizes, sparse rows.
+"""The interface of data sets that build their own batches: graphs of different sizes, sparse rows.
 
-Any other map-style data set works as well (`ist/data/batches.py` collates its items); this is for data whose items do
-not stack.
+Use it for data whose items cannot be stacked. `ist/data/batches.py` collates the items of any other map-style data set.
 """
 
 from abc import abstractmethod
@@ -12,11 +11,11 @@ from torch.utils.data import Dataset
 from ist.rng import Indices
 
 IGNORED = -100
-"""A target that counts for nothing: what PyTorch's cross entropy, and our accuracy, leave out."""
+"""A target that PyTorch's cross entropy and our accuracy ignore."""
 
 
 class BatchedDataset(Dataset[Any]):
-    """A map-style data set whose batches are not a stack of its items.
+    """A map-style data set that builds its own batches, because its items cannot be stacked.
 
     Example:
         >>> import torch
@@ -49,4 +48,4 @@ class BatchedDataset(Dataset[Any]):
 
     @abstractmethod
     def part(self, indices: Indices) -> "BatchedDataset":
-        """Return a data set of the items at `indices` alone, which keeps no memory of the others alive."""
+        """Return a data set of only the items at `indices`; it must not hold the memory of the other items."""

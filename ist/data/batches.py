@@ -1,12 +1,13 @@
-"""Deal a data set to workers and cut it into batches.
+"""Assign the samples of a data set to workers, and read them in batches.
 
-Each worker owns a fixed shard (its own data never moves); or, where every machine holds all data, shards are dealt anew
-every epoch, as `torch.utils.data.DistributedSampler` does. An epoch is one shuffled pass of every worker over its
-shard, in the same number of batches for all; batches of an epoch differ in size by at most one, so there is no runt
-batch to upset batch norm. Which samples a step uses is a pure function of (seed, worker, step): a resumed run needs no
-saved position.
+Each worker has a fixed shard, so its data never move. With a global shuffle, which needs all data on every machine,
+each epoch draws new shards, as `torch.utils.data.DistributedSampler` does. In an epoch each worker goes through its
+shard once, shuffled, and all workers make the same number of batches. The batches of a worker differ in size by at most
+one, so no small last batch disturbs batch norm. The samples of a step are a function of (seed, worker, step), so a
+resumed run needs no saved position.
 
-Not here: which data set, what is done with a batch.
+Where it sits: `ist/training/worker.py` and the baselines fetch their batches here; `ist/evaluation/` as well.
+Not here: loading a data set (`registry.py`).
 """
 
 from collections.abc import Callable
@@ -25,14 +26,18 @@ from ist.rng import Indices, Purpose, permutation
 
 
 @dataclass(frozen=True)
-class Dealing:
-    """How `num_samples` samples are dealt to `num_workers` workers in batches of `batch_size`.
+class ShardedSampler:
+    """The assignment of samples to workers and steps.
 
-    Batches are made even, so they may be smaller; where a shard holds fewer samples than another gives it steps,
-    larger by one.
+    Batches of an epoch have nearly equal sizes: at most `batch_size`, except that a batch has one sample more if a
+    worker's shard would otherwise not last for the same number of steps.
 
     Attributes:
-        shuffle: `local`: a worker's shard is the same in every epoch; `global`: it is drawn anew.
+        num_samples: The number of samples in the data set.
+        num_workers: The number of workers.
+        batch_size: The intended number of samples in a batch.
+        seed: The seed of the run.
+        shuffle: `local`: a worker has the same shard in every epoch; `global`: each epoch draws new shards.
 
     Raises:
         DataError: There are fewer samples than workers.
@@ -46,37 +51,40 @@ class Dealing:
 
     def __post_init__(self) -> None:
         if self.num_samples < self.num_workers:
-            raise DataError(f"{self.num_samples} training samples cannot be dealt to {self.num_workers} workers")
+            raise DataError(
+                f"{self.num_samples} training samples are too few for {self.num_workers} workers (train.workers): each "
+                "worker needs at least one"
+            )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of every worker in an epoch: enough for the largest shard."""
+        """The number of steps of each worker in an epoch."""
         largest_shard = -(-self.num_samples // self.num_workers)
         # A shard one sample smaller must still give every step a sample.
         return min(-(-largest_shard // self.batch_size), self.num_samples // self.num_workers)
 
     @property
     def smallest_batch(self) -> int:
-        """Samples of the smallest batch that any worker's step will have."""
+        """The number of samples in the smallest batch of any worker."""
         return self.num_samples // self.num_workers // self.steps_per_epoch
 
     def shard(self, worker: int) -> Indices:
-        """Return the sample numbers that worker `worker` needs: int64, sorted.
+        """Return the numbers of the samples that worker `worker` needs: int64, sorted.
 
-        Disjoint and complete over workers; with a global shuffle, all of them.
+        Shards are disjoint and together contain every sample. With a global shuffle, each worker needs all samples.
         """
         if self.shuffle == "global":
             return np.arange(self.num_samples)
         return np.sort(permutation(self.num_samples, self.seed, Purpose.SHARD)[worker :: self.num_workers])
 
     def batch(self, worker: int, step: int) -> Indices:
-        """Return the positions, within the worker's shard, of the samples of its local step `step` (from 0)."""
+        """Return the positions in the worker's shard of the samples of its local step `step` (from 0): int64."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self.shuffle == "global":
             order = _epoch_order(self.num_samples, self.seed, epoch, 0)[worker :: self.num_workers]
         else:
             order = _epoch_order(len(range(worker, self.num_samples, self.num_workers)), self.seed, epoch, worker)
-        size, longer = divmod(len(order), self.steps_per_epoch)  # the first `longer` batches hold one sample more
+        size, longer = divmod(len(order), self.steps_per_epoch)  # the first `longer` batches have one sample more
         start = position * size + min(position, longer)
         return order[start : start + size + (position < longer)]
 
@@ -90,25 +98,27 @@ def length(dataset: Dataset[Any]) -> int:
     """Return the number of samples.
 
     Raises:
-        DataError: The data set has no length (a stream cannot be dealt), or its items cannot be asked for by number.
+        DataError: The data set has no length, or is an IterableDataset, whose items have no numbers.
     """
     if isinstance(dataset, IterableDataset):
         raise DataError(
-            f"{type(dataset).__name__} is an IterableDataset: IST deals samples by their numbers, and needs a "
+            f"{type(dataset).__name__} is an IterableDataset: IST assigns samples to workers by number, and needs a "
             "map-style data set (with __getitem__ and __len__)"
         )
     try:
         return len(dataset)  # type: ignore[arg-type]
     except TypeError as error:
-        raise DataError(f"{type(dataset).__name__} has no length: IST deals map-style data sets") from error
+        raise DataError(
+            f"{type(dataset).__name__} has no length: IST needs a map-style data set (with __getitem__ and __len__)"
+        ) from error
 
 
 def take_shard(dataset: Dataset[Any], indices: Indices) -> Dataset[Any]:
-    """Return the part of a data set that one worker needs, without keeping the rest alive where that can be.
+    """Return the part of a data set that one worker needs, without the memory of the rest if possible.
 
     Args:
         dataset: The data set.
-        indices: What is needed of it, int64, sorted, none twice.
+        indices: The numbers of the items in the part: int64, sorted, without duplicates.
     """
     if len(indices) == length(dataset):
         return dataset
@@ -129,12 +139,13 @@ def fetch(
 
     Args:
         dataset: The data set, or a part of it.
-        indices: Positions in it.
-        device: Where the batch will be.
-        numbers: Tells by which numbers these samples are known, for messages; None: by their positions.
+        indices: Positions in it: int64.
+        device: The device of the batch.
+        numbers: Returns the samples' numbers in the full data set, for messages; None: the numbers are `indices`.
 
     Raises:
-        DataError: A sample cannot be read, or samples make no batch of (inputs, targets); the message names them.
+        DataError: A sample cannot be read, or the samples do not make a batch (inputs, targets); the message names
+            them.
     """
     numbers = numbers or (lambda: indices)
     if type(dataset) is TensorDataset:
@@ -148,7 +159,7 @@ def fetch(
                 batch = _collated(dataset, indices, numbers)
         except (ISTError, MemoryError):
             raise
-        except Exception as error:  # whatever a data set raises
+        except Exception as error:  # a data set may raise anything
             if is_out_of_memory(error):
                 raise
             raise DataError(
@@ -156,8 +167,8 @@ def fetch(
                 f"{said_at(error)}"
             ) from error
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        what = f"{len(batch)} parts" if isinstance(batch, tuple | list) else f"a {type(batch).__name__}"
-        raise DataError(f"a batch of {_class_name(dataset)} is {what}, not a pair (inputs, targets)")
+        found = f"has {len(batch)} parts" if isinstance(batch, tuple | list) else f"is a {type(batch).__name__}"
+        raise DataError(f"a batch of {_class_name(dataset)} {found}: expected a pair (inputs, targets)")
     inputs, targets = batch
     return moved(inputs, device), moved(targets, device)
 
@@ -166,7 +177,7 @@ _MOST_NAMED = 8
 
 
 def named_samples(numbers: Indices) -> str:
-    """Name samples by their numbers, the first of them at least."""
+    """Return the numbers of the first samples, and how many there are, for a message."""
     listed = ", ".join(map(str, numbers[:_MOST_NAMED].tolist()))
     more = f", ... ({len(numbers)})" if len(numbers) > _MOST_NAMED else ""
     return f"sample{'s' if len(numbers) > 1 else ''} {listed}{more}"
@@ -178,21 +189,22 @@ def item_at(dataset: Dataset[Any], index: int, numbers: Callable[[], Indices] | 
     Args:
         dataset: The data set, or a part of it.
         index: A position in it.
-        numbers: Tells by which numbers the samples of a batch are known, for messages; None: by their positions.
-        place: Which of the batch's samples this is.
+        numbers: Returns the numbers in the full data set of the batch's samples, for messages; None: the number is
+            `index`.
+        place: The position of the item in the batch.
 
     Raises:
-        DataError: The data set raises something; the message names the sample.
+        DataError: The data set raises an exception; the message names the sample.
     """
     try:
         return dataset[index]
     except (ISTError, MemoryError):
         raise
-    except Exception as error:  # whatever a data set raises
+    except Exception as error:  # a data set may raise anything
         if is_out_of_memory(error):
             raise
-        known = numbers()[place] if numbers else index
-        raise DataError(f"sample {known} of {_class_name(dataset)}: {said_at(error)}") from error
+        number = numbers()[place] if numbers else index
+        raise DataError(f"sample {number} of {_class_name(dataset)}: {said_at(error)}") from error
 
 
 def _collated(dataset: Dataset[Any], indices: Indices, numbers: Callable[[], Indices]) -> Any:
@@ -210,5 +222,5 @@ def _collated(dataset: Dataset[Any], indices: Indices, numbers: Callable[[], Ind
 
 
 def _class_name(dataset: Dataset[Any]) -> str:
-    """Name the class of a data set, not of the part of it that a worker has."""
+    """Return the name of a data set's class; of a `Subset`, that of the full data set."""
     return type(dataset.dataset if isinstance(dataset, Subset) else dataset).__name__

@@ -1,7 +1,7 @@
-"""Inputs and outputs of networks: a tensor, or tensors in tuples, lists, mappings and data classes.
+"""Nested inputs and outputs of networks: a tensor, or tensors in tuples, lists, mappings and dataclasses.
 
-A network's input is given to its forward as it is if it is a tensor, as positional arguments if it is a
-tuple or a list, and as keyword arguments if it is a mapping.
+A forward gets a tensor as its only argument, the items of a tuple or a list as positional arguments, and the items of
+a mapping as keyword arguments.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -47,17 +47,17 @@ def moved(value: Any, device: torch.device) -> Any:
 
 
 def call_model(model: nn.Module, inputs: Any) -> Any:
-    """Return the outputs of a network for one input of a data set."""
+    """Return the outputs of a network for a batch of inputs."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
 
 
 def scores(outputs: Any) -> Tensor:
-    """Return the tensor that a loss or a metric looks at: the outputs, or their `logits`.
+    """Return the tensor that a loss or a metric uses: the outputs, their `logits`, or their first tensor.
 
     Raises:
-        DataError: The outputs hold neither.
+        DataError: The outputs are neither a tensor nor contain one of these.
     """
     if isinstance(outputs, Tensor):
         return outputs
@@ -66,7 +66,7 @@ def scores(outputs: Any) -> Tensor:
         found = outputs[0]
     if not isinstance(found, Tensor):
         raise DataError(
-            f"the network returns a {type(outputs).__name__} without 'logits': give a loss function that takes it as "
-            "it is (train.loss, 'package.module:function')"
+            f"the network returns a {type(outputs).__name__} without 'logits': set train.loss to a loss function that "
+            "takes it ('package.module:function')"
         )
     return found

@@ -1,8 +1,10 @@
-"""The shipped data sets, and how any data set is dealt to workers.
+"""The shipped data sets.
 
-`DATASETS` maps short names, as used in a configuration's `data.name`, to import paths of
-loaders: functions of (root, **args) that return `Splits`. A loader downloads nothing; where
-files are missing it says which package provides them.
+`DATASETS` maps the short names that a configuration may use in `data.name` to import paths of loaders: functions of
+(root, **args) that return `Splits`. A loader downloads nothing. If files are missing, its error names the package that
+provides them.
+
+Not here: assigning samples to workers (`batches.py`).
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +25,12 @@ DATASETS = {
 
 
 class Splits(NamedTuple):
-    """A data set in two parts; each item is a pair (input, target)."""
+    """A data set in two parts; each item is a pair (input, target).
+
+    Attributes:
+        train: The training data.
+        test: The data for evaluation.
+    """
 
     train: Dataset[Any]
     test: Dataset[Any]

@@ -24,7 +24,7 @@ from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: i
 from torch.distributed.rendezvous import rendezvous
 
 from ist.config.schema import Pool
-from ist.data.content import Content
+from ist.data.fingerprint import DataFingerprint
 from ist.distributed.device import compute_device
 from ist.distributed.environment import PRIVATE_STORE, end_with_launcher
 from ist.distributed.ports import closed_afterwards, refuse_public, store_socket
@@ -248,7 +248,7 @@ def _listed(ranks: Sequence[int]) -> str:
 
 
 def agree_on_start(
-    membership: Membership, first_round: int, fingerprint: int, contents: tuple[Content, Content]
+    membership: Membership, first_round: int, fingerprint: int, contents: tuple[DataFingerprint, DataFingerprint]
 ) -> int:
     """Check that all ranks have the same configuration and data, and return rank 0's first round.
 
@@ -275,8 +275,8 @@ def agree_on_start(
         if theirs != expected:
             raise PoolError(f"rank {rank} has a different configuration than rank 0: give all nodes the same file")
         half = len(numbers) // 2
-        training[rank] = Content.from_numbers(numbers[:half])
-        testing[rank] = Content.from_numbers(numbers[half:])
+        training[rank] = DataFingerprint.from_numbers(numbers[:half])
+        testing[rank] = DataFingerprint.from_numbers(numbers[half:])
     if differing := _differing(training, "training"):
         raise DataError(
             f"{differing}: every process must load the same full data set, which IST shards among workers. Load it "
@@ -288,14 +288,14 @@ def agree_on_start(
     return int(first)
 
 
-def _differing(contents: Mapping[int, Content], which: str) -> str:
+def _differing(contents: Mapping[int, DataFingerprint], which: str) -> str:
     """Describe which ranks have other data than rank 0, and the first difference; '' if none has."""
     first = contents[0]
     counts = {rank: theirs.count for rank, theirs in contents.items() if theirs.count != first.count}
     if counts:
         rank, count = next(iter(counts.items()))
         return f"rank {rank} has {count} {which} samples, rank 0 has {first.count}"
-    items = {rank: first.other_item(theirs) for rank, theirs in contents.items()}
+    items = {rank: first.first_different_item(theirs) for rank, theirs in contents.items()}
     apart = [rank for rank, item in items.items() if item is not None]
     if not apart:
         return ""

@@ -1,8 +1,8 @@
-"""The task of a run: which network is trained, on which data, by which loss, and how it is measured.
+"""The task of a run: the network, its data, its loss and its metric.
 
-Where it sits: `ist/runs/build.py` makes it once in each process, of a configuration or of a user's own objects; workers
-take data and loss from it, the evaluation data and metric.
-Not here: how the network is split (`ist/subnet/split_model.py`), which samples a step uses
+Where it sits: `ist/runs/build.py` builds it once in each process, from a configuration or from the user's own objects.
+Workers use its training data and loss, evaluation uses its test data and metric.
+Not here: the split of the network (`ist/subnet/split_model.py`), the samples of each step
 (`ist/optimization/schedule.py`).
 """
 
@@ -14,26 +14,26 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ist.data.content import NOTHING, Content, content
+from ist.data.fingerprint import NO_DATA, DataFingerprint, data_fingerprint
 from ist.evaluation.metrics import Metric
 from ist.network.copies import copied
 
 LossFunction = Callable[[Any, Any], Tensor]
-"""Mean loss of (outputs, targets)."""
+"""Computes the mean loss of (outputs, targets)."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what, and how it is measured; the same in every process.
+    """The network, its data, its loss and its metric; the same in every process.
 
     Attributes:
-        build: Makes the full network with its initial weights, in the modes in which it is trained.
+        build: Builds the full network with its initial weights, in the modes in which it trains.
         train_data: A map-style data set of pairs (input, target).
-        test_data: The same for evaluation; None: the network is not evaluated.
+        test_data: A map-style data set for evaluation; None: the network is not evaluated.
         loss: Mean loss of (outputs, targets).
-        metric: What is reported beside the loss, if anything.
-        example: Inputs of a batch of two, or of as many as a training step has where two are too few.
-        seed: Of the run.
+        metric: The metric to report beside the loss; None for none.
+        example: The inputs of a batch of two samples, or of a training batch if the network needs more.
+        seed: The seed of the run.
     """
 
     build: Callable[[], nn.Module]
@@ -45,17 +45,17 @@ class Task:
     seed: int
 
     def build_copy(self) -> nn.Module:
-        """Return a full network with its initial weights, on the CPU, that shares nothing with any other."""
+        """Return a new full network with its initial weights, on the CPU."""
         return copied(self.build()).cpu()
 
     @cached_property
-    def contents(self) -> tuple[Content, Content]:
-        """What a few items of the training data hold, and of the test data."""
-        test = NOTHING if self.test_data is None else content(self.test_data, self.seed)
-        return content(self.train_data, self.seed), test
+    def contents(self) -> tuple[DataFingerprint, DataFingerprint]:
+        """The fingerprints of the training data and of the test data."""
+        test = NO_DATA if self.test_data is None else data_fingerprint(self.test_data, self.seed)
+        return data_fingerprint(self.train_data, self.seed), test
 
     def for_workers(self) -> "Task":
-        """Return what a worker needs: neither the initial weights nor the test data."""
+        """Return the task for a worker, which needs neither the initial weights nor the test data."""
         return replace(self, build=_no_build, test_data=None)
 
 

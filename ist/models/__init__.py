@@ -1,6 +1,6 @@
-"""The shipped networks: plain `nn.Module`s that know nothing of the rest of the package.
+"""The shipped networks: plain `nn.Module`s that do not depend on the rest of the package.
 
-`MODELS` maps short names, as used in a configuration's `model.name`, to import paths.
+`MODELS` maps the short names that a configuration may use in `model.name` to import paths.
 """
 
 MODELS = {

@@ -1,8 +1,9 @@
-"""A decoder-only transformer, as GPT-2, for sequences of tokens.
+"""A decoder-only transformer like GPT-2, for sequences of tokens.
 
 Its modules are `tokens`, `positions`, `blocks.<block>.attention`, `blocks.<block>.feed_forward`, `norm` and `output`.
 
-Not here: how it is split (`ist/neurons/` finds the heads and the feed-forward units; the loss is `next_token`).
+Not here: its split (`ist/neurons/` finds the heads and the feed-forward units), its loss (`next_token` in
+`ist/evaluation/losses.py`).
 """
 
 from typing import cast
@@ -11,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _STD = 0.02
-"""Standard deviation of initial weights; what is added to the residual stream has less."""
+"""The standard deviation of initial weights; weights whose outputs are added to the residual stream have less."""
 
 
 class CausalAttention(nn.Module):
-    """Self-attention of each position to itself and those before it.
+    """Self-attention of each position to itself and the positions before it.
 
     Args:
-        width: Of the residual stream; a multiple of `heads`.
-        heads: Attention heads, width / heads wide each.
-        dropout: Probability of dropping an attention weight.
+        width: The width of the residual stream; a multiple of `heads`.
+        heads: The number of attention heads, each of width `width` / `heads`.
+        dropout: The probability of dropping an attention weight.
     """
 
     def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
@@ -30,7 +31,7 @@ class CausalAttention(nn.Module):
         self.projection = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what attention adds: (batch, length, width).
+        """Return the output of attention: (batch, length, width).
 
         Args:
             x: (batch, length, width).
@@ -42,13 +43,13 @@ class CausalAttention(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Attention and a feed-forward network, each added to the residual stream after a layer norm in front of it.
+    """Attention and a feed-forward network, each with a layer norm on its input and added to the residual stream.
 
     Args:
-        width: Of the residual stream.
-        heads: Attention heads.
-        ffn: Hidden units of the feed-forward network.
-        dropout: Probability of dropping what is added, and of dropping an attention weight.
+        width: The width of the residual stream.
+        heads: The number of attention heads.
+        ffn: The number of hidden units of the feed-forward network.
+        dropout: The probability of dropping an output that is added, and of dropping an attention weight.
     """
 
     def __init__(self, width: int, heads: int, ffn: int, dropout: float = 0.0) -> None:
@@ -59,10 +60,10 @@ class DecoderBlock(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the residual stream behind the block: (batch, length, width).
+        """Return the residual stream after the block: (batch, length, width).
 
         Args:
-            x: The stream in front of it, of the same shape.
+            x: The residual stream before the block, of the same shape.
         """
         x = x + self.drop(self.attention(self.norm_1(x)))
         return cast(Tensor, x + self.drop(self.feed_forward(self.norm_2(x))))
@@ -72,17 +73,17 @@ class Decoder(nn.Module):
     """Token and position embeddings, blocks, a layer norm, and a linear output to the scores of the next token.
 
     Args:
-        vocabulary: How many tokens there are.
-        length: Longest sequence.
-        width: Of the residual stream; a multiple of `heads`.
-        layers: Blocks.
-        heads: Attention heads of each block.
-        ffn: Hidden units of each block's feed-forward network.
-        dropout: Probability of dropping an embedding, an attention weight, or what a block adds, in [0, 1).
-        tied: Whether the output's weight is that of the token embedding.
+        vocabulary: The number of tokens.
+        length: The length of the longest sequence.
+        width: The width of the residual stream; a multiple of `heads`.
+        layers: The number of blocks.
+        heads: The number of attention heads of each block.
+        ffn: The number of hidden units of each block's feed-forward network.
+        dropout: The probability of dropping an embedding, an attention weight, or an output of a block, in [0, 1).
+        tied: Whether the output layer uses the weight of the token embedding.
 
     Raises:
-        ValueError: A number is below 1, or `width` is no multiple of `heads`.
+        ValueError: A number is below 1, or `width` is not a multiple of `heads`.
 
     Reference: Radford et al., Language Models are Unsupervised Multitask Learners, 2019 (GPT-2).
     """
@@ -118,10 +119,10 @@ class Decoder(nn.Module):
             self.output.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Return, after each token, the scores of the next one: (batch, length, vocabulary).
+        """Return at each token the scores of the next one: (batch, length, vocabulary).
 
         Args:
-            tokens: int64, (batch, length), of at most the network's `length`.
+            tokens: int64, (batch, length), with at most the network's `length`.
 
         Raises:
             ValueError: The sequences are too long.

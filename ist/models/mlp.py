@@ -1,6 +1,6 @@
 """A multi-layer perceptron, in the shapes that the IST paper uses.
 
-Not here: how it is split (`ist/neurons/` finds the neurons of any network).
+Not here: its split (`ist/neurons/` finds the neurons of any network).
 """
 
 from collections import OrderedDict
@@ -24,14 +24,15 @@ class MLP(nn.Sequential):
     Inputs of any shape (batch, ...) are flattened to (batch, widths[0]); outputs are (batch, widths[-1]).
 
     Args:
-        widths: Input features, hidden widths, output features; at least one hidden layer.
-        batch_norm: Batch norm after every hidden linear layer.
-        bias: Biases in the linear layers.
+        widths: The number of input features, the hidden widths, and the number of output features; at least one
+            hidden layer.
+        batch_norm: Whether each hidden linear layer is followed by batch norm.
+        bias: Whether the linear layers have biases.
         activation: 'relu', 'gelu', 'tanh' or 'silu'.
-        dropout: Probability of dropping a hidden activation, in [0, 1).
-        track_running_stats: Whether batch norm keeps running statistics. False is the IST paper's choice:
-            batch statistics at evaluation too.
-        output_norm: Batch norm without scale and shift after the output layer, as in the paper's networks.
+        dropout: The probability of dropping a hidden activation, in [0, 1).
+        track_running_stats: Whether batch norm tracks running statistics. The IST paper does not: it uses batch
+            statistics at evaluation too.
+        output_norm: Whether the output layer is followed by batch norm without scale and shift, as in the paper.
 
     Raises:
         ValueError: Fewer than three widths, a width below 1, or an unknown activation.

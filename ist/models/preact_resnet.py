@@ -1,9 +1,9 @@
 """A residual network with pre-activation blocks, for small images.
 
-Its modules are `stem`, `sections.<section>.<block>`, `norm` and `output`. Blocks `sections.*.0` of the second and
-third section change the shape of what they get; all others add to their input, so they can be left out.
+Its modules are `stem`, `sections.<section>.<block>`, `norm` and `output`. The blocks `sections.*.0` of the second and
+third section change the shape of their input. All other blocks add to their input, so they can be skipped.
 
-Not here: how it is split (`ist/neurons/` finds the channels inside a block; the strategy `blocks` deals whole ones).
+Not here: its split (`ist/neurons/` finds the channels inside a block; the strategy `blocks` assigns whole blocks).
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 class PreActBlock(nn.Module):
     """Norm, ReLU and 3x3 convolution, twice, added to the input.
 
-    Where the shape changes, the shortcut is a 1x1 convolution of the input after its norm and ReLU.
+    If the shape changes, the shortcut is a 1x1 convolution of the input after its norm and ReLU.
 
     Args:
-        in_channels: Channels of the input.
-        channels: Channels of the output, and between the two convolutions.
-        stride: Of the first convolution, and of the shortcut.
+        in_channels: The number of channels of the input.
+        channels: The number of channels of the output, and between the two convolutions.
+        stride: The stride of the first convolution and of the shortcut.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
@@ -49,12 +49,12 @@ class PreActResNet(nn.Module):
     Inputs are (batch, in_channels, height, width); outputs are (batch, num_classes).
 
     Args:
-        depths: Blocks of each of the three sections, at least one.
-        width: Channels of the first section; the second and third have two and four times as many, at half and
-            quarter the resolution.
-        in_channels: Channels of the images.
-        num_classes: Scores of each image.
-        stem_stride: Stride of the first convolution; 2 makes everything four times cheaper.
+        depths: The number of blocks of each of the three sections, at least one.
+        width: The number of channels of the first section; the second and third have two and four times as many, at
+            half and a quarter of the resolution.
+        in_channels: The number of channels of the images.
+        num_classes: The number of classes.
+        stem_stride: The stride of the first convolution; 2 makes the network four times cheaper.
 
     Raises:
         ValueError: There are not three depths, or a number is below 1.

@@ -1,6 +1,6 @@
-"""A network with one wide hidden layer for sparse inputs and very many labels.
+"""A network with one wide hidden layer, for sparse inputs and very many labels.
 
-Not here: how it is split (`ist/neurons/` finds the hidden units, which are columns of both weights).
+Not here: its split (`ist/neurons/` finds the hidden units, which are columns of both weights).
 """
 
 from typing import cast
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 class WideClassifier(nn.Module):
     """A linear layer on sparse inputs, optional batch norm, ReLU, and a linear output.
 
-    The first layer is a table with a row for each word: its output is the weighted sum of the rows of an input's words.
-    Rows start with a standard deviation of 1, right for inputs whose weights have squares that sum to about 1.
+    The first layer is a table with a row per word: its output is the weighted sum of the rows of an input's words.
+    Initial rows have a standard deviation of 1, which suits inputs whose squared weights sum to about 1.
 
     Args:
-        num_words: Input features.
-        hidden: Hidden units.
-        num_labels: Scores of each input.
-        norm: Batch norm of the hidden units.
+        num_words: The number of input features.
+        hidden: The number of hidden units.
+        num_labels: The number of labels.
+        norm: Whether the hidden units have batch norm.
 
     Raises:
         ValueError: A number is below 1.
@@ -41,8 +41,8 @@ class WideClassifier(nn.Module):
         """Return the scores of each label: (batch, num_labels).
 
         Args:
-            words: int64, (batch, words): which features are not 0; `num_words` where an input has no more.
-            weights: float, (batch, words): their values; 0 where an input has no more.
+            words: int64, (batch, words): the numbers of the nonzero features, padded with `num_words`.
+            weights: float, (batch, words): their values, padded with 0.
         """
         hidden = F.relu(self.norm(self.words(words, per_sample_weights=weights) + self.bias))
         return cast(Tensor, self.output(hidden))

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from ist.config.registry import call, resolve
 from ist.config.schema import Config
-from ist.data.batches import Dealing, fetch, length
+from ist.data.batches import ShardedSampler, fetch, length
 from ist.data.nested import scores
 from ist.data.registry import DATASETS, Splits
 from ist.errors import ConfigError, DataError, ModelError
@@ -140,7 +140,7 @@ def make_job(
     slots = (
         optimizers.state_slots(train.optimizer, (len(spec.shape) for spec in parameters.values())) if carried else ()
     )
-    dealing = Dealing(length(train_data), train.workers, train.batch_size, config.seed, config.data.shuffle)
+    dealing = ShardedSampler(length(train_data), train.workers, train.batch_size, config.seed, config.data.shuffle)
     metric = metric_named(config.evaluate.metric)
     task = Task(build_in_modes, train_data, test_data, loss, metric, example, config.seed)
     split = SplitModel(
@@ -165,7 +165,7 @@ def make_job(
     return Job(config, task, split, _schedule(config, template, dealing))
 
 
-def _schedule(config: Config, template: nn.Module, dealing: Dealing) -> Schedule:
+def _schedule(config: Config, template: nn.Module, dealing: ShardedSampler) -> Schedule:
     """Return the schedule of a run.
 
     Raises:
@@ -181,7 +181,7 @@ def _schedule(config: Config, template: nn.Module, dealing: Dealing) -> Schedule
     return Schedule(rounds, config.recipe, dealing, staged, group_of)
 
 
-def run_spans(config: Config, dealing: Dealing) -> Sequence[Span]:
+def run_spans(config: Config, dealing: ShardedSampler) -> Sequence[Span]:
     """Return every round of a run."""
     train = config.train
     total = train.epochs * dealing.steps_per_epoch if train.epochs is not None else None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ist.checks.drift import Operators, check_forward, is_due, operators
-from ist.data.batches import Dealing, fetch, take_shard
+from ist.data.batches import ShardedSampler, fetch, take_shard
 from ist.data.nested import call_model
 from ist.errors import AbandonedRoundError
 from ist.monitoring.meter import MemoryGauge, worker_numbers
@@ -206,7 +206,7 @@ class Seat:
 
 def local_steps(
     job: Job,
-    dealing: Dealing,
+    dealing: ShardedSampler,
     worker: int,
     shard: Dataset[Any],
     module: nn.Module,
@@ -256,7 +256,7 @@ def local_steps(
 
 def _step(
     job: Job,
-    dealing: Dealing,
+    dealing: ShardedSampler,
     worker: int,
     shard: Dataset[Any],
     module: nn.Module,

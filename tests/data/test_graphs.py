@@ -1,4 +1,4 @@
-"""Data sets of graphs: batches side by side, Cora's parts, and clusters of WordNet."""
+"""Data sets of graphs: batches of several graphs, Cora's parts, and clusters of WordNet."""
 
 from pathlib import Path
 
@@ -25,11 +25,11 @@ def random_graph(nodes: int, seed: int) -> Graph:
     return Graph(torch.rand(nodes, 4, generator=generator), edges, torch.randint(5, (nodes,), generator=generator))
 
 
-def neighbour_sums(features: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
+def neighbor_sums(features: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(features).index_add_(0, edge_index[1], features[edge_index[0]])
 
 
-def test_a_batch_of_graphs_is_the_graphs_side_by_side() -> None:
+def test_a_batch_of_graphs_is_one_graph_with_unconnected_parts() -> None:
     graphs = [random_graph(nodes, nodes) for nodes in (3, 1, 5)]
     dataset = GraphDataset(graphs)
 
@@ -37,11 +37,11 @@ def test_a_batch_of_graphs_is_the_graphs_side_by_side() -> None:
 
     assert torch.equal(features, torch.cat([graphs[2].features, graphs[0].features]))
     assert torch.equal(targets, torch.cat([graphs[2].targets, graphs[0].targets]))
-    apart = [neighbour_sums(*dataset[index][0]) for index in (2, 0)]
-    assert torch.equal(neighbour_sums(features, edges), torch.cat(apart))
+    apart = [neighbor_sums(*dataset[index][0]) for index in (2, 0)]
+    assert torch.equal(neighbor_sums(features, edges), torch.cat(apart))
 
 
-def test_a_part_of_the_graphs_gives_the_batches_of_the_whole() -> None:
+def test_a_part_of_the_graphs_gives_the_same_batches_as_the_full_data_set() -> None:
     dataset = GraphDataset([random_graph(nodes, nodes) for nodes in range(2, 8)])
     owned = np.array([1, 2, 5])
     cpu = torch.device("cpu")
@@ -54,7 +54,7 @@ def test_a_part_of_the_graphs_gives_the_batches_of_the_whole() -> None:
     assert torch.equal(targets, whole_targets)
 
 
-def test_sparse_features_come_out_dense() -> None:
+def test_sparse_features_are_dense_in_a_batch() -> None:
     rows = SparseRows(np.array([0, 1, 1]), np.array([2], dtype=np.int32), np.array([0.5], dtype=np.float32), 3)
     graph = Graph(rows, torch.zeros(2, 0, dtype=torch.int64), torch.tensor([0, 1]))
 
@@ -63,7 +63,7 @@ def test_sparse_features_come_out_dense() -> None:
     assert features.tolist() == [[0, 0, 0.5], [0, 0, 0]] * 2
 
 
-def test_undirected_edges_lead_both_ways_once() -> None:
+def test_undirected_edges_appear_once_in_each_direction() -> None:
     edges = undirected(np.array([[0, 1, 2, 1, 0], [1, 0, 2, 2, 1]]), 3)
 
     assert edges.tolist() == [[0, 1, 1, 2], [1, 0, 2, 1]]
@@ -72,7 +72,7 @@ def test_undirected_edges_lead_both_ways_once() -> None:
 
 
 def write_cora(path: Path, **changes: np.ndarray) -> Path:
-    """Ten nodes in two classes, with two features each of six."""
+    """Write a graph of ten nodes in two classes, each with two of six features."""
     arrays = {
         "indptr": np.arange(0, 22, 2, dtype=np.int32),
         "indices": np.arange(20, dtype=np.int32) % 6,
@@ -87,49 +87,49 @@ def write_cora(path: Path, **changes: np.ndarray) -> Path:
     return path
 
 
-def labelled(targets: torch.Tensor) -> list[int]:
+def labeled(targets: torch.Tensor) -> list[int]:
     return (targets != IGNORED).nonzero().flatten().tolist()
 
 
 def test_coras_parts_share_the_graph_and_divide_the_training_nodes_by_class(tmp_path: Path) -> None:
     splits = cora(write_cora(tmp_path / "cora.npz"), parts=2)
 
-    assert [labelled(graph.targets) for graph in splits.train.graphs] == [[0, 1], [2, 3]]
+    assert [labeled(graph.targets) for graph in splits.train.graphs] == [[0, 1], [2, 3]]
     first, second = splits.train.graphs
     assert first.features is second.features is splits.test.graphs[0].features
     (features, edges), targets = splits.test[0]
     torch.testing.assert_close(features.sum(dim=1), torch.ones(10))
     assert edges.tolist() == [[0, 1, 1, 2, 2, 9], [1, 0, 2, 1, 9, 2]]
-    assert labelled(targets) == [7, 8, 9]
+    assert labeled(targets) == [7, 8, 9]
     assert targets[7:].tolist() == [1, 0, 1]
-    assert labelled(cora(tmp_path, parts=2, validation=True).test.graphs[0].targets) == [4, 5]
+    assert labeled(cora(tmp_path, parts=2, validation=True).test.graphs[0].targets) == [4, 5]
 
 
-def test_what_is_missing_of_cora_is_named(tmp_path: Path) -> None:
+def test_missing_or_wrong_parts_of_cora_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="Planetoid"):
         cora()
-    with pytest.raises(DataError, match=r"cora.npz: no such file.*Planetoid"):
+    with pytest.raises(DataError, match=r"cora\.npz: .*Planetoid"):
         cora(tmp_path)
     with pytest.raises(DataError, match=f"labels.*{', '.join(ARRAYS)}"):
         cora(write_cora(tmp_path / "other.npz", labels=None))
-    with pytest.raises(DataError, match="10 nodes and labels of 3"):
+    with pytest.raises(DataError, match=r"other\.npz.*\b10\b.*\b3\b"):
         cora(write_cora(tmp_path / "other.npz", labels=np.arange(3)))
-    with pytest.raises(ValueError, match="parts is 5: expected 1 to 4"):
+    with pytest.raises(ValueError, match=r"parts\b.*\b5\b.*1 to 4"):
         cora(write_cora(tmp_path / "cora.npz"), parts=5)
 
 
-@pytest.mark.skipif(not CORA.exists(), reason=f"{CORA} is not there")
-def test_coras_file_holds_the_published_sizes() -> None:
+@pytest.mark.skipif(not CORA.exists(), reason=f"{CORA} does not exist")
+def test_coras_file_has_the_published_sizes() -> None:
     splits = cora(CORA, parts=4)
 
     (features, edges), targets = splits.test[0]
     assert (features.shape, edges.shape) == ((2708, 1433), (2, 10556))
-    assert len(labelled(targets)) == 1000
+    assert len(labeled(targets)) == 1000
     trained = [graph.targets[graph.targets != IGNORED] for graph in splits.train.graphs]
     assert all(torch.equal(targets.bincount(), torch.full((7,), 5)) for targets in trained)
 
 
-def test_the_clusters_of_wordnet_make_up_its_graph(tmp_path: Path) -> None:
+def test_the_clusters_of_wordnet_cover_its_graph(tmp_path: Path) -> None:
     splits = wordnet_graph(write_chain(tmp_path, 100), clusters=5, num_features=8, train_fraction=0.5)
 
     sizes = [len(graph.targets) for graph in splits.train.graphs]
@@ -138,34 +138,34 @@ def test_the_clusters_of_wordnet_make_up_its_graph(tmp_path: Path) -> None:
     (features, edges), tested = splits.test[0]
     assert features.shape == (100, 8)
     assert edges.shape == (2, 198)
-    assert len(labelled(tested)) == 20
+    assert len(labeled(tested)) == 20
     (joined_features, joined_edges), trained = splits.train.batch(np.arange(5))
-    assert len(labelled(trained)) == 50
-    assert 180 <= joined_edges.shape[1] <= 198  # four cuts of a chain
+    assert len(labeled(trained)) == 50
+    assert 180 <= joined_edges.shape[1] <= 198  # a chain is cut in four places
     torch.testing.assert_close(joined_features.sum(), features.sum())
 
 
-def test_training_validation_and_test_nodes_are_apart(tmp_path: Path) -> None:
+def test_training_validation_and_test_nodes_are_disjoint(tmp_path: Path) -> None:
     path = write_chain(tmp_path, 100)
     one = wordnet_graph(path, clusters=1, train_fraction=0.6)
     tuning = wordnet_graph(path, clusters=1, train_fraction=0.6, validation=True)
 
-    parts = [labelled(graph.targets) for graph in (one.train.graphs[0], one.test.graphs[0], tuning.test.graphs[0])]
+    parts = [labeled(graph.targets) for graph in (one.train.graphs[0], one.test.graphs[0], tuning.test.graphs[0])]
 
     assert sorted(node for part in parts for node in part) == list(range(100))
-    assert labelled(tuning.train.graphs[0].targets) == parts[0]
-    assert labelled(wordnet_graph(path, clusters=1, train_fraction=0.6, seed=1).test.graphs[0].targets) != parts[1]
+    assert labeled(tuning.train.graphs[0].targets) == parts[0]
+    assert labeled(wordnet_graph(path, clusters=1, train_fraction=0.6, seed=1).test.graphs[0].targets) != parts[1]
 
 
 def test_a_cluster_without_a_training_node_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="fewer clusters than 50"):
+    with pytest.raises(DataError, match=r"fewer clusters\b.*\b50\b"):
         wordnet_graph(write_chain(tmp_path, 100), clusters=50, train_fraction=0.1)
-    with pytest.raises(ValueError, match="train_fraction is 0.7"):
+    with pytest.raises(ValueError, match=r"train_fraction\b.*\b0\.7\b.*0\.6"):
         wordnet_graph(write_chain(tmp_path, 100), train_fraction=0.7)
 
 
 @installed
-def test_the_clusters_of_debians_wordnet_keep_most_edges() -> None:
+def test_the_clusters_of_debians_wordnet_contain_most_edges() -> None:
     nouns = read_nouns()
     edges = undirected(nouns.edges, len(nouns.classes))
 

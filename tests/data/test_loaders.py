@@ -1,4 +1,4 @@
-"""The shipped loaders, on the real files where a package has them and on small files of the same format."""
+"""The shipped loaders, on the real files if a package provides them, and on small files of the same format."""
 
 import gzip
 import inspect
@@ -51,26 +51,26 @@ def test_fashion_mnist_reads_the_standard_files_zipped_or_not(folder: Path) -> N
 
 
 def test_a_missing_file_names_the_package(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no 'train-images-idx3-ubyte.gz'.*apt-get install dataset-fashion-mnist"):
+    with pytest.raises(DataError, match=r"'train-images-idx3-ubyte\.gz'.*apt-get install dataset-fashion-mnist"):
         fashion_mnist(tmp_path)
 
 
-@pytest.mark.parametrize("harm", ["cut", "junk", "short"])
-def test_a_damaged_file_is_named(folder: Path, harm: str) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "junk", "short"])
+def test_a_damaged_file_is_named(folder: Path, damage: str) -> None:
     path = folder / "train-images-idx3-ubyte.gz"
-    if harm == "cut":
+    if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-20])
-    elif harm == "junk":
+    elif damage == "junk":
         path.write_bytes(gzip.compress(b"not an image"))
     else:
         write_idx(path, (3, 28, 28), bytes(100))
 
-    with pytest.raises(DataError, match="train-images-idx3-ubyte.gz"):
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz"):
         fashion_mnist(folder)
 
 
 @pytest.mark.skipif(not DEBIAN_ROOT.exists(), reason="Debian's dataset-fashion-mnist is not installed")
-def test_debians_package_holds_the_published_sizes() -> None:
+def test_debians_package_has_the_published_sizes() -> None:
     splits = fashion_mnist()
 
     assert (len(splits.train), len(splits.test)) == (60_000, 10_000)
@@ -79,14 +79,14 @@ def test_debians_package_holds_the_published_sizes() -> None:
     assert abs(float(inputs.std()) - 1) < 0.01
 
 
-def test_fashion_mnist_comes_as_pictures_where_asked(folder: Path) -> None:
+def test_fashion_mnist_can_be_loaded_as_images(folder: Path) -> None:
     flat, pictures = fashion_mnist(folder), fashion_mnist(folder, flat=False)
 
     assert pictures.train.tensors[0].shape == (3, 1, 28, 28)
     assert torch.equal(pictures.test.tensors[0].flatten(1), flat.test.tensors[0])
 
 
-def test_crime_is_tuned_on_the_last_rows_that_are_not_for_testing(tmp_path: Path) -> None:
+def test_the_validation_rows_of_crime_are_the_last_before_the_test_rows(tmp_path: Path) -> None:
     path = tmp_path / "crime.csv"
     path.write_text(f"first,{TARGET}\n" + "".join(f"{row},{row}\n" for row in range(900)))
 
@@ -101,6 +101,6 @@ def test_crime_is_tuned_on_the_last_rows_that_are_not_for_testing(tmp_path: Path
     assert abs(float(inputs.std()) - 1) < 1e-6
 
 
-def test_every_short_name_leads_to_a_loader() -> None:
+def test_every_short_name_refers_to_a_loader() -> None:
     for name in DATASETS:
         assert "root" in inspect.signature(resolve(name, "data.name", DATASETS)).parameters

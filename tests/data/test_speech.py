@@ -1,4 +1,4 @@
-"""Recordings as spectrograms, and the two data sets of them."""
+"""Spectrograms of recordings, and the two data sets of speech."""
 
 import math
 import wave
@@ -32,7 +32,7 @@ def write_wave(path: Path, samples: Samples, rate_hz: int, channels: int = 1) ->
 
 
 @pytest.mark.parametrize("rate_hz", [8000, 16_000])
-def test_a_tone_lights_up_the_band_of_its_pitch(rate_hz: int) -> None:
+def test_the_energy_of_a_tone_is_in_the_band_of_its_frequency(rate_hz: int) -> None:
     spectrogram = log_mel([tone(1000, rate_hz)], rate_hz)
 
     assert spectrogram.shape == (1, 128, 32)
@@ -41,7 +41,7 @@ def test_a_tone_lights_up_the_band_of_its_pitch(rate_hz: int) -> None:
     assert (spectrogram[0].argmax(dim=0) - band).abs().max() <= 1
 
 
-def test_a_recording_is_cut_after_a_second_or_goes_on_in_silence() -> None:
+def test_a_recording_is_truncated_or_padded_with_silence_to_one_second() -> None:
     short, long = tone(500, 8000, 0.5), tone(500, 8000, 2)
 
     cut, continued, silent = log_mel([long, short, short[:0]], 8000)
@@ -52,7 +52,7 @@ def test_a_recording_is_cut_after_a_second_or_goes_on_in_silence() -> None:
 
 
 @pytest.mark.parametrize(("points", "rate_hz"), [(1024, 8000), (2048, 16_000)])
-def test_every_band_holds_some_of_the_spectrum(points: int, rate_hz: int) -> None:
+def test_every_band_contains_a_part_of_the_spectrum(points: int, rate_hz: int) -> None:
     bands = mel_bands(points, rate_hz)
 
     assert bands.shape == (128, points // 2 + 1)
@@ -60,7 +60,7 @@ def test_every_band_holds_some_of_the_spectrum(points: int, rate_hz: int) -> Non
     assert bands.max() <= 1
 
 
-def test_many_recordings_give_what_each_gives_alone() -> None:
+def test_the_spectrogram_of_a_recording_does_not_depend_on_the_others() -> None:
     recordings = [tone(200 + 10 * number, 8000, 0.3) for number in range(260)]
 
     together = log_mel(recordings, 8000)
@@ -91,17 +91,17 @@ def test_the_official_test_recordings_are_the_first_five(digits_folder: Path) ->
     assert targets.tolist() == [0] * 6 + [1] * 6
 
 
-def test_a_split_by_speaker_tests_on_a_voice_not_heard_before(digits_folder: Path) -> None:
+def test_a_split_by_speaker_tests_on_a_new_voice(digits_folder: Path) -> None:
     splits = spoken_digits(digits_folder, split="speaker")
     tuning = spoken_digits(digits_folder, split="speaker", validation=True)
 
     assert (len(splits.train), len(splits.test)) == (16, 8)
     assert (len(tuning.train), len(tuning.test)) == (8, 8)
-    with pytest.raises(ValueError, match="expected 'official' or 'speaker'"):
+    with pytest.raises(ValueError, match="'voice'.*'official' or 'speaker'"):
         spoken_digits(digits_folder, split="voice")  # type: ignore[arg-type]
 
 
-def test_a_file_of_arrays_gives_what_the_folder_gives(digits_folder: Path, tmp_path: Path) -> None:
+def test_a_file_of_arrays_gives_the_same_data_as_the_folder(digits_folder: Path, tmp_path: Path) -> None:
     paths = sorted((digits_folder / "recordings").glob("*.wav"))
     recordings = []
     for path in paths:
@@ -123,25 +123,25 @@ def test_a_file_of_arrays_gives_what_the_folder_gives(digits_folder: Path, tmp_p
     assert torch.equal(expected.test.tensors[1], found.test.tensors[1])
 
 
-def test_recordings_that_are_missing_or_of_another_kind_are_named(digits_folder: Path, tmp_path: Path) -> None:
+def test_missing_or_malformed_recordings_are_named(digits_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="free-spoken-digit-dataset"):
         spoken_digits()
-    with pytest.raises(DataError, match="without recordings"):
+    with pytest.raises(DataError, match="nothing: .*free-spoken-digit-dataset"):
         spoken_digits(tmp_path / "nothing")
     path = digits_folder / "recordings" / "0_ann_7.wav"
     write_wave(path, tone(100, 16_000), 16_000)
-    with pytest.raises(DataError, match=r"0_ann_7.wav: holds .* \(1, 16, 16000\): expected \(1, 16, 8000\)"):
+    with pytest.raises(DataError, match=r"0_ann_7\.wav: .*\(1, 16, 16000\).*\(1, 16, 8000\)"):
         spoken_digits(digits_folder)
     path.write_bytes(b"RIFF")
-    with pytest.raises(DataError, match=r"0_ann_7.wav: cannot be read"):
+    with pytest.raises(DataError, match=r"0_ann_7\.wav"):
         spoken_digits(digits_folder)
     path.rename(path.with_name("zero.wav"))
-    with pytest.raises(DataError, match="a name like '7_jackson_32.wav'"):
+    with pytest.raises(DataError, match=r"zero\.wav: .*'7_jackson_32\.wav'"):
         spoken_digits(digits_folder)
 
 
-@pytest.mark.skipif(not FSDD.exists(), reason=f"{FSDD} is not there")
-def test_the_spoken_digits_hold_the_published_numbers() -> None:
+@pytest.mark.skipif(not FSDD.exists(), reason=f"{FSDD} does not exist")
+def test_the_spoken_digits_have_the_published_sizes() -> None:
     splits = spoken_digits(FSDD)
 
     assert (len(splits.train), len(splits.test)) == (2700, 300)
@@ -170,14 +170,14 @@ def test_speech_commands_follow_the_published_lists(commands_folder: Path) -> No
     assert abs(float(splits.train.tensors[0].mean())) < 1e-4
 
 
-def test_what_is_missing_of_speech_commands_is_named(commands_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"speech_commands_v0.02.tar.gz"):
+def test_missing_parts_of_speech_commands_are_named(commands_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"speech_commands_v0\.02\.tar\.gz"):
         speech_commands()
-    with pytest.raises(DataError, match="holds no folders of words"):
+    with pytest.raises(DataError, match=r"nothing: .*speech_commands_v0\.02\.tar\.gz"):
         speech_commands(tmp_path / "nothing")
     (commands_folder / "no" / "d.wav").unlink()
-    with pytest.raises(DataError, match="1 listed files are not there, such as 'no/d.wav'"):
+    with pytest.raises(DataError, match=r"\b1 .*'no/d\.wav'"):
         speech_commands(commands_folder)
     (commands_folder / "testing_list.txt").unlink()
-    with pytest.raises(DataError, match=r"testing_list.txt: cannot be read"):
+    with pytest.raises(DataError, match=r"testing_list\.txt: .*speech_commands_v0\.02\.tar\.gz"):
         speech_commands(commands_folder)

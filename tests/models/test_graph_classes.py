@@ -1,4 +1,4 @@
-"""Ready-made graph networks of PyTorch Geometric: all hidden features are split, as in GIST (arXiv 2102.10424)."""
+"""Graph networks of PyTorch Geometric: all hidden features are split, as in GIST (arXiv 2102.10424)."""
 
 import warnings
 from typing import Any
@@ -18,7 +18,7 @@ from tests.neurons.networks import rand
 from tests.neurons.test_neurons import job_of
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what the library says while it is imported
+    warnings.simplefilter("ignore")  # the library warns when it is imported
     models: Any = pytest.importorskip("torch_geometric.nn.models", reason="torch_geometric is not installed")
 
 FEATURES, HIDDEN, CLASSES = 12, 8, 5
@@ -33,7 +33,7 @@ def network(kind: str, norm: str | None, hidden: int = HIDDEN) -> nn.Module:
 
 
 class Clusters(BatchedDataset):
-    """Parts of a graph, in which neighbours are of the same class, which their features tell."""
+    """Parts of a graph: neighbors have the same class, and features depend on the class."""
 
     def __init__(self, numbers: Indices | range = range(24)) -> None:
         self.numbers = list(numbers)
@@ -61,7 +61,7 @@ class Clusters(BatchedDataset):
 
 @by_kind
 @by_norm
-def test_hidden_features_are_split_and_neither_input_features_nor_classes(kind: str, norm: str | None) -> None:
+def test_only_hidden_features_are_split_not_input_features_or_classes(kind: str, norm: str | None) -> None:
     job = job_of(network(kind, norm), EXAMPLE)
 
     linear = "lin" if kind == "GCN" else "lin_l"
@@ -75,7 +75,7 @@ def test_hidden_features_are_split_and_neither_input_features_nor_classes(kind: 
 @by_kind
 @by_norm
 @pytest.mark.parametrize("workers", [2, 3])
-def test_a_cut_is_the_masked_whole_network(kind: str, norm: str | None, workers: int) -> None:
+def test_a_subnet_is_the_masked_full_network(kind: str, norm: str | None, workers: int) -> None:
     verify_cuts(job_of(network(kind, norm), EXAMPLE, workers=workers))
 
 

@@ -1,4 +1,4 @@
-"""The pre-activation ResNet: channels inside blocks are split, or whole blocks are dealt."""
+"""The pre-activation ResNet: channels inside blocks are split, or whole blocks are assigned to workers."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def small(depths: tuple[int, int, int] = (2, 2, 2)) -> PreActResNet:
 
 
 def stripes(size: int, seed: int = 0) -> TensorDataset:
-    """Noisy images that are brighter in one of three places."""
+    """Return noisy images with a bright stripe in one of three positions."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(size) % 3
     images = 0.3 * torch.randn(size, 1, 8, 8, generator=generator)
@@ -46,10 +46,10 @@ def test_each_section_has_half_the_resolution_and_twice_the_channels(stride: int
         assert x.shape == (2, channels, side, side)
 
 
-def test_each_number_must_make_sense() -> None:
-    with pytest.raises(ValueError, match=r"depths \[1, 0, 1\]: expected three numbers of blocks"):
+def test_wrong_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"depths \[1, 0, 1\].*>= 1"):
         PreActResNet((1, 0, 1))
-    with pytest.raises(ValueError, match="expected to be >= 1"):
+    with pytest.raises(ValueError, match="width.*>= 1"):
         PreActResNet(width=0)
 
 
@@ -80,17 +80,17 @@ def test_the_stem_and_the_streams_of_the_sections_are_split_on_request() -> None
         ("sections.0.*", ["sections.0.0", "sections.0.1"]),
     ],
 )
-def test_blocks_that_keep_the_shape_are_dealt_whole(pattern: str, paths: list[str]) -> None:
+def test_blocks_that_preserve_the_shape_can_be_assigned_to_workers(pattern: str, paths: list[str]) -> None:
     job = job_of(small(), IMAGES, partition__strategy="blocks", partition__blocks=[pattern])
 
     assert list(job.split.groups[0].modules) == paths
     verify_cuts(job)
 
 
-def test_a_block_that_changes_the_shape_cannot_be_dealt() -> None:
+def test_a_block_that_changes_the_shape_cannot_be_assigned() -> None:
     job = job_of(small(), IMAGES, partition__strategy="blocks", partition__blocks=["sections.1.*"])
 
-    with pytest.raises(ModelError, match=r"sections\.1\.0.*leaving them out fails"):
+    with pytest.raises(ModelError, match=r"sections\.1\.0"):
         verify_cuts(job)
 
 
@@ -103,7 +103,7 @@ def test_split_channels_learn() -> None:
     assert history[-1]["test_loss"] < 0.8 * history[0]["test_loss"]
 
 
-def test_dealt_blocks_learn_and_every_tensor_moves() -> None:
+def test_assigned_blocks_learn_and_every_tensor_changes() -> None:
     model = small()
     before = clone(dict(model.named_parameters()))
 

@@ -24,7 +24,7 @@ def wide_job(norm: bool, workers: int = 3) -> Job:
 
 
 class Sparse(Dataset[tuple[tuple[Tensor, Tensor], int]]):
-    """Three words of each class, of which an input has one or two."""
+    """Three words per class; an input has one or two words of its class."""
 
     def __len__(self) -> int:
         return 60
@@ -48,7 +48,7 @@ def test_the_first_layer_is_a_linear_layer_on_the_dense_input() -> None:
     torch.testing.assert_close(model(*EXAMPLE), model.output(hidden))
 
 
-def test_what_pads_an_input_changes_nothing_and_has_no_gradient() -> None:
+def test_padding_does_not_change_outputs_and_has_no_gradient() -> None:
     model = WideClassifier(WORDS, 12, LABELS)
     words, weights = EXAMPLE
     longer = nn.functional.pad(words, (0, 4), value=WORDS), nn.functional.pad(weights, (0, 4))
@@ -61,7 +61,7 @@ def test_what_pads_an_input_changes_nothing_and_has_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_scores_start_small_whatever_the_number_of_words(norm: bool) -> None:
+def test_initial_scores_are_small_for_any_number_of_words(norm: bool) -> None:
     torch.manual_seed(0)
     model = WideClassifier(1000, 64, 500, norm)
     words, weights = torch.randint(0, 1000, (50, 32)), torch.full((50, 32), 32**-0.5)
@@ -71,8 +71,8 @@ def test_scores_start_small_whatever_the_number_of_words(norm: bool) -> None:
     assert float(loss) == pytest.approx(torch.tensor(500.0).log().item(), abs=0.4)
 
 
-def test_there_must_be_something_of_everything() -> None:
-    with pytest.raises(ValueError, match="expected to be >= 1"):
+def test_wrong_sizes_are_refused() -> None:
+    with pytest.raises(ValueError, match="hidden.*>= 1"):
         WideClassifier(9, 0, 3)
 
 

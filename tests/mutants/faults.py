@@ -199,7 +199,7 @@ FAULTS = (
     ),
     Fault(
         "every rank begins where it likes", "ist/distributed/process_group.py", "    return int(first)\n", "    return first_round\n",
-        ("tests/pools/test_ranks.py", "tests/data/test_content.py"),
+        ("tests/pools/test_ranks.py", "tests/data/test_fingerprint.py"),
     ),
     Fault(
         "all configurations have the same fingerprint", "ist/runs/open.py",

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ist.data.content import content
+from ist.data.fingerprint import data_fingerprint
 from ist.distributed import process_group as group
 from ist.distributed.process_group import Membership, agree_on_start
 from ist.errors import CheckpointError, PoolError
@@ -169,7 +169,7 @@ def test_a_message_of_another_layout_is_refused_though_it_is_as_long(theirs: dic
 
 def agreed(monkeypatch: pytest.MonkeyPatch, rank: int, starts: list[tuple[int, int]]) -> int:
     """What a rank makes of a start where ranks have these (first round, fingerprint)."""
-    contents = content(data(), 3), content(data(40, seed=4), 3)
+    contents = data_fingerprint(data(), 3), data_fingerprint(data(40, seed=4), 3)
 
     def gather(said: list[Tensor], own: Tensor) -> None:
         for slot, start in zip(said, starts, strict=True):

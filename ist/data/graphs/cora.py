@@ -24,13 +24,14 @@ def cora(root: Path | None = None, parts: int = 4, validation: bool = False) -> 
     """Load Cora as graphs: float32 features (2708, 1433), rows of sum 1, and edges int64 (2, 10556).
 
     Args:
-        root: The .npz, or a folder that holds it as `cora.npz`.
-        parts: The 140 training nodes are dealt to so many items, evenly within each class, for as many workers.
+        root: The .npz file, or a folder that contains it as `cora.npz`.
+        parts: The number of training items, over which the 140 training nodes are distributed evenly within each
+            class; one item per worker.
         validation: Hold out the 500 validation nodes instead of the 1,000 test nodes: for tuning.
 
     Returns:
-        Train: `parts` times the whole graph, in the same memory, each with another part of the training nodes as
-        targets; test: the whole graph with the held-out nodes as targets. All other targets are -100.
+        Train: `parts` times the full graph, in the same memory, each with a different part of the training nodes as
+        targets; test: the full graph with the held-out nodes as targets. All other targets are -100.
 
     Raises:
         DataError: The file is missing or malformed.
@@ -43,7 +44,9 @@ def cora(root: Path | None = None, parts: int = 4, validation: bool = False) -> 
     offsets = arrays["indptr"].astype(np.int64)
     lengths = np.diff(offsets)
     if len(lengths) != len(labels):
-        raise DataError(f"{path}: holds features of {len(lengths)} nodes and labels of {len(labels)}")
+        raise DataError(
+            f"{path}: features of {len(lengths)} nodes, but labels of {len(labels)}: expected equal numbers"
+        )
     values = np.repeat(1 / np.maximum(lengths, 1), lengths).astype(np.float32)
     features = SparseRows(offsets, arrays["indices"].astype(np.int32), values, width).dense()
     edges = torch.from_numpy(undirected(arrays["edges"].astype(np.int64), len(labels)))
@@ -61,7 +64,7 @@ def cora(root: Path | None = None, parts: int = 4, validation: bool = False) -> 
 
 def _find(root: Path | None) -> Path:
     if root is None:
-        raise DataError(f"no package of this system holds Cora. {_GET}")
+        raise DataError(f"no package of this system provides Cora. {_GET}")
     path = root / "cora.npz" if root.is_dir() else root
     if not path.is_file():
         raise DataError(f"{path}: no such file. {_GET}")
@@ -73,4 +76,4 @@ def _read(path: Path) -> dict[str, NDArray[np.integer]]:
         with np.load(path, allow_pickle=False) as stored:
             return {name: stored[name] for name in ARRAYS}
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: is no .npz of Cora: {error}. {_GET}") from error
+        raise DataError(f"{path}: not a .npz of Cora: {error}. {_GET}") from error

@@ -1,6 +1,7 @@
-"""Data sets whose items are graphs: nodes with features and a target each, and edges.
+"""Data sets whose items are graphs: edges, and nodes with features and a target each.
 
-A batch of several graphs is one graph whose parts are not joined. Not here: which graphs.
+A batch of several graphs is one graph with unconnected parts.
+Not here: the data (`cora.py`, `ist/data/wordnet/graph.py`).
 """
 
 from collections.abc import Sequence
@@ -23,9 +24,9 @@ class Graph:
     """A graph whose nodes are numbered from 0.
 
     Args:
-        features: (nodes, features) float32, or sparse rows that become so in a batch.
-        edge_index: int64, shape (2, edges): from and to; an edge without direction is there twice.
-        targets: int64, shape (nodes,): the class, or -100 where the node counts for nothing.
+        features: float32, shape (nodes, features), or sparse rows, which become dense in a batch.
+        edge_index: int64, shape (2, edges): from and to; an undirected edge appears in both directions.
+        targets: int64, shape (nodes,): the class, or -100 for an ignored node.
     """
 
     features: Tensor | SparseRows
@@ -48,7 +49,7 @@ class GraphDataset(BatchedDataset):
         return self.batch(np.array([index], dtype=np.int64))
 
     def batch(self, indices: Indices) -> GraphBatch:
-        """Return the graphs at `indices` side by side: no edge leads from one to another.
+        """Return the graphs at `indices` as one graph with unconnected parts.
 
         Returns:
             ((features float32 (nodes, features), edge_index int64 (2, edges)), targets int64 (nodes,)).
@@ -62,7 +63,7 @@ class GraphDataset(BatchedDataset):
         return (torch.cat(features), torch.cat(edges, dim=1)), torch.cat([graph.targets for graph in graphs])
 
     def part(self, indices: Indices) -> "GraphDataset":
-        """Return the graphs at `indices` alone."""
+        """Return a data set of only the graphs at `indices`."""
         return GraphDataset([self.graphs[int(index)] for index in indices])
 
 
@@ -71,24 +72,24 @@ def _dense(features: Tensor | SparseRows) -> Tensor:
 
 
 def undirected(edges: Indices, num_nodes: int) -> Indices:
-    """Return edges in both directions, each once and sorted, without loops.
+    """Return edges in both directions, sorted, without duplicates and loops.
 
     Args:
         edges: int64, shape (2, edges).
-        num_nodes: Number of nodes.
+        num_nodes: The number of nodes.
 
     Raises:
-        DataError: An edge leads to a node that is not there.
+        DataError: An edge has a node that does not exist.
     """
     if edges.size and not (edges.min() >= 0 and edges.max() < num_nodes):
-        raise DataError(f"an edge joins nodes {edges.min()} to {edges.max()}, but they go from 0 to {num_nodes - 1}")
+        raise DataError(f"edges have nodes {edges.min()} to {edges.max()}: expected nodes from 0 to {num_nodes - 1}")
     proper = edges[:, edges[0] != edges[1]]
     both = np.concatenate([proper[0] * num_nodes + proper[1], proper[1] * num_nodes + proper[0]])
     return np.stack(np.divmod(np.unique(both), num_nodes))
 
 
 def only(targets: Indices, nodes: Indices) -> Tensor:
-    """Return int64 targets of all nodes, -100 where they are not among `nodes`."""
+    """Return int64 targets of all nodes: -100 for nodes that are not in `nodes`."""
     masked = np.full_like(targets, IGNORED)
     masked[nodes] = targets[nodes]
     return torch.from_numpy(masked)

@@ -1,4 +1,4 @@
-"""Matrices of which most entries are zero, kept row after row: only what is not zero takes memory."""
+"""Sparse matrices in compressed row format (CSR), as NumPy arrays."""
 
 from dataclasses import dataclass
 
@@ -15,10 +15,10 @@ class SparseRows:
     """A float32 matrix of shape (rows, width).
 
     Args:
-        offsets: int64, shape (rows + 1,): where each row's entries start, and the last one's end.
+        offsets: int64, shape (rows + 1,): the start of each row's entries, and the end of the last one's.
         columns: int32, shape (entries,): the column of each entry.
         values: float32, shape (entries,).
-        width: Number of columns.
+        width: The number of columns.
     """
 
     offsets: Indices
@@ -40,7 +40,7 @@ class SparseRows:
         return np.repeat(np.arange(len(self), dtype=np.int64), np.diff(self.offsets))
 
     def dense(self) -> Tensor:
-        """Return the whole matrix, float32 of shape (rows, width)."""
+        """Return the dense matrix, float32 of shape (rows, width)."""
         full = np.zeros((len(self), self.width), dtype=np.float32)
         full[self.row_of_entries(), self.columns] = self.values
         return torch.from_numpy(full)
@@ -50,11 +50,11 @@ def expand(offsets: Indices, indices: Indices) -> tuple[Indices, Indices]:
     """Find the entries of some rows.
 
     Args:
-        offsets: int64, shape (rows + 1,): where each row's entries start.
-        indices: int64, shape (n,): the rows wanted.
+        offsets: int64, shape (rows + 1,): the start of each row's entries, and the end of the last one's.
+        indices: int64, shape (n,): the numbers of the rows.
 
     Returns:
-        The positions of their entries, row after row, and the offsets, shape (n + 1,), of the rows among these.
+        The positions of their entries, row by row, and the offsets of the rows in this list, shape (n + 1,).
     """
     lengths = offsets[indices + 1] - offsets[indices]
     ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths, dtype=np.int64)])

@@ -1,4 +1,4 @@
-"""scikit-learn's digits: 1,797 images of 8x8 pixels, 10 classes; installed with the library."""
+"""scikit-learn's digits: 1,797 images of 8x8 pixels, 10 classes; they are installed with scikit-learn."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,15 +15,15 @@ def digits(root: Path | None = None, test_fraction: float = 0.2) -> Splits:
     """Load the digits as float32 in [-1, 1], shape (64,), and int64 targets in 0..9.
 
     Args:
-        root: Not used: the data come with scikit-learn.
-        test_fraction: The part of the samples, every k-th one, that is held out; in (0, 0.5].
+        root: Must be None: the data come with scikit-learn.
+        test_fraction: The fraction of the samples that is held out, every k-th one; in (0, 0.5].
 
     Raises:
         DataError: scikit-learn is not installed, or `root` is given.
         ValueError: `test_fraction` is out of range.
     """
     if root is not None:
-        raise DataError(f"data.root is '{root}', but the digits come with scikit-learn: leave data.root out")
+        raise DataError(f"data.root is '{root}', but the digits come with scikit-learn: remove data.root")
     if not 0 < test_fraction <= 0.5:
         raise ValueError(f"test_fraction is {test_fraction}: expected a number in (0, 0.5]")
     table = torch.from_numpy(np.loadtxt(_find_csv(), delimiter=",", dtype=np.float32))
@@ -42,5 +42,8 @@ def _find_csv() -> Path:
         raise DataError("data set 'digits' comes with scikit-learn: pip install scikit-learn")
     path = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
     if not path.exists():
-        raise DataError(f"{path}: not there: this version of scikit-learn keeps the digits elsewhere")
+        raise DataError(
+            f"{path}: no such file: this version of scikit-learn has the digits elsewhere; install the version of "
+            "constraints.txt"
+        )
     return path

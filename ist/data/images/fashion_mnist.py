@@ -1,4 +1,4 @@
-"""Fashion-MNIST: 60,000 + 10,000 grey images of 28x28 pixels, 10 classes (Zalando Research, MIT licence)."""
+"""Fashion-MNIST: 60,000 + 10,000 gray images of 28x28 pixels, 10 classes (Zalando Research, MIT license)."""
 
 from pathlib import Path
 
@@ -17,13 +17,12 @@ _MEAN, _STD = 0.2860, 0.3530  # of the training pixels scaled to [0, 1]
 
 
 def fashion_mnist(root: Path | None = None, validation: bool = False, flat: bool = True) -> Splits:
-    """Load Fashion-MNIST as standardised float32 of shape (784,), or (1, 28, 28), and int64 targets in 0..9.
+    """Load Fashion-MNIST as standardized float32 of shape (784,), or (1, 28, 28), and int64 targets in 0..9.
 
     Args:
-        root: Folder with the four standard IDX files, gzipped or not; default: where Debian's
-            package puts them.
+        root: A folder with the four standard IDX files, gzipped or not; None: the folder of Debian's package.
         validation: Hold out the last 10,000 training images instead of the test images: for tuning.
-        flat: One row of 784 pixels an image; else a channel of 28 rows.
+        flat: Whether an image is one row of 784 pixels; otherwise it is a channel of 28 x 28 pixels.
 
     Raises:
         DataError: A file is missing or malformed.

@@ -25,7 +25,7 @@ def read_idx(path: Path) -> Tensor:
         path: The file; gzipped if its name ends in `.gz`.
 
     Raises:
-        DataError: The file cannot be read, is truncated, or holds something else.
+        DataError: The file cannot be read, is truncated, or has another format.
     """
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
@@ -39,5 +39,5 @@ def read_idx(path: Path) -> Tensor:
     shape = struct.unpack(f">{raw[3]}I", raw[4:header_bytes])
     expected = header_bytes + int(np.prod(shape, dtype=np.int64))
     if len(raw) != expected:
-        raise DataError(f"{path}: holds {len(raw)} bytes, but its header {tuple(shape)} calls for {expected}")
+        raise DataError(f"{path}: has {len(raw)} bytes, but its header {tuple(shape)} requires {expected}")
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=header_bytes).reshape(shape).copy())

@@ -1,7 +1,7 @@
-"""Speech as pictures: the logarithm of the energy in 128 bands of pitch, 32 times in one second.
+"""Log-mel spectrograms of speech: the logarithm of the energy in 128 frequency bands, in 32 frames of one second.
 
-The bands are triangles, evenly spaced on the mel scale of HTK (S. Young et al., "The HTK Book", section 5.4), from 0 Hz
-to half the sampling rate.
+The bands are triangular filters, evenly spaced on the mel scale of HTK (S. Young et al., "The HTK Book", section 5.4),
+from 0 Hz to half the sampling rate.
 """
 
 import math
@@ -22,21 +22,21 @@ NUM_MELS, NUM_FRAMES = 128, 32
 
 NUM_FEATURES = NUM_MELS * NUM_FRAMES
 
-_FLOOR = 1e-6  # about the energy, in a band, of the rounding of 16-bit samples
+_FLOOR = 1e-6  # about the energy in a band of the rounding errors of 16-bit samples
 _AT_ONCE = 256
 
 Samples = NDArray[np.int16]
 
 
 def log_mel(recordings: Sequence[Samples], rate_hz: int) -> Tensor:
-    """Return the spectrograms of recordings, cut after one second or continued with silence.
+    """Return the spectrograms of recordings, which are truncated or padded with silence to one second.
 
-    A frame is two steps long, a step 1/32 of a second; its spectrum is that of a Hann window, with at least as many
-    zeros behind so that the lowest bands, narrower than the spectrum's own steps would be, hold some of it.
+    A hop is 1/32 of a second, and a frame is two hops long. Its spectrum uses a Hann window and at least as many zeros
+    as samples, because the lowest bands would otherwise be narrower than the spectrum's resolution.
 
     Args:
         recordings: int16, each of shape (samples,).
-        rate_hz: Samples of a second; at least 1,000.
+        rate_hz: Samples per second; at least 1,000.
 
     Returns:
         float32, shape (recordings, 128, 32): natural logarithms.
@@ -50,8 +50,8 @@ def log_mel(recordings: Sequence[Samples], rate_hz: int) -> Tensor:
         some = recordings[start : start + _AT_ONCE]
         waves = np.zeros((len(some), (NUM_FRAMES + 1) * step), dtype=np.float32)
         for row, samples in zip(waves, some, strict=True):
-            kept = samples[: NUM_FRAMES * step]
-            row[step // 2 : step // 2 + len(kept)] = kept  # half a step of silence before and after
+            used = samples[: NUM_FRAMES * step]
+            row[step // 2 : step // 2 + len(used)] = used  # half a hop of silence before and after
         frames = torch.from_numpy(waves / 2**15).unfold(1, 2 * step, step) * window
         spectrum: Tensor = torch.fft.rfft(frames, n=points)
         energy = (spectrum.real.square() + spectrum.imag.square()) @ bands.T
@@ -60,11 +60,11 @@ def log_mel(recordings: Sequence[Samples], rate_hz: int) -> Tensor:
 
 
 def mel_bands(points: int, rate_hz: int) -> Tensor:
-    """Return how much each step of a spectrum counts in each band.
+    """Return the weight of each bin of a spectrum in each band.
 
     Args:
-        points: Samples that the spectrum is of.
-        rate_hz: Samples of a second.
+        points: The number of samples from which the spectrum is computed.
+        rate_hz: Samples per second.
 
     Returns:
         float32, shape (128, points // 2 + 1), in [0, 1].
@@ -78,9 +78,15 @@ def mel_bands(points: int, rate_hz: int) -> Tensor:
 
 
 def as_splits(train: Tensor, train_targets: Tensor, held_out: Tensor, held_out_targets: Tensor) -> Splits:
-    """Return spectrograms as rows of 4,096 numbers, on the scale where those for training have mean 0 and deviation 1.
+    """Return spectrograms as rows of 4,096 numbers, standardized with the mean and deviation of the training data.
 
-    The spectrograms are changed in place: there may be no memory for two copies.
+    The spectrograms are changed in place, because there may not be memory for a copy.
+
+    Args:
+        train: float32, shape (recordings, 128, 32).
+        train_targets: int64, shape (recordings,).
+        held_out: The held-out spectrograms, of the same form.
+        held_out_targets: Their targets.
     """
     mean, deviation = train.mean(), train.std().clamp_min(1e-6)
     for spectrograms in (train, held_out):
@@ -92,14 +98,14 @@ def read_wave(path: Path, rate_hz: int) -> Samples:
     """Return the samples of a .wav file: int16, shape (samples,).
 
     Raises:
-        DataError: The file cannot be read, or holds something else than one channel of 16 bits at `rate_hz`.
+        DataError: The file cannot be read, or is not one channel of 16 bits at `rate_hz`.
     """
     try:
         with wave.open(str(path), "rb") as stored:
             found = stored.getnchannels(), 8 * stored.getsampwidth(), stored.getframerate()
             raw = stored.readframes(stored.getnframes())
     except (OSError, EOFError, wave.Error) as error:
-        raise DataError(f"{path}: cannot be read as .wav: {error or 'it ends too early'}") from error
+        raise DataError(f"{path}: cannot be read as .wav: {error or 'it is truncated'}") from error
     if found != (1, 16, rate_hz):
-        raise DataError(f"{path}: holds (channels, bits, Hz) {found}: expected (1, 16, {rate_hz})")
+        raise DataError(f"{path}: has (channels, bits, Hz) {found}: expected (1, 16, {rate_hz})")
     return np.frombuffer(raw, dtype="<i2").astype(np.int16)

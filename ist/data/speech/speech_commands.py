@@ -1,6 +1,6 @@
 """Google Speech Commands: 105,829 recordings of 35 words, of one second (P. Warden, arXiv 1804.03209, version 2).
 
-The spectrograms of the whole set take 1.7 GB, and each process of a run computes them for itself.
+The spectrograms of the full set take 1.7 GB, and each process of a run computes them.
 """
 
 from pathlib import Path
@@ -18,42 +18,45 @@ VALIDATION_LIST, TESTING_LIST = "validation_list.txt", "testing_list.txt"
 
 _AT_ONCE = 2048
 
-_GET = "Set data.root to the unpacked folder of speech_commands_v0.02.tar.gz, as its publishers give it"
+_GET = "Set data.root to the unpacked folder of speech_commands_v0.02.tar.gz, as its publishers provide it"
 
 
 def speech_commands(root: Path | None = None, validation: bool = False) -> Splits:
-    """Load the recordings as log-mel spectrograms, standardised float32 of shape (4096,), and int64 targets in 0..34.
+    """Load the recordings as log-mel spectrograms, standardized float32 of shape (4096,), and int64 targets in 0..34.
 
     Args:
-        root: The standard folder: a folder of .wav files of 16 kHz for each word, and two lists of files.
+        root: The standard folder: for each word a folder of .wav files with 16 kHz, and two lists of files.
         validation: Hold out the files of `validation_list.txt` instead of those of `testing_list.txt`: for tuning.
 
     Returns:
-        Train, the files that are in neither list, and what is held out; the scale is that of the first. Targets number
-        the folders by name; those whose names start with '_', such as the background noise, are left out.
+        Train (the files in neither list) and the held-out files; both are standardized with the statistics of the
+        former. Targets are the numbers of the words' folders, sorted by name; folders whose name starts with '_', such
+        as the background noise, are skipped.
 
     Raises:
         DataError: The folder is missing or malformed, or a part has no files.
     """
     if root is None:
-        raise DataError(f"no package of this system holds Speech Commands. {_GET}")
+        raise DataError(f"no package of this system provides Speech Commands. {_GET}")
     words = (
         sorted(path.name for path in root.iterdir() if path.is_dir() and path.name[0] not in "._")
         if root.is_dir()
         else []
     )
     if not words:
-        raise DataError(f"{root}: holds no folders of words. {_GET}")
+        raise DataError(f"{root}: has no folders of words. {_GET}")
     lists = {name: _listed(root, name) for name in (VALIDATION_LIST, TESTING_LIST)}
     files = [f"{word}/{path.name}" for word in words for path in sorted((root / word).glob("*.wav"))]
     missing = set.union(*lists.values()) - set(files)
     if missing:
-        raise DataError(f"{root}: {len(missing)} listed files are not there, such as '{min(missing)}'")
+        raise DataError(f"{root}: {len(missing)} listed files are missing, such as '{min(missing)}'")
     wanted = lists[VALIDATION_LIST if validation else TESTING_LIST]
     train = [file for file in files if not any(file in listed for listed in lists.values())]
     held_out = [file for file in files if file in wanted]
     if not train or not held_out:
-        raise DataError(f"{root}: {len(train)} files to train on, {len(held_out)} held out: both parts need one")
+        raise DataError(
+            f"{root}: {len(train)} files for training, {len(held_out)} held out: each part needs at least one"
+        )
     return as_splits(*_loaded(root, train, words), *_loaded(root, held_out, words))
 
 

@@ -16,7 +16,7 @@ from ist.rng import Indices
 RATE_HZ = 8000
 
 HELD_OUT_EACH = 5
-"""Recordings of a digit by a speaker that are for testing, and as many for validation."""
+"""The number of recordings per digit and speaker for testing, and the same number for validation."""
 
 _GET = (
     "Set data.root to the folder 'recordings' of a copy of github.com/Jakobovski/free-spoken-digit-dataset, or to a "
@@ -34,21 +34,22 @@ class _Recordings(NamedTuple):
 def spoken_digits(
     root: Path | None = None, split: Literal["official", "speaker"] = "official", validation: bool = False
 ) -> Splits:
-    """Load the recordings as log-mel spectrograms, standardised float32 of shape (4096,), and int64 targets in 0..9.
+    """Load the recordings as log-mel spectrograms, standardized float32 of shape (4096,), and int64 targets in 0..9.
 
     Args:
-        root: Folder with files `{digit}_{speaker}_{index}.wav`, 8 kHz, or with a folder `recordings` of them; or a .npz
-            with samples int16 of all recordings, offsets (recordings + 1,), digit, speaker and index.
-        split: What is for testing: `official`, the recordings 0 to 4 of every digit and speaker; or `speaker`, all of
-            the last speaker by name.
-        validation: Hold out the recordings 5 to 9, or the last speaker but one, instead: for tuning.
+        root: A folder with files `{digit}_{speaker}_{index}.wav` of 8 kHz, or with such a folder `recordings`; or a
+            .npz with the arrays samples (int16, all recordings), offsets (recordings + 1,), digit, speaker and index.
+        split: The test data: `official`, the recordings 0 to 4 of each digit and speaker; or `speaker`, all recordings
+            of the last speaker by name.
+        validation: Hold out the recordings 5 to 9, or the second to last speaker, instead: for tuning.
 
     Returns:
-        Train, without what is for testing, and what is held out; the scale is that of the first.
+        Train (never with the test data) and the held-out recordings; both are standardized with the statistics of the
+        former.
 
     Raises:
         DataError: The recordings are missing or malformed, or a part has none.
-        ValueError: There is no such split.
+        ValueError: The split is unknown.
     """
     if split not in ("official", "speaker"):
         raise ValueError(f"split is '{split}': expected 'official' or 'speaker'")
@@ -62,7 +63,9 @@ def spoken_digits(
     wanted = tuning if validation else test
     train, held_out = (groups != test) & (groups != wanted), groups == wanted
     if not train.any() or not held_out.any():
-        raise DataError(f"{root}: {train.sum()} recordings to train on, {held_out.sum()} held out: both parts need one")
+        raise DataError(
+            f"{root}: {train.sum()} recordings for training, {held_out.sum()} held out: each part needs at least one"
+        )
     spectrograms = log_mel(found.samples, RATE_HZ)
     targets = torch.from_numpy(found.digits)
     parts = [torch.from_numpy(np.flatnonzero(part)) for part in (train, held_out)]
@@ -71,7 +74,7 @@ def spoken_digits(
 
 def _read(root: Path | None) -> _Recordings:
     if root is None:
-        raise DataError(f"no package of this system holds the spoken digits. {_GET}")
+        raise DataError(f"no package of this system provides the spoken digits. {_GET}")
     if root.is_file():
         return _read_arrays(root)
     folder = root / "recordings" if (root / "recordings").is_dir() else root
@@ -96,11 +99,11 @@ def _read_arrays(path: Path) -> _Recordings:
             samples, offsets = stored["samples"], stored["offsets"]
             digits, speakers, indices = stored["digit"], stored["speaker"], stored["index"]
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path}: is no .npz of the spoken digits: {error}. {_GET}") from error
+        raise DataError(f"{path}: not a .npz of the spoken digits: {error}. {_GET}") from error
     if not len(digits) == len(speakers) == len(indices) == len(offsets) - 1:
         raise DataError(
-            f"{path}: holds {len(digits)} digits, {len(speakers)} speakers, {len(indices)} indices and {len(offsets)} "
-            "offsets: expected as many of each, and one offset more"
+            f"{path}: has {len(digits)} digits, {len(speakers)} speakers, {len(indices)} indices and {len(offsets)} "
+            "offsets: expected equal numbers, and one more offset"
         )
     recordings = np.split(samples.astype(np.int16, copy=False), offsets[1:-1])
     return _Recordings(recordings, digits.astype(np.int64), speakers, indices.astype(np.int64))

@@ -1,1 +1,1 @@
-"""WordNet's nouns: as a graph, and as glosses with what they are kinds of."""
+"""WordNet's nouns: as a graph, and as glosses labeled with their hypernyms."""

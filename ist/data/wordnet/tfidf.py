@@ -1,7 +1,7 @@
-"""Texts as weighted words: term frequency times inverse document frequency.
+"""Texts as weighted words (TF-IDF): term frequency times inverse document frequency.
 
-The weights are those of scikit-learn's `TfidfVectorizer` with its defaults; this one is quicker to load. Reference: C.
-Manning, P. Raghavan, H. Schuetze, "Introduction to Information Retrieval" (2008), section 6.2.
+The weights equal those of scikit-learn's `TfidfVectorizer` with its defaults; this module is faster to import.
+Reference: C. Manning, P. Raghavan, H. Schuetze, "Introduction to Information Retrieval" (2008), section 6.2.
 """
 
 import re
@@ -20,7 +20,7 @@ very was were what when where which while who whose will with within without wou
 """
 
 STOP_WORDS = frozenset(_STOP_WORDS.split())
-"""Words that say little about what a text is about, in lower case."""
+"""Frequent words with little meaning, in lower case."""
 
 _WORD = re.compile(r"\w\w+")
 
@@ -32,18 +32,18 @@ def tfidf(
     max_words: int | None = None,
     stop_words: frozenset[str] = frozenset(),
 ) -> tuple[SparseRows, list[str]]:
-    """Weigh the words of texts.
+    """Return the TF-IDF weights of the words in texts.
 
     Args:
         texts: The documents.
-        fitted: int64: the documents, by number, that say which words there are and how rare each is.
-        min_documents: Words in fewer fitted documents are left out.
-        max_words: Keep only so many words, those in the most fitted documents.
-        stop_words: Words to leave out, in lower case.
+        fitted: int64: the numbers of the documents that define the vocabulary and the document frequencies.
+        min_documents: Words in fewer fitted documents are dropped.
+        max_words: The largest size of the vocabulary: the words in the most fitted documents; None: no limit.
+        stop_words: Words to drop, in lower case.
 
     Returns:
-        A row a text, of length 1 where it holds a known word, else empty; and the words by column, the most frequent
-        first.
+        A row per text, of norm 1 if the text has a known word and empty otherwise; and the words by column, the most
+        frequent first.
     """
     numbers: dict[str, int] = {}
     found = [_WORD.findall(text.lower()) for text in texts]
@@ -58,9 +58,9 @@ def tfidf(
     words = list(numbers)
     stopped = np.array([word in stop_words for word in words], dtype=bool)
     order = np.argsort(-documents, kind="stable")
-    kept = order[(documents[order] >= max(min_documents, 1)) & ~stopped[order]][:max_words]
+    vocabulary = order[(documents[order] >= max(min_documents, 1)) & ~stopped[order]][:max_words]
     column_of = np.full(len(words), -1, dtype=np.int64)
-    column_of[kept] = np.arange(len(kept))
+    column_of[vocabulary] = np.arange(len(vocabulary))
     rarity = np.log((1 + len(fitted)) / (1 + documents)) + 1
 
     known = column_of[columns] >= 0
@@ -69,4 +69,5 @@ def tfidf(
     lengths = np.sqrt(np.bincount(rows, weights**2, minlength=len(texts)))
     values = (weights / lengths[rows]).astype(np.float32)
     offsets = np.searchsorted(rows, np.arange(len(texts) + 1)).astype(np.int64)
-    return SparseRows(offsets, column_of[columns].astype(np.int32), values, len(kept)), [words[at] for at in kept]
+    rows_of_texts = SparseRows(offsets, column_of[columns].astype(np.int32), values, len(vocabulary))
+    return rows_of_texts, [words[number] for number in vocabulary]

@@ -1,4 +1,4 @@
-"""Whether two processes have loaded the same data, told from a few items."""
+"""Fingerprints of data sets: whether two processes have loaded the same data."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from ist.data.content import NOTHING, Content, content
+from ist.data.fingerprint import NO_DATA, DataFingerprint, data_fingerprint
 from ist.distributed import process_group as group
 from ist.errors import DataError
 from ist.runs.rehearsal import rehearse
@@ -31,10 +31,10 @@ class Items(Dataset[Any]):
 
 
 def alike(one: Dataset[Any], other: Dataset[Any]) -> bool:
-    return content(one, 3).other_item(content(other, 3)) is None
+    return data_fingerprint(one, 3).first_different_item(data_fingerprint(other, 3)) is None
 
 
-@pytest.mark.parametrize("make", [data, lambda seed: Augmented(data(seed=seed))], ids=["as they are", "drawn"])
+@pytest.mark.parametrize("make", [data, lambda seed: Augmented(data(seed=seed))], ids=["stored", "augmented"])
 def test_the_same_data_are_alike_and_others_are_not(make: Any) -> None:
     assert alike(make(seed=1), make(seed=1))
     assert not alike(make(seed=1), make(seed=2))
@@ -68,7 +68,7 @@ def test_data_that_differ_in_their_last_digits_are_alike() -> None:
         ((torch.tensor([True] * 20), 0), (torch.tensor([False] * 20), 0)),
     ],
 )
-def test_whatever_an_item_holds_is_compared(one: Any, other: Any) -> None:
+def test_all_parts_of_an_item_are_compared(one: Any, other: Any) -> None:
     assert alike(Items(one), Items(one))
     assert not alike(Items(one), Items(other))
 
@@ -78,23 +78,23 @@ def test_an_item_that_cannot_be_read_is_named() -> None:
         def __getitem__(self, index: int) -> Any:
             raise FileNotFoundError(f"{index}.wav")
 
-    with pytest.raises(DataError, match=r"sample 0 of Missing: FileNotFoundError: 0\.wav \(test_content\.py, line"):
-        content(Missing(1, 2), 3)
+    with pytest.raises(DataError, match=r"\b0 of Missing.*FileNotFoundError: 0\.wav \(test_fingerprint\.py, line"):
+        data_fingerprint(Missing(1, 2), 3)
 
 
-def test_content_survives_being_sent_as_numbers() -> None:
-    made = content(Augmented(data()), 3)
+def test_a_fingerprint_can_be_sent_as_numbers() -> None:
+    made = data_fingerprint(Augmented(data()), 3)
 
-    assert Content.from_numbers(torch.tensor(made.to_numbers(), dtype=torch.float64).tolist()) == made
+    assert DataFingerprint.from_numbers(torch.tensor(made.to_numbers(), dtype=torch.float64).tolist()) == made
 
 
-def test_looking_at_data_leaves_the_generators_as_they_were() -> None:
+def test_a_fingerprint_does_not_change_the_state_of_generators() -> None:
     with generators_left_alone():
-        content(Augmented(data()), 3)
+        data_fingerprint(Augmented(data()), 3)
 
 
 class OwnGenerator(Dataset[tuple[Tensor, Tensor]]):
-    """A data set that draws from a generator of its own, which nobody can seed."""
+    """A data set that draws from its own generator, which the run cannot seed."""
 
     def __init__(self, inner: TensorDataset) -> None:
         self.inner = inner
@@ -108,30 +108,32 @@ class OwnGenerator(Dataset[tuple[Tensor, Tensor]]):
         return item + self.generator.random(), target
 
 
-def test_items_that_nobody_can_repeat_are_compared_with_nothing() -> None:
-    made = content(OwnGenerator(data(seed=1)), 3)
+def test_items_that_differ_between_two_reads_are_not_compared() -> None:
+    made = data_fingerprint(OwnGenerator(data(seed=1)), 3)
 
     assert made.unrepeatable == 0
     assert alike(OwnGenerator(data(seed=1)), OwnGenerator(data(seed=2)))
-    assert content(Augmented(data()), 3).unrepeatable is None
+    assert data_fingerprint(Augmented(data()), 3).unrepeatable is None
 
 
 @pytest.mark.parametrize(("train", "test"), [(OwnGenerator, Augmented), (Augmented, OwnGenerator)])
-def test_data_that_change_from_look_to_look_are_warned_of_by_name(train: Any, test: Any) -> None:
+def test_data_that_differ_between_two_reads_are_named_in_a_warning(train: Any, test: Any) -> None:
     job = job_for(seeded(NETWORKS["no batch norm"]), train(data()), test(data(40, seed=4)))
     which = "training" if train is OwnGenerator else "test"
 
-    with pytest.warns(UserWarning, match=rf"the {which} data \(OwnGenerator\): item 0 is another one at a second look"):
+    with pytest.warns(UserWarning, match=rf"{which} data .*OwnGenerator.*\b0\b.*numpy\.random"):
         rehearse(job)
 
 
-def test_data_that_are_seeded_are_not_warned_of() -> None:
+def test_there_is_no_warning_for_seeded_data() -> None:
     rehearse(job_for(seeded(NETWORKS["no batch norm"]), Augmented(data()), Augmented(data(40, seed=4))))
     rehearse(job_for(nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5))))
 
 
-def agreed(monkeypatch: pytest.MonkeyPatch, contents: list[tuple[Content, Content]], rank: int = 0) -> int:
-    """What a rank makes of a start where ranks have these training and test data."""
+def agreed(
+    monkeypatch: pytest.MonkeyPatch, contents: list[tuple[DataFingerprint, DataFingerprint]], rank: int = 0
+) -> int:
+    """Return the first round on which a rank agrees if the ranks have these training and test data."""
 
     def gather(said: list[Tensor], own: Tensor) -> None:
         for slot, (train, test) in zip(said, contents, strict=True):
@@ -144,19 +146,19 @@ def agreed(monkeypatch: pytest.MonkeyPatch, contents: list[tuple[Content, Conten
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_every_rank_refuses_to_start_with_different_training_data(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
-    ours, theirs, fewer = (content(data(size, seed=seed), 3) for size, seed in ((100, 1), (100, 2), (90, 1)))
+    ours, theirs, fewer = (data_fingerprint(data(size, seed=seed), 3) for size, seed in ((100, 1), (100, 2), (90, 1)))
 
-    assert agreed(monkeypatch, [(ours, NOTHING)] * 3, rank) == 7
-    with pytest.raises(DataError, match=r"training data of rank 2 .*sample 0"):
-        agreed(monkeypatch, [(ours, NOTHING), (ours, NOTHING), (theirs, NOTHING)], rank)
-    with pytest.raises(DataError, match="rank 1 has 90 training samples, rank 0 has 100"):
-        agreed(monkeypatch, [(ours, NOTHING), (fewer, NOTHING), (theirs, NOTHING)], rank)
+    assert agreed(monkeypatch, [(ours, NO_DATA)] * 3, rank) == 7
+    with pytest.raises(DataError, match=r"training data .*rank 2 .*rank 0.*sample 0\b"):
+        agreed(monkeypatch, [(ours, NO_DATA), (ours, NO_DATA), (theirs, NO_DATA)], rank)
+    with pytest.raises(DataError, match=r"rank 1 .*\b90\b.*training.*rank 0 .*\b100\b"):
+        agreed(monkeypatch, [(ours, NO_DATA), (fewer, NO_DATA), (theirs, NO_DATA)], rank)
 
 
-def test_different_test_data_are_warned_of_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    train, ours, theirs = (content(data(seed=seed), 3) for seed in (1, 2, 3))
+def test_rank_0_warns_of_different_test_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    train, ours, theirs = (data_fingerprint(data(seed=seed), 3) for seed in (1, 2, 3))
 
-    with pytest.warns(UserWarning, match=r"test data of rank 2 .*rank 0"):
-        agreed(monkeypatch, [(train, ours), (train, NOTHING), (train, theirs)])
-    agreed(monkeypatch, [(train, ours), (train, NOTHING), (train, theirs)], rank=2)
-    agreed(monkeypatch, [(train, ours), (train, NOTHING), (train, ours)])
+    with pytest.warns(UserWarning, match=r"test data .*rank 2 .*rank 0.*evaluates"):
+        agreed(monkeypatch, [(train, ours), (train, NO_DATA), (train, theirs)])
+    agreed(monkeypatch, [(train, ours), (train, NO_DATA), (train, theirs)], rank=2)
+    agreed(monkeypatch, [(train, ours), (train, NO_DATA), (train, ours)])

@@ -1,9 +1,11 @@
-"""What a few items of a data set hold, in a few numbers: to tell whether two processes have loaded the same data.
+"""A fingerprint of a data set, computed from a few items: do two processes have the same data?
 
-Where it sits: `ist/distributed/process_group.py` compares these numbers of all ranks before a run;
-`ist/training/worker.py` warns of data that change from look to look. Items are compared within a tolerance: two kinds
-of processors, or two versions of a decoder, may round differently.
-Not here: dealing data to workers (`batches.py`).
+Items are compared with a tolerance, because two kinds of processors, or two versions of a decoder, may round
+differently.
+
+Where it sits: `ist/distributed/process_group.py` compares the fingerprints of all ranks before a run;
+`ist/runs/rehearsal.py` warns of data that differ between two reads.
+Not here: assigning data to workers (`batches.py`).
 """
 
 import zlib
@@ -21,46 +23,46 @@ from ist.data.batches import fetch, item_at, length
 from ist.rng import Purpose, seeded, uniform
 
 _DRAWN = 3
-LOOKED_AT = 2 + _DRAWN
-"""Items that are looked at: the first, the last, and some that are drawn; in small data sets, some of them twice."""
+NUM_COMPARED = 2 + _DRAWN
+"""The number of items in a fingerprint: the first, the last, and some at random, perhaps with repetitions."""
 
-_FEW = 16  # integers of an item that must agree one by one, such as its target
-_MOST = 100_000  # numbers of one tensor that are looked at
-_APART = 0.02
-"""By how much sums may differ, relative to their size; those of two random items differ by about one and a half."""
+_FEW = 16  # a tensor of at most this many integers, such as a target, must agree exactly
+_MOST = 100_000  # at most about this many numbers of a tensor enter the sum
+_TOLERANCE = 0.02
+"""The largest difference of two sums relative to their size; those of two random items differ by about 1.5."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """What one item holds.
+    """The fingerprint of one item.
 
     Attributes:
-        form: A checksum of its structure, shapes, dtypes, and what is no array of numbers.
-        total: All its numbers, added up with fixed random weights.
-        size: The root of the sum of the terms' squares.
+        form: A checksum of its structure, shapes, dtypes, and all values that are not arrays of numbers.
+        total: The sum of all its numbers with fixed random weights.
+        size: The root of the sum of the squared terms.
     """
 
     form: int
     total: float
     size: float
 
-    def is_like(self, other: "Item", apart: float = _APART) -> bool:
-        """Return whether two items are the same, up to rounding."""
-        return self.form == other.form and abs(self.total - other.total) <= apart * max(self.size, other.size)
+    def is_close(self, other: "Item", tolerance: float = _TOLERANCE) -> bool:
+        """Return whether two items are the same up to rounding."""
+        return self.form == other.form and abs(self.total - other.total) <= tolerance * max(self.size, other.size)
 
 
 _UNKNOWN = Item(0, 0.0, 0.0)
-"""Stands for an item that is another one each time."""
+"""The fingerprint of an item that differs between two reads."""
 
 
 @dataclass(frozen=True)
-class Content:
-    """What a data set holds.
+class DataFingerprint:
+    """The fingerprint of a data set.
 
     Attributes:
-        count: Its number of items.
-        indices: Those that were looked at.
-        items: What they hold.
+        count: The number of items in the data set.
+        indices: The indices of the items in the fingerprint.
+        items: The fingerprints of these items.
     """
 
     count: int
@@ -69,11 +71,11 @@ class Content:
 
     @property
     def unrepeatable(self) -> int | None:
-        """The first item that was another one at the second look, if there is one."""
+        """The index of the first item that differs between two reads, if there is one."""
         return next((index for index, item in zip(self.indices, self.items, strict=True) if item == _UNKNOWN), None)
 
     def to_numbers(self) -> list[float]:
-        """Return the content as numbers, always as many; the inverse of `from_numbers`."""
+        """Return the fingerprint as a list of fixed length; the inverse of `from_numbers`."""
         return [
             float(self.count),
             *map(float, self.indices),
@@ -81,32 +83,32 @@ class Content:
         ]
 
     @staticmethod
-    def from_numbers(numbers: list[float]) -> "Content":
-        """Return the content that `to_numbers` turned into numbers."""
-        indices, rest = numbers[1 : 1 + LOOKED_AT], numbers[1 + LOOKED_AT :]
+    def from_numbers(numbers: list[float]) -> "DataFingerprint":
+        """Return the fingerprint from the result of `to_numbers`."""
+        indices, rest = numbers[1 : 1 + NUM_COMPARED], numbers[1 + NUM_COMPARED :]
         items = [
             Item(int(form), total, size) for form, total, size in zip(*(rest[i::3] for i in range(3)), strict=True)
         ]
-        return Content(int(numbers[0]), tuple(map(int, indices)), tuple(items))
+        return DataFingerprint(int(numbers[0]), tuple(map(int, indices)), tuple(items))
 
-    def other_item(self, other: "Content") -> int | None:
-        """Return the first item that two data sets of the same number of items do not share, among those looked at."""
+    def first_different_item(self, other: "DataFingerprint") -> int | None:
+        """Return the index of the first compared item that differs between two data sets of equal length, or None."""
         for index, mine, theirs in zip(self.indices, self.items, other.items, strict=True):
-            if _UNKNOWN not in (mine, theirs) and not mine.is_like(theirs):
+            if _UNKNOWN not in (mine, theirs) and not mine.is_close(theirs):
                 return index
         return None
 
 
-NOTHING = Content(0, (0,) * LOOKED_AT, (_UNKNOWN,) * LOOKED_AT)
-"""The content of data that are not there."""
+NO_DATA = DataFingerprint(0, (0,) * NUM_COMPARED, (_UNKNOWN,) * NUM_COMPARED)
+"""The fingerprint that stands for no data set."""
 
 
-def content(dataset: Dataset[Any], seed: int) -> Content:
-    """Look at a few items of a data set, twice each, with the process's own generators seeded alike.
+def data_fingerprint(dataset: Dataset[Any], seed: int) -> DataFingerprint:
+    """Read a few items of a data set, twice each with the same seeds, and return the fingerprint.
 
     Args:
         dataset: The data set.
-        seed: The run's seed: which items are drawn, and what random items draw.
+        seed: The seed of the run; it determines which items are read, and the random draws of the items.
 
     Raises:
         DataError: An item cannot be read.
@@ -114,18 +116,18 @@ def content(dataset: Dataset[Any], seed: int) -> Content:
     count = length(dataset)
     drawn = (uniform(_DRAWN, seed, Purpose.CONTENT) * count).astype(np.int64)
     indices = (0, count - 1, *map(int, drawn))
-    return Content(count, indices, tuple(_item(dataset, index, seed) for index in indices))
+    return DataFingerprint(count, indices, tuple(_item(dataset, index, seed) for index in indices))
 
 
 def _item(dataset: Dataset[Any], index: int, seed: int) -> Item:
-    looks = []
+    reads = []
     for _ in range(2):
         with seeded(torch.device("cpu"), seed, Purpose.CONTENT, index):
             if isinstance(dataset, BatchedDataset):
-                looks.append(_summary(fetch(dataset, np.array([index]), torch.device("cpu"))))
+                reads.append(_summary(fetch(dataset, np.array([index]), torch.device("cpu"))))
             else:
-                looks.append(_summary(item_at(dataset, index)))
-    return looks[0] if looks[0].is_like(looks[1], apart=1e-9) else _UNKNOWN
+                reads.append(_summary(item_at(dataset, index)))
+    return reads[0] if reads[0].is_close(reads[1], tolerance=1e-9) else _UNKNOWN
 
 
 def _summary(value: Any) -> Item:
@@ -134,7 +136,7 @@ def _summary(value: Any) -> Item:
         if isinstance(leaf, bytes):
             form = zlib.crc32(leaf, form)
         else:
-            # The mean apart from what differs from it: a large one must not hide the rest.
+            # Separate the mean from the deviations, so that a large mean does not hide them.
             numbers = torch.cat([leaf - leaf.mean(), leaf.mean()[None]])
             draws = torch.from_numpy(uniform(len(numbers), number, Purpose.CONTENT))
             terms = numbers * torch.where(draws < 0.5, -0.5 - draws, draws)
@@ -143,7 +145,7 @@ def _summary(value: Any) -> Item:
 
 
 def _leaves(value: Any) -> Iterator[bytes | Tensor]:
-    """Yield what is in an item: its structure and what must be the same as bytes, arrays of numbers as float64."""
+    """Yield the parts of an item: structure and values that must be equal as bytes, arrays of numbers as float64."""
     if isinstance(value, Mapping):
         for key, part in value.items():
             yield repr(key).encode()
