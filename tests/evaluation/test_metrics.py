@@ -94,7 +94,7 @@ def test_rmse_does_not_broadcast_outputs_to_targets_of_another_shape() -> None:
     inputs = data().tensors[0]
     test = TensorDataset(inputs[:4], inputs[:4, :1])
     job = job_for(seeded(lambda: network), TensorDataset(inputs, inputs[:, 0]), test, evaluate__metric="rmse")
-    object.__setattr__(job, "loss", lambda outputs, targets: (outputs - targets.flatten()).square().mean())
+    object.__setattr__(job.task, "loss", lambda outputs, targets: (outputs - targets.flatten()).square().mean())
     with pytest.raises(ConfigError, match=r"'rmse' of samples 0, 1 .*ValueError: .*\(2,\).*\(2, 1\)"):
         rehearse(job)
 
