@@ -1,7 +1,7 @@
 """Local training of whole networks: every rank trains its own for a round, then all are averaged.
 
 Local SGD takes the mean of the ranks' networks. DiLoCo takes the mean of how they changed for a gradient, with which an
-outer optimiser (SGD with Nesterov momentum) moves the common network; the change may travel in eight bits.
+outer optimiser (SGD with Nesterov momentum) moves the common network; the change may travel in a few bits.
 Optimisers of local steps keep their state on their rank from round to round, as in both papers; at a checkpoint rank 0
 collects it, which is not counted as training traffic.
 Not here: the round loop, evaluation.

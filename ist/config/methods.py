@@ -251,7 +251,7 @@ def planned_methods() -> tuple[str, ...]:
 
 
 def users_of(key: str) -> list[str]:
-    """Return the names of the methods that a configuration key is for; none: the key is for all."""
+    """Return the names of the methods whose entries name a configuration key as theirs."""
     return [spec.name for spec in METHODS.values() if key in spec.keys]
 
 

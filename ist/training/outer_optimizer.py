@@ -3,6 +3,9 @@
 Where it sits: the coordinator notes the network before a round's merge and lets this move it afterwards.
 In IST a weight between two hidden layers is trained in one round of n on average. Its momentum neither decays nor moves
 it in the others: an entry's outer step is taken when the entry was trained.
+Law: where every entry is trained in every round, it is the step of `torch.optim.SGD(..., nesterov=True)`, with which
+DiLoCo (`ist/baselines/local_sgd.py`) moves whole networks, up to rounding: PyTorch multiplies and adds at once, so that
+one code for both would change the last bits of one of them.
 
 Reference: Douillard et al., arXiv 2311.08105 (DiLoCo's outer Nesterov step), here entry by entry.
 """

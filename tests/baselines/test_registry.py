@@ -16,7 +16,16 @@ from torch import Tensor, nn
 from ist.baselines.ranks import RankRound, summarise
 from ist.cli import main as cli
 from ist.config.base import describe_keys
-from ist.config.methods import METHODS, POOLS, Baseline, Collective, MethodSpec, Shapes, method_spec, parameter_bytes
+from ist.config.methods import (
+    METHODS,
+    POOLS,
+    Baseline,
+    Collective,
+    MethodSpec,
+    Shapes,
+    method_spec,
+    parameter_bytes,
+)
 from ist.config.registry import resolve
 from ist.config.schema import Config, Pool
 from ist.data.batches import take_shard

@@ -205,4 +205,21 @@ FAULTS = (
         "all configurations have the same fingerprint", "ist/runs/open.py",
         "return zlib.crc32(json.dumps(tree, sort_keys=True).encode())", "return 0", ("tests/pools/test_ranks.py",),
     ),
+    # Methods and their keys
+    Fault(
+        "a method runs on any pool", "ist/runs/open.py", "    if pool.name not in method.pools:\n", "    if False:\n",
+        ("tests/baselines/test_registry.py",),
+    ),
+    Fault(
+        "a method is made without its options", "ist/runs/open.py", "functools.partial(made, **config.method_spec.options)",
+        "functools.partial(made)", ("tests/baselines/test_registry.py",),
+    ),
+    Fault(
+        "the value of an old key is lost", "ist/config/load.py", "        current = _with_value(current, new, holder[last])\n", "",
+        ("tests/config/test_renamed_keys.py",),
+    ),
+    Fault(
+        "the outer step is no Nesterov step", "ist/training/outer_optimizer.py", "(change + settings.momentum * momentum)",
+        "momentum", ("tests/training/test_recipe.py",),
+    ),
 )  # fmt: skip
