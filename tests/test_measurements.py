@@ -34,7 +34,7 @@ from ist.monitoring.exporters import Prometheus, scalars
 from ist.monitoring.meter import Meter
 from ist.monitoring.meter import worker_numbers as measured_by_workers
 from ist.pools import torchrun
-from ist.report.plots import axes_of_curves
+from ist.report.plots import axes_of_curves, phase_plot
 from ist.report.table import table_columns, table_rows
 from ist.runs.build import build_job
 from ist.runs.open import Leading, open_run
@@ -113,15 +113,25 @@ ENERGY = Measurement(
     prometheus=Sample(Family("ist_energy_joules", "counter", "Energy of all workers together.")),
     axis=Axis("joules of all workers", "log"), column="energy",
 )  # fmt: skip
+HEAT = Measurement(
+    name="heat_c", unit="°C", kind=float, source="worker", slot=12, combine="max", over_rounds="peak",
+    meaning="Temperature of the hottest worker.",
+    prometheus=Sample(Family("ist_heat_celsius", "gauge", "Temperature of the hottest worker.")),
+)  # fmt: skip
+STUCK = Measurement(
+    name="stuck_s", unit="s", kind=float, source="worker", slot=13, combine="elapsed", over_rounds="latest",
+    meaning="Seconds of the round in which a worker waited for its data.", phase="waiting for data",
+    prometheus=Sample(Family("ist_stuck_seconds", "counter", "Seconds of waiting for data.")),
+)  # fmt: skip
 
 
 @pytest.fixture
 def energy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A number more: an entry in the table, and the line that measures it."""
-    table = (*MEASUREMENTS, ENERGY)
+    """Three numbers more: their entries in the table, and the line that measures each."""
+    table, rounds = (*MEASUREMENTS, ENERGY, HEAT, STUCK), iter(range(10**6))
 
     def measure(**others: Any) -> dict[str, float]:
-        return {**measured_by_workers(**others), "energy_j": 2.5}
+        return {**measured_by_workers(**others), "energy_j": 2.5, "heat_c": 60.0 - next(rounds), "stuck_s": 0.25}
 
     for name, module in list(sys.modules.items()):
         for attribute, value in (("MEASUREMENTS", table), ("worker_numbers", measure)):
@@ -142,9 +152,12 @@ def test_a_new_number_is_recorded_and_shown_everywhere_by_one_entry_in_the_table
 
     assert [record["energy_j"] for record in records] == [10.0, 20.0, 30.0, 40.0]
     assert records[0]["energy_j_by_worker"] == [2.5] * 4
-    assert result["energy_j"] == 40.0
+    assert (result["energy_j"], result["heat_c"], result["stuck_s"]) == (40.0, 60.0, 1.0)
+    assert [record["heat_c"] for record in records] == [60.0, 56.0, 52.0, 48.0]  # four workers, each a degree cooler
     assert scalars(records[1])["energy/joules"] == 20.0
-    assert "ist_energy_joules_total 40.0" in generate_latest(exporter.registry).decode()
+    served = generate_latest(exporter.registry).decode().splitlines()
+    assert {"ist_energy_joules_total 40.0", "ist_heat_celsius 48.0", "ist_stuck_seconds_total 4.0"} <= set(served)
+    assert "waiting for data" in phase_plot({"run": records})
     assert ("energy_j", "joules of all workers", "log") in axes_of_curves()
     assert dict(zip(table_columns([result]), table_rows([result])[0], strict=True))["energy"] == "40.0"
 
@@ -203,8 +216,9 @@ def test_the_documentation_lists_what_is_measured_and_the_dashboard_shows_it() -
     assert "| `energy_j` | J | total | Energy that all workers together have used. |" in written["page"]()
     before = json.loads((ROOT / "docker" / "grafana-dashboard.json").read_text())
     panels = written["dashboard"](before)["panels"]
-    assert len(panels) == len(before["panels"]) + 1
-    assert "rate(ist_energy_joules_total[" in panels[-1]["targets"][0]["expr"]
+    assert len(panels) == len(before["panels"]) + 3
+    assert "rate(ist_energy_joules_total[" in panels[-3]["targets"][0]["expr"]
+    assert panels[-2]["targets"][0]["expr"].startswith("ist_heat_celsius *")
 
 
 def test_the_documentation_is_up_to_date() -> None:
