@@ -23,12 +23,13 @@ from ist.errors import (
 )
 
 if TYPE_CHECKING:
-    from ist.api import TrainResult, train
+    from ist.api import TrainResult, split, train
     from ist.config.partition import Exchange, Partition
     from ist.config.recipe import Average, Outer, Recipe, Stage
     from ist.config.schema import Checkpoint, Evaluate, Optimizer, Pool, Ray, Schedule, Watch
     from ist.data.batched import BatchedDataset
     from ist.evaluation.metrics import Metric
+    from ist.runs.split import Split
     from ist.subnet.residual_blocks import scaled_blocks
 
 __version__ = VERSION
@@ -55,23 +56,26 @@ __all__ = [
     "Recipe",
     "RunFolderError",
     "Schedule",
+    "Split",
     "Stage",
     "TrainResult",
     "Watch",
     "WorkerLostError",
     "__version__",
     "scaled_blocks",
+    "split",
     "train",
 ]
 
 # torch and pydantic are imported when they are needed, so that `ist --help` is quick.
 _LATER = {
-    "ist.api": ("TrainResult", "train"),
+    "ist.api": ("TrainResult", "split", "train"),
     "ist.config.partition": ("Exchange", "Partition"),
     "ist.config.recipe": ("Average", "Outer", "Recipe", "Stage"),
     "ist.config.schema": ("Checkpoint", "Evaluate", "Optimizer", "Pool", "Ray", "Schedule", "Watch"),
     "ist.data.batched": ("BatchedDataset",),
     "ist.evaluation.metrics": ("Metric",),
+    "ist.runs.split": ("Split",),
     "ist.subnet.residual_blocks": ("scaled_blocks",),
 }
 _MODULE_OF = {name: module for module, names in _LATER.items() for name in names}

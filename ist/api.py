@@ -1,4 +1,4 @@
-"""The Python entry point: `ist.train` on a user's own network and data.
+"""The Python entry points: `ist.train` on a user's own network and data, and `ist.split`, which looks at one.
 
 Not here: the command line (`ist/cli/main.py`), which builds the same job from a file.
 """
@@ -27,11 +27,14 @@ from ist.network.copies import on_meta
 from ist.network.modes import preserve_modes
 from ist.network.supported import check_network, check_values
 from ist.rng import Purpose, seeded
-from ist.runs.arguments import Keywords, train_config
-from ist.runs.build import loss_function, make_job
+from ist.runs.arguments import Keywords, TrainKeys, split_config, train_config
+from ist.runs.build import loss_function, make_job, split_network
+from ist.runs.inspection import inspect_split
 from ist.runs.open import Following, open_run
 from ist.runs.rehearsal import rehearse
+from ist.runs.split import Split, values_of
 from ist.storage.run_folder import RunFolder, create_run_folder, reopen
+from ist.subnet.assignments import Assignments
 from ist.subnet.job import Job
 from ist.training.rounds import follow_rounds, run_rounds
 
@@ -76,9 +79,9 @@ def _alone() -> Iterator[None]:
     me = object()
     if _training.setdefault(os.getpid(), me) is not me:
         raise ConfigError(
-            "another ist.train runs in this process (in another thread, or around this one), and both would use the "
-            "process's random generators and number of threads: run them one after the other, or each in a process of "
-            "its own"
+            "another ist.train or ist.split runs in this process (in another thread, or around this one), and both "
+            "would use the process's random generators and number of threads: run them one after the other, or each in "
+            "a process of its own"
         )
     try:
         yield
@@ -206,6 +209,70 @@ def train(
         check_values(plain)
         job = make_job(config, on_meta(plain), lambda: plain, data, test_data, function)
         return replace(_train(job, plain, run_dir, resume, progress), model=model)
+
+
+@_alone()
+@seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)
+def split(
+    model: nn.Module,
+    example: Any,
+    *,
+    workers: int,
+    local_steps: int = 50,
+    rounds: int = 1,
+    optimizer: str | Optimizer | Mapping[str, Any] = "SGD",
+    partition: Partition | Mapping[str, Any] | None = None,
+    exchange: Exchange | Mapping[str, Any] | None = None,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    pool: Literal["auto", "inline", "torchrun", "ray"] | Pool | Mapping[str, Any] = "auto",
+    seed: int = 0,
+    **keywords: Unpack[TrainKeys],
+) -> Split:
+    """Split a network as `train` does, and look at it: groups, shares, modules, bytes. Nothing is trained.
+
+    Args:
+        model: Any network; left as it is.
+        example: Inputs of a batch of two, as the network takes them: a tensor, a tuple of positional arguments, or a
+            mapping of keyword arguments.
+        workers: How many subnets a round.
+        local_steps: Optimizer steps of a worker in a round; data-parallel training sends as many gradients.
+        rounds: Length of the run in rounds.
+        optimizer: As in `train`; it matters where its state is carried.
+        partition: How neurons are assigned to workers, as in `train`.
+        exchange: In how many bits slices travel, as in `train`.
+        recipe: Stages of the run, as in `train`.
+        pool: Which processes would train: it decides whose messages cross a link.
+        seed: Seed of the assignments; >= 0.
+        **keywords: Further keys of the section `train`, as in `train`.
+
+    Returns:
+        The split. Its groups, bytes and modules are those of `train` with the same arguments; `print` shows them.
+
+    Raises:
+        ConfigError: An argument is wrong, or a `train` runs in this process.
+        DataError: `example` holds no tensor.
+        ModelError: The network cannot be split among that many workers.
+        TypeError: There is no argument of that name.
+
+    Example:
+        >>> from torch import nn, randn
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+        >>> split = ist.split(model, randn(2, 8), workers=4, exchange=ist.Exchange(up="int8", values="deltas"))
+        >>> [(group.name, group.neurons, group.neurons_per_worker) for group in split.groups]
+        [('0', 32, (8, 8, 8, 8))]
+        >>> split.shares[0].parameters, split.shares[0].returned_bytes < split.shares[0].sent_bytes
+        (90, True)
+        >>> print(split)
+        Sequential: 354 parameters, 1.4 kB; 4 workers, 50 local steps a round, 1 rounds
+        Neuron groups...
+    """
+    config = split_config(locals())
+    with uncompiled(model) as plain, preserve_modes(plain):
+        check_network(plain, is_split=True)
+        check_values(plain)
+        network, schedule = split_network(config, on_meta(plain), lambda: plain, example)
+    held = Assignments(network, schedule, config.partition)
+    return Split(inspect_split(config, network, schedule, held, None), network, held, lambda: values_of(model))
 
 
 def _train(job: Job, model: nn.Module, run_dir: str | Path | None, resume: bool, progress: bool) -> TrainResult:

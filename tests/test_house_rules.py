@@ -37,7 +37,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms.spli
 MAX_FILES = 9
 
 PUBLIC_NAMES = {
-    "__version__", "train", "TrainResult",
+    "__version__", "train", "TrainResult", "split", "Split",
     "Optimizer", "Schedule", "Partition", "Exchange", "Recipe", "Stage", "Outer", "Average",
     "Evaluate", "Checkpoint", "Pool", "Ray", "Watch",
     "BatchedDataset", "Metric", "scaled_blocks",

@@ -197,13 +197,13 @@ def inspect(
 
     from ist.monitoring.display import PlainConsole
     from ist.runs.build import build_job
-    from ist.runs.inspection import inspect_job, print_inspection
+    from ist.runs.split import split_of
 
-    found = inspect_job(build_job(config))
+    split = split_of(build_job(config))
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        typer.echo(json.dumps(split.as_dict(), indent=2))
     else:
-        print_inspection(found, PlainConsole())
+        split.print(PlainConsole())
 
 
 @app.command()

@@ -6,7 +6,7 @@ Results go to stdout (`ist/cli/main.py`), so a run can be piped.
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,8 +21,8 @@ _FAULTS_AT_ONCE = 3
 class PlainConsole(Console):
     """A console that shows text as it is: no markup such as `[bold]`, no emoji codes, no control characters."""
 
-    def __init__(self, *, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, markup=False, emoji=False)
+    def __init__(self, *, stderr: bool = False, file: IO[str] | None = None) -> None:
+        super().__init__(stderr=stderr, file=file, markup=False, emoji=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Make a text of a string; tables and prints come here with all of theirs."""

@@ -222,7 +222,8 @@ class Planner:
         workers = job.config.train.workers
         if workers not in self._parts:
             held = assignments(job)
-            messages = [message_bytes(job, held, worker) for worker in range(workers)]
+            split, schedule, exchange = job.split, job.schedule, job.config.exchange
+            messages = [message_bytes(split, schedule, exchange, held, worker) for worker in range(workers)]
             largest = max(range(workers), key=lambda worker: messages[worker][1])
             step = measure_narrow(job, largest, self.device)
             self._parts[workers] = Parts(messages, step, measure_coordinator(job, self.device))
@@ -241,7 +242,7 @@ class Planner:
         workers, steps = job.config.train.workers, job.config.train.local_steps
         parts = self.parts(job)
         messages, step = parts.messages, parts.step
-        remote = [messages[worker] for worker in remote_workers(job)]
+        remote = [messages[worker] for worker in remote_workers(job.config)]
         compute_s, exchange_s = ist_seconds(remote, step.step_s, workers, steps, hosts)
         sent = [sum(message[way] for message in remote) for way in (0, 1)]
         # A worker trains on the message itself, and holds its part of what is frozen beside it.

@@ -26,7 +26,7 @@ class InlinePool:
         self._seats = [Seat(job, device, held, site) for _ in self._names]
         self._buffers = Buffers(device)
         self._meter = meter
-        self._remote = remote_workers(job)
+        self._remote = remote_workers(job.config)
 
     def gather(self, round_number: int) -> tuple[str, ...]:  # noqa: ARG002
         """All workers are always there."""

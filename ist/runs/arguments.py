@@ -1,4 +1,4 @@
-"""What `ist.train` is given, checked and as a configuration.
+"""What `ist.train` and `ist.split` are given, checked and as a configuration.
 
 Where it sits: `ist/api.py` asks before it looks at the network.
 Law: a section gives the same configuration as an object, as a mapping of its keys, and as the keywords of earlier
@@ -7,7 +7,7 @@ Not here: what a key means (`ist/config/schema.py`), whether the network can be 
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ist.config.recipe import Recipe
 from ist.config.schema import FROM_PYTHON, Checkpoint, Config, Evaluate, Optimizer, Pool, Schedule, Watch
 from ist.data.batched import BatchedDataset
 from ist.data.batches import length
+from ist.data.nested import tensors_in
 from ist.distributed.environment import is_launched
 from ist.errors import ConfigError, DataError, ISTError, first_line
 from ist.network.compiled import original
@@ -85,12 +86,57 @@ def train_config(given: Mapping[str, Any]) -> Config:
         DataError: `data` or `test_data` is no data set.
         TypeError: There is no argument of that name.
     """
-    keywords = given["keywords"]
-    _check_keywords(given, keywords)
+    _check_keywords("train", given, tuple(Keywords.__annotations__))
     _check_classes(given)
     _check_data(given["data"], "data")
     if given["test_data"] is not None:
         _check_data(given["test_data"], "test_data")
+    return _config(given, type(given["data"]).__name__, _metric(given["test_data"]), "ist.train")
+
+
+_NO_DATA = {
+    "epochs": None,
+    "batch_size": 1,
+    "loss": "cross_entropy",
+    "schedule": None,
+    "shuffle": "local",
+    "evaluate": None,
+    "checkpoint": None,
+    "watch": None,
+}
+"""Arguments of `ist.train` on which no split depends."""
+
+
+def split_config(given: Mapping[str, Any]) -> Config:
+    """Return the configuration that the arguments of `ist.split` describe.
+
+    Args:
+        given: All arguments by name; those of `TrainKeys` in a mapping under "keywords".
+
+    Raises:
+        ConfigError: An argument is wrong.
+        DataError: `example` holds no tensor.
+        TypeError: There is no argument of that name.
+    """
+    _check_keywords("split", given, tuple(TrainKeys.__annotations__))
+    given = {**_NO_DATA, **given}
+    _check_classes(given)
+    example = given["example"]
+    if next(tensors_in(example), None) is None:
+        raise DataError(
+            f"example is a {type(example).__name__} without a tensor: give the inputs of a batch of two, as the "
+            "network takes them"
+        )
+    return _config(given, "example", "none", "ist.split")
+
+
+def _config(given: Mapping[str, Any], data_name: str, metric: str, source: str) -> Config:
+    """Put arguments that are of the right kind together; `source` names them in messages.
+
+    Raises:
+        ConfigError: A value is not allowed.
+    """
+    keywords = given["keywords"]
     sections = {name: _section(name, given[name], keywords) for name in SECTIONS}
     if given["optimizer"] == "SGD" and keywords.get("optimizer_args") is None:
         sections["optimizer"]["args"] = {"lr": 0.1}
@@ -100,7 +146,7 @@ def train_config(given: Mapping[str, Any]) -> Config:
         "seed": given["seed"],
         "model": {"name": FROM_PYTHON + type(original(given["model"])).__name__},
         "data": {
-            "name": type(given["data"]).__name__,
+            "name": data_name,
             "shuffle": given["shuffle"],
             **(keywords.get("data_options") or {}),
         },
@@ -113,10 +159,10 @@ def train_config(given: Mapping[str, Any]) -> Config:
             **(keywords.get("train_options") or {}),
         },
         **sections,
-        "evaluate": {"metric": _metric(given["test_data"]), **sections["evaluate"]},
+        "evaluate": {"metric": metric, **sections["evaluate"]},
         "pool": {"kind": "torchrun" if is_launched() else "inline", **sections["pool"]},
     }
-    return validate(python_numbers(tree), "ist.train")
+    return validate(python_numbers(tree), source)
 
 
 def _section(name: str, value: Any, keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,19 +194,24 @@ def _section(name: str, value: Any, keywords: Mapping[str, Any]) -> dict[str, An
     return {**found, "args": dict(more)} if earlier.endswith("_args") else {**found, **more}
 
 
-def _check_keywords(given: Mapping[str, Any], keywords: Mapping[str, Any]) -> None:
+def _check_keywords(function: str, given: Mapping[str, Any], further: Sequence[str]) -> None:
     """Refuse keywords that do not exist, and what is no mapping where earlier versions take one.
+
+    Args:
+        function: Which function was called.
+        given: Its arguments.
+        further: The names that it takes as `keywords`.
 
     Raises:
         ConfigError: It is no mapping.
         TypeError: There is no such keyword, as Python says it.
     """
-    known = [*(name for name in given if name != "keywords"), *Keywords.__annotations__]
-    for name, value in keywords.items():
-        if name not in Keywords.__annotations__:
+    known = [*(name for name in given if name != "keywords"), *further]
+    for name, value in given["keywords"].items():
+        if name not in further:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f". Did you mean '{near[0]}'?" if near else ""
-            raise TypeError(f"train() got an unexpected keyword argument '{name}'{hint}")
+            raise TypeError(f"{function}() got an unexpected keyword argument '{name}'{hint}")
         if name not in TrainKeys.__annotations__ and not isinstance(value, Mapping | None):
             raise ConfigError(f"{name} is {value!r} (a {type(value).__name__}): give a mapping of keys to values")
 

@@ -31,11 +31,10 @@ from ist.evaluation.metrics import METRICS, Metric
 from ist.evaluation.task import LossFunction, Task
 from ist.models import MODELS
 from ist.network.compiled import plain_name, without_compilation
-from ist.network.copies import on_meta
+from ist.network.copies import copied, on_meta
 from ist.network.modes import enter_training_modes, set_modes
 from ist.network.supported import check_network, check_values
 from ist.neurons.find import Neurons, find_neurons
-from ist.neurons.group import Group
 from ist.neurons.select import split_groups
 from ist.neurons.splittable import splittable_groups
 from ist.optimization import optimizers
@@ -100,19 +99,52 @@ def make_job(
 
     Raises:
         ConfigError: The optimiser or the schedule is wrong.
-        DataError: The data cannot be dealt to the workers.
+        DataError: The data cannot be assigned to the workers.
         ModelError: The network cannot be split among that many workers.
     """
     train = config.train
-    larger = train.batch_size if example is None else 0
-    example = example_inputs(train_data) if example is None else example
+    template, build = _in_modes(template, build)
+    dealing = ShardedSampler(length(train_data), train.workers, train.batch_size, config.seed, config.data.shuffle)
+    metric = metric_named(config.evaluate.metric)
+    found, example = _found(config, template, build, train_data, example)
+    split = _split_model(config, template, build, example, found)
+    task = Task(build, train_data, test_data, loss, metric, example, config.seed)
+    return Job(config, task, split, _schedule(config, template, dealing))
+
+
+@seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)
+def split_network(
+    config: Config, template: nn.Module, build: Callable[[], nn.Module], example: Any
+) -> tuple[SplitModel, Schedule]:
+    """Return how a network is split, and the rounds of a run of it, without data; see `ist.split`.
+
+    Args:
+        config: Every key of the configuration; the length of the run is in rounds.
+        template: The network, on any device.
+        build: Makes it with its initial weights.
+        example: Inputs of a batch.
+
+    Raises:
+        ConfigError: The optimizer is wrong.
+        ModelError: The network cannot be split among that many workers.
+    """
+    template, build = _in_modes(template, build)
+    split = _split_model(config, template, build, example, find_neurons(template, example, build))
+    train = config.train
+    # As many samples as a step of every worker takes: nothing of a split depends on them.
+    dealing = ShardedSampler(train.workers * train.batch_size, train.workers, train.batch_size, config.seed)
+    return split, _schedule(config, template, dealing)
+
+
+def _in_modes(template: nn.Module, build: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[[], nn.Module]]:
+    """Return the template on the `meta` device, and a `build` that gives networks the modes in which it is trained."""
     template = on_meta(template)
     modes = enter_training_modes(template)
     if not template.training:
         warnings.warn(
             "the network as a whole is in evaluation mode, and is trained so: without dropout, and with batch norm's "
             "statistics as they are. Call model.train() first (in the function that makes it) if that is not meant",
-            stacklevel=2,
+            stacklevel=3,
         )
 
     def build_in_modes() -> nn.Module:
@@ -120,29 +152,50 @@ def make_job(
         set_modes(model, modes)
         return model
 
-    found, groups = Neurons((), (), {}), tuple[Group, ...]()
-    if config.method_spec.needs_groups:
-        try:
-            found = find_neurons(template, example, build_in_modes)
-        except ModelError:
-            if larger <= 2:
-                raise
-            # Norms of parts of a batch, for instance, need more than two samples.
-            example = example_inputs(train_data, larger)
-            found = find_neurons(template, example, build_in_modes)
-        groups = split_groups(found, template, config.partition)
+    return template, build_in_modes
+
+
+def _found(
+    config: Config, template: nn.Module, build: Callable[[], nn.Module], data: Dataset[Any], example: Any
+) -> tuple[Neurons, Any]:
+    """Return the network's neurons, and the example that showed them; None: it is made of the data.
+
+    Raises:
+        ModelError: The network fails on the example.
+    """
+    given, example = example, example_inputs(data) if example is None else example
+    if not config.method_spec.needs_groups:
+        return Neurons((), (), {}), example
+    try:
+        return find_neurons(template, example, build), example
+    except ModelError:
+        if given is not None or config.train.batch_size <= 2:
+            raise
+        # Norms of parts of a batch, for instance, need more than two samples.
+        example = example_inputs(data, config.train.batch_size)
+        return find_neurons(template, example, build), example
+
+
+def _split_model(
+    config: Config, template: nn.Module, build: Callable[[], nn.Module], example: Any, found: Neurons
+) -> SplitModel:
+    """Return how the network is split.
+
+    Raises:
+        ConfigError: The optimizer's state cannot be carried.
+        ModelError: The network cannot be split among that many workers.
+    """
+    train, is_split = config.train, config.method_spec.needs_groups
+    groups = split_groups(found, template, config.partition) if is_split else ()
     specs = tensor_specs(template, with_statistics=train.running_statistics == "carried")
     parameters = {name: specs[name] for name, p in template.named_parameters() if p.requires_grad}
     frozen = {name: specs[name] for name, p in template.named_parameters() if not p.requires_grad}
     if not parameters:
         raise ModelError("the network has no parameter that requires a gradient: nothing would be trained")
-    carried = train.optimizer_state == "carried" and config.method_spec.needs_groups
+    carried = train.optimizer_state == "carried" and is_split
     slots = (
         optimizers.state_slots(train.optimizer, (len(spec.shape) for spec in parameters.values())) if carried else ()
     )
-    dealing = ShardedSampler(length(train_data), train.workers, train.batch_size, config.seed, config.data.shuffle)
-    metric = metric_named(config.evaluate.metric)
-    task = Task(build_in_modes, train_data, test_data, loss, metric, example, config.seed)
     split = SplitModel(
         template=template,
         found=found,
@@ -155,14 +208,15 @@ def make_job(
         declared=config.partition.sizes,
         activation_scale=train.activation_scale,
     )
-    if config.method_spec.needs_groups:
-        if groups and train.workers > 1:
-            groups, found = splittable_groups(groups, found, partial(try_submodel, split, task.build_copy, example))
-        else:
-            found = replace(found, calls=(), sites={})
-        check_workers(groups, train.workers, config.partition, found.causes)
-        split = replace(split, found=found, groups=optimizers.carried_groups(slots, groups, parameters))
-    return Job(config, task, split, _schedule(config, template, dealing))
+    if not is_split:
+        return split
+    if groups and train.workers > 1:
+        trial = partial(try_submodel, split, lambda: copied(build()).cpu(), example)
+        groups, found = splittable_groups(groups, found, trial)
+    else:
+        found = replace(found, calls=(), sites={})
+    check_workers(groups, train.workers, config.partition, found.causes)
+    return replace(split, found=found, groups=optimizers.carried_groups(slots, groups, parameters))
 
 
 def _schedule(config: Config, template: nn.Module, dealing: ShardedSampler) -> Schedule:

@@ -1,106 +1,266 @@
-"""What `ist inspect` shows: groups, each worker's share of every tensor, and the bytes of a round.
+"""What a split costs, in numbers and as text: groups, each worker's share of every tensor, and the bytes of a round.
 
-Every number follows from the job alone; nothing is trained.
+Where it sits: `ist/runs/split.py` makes it, `ist inspect` prints it. Every number follows from the configuration, the
+split network and the schedule alone; nothing is trained.
 """
 
 import math
-from collections.abc import Hashable
-from dataclasses import asdict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from ist.config.methods import ring_bytes
-from ist.monitoring.display import format_bytes, format_ratio
-from ist.neurons.group import Group
-from ist.subnet.job import Job, assignments, remote_workers
+from ist.config.schema import FROM_PYTHON, Config
+from ist.neurons.group import Group, Slot
+from ist.optimization.schedule import Schedule
+from ist.subnet.assignments import Assignments
+from ist.subnet.job import remote_workers
 from ist.subnet.partition import coverage, holds_everything
-from ist.subnet.split_model import ShapeKeys
-from ist.tensors import tensor_specs
+from ist.subnet.split_model import ShapeKeys, SplitModel
+from ist.tensors import TensorSpec, tensor_specs
 from ist.transport.endpoints import down_bytes, route_of
 from ist.transport.frozen_parameters import frozen_bytes, message_bytes
 from ist.transport.message import HEADER_BYTES
 
+Shape = tuple[int, ...]
 
-def inspect_job(job: Job) -> dict[str, Any]:
-    """Return what a job splits and what that costs, as plain values for JSON.
 
-    Bytes of a round are those of a full one after the first, of the stage that is neither warm-up nor finish.
-    Data-parallel training makes as many steps in it, and its ring all-reduce sends 2 (n - 1) times the gradient a step,
-    over all workers.
+@dataclass(frozen=True)
+class StageLength:
+    """A part of the run in which rounds are alike.
+
+    Attributes:
+        rounds: How many rounds it has.
+        local_steps: Steps of a worker in its longest round.
+        steps: Steps of a worker in all of them.
+        whole: Whether every worker holds the whole network.
     """
-    config, workers = job.config, job.config.train.workers
-    whole = tensor_specs(job.split.template, with_statistics=True)
-    main = job.schedule.main_round
-    split, exchange, held = job.split, config.exchange, assignments(job)
-    shares = [split.plan(neurons).specs for neurons in held.of(main)]
-    parameters = {name: parameter.numel() for name, parameter in job.split.template.named_parameters()}
+
+    rounds: int
+    local_steps: int
+    steps: int
+    whole: bool
+
+
+@dataclass(frozen=True)
+class TrainedIn:
+    """In how many subnets of the run the neurons of a group are trained: (round, worker) pairs.
+
+    Attributes:
+        fewest: For the neuron that is trained least.
+        most: For the neuron that is trained most.
+    """
+
+    fewest: int
+    most: int
+
+
+@dataclass(frozen=True)
+class SplitGroup:
+    """A neuron group that is split.
+
+    Attributes:
+        name: Its name, as `partition.exclude` takes it.
+        title: What a person would call it.
+        neurons: How many neurons it has.
+        kind: What they are.
+        neurons_per_worker: How many of them each worker holds.
+        trained_in: In how many subnets of the run they are trained.
+        slots: Where in the tensors they are.
+        modules: Paths of modules that are assigned as neurons.
+    """
+
+    name: str
+    title: str
+    neurons: int
+    kind: str
+    neurons_per_worker: tuple[int, ...]
+    trained_in: TrainedIn
+    slots: tuple[Slot, ...]
+    modules: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class WholeGroup:
+    """A neuron group that could be split and is not; `residual`: it is a residual stream."""
+
+    name: str
+    title: str
+    residual: bool
+
+
+@dataclass(frozen=True)
+class TensorShares:
+    """Each worker's part of a tensor.
+
+    Attributes:
+        name: Its name in the network's `state_dict`.
+        shape: The whole tensor's shape.
+        shapes_per_worker: The shape of each worker's part; None: it holds none.
+        travels: Whether it goes to workers at all.
+        frozen: Whether it is a parameter that is not trained.
+        shared: Whether an entry may have two holders, so that it is averaged.
+    """
+
+    name: str
+    shape: Shape
+    shapes_per_worker: tuple[Shape | None, ...]
+    travels: bool
+    frozen: bool
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a worker holds, and the bytes of its messages in a full round after the first.
+
+    Attributes:
+        worker: Which worker, from 0.
+        parameters: How many numbers it holds.
+        trained_parameters: Those of them that are trained.
+        frozen_bytes: The message with its frozen parameters, in its first round.
+        sent_bytes: The messages to it.
+        returned_bytes: The message from it.
+    """
+
+    worker: int
+    parameters: int
+    trained_parameters: int
+    frozen_bytes: int
+    sent_bytes: int
+    returned_bytes: int
+
+
+@dataclass(frozen=True)
+class RoundBytes:
+    """Bytes of all messages of a round, both ways, over all links.
+
+    Attributes:
+        ist: Of a full round after the first, of the stage that is neither warm-up nor finish.
+        ddp: Of data-parallel training in as many steps: its ring all-reduce sends 2 (n - 1) times the gradient a step.
+        ratio: How many times more that is; None where IST sends nothing.
+    """
+
+    ist: int
+    ddp: int
+    ratio: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `ist inspect` shows; `ist inspect --json` prints these names.
+
+    Attributes:
+        model: The network's name.
+        parameters: How many numbers it has.
+        trained_parameters: Those of them that are trained.
+        parameter_bytes: Their size.
+        workers: How many subnets a round has.
+        local_steps: Steps of a worker in a round.
+        rounds: Length of the run.
+        stages: Its parts in which rounds are alike, in order.
+        steps_per_epoch: Steps of a worker in a pass over the data; None without data.
+        strategy: How neurons are assigned.
+        groups: Neuron groups that are split.
+        left_whole: Neuron groups that could be split and are not.
+        unknown_operators: Operators without a rule, and where they are: what reaches them is not split.
+        kept_whole_by: What else keeps neurons whole.
+        unreached: Parameters that the example does not reach.
+        tensors: Each worker's part of every tensor.
+        shares: What each worker holds and exchanges.
+        header_bytes: Bytes of a message that are no weights.
+        bytes_per_round: What a round sends.
+        bytes_of_run: What the run sends, its stages considered, where no worker is lost.
+    """
+
+    model: str
+    parameters: int
+    trained_parameters: int
+    parameter_bytes: int
+    workers: int
+    local_steps: int
+    rounds: int
+    stages: tuple[StageLength, ...]
+    steps_per_epoch: int | None
+    strategy: str
+    groups: tuple[SplitGroup, ...]
+    left_whole: tuple[WholeGroup, ...]
+    unknown_operators: Mapping[str, str]
+    kept_whole_by: tuple[str, ...]
+    unreached: tuple[str, ...]
+    tensors: tuple[TensorShares, ...]
+    shares: tuple[Share, ...]
+    header_bytes: int
+    bytes_per_round: RoundBytes
+    bytes_of_run: int
+
+
+def inspect_split(
+    config: Config, split: SplitModel, schedule: Schedule, held: Assignments, steps_per_epoch: int | None
+) -> Inspection:
+    """Return what a run splits and what that costs.
+
+    Args:
+        config: Every key of the configuration.
+        split: The network and its groups.
+        schedule: The rounds of the run.
+        held: Who holds which neurons in each round.
+        steps_per_epoch: Steps of a worker in a pass over the data; None without data.
+    """
+    workers, main = config.train.workers, schedule.main_round
+    whole = tensor_specs(split.template, with_statistics=True)
+    parameters = {name: parameter.numel() for name, parameter in split.template.named_parameters()}
+    trained = [name for name, parameter in split.template.named_parameters() if parameter.requires_grad]
+    plans = [split.plan(neurons).specs for neurons in held.of(main)]
     exclusive = held.exclusive(main)
-    routes = [route_of(split, exchange, split.cut(neurons)) for neurons in held.of(main)]
-    out = [message_bytes(job, held, worker)[0] for worker in range(workers)]
-    back = [route.up.nbytes for route in routes]
-    trained = [name for name, parameter in job.split.template.named_parameters() if parameter.requires_grad]
+    shares = tuple(
+        _share(config, split, schedule, held, worker, [*parameters], trained, plan) for worker, plan in enumerate(plans)
+    )
+    local_steps = len(schedule.steps(main))
+    ist = sum(shares[worker].sent_bytes + shares[worker].returned_bytes for worker in remote_workers(config))
     gradient = sum(whole[name].nbytes for name in trained)
-    ist_bytes = sum(out[worker] + back[worker] for worker in remote_workers(job))
-    local_steps = len(job.schedule.steps(main))
-    ddp_bytes = round(workers * local_steps * ring_bytes(gradient, workers))
-    return {
-        "model": config.model.name,
-        "parameters": sum(parameters.values()),
-        "trained_parameters": sum(parameters[name] for name in trained),
-        "parameter_bytes": sum(whole[name].nbytes for name in parameters),
-        "workers": workers,
-        "local_steps": local_steps,
-        "rounds": job.schedule.num_rounds,
-        "stages": _describe_stages(job),
-        "steps_per_epoch": job.schedule.dealing.steps_per_epoch,
-        "strategy": config.partition.strategy,
-        "groups": _describe_groups(job),
-        "left_whole": _describe_whole(job),
-        "unknown_operators": dict(job.split.found.unknown),
-        "kept_whole_by": list(job.split.found.causes),
-        "unreached": list(job.split.found.unreached),
-        "tensors": [
-            {
-                "name": name,
-                "shape": list(spec.shape),
-                "shapes_per_worker": [list(share[name].shape) if name in share else None for share in shares],
-                "travels": name in job.split.specs or name in job.split.frozen_specs,
-                "frozen": name in job.split.frozen_specs,
-                "shared": name not in exclusive,
-            }
+    ddp = round(workers * local_steps * ring_bytes(gradient, workers))
+    return Inspection(
+        model=config.model.name.removeprefix(FROM_PYTHON),
+        parameters=sum(parameters.values()),
+        trained_parameters=sum(parameters[name] for name in trained),
+        parameter_bytes=sum(whole[name].nbytes for name in parameters),
+        workers=workers,
+        local_steps=local_steps,
+        rounds=schedule.num_rounds,
+        stages=_stages(schedule, held),
+        steps_per_epoch=steps_per_epoch,
+        strategy=config.partition.strategy,
+        groups=_groups(config, split, schedule, held),
+        left_whole=_whole_groups(split),
+        unknown_operators=dict(split.found.unknown),
+        kept_whole_by=tuple(split.found.causes),
+        unreached=tuple(split.found.unreached),
+        tensors=tuple(
+            TensorShares(
+                name,
+                tuple(spec.shape),
+                tuple(tuple(plan[name].shape) if name in plan else None for plan in plans),
+                travels=name in split.specs or name in split.frozen_specs,
+                frozen=name in split.frozen_specs,
+                shared=name not in exclusive,
+            )
             for name, spec in whole.items()
-        ],
-        "shares": [
-            {
-                "worker": worker,
-                "parameters": sum(math.prod(share[name].shape) for name in parameters if name in share),
-                "trained_parameters": sum(math.prod(share[name].shape) for name in trained if name in share),
-                "frozen_bytes": frozen_bytes(split, exchange, held.of(main)[worker], None),
-                "sent_bytes": out[worker],
-                "returned_bytes": back[worker],
-            }
-            for worker, share in enumerate(shares)
-        ],
-        "header_bytes": HEADER_BYTES,
-        "bytes_per_round": {
-            "ist": ist_bytes,
-            "ddp": ddp_bytes,
-            "ratio": ddp_bytes / ist_bytes if ist_bytes else None,
-        },
-        "bytes_of_run": run_bytes(job),
-    }
+        ),
+        shares=shares,
+        header_bytes=HEADER_BYTES,
+        bytes_per_round=RoundBytes(ist, ddp, ddp / ist if ist else None),
+        bytes_of_run=run_bytes(config, split, schedule, held),
+    )
 
 
-def run_bytes(job: Job) -> int:
+def run_bytes(config: Config, split: SplitModel, schedule: Schedule, held: Assignments) -> int:
     """Return what all messages of an IST run will have, its stages considered, where no worker is lost."""
-    split, exchange, held, keys = job.split, job.config.exchange, assignments(job), ShapeKeys(job.split)
+    exchange, keys = config.exchange, ShapeKeys(split)
     known: dict[tuple[int, Hashable, bool], int] = {}
     total = 0
-    for round_number in range(job.schedule.num_rounds):
-        for worker in remote_workers(job):
+    for round_number in range(schedule.num_rounds):
+        for worker in remote_workers(config):
             neurons = held.of(round_number)[worker]
             if split.frozen_specs:
                 before = held.of(round_number - 1)[worker] if round_number > 0 else None
@@ -113,53 +273,65 @@ def run_bytes(job: Job) -> int:
     return total
 
 
-def _describe_stages(job: Job) -> list[dict[str, Any]]:
+def _share(
+    config: Config,
+    split: SplitModel,
+    schedule: Schedule,
+    held: Assignments,
+    worker: int,
+    parameters: Sequence[str],
+    trained: Sequence[str],
+    plan: Mapping[str, TensorSpec],
+) -> Share:
+    """Describe a worker's share; `plan` has the specs of its tensors."""
+    neurons = held.of(schedule.main_round)[worker]
+    return Share(
+        worker,
+        parameters=sum(math.prod(plan[name].shape) for name in parameters if name in plan),
+        trained_parameters=sum(math.prod(plan[name].shape) for name in trained if name in plan),
+        frozen_bytes=frozen_bytes(split, config.exchange, neurons, None),
+        sent_bytes=message_bytes(split, schedule, config.exchange, held, worker)[0],
+        returned_bytes=route_of(split, config.exchange, split.cut(neurons)).up.nbytes,
+    )
+
+
+def _stages(schedule: Schedule, held: Assignments) -> tuple[StageLength, ...]:
     """Describe the parts of the run in which rounds are alike, in order."""
-    described, held = [], assignments(job)
-    for _, rounds in groupby(range(job.schedule.num_rounds), key=lambda number: job.schedule.spans[number].stage):
+    described = []
+    for _, rounds in groupby(range(schedule.num_rounds), key=lambda number: schedule.spans[number].stage):
         numbers = list(rounds)
-        steps = [len(job.schedule.steps(number)) for number in numbers]
-        described.append(
-            {
-                "rounds": len(steps),
-                "local_steps": max(steps),
-                "steps": sum(steps),
-                "whole": holds_everything(held.partition(numbers[0])),
-            }
+        steps = [len(schedule.steps(number)) for number in numbers]
+        whole = holds_everything(held.partition(numbers[0]))
+        described.append(StageLength(len(steps), max(steps), sum(steps), whole))
+    return tuple(described)
+
+
+def _groups(config: Config, split: SplitModel, schedule: Schedule, held: Assignments) -> tuple[SplitGroup, ...]:
+    """Describe the groups that are split."""
+    shares = held.of(schedule.main_round)
+    partitions = [held.partition(round_number) for round_number in range(schedule.num_rounds)]
+    counts = coverage(split.groups, config.train.workers, config.seed, partitions)
+    return tuple(
+        SplitGroup(
+            group.name,
+            title(group),
+            group.size,
+            group.kind,
+            neurons_per_worker=tuple(len(share[number]) for share in shares),
+            trained_in=TrainedIn(int(count.min()), int(count.max())),
+            slots=tuple(slot for slot in group.slots if slot.tensor in split.everything),
+            modules=tuple(group.modules),
         )
-    return described
+        for number, (group, count) in enumerate(zip(split.groups, counts, strict=True))
+    )
 
 
-def _describe_groups(job: Job) -> list[dict[str, Any]]:
-    """Describe the groups that are split; `trained_in` counts (round, worker) pairs of the whole run, by neuron."""
-    config = job.config
-    held = assignments(job)
-    shares = held.of(job.schedule.main_round)
-    partitions = [held.partition(round_number) for round_number in range(job.schedule.num_rounds)]
-    counts = coverage(job.split.groups, config.train.workers, config.seed, partitions)
-    return [
-        {
-            "name": group.name,
-            "title": title(group),
-            "neurons": group.size,
-            "kind": group.kind,
-            "neurons_per_worker": [len(share[number]) for share in shares],
-            "trained_in": {"fewest": int(count.min()), "most": int(count.max())},
-            "slots": [asdict(slot) for slot in group.slots if slot.tensor in job.split.everything],
-            "modules": list(group.modules),
-        }
-        for number, (group, count) in enumerate(zip(job.split.groups, counts, strict=True))
-    ]
-
-
-def _describe_whole(job: Job) -> list[dict[str, Any]]:
+def _whole_groups(split: SplitModel) -> tuple[WholeGroup, ...]:
     """Describe the groups that could be split and are not."""
-    split = {group.name for group in job.split.groups}
-    return [
-        {"name": group.name, "title": title(group), "residual": group.residual}
-        for group in job.split.found.groups
-        if group.name not in split
-    ]
+    names = {group.name for group in split.groups}
+    return tuple(
+        WholeGroup(group.name, title(group), group.residual) for group in split.found.groups if group.name not in names
+    )
 
 
 def title(group: Group) -> str:
@@ -182,79 +354,3 @@ _PLAIN = {
     "attn": "attention", "attention": "attention", "mlp": "feed-forward", "ffn": "feed-forward",
     "feed_forward": "feed-forward", "intermediate": "feed-forward",
 }  # fmt: skip
-
-
-def print_inspection(found: dict[str, Any], console: Console) -> None:
-    """Print what `inspect_job` returns, for a person."""
-    some_frozen = found["trained_parameters"] < found["parameters"]
-    frozen = f" ({found['trained_parameters']:,} of them trained)" if some_frozen else ""
-    console.print(
-        f"{found['model']}: {found['parameters']:,} parameters, {format_bytes(found['parameter_bytes'])}{frozen}; "
-        f"{found['workers']} workers, {found['local_steps']} local steps a round, {found['rounds']} rounds, "
-        f"{found['steps_per_epoch']} steps an epoch"
-    )
-    console.print(_group_table(found))
-    for group in found["left_whole"]:
-        console.print(f"Left whole{' (a residual stream)' if group['residual'] else ''}: {group['title']}")
-    for operator, where in found["unknown_operators"].items():
-        console.print(f"No rule for operator {operator} in {where}: what reaches it is not split")
-    for cause in found["kept_whole_by"]:
-        console.print(f"Neurons are kept whole by {cause}")
-    for name in found["unreached"]:
-        console.print(f"Not reached by the example, so whole: {name}")
-    console.print(_tensor_table(found))
-    shares = Table("worker", "parameters", "sent to it", "sent back", title="A round, by worker", title_justify="left")
-    for share in found["shares"]:
-        shares.add_row(
-            str(share["worker"]), f"{share['parameters']:,}",
-            format_bytes(share["sent_bytes"]), format_bytes(share["returned_bytes"]),
-        )  # fmt: skip
-    console.print(shares)
-    if some_frozen:
-        most = max(share["frozen_bytes"] for share in found["shares"])
-        console.print(
-            f"Frozen parameters go to a worker in its first round ({format_bytes(most)} at most), and again when its "
-            "part changes; they do not come back."
-        )
-    total = found["bytes_per_round"]
-    console.print(f"A round sends {format_bytes(total['ist'])} in all; data-parallel training sends ", end="")
-    ratio = f": {format_ratio(total['ratio'])} times more" if total["ratio"] else ""
-    console.print(f"{format_bytes(total['ddp'])} for the same steps{ratio}.")
-    if len(found["stages"]) > 1:
-        for number, stage in enumerate(found["stages"], start=1):
-            part = stage["steps"] / sum(other["steps"] for other in found["stages"])
-            held = "the whole network" if stage["whole"] else "its share"
-            length = f"{stage['rounds']} rounds of {stage['local_steps']} steps, {part:.0%} of all"
-            console.print(f"Stage {number}: {length}; a worker holds {held}.")
-    console.print(f"The run sends {format_bytes(found['bytes_of_run'])} in {found['rounds']} rounds.")
-
-
-def _group_table(found: dict[str, Any]) -> Table:
-    groups = Table("group", "each worker", "trained in", "lives in", title="Neuron groups", title_justify="left")
-    for group in found["groups"]:
-        places = dict.fromkeys(f"{s['tensor']}[{':, ' * s['dim']}*]" for s in group["slots"])
-        counts = _span([group["trained_in"]["fewest"], group["trained_in"]["most"]])
-        shown = ", ".join(places or group["modules"])
-        groups.add_row(group["title"], _span(group["neurons_per_worker"]), f"{counts} subnets", shown)
-    return groups
-
-
-def _tensor_table(found: dict[str, Any]) -> Table:
-    tensors = Table("tensor", "whole", "worker 0", "part", "merged by", title="Tensors", title_justify="left")
-    for tensor in found["tensors"]:
-        whole, share = tensor["shape"], tensor["shapes_per_worker"][0]
-        part = math.prod(share) / max(1, math.prod(whole)) if share is not None else 0.0
-        merged = ("mean" if tensor["shared"] else "owner") if tensor["travels"] else "stays: re-estimated"
-        merged = "frozen" if tensor["frozen"] else merged
-        tensors.add_row(
-            tensor["name"], _shape(whole), "none" if share is None else _shape(share), f"{part:.2%}", merged
-        )
-    return tensors
-
-
-def _span(sizes: list[int]) -> str:
-    return str(sizes[0]) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
-
-
-def _shape(shape: list[int]) -> str:
-    return " x ".join(map(str, shape)) or "scalar"

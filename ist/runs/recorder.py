@@ -180,7 +180,7 @@ class RunRecorder:
             "metrics": {key: numbers[key] for name in names for key in (name, f"best_{name}") if key in numbers},
             "best_accuracy": numbers.get("best_accuracy"),
             **self._totals,
-            **({"remote_workers": len(remote_workers(self._job))} if config.method_spec.has_coordinator else {}),
+            **({"remote_workers": len(remote_workers(self._job.config))} if config.method_spec.has_coordinator else {}),
             "faults": dict(self._faults),
             **({"block_scales": scales} if (scales := assignments(self._job).block_scales()) else {}),
             "parameters": sum(parameter.numel() for parameter in parameters),

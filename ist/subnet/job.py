@@ -50,12 +50,12 @@ def for_workers(job: Job) -> Job:
     return replace(job, task=job.task.for_workers())
 
 
-def remote_workers(job: Job) -> range:
+def remote_workers(config: Config) -> range:
     """Return the workers whose messages cross a link, whose bytes are what IST sends, measured and foretold.
 
     Where rank 0 is a worker too (`pool.coordinator` trains), its own subnet crosses none. Workers that are all in one
     process count as they would in processes of their own. Ray's driver is no worker.
     """
-    pool = job.config.pool
+    pool = config.pool
     trains = pool.coordinator == "trains" and pool.spec.coordinator_may_train
-    return range(int(trains), job.config.train.workers)
+    return range(int(trains), config.train.workers)

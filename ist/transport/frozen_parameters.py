@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from ist.config.partition import Exchange
 from ist.errors import ModelError, PoolError
+from ist.optimization.schedule import Schedule
 from ist.rng import Indices
 from ist.subnet.assignments import Assignments
 from ist.subnet.cut import Cut, cut_specs, extract, placed
-from ist.subnet.job import Job
 from ist.subnet.split_model import SplitModel
 from ist.tensors import TensorSpec
 from ist.transport.codec import coded_specs, decoded, encode
@@ -82,15 +82,18 @@ def frozen_bytes(
     return frozen_layout(exchange, specs).nbytes if specs else 0
 
 
-def message_bytes(job: Job, held: Assignments, worker: int) -> tuple[int, int]:
+def message_bytes(
+    split: SplitModel, schedule: Schedule, exchange: Exchange, held: Assignments, worker: int
+) -> tuple[int, int]:
     """Return (bytes to a worker, bytes from it) of all messages in a full round after the first.
 
     Args:
-        job: The run.
+        split: The network.
+        schedule: The rounds of the run.
+        exchange: How values are coded on the way.
         held: Who holds which neurons.
         worker: Which worker.
     """
-    split, schedule, exchange = job.split, job.schedule, job.config.exchange
     main = schedule.main_round
     route = route_of(split, exchange, split.cut(held.of(main)[worker]))
     goes_on = main + 1 < schedule.num_rounds and schedule.spans[main + 1].stage == schedule.spans[main].stage

@@ -222,4 +222,18 @@ FAULTS = (
         "the outer step is no Nesterov step", "ist/training/outer_optimizer.py", "(change + settings.momentum * momentum)",
         "momentum", ("tests/training/test_recipe.py",),
     ),
+    # What Python is given
+    Fault(
+        "defaults of a section count as given", "ist/runs/arguments.py", " if key in value.model_fields_set}", "}",
+        ("tests/runs/test_arguments.py",),
+    ),
+    Fault(
+        "one of two spellings of a section is dropped", "ist/runs/arguments.py",
+        "    if not isinstance(value, str | None):\n", "    if False:\n", ("tests/runs/test_arguments.py",),
+    ),
+    Fault(
+        "a split shows the module of another worker", "ist/runs/split.py",
+        "        return self.held.of(round_number)[worker]\n", "        return self.held.of(round_number)[0]\n",
+        ("tests/runs/test_split.py",),
+    ),
 )  # fmt: skip

@@ -16,7 +16,7 @@ from ist.errors import ConfigError
 from ist.monitoring.meter import Meter
 from ist.optimization.stages import spans
 from ist.pools.inline import InlinePool
-from ist.runs.inspection import inspect_job, print_inspection
+from ist.runs.split import print_inspection, split_of
 from ist.subnet.job import Job, assignments
 from ist.subnet.residual_blocks import scaled_blocks
 from ist.training.coordinator import Coordinator
@@ -179,26 +179,26 @@ def test_inspect_shows_stages_with_their_fraction_of_the_steps(capsys: pytest.Ca
     length = {"train__rounds": None, "train__epochs": 8}  # of two steps: 100 samples, four workers, batches of 16
     job = job_for(seeded(NETWORKS["no batch norm"]), recipe__stages=stages, **length)
 
-    found = inspect_job(job)
+    found = split_of(job).inspection
     print_inspection(found, Console(width=120))
 
     assert job.schedule.total_steps == 16
-    assert found["local_steps"] == 4
-    assert [(s["rounds"], s["local_steps"], s["steps"]) for s in found["stages"]] == [(2, 4, 8), (4, 2, 8)]
+    assert found.local_steps == 4
+    assert [(s.rounds, s.local_steps, s.steps) for s in found.stages] == [(2, 4, 8), (4, 2, 8)]
     assert "Stage 2: 4 rounds of 2 steps, 50%" in capsys.readouterr().out
-    one = inspect_job(job_for(seeded(NETWORKS["no batch norm"]), train__local_steps=1))
-    assert found["bytes_per_round"]["ddp"] == 4 * one["bytes_per_round"]["ddp"]
+    one = split_of(job_for(seeded(NETWORKS["no batch norm"]), train__local_steps=1)).inspection
+    assert found.bytes_per_round.ddp == 4 * one.bytes_per_round.ddp
 
 
 def test_inspect_shows_the_shares_of_the_open_stage() -> None:
     job = job_for(seeded(NETWORKS["no batch norm"]), recipe__stages=[{"rounds": 2, "keep": 1}, {}], train__rounds=6)
 
-    found = inspect_job(job)
+    found = split_of(job).inspection
 
     assert job.schedule.main_round == 2
     narrow = job_for(seeded(NETWORKS["no batch norm"]))
-    assert [share["parameters"] for share in found["shares"]] == [
-        share["parameters"] for share in inspect_job(narrow)["shares"]
+    assert [share.parameters for share in found.shares] == [
+        share.parameters for share in split_of(narrow).inspection.shares
     ]
     assert [len(held) for held in assignments(job).of(0)[0]] == [16, 8]
     assert [len(held) for held in assignments(job).of(2)[0]] == [4, 2]
@@ -259,7 +259,7 @@ def test_a_run_with_stages_sends_the_bytes_that_inspect_predicts() -> None:
     for number in range(job.schedule.num_rounds):
         made.train_round(number)
 
-    assert made.bytes_sent() == inspect_job(job)["bytes_of_run"]
+    assert made.bytes_sent() == split_of(job).inspection.bytes_of_run
 
 
 # Optimizer state that a worker stores

@@ -22,7 +22,7 @@ from ist.plan.measure import StepCost, WholeCost, measure_coordinator, measure_n
 from ist.plan.predict import ACKNOWLEDGED_PAYLOAD, FRAME_PAYLOAD, collective_seconds, ist_seconds, transfer_s
 from ist.plan.request import Hosts, parse_request
 from ist.runs.build import build_job
-from ist.runs.inspection import inspect_job
+from ist.runs.split import split_of
 from ist.subnet.job import assignments, remote_workers
 from ist.transport.frozen_parameters import message_bytes
 from tests.conftest import config_tree, small_config
@@ -94,13 +94,16 @@ def test_powersgd_compresses_what_torchs_hook_compresses(shape: tuple[int, ...],
 @pytest.mark.parametrize("coordinator", ["trains", "dedicated"])
 def test_bytes_are_those_that_inspect_shows(coordinator: str) -> None:
     job = build_job(small_config(pool={"kind": "torchrun", "device": "cpu", "coordinator": coordinator}))
-    shown = inspect_job(job)["bytes_per_round"]
+    shown = split_of(job).inspection.bytes_per_round
 
-    sent = sum(sum(message_bytes(job, assignments(job), worker)) for worker in remote_workers(job))
+    sent = sum(
+        sum(message_bytes(job.split, job.schedule, job.config.exchange, assignments(job), worker))
+        for worker in remote_workers(job.config)
+    )
     all_reduced = 4 * COLLECTIVES["ddp"].rank_bytes(trained_shapes(job.split.template), 4, job.config.train.local_steps)
 
-    assert sent == shown["ist"]
-    assert all_reduced == shown["ddp"]
+    assert sent == shown.ist
+    assert all_reduced == shown.ddp
 
 
 def test_buckets_are_closed_as_data_parallel_training_closes_them() -> None:
@@ -241,13 +244,13 @@ def test_the_command_prints_json_that_agrees_with_the_formulas(plan: Any) -> Non
     code, out, _ = plan("--link", "20mbit/100mbit", "--workers", "4,2", "--methods", "ist,ddp", "--json")
     found = json.loads(out)
 
-    shown = inspect_job(build_job(small_config()))["bytes_per_round"]
+    shown = split_of(build_job(small_config())).inspection.bytes_per_round
     rows = {(row["workers"], row["method"]): row for row in found["predictions"]}
     assert code == 0
     assert found["link"] == {"up_mbit": 20, "down_mbit": 100}
     assert found["simulation"] is None
     assert list(rows) == [(4, "ist"), (4, "ddp"), (2, "ist"), (2, "ddp")]
-    assert (rows[4, "ist"]["sent_bytes"], rows[4, "ddp"]["sent_bytes"]) == (shown["ist"], shown["ddp"])
+    assert (rows[4, "ist"]["sent_bytes"], rows[4, "ddp"]["sent_bytes"]) == (shown.ist, shown.ddp)
     for row in rows.values():
         phases = row["compute_s"] + row["exchange_s"] + row["coordinate_s"]
         assert row["round_s"] == pytest.approx(phases)
@@ -284,7 +287,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
     "more workers than neurons": (
         {}, ["--workers", "2,21"], "group 'linear_2' has 20 neurons, fewer than the 21 workers (train.workers)",
     ),
-    "more workers than samples": ({}, ["--methods", "ddp", "--workers", "5000"], "cannot be dealt to 5000 workers"),
+    "more workers than samples": ({}, ["--methods", "ddp", "--workers", "5000"], "5000 workers (train.workers)"),
     "capacities of others": (
         {"partition": {"capacities": [2, 1, 1, 1]}}, ["--workers", "2,4"], "is for 4 workers (train.workers)",
     ),

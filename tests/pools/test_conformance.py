@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from ist.runs.inspection import inspect_job
+from ist.runs.split import split_of
 from ist.storage.checkpoint import read_tensors
 from ist.subnet.job import Job, assignments
 from ist.subnet.partition import sizes_vary
@@ -103,7 +103,7 @@ def test_the_bytes_counted_are_the_bytes_of_the_formula(torchrun: Outcome, coord
     for before, after in pairwise(history):
         grown = after["sent_bytes"] - before["sent_bytes"]
         assert grown == sum(map(sum, message_bytes(made, after["round"])[first:]))
-        assert varies or grown == inspect_job(made)["bytes_per_round"]["ist"]
+        assert varies or grown == split_of(made).inspection.bytes_per_round.ist
 
 
 def message_bytes(made: Job, round_number: int) -> list[tuple[int, int]]:
@@ -145,7 +145,7 @@ def test_the_formula_is_the_papers_plus_headers_and_padding() -> None:
     values += 6 * 3 + 5 * 3 + 5 * 2
     num_tensors = 10
 
-    found = inspect_job(made)["bytes_per_round"]["ist"] / 2 - WORKERS * 64
+    found = split_of(made).inspection.bytes_per_round.ist / 2 - WORKERS * 64
 
     assert 0 <= found - 4 * values < WORKERS * num_tensors * 64
 
@@ -159,7 +159,7 @@ def test_wide_layers_travel_with_under_one_percent_of_overhead() -> None:
     )
     inner, ends, vectors, shared = 1024 * 1024, 64 * 1024 + 10 * 1024, 6 * 1024, 10
 
-    found = inspect_job(made)["bytes_per_round"]["ist"]
+    found = split_of(made).inspection.bytes_per_round.ist
 
     values = 2 * (inner / 4 + ends + vectors + 4 * shared)
     assert 1 <= found / (4 * values) < 1.01

@@ -1,7 +1,7 @@
 """The arguments of `ist.train`: sections as objects, as mappings, and as keywords of earlier versions."""
 
 import inspect
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -85,6 +85,9 @@ def test_every_key_of_train_is_an_argument_and_every_section_has_its_type() -> N
 
     assert set(Train.model_fields) == (set(Train.model_fields) & named) | TrainKeys.__annotations__.keys()
     assert not Keywords.__annotations__.keys() & named
+    chosen = {key: kind for key, kind in get_type_hints(TrainKeys).items() if get_origin(kind) is Literal}
+    assert {key: Train.model_fields[key].annotation for key in chosen} == chosen
+    assert len(chosen) == 4
     assert {name: kind for name, kind in SECTIONS.items() if kind not in get_args(hints[name])} == {}
     assert set(Config.model_fields) - named <= {"name", "method", "label", "train", "baseline", "compare", "output"}
 

@@ -15,8 +15,8 @@ from ist.config.methods import METHODS
 from ist.errors import ModelError, PoolError
 from ist.monitoring.meter import Meter
 from ist.pools.inline import InlinePool
-from ist.runs.inspection import inspect_job
 from ist.runs.open import Leading, open_run
+from ist.runs.split import split_of
 from ist.subnet.job import Job, assignments
 from ist.training.coordinator import Coordinator
 from ist.training.rounds import run_rounds
@@ -80,20 +80,20 @@ def test_shared_frozen_parameters_travel_once_and_sliced_ones_when_they_change()
         beside = HEADER_BYTES + sliced + (first if record["round"] == 0 else 0)
         assert record["bytes_to_worker"] == [HEADER_BYTES + trained + beside] * 2
         assert record["bytes_from_worker"] == [HEADER_BYTES + trained] * 2
-    found = inspect_job(job)
-    assert records[-1]["sent_bytes"] == found["bytes_of_run"]
-    assert records[2]["sent_bytes"] - records[1]["sent_bytes"] == found["bytes_per_round"]["ist"]
-    assert found["shares"][0]["frozen_bytes"] == HEADER_BYTES + sliced + first
+    found = split_of(job).inspection
+    assert records[-1]["sent_bytes"] == found.bytes_of_run
+    assert records[2]["sent_bytes"] - records[1]["sent_bytes"] == found.bytes_per_round.ist
+    assert found.shares[0].frozen_bytes == HEADER_BYTES + sliced + first
 
 
 def test_what_is_frozen_is_counted_apart() -> None:
-    found = inspect_job(job_for(seeded(lora)))
+    found = split_of(job_for(seeded(lora))).inspection
 
     trained = 4 * (12 + 64) + 4 * (64 + 32) + 4 * (32 + 5)
-    assert found["trained_parameters"] == trained
-    assert found["parameters"] == trained + 12 * 64 + 64 + 64 * 32 + 32 + 32 * 5 + 5
-    assert found["bytes_per_round"]["ddp"] == 2 * 3 * 4 * trained * 3
-    assert [t["name"] for t in found["tensors"] if t["frozen"]] == [
+    assert found.trained_parameters == trained
+    assert found.parameters == trained + 12 * 64 + 64 + 64 * 32 + 32 + 32 * 5 + 5
+    assert found.bytes_per_round.ddp == 2 * 3 * 4 * trained * 3
+    assert [t.name for t in found.tensors if t.frozen] == [
         f"{layer}.base.{tensor}" for layer in (0, 2, 4) for tensor in ("weight", "bias")
     ]
 
@@ -122,7 +122,7 @@ def test_one_worker_with_frozen_parameters_is_plain_training() -> None:
     plain_loop(plain, job, optimizer)
 
     assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
-    assert records[-1]["sent_bytes"] == inspect_job(job)["bytes_of_run"]
+    assert records[-1]["sent_bytes"] == split_of(job).inspection.bytes_of_run
 
 
 def test_who_did_not_come_back_well_is_sent_everything_again() -> None:

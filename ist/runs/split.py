@@ -1,0 +1,216 @@
+"""A network as it is split, with each worker's share: what `ist.split` returns and `ist inspect` prints.
+
+Where it sits: `ist/api.py` and `ist/cli/main.py` make it of the values of a run (`ist/runs/build.py`).
+Not here: the numbers (`ist/runs/inspection.py`); training.
+"""
+
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ist.errors import ConfigError
+from ist.monitoring.display import PlainConsole, format_bytes, format_ratio
+from ist.network.compiled import plain_name
+from ist.rng import Indices
+from ist.runs.inspection import Inspection, RoundBytes, Shape, Share, SplitGroup, TensorShares, inspect_split
+from ist.subnet.assignments import Assignments
+from ist.subnet.cut import extract, positions
+from ist.subnet.job import Job, assignments
+from ist.subnet.split_model import SplitModel
+from ist.tensors import named_tensors
+
+
+@dataclass(frozen=True, repr=False)
+class Split:
+    """A network as it is split among workers. `ist.split` makes it; `print` shows what `ist inspect` shows.
+
+    Attributes:
+        inspection: All numbers, by name; `ist inspect --json` has the same names.
+        network: The network's groups and tensors.
+        held: Who holds which neurons in each round.
+        values: Gives the network's tensors by name, as they are now.
+
+    Example:
+        >>> from torch import nn, randn
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+        >>> split = ist.split(model, randn(2, 8), workers=4)
+        >>> split.module(worker=1)
+        Sequential(
+          (0): Linear(in_features=8, out_features=8, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=8, out_features=2, bias=True)
+        )
+        >>> held = split.neurons(worker=1)["0"]
+        >>> bool((split.module(worker=1)[0].weight == model[0].weight[held]).all())
+        True
+    """
+
+    inspection: Inspection
+    network: SplitModel
+    held: Assignments
+    values: Callable[[], Mapping[str, Tensor]]
+
+    @property
+    def groups(self) -> tuple[SplitGroup, ...]:
+        """The neuron groups that are split, with how many neurons each worker holds."""
+        return self.inspection.groups
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """Each worker's parameters, and the bytes of its messages."""
+        return self.inspection.shares
+
+    @property
+    def tensors(self) -> tuple[TensorShares, ...]:
+        """Each worker's part of every tensor."""
+        return self.inspection.tensors
+
+    @property
+    def bytes_per_round(self) -> RoundBytes:
+        """Bytes of all messages of a round, and of data-parallel training in as many steps."""
+        return self.inspection.bytes_per_round
+
+    def neurons(self, worker: int, round_number: int = 0) -> dict[str, Indices]:
+        """Return the neurons that a worker holds in a round: for each group's name their numbers, int64, sorted.
+
+        Raises:
+            ConfigError: There is no such worker or round.
+        """
+        neurons = self._held(worker, round_number)
+        return {group.name: held for group, held in zip(self.network.groups, neurons, strict=True)}
+
+    def module(self, worker: int, round_number: int = 0) -> nn.Module:
+        """Return the module that a worker trains in a round, on the CPU, with the network's values as they are now.
+
+        They are copies. While a worker trains them, they are scaled as `train.activation_scale` says.
+
+        Raises:
+            ConfigError: There is no such worker or round.
+        """
+        neurons = self._held(worker, round_number)
+        module = self.network.module(neurons, torch.device("cpu"))
+        cut = positions(self.network.groups, self.network.everything, neurons)
+        whole = {name: tensor for name, tensor in self.values().items() if name in cut}
+        extract(whole, cut, into={name: t.data for name, t in named_tensors(module).items() if name in whole})
+        return module
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all numbers as `ist inspect --json` prints them."""
+        return asdict(self.inspection)
+
+    def print(self, console: Console) -> None:
+        """Print groups, tensors, shares and bytes for a person."""
+        print_inspection(self.inspection, console)
+
+    def __str__(self) -> str:
+        console = PlainConsole(file=io.StringIO())
+        with console.capture() as captured:
+            self.print(console)
+        return captured.get().rstrip()
+
+    def __repr__(self) -> str:
+        found = self.inspection
+        return f"<ist.Split of {found.model}: {len(found.groups)} groups, {found.workers} workers>"
+
+    def _held(self, worker: int, round_number: int) -> Sequence[Indices]:
+        for name, number, count in (
+            ("worker", worker, self.inspection.workers),
+            ("round_number", round_number, self.inspection.rounds),
+        ):
+            if not 0 <= number < count:
+                raise ConfigError(f"{name} is {number}: give one from 0 to {count - 1}")
+        return self.held.of(round_number)[worker]
+
+
+def split_of(job: Job) -> Split:
+    """Return how a run splits its network; its values are the initial ones."""
+    held = assignments(job)
+    inspection = inspect_split(job.config, job.split, job.schedule, held, job.schedule.dealing.steps_per_epoch)
+    return Split(inspection, job.split, held, lambda: values_of(job.task.build()))
+
+
+def values_of(network: nn.Module) -> dict[str, Tensor]:
+    """Return a network's tensors by name, as `extract` takes them."""
+    tensors = named_tensors(network).items()  # a compiled network has other names
+    return {plain_name(name): tensor.detach().cpu().contiguous() for name, tensor in tensors}
+
+
+def print_inspection(found: Inspection, console: Console) -> None:
+    """Print the numbers of a split for a person."""
+    some_frozen = found.trained_parameters < found.parameters
+    frozen = f" ({found.trained_parameters:,} of them trained)" if some_frozen else ""
+    epoch = f", {found.steps_per_epoch} steps an epoch" if found.steps_per_epoch is not None else ""
+    console.print(
+        f"{found.model}: {found.parameters:,} parameters, {format_bytes(found.parameter_bytes)}{frozen}; "
+        f"{found.workers} workers, {found.local_steps} local steps a round, {found.rounds} rounds{epoch}"
+    )
+    console.print(_group_table(found))
+    for group in found.left_whole:
+        console.print(f"Left whole{' (a residual stream)' if group.residual else ''}: {group.title}")
+    for operator, where in found.unknown_operators.items():
+        console.print(f"No rule for operator {operator} in {where}: what reaches it is not split")
+    for cause in found.kept_whole_by:
+        console.print(f"Neurons are kept whole by {cause}")
+    for name in found.unreached:
+        console.print(f"Not reached by the example, so whole: {name}")
+    console.print(_tensor_table(found))
+    shares = Table("worker", "parameters", "sent to it", "sent back", title="A round, by worker", title_justify="left")
+    for share in found.shares:
+        shares.add_row(
+            str(share.worker), f"{share.parameters:,}",
+            format_bytes(share.sent_bytes), format_bytes(share.returned_bytes),
+        )  # fmt: skip
+    console.print(shares)
+    if some_frozen:
+        most = max(share.frozen_bytes for share in found.shares)
+        console.print(
+            f"Frozen parameters go to a worker in its first round ({format_bytes(most)} at most), and again when its "
+            "part changes; they do not come back."
+        )
+    total = found.bytes_per_round
+    console.print(f"A round sends {format_bytes(total.ist)} in all; data-parallel training sends ", end="")
+    ratio = f": {format_ratio(total.ratio)} times more" if total.ratio else ""
+    console.print(f"{format_bytes(total.ddp)} for the same steps{ratio}.")
+    if len(found.stages) > 1:
+        for number, stage in enumerate(found.stages, start=1):
+            part = stage.steps / sum(other.steps for other in found.stages)
+            held = "the whole network" if stage.whole else "its share"
+            length = f"{stage.rounds} rounds of {stage.local_steps} steps, {part:.0%} of all"
+            console.print(f"Stage {number}: {length}; a worker holds {held}.")
+    console.print(f"The run sends {format_bytes(found.bytes_of_run)} in {found.rounds} rounds.")
+
+
+def _group_table(found: Inspection) -> Table:
+    groups = Table("group", "each worker", "trained in", "lives in", title="Neuron groups", title_justify="left")
+    for group in found.groups:
+        places = dict.fromkeys(f"{s.tensor}[{':, ' * s.dim}*]" for s in group.slots)
+        counts = _span([group.trained_in.fewest, group.trained_in.most])
+        shown = ", ".join(places or group.modules)
+        groups.add_row(group.title, _span(group.neurons_per_worker), f"{counts} subnets", shown)
+    return groups
+
+
+def _tensor_table(found: Inspection) -> Table:
+    tensors = Table("tensor", "whole", "worker 0", "part", "merged by", title="Tensors", title_justify="left")
+    for tensor in found.tensors:
+        whole, share = tensor.shape, tensor.shapes_per_worker[0]
+        part = math.prod(share) / max(1, math.prod(whole)) if share is not None else 0.0
+        merged = ("mean" if tensor.shared else "owner") if tensor.travels else "stays: re-estimated"
+        merged = "frozen" if tensor.frozen else merged
+        tensors.add_row(tensor.name, _shape(whole), "none" if share is None else _shape(share), f"{part:.2%}", merged)
+    return tensors
+
+
+def _span(sizes: Sequence[int]) -> str:
+    return str(sizes[0]) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+
+
+def _shape(shape: Shape) -> str:
+    return " x ".join(map(str, shape)) or "scalar"
