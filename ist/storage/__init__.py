@@ -1,1 +1,1 @@
-"""A run on disk: its folder, its checkpoints, one writer at a time."""
+"""A run on disk: its run folder, its checkpoints, and a lock that allows one writer at a time."""

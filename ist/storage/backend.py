@@ -1,8 +1,8 @@
-"""Where checkpoints are kept: a folder, or anything that fsspec reaches by a URL.
+"""The storage of checkpoints: a local folder, or a URL that fsspec can open.
 
-Where it sits: `ist/storage/run_folder.py` opens a storage, `ist/storage/checkpoint.py` decides what is in it.
-Law: what `write` was given is what `load` returns, and a name never stands for half of it.
-Not here: what the bytes mean (`ist/storage/checkpoint.py`).
+Where it sits: `ist/storage/run_folder.py` opens a storage, `ist/storage/checkpoint.py` reads and writes files in it.
+Law: `load` returns the bytes that `write` received; a file name never refers to a partial file.
+Not here: the meaning of the bytes (`ist/storage/checkpoint.py`).
 """
 
 import contextlib
@@ -16,34 +16,34 @@ from ist.errors import CheckpointError, ConfigError, RunFolderError
 from ist.redact import holds_secret, redacted
 
 WHOLE_PUTS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "memory"})
-"""Protocols with which an object appears whole or not at all; with others it is written beside its place and moved."""
+"""Protocols whose writes are atomic; with other protocols a file is written under a temporary name and renamed."""
 
 
 class Storage(Protocol):
-    """A place that holds files side by side."""
+    """A flat collection of files."""
 
     def where(self, name: str = "") -> str:
-        """Return the path or URL of a file, or of the whole storage, for people."""
+        """Return the path or URL of a file, or of the storage, for messages."""
         ...
 
     def names(self) -> list[str]:
-        """Return the names of the files, sorted; none where the place does not exist yet.
+        """Return the sorted names of the files; an empty list if the storage does not exist yet.
 
         Raises:
-            RunFolderError: It cannot be read.
+            RunFolderError: The storage cannot be read.
         """
         ...
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file: complete under its name, or not at all.
+        """Write a file completely, or not at all.
 
         Raises:
-            RunFolderError: It cannot be written; a file of that name is as it was.
+            RunFolderError: It cannot be written; an existing file of that name is unchanged.
         """
         ...
 
     def load(self, name: str) -> Path | bytes:
-        """Return a file: its path where it is on this machine, else its bytes.
+        """Return the path of a file on this machine, else its bytes.
 
         Raises:
             CheckpointError: There is no such file.
@@ -52,7 +52,7 @@ class Storage(Protocol):
         ...
 
     def rename(self, name: str, new: str) -> None:
-        """Give a file another name.
+        """Rename a file.
 
         Raises:
             RunFolderError: It cannot be renamed.
@@ -69,16 +69,16 @@ class Storage(Protocol):
 
 
 class LocalStorage:
-    """A folder of this machine, made when it is first written to; a `Storage`.
+    """A `Storage` in a folder on this machine; the first write creates the folder.
 
-    Neither the folder nor a file in it may be a symbolic link, which leads elsewhere.
+    Neither the folder nor a file in it may be a symbolic link, because a link can lead out of the run folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def where(self, name: str = "") -> str:
-        """Return a path."""
+        """Return the path of a file, or of the folder."""
         return str(self.folder / name)
 
     def names(self) -> list[str]:
@@ -92,7 +92,7 @@ class LocalStorage:
             raise RunFolderError(f"{self.folder}: cannot be read: {error.strerror or error}") from error
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file beside its place, have it reach the disk, and rename it."""
+        """Write a file under a temporary name, sync it to disk, and rename it."""
         path = self.folder / name
         refuse_link(self.folder)
         try:
@@ -102,14 +102,14 @@ class LocalStorage:
             raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
 
     def load(self, name: str) -> Path:
-        """Return a file's path."""
+        """Return the path of a file."""
         path = self.folder / name
         for link in (self.folder, path):
             refuse_link(link)
         return path
 
     def rename(self, name: str, new: str) -> None:
-        """Give a file another name."""
+        """Rename a file."""
         path = self.folder / name
         try:
             path.rename(self.folder / new)
@@ -126,12 +126,12 @@ class LocalStorage:
 
 
 class RemoteStorage:
-    """A folder, or the beginning of objects' names, behind a URL; a `Storage`.
+    """A `Storage` behind a URL: a folder, or objects with a common name prefix.
 
     Args:
         system: An fsspec file system.
-        folder: The folder in it.
-        url: The same for people.
+        folder: The folder in this file system.
+        url: URL of the folder, for messages.
     """
 
     def __init__(self, system: Any, folder: str, url: str) -> None:
@@ -143,7 +143,7 @@ class RemoteStorage:
         self._puts_whole = not WHOLE_PUTS.isdisjoint(protocols)
 
     def where(self, name: str = "") -> str:
-        """Return a URL."""
+        """Return the URL of a file, or of the folder, without passwords."""
         return f"{self._url}/{name}" if name else self._url
 
     def names(self) -> list[str]:
@@ -157,8 +157,8 @@ class RemoteStorage:
         return sorted(PurePosixPath(path).name for path in found)
 
     def write(self, name: str, data: bytes) -> None:
-        """Put an object, or write a file beside its place and move it there; and see that all of it is there."""
-        path, beside = self._path(name), self._path(f".{name}.{os.getpid()}.tmp")
+        """Put an object, or write a file under a temporary name and rename it; then check its size."""
+        path, temporary = self._path(name), self._path(f".{name}.{os.getpid()}.tmp")
         with self._translated(self.where(name), "written"):
             if self._puts_whole:
                 self._system.pipe_file(path, data)
@@ -166,15 +166,15 @@ class RemoteStorage:
                 return
             self._system.makedirs(self._folder, exist_ok=True)
             try:
-                self._system.pipe_file(beside, data)
-                self._check_size(beside, len(data))
-                self._move(beside, path, len(data))
+                self._system.pipe_file(temporary, data)
+                self._check_size(temporary, len(data))
+                self._move(temporary, path, len(data))
             finally:
-                with contextlib.suppress(Exception):  # it is gone where all went well
-                    self._system.rm_file(beside)
+                with contextlib.suppress(Exception):  # after a successful rename it no longer exists
+                    self._system.rm_file(temporary)
 
     def load(self, name: str) -> bytes:
-        """Return a file's bytes."""
+        """Return the bytes of a file."""
         with self._translated(self.where(name), "read"):
             try:
                 found: bytes = self._system.cat_file(self._path(name))
@@ -183,7 +183,7 @@ class RemoteStorage:
         return found
 
     def rename(self, name: str, new: str) -> None:
-        """Give a file another name; object stores copy it and delete the first."""
+        """Rename a file; object stores copy it and delete the original."""
         with self._translated(self.where(name), "renamed"):
             self._system.mv(self._path(name), self._path(new))
 
@@ -195,65 +195,65 @@ class RemoteStorage:
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}"
 
-    def _move(self, beside: str, path: str, num_bytes: int) -> None:
+    def _move(self, temporary: str, path: str, num_bytes: int) -> None:
         try:
-            self._system.mv(beside, path)
+            self._system.mv(temporary, path)
         except BaseException:
-            with contextlib.suppress(Exception):  # where to move is to copy, half of a copy may be there
+            with contextlib.suppress(Exception):  # some file systems move by copying, and may leave a partial copy
                 self._check_size(path, num_bytes)
             raise
         self._check_size(path, num_bytes)
 
     def _check_size(self, path: str, num_bytes: int) -> None:
-        """See that a file that was written just now is whole; one that is not is deleted."""
+        """Check that a newly written file is complete; delete an incomplete one."""
         self._system.invalidate_cache()
         size = self._system.info(path).get("size")
         if size is not None and size != num_bytes:
             self._system.rm_file(path)
-            raise OSError(f"only {size} of {num_bytes} bytes arrived")
+            raise OSError(f"only {size} of {num_bytes} bytes were written")
 
     @contextlib.contextmanager
     def _translated(self, where: str, what: str) -> Iterator[None]:
-        """Turn an error of any file system into ours: each has classes of its own, for networks and permissions."""
+        """Turn any file system's error into ours; each file system has its own classes of errors."""
         try:
             yield
         except RunFolderError:
             raise
-        except ImportError as error:  # some import their libraries when they are first used
+        except ImportError as error:  # some file systems import their libraries on first use
             reason = redacted(str(error), self._secret_url)
-            raise ConfigError(f"'checkpoint.storage': {where}: {reason}") from _shown(error, self._secret_url)
+            raise ConfigError(f"'checkpoint.storage': {where}: {reason}") from _safe_cause(error, self._secret_url)
         except Exception as error:
             reason = redacted(getattr(error, "strerror", None) or f"{type(error).__name__}: {error}", self._secret_url)
-            raise RunFolderError(f"{where}: cannot be {what}: {reason}") from _shown(error, self._secret_url)
+            raise RunFolderError(f"{where}: cannot be {what}: {reason}") from _safe_cause(error, self._secret_url)
 
 
 def run_storage(storage: str | None, folder: Path) -> Storage:
-    """Open where a run's checkpoints are.
+    """Open the storage of a run's checkpoints.
 
     Args:
-        storage: `checkpoint.storage`; None: in the run folder.
+        storage: `checkpoint.storage`; None: the run folder.
         folder: The run folder.
 
     Raises:
-        ConfigError: The URL is not understood, or a package for its protocol is missing.
+        ConfigError: fsspec cannot open the URL, or a package for its protocol is missing.
     """
     return LocalStorage(folder / "checkpoints") if storage is None else open_storage(storage, folder.resolve().name)
 
 
 def is_url(storage: str) -> bool:
-    """Return whether `checkpoint.storage` is a URL, and not a folder."""
+    """Return whether `checkpoint.storage` is a URL rather than a folder."""
     return "://" in storage or "::" in storage
 
 
 def open_storage(storage: str, name: str) -> Storage:
-    """Open the part of a storage that belongs to a run.
+    """Open a run's part of a storage.
 
     Args:
         storage: A folder or an fsspec URL (`checkpoint.storage`).
         name: Name of the run folder.
 
     Raises:
-        ConfigError: The URL is not understood, or a package for its protocol is missing.
+        ConfigError: fsspec cannot open the URL, or a package for its protocol is missing.
     """
     if not is_url(storage):
         return LocalStorage(Path(storage) / name)
@@ -266,28 +266,28 @@ def open_storage(storage: str, name: str) -> Storage:
     except ImportError as error:
         reason = redacted(str(error), url)
         raise ConfigError(
-            f"'checkpoint.storage' is '{redacted(storage)}', and a package is missing: {reason}"
-        ) from _shown(error, url)
+            f"'checkpoint.storage' is '{redacted(storage)}', but a package is missing: {reason}"
+        ) from _safe_cause(error, url)
     except Exception as error:
         reason = redacted(str(error), url)
         raise ConfigError(
             f"'checkpoint.storage' is '{redacted(storage)}', which fsspec cannot open: {reason}"
-        ) from _shown(error, url)
+        ) from _safe_cause(error, url)
     if isinstance(system, LocalFileSystem):
         return LocalStorage(Path(folder))
     return RemoteStorage(system, folder, url)
 
 
 def refuse_link(path: Path) -> None:
-    """Check that a file or folder of a run is where it seems to be.
+    """Check that a file or folder of a run is not a symbolic link.
 
     Raises:
         RunFolderError: It is a symbolic link.
     """
     if path.is_symlink():
         raise RunFolderError(
-            f"{path}: is a symbolic link to {path.readlink()}, and what belongs to a run is not followed out of its "
-            "folder: put the files there in its place (checkpoints may be elsewhere: checkpoint.storage)"
+            f"{path}: is a symbolic link to {path.readlink()}; links inside a run folder are not followed: replace the "
+            "link by the files (to save checkpoints elsewhere, set checkpoint.storage)"
         )
 
 
@@ -297,7 +297,7 @@ _TEMPORARY = re.compile(
 
 
 def sweep(storage: Storage) -> None:
-    """Delete what was written beside its place by a process that was killed; a failure to do so is no harm.
+    """Delete temporary files of killed processes; ignore files that cannot be deleted.
 
     Raises:
         RunFolderError: The storage cannot be read.
@@ -308,21 +308,21 @@ def sweep(storage: Storage) -> None:
                 storage.delete(name)
 
 
-def _shown(error: Exception, url: str) -> Exception | None:
-    """Return an error as a cause that a traceback may show, or nothing where it quotes the password of a URL."""
+def _safe_cause(error: Exception, url: str) -> Exception | None:
+    """Return the error as a cause for a traceback, or None if the URL contains a password that it may quote."""
     return None if holds_secret(url) else error
 
 
 def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
-    """Write a file so that its name never stands for half of it.
+    """Write a file completely, or not at all.
 
     Args:
-        path: Where.
-        data: What.
-        private: For its owner only (mode 600).
+        path: The file.
+        data: Its contents.
+        private: Whether only the owner may read it (mode 600).
 
     Raises:
-        OSError: The disk refuses; a file of that name is as it was.
+        OSError: It cannot be written; an existing file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

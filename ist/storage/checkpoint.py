@@ -1,11 +1,13 @@
-"""Save and load what a run needs to go on: atomically, and verified.
+"""Save and load checkpoints: atomically, and verified by a checksum.
 
-A checkpoint is one safetensors file: the network under its plain names, optimiser state under `key@name`, and a
-metadata entry with the round, counters and a SHA-256 over everything else. It is written so that a crash leaves the
-previous one (`ist/storage/backend.py`). One that is damaged all the same is set aside, and the newest whole one takes
-its place. What workers keep for themselves lies beside it, a file for each.
+A checkpoint is one safetensors file: the network's tensors under their names, optimizer state under `key@name`, and
+metadata with the round, counters, and a SHA-256 over everything else. A crash while writing leaves the previous
+checkpoint (`ist/storage/backend.py`). A damaged checkpoint is renamed, and the newest intact one is used. Each worker
+saves its own state in a file beside the checkpoint.
 
+Where it sits: `ist/storage/run_folder.py` saves and loads a run here, `ist/training/worker_state.py` a worker's state.
 Law: load(save(x)) == x, bit for bit. Nothing is pickled.
+Not here: where files are written (`ist/storage/backend.py`).
 """
 
 import hashlib
@@ -36,19 +38,20 @@ _NAME = "round-{:08d}.safetensors"
 _PATTERN = re.compile(r"round-\d{8}\.safetensors")
 _DAMAGED = ".damaged"
 _NAMES = "tensors"
-_MISFIT = "the checkpoint does not fit the configured network and run"
-_KEPT = "worker-{}.round-{}.safetensors"
+_MISMATCH = "the checkpoint does not match the configured network and run"
+_WORKER_NAME = "worker-{}.round-{}.safetensors"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands.
+    """The progress of a run.
 
     Attributes:
-        rounds_done: Rounds done.
-        totals: Counters at that moment.
-        numbers: The latest loss, accuracy and the like, for the result of a run whose first records are elsewhere.
-        start: A name for the start of the run's processes that saved it: with them, workers saved what they keep.
+        rounds_done: Number of completed rounds.
+        totals: Counters after these rounds.
+        numbers: The latest loss, accuracy and so on, for the result of a run whose earlier records are missing.
+        start: Id of the incarnation (start of the run's processes) that saved it; the workers of this incarnation saved
+            their state with it.
         config: The run's configuration, as YAML without passwords; empty in checkpoints of earlier versions.
     """
 
@@ -68,16 +71,16 @@ def save_checkpoint(storage: Storage, tensors: Mapping[str, Tensor], progress: P
     """Write a checkpoint and delete all but the newest `keep`.
 
     Args:
-        storage: Where the run's checkpoints live.
-        tensors: Whole tensors, any device.
-        progress: Where the run stands.
-        keep: How many checkpoints to leave, >= 1.
+        storage: The storage of the run's checkpoints.
+        tensors: Full tensors, on any device.
+        progress: The progress of the run.
+        keep: Number of checkpoints to keep, >= 1.
 
     Returns:
         The name of the file written.
 
     Raises:
-        RunFolderError: It cannot be written; earlier checkpoints are untouched.
+        RunFolderError: It cannot be written; earlier checkpoints are unchanged.
     """
     name = _NAME.format(progress.rounds_done)
     metadata = {"progress": json.dumps(asdict(progress)), _NAMES: json.dumps(sorted(tensors))}
@@ -88,7 +91,7 @@ def save_checkpoint(storage: Storage, tensors: Mapping[str, Tensor], progress: P
 
 
 def latest_checkpoint(storage: Storage) -> str | None:
-    """Return the name of the newest checkpoint, or None.
+    """Return the name of the newest checkpoint, or None if there is none.
 
     Raises:
         RunFolderError: The storage cannot be read.
@@ -97,15 +100,15 @@ def latest_checkpoint(storage: Storage) -> str | None:
 
 
 def load_newest(storage: Storage) -> tuple[dict[str, Tensor], Progress] | None:
-    """Read the newest checkpoint that is whole, and set aside those after it, which are damaged.
+    """Load the newest intact checkpoint; rename newer, damaged ones.
 
-    A damaged file gets another name, under which nothing looks for a checkpoint, and a warning names it.
+    A damaged file gets a name that is not recognized as a checkpoint, and a warning names it.
 
     Returns:
-        What `load_checkpoint` returns; None where there is no checkpoint at all.
+        The result of `load_checkpoint`; None if there is no checkpoint at all.
 
     Raises:
-        CheckpointError: There are checkpoints, and none of them is whole. They stay as they are.
+        CheckpointError: All checkpoints are damaged. They are not renamed.
         RunFolderError: The storage cannot be read, or a damaged file cannot be renamed.
     """
     damaged: dict[str, CheckpointError] = {}
@@ -116,23 +119,24 @@ def load_newest(storage: Storage) -> tuple[dict[str, Tensor], Progress] | None:
             damaged[name] = error
             continue
         for bad, reason in damaged.items():
-            aside = _set_aside(storage, bad)
-            _log.warning("%s. It is now called %s, and the run goes on from %s", reason, aside, name)
+            renamed = _rename_damaged(storage, bad)
+            _log.warning("%s. The file was renamed to %s; resuming from %s", reason, renamed, name)
         return found
     if not damaged:
         return None
     newest = next(iter(damaged.values()))
     raise CheckpointError(
-        f"{newest}. No other checkpoint is whole ({len(damaged)} damaged): to start over, delete what is in "
-        f"{storage.where()}"
+        f"{newest}. No checkpoint is intact ({len(damaged)} damaged): to start from the first round, delete the files "
+        f"in {storage.where()}"
     )
 
 
 def load_checkpoint(storage: Storage, name: str) -> tuple[dict[str, Tensor], Progress]:
-    """Read and verify a checkpoint.
+    """Load and verify a checkpoint.
 
     Raises:
-        CheckpointError: The file is missing, truncated or altered, or its progress entry is not one, or another's.
+        CheckpointError: The file is missing, truncated or altered, or its progress entry is malformed or does not match
+            its name.
         RunFolderError: The storage cannot be read.
     """
     where = storage.where(name)
@@ -140,16 +144,18 @@ def load_checkpoint(storage: Storage, name: str) -> tuple[dict[str, Tensor], Pro
     try:
         progress = _PROGRESS.validate_json(metadata["progress"])
     except (KeyError, ValidationError) as error:
-        raise CheckpointError(f"{where}: is no checkpoint of a run ({_what_is_wrong(error)})") from error
-    lacking = set(json.loads(metadata.get(_NAMES, "[]"))) - set(tensors)  # earlier versions did not note them
-    if lacking:
-        raise CheckpointError(f"{where}: is altered: it lacks '{min(lacking)}' ({len(lacking)} tensors missing)")
+        raise CheckpointError(f"{where}: is not a checkpoint of a run ({_explain(error)})") from error
+    missing = set(json.loads(metadata.get(_NAMES, "[]"))) - set(tensors)  # earlier versions did not list the names
+    if missing:
+        raise CheckpointError(f"{where}: was altered: '{min(missing)}' is missing ({len(missing)} tensors missing)")
     if name != _NAME.format(progress.rounds_done):
-        raise CheckpointError(f"{where}: its progress entry is of round {progress.rounds_done}, and not its name's")
+        raise CheckpointError(
+            f"{where}: its progress entry says round {progress.rounds_done}, which does not match the file's name"
+        )
     return tensors, progress
 
 
-def _what_is_wrong(error: KeyError | ValidationError) -> str:
+def _explain(error: KeyError | ValidationError) -> str:
     if isinstance(error, KeyError):
         return "no progress entry"
     detail = error.errors()[0]
@@ -161,76 +167,76 @@ def _checkpoints(storage: Storage) -> list[str]:
     return [name for name in storage.names() if _PATTERN.fullmatch(name)]
 
 
-def _set_aside(storage: Storage, name: str) -> str:
-    """Rename a damaged file, so that nothing takes it for a checkpoint; return its new name."""
-    there = storage.names()
-    aside = name + _DAMAGED
+def _rename_damaged(storage: Storage, name: str) -> str:
+    """Rename a damaged file, so that it is not recognized as a checkpoint; return its new name."""
+    existing = storage.names()
+    renamed = name + _DAMAGED
     number = 1
-    while aside in there:
+    while renamed in existing:
         number += 1
-        aside = f"{name}{_DAMAGED}-{number}"
-    storage.rename(name, aside)
-    return aside
+        renamed = f"{name}{_DAMAGED}-{number}"
+    storage.rename(name, renamed)
+    return renamed
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Check that a part of a checkpoint holds just the tensors that a run goes on with.
+    """Check that a part of a checkpoint has exactly the tensors that a run needs to resume.
 
     Args:
-        found: What the checkpoint has.
-        expected: Tensors of the names, shapes and dtypes that it must have.
+        found: Tensors of the checkpoint.
+        expected: Tensors with the expected names, shapes and dtypes.
 
     Raises:
-        CheckpointError: A tensor is missing, superfluous, or of another shape or dtype.
+        CheckpointError: A tensor is missing or unexpected, or has another shape or dtype.
     """
     if missing := [name for name in expected if name not in found]:
-        raise CheckpointError(f"{_MISFIT}: it lacks '{missing[0]}' ({len(missing)} tensors missing)")
+        raise CheckpointError(f"{_MISMATCH}: it lacks '{missing[0]}' ({len(missing)} tensors missing)")
     for name, tensor in found.items():
         if name not in expected:
-            raise CheckpointError(f"{_MISFIT}: it holds '{name}', for which this run has no use")
+            raise CheckpointError(f"{_MISMATCH}: it contains '{name}', which this run does not have")
         shape, dtype = tuple(expected[name].shape), expected[name].dtype
         if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
             raise CheckpointError(
-                f"{_MISFIT}: its '{name}' is {tuple(tensor.shape)} of {tensor.dtype}, not {shape} of {dtype}"
+                f"{_MISMATCH}: its '{name}' is {tuple(tensor.shape)} of {tensor.dtype}, not {shape} of {dtype}"
             )
 
 
 def save_kept(
     storage: Storage, worker: int, rounds_done: int, tensors: Mapping[str, Tensor], of: str, keep: int
 ) -> None:
-    """Write what a worker keeps beside the run's checkpoints, and delete its files of all but the newest `keep`.
+    """Write a worker's state beside the run's checkpoints, and delete all but its newest `keep` files.
 
     Args:
-        storage: Where the run's checkpoints live.
-        worker: Whose it is; every worker writes its own, before the run's checkpoint after the same round.
-        rounds_done: Rounds done.
-        tensors: Any device.
-        of: What of the network it belongs to.
-        keep: How many checkpoints of the run there are at most.
+        storage: The storage of the run's checkpoints.
+        worker: The worker; each writes its own file, before the run's checkpoint of the same round.
+        rounds_done: Number of completed rounds.
+        tensors: The state, on any device.
+        of: A key for the neurons and the incarnation to which the state belongs.
+        keep: Largest number of checkpoints of the run.
 
     Raises:
-        RunFolderError: It cannot be written; earlier files are untouched.
+        RunFolderError: It cannot be written; earlier files are unchanged.
     """
-    now = _kept_name(worker, rounds_done)
+    now = _worker_file(worker, rounds_done)
     storage.write(now, _serialized(tensors, {"of": of}))
-    files, there = _KEPT.format(f"{worker:04d}", "*"), storage.names()
-    mine = [name for name in there if fnmatch(name, files)]
-    killed = [name for name in there if fnmatch(name, f".{files}.*.tmp")]  # while an earlier process of it was saving
+    files, existing = _WORKER_NAME.format(f"{worker:04d}", "*"), storage.names()
+    mine = [name for name in existing if fnmatch(name, files)]
+    temporary = [name for name in existing if fnmatch(name, f".{files}.*.tmp")]  # its process was killed while saving
     before = [name for name in mine if name < now]
-    # Those of checkpoints that are there stay. Later ones are of a run that was broken off, and went on from earlier.
-    for old in [*killed, *before[:-keep], *(name for name in mine if name > now)]:
-        with suppress(RunFolderError):  # no harm, and the next round tries again
+    # Files of existing checkpoints stay. Later files are from an interrupted run that resumed from an earlier round.
+    for old in [*temporary, *before[:-keep], *(name for name in mine if name > now)]:
+        with suppress(RunFolderError):  # harmless; the next round tries again
             storage.delete(old)
 
 
 def load_kept(storage: Storage, worker: int, rounds_done: int, of: str) -> dict[str, Tensor] | None:
-    """Read what `save_kept` wrote; None where there is nothing, or it belongs to something else of the network.
+    """Load a file of `save_kept`; None if there is none, or if its key differs from `of`.
 
     Raises:
         CheckpointError: The file is truncated or altered.
         RunFolderError: The storage cannot be read.
     """
-    name = _kept_name(worker, rounds_done)
+    name = _worker_file(worker, rounds_done)
     if name not in storage.names():
         return None
     tensors, metadata = _verified(storage.load(name), storage.where(name))
@@ -238,26 +244,26 @@ def load_kept(storage: Storage, worker: int, rounds_done: int, of: str) -> dict[
 
 
 def forget_kept(storage: Storage, after: int = 0) -> None:
-    """Delete what all workers kept beside checkpoints of more rounds than `after`.
+    """Delete the state of all workers after more rounds than `after`.
 
     Raises:
-        RunFolderError: The storage cannot be read, or refuses.
+        RunFolderError: The storage cannot be read, or a file cannot be deleted.
     """
-    last = _kept_name(0, after).partition(".")[2]
+    last = _worker_file(0, after).partition(".")[2]
     for name in storage.names():
-        if fnmatch(name, _KEPT.format("*", "*")) and name.partition(".")[2] > last:
+        if fnmatch(name, _WORKER_NAME.format("*", "*")) and name.partition(".")[2] > last:
             storage.delete(name)
 
 
-def _kept_name(worker: int, rounds_done: int) -> str:
-    return _KEPT.format(f"{worker:04d}", f"{rounds_done:08d}")
+def _worker_file(worker: int, rounds_done: int) -> str:
+    return _WORKER_NAME.format(f"{worker:04d}", f"{rounds_done:08d}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors as safetensors with a checksum: complete under its name, or not at all.
+    """Write tensors as a safetensors file with a checksum, completely or not at all.
 
     Raises:
-        OSError: The disk refuses.
+        OSError: The file cannot be written.
     """
     write_atomically(path, _serialized(tensors, metadata))
 
@@ -277,7 +283,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     seen: set[int] = set()
-    for name, tensor in plain.items():  # a tied tensor is written under each of its names
+    for name, tensor in plain.items():  # tied tensors are written under each name
         if tensor.data_ptr() in seen:
             plain[name] = tensor.clone()
         seen.add(tensor.data_ptr())
@@ -291,13 +297,13 @@ def _verified(source: Path | bytes, where: str) -> tuple[dict[str, Tensor], dict
         tensors, metadata = _parsed(source) if isinstance(source, bytes) else _opened(source)
     except FileNotFoundError as error:
         raise CheckpointError(f"{where}: no such checkpoint") from error
-    except PermissionError as error:  # no damage: another user may read it
+    except PermissionError as error:  # not damage: another user may be able to read it
         raise RunFolderError(f"{where}: cannot be read: {error.strerror or error}") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{where}: truncated or not a safetensors file: {error}") from error
     expected = metadata.pop("sha256", None)
     if expected != _checksum(tensors, metadata):
-        raise CheckpointError(f"{where}: its contents do not match its checksum: it was altered")
+        raise CheckpointError(f"{where}: was altered: its contents do not match its checksum")
     return tensors, metadata
 
 
@@ -308,7 +314,7 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _parsed(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors = load(data)  # refuses what is not safetensors, so that the header can be read without care
+    tensors = load(data)  # raises for anything but safetensors, so the header below is well formed
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return tensors, dict(header.get("__metadata__", {}))
 

@@ -1,9 +1,9 @@
-"""Read a run's records and its result, and find out whether they are what a run writes.
+"""Parse a run's records and its result, and check their keys and types.
 
-Where it sits: `ist/storage/run_folder.py` reads the files and asks here what is in them.
-Law: what is returned has the keys and types that the rest of the package relies on; whatever has not is one error that
-names the file, the line and the key.
-Not here: opening files; writing them (`ist/storage/run_folder.py`, `ist/runs/recorder.py`).
+Where it sits: `ist/storage/run_folder.py` reads the files and parses their contents here.
+Law: the returned values have the keys and types that other rooms rely on; anything else is one error that names the
+file, the line and the key.
+Not here: opening and writing files (`ist/storage/run_folder.py`, `ist/runs/recorder.py`).
 """
 
 import functools
@@ -23,7 +23,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Written(BaseModel):
-    """Something that a run has written: further keys are of a newer version, or a metric of the user's."""
+    """A mapping that a run has written; unknown keys come from a newer version or are the user's metrics."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -35,7 +35,7 @@ class _Lost(_Written):
 
 
 class _Record(_Written):
-    """A line of metrics.jsonl, but for the measured numbers; what has a default is missing in some records."""
+    """A line of metrics.jsonl, without the measured numbers; some records lack keys that have a default."""
 
     round: NonNegativeInt
     workers: NonNegativeInt = 0
@@ -47,12 +47,12 @@ class _Record(_Written):
     def _metric_is_a_number(self) -> "_Record":
         value = (self.model_extra or {}).get(self.metric or "", 0)
         if isinstance(value, bool) or not isinstance(value, int | float | None):
-            raise ValueError(f"'{self.metric}' is no number")
+            raise ValueError(f"'{self.metric}' is not a number")
         return self
 
 
 class _Result(_Written):
-    """What result.json holds, but for the measured numbers that some versions did not write."""
+    """The contents of result.json, without the measured numbers that some versions did not write."""
 
     name: str
     method: str
@@ -77,12 +77,12 @@ class _Result(_Written):
 
 @dataclass(frozen=True)
 class Lines:
-    """What metrics.jsonl holds.
+    """The contents of metrics.jsonl.
 
     Attributes:
-        texts: Its lines as they are, but for a damaged end.
-        records: What they say.
-        cut: Whether there was a damaged end, as a crash leaves it: half a line, or zeros.
+        texts: Its lines, without a damaged end.
+        records: The parsed lines.
+        cut: Whether the file had a damaged end, which a crash can leave: half a line, or zeros.
     """
 
     texts: Sequence[bytes]
@@ -91,14 +91,14 @@ class Lines:
 
 
 def parse_records(raw: bytes, where: str) -> Lines:
-    """Read metrics.jsonl.
+    """Parse metrics.jsonl.
 
     Args:
-        raw: What is in it.
-        where: The file, for people.
+        raw: Its contents.
+        where: The file's path, for messages.
 
     Raises:
-        RunFolderError: A line before the damaged end is no record, or rounds are not in order.
+        RunFolderError: A line before a damaged end is not a record, or rounds are not in order.
     """
     lines = raw.split(b"\n")
     if not lines[-1]:
@@ -115,18 +115,18 @@ def parse_records(raw: bytes, where: str) -> Lines:
         _check(_record_model(MEASUREMENTS), tree, line)
         if records and tree["round"] <= records[-1]["round"]:
             raise RunFolderError(
-                f"{line} is of round {tree['round']}, and the one before of round {records[-1]['round']}: two "
-                "processes have written into it, or it was altered"
+                f"{line} is of round {tree['round']}, but the line before is of round {records[-1]['round']}: two "
+                "processes have written into the file, or it was altered"
             )
         records.append(tree)
     return Lines(lines[:whole], records, whole < len(lines))
 
 
 def parse_result(raw: bytes, where: str) -> dict[str, Any]:
-    """Read result.json; arguments as of `parse_records`.
+    """Parse result.json; arguments as in `parse_records`.
 
     Raises:
-        RunFolderError: It is not what a run writes.
+        RunFolderError: The file is damaged.
     """
     tree = _tree(raw)
     if tree is None:
@@ -146,7 +146,7 @@ def _record_model(table: tuple[Measurement, ...]) -> type[_Record]:
 
 @functools.cache
 def _result_model(table: tuple[Measurement, ...]) -> type[_Result]:
-    """What result.json holds, with the numbers of a table."""
+    """The contents of result.json, with the numbers of a table."""
     fields = {m.name: _field(m, False) for m in table if m.over_rounds and m.name not in _Result.model_fields}
     return create_model("RunResult", __base__=_Result, **fields)
 
@@ -155,7 +155,7 @@ _LIST: Any = (list[Number], [])
 
 
 def _field(measured: Measurement, required: bool) -> Any:
-    """A field of a pydantic model: its type, and its default where it may be missing."""
+    """A field of a pydantic model: its type, and its default if it may be missing."""
     if measured.is_list:
         return _LIST
     if measured.source == "evaluation":
@@ -164,7 +164,7 @@ def _field(measured: Measurement, required: bool) -> Any:
 
 
 def _tree(text: bytes) -> Any:
-    """What a JSON text says; None where it is none."""
+    """Parse a JSON text; None if it is not valid."""
     try:
         return json.loads(text.decode())
     except (ValueError, RecursionError):
@@ -173,7 +173,7 @@ def _tree(text: bytes) -> Any:
 
 def _check(model: type[BaseModel], tree: Any, where: str) -> None:
     if not isinstance(tree, Mapping):
-        raise RunFolderError(f"{where} is damaged: it is no mapping of names to values")
+        raise RunFolderError(f"{where} is damaged: it is not a mapping of names to values")
     try:
         model.model_validate(tree)
     except ValidationError as error:

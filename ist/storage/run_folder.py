@@ -1,16 +1,19 @@
 """A run on disk: the resolved configuration, metrics, checkpoints, the result.
 
-    config.yaml        the configuration, every key written out
-    metrics.jsonl      one JSON object a round
-    checkpoints/       safetensors, the newest few; until the end also what workers keep, written by themselves
+    config.yaml        the configuration with all keys
+    metrics.jsonl      one JSON object per round
+    checkpoints/       the newest checkpoints (safetensors); during the run also the state of workers
     tensorboard/       event files, with watch.tensorboard
-    model.safetensors  the trained network's state_dict, at the end
+    model.safetensors  state_dict of the trained network, at the end
     result.json        final numbers, at the end
-    run.lock           while a process writes here: which one
+    run.lock           names the process that is writing here
 
-With `checkpoint.storage`, checkpoints are there, in a folder of the run folder's name, with a copy of config.yaml.
+With `checkpoint.storage`, checkpoints are written there, in a folder with the run folder's name and a copy of
+config.yaml.
 
-Not here: what the numbers mean (`ist/runs/recorder.py`), what they look like (`ist/report/`).
+Where it sits: the command line, `ist/runs/open.py` and `ist/runs/recorder.py` write a run through `RunFolder`; reports
+read it.
+Not here: computing the numbers (`ist/runs/recorder.py`), showing them (`ist/report/page.py`).
 """
 
 import json
@@ -35,7 +38,7 @@ from ist.storage.backend import LocalStorage, Storage, is_url, refuse_link, run_
 from ist.storage.checkpoint import Progress, forget_kept, latest_checkpoint, load_newest, save_checkpoint, write_tensors
 from ist.storage.run_files import Lines, parse_records, parse_result
 from ist.storage.run_lock import LOCK, sole_writer
-from ist.storage.same_run import Change, other_run, other_settings
+from ist.storage.same_run import Change, allowed_changes, run_changes
 
 _log = logging.getLogger(__name__)
 
@@ -45,13 +48,13 @@ _CONFIG = "config.yaml"
 
 
 class RunFolder:
-    """One run's folder.
+    """The folder of one run.
 
     Args:
         path: An existing run folder; see `create_run_folder`.
 
     Raises:
-        RunFolderError: It is none, or a file of it is a symbolic link.
+        RunFolderError: It is not a run folder, or a file in it is a symbolic link.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,7 +63,7 @@ class RunFolder:
         for name in (_CONFIG, "metrics.jsonl", "model.safetensors", "result.json", "tensorboard", LOCK):
             refuse_link(path / name)
         if not self.config_path.is_file():
-            raise RunFolderError(f"{path}: is no run folder (it has no config.yaml)")
+            raise RunFolderError(f"{path}: is not a run folder, because it has no config.yaml")
 
     @property
     def config_path(self) -> Path:
@@ -69,7 +72,7 @@ class RunFolder:
 
     @property
     def metrics_path(self) -> Path:
-        """The records of its rounds."""
+        """The file with one record per round."""
         return self.path / "metrics.jsonl"
 
     def load_config(self) -> Config:
@@ -78,11 +81,11 @@ class RunFolder:
 
     @cached_property
     def storage(self) -> Storage:
-        """Where the run's checkpoints are."""
+        """The storage of the run's checkpoints."""
         return _storage_of(self.load_config(), self.path)
 
     def append_record(self, record: Record) -> None:
-        """Add a round to metrics.jsonl.
+        """Append the record of a round to metrics.jsonl.
 
         Raises:
             RunFolderError: The disk is full or not writable.
@@ -95,7 +98,7 @@ class RunFolder:
             raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the rounds in metrics.jsonl.
+        """Return the records in metrics.jsonl.
 
         Raises:
             RunFolderError: The file is damaged.
@@ -106,57 +109,60 @@ class RunFolder:
         return list(lines.records)
 
     def finished_records(self) -> list[dict[str, Any]]:
-        """Return the rounds of a run that has finished: up to its last, if there are any.
+        """Return the records of a finished run.
 
-        The first rounds are missing, or all, where the run went on from checkpoints alone.
+        Records of the first rounds, or all of them, are missing if the run was resumed from checkpoints alone.
 
         Raises:
-            RunFolderError: The run has not finished, or the file is damaged, or ends too early.
+            RunFolderError: The run has not finished, or the file is damaged or ends too early.
         """
         records, rounds = self.records(), self.result()["rounds"]
         if not records:
-            _log.warning("%s: holds no records of the run's %d rounds: it has no curve", self.metrics_path, rounds)
+            _log.warning("%s: no records of the run's %d rounds: the report has no curve", self.metrics_path, rounds)
         elif (last := records[-1]["round"] + 1) != rounds:
-            raise RunFolderError(f"{self.metrics_path} is damaged: it ends with round {last}, and the run had {rounds}")
+            raise RunFolderError(
+                f"{self.metrics_path} is damaged: its last record is of round {last}, but the run had {rounds} rounds"
+            )
         return records
 
     def sweep(self) -> None:
-        """Delete what saves that were killed have left; nobody else may be writing."""
-        for place in (LocalStorage(self.path.resolve()), self.storage):
-            sweep(place)
+        """Delete temporary files of killed processes; no other process may be writing into the folder."""
+        for storage in (LocalStorage(self.path.resolve()), self.storage):
+            sweep(storage)
 
     def begin(self) -> None:
-        """Check that a run which is about to begin has not begun in another process meanwhile.
+        """Check that no other process has started this run in the meantime.
 
         Raises:
-            RunFolderError: It has.
+            RunFolderError: Another process has started it.
         """
-        self._note_config()
+        self._keep_config()
         if self.is_finished() or self._lines().texts or self.has_checkpoint():
             raise RunFolderError(
-                f"{self.path}: another process has begun this run meanwhile: go on with: ist train --resume {self.path}"
+                f"{self.path}: another process has started this run in the meantime. Resume with: ist train --resume "
+                f"{self.path}"
             )
 
     def rewind(self) -> tuple[dict[str, Tensor], Progress]:
-        """Go back to the newest checkpoint that is whole: return it, and drop what is of later rounds.
+        """Return the newest intact checkpoint, and delete records of later rounds.
 
-        Without a checkpoint that is the beginning: no tensors. Records of earlier rounds may be missing, where
-        only the checkpoints outlived the machine. A damaged end of metrics.jsonl is dropped, with a warning.
+        Without a checkpoint, there are no tensors and no completed rounds. Records of earlier rounds may be missing if
+        only the checkpoints survived. A damaged end of metrics.jsonl is deleted, with a warning.
 
         Raises:
-            CheckpointError: There are checkpoints and all are damaged, or there must be one and is none.
-            RunFolderError: The configuration is another one than when the run was saved, or metrics.jsonl is damaged
-                before its end, or the folder is not writable.
+            CheckpointError: All checkpoints are damaged, or a checkpoint must exist and does not.
+            RunFolderError: The configuration has changed since the run was saved, metrics.jsonl is damaged before its
+                end, or the folder is not writable.
         """
-        self._note_config()
-        lines = self._lines_to_go_on()
+        self._keep_config()
+        lines = self._lines_for_resume()
         newest = load_newest(self.storage)
         if newest is None:
             self._check_never_saved(len(lines.records))
         tensors, progress = newest or ({}, Progress())
         for change in self._changed_since(progress):
             _log.warning(
-                "%s: '%s' was %s when the run was saved, and is %s now",
+                "%s: '%s' has changed since the run was saved, from %s to %s",
                 self.config_path,
                 change.key,
                 change.old,
@@ -164,64 +170,64 @@ class RunFolder:
             )
         if lines.cut:
             _log.warning(
-                "%s: the end, after %d whole lines, is damaged, as a crash leaves it: it is dropped",
+                "%s: deleted the damaged end after %d intact lines, which a crash can leave",
                 self.metrics_path, len(lines.texts),
             )  # fmt: skip
         numbered = zip(lines.texts, lines.records, strict=True)
-        kept = [text for text, record in numbered if record["round"] < progress.rounds_done]
-        self._write("metrics.jsonl", b"".join(text + b"\n" for text in kept))
-        with suppress(RunFolderError):  # of no use any more, and no harm
+        earlier = [text for text, record in numbered if record["round"] < progress.rounds_done]
+        self._write("metrics.jsonl", b"".join(text + b"\n" for text in earlier))
+        with suppress(RunFolderError):  # these files are no longer needed, and harmless
             forget_kept(self.storage, after=progress.rounds_done)
         return tensors, progress
 
     def has_checkpoint(self) -> bool:
-        """Return whether there is anything to go on from."""
+        """Return whether there is a checkpoint from which to resume."""
         return latest_checkpoint(self.storage) is not None
 
     def check_checkpoint(self) -> None:
-        """Find the newest checkpoint that is whole, if there are any; those that are damaged are set aside.
+        """Check that the run can be resumed from an intact checkpoint, if it has any; rename damaged ones.
 
         Raises:
-            CheckpointError: There are checkpoints and all are damaged, or there must be one and is none.
-            RunFolderError: The configuration is another one than when the run was saved, or metrics.jsonl is damaged
-                before its end.
+            CheckpointError: All checkpoints are damaged, or a checkpoint must exist and does not.
+            RunFolderError: The configuration has changed since the run was saved, or metrics.jsonl is damaged before
+                its end.
         """
-        lines = self._lines_to_go_on()
+        lines = self._lines_for_resume()
         newest = load_newest(self.storage)
         if newest is None:
             self._check_never_saved(len(lines.records))
         else:
             self._changed_since(newest[1])
 
-    def _note_config(self) -> None:
-        """Note with which configuration the run goes on, whatever becomes of the file meanwhile."""
+    def _keep_config(self) -> None:
+        """Remember the configuration of this run, in case the file changes during the run."""
         self._config_text = redacted(dump_config(self.load_config()))
 
     def _changed_since(self, progress: Progress) -> list[Change]:
-        """Return which settings have changed since a checkpoint was saved; earlier versions did not note them.
+        """Return settings that have changed since a checkpoint was saved; earlier versions did not save settings.
 
         Raises:
-            RunFolderError: One of them makes it another run.
+            RunFolderError: A change makes it a different run.
         """
         if not progress.config:
             return []
-        where = f"{self.storage.where()}: the configuration that the newest checkpoint notes"
+        where = f"{self.storage.where()}: the configuration in the newest checkpoint"
         saved, now = validate(parse_yaml(progress.config, where), where), self.load_config()
-        if changes := other_run(saved, now):
-            told = "; ".join(f"'{change.key}' was {change.old}, is {change.new}" for change in changes)
+        if changes := run_changes(saved, now):
+            listed = "; ".join(f"'{change.key}' was {change.old}, is {change.new}" for change in changes)
             raise RunFolderError(
-                f"{self.config_path}: was changed since the run was saved: {told}. Put back what it was, or begin a "
-                "new run with the new configuration"
+                f"{self.config_path}: has changed since the run was saved: {listed}. Restore the old values, or start "
+                "a new run with the new configuration"
             )
-        return other_settings(saved, now)
+        return allowed_changes(saved, now)
 
     def _check_never_saved(self, num_records: int) -> None:
-        """Refuse to start over where checkpoints were kept elsewhere and are not found there."""
+        """Refuse to start from the first round if `checkpoint.storage` must have a checkpoint and has none."""
         config = self.load_config().checkpoint
         if config.storage is not None and num_records > config.every:
             raise CheckpointError(
-                f"{self.storage.where()}: holds no checkpoint, but {self.path} has {num_records} rounds behind it: is "
-                f"the storage (checkpoint.storage) complete? To start over, delete {self.metrics_path}"
+                f"{self.storage.where()}: has no checkpoint, but {self.path} has records of {num_records} rounds: is "
+                f"the storage (checkpoint.storage) complete? To start from the first round, delete {self.metrics_path}"
             )
 
     def _lines(self) -> Lines:
@@ -230,12 +236,12 @@ class RunFolder:
         except FileNotFoundError:
             return Lines([], [], cut=False)
 
-    def _lines_to_go_on(self) -> Lines:
+    def _lines_for_resume(self) -> Lines:
         try:
             return self._lines()
         except RunFolderError as error:
             raise RunFolderError(
-                f"{error}. To go on without the records of earlier rounds, move the file away"
+                f"{error}. To resume without the records of earlier rounds, move the file away"
             ) from error
 
     def _read(self, name: str) -> bytes:
@@ -251,7 +257,7 @@ class RunFolder:
         """Save a checkpoint.
 
         Raises:
-            RunFolderError: The disk is full or not writable, or the storage refuses; earlier ones are untouched.
+            RunFolderError: The disk is full or not writable, or the storage fails; earlier checkpoints are unchanged.
         """
         save_checkpoint(self.storage, tensors, replace(progress, config=self._config_text), keep)
 
@@ -267,7 +273,7 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
         self._write("result.json", json.dumps(result, indent=2).encode())
-        with suppress(RunFolderError):  # of no use any more, and no harm
+        with suppress(RunFolderError):  # these files are no longer needed, and harmless
             forget_kept(self.storage)
 
     def result(self) -> dict[str, Any]:
@@ -280,17 +286,17 @@ class RunFolder:
             raw = self._read("result.json")
         except FileNotFoundError as error:
             raise RunFolderError(
-                f"{self.path}: has no result.json: the run has not finished. Go on with: ist train --resume {self.path}"
+                f"{self.path}: the run has not finished (no result.json). Resume with: ist train --resume {self.path}"
             ) from error
         try:
             return parse_result(raw, str(self.path / "result.json"))
         except RunFolderError as error:
             raise RunFolderError(
-                f"{error}. Delete it, and have it written anew with: ist train --resume {self.path}"
+                f"{error}. Delete the file, and write it again by: ist train --resume {self.path}"
             ) from error
 
     def add_to_result(self, values: Record) -> None:
-        """Write more numbers into result.json.
+        """Add numbers to result.json.
 
         Raises:
             RunFolderError: The run has not finished, or the disk is full or not writable.
@@ -309,52 +315,52 @@ class RunFolder:
 
 
 def create_run_folder(config: Config, path: Path | None = None) -> RunFolder:
-    """Make the folder of a new run and write its configuration.
+    """Create the folder of a new run and write its configuration.
 
     Args:
         config: The resolved configuration.
-        path: Where; default: a new folder under `config.output`, named after the run and the time.
+        path: The folder; default: a new folder under `config.output`, named after the run and the time.
 
     Raises:
-        ConfigError: `checkpoint.storage` is not understood, or a package for it is missing.
-        RunFolderError: The folder exists and is not empty, or the storage holds a run of that name, or one of the two
-            is not writable, or another process writes into the folder.
+        ConfigError: `checkpoint.storage` cannot be opened, or a package for it is missing.
+        RunFolderError: The folder exists and is not empty, the storage already has a run of that name, one of the two
+            is not writable, or another process is writing into the folder.
     """
     path = path or new_folder(config.output, config.name)
     storage = _storage_of(config, path)
-    with _made_and_held(path):
+    with _created_and_locked(path):
         _refuse_contents(path)
         if config.checkpoint.storage is not None and storage.names():
             raise RunFolderError(
-                f"{storage.where()}: holds a run already (checkpoint.storage): give the run folder another name, or go "
-                f"on with: ist train --auto-resume --run-dir {path}"
+                f"{storage.where()}: already contains a run (checkpoint.storage): give the run folder another name, or "
+                f"resume with: ist train --auto-resume --run-dir {path}"
             )
-        return _written(config, path)
+        return _write_config(config, path)
 
 
 def open_or_create(config: Config, path: Path) -> tuple[RunFolder, bool]:
-    """Open the folder of a run, or make it: what a job needs that is started again and again until it is done.
+    """Open the folder of a run, or create it; for jobs that are restarted until they finish.
 
-    Where the folder is gone and `checkpoint.storage` still has the run, it goes on from there.
+    If the folder is missing and `checkpoint.storage` still has the run, the run is resumed from there.
 
     Args:
-        config: The resolved configuration; of a run that is there, its keys that may change take the place of the old.
+        config: The resolved configuration; keys of an existing run that may change get their new values.
         path: The folder.
 
     Returns:
-        The folder, and whether the run in it is to be resumed.
+        The folder, and whether its run has to be resumed.
 
     Raises:
-        ConfigError: `checkpoint.storage` is not understood, or a package for it is missing.
-        RunFolderError: The folder or the storage holds another run, or something else, or is not writable, or another
-            process writes into the folder.
+        ConfigError: `checkpoint.storage` cannot be opened, or a package for it is missing.
+        RunFolderError: The folder or the storage contains a different run or other files, is not writable, or another
+            process is writing into the folder.
     """
     storage = _storage_of(config, path)
-    with _made_and_held(path):
-        return _open_or_written(config, path, storage)
+    with _created_and_locked(path):
+        return _open_or_create_locked(config, path, storage)
 
 
-def _open_or_written(config: Config, path: Path, storage: Storage) -> tuple[RunFolder, bool]:
+def _open_or_create_locked(config: Config, path: Path, storage: Storage) -> tuple[RunFolder, bool]:
     file = path / _CONFIG
     refuse_link(file)
     try:
@@ -364,8 +370,8 @@ def _open_or_written(config: Config, path: Path, storage: Storage) -> tuple[RunF
         if text and not (torn and inside == {file}):
             _refuse_moved(path, config)
             _refuse_foreign(storage, config)
-            return _written(config, path), True
-        torn_files = {file, *path.glob(f".{_CONFIG}.*.tmp")}  # a crash while the folder was made
+            return _write_config(config, path), True
+        torn_files = {file, *path.glob(f".{_CONFIG}.*.tmp")}  # a crash while the folder was created
         if inside <= torn_files:
             for left in torn_files:
                 left.unlink(missing_ok=True)
@@ -373,14 +379,14 @@ def _open_or_written(config: Config, path: Path, storage: Storage) -> tuple[RunF
         raise RunFolderError(f"{path}: cannot be read or written: {error.strerror or error}") from error
     _refuse_contents(path)
     _refuse_foreign(storage, config)
-    return _written(config, path), latest_checkpoint(storage) is not None
+    return _write_config(config, path), latest_checkpoint(storage) is not None
 
 
 def reopen(config: Config, path: Path) -> RunFolder:
-    """Open the folder of a run that is to go on, as a program means it that configures the run itself.
+    """Open the folder of a run in order to resume it, for a program that configures the run itself.
 
     Raises:
-        RunFolderError: It holds no run, or another one.
+        RunFolderError: It does not contain a run, or contains a different one.
     """
     folder = RunFolder(path)
     _refuse_moved(path, config)
@@ -388,13 +394,13 @@ def reopen(config: Config, path: Path) -> RunFolder:
 
 
 @contextmanager
-def _made_and_held(path: Path) -> Iterator[None]:
-    """Make a folder where it is missing, and keep other processes out of it; unmake it if that comes to nothing."""
+def _created_and_locked(path: Path) -> Iterator[None]:
+    """Create a folder if it is missing, and lock it within the context; after an error, delete a new folder."""
     missing = not os.path.lexists(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunFolderError(f"{path}: cannot be made or written: {error.strerror or error}") from error
+        raise RunFolderError(f"{path}: cannot be created or written: {error.strerror or error}") from error
     try:
         with sole_writer(path):
             yield
@@ -405,15 +411,15 @@ def _made_and_held(path: Path) -> Iterator[None]:
         raise
 
 
-def _written(config: Config, path: Path) -> RunFolder:
-    """Write the configuration: into the folder, and where checkpoints will be."""
+def _write_config(config: Config, path: Path) -> RunFolder:
+    """Write the configuration into the folder, and into the storage of checkpoints."""
     config = _with_absolute_storage(config)
     text = dump_config(config)
     try:
         write_atomically(path / _CONFIG, text.encode(), private=holds_secret(text))
     except OSError as error:
-        raise RunFolderError(f"{path}: cannot be made or written: {error.strerror or error}") from error
-    if config.checkpoint.storage is not None:  # and so it is found to be writable before anything is trained
+        raise RunFolderError(f"{path}: cannot be created or written: {error.strerror or error}") from error
+    if config.checkpoint.storage is not None:  # this also checks, before training, that the storage is writable
         _storage_of(config, path).write(_CONFIG, redacted(text).encode())
     return RunFolder(path)
 
@@ -422,45 +428,45 @@ def _refuse_contents(path: Path) -> None:
     try:
         empty = not set(path.iterdir()) - {path / LOCK}
     except OSError as error:
-        raise RunFolderError(f"{path}: cannot be made or written: {error.strerror or error}") from error
+        raise RunFolderError(f"{path}: cannot be created or written: {error.strerror or error}") from error
     if not empty:
-        raise RunFolderError(f"{path}: is not empty: give a new folder, or go on with: ist train --resume {path}")
+        raise RunFolderError(f"{path}: is not empty: give a new folder, or resume with: ist train --resume {path}")
 
 
 def _refuse_moved(path: Path, config: Config) -> None:
-    """Refuse to go on with another run, or with this one where its checkpoints would not be found."""
-    there = load_config(path / _CONFIG, is_saved=True)
-    _refuse_other(there, config, str(path))
-    before, now = (_storage_of(c, path) for c in (there, config))
+    """Refuse to resume a different run, or this run if its checkpoints would not be found."""
+    existing = load_config(path / _CONFIG, is_saved=True)
+    _refuse_other(existing, config, str(path))
+    before, now = (_storage_of(c, path) for c in (existing, config))
     if before.where() != now.where() and latest_checkpoint(before) and not latest_checkpoint(now):
         raise RunFolderError(
             f"{path}: its checkpoints are in {before.where()}, but 'checkpoint.storage' now means {now.where()}: "
-            "configure what it was, or move them"
+            "restore the old value, or move the checkpoints"
         )
 
 
 def _refuse_foreign(storage: Storage, config: Config) -> None:
-    """Refuse a storage in which there is another run of the same name."""
+    """Refuse a storage that contains a different run of the same name."""
     if config.checkpoint.storage is None:
         return
     if _CONFIG in storage.names():
         saved = storage.load(_CONFIG)
         text = (saved if isinstance(saved, bytes) else saved.read_bytes()).decode()
-        there = storage.where(_CONFIG)
-        _refuse_other(validate(parse_yaml(text, there), there), config, storage.where())
+        where = storage.where(_CONFIG)
+        _refuse_other(validate(parse_yaml(text, where), where), config, storage.where())
     elif latest_checkpoint(storage):
         raise RunFolderError(
-            f"{storage.where()}: holds checkpoints but no {_CONFIG}, which would say of what run: put it beside "
-            "them, or give another folder"
+            f"{storage.where()}: contains checkpoints but no {_CONFIG}, so their run is unknown: put the run's "
+            f"{_CONFIG} beside them, or give another folder"
         )
 
 
-def _refuse_other(there: Config, config: Config, where: str) -> None:
-    """Refuse a place that holds a run which is not the configured one."""
-    for change in other_run(there, config):
+def _refuse_other(existing: Config, config: Config, where: str) -> None:
+    """Refuse a folder or storage that contains a different run than the configured one."""
+    for change in run_changes(existing, config):
         raise RunFolderError(
-            f"{where}: holds another run: its '{change.key}' is {change.old}, not {change.new}. Give another folder, "
-            "or configure what it was"
+            f"{where}: contains a different run: its '{change.key}' is {change.old}, not {change.new}. Give another "
+            "folder, or restore the old value"
         )
 
 
@@ -469,7 +475,7 @@ def _storage_of(config: Config, path: Path) -> Storage:
 
 
 def _with_absolute_storage(config: Config) -> Config:
-    """A run may be resumed from elsewhere: a relative folder would be another one there."""
+    """Make a relative storage folder absolute, because a run may be resumed from another working directory."""
     storage = config.checkpoint.storage
     if storage is None or is_url(storage):
         return config
@@ -478,11 +484,11 @@ def _with_absolute_storage(config: Config) -> Config:
 
 
 def new_folder(output: str, name: str) -> Path:
-    """Return the path of a folder that does not exist yet, under `output`."""
+    """Return the path of a new folder under `output`."""
     stamp = datetime.now().astimezone().strftime("%Y%m%d-%H%M%S")
     candidates: Sequence[str] = [f"{name}-{stamp}", *(f"{name}-{stamp}-{number}" for number in range(2, 100))]
     for candidate in candidates:
         path = Path(output) / candidate
         if not os.path.lexists(path):
             return path
-    raise RunFolderError(f"{output}: holds {len(candidates)} runs of this second already")
+    raise RunFolderError(f"{output}: already contains {len(candidates)} runs of this second")

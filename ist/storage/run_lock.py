@@ -1,10 +1,10 @@
-"""One process at a time writes into a run folder.
+"""The lock of a run folder: only one process at a time writes into it.
 
-Where it sits: whoever makes a run folder, goes back to a checkpoint or records a run holds its lock meanwhile
+Where it sits: code that creates a run folder, resumes from a checkpoint or records a run holds the lock
 (`ist/storage/run_folder.py`, `ist/runs/open.py`, `ist/cli/main.py`).
-Law: of two processes that write into one folder at once, one ends with an error that names the other. A process that is
-killed leaves nothing that would keep the next one out: the kernel lets go of its lock.
-Not here: the storage of checkpoints elsewhere (`checkpoint.storage`), which has no locks.
+Law: if two processes want to write into one folder, one of them ends with an error that names the other. A killed
+process does not block the next one, because the kernel releases its lock.
+Not here: checkpoints outside the run folder (`checkpoint.storage`), which have no lock.
 """
 
 import fcntl
@@ -24,23 +24,23 @@ _log = logging.getLogger(__name__)
 
 LOCK = "run.lock"
 WAIT_S = 3.0
-"""How long to wait for a process that is ending: who starts a run anew does so before the last one is quite gone."""
+"""Seconds to wait for a process that is ending; a restarted job may start before the earlier one has exited."""
 
 _POLL_S = 0.05
 
 
 @contextmanager
 def sole_writer(folder: Path) -> Iterator[None]:
-    """Hold a run folder's lock for a while; its file says who does.
+    """Hold the lock of a run folder within the context; the lock file names the holder.
 
-    On a file system without locks a warning says so, and nothing is held. NFS has locks between machines, and other
-    shared file systems may have them on each machine alone.
+    If the file system has no locks, log a warning and continue without one. NFS locks work between machines; those of
+    other shared file systems may work only within one machine.
 
     Args:
         folder: An existing folder.
 
     Raises:
-        RunFolderError: Another process holds it, or the folder is not writable.
+        RunFolderError: Another process holds the lock, or the folder is not writable.
     """
     path = folder / LOCK
     descriptor = _locked(path)
@@ -48,7 +48,7 @@ def sole_writer(folder: Path) -> Iterator[None]:
         yield
     finally:
         if descriptor is not None:
-            with suppress(OSError):  # while it is still ours: who waits for it sees that it is gone, and makes another
+            with suppress(OSError):  # before releasing it: a waiting process then sees no file, and creates a new one
                 path.unlink()
             os.close(descriptor)
 
@@ -59,7 +59,7 @@ def _locked(path: Path) -> int | None:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         except OSError as error:
-            raise RunFolderError(f"{path}: cannot be made or written: {error.strerror or error}") from error
+            raise RunFolderError(f"{path}: cannot be created or written: {error.strerror or error}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_there(path, descriptor):
@@ -69,14 +69,14 @@ def _locked(path: Path) -> int | None:
         except BlockingIOError as error:
             if time.monotonic() > deadline:
                 raise RunFolderError(
-                    f"{path.parent}: {_owner(path)} is writing into it, and only one process may: wait until that has "
+                    f"{path.parent}: {_owner(path)} is writing into this run folder: wait until that process has "
                     "ended, or end it"
                 ) from error
             time.sleep(_POLL_S)
         except OSError as error:
             os.close(descriptor)
             _log.warning(
-                "%s: this file system has no locks (%s): see to it that no other process writes into this folder",
+                "%s: this file system has no locks (%s): make sure that no other process writes into this folder",
                 path, error.strerror or error,
             )  # fmt: skip
             return None
@@ -84,7 +84,7 @@ def _locked(path: Path) -> int | None:
 
 
 def _is_there(path: Path, descriptor: int) -> bool:
-    """Whether the file is still under its name: who held it before may have deleted it."""
+    """Whether the open file still has its name: the earlier holder may have deleted it."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -97,7 +97,7 @@ def _self() -> str:
 
 
 def _owner(path: Path) -> str:
-    """Return who holds a lock, as far as its file says."""
+    """Return the holder of a lock, according to its file."""
     try:
         owner = json.loads(path.read_text(encoding="utf-8"))
         pid, host, since = int(owner["pid"]), str(owner["host"]), str(owner["since"])
@@ -111,7 +111,7 @@ def _owner(path: Path) -> str:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return f"a process that was started by {who} which has ended,"
-    except OSError:  # somebody else's
+        return f"a child process of {who} which has ended,"
+    except OSError:  # it belongs to another user
         pass
     return who

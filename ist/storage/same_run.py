@@ -1,8 +1,8 @@
-"""Whether two configurations are of one run: what may change while it is interrupted, and what may not.
+"""Compare two configurations: which keys may change when a run is resumed, and which make it a different run.
 
-Where it sits: `ist/storage/run_folder.py` asks when a folder is opened again, and when its run goes back to a
+Where it sits: `ist/storage/run_folder.py` compares when it opens an existing folder and when it resumes from a
 checkpoint.
-Not here: what a checkpoint holds of the configuration (`ist/storage/checkpoint.py`); comparing ranks
+Not here: the configuration that a checkpoint stores (`ist/storage/checkpoint.py`), comparing ranks
 (`ist/runs/open.py`).
 """
 
@@ -23,29 +23,29 @@ NOT_COMPARED: dict[str, Any] = {
     "compare": True,
     "data": {"root"},
 }
-"""Keys that may change while a run is interrupted: where, by whom and under what title it is trained, not what is."""
+"""Keys that may change when a run is resumed: they say where and how it is run and named, not what is trained."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A key that two configurations have different values for, as text without passwords."""
+    """A key with different values in two configurations; the values are text without passwords."""
 
     key: str
     old: str
     new: str
 
 
-def other_run(old: Config, new: Config) -> list[Change]:
-    """Return the keys by which two configurations are of different runs, in the order of the new one."""
+def run_changes(old: Config, new: Config) -> list[Change]:
+    """Return changed keys that make the new configuration a different run, in the order of the new one."""
     trees = [dict(flat(plain(config.model_dump(exclude=NOT_COMPARED)))) for config in (old, new)]
     return list(_changes(*trees))
 
 
-def other_settings(old: Config, new: Config) -> list[Change]:
-    """Return the keys that differ and may do so: a run is the same, wherever and by whom it is trained."""
+def allowed_changes(old: Config, new: Config) -> list[Change]:
+    """Return changed keys that may change when a run is resumed."""
     trees = [dict(flat(plain(config.model_dump()))) for config in (old, new)]
-    matters = {change.key for change in other_run(old, new)}
-    return [change for change in _changes(*trees) if change.key not in matters]
+    refused = {change.key for change in run_changes(old, new)}
+    return [change for change in _changes(*trees) if change.key not in refused]
 
 
 def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:

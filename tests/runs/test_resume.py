@@ -324,7 +324,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     save_checkpoint(folder.storage, tensors, replace(progress, config=""), keep=1)  # as an earlier version saved it
     folder.config_path.write_text(dump_config(other))
 
-    with pytest.raises(CheckpointError, match="does not fit the configured network"):
+    with pytest.raises(CheckpointError, match="checkpoint does not match .*linear_"):
         run(folder, resume=True)
 
 
@@ -354,7 +354,7 @@ def test_a_program_that_resumes_another_run_is_told_what_differs(tmp_path: Path)
 
     assert trained(resume=False) == 2
     assert trained() == 2  # it is done, and the same run, tuples and all
-    with pytest.raises(RunFolderError, match=r"run: holds another run: its 'seed' is 0, not 5"):
+    with pytest.raises(RunFolderError, match=r"run: .*'seed' is 0, not 5"):
         trained(seed=5)
-    with pytest.raises(RunFolderError, match=r"its 'recipe.outer.momentum' is 0.0, not 0.5"):
+    with pytest.raises(RunFolderError, match=r"'recipe.outer.momentum' is 0.0, not 0.5"):
         trained(recipe={"outer": {"momentum": 0.5}})

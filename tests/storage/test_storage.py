@@ -1,6 +1,7 @@
-"""Checkpoints elsewhere: the same laws for every place, and a folder that is found again or refused."""
+"""Checkpoints outside the run folder: every storage obeys the same laws; existing folders are reused or refused."""
 
 import functools
+import re
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,13 +22,13 @@ from ist.storage.checkpoint import Progress, latest_checkpoint, load_checkpoint,
 from ist.storage.run_folder import RunFolder, create_run_folder, open_or_create
 from ist.subnet.job import Job
 from ist.training.rounds import run_rounds
-from tests.conftest import a_record, assert_same, small_config
+from tests.conftest import a_record, assert_same, naming, small_config
 
 TENSORS = {"weight": torch.randn(50, 3), "steps": torch.tensor(7), "half": torch.randn(4).bfloat16()}
 
 
 class Fragile(MemoryFileSystem):
-    """Files whose writes can break half-way, loudly or in silence, where to move is to copy."""
+    """A file system whose writes can fail half-way, with or without an error, and that moves files by copying."""
 
     protocol = "fragile"
     breaks = ""
@@ -50,7 +51,7 @@ class Fragile(MemoryFileSystem):
 
 
 class FragileObjects(Fragile):
-    """The same, as an object store: a put is whole, or fails, or is found to be short."""
+    """The same as an object store: a put succeeds, fails, or turns out to be incomplete."""
 
     protocol = ("fragile-objects", "s3")
 
@@ -61,7 +62,7 @@ fsspec.register_implementation("fragile-objects", FragileObjects)
 
 @pytest.fixture(params=["folder", "file", "memory", "fragile", "fragile-objects"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    """A storage of each sort, empty."""
+    """An empty storage of each kind."""
     unique = f"bucket-{uuid.uuid4().hex}"
     yield {"folder": f"{tmp_path}/kept", "file": f"file://{tmp_path}/kept"}.get(
         request.param, f"{request.param}://{unique}/runs"
@@ -97,45 +98,43 @@ def test_damage_is_found_in_every_storage(place: str) -> None:
 
     data[-1] ^= 1
     storage.write(name, bytes(data))
-    with pytest.raises(CheckpointError, match="round-00000001.safetensors: its contents do not match its checksum"):
+    with pytest.raises(CheckpointError, match=naming("round-00000001.safetensors: ", "checksum")):
         load_checkpoint(storage, name)
 
     storage.write(name, bytes(data[:100]))
-    with pytest.raises(CheckpointError, match="round-00000001.safetensors: truncated"):
+    with pytest.raises(CheckpointError, match=naming("round-00000001.safetensors: ", "truncated")):
         load_checkpoint(storage, name)
 
     storage.delete(name)
-    with pytest.raises(CheckpointError, match="round-00000001.safetensors: no such checkpoint"):
+    with pytest.raises(CheckpointError, match=re.escape("round-00000001.safetensors: ")):
         load_checkpoint(storage, name)
 
 
 @pytest.mark.parametrize("protocol", ["fragile", "fragile-objects"])
 @pytest.mark.parametrize("breaks", ["loudly", "silently"])
-def test_a_write_that_breaks_half_way_leaves_the_earlier_checkpoints(
+def test_a_write_that_fails_half_way_leaves_the_earlier_checkpoints(
     protocol: str, breaks: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage, system = remote(f"{protocol}://half-{protocol}-{breaks}/runs")
     save_checkpoint(storage, TENSORS, Progress(1), keep=1)
     monkeypatch.setattr(type(system), "breaks", breaks)
 
-    reason = "Connection reset by peer" if breaks == "loudly" else "only .* bytes arrived"
-    with pytest.raises(
-        RunFolderError, match=f"{protocol}://.*round-00000002.safetensors: cannot be written: .*{reason}"
-    ):
+    reason = "Connection reset by peer" if breaks == "loudly" else "bytes"
+    with pytest.raises(RunFolderError, match=naming(f"{protocol}://", "round-00000002.safetensors: ", reason)):
         save_checkpoint(storage, TENSORS, Progress(2), keep=1)
 
     assert "round-00000001.safetensors" in storage.names()
     assert_same(load_checkpoint(storage, "round-00000001.safetensors")[0], TENSORS)
-    if (protocol, breaks) != ("fragile-objects", "loudly"):  # a real object store has nothing of a put that failed
+    if (protocol, breaks) != ("fragile-objects", "loudly"):  # a real object store keeps nothing of a failed put
         assert storage.names() == ["round-00000001.safetensors"]
 
 
-def test_a_move_that_breaks_half_way_leaves_no_half_of_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_move_that_fails_half_way_leaves_no_partial_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     storage, system = remote("fragile://moving/runs")
     save_checkpoint(storage, TENSORS, Progress(1), keep=1)
     monkeypatch.setattr(type(system), "breaks_on_move", True)
 
-    with pytest.raises(RunFolderError, match="cannot be written: TimeoutError: timed out"):
+    with pytest.raises(RunFolderError, match=naming("round-00000002.safetensors: ", "TimeoutError: timed out")):
         save_checkpoint(storage, TENSORS, Progress(2), keep=1)
 
     assert storage.names() == ["round-00000001.safetensors"]
@@ -148,22 +147,16 @@ def test_user_and_password_in_a_url_are_not_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("storage", "message"),
-    [
-        (
-            "gopher://bucket/runs",
-            "'checkpoint.storage' is 'gopher://bucket/runs', which fsspec cannot open: Protocol not",
-        ),
-        ("nopackage://bucket/runs", "'checkpoint.storage' is 'nopackage://.*a package is missing: Install ist-nothing"),
-    ],
+    ("storage", "reason"),
+    [("gopher://bucket/runs", "Protocol not"), ("nopackage://bucket/runs", "Install ist-nothing")],
 )
-def test_a_storage_that_cannot_be_opened_ends_the_run_before_a_folder_is_made(
-    tmp_path: Path, storage: str, message: str, monkeypatch: pytest.MonkeyPatch
+def test_a_storage_that_cannot_be_opened_ends_the_run_before_a_folder_is_created(
+    tmp_path: Path, storage: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     missing = {"class": "ist_nothing.Nothing", "err": "Install ist-nothing to reach it"}
     monkeypatch.setitem(known_implementations, "nopackage", missing)
 
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=naming(f"'checkpoint.storage' is '{storage}'", reason)):
         create_run_folder(small_config(checkpoint__storage=storage), tmp_path / "run")
 
     assert not (tmp_path / "run").exists()
@@ -183,7 +176,7 @@ def run(folder: RunFolder, resume: bool) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("place", ["folder", "memory"], indirect=True)
-def test_a_run_whose_machine_is_gone_goes_on_from_the_storage(tmp_path: Path, place: str) -> None:
+def test_a_run_whose_machine_is_gone_is_resumed_from_the_storage(tmp_path: Path, place: str) -> None:
     config = small_config(checkpoint={"every": 2, "keep": 2, "storage": place})
     whole = create_run_folder(config, tmp_path / "first" / "run")
     expected = run(whole, resume=False)
@@ -203,24 +196,24 @@ def test_a_run_whose_machine_is_gone_goes_on_from_the_storage(tmp_path: Path, pl
     assert found.records() == []  # round 4 was deleted just now
 
 
-def test_a_storage_that_lost_its_checkpoints_is_no_reason_to_start_over_in_silence(tmp_path: Path, place: str) -> None:
+def test_a_run_does_not_start_over_if_the_storage_has_lost_its_checkpoints(tmp_path: Path, place: str) -> None:
     folder = create_run_folder(small_config(checkpoint={"every": 1, "storage": place}), tmp_path / "run")
     for round_number in range(2):
         folder.append_record(a_record(round_number))
 
     for again in (folder.rewind, folder.check_checkpoint):
-        with pytest.raises(CheckpointError, match="holds no checkpoint, but .* has 2 rounds behind it"):
+        with pytest.raises(CheckpointError, match=naming(str(folder.path), "2 rounds", "checkpoint.storage")):
             again()
 
 
-def test_a_new_run_does_not_mix_with_one_of_its_name_in_the_storage(tmp_path: Path, place: str) -> None:
+def test_a_new_run_does_not_mix_with_a_run_of_the_same_name_in_the_storage(tmp_path: Path, place: str) -> None:
     config = small_config(checkpoint={"storage": place})
     create_run_folder(config, tmp_path / "here" / "run")
 
-    with pytest.raises(RunFolderError, match="holds a run already .*give the run folder another name"):
+    with pytest.raises(RunFolderError, match=naming("checkpoint.storage", "--auto-resume", str(tmp_path / "there"))):
         create_run_folder(config, tmp_path / "there" / "run")
 
-    with pytest.raises(RunFolderError, match=r"holds another run: its 'seed' is 3, not 4"):
+    with pytest.raises(RunFolderError, match=naming("'seed' is 3", "4")):
         open_or_create(config.model_copy(update={"seed": 4}), tmp_path / "there" / "run")
 
 
@@ -244,7 +237,7 @@ def test_an_empty_or_missing_folder_becomes_a_new_run(tmp_path: Path) -> None:
         assert folder.load_config() == small_config()
 
 
-def test_the_same_run_is_resumed_and_takes_over_how_it_is_run(tmp_path: Path) -> None:
+def test_the_same_run_is_resumed_with_new_settings_of_how_it_is_run(tmp_path: Path) -> None:
     folder = create_run_folder(small_config(), tmp_path / "run")
     for round_number in range(4):
         folder.append_record(a_record(round_number))
@@ -260,27 +253,27 @@ def test_the_same_run_is_resumed_and_takes_over_how_it_is_run(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "parts"),
     [
-        ({"seed": 4}, "its 'seed' is 3, not 4"),
-        ({"train__optimizer": {"name": "SGD", "args": {"lr": 0.2}}}, "its 'train.optimizer.args.lr' is 0.1, not 0.2"),
-        ({"train__schedule": {"name": "StepLR", "args": {"step_size": 2}}}, "its 'train.schedule.name' is not set, not 'StepLR'"),
+        ({"seed": 4}, ["'seed' is 3", "4"]),
+        ({"train__optimizer": {"name": "SGD", "args": {"lr": 0.2}}}, ["'train.optimizer.args.lr' is 0.1", "0.2"]),
+        ({"train__schedule": {"name": "StepLR", "args": {"step_size": 2}}}, ["'train.schedule.name'", "not set", "'StepLR'"]),
     ],
 )  # fmt: skip
 def test_a_folder_of_another_run_is_refused_by_the_first_key_that_differs(
-    tmp_path: Path, changes: dict[str, Any], message: str
+    tmp_path: Path, changes: dict[str, Any], parts: list[str]
 ) -> None:
     folder = create_run_folder(small_config(), tmp_path / "run")
     folder.append_record(a_record(0))
 
-    with pytest.raises(RunFolderError, match=message):
+    with pytest.raises(RunFolderError, match=naming(f"{tmp_path / 'run'}: ", *parts)):
         open_or_create(small_config(**changes), tmp_path / "run")
 
 
-def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
 
-    with pytest.raises(RunFolderError, match="is not empty"):
+    with pytest.raises(RunFolderError, match=naming(f"{tmp_path}: ", "empty")):
         open_or_create(small_config(), tmp_path)
 
 
@@ -296,7 +289,7 @@ TORN: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("torn", TORN)
-def test_a_folder_whose_making_a_crash_cut_short_is_made_anew(tmp_path: Path, torn: str) -> None:
+def test_a_folder_that_a_crash_left_incomplete_is_created_again(tmp_path: Path, torn: str) -> None:
     TORN[torn](tmp_path)
 
     folder, resume = open_or_create(small_config(), tmp_path)
@@ -310,5 +303,7 @@ def test_checkpoints_are_not_left_behind_when_the_storage_changes(tmp_path: Path
     folder = create_run_folder(small_config(), tmp_path / "run")
     save_checkpoint(folder.storage, TENSORS, Progress(2), keep=2)
 
-    with pytest.raises(RunFolderError, match=f"its checkpoints are in {tmp_path}/run/checkpoints.* now means"):
+    with pytest.raises(
+        RunFolderError, match=naming(f"{tmp_path}/run/checkpoints", "'checkpoint.storage'", str(tmp_path / "kept"))
+    ):
         open_or_create(small_config(checkpoint={"storage": str(tmp_path / "kept")}), tmp_path / "run")
