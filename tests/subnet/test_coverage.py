@@ -120,12 +120,9 @@ def test_a_group_with_fewer_neurons_than_workers_can_be_filled_up(capacities: li
 
 
 def test_a_part_that_leaves_neurons_without_a_holder_is_refused_by_its_key() -> None:
-    message = (
-        "'partition.keep' is 0.2, but strategy 'disjoint' gives every neuron an owner, and 4 workers with 0.2 each"
-    )
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=r"'partition.keep' is 0.2, .* 'disjoint' .* 4 workers .* at least 0.25"):
         small_config(partition__keep=0.2)
-    with pytest.raises(ConfigError, match="2 workers with 0.3 each do not hold them all: give at least 0.5"):
+    with pytest.raises(ConfigError, match=r"'partition.keep' is 0.3, .* 2 workers .* at least 0.5"):
         small_config(partition__keep=0.3, train__workers={"min": 2, "max": 4})
 
     assert small_config(partition__keep=0.25).partition.keep == 0.25

@@ -184,7 +184,8 @@ def test_knobs_of_all_are_refused() -> None:
     result = CliRunner().invoke(app, ["theory", "all", "--set", "m=3"])
 
     assert isinstance(result.exception, ConfigError)
-    assert "name it" in str(result.exception)
+    assert "--set" in str(result.exception)
+    assert "one experiment" in str(result.exception)
 
 
 @pytest.mark.system
