@@ -13,7 +13,7 @@ from ist.config.schema import Config
 from ist.errors import ConfigError
 from ist.storage.checkpoint import Progress
 from ist.storage.run_folder import RunFolder, create_run_folder, open_or_create
-from ist.storage.same_run import other_run, other_settings
+from ist.storage.same_run import allowed_changes, run_changes
 from tests.conftest import config_tree, small_config
 
 DILOCO = {"method": "diloco", "pool": {"kind": "torchrun", "device": "cpu"}}
@@ -106,6 +106,6 @@ def test_a_run_folder_of_the_version_before_is_the_same_run_and_nobody_is_warned
 
     assert saved == config
     assert goes_on
-    assert (other_run(saved, config), other_settings(saved, config)) == ([], [])
+    assert (run_changes(saved, config), allowed_changes(saved, config)) == ([], [])
     assert again._changed_since(Progress(rounds_done=1, config=old)) == []
     assert validate(yaml.safe_load(old), "test") == config
