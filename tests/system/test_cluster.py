@@ -18,7 +18,8 @@ import sys
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,18 +184,17 @@ def cluster(docker_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 
 def base_image(env: dict[str, str]) -> str:
     """Make what stands for python:slim here: Debian with Python, and the wheels that the image is to install."""
-    key = hashlib.sha256()
-    for part in (ROOT / "constraints.txt", ROOT / "pyproject.toml"):
-        key.update(part.read_bytes())
+    wanted = requirements()
+    key = hashlib.sha256("\n".join([RELEASE, PYTHON, *wanted, (ROOT / "constraints.txt").read_text()]).encode())
     wheels = CACHE / f"wheels-{key.hexdigest()[:16]}"
     tag = f"ist-cluster-base:{RELEASE}-{key.hexdigest()[:16]}"
     if command(["docker", "images", "-q", tag], env, True, 60).strip():
         return tag
     system = CACHE / f"{RELEASE}.tar"
-    if not system.exists():
-        make_system(system, env)
-    if not wheels.exists():
-        make_wheels(wheels, env)
+    with ThreadPoolExecutor(2) as executor:  # both wait for other machines most of the time
+        made = [executor.submit(make_system, system, env), executor.submit(make_wheels, wheels, wanted, env)]
+        for one in made:
+            one.result()
     plain = f"ist-cluster-base:{RELEASE}"
     command(["docker", "import", str(system), plain], env, True, 600)
     recipe = f"FROM {plain}\nCOPY *.whl /opt/wheelhouse/\nCOPY pip.conf /etc/pip.conf\n"
@@ -204,7 +204,20 @@ def base_image(env: dict[str, str]) -> str:
     return tag
 
 
+def requirements() -> list[str]:
+    """What the image installs, but for `ist` itself: a change of anything else in pyproject.toml makes no new base."""
+    wanted = [Requirement(text) for text in importlib.metadata.requires("ist") or []]
+    names = [
+        f"{one.name}{'[' + ','.join(sorted(one.extras)) + ']' if one.extras else ''}{one.specifier}"
+        for one in wanted
+        if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in EXTRAS)
+    ]
+    return [*names, "setuptools>=77", "wheel"]
+
+
 def make_system(archive: Path, env: dict[str, str]) -> None:
+    if archive.exists():
+        return
     root = CACHE / f"root-{os.getpid()}"
     root.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -219,19 +232,20 @@ def make_system(archive: Path, env: dict[str, str]) -> None:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def make_wheels(folder: Path, env: dict[str, str]) -> None:
-    for old in CACHE.glob("wheels-*"):
-        shutil.rmtree(old)
-    wanted = [Requirement(text) for text in importlib.metadata.requires("ist") or []]
-    names = [
-        f"{one.name}{'[' + ','.join(one.extras) + ']' if one.extras else ''}{one.specifier}"
-        for one in wanted
-        if one.marker is None or any(one.marker.evaluate({"extra": extra}) for extra in EXTRAS)
-    ]
+def make_wheels(folder: Path, wanted: Sequence[str], env: dict[str, str]) -> None:
+    """Download wheels, but for those that are here already for other requirements."""
+    if folder.exists():
+        return
     unfinished = folder.with_suffix(".part")
+    for old in sorted(CACHE.glob("wheels-*")):
+        if old == unfinished:
+            continue
+        if unfinished.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(unfinished)
     words = [sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(unfinished), "-c", "constraints.txt"]
-    words += ["--python-version", PYTHON, "--only-binary", ":all:", *names, "setuptools>=77", "wheel"]
-    command(words, env, True, 1200)
+    command([*words, "--python-version", PYTHON, "--only-binary", ":all:", *wanted], env, True, 1200)
     unfinished.rename(folder)
 
 
