@@ -7,6 +7,8 @@ Not here: the keys themselves.
 
 import difflib
 import functools
+import inspect
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -33,6 +35,16 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        """Add what `ist keys` explains to the docstring, for `help`."""
+        lines = [f"{key} ({kind}; {default}): {meaning}" for key, kind, default, meaning in describe_keys(cls)]
+        shown = [
+            textwrap.fill(line, 110, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
+            for line in lines
+        ]
+        cls.__doc__ = "\n".join([inspect.cleandoc(cls.__doc__ or ""), "", "Keys:", *shown])
+
     def __init__(self, /, **values: Any) -> None:
         """Create a section from Python; NumPy and torch numbers are accepted.
 
@@ -48,13 +60,6 @@ class Section(BaseModel):
 
     # pydantic itself creates nested sections, so that a mistake is reported once, with its full path.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
-
-
-class Component(Section):
-    """A named function or class and its keyword arguments."""
-
-    name: str = Field(description="short name, or import path 'package.module:Name'")
-    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of this function or class")
 
 
 def python_numbers(value: Any) -> Any:
@@ -199,3 +204,10 @@ def kind_of(value: Any) -> str:
     names = {dict: "a mapping", list: "a list", str: "a string", int: "a whole number", float: "a number"}
     names |= {bool: "true/false", type(None): "nothing"}
     return names.get(type(value), type(value).__name__)
+
+
+class Component(Section):
+    """A named function or class and its keyword arguments."""
+
+    name: str = Field(description="short name, or import path 'package.module:Name'")
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of this function or class")

@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 from ist import api
 from ist.config.partition import Partition
+from ist.config.schema import Optimizer
 from ist.neurons.group import Group
 from ist.subnet.partition import assign
 from ist.theory.algorithm import Run, initial_weights, signs
@@ -91,11 +92,11 @@ def train_with_system(problem: Problem, run: Run) -> Tensor:
         local_steps=run.local_steps,
         rounds=run.rounds,
         batch_size=1,
-        optimizer_args={"lr": run.step_size},
+        optimizer=Optimizer(name="SGD", args={"lr": run.step_size}),
         pool="inline",
         seed=run.seed,
         progress=False,
-        partition=system_partition(run.law).model_dump(exclude_defaults=True),
-        train_options={"activation_scale": "none"},
+        partition=system_partition(run.law),
+        activation_scale="none",
     )
     return model.hidden.weight.detach()

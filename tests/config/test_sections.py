@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ist.config.base import Component, Section
+from ist.config.base import Component, Section, describe_keys
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe, Stage
 from ist.config.schema import Pool
@@ -72,3 +72,11 @@ def test_defaults_are_keywords_which_type_checkers_read() -> None:
 
     assert len(calls) > 60
     assert [call for call in calls if not re.match(r"Field\((\w+=|\))", call[1])] == []
+
+
+def test_help_explains_every_key_of_a_section_as_ist_keys_does() -> None:
+    shown = " ".join((Recipe.__doc__ or "").split())
+
+    for key, kind, default, meaning in describe_keys(Recipe):
+        assert " ".join(f"{key} ({kind}; {default}): {meaning}".split()) in shown
+    assert shown.count("Keys:") == 1
