@@ -1,13 +1,14 @@
 """The convergence theory of training with randomly masked neurons, as experiments that anyone can run.
 
 Reference: F. Liao, A. Kyrillidis, "On the Convergence of Shallow Neural Network Training with Randomly Masked Neurons",
-arXiv 2112.02668 (TMLR 2022); called [MRN] in this room.
+arXiv 2112.02668 (TMLR 2022); called [MRN] in this folder.
 
-Where it sits: `problem.py` holds data, `algorithm.py` its Algorithm 1 and nothing else, `kernels.py` and `bounds.py`
-the quantities that its theorems speak of, `quadratic.py` the quadratic model of arXiv 2306.16484. `experiments/` sets
-them beside each other, `runner.py` runs these. Not here: pools, configurations of real runs.
+Where it sits: `problem.py` has the data, `algorithm.py` Algorithm 1 of [MRN], `kernels.py` and `bounds.py` the
+quantities in its theorems, `quadratic.py` the quadratic model of arXiv 2306.16484. `experiments/` compares theory and
+measurement, `runner.py` runs the experiments.
+Not here: pools, configurations of real runs.
 
-Shape letters: n samples, d inputs, m hidden neurons, p subnetworks, tau local steps, K rounds, B runs side by side.
+Shape letters: n samples, d inputs, m hidden neurons, p subnetworks, tau local steps, K rounds, B runs in a batch.
 """
 
 EXPERIMENTS = (
@@ -23,4 +24,4 @@ EXPERIMENTS = (
     "bias",
     "system",
 )
-"""In the order of the page."""
+"""The experiments, in the order of the report page."""

@@ -1,17 +1,18 @@
-"""Algorithm 1 of [MRN]: create random subnetworks, train them, put them together; many runs side by side.
+"""Algorithm 1 of [MRN]: draw random subnetworks, train them, merge them; for many runs in one batch.
 
 The network is f(W, x) = (1/sqrt m) sum_r a_r relu(<w_r, x>) with fixed signs a. In a round, subnetwork l trains the
-neurons of its mask by tau steps of full-batch gradient descent on 0.5 ||y - f^l||^2, f^l the same sum over its own
-neurons. Every neuron becomes the mean of what its holders made of it. The whole network's prediction is scaled by xi.
+neurons of its mask by tau steps of full-batch gradient descent on 0.5 ||y - f^l||^2, where f^l is the same sum over its
+own neurons. Each neuron becomes the mean of its copies in the subnetworks that hold it. The full network's prediction
+is scaled by xi.
 
-Subnetworks are cut out, as small as they are, and trained as one batch. The first local step needs no cut: all
-subnetworks still share the hidden values of the whole network.
+Subnetworks are cut out at their actual size and trained as one batch. The first local step needs no cut, because all
+subnetworks still share the hidden values of the full network.
 
-Two bases of the weights give the same numbers up to rounding. `Weights` keeps W itself, as any program would.
-`Coefficients` keeps C of W = W_0 + C X: every gradient is a sum of inputs, so a step costs one product with the
-Gram matrix X X^T in place of two with X. Use it where n is not much larger than d.
+There are two representations of the weights, which give the same numbers up to rounding. `_Weights` stores W.
+`_Coefficients` stores C in W = W_0 + C X: every gradient is a linear combination of inputs, so a step costs one product
+with the Gram matrix X X^T instead of two with X. Use it if n is not much larger than d.
 
-Not here: the law of the masks (`masks.py`).
+Not here: the distribution of the masks (`masks.py`).
 """
 
 import math
@@ -31,10 +32,10 @@ from ist.theory.problem import Problem
 Basis = Literal["coefficients", "weights"]
 
 _DIVERGED = 1e12
-"""A mean squared error from which no run has come back."""
+"""A run whose mean squared error exceeds this has diverged."""
 
 _WORKING_SET = 3_000_000
-"""Numbers that the hidden values of runs trained side by side may have together: more would leave the cache."""
+"""The most hidden values of the runs in one batch: more would not stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,13 @@ class Run:
     """One run of Algorithm 1.
 
     Attributes:
-        law: Width m, number p of subnetworks, and their masks.
+        law: The width m, the number p of subnetworks, and the distribution of their masks.
         local_steps: tau.
         rounds: K.
         step_size: eta, constant.
-        kappa: Standard deviation of the initial weights.
-        seed: Of the initial weights, the signs and the masks.
-        draw: Where masks come from; None: from `law`.
+        kappa: The standard deviation of the initial weights.
+        seed: The seed of the initial weights, the signs and the masks.
+        draw: Draws the masks; None: `law` draws them.
     """
 
     law: Law
@@ -62,10 +63,10 @@ class Run:
     def __post_init__(self) -> None:
         for key, value, least in (("tau", self.local_steps, 1), ("K", self.rounds, 1)):
             if value < least:
-                raise ConfigError(f"'{key}' is {value}: at least {least} is needed")
+                raise ConfigError(f"'{key}' is {value}: expected at least {least}")
         for key, number in (("eta", self.step_size), ("kappa", self.kappa)):
             if not (number > 0 and math.isfinite(number)):
-                raise ConfigError(f"'{key}' is {number}: a positive number is needed")
+                raise ConfigError(f"'{key}' is {number}: expected a positive number")
 
     def mask(self, round_number: int) -> Tensor:
         """Return the round's mask, bool of shape (p, m)."""
@@ -75,13 +76,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Trace:
-    """What was seen of several runs of equal shape; errors are means over the n samples of the squared error.
+    """The recorded values of several runs of equal shape; errors are squared errors, averaged over the n samples.
 
     Attributes:
-        errors: (B, K + 1): of the whole network, xi-scaled, before every round and at the end.
-        local_errors: (B, K, tau + 1): of a subnetwork, before each local step and after the last: the mean over the
-            subnetworks. None unless asked for.
-        weights: (B, m, d): at the end.
+        errors: (B, K + 1): the errors of the full network, scaled by xi, before each round and at the end.
+        local_errors: (B, K, tau + 1): the mean error of the subnetworks, before each local step and after the last;
+            None if not requested.
+        weights: (B, m, d): the final weights.
     """
 
     errors: Tensor
@@ -89,7 +90,7 @@ class Trace:
     weights: Tensor
 
 
-Watch = Callable[[int, Tensor, Tensor], None]
+Observer = Callable[[int, Tensor, Tensor], None]
 """Called with (round, weights (B, m, d), masks (B, p, m)) before each round."""
 
 
@@ -99,34 +100,34 @@ def train(
     basis: Basis = "coefficients",
     dtype: torch.dtype = torch.float64,
     local_errors: bool = False,
-    watch: Watch | None = None,
+    observe: Observer | None = None,
 ) -> Trace:
-    """Train several networks side by side.
+    """Train several networks in one batch.
 
     Args:
-        problem: What to learn.
-        runs: They agree in m, p, tau and K.
-        basis: See above.
+        problem: The data.
+        runs: Runs with equal m, p, tau and K.
+        basis: The representation of the weights, see the module's text.
         dtype: float64 or float32.
-        local_errors: Whether to watch the subnetworks too.
-        watch: Looks at weights and masks; only with basis 'weights'.
+        local_errors: Whether to record the errors of the subnetworks too.
+        observe: Gets weights and masks before each round; only with basis 'weights'.
 
     Returns:
         The trace, in the order of `runs`.
 
     Raises:
         ConfigError: The runs differ in shape.
-        DivergedError: The error of a run has grown beyond all bounds.
+        DivergedError: The error of a run has diverged.
     """
     if len({(run.law.width, run.law.subnetworks, run.local_steps, run.rounds) for run in runs}) != 1:
-        raise ConfigError("runs side by side must agree in m, p, tau and K")
-    if watch and basis != "weights":
-        raise ConfigError("weights can be watched with basis 'weights' only")
+        raise ConfigError("runs in one batch must have equal m, p, tau and K")
+    if observe and basis != "weights":
+        raise ConfigError("weights can be observed only with basis 'weights'")
     held = runs[0].law.width * runs[0].law.subnetworks * max(run.law.probability for run in runs)
-    side_by_side = len(runs) if watch else max(1, int(_WORKING_SET / (held * problem.num_samples)))
+    batch_size = len(runs) if observe else max(1, int(_WORKING_SET / (held * problem.num_samples)))
     parts = [
-        _Batch(problem, runs[first : first + side_by_side], basis, dtype).train(local_errors, watch)
-        for first in range(0, len(runs), side_by_side)
+        _Batch(problem, runs[first : first + batch_size], basis, dtype).train(local_errors, observe)
+        for first in range(0, len(runs), batch_size)
     ]
     return Trace(
         errors=torch.cat([part.errors for part in parts]),
@@ -148,14 +149,14 @@ def signs(run: Run) -> Tensor:
 
 
 def check_finite(errors: Tensor, describe: Callable[[int], str]) -> None:
-    """Check that no run has left all bounds.
+    """Check that no run has diverged.
 
     Args:
         errors: (B,).
-        describe: Says of a run's number where it is, and names its step size.
+        describe: Returns for the index of a run where it is, and its step size.
 
     Raises:
-        DivergedError: One has.
+        DivergedError: A run has diverged.
     """
     bad = ~(errors < _DIVERGED)
     if bad.any():
@@ -164,19 +165,19 @@ def check_finite(errors: Tensor, describe: Callable[[int], str]) -> None:
 
 
 class _Basis(Protocol):
-    """How weights are kept; "rows" are neurons, or neurons of subnetworks: (..., k)."""
+    """A representation of the weights; "rows" are neurons, or neurons of subnetworks: (..., k)."""
 
     def start(self) -> Tensor:
-        """Return all rows as they are at first: (B, m, k)."""
+        """Return the initial rows: (B, m, k)."""
 
     def hidden(self, rows: Tensor, neurons: Tensor | None) -> Tensor:
-        """Return <w, x_i> for every row: (..., n); `neurons` (flat numbers) where rows are not all neurons in order."""
+        """Return <w, x_i> for each row: (..., n); `neurons` are the rows' flat indices, None for all in order."""
 
-    def gradient(self, pull: Tensor) -> Tensor:
-        """Return the rows' gradient from that of their hidden values (..., n)."""
+    def gradient(self, hidden_gradient: Tensor) -> Tensor:
+        """Return the gradient of the rows from the gradient of their hidden values (..., n)."""
 
     def weights(self, rows: Tensor) -> Tensor:
-        """Return all rows' weights: (B, m, d)."""
+        """Return the weights of all rows: (B, m, d)."""
 
 
 class _Weights:
@@ -190,8 +191,8 @@ class _Weights:
     def hidden(self, rows: Tensor, neurons: Tensor | None) -> Tensor:  # noqa: ARG002
         return rows @ self._inputs.T
 
-    def gradient(self, pull: Tensor) -> Tensor:
-        return pull @ self._inputs
+    def gradient(self, hidden_gradient: Tensor) -> Tensor:
+        return hidden_gradient @ self._inputs
 
     def weights(self, rows: Tensor) -> Tensor:
         return rows
@@ -211,15 +212,15 @@ class _Coefficients:
         first = self._first_hidden if neurons is None else self._first_hidden[neurons]
         return torch.addmm(first, rows.flatten(0, -2), self._gram).view(rows.shape)
 
-    def gradient(self, pull: Tensor) -> Tensor:
-        return pull
+    def gradient(self, hidden_gradient: Tensor) -> Tensor:
+        return hidden_gradient
 
     def weights(self, rows: Tensor) -> Tensor:
         return self._first + rows @ self._inputs
 
 
 class _Batch:
-    """Runs of equal shape, trained side by side."""
+    """Runs of equal shape, trained in one batch."""
 
     def __init__(self, problem: Problem, runs: Sequence[Run], basis: Basis, dtype: torch.dtype) -> None:
         self._runs = runs
@@ -232,29 +233,29 @@ class _Batch:
         self._xi = torch.tensor([run.law.probability for run in runs], dtype=dtype)
         self._eta = torch.tensor([run.step_size for run in runs], dtype=dtype)
 
-    def train(self, local_errors: bool, watch: Watch | None) -> Trace:
+    def train(self, local_errors: bool, observe: Observer | None) -> Trace:
         rows = self._basis.start()
         errors, local = [], []
         for round_number in range(self._runs[0].rounds):
             masks = torch.stack([run.mask(round_number) for run in self._runs])
-            if watch:
-                watch(round_number, self._basis.weights(rows), masks)  # changed in place afterwards
+            if observe:
+                observe(round_number, self._basis.weights(rows), masks)  # the weights change in place afterwards
             active = self._basis.hidden(rows, None).relu_()
-            errors.append(self._whole_error(active, round_number))
+            errors.append(self._full_error(active, round_number))
             if self._runs[0].local_steps == 1 and not local_errors:
                 rows = self._one_step(rows, active, masks)
             else:
-                rows, seen = self._round(rows, active, masks, local_errors)
-                local.append(seen)
-        errors.append(self._whole_error(self._basis.hidden(rows, None).relu_(), self._runs[0].rounds))
+                rows, errors_of_round = self._round(rows, active, masks, local_errors)
+                local.append(errors_of_round)
+        errors.append(self._full_error(self._basis.hidden(rows, None).relu_(), self._runs[0].rounds))
         return Trace(
             errors=torch.stack(errors, dim=1),
             local_errors=torch.stack(local, dim=1) if local_errors else None,
             weights=self._basis.weights(rows),
         )
 
-    def _whole_error(self, active: Tensor, round_number: int) -> Tensor:
-        """Return the mean squared error of every whole network, xi-scaled: (B,)."""
+    def _full_error(self, active: Tensor, round_number: int) -> Tensor:
+        """Return the mean squared error of each full network, scaled by xi: (B,)."""
         predicted = (self._signs.unsqueeze(1) @ active).squeeze(1) * self._xi[:, None]
         found = (predicted - self._targets).square().mean(dim=1)
         check_finite(found, lambda number: self._describe(number, round_number))
@@ -268,22 +269,22 @@ class _Batch:
         )
 
     def _one_step(self, rows: Tensor, active: Tensor, masks: Tensor) -> Tensor:
-        """A round of one local step: all subnetworks' gradients of a neuron are sums over the same hidden values."""
+        """Make a round of one local step: all subnetworks compute a neuron's gradient from the same hidden values."""
         signed = masks * self._signs[:, None]
         residuals = signed @ active - self._targets
-        pull = _through_relu(signed.mT @ residuals, active)
+        hidden_gradient = _through_relu(signed.mT @ residuals, active)
         holders = masks.sum(dim=1).clamp_min(1)
-        return rows.sub_(self._basis.gradient(pull).mul_((self._eta[:, None] / holders)[..., None]))
+        return rows.sub_(self._basis.gradient(hidden_gradient).mul_((self._eta[:, None] / holders)[..., None]))
 
-    def _round(self, rows: Tensor, active: Tensor, masks: Tensor, watch: bool) -> tuple[Tensor, Tensor]:
-        """A round of tau local steps; also returns the subnetworks' mean errors (B, tau + 1), if they are watched."""
+    def _round(self, rows: Tensor, active: Tensor, masks: Tensor, local_errors: bool) -> tuple[Tensor, Tensor]:
+        """Make a round of tau local steps; return rows and mean subnetwork errors (B, tau + 1), if any."""
         num_runs, width = rows.shape[:2]
         neurons, held = _held(masks)
         flat = (neurons + torch.arange(num_runs)[:, None, None] * width).flatten()
         shape = (*neurons.shape, -1)
         cut = rows.flatten(0, 1)[flat].view(shape)
         own = active.flatten(0, 1)[flat].view(shape)
-        # What is no neuron, but fills up a smaller subnetwork, has no sign: it predicts nothing and stays.
+        # Padding of a smaller subnetwork gets the sign 0, so it adds nothing to the prediction and does not change.
         signed = self._signs.flatten()[flat].view(neurons.shape) * held
         eta = self._eta[:, None, None, None]
         errors = []
@@ -293,21 +294,23 @@ class _Batch:
             residuals = signed.unsqueeze(2) @ own - self._targets  # (B, p, 1, n)
             errors.append(residuals)
             cut.sub_(self._basis.gradient(_through_relu(signed.unsqueeze(3) * residuals, own)).mul_(eta))
-        if watch:
+        if local_errors:
             own = self._basis.hidden(cut, flat).relu_()
             errors.append(signed.unsqueeze(2) @ own - self._targets)
         merged = _mean_of_holders(rows.flatten(0, 1), cut.flatten(0, 2), flat, held.flatten()).view(rows.shape)
-        seen = torch.stack([e.square().mean(dim=(1, 2, 3)) for e in errors], dim=1) if watch else rows.new_empty(0)
-        return merged, seen
+        if not local_errors:
+            return merged, rows.new_empty(0)
+        return merged, torch.stack([error.square().mean(dim=(1, 2, 3)) for error in errors], dim=1)
 
 
-def _through_relu(pull: Tensor, active: Tensor) -> Tensor:
-    """Turn the gradient of hidden values after the relu into that before it, in place: 0 where `active` is 0."""
-    return torch.ops.aten.threshold_backward.grad_input(pull, active, 0, grad_input=pull)  # type: ignore[no-any-return]
+def _through_relu(gradient: Tensor, active: Tensor) -> Tensor:
+    """Turn the gradient after the relu into the gradient before it, in place: 0 where `active` is 0."""
+    found: Tensor = torch.ops.aten.threshold_backward.grad_input(gradient, active, 0, grad_input=gradient)
+    return found
 
 
 def _held(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the neurons of every subnetwork, filled up to the largest: numbers, and which are real; both (B, p, N)."""
+    """Return the neurons of each subnetwork, padded to the largest: indices, and which are real; both (B, p, N)."""
     counts = masks.sum(dim=2)
     most = max(1, int(counts.max()))
     real = torch.arange(most) < counts[..., None]
@@ -317,7 +320,7 @@ def _held(masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean_of_holders(rows: Tensor, cut: Tensor, owners: Tensor, held: Tensor) -> Tensor:
-    """Return every neuron's mean over its holders; where there are none, what it was."""
+    """Return the mean of each neuron's copies; a neuron without copies does not change."""
     owners, cut = owners[held], cut[held]
     holders = torch.bincount(owners, minlength=len(rows))
     total = torch.zeros_like(rows).index_add_(0, owners, cut)

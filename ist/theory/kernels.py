@@ -1,4 +1,4 @@
-"""Neural tangent kernels of the one-hidden-layer ReLU perceptron: infinitely wide, of a given width, and masked.
+"""Neural tangent kernels of the ReLU perceptron with one hidden layer: of infinite width, of finite width, and masked.
 
 Reference: [MRN] section 4; the closed form is due to Cho & Saul (2009).
 """
@@ -14,7 +14,7 @@ def infinite_ntk(inputs: Tensor, xi: float = 1.0) -> Tensor:
 
     Args:
         inputs: (n, d), rows of norm 1.
-        xi: Probability that a neuron is in a subnetwork.
+        xi: The probability that a subnetwork holds a neuron.
 
     Returns:
         (n, n): xi <x_i, x_j> (pi - arccos <x_i, x_j>) / (2 pi).
@@ -24,12 +24,12 @@ def infinite_ntk(inputs: Tensor, xi: float = 1.0) -> Tensor:
 
 
 def finite_ntk(inputs: Tensor, weights: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the kernel of a network, or of subnetworks of it, at given weights.
+    """Return the kernel of a network, or of its subnetworks, at the given weights.
 
     Args:
         inputs: (n, d).
         weights: (m, d).
-        mask: (p, m), ones where a subnetwork holds a neuron; None: the whole network.
+        mask: (p, m), 1 where a subnetwork holds a neuron; None: the full network.
 
     Returns:
         (n, n), or (p, n, n): (1/m) <x_i, x_j> sum_r m_r 1{<w_r, x_i> >= 0} 1{<w_r, x_j> >= 0}.

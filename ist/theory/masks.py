@@ -1,7 +1,7 @@
-"""Which subnetwork holds which neuron: the random masks of Algorithm 1.
+"""The random masks of Algorithm 1: which subnetwork holds which neuron.
 
-Not here: the partitions of real runs (`ist/subnet/partition.py`), whose 'categorical' and 'bernoulli' are the same
-laws.
+Not here: the partitions of real runs (`ist/subnet/partition.py`), whose strategies 'categorical' and 'bernoulli' have
+the same distributions.
 """
 
 from collections.abc import Callable
@@ -17,18 +17,18 @@ Mask = NDArray[np.bool_]
 """(p, m): whether subnetwork l holds neuron r."""
 
 Draw = Callable[[int, int], Mask]
-"""Draws the mask of (seed, round)."""
+"""Returns the mask for (seed, round)."""
 
 
 @dataclass(frozen=True)
 class Law:
-    """The law of the masks: p subnetworks of m neurons.
+    """The distribution of the masks for p subnetworks of m neurons.
 
     Attributes:
         width: m.
         subnetworks: p.
-        xi: Every subnetwork holds every neuron with this probability, independently (Bernoulli). None: every neuron
-            is in exactly one subnetwork, any with the same probability (categorical).
+        xi: Each subnetwork holds each neuron with this probability, independently (Bernoulli). None: each neuron is in
+            exactly one subnetwork, chosen uniformly (categorical).
     """
 
     width: int
@@ -37,11 +37,14 @@ class Law:
 
     def __post_init__(self) -> None:
         if self.subnetworks < 1:
-            raise ConfigError(f"'p' is {self.subnetworks}: at least one subnetwork is needed")
+            raise ConfigError(f"'p' is {self.subnetworks}: expected at least one subnetwork")
         if self.width < self.subnetworks:
-            raise ConfigError(f"'m' is {self.width}, fewer neurons than the {self.subnetworks} subnetworks ('p')")
+            raise ConfigError(
+                f"'m' is {self.width}: expected at least one neuron for each of the {self.subnetworks} "
+                "subnetworks ('p')"
+            )
         if self.xi is not None and not 0 < self.xi <= 1:
-            raise ConfigError(f"'xi' is {self.xi}: a probability above 0 and at most 1 is needed")
+            raise ConfigError(f"'xi' is {self.xi}: expected a probability above 0 and at most 1")
 
     @property
     def probability(self) -> float:
@@ -56,8 +59,8 @@ class Law:
     def draw(self, seed: int, round_number: int) -> Mask:
         """Draw a mask.
 
-        The same numbers decide for every xi, so that a larger xi adds neurons to subnetworks and takes none away:
-        differences between runs are those of their settings.
+        All values of xi use the same random numbers, so a larger xi only adds neurons to subnetworks, and differences
+        between runs come from their settings.
         """
         numbers = self.width if self.xi is None else self.width * self.subnetworks
         drawn = uniform(numbers, seed, Purpose.PARTITION, round_number)

@@ -1,6 +1,7 @@
-"""The analysed network as a real one, trained by the real system.
+"""Train the network of the theory with the real system.
 
-Where it sits: beside `ist/api.py`, as a user's program would. Not here: Algorithm 1.
+Where it sits: it calls `ist.train`, as a user's program does.
+Not here: Algorithm 1 (`algorithm.py`).
 """
 
 import math
@@ -21,7 +22,7 @@ from ist.theory.problem import Problem
 
 
 class Perceptron(nn.Module):
-    """f(W, x) = (1/sqrt m) sum_r a_r relu(<w_r, x>): a hidden layer that is trained, and signs that are not.
+    """f(W, x) = (1/sqrt m) sum_r a_r relu(<w_r, x>): a trained hidden layer, and fixed signs.
 
     Args:
         weights: W, (m, d).
@@ -49,12 +50,12 @@ def half_squared_error(predicted: Tensor, targets: Tensor) -> Tensor:
 
 
 def system_partition(law: Law) -> Partition:
-    """Return the partition of the real system whose masks have the same law."""
+    """Return the partition of the real system whose masks have the same distribution."""
     return Partition(strategy="categorical") if law.xi is None else Partition(strategy="bernoulli", keep=law.xi)
 
 
 def system_masks(law: Law, seed: int) -> Draw:
-    """Return what draws the masks that the real system draws with a seed."""
+    """Return a function that returns the masks of the real system for a seed."""
     groups = [Group("hidden", law.width, ())]
 
     def draw(_: int, round_number: int) -> Mask:
@@ -68,21 +69,22 @@ def system_masks(law: Law, seed: int) -> Draw:
 
 
 def train_with_system(problem: Problem, run: Run) -> Tensor:
-    """Train the network of a run by real IST with p workers in this process; every worker has all samples.
+    """Train the network of a run by real IST with p workers in this process; each worker has all samples.
 
     Args:
-        problem: What to learn.
-        run: Initial weights, number of steps and their size; masks are those of `system_masks(run.law, run.seed)`.
+        problem: The data.
+        run: Gives the initial weights, and the number and size of steps; the masks are those of
+            `system_masks(run.law, run.seed)`.
 
     Returns:
         The trained W, (m, d).
 
     Raises:
-        ConfigError, ModelError: As `ist.train`.
+        ConfigError, ModelError: As for `ist.train`.
     """
     workers = run.law.subnetworks
     model = Perceptron(initial_weights(run, problem.inputs.shape[1]), signs(run))
-    # A sample is the whole data set, so that a shard of one sample is a full batch.
+    # One sample of this data set is the full problem, so a shard of one sample is a full batch.
     data = TensorDataset(problem.inputs.repeat(workers, 1, 1), problem.targets.repeat(workers, 1))
     api.train(
         model,

@@ -1,4 +1,4 @@
-"""What is to be learned: inputs of unit norm, and a number for each."""
+"""The regression problems of the theory: inputs of norm 1, and a number for each."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,7 +13,7 @@ from ist.errors import ConfigError
 from ist.theory.kernels import infinite_ntk, least_eigenvalue
 
 SPHERE = "sphere"
-"""The name, in place of a file, of inputs drawn uniformly from the sphere."""
+"""Used instead of a file name for inputs that are drawn uniformly from the sphere."""
 
 Scaling = Literal["raw", "standardised"]
 
@@ -25,7 +25,7 @@ class Problem:
     """A regression problem that the theory covers.
 
     Attributes:
-        inputs: (n, d), float64, every row of norm 1, no two of them parallel.
+        inputs: (n, d), float64, rows of norm 1, of which no two are parallel.
         targets: (n,), float64.
     """
 
@@ -36,17 +36,16 @@ class Problem:
         norms = self.inputs.norm(dim=1)
         if not torch.allclose(norms, torch.ones_like(norms)):
             worst = int((norms - 1).abs().argmax())
-            raise ConfigError(f"inputs must have norm 1, but input {worst} has {norms[worst]:g}")
+            raise ConfigError(f"input {worst} has norm {norms[worst]:g}: expected norm 1")
         cosines = (self.inputs @ self.inputs.T).fill_diagonal_(0)
         if cosines.max() > 1 - 1e-12:
             one, other = divmod(int(cosines.argmax()), len(cosines))
             raise ConfigError(
-                f"inputs {one} and {other} are parallel (the same after scaling to norm 1): the least eigenvalue "
-                "lambda_0 of the kernel is 0, and no "
-                "theorem holds. Leave one of them out"
+                f"inputs {one} and {other} are parallel (the same after scaling to norm 1), so the least eigenvalue "
+                "lambda_0 of the kernel is 0 and no theorem applies. Remove one of them"
             )
         if least_eigenvalue(infinite_ntk(self.inputs)) < _LEAST_EIGENVALUE:
-            raise ConfigError("the least eigenvalue lambda_0 of the kernel is 0: inputs are too much alike")
+            raise ConfigError("the least eigenvalue lambda_0 of the kernel is 0, because inputs are too similar")
 
     @property
     def num_samples(self) -> int:
@@ -56,16 +55,16 @@ class Problem:
 
 @lru_cache(maxsize=4)
 def load_problem(data: Path | str | None, samples: int, scaling: Scaling = "raw") -> Problem:
-    """Load the first samples of Communities and Crime, or draw others; points of one process share them.
+    """Load the first samples of Communities and Crime, or draw inputs from the sphere; the result is cached.
 
     Args:
         data: See `ist.data.crime.read_crime`; or 'sphere'.
-        samples: How many.
-        scaling: 'raw' leaves the columns in [0, 1]; 'standardised' gives each mean 0 and deviation 1 over the whole
-            file. Rows are scaled to norm 1 afterwards.
+        samples: The number of samples.
+        scaling: 'raw' leaves the columns in [0, 1]; 'standardised' gives each column mean 0 and deviation 1 over the
+            full file. Afterwards rows are scaled to norm 1.
 
     Raises:
-        ConfigError: There are not so many rows, or two inputs are parallel.
+        ConfigError: There are fewer rows, or two inputs are parallel.
         DataError: The file is missing or malformed.
     """
     if data == SPHERE:
@@ -82,8 +81,8 @@ def load_problem(data: Path | str | None, samples: int, scaling: Scaling = "raw"
 def sphere(samples: int, inputs: int, seed: int = 0) -> Problem:
     """Draw inputs uniformly from the unit sphere, and targets uniformly from [-1, 1].
 
-    Such inputs are nearly orthogonal where `inputs` exceeds `samples`: lambda_0 is as large as it can be, and the
-    theorems' hypotheses are met by networks that can be trained here.
+    Such inputs are nearly orthogonal if `inputs` exceeds `samples`. Then lambda_0 is nearly as large as possible, and
+    networks of moderate width meet the hypotheses of the theorems.
     """
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(samples, inputs, dtype=torch.float64, generator=generator)

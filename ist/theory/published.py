@@ -1,10 +1,10 @@
-"""Values read off the published heat maps: [MRN] figures 2b and 2c; mean training errors.
+"""Mean training errors that were read off the published heat maps: [MRN] figures 2b and 2c.
 
-Reading them is good to 0.0005 in figure 2b, 0.0002 in figure 2c. Rows are p = 1 .. 10.
+The reading error is at most 0.0005 in figure 2b and 0.0002 in figure 2c. Rows are p = 1 .. 10.
 """
 
 XI = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""Columns of figure 2b: Bernoulli masks, number of local steps not published."""
+"""The columns of figure 2b: Bernoulli masks; the number of local steps is not published."""
 
 FIGURE_2B = (
     (0.0545, 0.0536, 0.0531, 0.0524, 0.0495, 0.0484, 0.0436, 0.0393, 0.0342, 0.0161),
@@ -20,7 +20,7 @@ FIGURE_2B = (
 )
 
 TAU = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
-"""Columns of figure 2c: categorical masks."""
+"""The columns of figure 2c: categorical masks."""
 
 FIGURE_2C = (
     (0.0063, 0.0064, 0.0066, 0.0069, 0.0071, 0.0074, 0.0079, 0.0083, 0.0087, 0.0091),
@@ -42,4 +42,4 @@ FIGURE_2A = {
     "first peaks": "0.10 to 0.19",
     "last peaks": "0.05 to 0.09",
 }
-"""What can be read off figure 2a: 125 values, xi = 0.3, 0.5 and 0.8."""
+"""Numbers that were read off figure 2a: 125 values, xi = 0.3, 0.5 and 0.8."""

@@ -1,7 +1,7 @@
-"""IST on quadratics: SGD with the permutation sketch, its limit, and when it goes uphill.
+"""IST on quadratics: SGD with the permutation sketch, its limit, and the condition under which the value rises.
 
-Node i minimises f_i(x) = x^T L_i x / 2 - b_i^T x. A round deals the coordinates to the nodes at random, in equal parts;
-node i's sketch is C_i = n diag(1 on its part), and x <- x - gamma (1/n) sum_i C_i (L_i C_i x - b_i).
+Node i minimizes f_i(x) = x^T L_i x / 2 - b_i^T x. Each round assigns the coordinates to the nodes at random, in equal
+parts. The sketch of node i is C_i = n diag(1 on its part), and x <- x - gamma (1/n) sum_i C_i (L_i C_i x - b_i).
 
 Reference: E. Shulgin, P. Richtarik, "Towards a Better Theoretical Understanding of Independent Subnetwork Training",
 arXiv 2306.16484.
@@ -33,9 +33,9 @@ class Quadratics:
     def __post_init__(self) -> None:
         nodes, size = self.vectors.shape
         if size % nodes:
-            raise ConfigError(f"'d' is {size}, not a multiple of the {nodes} nodes ('n')")
+            raise ConfigError(f"'d' is {size}: expected a multiple of the {nodes} nodes ('n')")
         if float(torch.linalg.eigvalsh(self.mean_matrix)[0]) <= 0:
-            raise ConfigError("the mean of the matrices L is not positive definite: there is no minimum")
+            raise ConfigError("the mean of the matrices L is not positive definite, so there is no minimum")
 
     @cached_property
     def mean_matrix(self) -> Tensor:
@@ -49,12 +49,12 @@ class Quadratics:
         return found
 
     def value(self, points: Tensor) -> Tensor:
-        """Return the mean of the functions at (..., d), less its minimum."""
-        away = points - self.solution
-        return ((away @ self.mean_matrix) * away).sum(dim=-1) / 2
+        """Return the mean of the functions at (..., d), minus its minimum."""
+        offsets = points - self.solution
+        return ((offsets @ self.mean_matrix) * offsets).sum(dim=-1) / 2
 
     def preconditioned(self) -> "Quadratics":
-        """Return the functions in coordinates in which the mean matrix has ones on its diagonal: x = D^(-1/2) z."""
+        """Return the functions in coordinates in which the mean matrix has a unit diagonal: x = D^(-1/2) z."""
         scale = self.mean_matrix.diagonal().rsqrt()
         return Quadratics(self.matrices * scale[:, None] * scale, self.vectors * scale)
 
@@ -62,8 +62,8 @@ class Quadratics:
 def mean_operator(quadratics: Quadratics) -> Tensor:
     """Return E[(1/n) sum_i C_i L_i C_i] over the sketches: (d, d).
 
-    A diagonal entry is held by one node of n, with C_i^2 = n^2: n times the mean matrix's. Entry (j, k) is kept where
-    both fall to the same node: with probability (d/n - 1)/(d - 1).
+    One of the n nodes holds a diagonal entry, with C_i^2 = n^2, so the result is n times that of the mean matrix. An
+    entry (j, k) remains if one node holds both coordinates, which has the probability (d/n - 1)/(d - 1).
     """
     nodes, size = quadratics.vectors.shape
     mean = quadratics.mean_matrix
@@ -73,13 +73,13 @@ def mean_operator(quadratics: Quadratics) -> Tensor:
 
 
 def limit(quadratics: Quadratics) -> Tensor:
-    """Return where the mean of the iterates goes, whatever the step size: E[B]^-1 mean(b), (d,)."""
+    """Return the limit of the mean of the iterates, for any step size: E[B]^-1 mean(b), (d,)."""
     found: Tensor = torch.linalg.solve(mean_operator(quadratics), quadratics.vectors.mean(dim=0))
     return found
 
 
 def descent_matrix(quadratics: Quadratics) -> Tensor:
-    """Return W = (L E[B] + E[B] L) / 2: where it is indefinite, there are points from which f rises at first."""
+    """Return W = (L E[B] + E[B] L) / 2: if it is indefinite, f rises in the first step from some points."""
     mean, operator = quadratics.mean_matrix, mean_operator(quadratics)
     return (mean @ operator + operator @ mean) / 2
 
@@ -87,14 +87,14 @@ def descent_matrix(quadratics: Quadratics) -> Tensor:
 def iterate(
     quadratics: Quadratics, start: Tensor, step_size: float, rounds: int, seeds: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Run IST, one local step a round, once for each seed.
+    """Run IST with one local step per round, once for each seed.
 
     Returns:
-        The function's values less the minimum, (seeds, rounds + 1), and the mean of the second half of each run's
-        iterates, (seeds, d).
+        The values of the function minus its minimum, (seeds, rounds + 1), and the mean of the second half of each
+        run's iterates, (seeds, d).
 
     Raises:
-        DivergedError: The values have grown beyond all bounds.
+        DivergedError: The values have diverged.
     """
     nodes, size = quadratics.vectors.shape
     points = start.repeat(len(seeds), 1)

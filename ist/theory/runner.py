@@ -1,7 +1,10 @@
-"""Measure the points of experiments, in several processes, and keep what was measured.
+"""Measure the points of experiments, in several processes, and store the results.
 
-Each finished point is a line of OUT/<experiment>.jsonl, under a first line with the settings: a run that was cut off
-goes on where it was. CSV files and pictures are made of it in the end.
+OUT/<experiment>.jsonl has a first line with the settings, and then a line for each finished point, so an interrupted
+run continues with the missing points. CSV files and figures are made from it at the end.
+
+Where it sits: `ist/cli/theory.py` calls it.
+Not here: the experiments (`experiments/`), the page (`ist/report/theory_page.py`).
 """
 
 import csv
@@ -33,7 +36,7 @@ from ist.theory.problem import SPHERE, load_problem
 
 @dataclass(frozen=True)
 class Done:
-    """An experiment that was measured."""
+    """A finished experiment."""
 
     name: str
     settings: Mapping[str, Any]
@@ -44,10 +47,10 @@ def experiment(name: str) -> Experiment:
     """Return an experiment.
 
     Raises:
-        ConfigError: There is none of that name.
+        ConfigError: The name is unknown.
     """
     if name not in EXPERIMENTS:
-        raise ConfigError(f"'{name}' is no experiment: known are {', '.join(EXPERIMENTS)}, and 'all'")
+        raise ConfigError(f"unknown experiment '{name}': expected one of {', '.join(EXPERIMENTS)}, or 'all'")
     module: Experiment = importlib.import_module(f"ist.theory.experiments.{name}")
     return module
 
@@ -57,9 +60,9 @@ def make_settings(name: str, quick: bool, data: str | None, assignments: Sequenc
 
     Args:
         name: The experiment.
-        quick: Begin with its quick settings.
-        data: Where the data set is; experiments without one ignore it.
-        assignments: 'key=value', values as in YAML.
+        quick: Whether to start from its quick settings.
+        data: The location of the data set; experiments without one ignore it.
+        assignments: Settings 'key=value' with values in YAML.
 
     Raises:
         ConfigError: A key is unknown or a value impossible.
@@ -73,7 +76,9 @@ def make_settings(name: str, quick: bool, data: str | None, assignments: Sequenc
         if not equals:
             raise ConfigError(f"--set '{assignment}': expected KEY=VALUE")
         if key not in module.Settings.model_fields:
-            raise ConfigError(f"--set '{assignment}': {name} has {', '.join(module.Settings.model_fields)}")
+            raise ConfigError(
+                f"--set '{assignment}': the settings of {name} are {', '.join(module.Settings.model_fields)}"
+            )
         values[key] = parse_yaml(text, f"--set '{assignment}'")
     try:
         return module.Settings(**values)
@@ -84,7 +89,7 @@ def make_settings(name: str, quick: bool, data: str | None, assignments: Sequenc
 
 
 def describe_knobs(name: str) -> list[str]:
-    """Return a line for each knob of an experiment: its name, its default, what it is."""
+    """Return a line for each setting of an experiment: its name, its default, its description."""
     fields = experiment(name).Settings.model_fields.items()
     return [f"{key}={field.default}  {field.description or ''}".rstrip() for key, field in fields]
 
@@ -92,20 +97,20 @@ def describe_knobs(name: str) -> list[str]:
 def run_experiments(
     chosen: Mapping[str, Any], out: Path, processes: int, fresh: bool, console: Console
 ) -> Iterator[Done]:
-    """Measure what is not measured yet, write CSV files, and describe what was found.
+    """Measure the missing points, write CSV files, and describe the results.
 
     Args:
         chosen: Settings by experiment.
-        out: Where files go.
-        processes: How many points are measured at once, each in a process of its own; 1: in this one.
-        fresh: Measure again what was measured before.
-        console: Where progress is shown.
+        out: The folder for files.
+        processes: The number of points that are measured at once, each in its own process; 1: in this process.
+        fresh: Whether to measure again the points that `out` already has.
+        console: Shows the progress.
 
     Yields:
-        Each experiment when it is done.
+        Each experiment when it is finished.
 
     Raises:
-        ConfigError: Settings are impossible, or `out` holds measurements with others.
+        ConfigError: Settings are impossible, or `out` has results with other settings.
         ISTError: A point could not be measured.
         RunFolderError: A file cannot be written.
     """
@@ -126,16 +131,16 @@ def run_experiments(
 
 
 def _check_data(name: str, settings: Any) -> None:
-    """Load an experiment's data before any process is started."""
+    """Load an experiment's data before any process starts."""
     try:
         for scaling in getattr(settings, "scalings", None) or [settings.scaling]:
             load_problem(settings.data, settings.samples, scaling)
     except ISTError as error:
-        raise type(error)(f"{name}: {error}. Or draw inputs from the sphere: --data sphere") from error
+        raise type(error)(f"{name}: {error}. Alternatively draw inputs from the sphere: --data sphere") from error
 
 
 def with_measured_before(done: Sequence[Done], out: Path) -> list[Done]:
-    """Return these experiments and all others of which `out` holds every point, in the order of the page."""
+    """Return these experiments and all others for which `out` has every point, in the order of the page."""
     found = {one.name: one for one in done}
     for name in EXPERIMENTS:
         path = out / f"{name}.jsonl"
@@ -145,7 +150,7 @@ def with_measured_before(done: Sequence[Done], out: Path) -> list[Done]:
         try:
             settings = module.Settings(**json.loads(path.read_text().split("\n", 1)[0])["settings"])
             store = _Store(out, name, settings, fresh=False)
-        except (ConfigError, ValueError, KeyError):  # of another version
+        except (ConfigError, ValueError, KeyError):  # written by another version
             continue
         points = module.points(settings)
         if not store.missing(points):
@@ -155,7 +160,7 @@ def with_measured_before(done: Sequence[Done], out: Path) -> list[Done]:
 
 
 class _Store:
-    """What was measured of an experiment: a file that grows by a line for each point."""
+    """The results of an experiment: a file that grows by a line for each point."""
 
     def __init__(self, out: Path, name: str, settings: Any, fresh: bool) -> None:
         self._path = out / f"{name}.jsonl"
@@ -167,31 +172,31 @@ class _Store:
             try:
                 found = json.loads(line)
             except json.JSONDecodeError:
-                break  # cut off while it was written
+                break  # the line is incomplete: the run was interrupted
             if number == 0:
                 self._check(found)
             else:
                 self.rows[found["point"]] = found["rows"]
 
     def missing(self, points: Sequence[Point]) -> list[Point]:
-        """Return the points that are not measured."""
+        """Return the points without results."""
         return [point for point in points if key_of(point) not in self.rows]
 
     def rows_of(self, points: Sequence[Point]) -> list[Row]:
-        """Return the rows of points that are measured, in order."""
+        """Return the rows of points with results, in order."""
         return [row for point in points for row in self.rows[key_of(point)]]
 
     def begin(self) -> None:
-        """Write the file anew, without a line that was cut off."""
+        """Rewrite the file, without an incomplete last line."""
         lines = [self._head, *({"point": point, "rows": rows} for point, rows in self.rows.items())]
-        with _told(self._path):
+        with _naming_file(self._path):
             self._out.mkdir(parents=True, exist_ok=True)
             write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
     def add(self, point: Point, rows: Sequence[Row]) -> None:
-        """Keep a point."""
+        """Store the rows of a point."""
         self.rows[key_of(point)] = list(rows)
-        with _told(self._path), self._path.open("a") as file:
+        with _naming_file(self._path), self._path.open("a") as file:
             file.write(json.dumps({"point": key_of(point), "rows": rows}) + "\n")
 
     def _check(self, head: Any) -> None:
@@ -199,14 +204,14 @@ class _Store:
             before, now = head.get("settings", {}), self._head["settings"]
             keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
             raise ConfigError(
-                f"{self._path} was measured with other settings ({', '.join(keys)}): give another --out, or --fresh to "
-                "measure anew"
+                f"{self._path} has results with other settings ({', '.join(keys)}): give another --out, or --fresh to "
+                "replace them"
             )
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """Tell of a file that cannot be written by its name."""
+def _naming_file(path: Path) -> Iterator[None]:
+    """Name the file in the error if it cannot be written."""
     try:
         yield
     except OSError as error:
@@ -232,7 +237,7 @@ def _measure_missing(
 def _results(
     name: str, settings: Any, points: Sequence[Point], pool: Executor | None
 ) -> Iterator[tuple[Point, list[Row]]]:
-    """Measure points and yield each when it is done."""
+    """Measure points, and yield each when it is finished."""
     if pool is None:
         for point in points:
             yield point, _measure(name, settings, point)
@@ -242,7 +247,7 @@ def _results(
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
-        raise ISTError(f"{name}: a process that measured was killed; run the same command again to go on") from error
+        raise ISTError(f"{name}: a worker process was killed; run the same command again to continue") from error
     finally:
         for future in futures:
             future.cancel()
@@ -260,7 +265,7 @@ def _pool(processes: int) -> Iterator[Executor | None]:
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_begin_worker)
     try:
         yield pool
-    except BaseException:  # an interrupt does not wait for points that are long
+    except BaseException:  # an interrupt must not wait for long points
         for process in list((getattr(pool, "_processes", None) or {}).values()):
             process.terminate()
         raise
@@ -270,7 +275,7 @@ def _pool(processes: int) -> Iterator[Executor | None]:
 
 def _begin_worker() -> None:
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt at the keyboard reaches all: the parent ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the parent terminates the others
 
 
 def _progress(console: Console) -> Progress:
@@ -281,12 +286,12 @@ def _progress(console: Console) -> Progress:
 
 
 def default_processes() -> int:
-    """Return how many processes this machine has cores for."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _write_csv(path: Path, rows: Sequence[Row]) -> None:
-    with _told(path), path.open("w", newline="") as file:
+    with _naming_file(path), path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)

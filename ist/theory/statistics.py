@@ -1,4 +1,4 @@
-"""Rank correlations and power laws, with intervals of confidence."""
+"""Rank correlations, and fits of power laws with confidence intervals."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,12 +15,12 @@ _RESAMPLES = 2000
 
 
 class RankCorrelations(NamedTuple):
-    """How alike two maps rise and fall: Spearman's coefficient, 1 where the order is the same.
+    """Spearman's rank correlation of two maps: 1 if their values have the same order.
 
     Attributes:
-        rows: Mean of the coefficients of corresponding rows.
-        columns: Mean of the coefficients of corresponding columns.
-        whole: Of all cells.
+        rows: The mean of the coefficients of corresponding rows.
+        columns: The mean of the coefficients of corresponding columns.
+        whole: The coefficient of all cells.
     """
 
     rows: float
@@ -29,7 +29,7 @@ class RankCorrelations(NamedTuple):
 
 
 def rank_correlations(ours: Matrix, theirs: Matrix) -> RankCorrelations:
-    """Compare two maps of equal shape, at least 2 x 2; rows and columns in which one does not vary are left out."""
+    """Compare two maps of equal shape, at least 2 x 2; rows and columns in which a map is constant are skipped."""
     along = []
     for one, other in ((ours, theirs), (ours.T, theirs.T)):
         found = [_spearman(a, b) for a, b in zip(one, other, strict=True) if _varies(a) and _varies(b)]
@@ -38,17 +38,17 @@ def rank_correlations(ours: Matrix, theirs: Matrix) -> RankCorrelations:
 
 
 def rank_correlation(x: Matrix, y: Matrix) -> float:
-    """Return Spearman's coefficient of all numbers of two arrays of equal shape; 0 where one does not vary."""
+    """Return Spearman's coefficient of all numbers of two arrays of equal shape; 0 if one is constant."""
     return _spearman(x.ravel(), y.ravel()) if _varies(x) and _varies(y) else 0.0
 
 
 def typical_ratio(ours: Matrix, theirs: Matrix) -> float:
-    """Return by what factor two maps typically differ: exp of the root mean square of the log ratio."""
+    """Return the typical factor between two maps: exp of the root mean square of the log ratio."""
     return float(np.exp(np.sqrt(np.mean(np.log(ours / theirs) ** 2))))
 
 
 class Exponent(NamedTuple):
-    """A fitted exponent, and its 95 % interval of confidence."""
+    """A fitted exponent, and its 95 % confidence interval."""
 
     value: float
     low: float
@@ -63,17 +63,19 @@ def exponent(x: Sequence[float], samples: Sequence[Sequence[float]]) -> Exponent
 
     Args:
         x: Positive numbers, at least two.
-        samples: For each of them, the same number of positive measurements; number i of each is from seed i.
+        samples: For each of them, the same number of positive measurements; measurement i belongs to seed i.
 
     Returns:
-        e, and its interval by drawing seeds anew (percentile bootstrap): what another choice of seeds would give. How
-        well a power law fits is not in it.
+        e, and its interval from resampled seeds (percentile bootstrap). The interval covers the choice of seeds, not
+        the quality of the power law.
 
     Raises:
-        ConfigError: There are not two different x.
+        ConfigError: There are fewer than two different x.
     """
     if len(set(x)) < 2:
-        raise ConfigError(f"an exponent cannot be fitted to {len(set(x))} value(s): give at least two that differ")
+        raise ConfigError(
+            f"an exponent cannot be fitted to {len(set(x))} value(s): expected at least two different ones"
+        )
     values = np.asarray(samples, dtype=np.float64)
     logs = np.log(np.asarray(x, dtype=np.float64))
     drawn = np.random.default_rng(0).integers(values.shape[1], size=(_RESAMPLES, values.shape[1]))

@@ -1,4 +1,4 @@
-"""Algorithm 1 as a plain loop over subnetworks, neurons and samples: slow, and easy to check against the paper."""
+"""Algorithm 1 as a plain loop over subnetworks, neurons and samples: slow, but easy to compare with the paper."""
 
 import math
 
@@ -9,7 +9,7 @@ Array = NDArray[np.float64]
 
 
 def predict(weights: Array, signs: Array, mask: Array, inputs: Array) -> Array:
-    """f^l(x) = (1/sqrt m) sum_r a_r m_r relu(<w_r, x>)."""
+    """Return f^l(x) = (1/sqrt m) sum_r a_r m_r relu(<w_r, x>)."""
     out = np.zeros(len(inputs))
     for i, x in enumerate(inputs):
         for r, w in enumerate(weights):
@@ -18,7 +18,7 @@ def predict(weights: Array, signs: Array, mask: Array, inputs: Array) -> Array:
 
 
 def gradient(weights: Array, signs: Array, mask: Array, inputs: Array, targets: Array) -> Array:
-    """Gradient of 0.5 ||y - f^l||^2."""
+    """Return the gradient of 0.5 ||y - f^l||^2."""
     residual = predict(weights, signs, mask, inputs) - targets
     out = np.zeros_like(weights)
     for r, w in enumerate(weights):
@@ -31,11 +31,11 @@ def gradient(weights: Array, signs: Array, mask: Array, inputs: Array, targets: 
 def algorithm_1(
     weights: Array, signs: Array, masks: list[Array], inputs: Array, targets: Array, tau: int, eta: float, xi: float
 ) -> tuple[Array, list[float]]:
-    """Returns the last weights, and the xi-scaled network's mean squared error before each round and at the end."""
+    """Return the final weights, and the mean squared error, scaled by xi, before each round and at the end."""
 
     def error(w: Array) -> float:
-        whole = np.ones(len(signs))
-        return float(np.mean((targets - xi * predict(w, signs, whole, inputs)) ** 2))
+        full = np.ones(len(signs))
+        return float(np.mean((targets - xi * predict(w, signs, full, inputs)) ** 2))
 
     errors = [error(weights)]
     for mask in masks:

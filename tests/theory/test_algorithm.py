@@ -1,4 +1,4 @@
-"""Algorithm 1: against a plain loop, against finite differences, and its special cases."""
+"""Algorithm 1: compared with a plain loop and with finite differences, and its special cases."""
 
 import math
 from typing import Any
@@ -33,7 +33,7 @@ def by_loop(problem: Problem, one: Run) -> tuple[Any, list[float]]:
 @pytest.mark.parametrize("basis", ["coefficients", "weights"])
 @pytest.mark.parametrize("tau", [1, 3])
 @pytest.mark.parametrize(("xi", "p"), [(None, 1), (None, 3), (0.2, 1), (0.5, 4), (1.0, 2)])
-def test_it_is_the_plain_loop(basis: Basis, tau: int, xi: float | None, p: int) -> None:
+def test_it_equals_the_plain_loop(basis: Basis, tau: int, xi: float | None, p: int) -> None:
     one = run(xi, p, tau)
 
     trace = train(PROBLEM, [one], basis)
@@ -43,7 +43,7 @@ def test_it_is_the_plain_loop(basis: Basis, tau: int, xi: float | None, p: int) 
     np.testing.assert_allclose(trace.errors[0].numpy(), errors, rtol=1e-12)
 
 
-def test_gradients_of_the_loop_are_finite_differences() -> None:
+def test_gradients_of_the_loop_equal_finite_differences() -> None:
     one = run()
     inputs, targets = PROBLEM.inputs.numpy(), PROBLEM.targets.numpy()
     weights, a, mask = initial_weights(one, 9).numpy(), signs(one).numpy(), one.mask(0)[0].numpy().astype(float)
@@ -60,7 +60,7 @@ def test_gradients_of_the_loop_are_finite_differences() -> None:
         assert found[r, j] == pytest.approx((loss(up) - loss(down)) / 2e-6, abs=1e-7)
 
 
-def test_runs_side_by_side_are_the_runs_alone() -> None:
+def test_runs_in_one_batch_equal_separate_runs() -> None:
     runs = [run(xi, seed=seed, eta=eta) for seed, (xi, eta) in enumerate([(0.1, 0.1), (0.5, 0.3), (0.9, 0.2)])]
 
     together = train(PROBLEM, runs, local_errors=True)
@@ -75,8 +75,8 @@ def test_runs_side_by_side_are_the_runs_alone() -> None:
         torch.testing.assert_close(together.weights[number], one.weights[0], rtol=0, atol=1e-13)
 
 
-def test_one_whole_subnetwork_is_gradient_descent_bit_for_bit() -> None:
-    """Against autograd; local steps make no difference to gradient descent but how many there are."""
+def test_one_full_subnetwork_is_gradient_descent_bit_for_bit() -> None:
+    """Compare with autograd; for gradient descent only the total number of steps matters."""
     problem = sphere(20, 30)
     for tau, rounds in ((1, 20), (5, 4)):
         one = run(1.0, 1, tau, rounds, m=200, eta=0.1)
@@ -91,13 +91,13 @@ def test_one_whole_subnetwork_is_gradient_descent_bit_for_bit() -> None:
 
 
 def test_dropout_is_one_subnetwork_and_one_step() -> None:
-    """Against autograd through a network whose hidden values are dropped, and not scaled up."""
+    """Compare with autograd through a network whose hidden values are dropped without scaling."""
     problem = sphere(20, 30)
     one = run(0.5, 1, 1, 10, m=100, eta=0.1)
     weights = initial_weights(one, 30).requires_grad_()
     for k in range(10):
-        kept = one.mask(k)[0].double()
-        hidden = torch.relu(problem.inputs @ weights.T) * kept
+        mask = one.mask(k)[0].double()
+        hidden = torch.relu(problem.inputs @ weights.T) * mask
         loss = 0.5 * (hidden @ signs(one) / 10 - problem.targets).square().sum()
         (slope,) = torch.autograd.grad(loss, weights)
         weights = (weights - 0.1 * slope).detach().requires_grad_()
@@ -105,7 +105,7 @@ def test_dropout_is_one_subnetwork_and_one_step() -> None:
     torch.testing.assert_close(train(problem, [one]).weights[0], weights.detach(), rtol=0, atol=1e-13)
 
 
-def test_a_neuron_that_nobody_holds_stays() -> None:
+def test_a_neuron_without_holders_does_not_change() -> None:
     one = run(0.1, 2, 3, 1, m=50)
     held = one.mask(0).any(dim=0)
 
@@ -124,7 +124,7 @@ def test_float32_is_near_float64() -> None:
 
 
 def test_the_expectation_of_a_masked_network_is_the_scaled_one() -> None:
-    """Why predictions are scaled by xi: the mean of f^l over masks is u."""
+    """This is why predictions are scaled by xi: the mean of f^l over masks is u."""
     one = run(0.3, 4000, 1, 1, m=4000)
     mask = one.mask(0).double()
     hidden = torch.relu(PROBLEM.inputs @ initial_weights(one, 9).T) * signs(one) / math.sqrt(4000)
@@ -132,20 +132,20 @@ def test_the_expectation_of_a_masked_network_is_the_scaled_one() -> None:
     torch.testing.assert_close((hidden @ mask.T).mean(dim=1), 0.3 * hidden.sum(dim=1), rtol=0, atol=0.05)
 
 
-def test_what_is_impossible_is_named() -> None:
+def test_impossible_settings_are_named() -> None:
     for make, words in [
-        (lambda: Law(10, 2, 0.0), "'xi' is 0.0"),
-        (lambda: Law(10, 2, 1.5), "'xi' is 1.5"),
-        (lambda: Law(3, 4, None), "'m' is 3, fewer neurons than the 4"),
-        (lambda: Law(3, 0, None), "'p' is 0"),
-        (lambda: run(tau=0), "'tau' is 0"),
-        (lambda: run(eta=-1.0), "'eta' is -1.0"),
-        (lambda: train(PROBLEM, [run(tau=1), run(tau=2)]), "must agree"),
-        (lambda: train(PROBLEM, [run()], watch=lambda *_: None), "basis 'weights' only"),
+        (lambda: Law(10, 2, 0.0), r"'xi'.*\b0\.0\b"),
+        (lambda: Law(10, 2, 1.5), r"'xi'.*\b1\.5\b"),
+        (lambda: Law(3, 4, None), r"'m'.*\b3\b.*\b4\b.*'p'"),
+        (lambda: Law(3, 0, None), r"'p'.*\b0\b"),
+        (lambda: run(tau=0), r"'tau'.*\b0\b"),
+        (lambda: run(eta=-1.0), r"'eta'.*-1\.0"),
+        (lambda: train(PROBLEM, [run(tau=1), run(tau=2)]), "m, p, tau and K"),
+        (lambda: train(PROBLEM, [run()], observe=lambda *_: None), "'weights'"),
     ]:
         with pytest.raises(ConfigError, match=words):
             make()
-    with pytest.raises(DivergedError, match="the step size eta=50 is too large"):
+    with pytest.raises(DivergedError, match=r"eta=50\b"):
         train(PROBLEM, [run(rounds=100, eta=50.0)])
 
 
@@ -155,14 +155,14 @@ def test_masked_inputs_without_variance_are_gradient_descent() -> None:
     torch.testing.assert_close(train_on_masked_inputs(PROBLEM, [one], 0.0), train(PROBLEM, [one]).errors)
 
 
-def test_masks_on_the_inputs_leave_an_error_that_grows_with_them() -> None:
+def test_the_error_floor_of_masked_inputs_grows_with_the_variance() -> None:
     runs = [run(1.0, 1, 1, 300, m=200, seed=seed) for seed in range(4)]
 
     left = [float(train_on_masked_inputs(PROBLEM, runs, sigma)[:, -100:].mean()) for sigma in (0.0, 0.1, 0.2)]
 
     assert left[0] < left[1] / 10
     assert left[2] / left[1] == pytest.approx(4, rel=0.5)  # proportional to the variance
-    with pytest.raises(ConfigError, match="'sigma' is -1"):
+    with pytest.raises(ConfigError, match=r"'sigma'.*-1\b"):
         train_on_masked_inputs(PROBLEM, runs, -1)
-    with pytest.raises(ConfigError, match="p, tau and xi must be 1"):
+    with pytest.raises(ConfigError, match=r"p, tau and xi .*\b1\b"):
         train_on_masked_inputs(PROBLEM, [run()], 0.1)

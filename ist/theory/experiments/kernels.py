@@ -1,4 +1,4 @@
-"""Theorem 2: do masked kernels keep their least eigenvalue above lambda_0 / 2 while the network is trained?"""
+"""Theorem 2: does the least eigenvalue of masked kernels stay above lambda_0 / 2 in training?"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ QUICK: Mapping[str, Any] = {"samples": 20, "K": 20, "looks": 5, "m": (200, 1000)
 
 
 class Settings(DataSettings):
-    """Knobs of the kernels' experiment."""
+    """Settings of the experiment on kernels."""
 
     m: tuple[Count, ...] = Field((1000, 4000, 16000), min_length=1, description="widths on the sphere")
     n: int = Field(10, ge=2, description="inputs on the sphere")
@@ -30,12 +30,12 @@ class Settings(DataSettings):
     tau: int = Field(5, ge=1, description="local steps")
     K: int = Field(200, ge=2, description="rounds")
     eta: float = Field(0.02, gt=0, description="step size")
-    looks: int = Field(20, ge=2, description="how often the kernels are computed")
+    looks: int = Field(20, ge=2, description="number of rounds in which the kernels are computed")
     seed: int = 0
 
 
 def points(settings: Settings) -> Sequence[Point]:
-    """A point for each problem and width."""
+    """Return a point for each problem and width."""
     cases = [("sphere", m) for m in settings.m] + [("data set", m) for m in settings.m_practical]
     for _, m in cases:
         Law(m, settings.p, settings.xi)
@@ -43,14 +43,14 @@ def points(settings: Settings) -> Sequence[Point]:
 
 
 def measure(settings: Settings, point: Point) -> Sequence[Row]:
-    """Least eigenvalues of the whole and of the masked kernels, and how far weights have moved, along a run."""
+    """Measure the least eigenvalues of the full and the masked kernels, and the movement of weights, during a run."""
     problem = _problem(settings, point)
     run = Run(Law(point["m"], settings.p, settings.xi), settings.tau, settings.K, settings.eta, seed=settings.seed)
     first = initial_weights(run, problem.inputs.shape[1])
     every = max(1, settings.K // settings.looks)
     rows: list[Row] = []
 
-    def watch(round_number: int, weights: Tensor, masks: Tensor) -> None:
+    def observe(round_number: int, weights: Tensor, masks: Tensor) -> None:
         if round_number % every:
             return
         rows.append(
@@ -63,12 +63,12 @@ def measure(settings: Settings, point: Point) -> Sequence[Row]:
             }
         )
 
-    errors = train(problem, [run], "weights", watch=watch).errors[0]
+    errors = train(problem, [run], "weights", observe=observe).errors[0]
     return [{**row, "error": float(errors[row["round"]])} for row in rows]
 
 
 def section(settings: Settings, rows: Sequence[Row]) -> Section:
-    """Eigenvalues along training, against lambda_0 / 2; movement against R."""
+    """Compare the eigenvalues during training with lambda_0 / 2, and the movement of weights with R."""
     figure = Figure(figsize=(13, 7.6), layout="constrained")
     panels = figure.subplots(2, 2)
     lines: list[tuple[str, ...]] = []
@@ -85,22 +85,22 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
         moved += [
             max(r["moved"] for r in of_case if r["m"] == one["m"]) / bounds.radius(theory) for one in points_of_case
         ]
-    kept = sum(line[5] == "yes" for line in lines)
+    holds = sum(line[5] == "yes" for line in lines)
     met = [line for line in lines if line[8] == "yes"]
-    looks = len({row["round"] for row in rows})
+    num_rounds = len({row["round"] for row in rows})
     return Section(
         title="Theorem 2: masked kernels stay well conditioned",
-        claim="While every weight vector stays within R = κλ₀/(8n) of its start, the kernels of all subnetworks keep "
-        "a least eigenvalue of at least λ₀/2, λ₀ that of the infinitely wide kernel (with its factor ξ).",
+        claim="While each weight vector stays within R = κλ₀/(8n) of its initial value, the kernels of all subnetworks "
+        "have a least eigenvalue of at least λ₀/2, where λ₀ is that of the infinitely wide kernel (with its factor ξ).",
         method=f"Bernoulli masks, p = {settings.p}, ξ = {settings.xi:g}, τ = {settings.tau}, η = {settings.eta:g}, K "
         f"= {settings.K}; λ₀ in closed form, the others from the network's activation patterns in float64.",
         found=[
-            f"At {looks} looks, each at the start of a round, the masked kernels were above λ₀/2 in {kept} of "
-            f"{len(lines)} settings. The theorem's hypothesis (no neuron moves farther than R) was met in {len(met)}"
-            + (f", with the conclusion true in {sum(line[5] == 'yes' for line in met)} of these." if met else ".")
+            f"At the start of {num_rounds} rounds, the masked kernels were above λ₀/2 in {holds} of {len(lines)} "
+            f"settings. The theorem's hypothesis (no neuron moves farther than R) was met in {len(met)}"
+            + (f", and its conclusion held in {sum(line[5] == 'yes' for line in met)} of these." if met else ".")
             + f" Weights moved {min(moved):.3g} to {max(moved):,.3g} times R.",
         ],
-        figures={"kernels": (figure, "Above: least eigenvalues along training. Below: movement of the weights.")},
+        figures={"kernels": (figure, "Above: least eigenvalues during training. Below: movement of the weights.")},
         tables={
             "Theorem 2 in numbers": Table(
                 ("case", "m", "λ₀", "least masked eigenvalue", "in units of λ₀", "≥ λ₀/2", "moved", "R", "within R"),
@@ -124,10 +124,10 @@ def _draw(upper: Axes, lower: Axes, title: str, rows: Sequence[Row], theory: bou
     for number, width in enumerate(dict.fromkeys(row["m"] for row in rows)):
         own = [row for row in rows if row["m"] == width]
         rounds = [row["round"] for row in own]
-        colour = f"C{number}"
-        upper.plot(rounds, [row["masked"] for row in own], color=colour, label=f"m = {width}: least of the masked")
-        upper.plot(rounds, [row["whole"] for row in own], color=colour, linestyle=":", label="ξ × whole network")
-        lower.plot(rounds, [row["moved"] for row in own], color=colour, label=f"m = {width}")
+        color = f"C{number}"
+        upper.plot(rounds, [row["masked"] for row in own], color=color, label=f"m = {width}: least of the masked")
+        upper.plot(rounds, [row["whole"] for row in own], color=color, linestyle=":", label="ξ × full network")
+        lower.plot(rounds, [row["moved"] for row in own], color=color, label=f"m = {width}")
     upper.axhline(theory.lambda_0 / 2, color="k", linestyle="--", label="λ₀/2 (Theorem 2)")
     upper.set_title(title)
     upper.set_ylabel("least eigenvalue")
@@ -135,8 +135,8 @@ def _draw(upper: Axes, lower: Axes, title: str, rows: Sequence[Row], theory: bou
     lower.set_yscale("log")
     lower.set_ylabel("largest movement of a neuron")
     if any(row["moved"] > bounds.radius(theory) for row in rows):
-        said = "above R: the hypothesis of Theorem 2 is not met"
-        lower.text(0.5, 0.06, said, transform=lower.transAxes, ha="center")
+        note = "above R: the hypothesis of Theorem 2 is not met"
+        lower.text(0.5, 0.06, note, transform=lower.transAxes, ha="center")
     for axes in (upper, lower):
         axes.set_xlabel("round")
         axes.legend(fontsize=7)

@@ -1,4 +1,4 @@
-"""What figures 2b and 2c have in common: knobs, a cell, and maps side by side."""
+"""Code shared by figures 2b and 2c: settings, the error of a cell, and plots of maps."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -18,12 +18,12 @@ Matrix = NDArray[np.float64]
 
 
 class MapSettings(DataSettings):
-    """Knobs that both maps have."""
+    """Settings of both maps."""
 
     m: int = Field(4000, ge=1, description="hidden neurons")
     p: tuple[Count, ...] = Field(tuple(range(1, 11)), min_length=2, description="numbers of subnetworks")
     K: int = Field(200, ge=2, description="rounds")
-    kappa: float = Field(1.0, gt=0, description="deviation of the initial weights")
+    kappa: float = Field(1.0, gt=0, description="standard deviation of the initial weights")
     tail: int = Field(50, ge=1, description="last rounds over which the error is averaged; at most a quarter of them")
     seeds: int = Field(1, ge=1)
     dtype: Literal["float64", "float32"] = "float64"
@@ -38,7 +38,7 @@ class MapSettings(DataSettings):
 def side_by_side(
     maps: Sequence[tuple[str, Matrix]], rows: Sequence[Any], columns: Sequence[Any], column_name: str
 ) -> Figure:
-    """Draw maps (p down, something across) with one scale of colours."""
+    """Plot maps (p by rows, another quantity by columns) with a common color scale."""
     figure = Figure(figsize=(5.6 * len(maps), 4.6), layout="constrained")
     panels = figure.subplots(1, len(maps), squeeze=False)[0]
     scale = LogNorm(min(float(m.min()) for _, m in maps), max(float(m.max()) for _, m in maps))

@@ -1,4 +1,4 @@
-"""Theorem 3 and Theorem 7: how fast the error falls, against the rates that are proved."""
+"""Theorem 3 and Theorem 7: measured rates of convergence and the proved ones."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ QUICK: Mapping[str, Any] = {"m": 300, "seeds": 3, "p": (1, 4), "xi": (0.2, 0.8),
 
 
 class Settings(Base):
-    """Knobs of the rates' experiment, on inputs drawn from the sphere."""
+    """Settings of the experiment on rates, with inputs drawn from the sphere."""
 
     n: int = Field(10, ge=2, description="samples")
     d: int = Field(40, ge=2, description="inputs")
@@ -32,27 +32,27 @@ class Settings(Base):
     xi: tuple[Probability, ...] = Field((0.1, 0.3, 0.5, 0.9), min_length=1)
     tau: tuple[Count, ...] = Field((1, 2, 4), min_length=1)
     eta: float = Field(0.02, gt=0, description="step size")
-    until: float = Field(0.3, gt=0, lt=1, description="the rate is that down to this share of the first error")
+    until: float = Field(0.3, gt=0, lt=1, description="the rate is measured down to this fraction of the first error")
     seeds: int = Field(8, ge=2)
 
 
 def points(settings: Settings) -> Sequence[Point]:
-    """A point for each setting: Bernoulli by p, xi, tau, and categorical by p, tau."""
+    """Return a point for each setting: Bernoulli by p, xi, tau, and categorical by p, tau."""
     bernoulli = [(p, xi, tau) for p in settings.p for xi in settings.xi for tau in settings.tau]
     categorical = [(p, None, tau) for p in settings.p for tau in settings.tau]
     for p, xi, _ in [*bernoulli, *categorical]:
         Law(settings.m, p, xi)
     if len({(p, xi, tau) for p, xi, tau in bernoulli}) < 2:
-        raise ConfigError("'p', 'xi' and 'tau' make fewer than two settings: an exponent needs more")
+        raise ConfigError("'p', 'xi' and 'tau' give fewer than two settings: an exponent needs at least two")
     return [{"p": p, "xi": xi, "tau": tau} for p, xi, tau in [*bernoulli, *categorical]]
 
 
 def measure(settings: Settings, point: Point) -> Sequence[Row]:
-    """The measured rate of each seed: the mean fall of the log error a round, while it is above `until`."""
+    """Measure the rate of each seed: the mean decrease of the log error per round, while it is above `until`."""
     problem = sphere(settings.n, settings.d)
     law = Law(settings.m, point["p"], point["xi"])
     lambda_0 = least_eigenvalue(infinite_ntk(problem.inputs, law.probability))
-    # Twice the rounds that the slowest part of the linearised error needs.
+    # Twice the rounds that the slowest component of the linearized error needs.
     slowest = 2 * settings.eta * law.theta * point["tau"] * lambda_0
     rounds = int(np.clip(-2 * np.log(settings.until) / slowest, 20, 20_000))
     runs = [Run(law, point["tau"], rounds, settings.eta, seed=seed) for seed in range(settings.seeds)]
@@ -68,7 +68,7 @@ def measure(settings: Settings, point: Point) -> Sequence[Row]:
 
 
 def section(settings: Settings, rows: Sequence[Row]) -> Section:
-    """Measured against proved rates."""
+    """Compare measured and proved rates."""
     problem = sphere(settings.n, settings.d)
     measured = []
     for point in points(settings):
@@ -86,25 +86,25 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
     slower = sum(one.looseness < 1 for one in measured)
     return Section(
         title="Theorem 3 and Theorem 7: rates",
-        claim="The expected squared error falls, down to a floor, by a factor of 1 − ηθτλ₀/4 a round with Bernoulli "
+        claim="The expected squared error falls, down to a floor, by a factor of 1 − ηθτλ₀/4 per round with Bernoulli "
         "masks (θ = 1 − (1 − ξ)^p; Theorem 3), and of 1/2 + (1 − ηλ₀/2)^τ/2 with categorical ones (Theorem 7).",
         method=f"n = {settings.n} inputs on the sphere of d = {settings.d} dimensions, m = {settings.m}, η = "
-        f"{settings.eta:g}, {settings.seeds} seeds; the rate is the mean fall of the log error down to "
-        f"{settings.until:.0%} of the first one. The proof keeps a quarter of ηθτλ₀, where for small η the squared "
-        "error of the slowest direction of the linearised dynamics falls by 2ηθτλ₀, eight times as much, and all "
-        "others faster.",
+        f"{settings.eta:g}, {settings.seeds} seeds; the rate is the mean decrease of the log error down to "
+        f"{settings.until:.0%} of the first one. The proof retains a quarter of ηθτλ₀. For small η the squared error "
+        "of the slowest direction of the linearized dynamics falls by 2ηθτλ₀, eight times as much, and all others "
+        "fall faster.",
         found=[
-            f"Bernoulli: −log(rate) grows as θτλ₀ to the power of {fit} (95 % over seeds; λ₀ varies with ξ alone, η "
-            "and the inputs are the same throughout); proved is 1.",
-            f"Measured falls are {min(one.looseness for one in measured):.1f} to "
+            f"Bernoulli: −log(rate) grows as θτλ₀ to the power of {fit} (95 % over seeds; λ₀ depends only on ξ, η "
+            "and the inputs are fixed); proved is 1.",
+            f"Measured rates are {min(one.looseness for one in measured):.1f} to "
             f"{max(one.looseness for one in measured):.1f} times as fast as proved ({slower} of {len(measured)} "
-            f"settings are slower; {sum(not one.reached for one in measured)} did not come down to "
+            f"settings are slower; {sum(not one.reached for one in measured)} did not reach "
             f"{settings.until:.0%}).",
         ],
-        figures={"rates": (_drawn(settings, measured), "Measured against proved rates; bars: two standard errors.")},
+        figures={"rates": (_drawn(settings, measured), "Measured and proved rates; bars: two standard errors.")},
         tables={
-            "Factors of a round": Table(
-                ("masks", "p", "τ", "proved", "measured", "times faster", "came down so far"),
+            "Factors per round": Table(
+                ("masks", "p", "τ", "proved", "measured", "times faster", "reached"),
                 [one.line() for one in measured],
             )
         },
@@ -113,7 +113,7 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
 
 @dataclass(frozen=True)
 class _Measured:
-    """The falls of a setting's seeds, beside the one that is proved; all of the log error, a round."""
+    """The measured decreases of the log error per round, one for each seed, and the proved one."""
 
     point: Point
     setting: bounds.Setting
@@ -149,11 +149,11 @@ def _drawn(settings: Settings, measured: Sequence[_Measured]) -> Figure:
         )  # fmt: skip
     reach = np.array([min(one.proved for one in measured), max(one.proved for one in measured)])
     axes.plot(reach, reach, "k--", label="proved: at least this fast")
-    axes.plot(reach, 8 * reach, "k:", label="8 × proved: 2ηθτλ₀, the linearised dynamics of the slowest direction")
+    axes.plot(reach, 8 * reach, "k:", label="8 × proved: 2ηθτλ₀, the linearized dynamics of the slowest direction")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("−log of the proved factor of a round")
-    axes.set_ylabel("−log of the measured one")
+    axes.set_xlabel("−log of the proved factor per round")
+    axes.set_ylabel("−log of the measured factor")
     for number, p in enumerate(settings.p):
         axes.plot([], [], color=f"C{number}", marker="o", linestyle="", label=f"p = {p} (squares: categorical)")
     axes.legend(fontsize=7)

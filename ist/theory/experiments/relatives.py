@@ -1,4 +1,4 @@
-"""Dropout, multi-sample dropout, IST with either masks, and gradient descent: five settings of one algorithm."""
+"""Five settings of one algorithm: gradient descent, dropout, multi-sample dropout, and IST with both kinds of masks."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,19 +15,19 @@ QUICK: Mapping[str, Any] = {"samples": 30, "m": 300, "trainings": 40, "seeds": 2
 
 
 class Settings(DataSettings):
-    """Knobs of the comparison."""
+    """Settings of the comparison."""
 
     m: int = Field(4000, ge=1, description="hidden neurons")
-    p: int = Field(8, ge=2, description="subnetworks, where there are several")
-    tau: int = Field(5, ge=2, description="local steps, where there are several")
+    p: int = Field(8, ge=2, description="subnetworks, for methods with several")
+    tau: int = Field(5, ge=2, description="local steps, for methods with several")
     xi: Probability = Field(0.5, description="probability that a subnetwork holds a neuron")
-    trainings: int = Field(400, ge=10, description="expected steps of every neuron, θ·τ·K: the same for every method")
+    trainings: int = Field(400, ge=10, description="expected steps of each neuron, θ·τ·K: the same for all methods")
     eta: float = Field(0.02, gt=0, description="step size")
     seeds: int = Field(4, ge=2)
 
 
 def methods(settings: Settings) -> dict[str, tuple[Law, int]]:
-    """Return the law of the masks and tau of every method."""
+    """Return the distribution of the masks and tau of each method."""
     m, p, xi = settings.m, settings.p, settings.xi
     return {
         "gradient descent": (Law(m, 1, 1.0), 1),
@@ -39,12 +39,12 @@ def methods(settings: Settings) -> dict[str, tuple[Law, int]]:
 
 
 def points(settings: Settings) -> Sequence[Point]:
-    """A point for each method and seed."""
+    """Return a point for each method and seed."""
     return [{"method": name, "seed": seed} for name in methods(settings) for seed in range(settings.seeds)]
 
 
 def measure(settings: Settings, point: Point) -> Sequence[Row]:
-    """The error before every round and at the end, by the expected number of steps of a neuron."""
+    """Measure the error before each round and at the end, by the expected number of steps of a neuron."""
     law, tau = methods(settings)[point["method"]]
     rounds = max(2, round(settings.trainings / (law.theta * tau)))
     run = Run(law, tau, rounds, settings.eta, seed=point["seed"])
@@ -53,7 +53,7 @@ def measure(settings: Settings, point: Point) -> Sequence[Row]:
 
 
 def section(settings: Settings, rows: Sequence[Row]) -> Section:
-    """All curves in one picture."""
+    """Plot the curves of all methods."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     axes = figure.subplots()
     lines, last, noise = [], {}, {}
@@ -81,14 +81,14 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
         "categorical masks; p = 1, ξ = 1 is gradient descent (section 3). The error of multi-sample dropout has (θ − "
         "ξ²)/p where dropout's has θ − ξ² (Corollaries 4 and 5).",
         method=f"The same code with five settings. Data: {settings.describe()}; m = {settings.m}, η = "
-        f"{settings.eta:g}, {settings.seeds} seeds. Every method makes as many rounds as train a neuron "
-        f"{settings.trainings} times in expectation, so that none is ahead for its θ alone. Noise: the deviation of "
-        "the change of the log error from one round to the next, over the last quarter.",
+        f"{settings.eta:g}, {settings.seeds} seeds. The number of rounds of each method is such that a neuron is "
+        f"trained {settings.trainings} times in expectation, so that θ alone gives no advantage. Noise: the standard "
+        "deviation of the change of the log error from one round to the next, over the last quarter.",
         found=[
-            f"With p = {settings.p} masks a step the noise of dropout falls from {noise[one]:.3f} to "
+            f"With p = {settings.p} masks per step the noise of dropout falls from {noise[one]:.3f} to "
             f"{noise[several]:.3f}, and the error over the last quarter goes from {last[one]:.4f} to "
             f"{last[several]:.4f}.",
         ],
-        figures={"relatives": (figure, "Error of the whole network, ξ-scaled; geometric mean of the seeds.")},
+        figures={"relatives": (figure, "Error of the full network, scaled by ξ; geometric mean of the seeds.")},
         tables={"Settings, and the last quarter": Table(("", "p", "τ", "ξ", "θ", "error", "noise"), lines)},
     )

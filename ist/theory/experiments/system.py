@@ -1,4 +1,4 @@
-"""From theory to practice: real IST on the same network, data and masks makes the same weights."""
+"""From theory to practice: real IST on the same network, data and masks gives the same weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +16,7 @@ QUICK: Mapping[str, Any] = {"samples": 20, "m": 60, "rounds": 4}
 
 
 class Settings(DataSettings):
-    """Knobs of the comparison with the real system."""
+    """Settings of the comparison with the real system."""
 
     m: int = Field(400, ge=1, description="hidden neurons")
     p: int = Field(4, ge=2, description="workers, each with a subnetwork")
@@ -28,7 +28,7 @@ class Settings(DataSettings):
 
 
 def points(settings: Settings) -> Sequence[Point]:
-    """A point for each law of the masks and each tau."""
+    """Return a point for each distribution of the masks and each tau."""
     Law(settings.m, settings.p, settings.xi)
     return [{"masks": masks, "tau": tau} for masks in ("categorical", "bernoulli") for tau in settings.tau]
 
@@ -57,7 +57,7 @@ def measure(settings: Settings, point: Point) -> Sequence[Row]:
 
 
 def section(settings: Settings, rows: Sequence[Row]) -> Section:
-    """A table of differences."""
+    """Plot and tabulate the differences."""
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
     labels = [f"{row['masks']}, τ = {row['tau']}" for row in rows]
@@ -76,16 +76,16 @@ def section(settings: Settings, rows: Sequence[Row]) -> Section:
     worst = max(row["largest_difference"] for row in rows)
     return Section(
         title="From theory to practice: the system is Algorithm 1",
-        claim="The analysed algorithm and the system that trains real networks are the same thing where they are set "
-        "the same: one hidden layer, fixed second layer, full batches, plain SGD.",
-        method=f"`ist.train` with {settings.p} workers (inline), float64, {settings.rounds} rounds; Algorithm 1 is "
-        "given the partitions that the system draws. All weights are compared at the end.",
+        claim="The algorithm of the theory and the system that trains real networks are the same for equal settings: "
+        "one hidden layer, fixed second layer, full batches, plain SGD.",
+        method=f"`ist.train` with {settings.p} workers (inline), float64, {settings.rounds} rounds; Algorithm 1 uses "
+        "the partitions that the system draws. All weights are compared at the end.",
         found=[
             f"The largest difference of any weight is {worst:.1e}, {worst / np.finfo(np.float64).eps:.0f} times the "
             f"precision of float64; weights moved by up to {max(row['moved'] for row in rows):.1e} in training."
         ],
-        figures={"system": (figure, "Difference of theory and system beside the movement in training.")},
-        tables={"Theory beside system": Table(
+        figures={"system": (figure, "Difference between theory and system, and movement in training.")},
+        tables={"Theory and system": Table(
             ("masks", "τ", "first error", "last error", "weights moved", "largest difference", "bit-identical"), lines
         )},
     )  # fmt: skip
