@@ -1,1 +1,1 @@
-"""Benchmarks: each prints one table and writes one JSON; see README.md for what each claims."""
+"""Benchmarks: each prints a table and writes a JSON file; README.md lists their claims and results."""

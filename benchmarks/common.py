@@ -1,4 +1,4 @@
-"""What the benchmarks share: where results go, and what machine and version they belong to."""
+"""Code shared by the benchmarks: writing results, with the machine and the version that produced them."""
 
 import json
 import os
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def write_result(name: str, values: Mapping[str, Any]) -> Path:
-    """Write a benchmark's numbers with the commit and the hardware they were taken on."""
+    """Write a benchmark's numbers to `results/NAME.json`, with the commit and the hardware."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps({"commit": commit(), "hardware": hardware(), **values}, indent=2) + "\n")
@@ -23,13 +23,13 @@ def write_result(name: str, values: Mapping[str, Any]) -> Path:
 
 
 def finished_runs(path: Path) -> dict[str, Any]:
-    """Return the results in a file of finished runs, a line each, by what the run is called."""
+    """Return the results in a file of finished runs (one per line) by the key of the run."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {line["key"]: line["result"] for line in map(json.loads, lines)}
 
 
 def add_run(path: Path, key: str, result: Any) -> None:
-    """Add a finished run to a file to which several processes may add."""
+    """Append a finished run to a file; several processes may append to it."""
     path.parent.mkdir(exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps({"key": key, "commit": commit(), "result": result}) + "\n")
@@ -53,6 +53,6 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """Return the commit that runs."""
+    """Return the commit of the running code."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"

@@ -1,12 +1,12 @@
-"""What IST loses when its slices travel in fewer bits, each option alone.
+"""The accuracy that IST loses if subnets are sent in fewer bits, for each option separately.
 
     python -m benchmarks.fewer_bits [--quick]
 
-Claim: eight to six bits cost nothing measurable, either way, as weights or as changes (deltas); the curve shows at how
-few bits accuracy goes.
+Claim: eight to six bits lose no measurable accuracy, in either direction, as weights or as changes (deltas); the
+results show at how many bits accuracy drops.
 
-Fashion-MNIST, 784-1024-1024-10 with batch norm, 4 workers, 3 epochs in rounds of 20 local steps (18 rounds: many
-roundings), learning rate 0.1, three seeds, all workers in one process (which gives the same bits as any pool).
+Fashion-MNIST, 784-1024-1024-10 with batch norm, 4 workers, 3 epochs in rounds of 20 local steps (18 rounds, so values
+are rounded often), learning rate 0.1, three seeds, all workers in one process (which gives the same bits as any pool).
 """
 
 import argparse
@@ -32,7 +32,7 @@ Settings = dict[str, Any]
 
 
 def both(coding: str, values: str = "weights", **more: Any) -> Settings:
-    """Both ways in the same coding."""
+    """Return the settings of an exchange with the same coding in both directions."""
     return {"exchange": {"down": coding, "up": coding, "values": values, **more}}
 
 
@@ -68,8 +68,8 @@ def run(settings: Settings, seed: int, quick: bool) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many seeds")
-    parser.add_argument("--quick", action="store_true", help="two rounds, one seed: only that it runs")
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="the number of seeds")
+    parser.add_argument("--quick", action="store_true", help="two rounds, one seed: only check that it runs")
     given = parser.parse_args()
     quick, seeds = given.quick, SEEDS[: 1 if given.quick else given.seeds]
     found = {}
@@ -84,7 +84,7 @@ def main() -> None:
         }
         print(f"{label}: {found[label]}", file=sys.stderr, flush=True)
     base = found["exact"]
-    table = Table("what travels", "test accuracy", "behind exact", "bytes sent", "of exact")
+    table = Table("exchange", "test accuracy", "behind exact", "bytes sent", "of exact")
     for label, row in found.items():
         table.add_row(
             label,

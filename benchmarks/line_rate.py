@@ -1,14 +1,15 @@
-"""How much of a link's rate the exchange of subnets uses, from 10 Mbit/s to 1 Gbit/s.
+"""The share of a link's rate that the exchange of subnets uses, from 10 Mbit/s to 1 Gbit/s.
 
     python -m benchmarks.line_rate [--quick]
 
 Claim: at least 95 % of the line rate is payload.
 
-`ist train --link RATE`: a coordinator, and one worker or two, each on a host of its own; the coordinator's link is the
-narrow place. The share is payload of both directions by seconds of exchange by the rate of one direction. With one
-worker nothing goes both ways at once: a frame of 1,514 bytes carries 1,448 bytes of payload, so 95.6 % is all there is.
-With two workers one's subnet comes back while the other's is still on its way, and the share may pass 100 %. Some of
-that time a worker trains, which does not count as exchange; "with steps" counts it.
+`ist train --link RATE` with a coordinator and one or two workers, each on its own host; the coordinator's link is the
+bottleneck. The share is the payload of both directions, divided by the seconds of exchange and the rate of one
+direction. With one worker the link is never used in both directions at once: a frame of 1,514 bytes carries 1,448 bytes
+of payload, so the maximum is 95.6 %. With two workers one subnet may return while the other is still being sent, so the
+share can exceed 100 %. A worker trains during a part of that time, which does not count as exchange; the column "with
+steps" includes it.
 """
 
 import argparse
@@ -29,18 +30,18 @@ from benchmarks.common import ROOT, write_result
 from ist.launch.lab_hosts import why_not
 
 SIZES = {10: 900, 100: 2400, 300: 4000, 1000: 5000}
-"""Rate in Mbit/s to the width of the two hidden layers."""
+"""For each rate in Mbit/s, the width of the two hidden layers."""
 GOAL = 0.95
 
 
 def exchange(rate_mbit: int, width: int, workers: int, rounds: int) -> dict[str, Any]:
-    """Train over links of a rate, and compare the exchange with it.
+    """Train over links of a given rate, and compare the exchange with the rate.
 
     Args:
-        rate_mbit: Of every host's link, each way.
-        width: Of the two hidden layers.
-        workers: Beside a coordinator that does not train.
-        rounds: How many; the first is not counted, for start-up is in it.
+        rate_mbit: The rate of each host's link in each direction, in Mbit/s.
+        width: The width of the two hidden layers.
+        workers: The number of workers, in addition to a coordinator that does not train.
+        rounds: The number of rounds; the first is not counted because it includes the start-up.
     """
     tree = {
         "name": "line-rate",
@@ -90,7 +91,7 @@ def exchange(rate_mbit: int, width: int, workers: int, rounds: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes: only that it runs")
+    parser.add_argument("--quick", action="store_true", help="small sizes: only check that it runs")
     given = parser.parse_args()
     if reason := why_not():
         parser.error(reason)
@@ -99,7 +100,7 @@ def main() -> None:
     found, load_before = [], os.getloadavg()[0]
     for rate, width in SIZES.items():
         for workers in (1, 2):
-            # The same bytes: two workers get a quarter of the inner matrix each.
+            # Send about the same bytes: each of two workers gets a quarter of the inner matrix.
             wide = round(width * (1 if workers == 2 else 0.7)) // (10 if given.quick else 1)
             share = exchange(rate, wide, workers, 3 if given.quick else 6)
             found.append(share)
@@ -121,7 +122,7 @@ def main() -> None:
 
 
 def congestion_control() -> str:
-    """Name the kernel's way to fill a link."""
+    """Return the name of the kernel's TCP congestion control."""
     return Path("/proc/sys/net/ipv4/tcp_congestion_control").read_text().strip()
 
 

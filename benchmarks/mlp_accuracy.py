@@ -1,14 +1,14 @@
-"""Accuracy and bytes of IST against tuned data-parallel training on Fashion-MNIST.
+"""Accuracy and bytes of IST and of tuned data-parallel training on Fashion-MNIST.
 
     python -m benchmarks.mlp_accuracy [--quick]
 
-Claim: IST comes within 1.0 point of the test accuracy of data-parallel training, at 50 or more times
-fewer bytes. A local step of IST costs 0.145 of a data-parallel step here (`ist inspect` shows the shares), so
-its eight times as many epochs are 1.16 times the arithmetic.
+Claim: IST reaches the test accuracy of data-parallel training to within 1.0 point, with at least 50 times fewer bytes.
+A local step of IST costs 0.145 of a data-parallel step here (`ist inspect` shows the shares), so eight times as many
+epochs take 1.16 times the arithmetic.
 
-Both methods get the same grid of learning rates, tuned with one seed on 10,000 held-out training images;
-the best of each is trained on all training images with three seeds and tested once. Data-parallel training
-is tuned with 8 epochs, IST with 64 and with 8.
+Both methods have the same grid of learning rates, tuned with one seed on 10,000 held-out training images. The best
+setting of each is trained on all training images with three seeds and tested once. Data-parallel training is tuned
+with 8 epochs, IST with 64 and with 8.
 """
 
 import argparse
@@ -36,7 +36,7 @@ CONTENDERS = {"ddp, 8 epochs": ("ddp", 8), "ist, 64 epochs": ("ist", 64), "ist, 
 
 
 def run(method: str, epochs: int, rate: float, seed: int, validation: bool) -> dict[str, Any]:
-    """Train once, in real processes, and return the result."""
+    """Train once, in separate processes, and return the result."""
     config = load_config(
         CONFIG,
         [
@@ -59,7 +59,7 @@ def run(method: str, epochs: int, rate: float, seed: int, validation: bool) -> d
 
 
 def contend(method: str, epochs: int, grid: Sequence[float], seeds: Sequence[int]) -> dict[str, Any]:
-    """Tune a method over the grid, then train its best setting with every seed."""
+    """Tune a method over the grid, then train its best setting with each seed."""
     tuned = {rate: run(method, epochs, rate, seeds[0], validation=True)["accuracy"] for rate in grid}
     best = max(tuned, key=lambda rate: tuned[rate])
     finals = [run(method, epochs, best, seed, validation=False) for seed in seeds]
@@ -78,7 +78,7 @@ def contend(method: str, epochs: int, grid: Sequence[float], seeds: Sequence[int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one epoch, one rate, one seed: only that it runs")
+    parser.add_argument("--quick", action="store_true", help="one epoch, one rate, one seed: only check that it runs")
     quick = parser.parse_args().quick
     found = {
         label: contend(method, 1 if quick else epochs, GRID[1:2] if quick else GRID, SEEDS[:1] if quick else SEEDS)

@@ -1,19 +1,19 @@
-"""Which architectures can be split, beside Torch-Pruning's dependency graph on the same ones.
+"""The architectures that IST can split, compared with Torch-Pruning's dependency graph on the same architectures.
 
     python -m benchmarks.model_zoo [--only NAME ...] [--without-torch-pruning]
 
-Claim: of the architectures of `benchmarks/zoo/` (transformers, timm, torch-geometric, PyTorch's own; tiny, made from
-code, no downloaded weights), at least 95 % can be split as they are, none is split wrongly, and that is more than
-Torch-Pruning handles.
+Claim: IST splits at least 95 % of the architectures in `benchmarks/zoo/` (of transformers, timm, torch-geometric and
+PyTorch; tiny, built from code, without downloaded weights) unchanged, splits none wrongly, and handles more than
+Torch-Pruning.
 
-A network *works* if groups are found and, for 2 workers (the first share, the last, and one neuron of each group)
-and for 3 (uneven), the narrow network's outputs and gradients are those of the masked whole one in float64
-(identity 2), and subnets written back untouched leave the network as it was, bit for bit (identity 1). It is *refused*
-if it is left alone with a reason: the check of identity 2 runs at the start of every training, so that a network for
-which it fails is refused too, and never trained wrongly. Where only a part of a network can be narrowed, the rest is
-left whole and named.
+A network *works* if groups are found and two checks pass. For 2 workers (the first share, the last, and one neuron of
+each group) and for 3 (uneven shares), the outputs and gradients of the submodel equal those of the masked full network
+in float64. And subnets that are written back untouched do not change the network, bit for bit. A network is *refused*
+if IST does not train it, with a reason. The first check also runs at the start of each training, so a network that
+fails it is refused and never trained wrongly. If only a part of a network can be split, the rest is not split and is
+named.
 
-Needs `make zoo`, which installs the packages that the networks come from.
+Needs `make zoo`, which installs the packages that provide the networks.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from ist.subnet.job import Job, assignments
 
 
 def job_of(entry: Entry, workers: int, shared: list[str]) -> Job:
-    """Make the job of training a network of the zoo; the data are stand-ins that nothing reads."""
+    """Build the job of training a network of the zoo; its data are never read."""
     config = validate(
         {
             "name": "zoo",
@@ -93,16 +93,16 @@ def check_round_trip(job: Job) -> None:
 
 
 def split_share(job: Job, groups: tuple[Group, ...]) -> float:
-    """Return the share of the parameters' entries that not every worker holds."""
-    split = whole = 0.0
+    """Return the fraction of the parameters' entries that are split among workers."""
+    split = total = 0.0
     for name, parameter in job.split.template.named_parameters():
-        kept = 1.0
+        shared = 1.0
         for dim, size in enumerate(parameter.shape):
             covered = sum(g.size * s.block for g in groups for s in g.slots if (s.tensor, s.dim) == (name, dim))
-            kept *= 1 - covered / max(1, size)
-        split += parameter.numel() * (1 - kept)
-        whole += parameter.numel()
-    return split / whole
+            shared *= 1 - covered / max(1, size)
+        split += parameter.numel() * (1 - shared)
+        total += parameter.numel()
+    return split / total
 
 
 def our_result(entry: Entry) -> dict[str, Any]:
@@ -162,8 +162,8 @@ def main() -> None:
 
 
 def table_of(results: dict[str, dict[str, Any]]) -> Table:
-    """Lay out the results."""
-    table = Table("network", "package", "IST", "groups", "split", "left whole, or why not", "Torch-Pruning")
+    """Return the table of results."""
+    table = Table("network", "package", "IST", "groups", "split", "not split, or why refused", "Torch-Pruning")
     for name, result in results.items():
         works = result["status"] == "works"
         rest = ", ".join(result["left_whole"][:2]) + (", ..." if len(result["left_whole"]) > 2 else "") if works else ""
@@ -176,7 +176,7 @@ def table_of(results: dict[str, dict[str, Any]]) -> Table:
 
 
 def summary_of(results: dict[str, dict[str, Any]]) -> str:
-    """Count."""
+    """Return the numbers of networks by result."""
     ours = Counter(result["status"] for result in results.values())
     theirs = Counter(result["torch_pruning"]["status"] for result in results.values() if "torch_pruning" in result)
     parts = [f"IST: {ours['works']} of {len(results)} work ({ours['works'] / len(results):.1%})"]

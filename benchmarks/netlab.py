@@ -1,16 +1,16 @@
-"""Every method on a slow link: what accuracy costs in bytes and in seconds.
+"""All methods on a slow link: the bytes and seconds that each needs for an accuracy.
 
     python -m benchmarks.netlab [--link 100mbit] [--only "LABEL;LABEL"] [--quick]
 
 Claim: on Fashion-MNIST (784-1024-1024-10, 4 workers, 100 Mbit/s) IST reaches the test accuracy of tuned data-parallel
-training, less half a point, with 200 times fewer bytes and 20 times sooner; with 5 times fewer bytes and 2 times sooner
-than the best of PowerSGD, local SGD and DiLoCo.
+training, minus half a point, with 200 times fewer bytes and in a 20th of the time; it needs 5 times fewer bytes and
+half the time of the best of PowerSGD, local SGD and DiLoCo.
 
-Three parts. *Tune*: every contender over the same grid of learning rates, with one seed, on 10,000 held-out training
-images; data-parallel training that only rounds its gradients takes the rate of data-parallel training. *Train*: the
-best rate on all training images with three seeds, tested once. *Lab*: seed 0 of these once more,
-one process a host, on links of the given rate; seconds and bytes on the wire are of this part. Every finished run is a
-line of `results/netlab_runs.jsonl`, and is not made again: delete the file to begin anew.
+There are three parts. *Tune*: each contender runs over the same grid of learning rates, with one seed, on 10,000
+held-out training images; data-parallel training that only rounds its gradients uses the rate of data-parallel training.
+*Train*: the best rate on all training images with three seeds, tested once. *Lab*: seed 0 of these runs once more, with
+one process per host, on links of the given rate; seconds and bytes on the wire come from this part. Each finished run
+is a line of `results/netlab_runs.jsonl` and is not repeated: delete the file to start over.
 """
 
 import argparse
@@ -39,7 +39,7 @@ CONFIG = ROOT / "configs" / "fashion_mnist_mlp.yaml"
 GRID = (0.05, 0.1, 0.2)
 SEEDS = (0, 1, 2)
 BEHIND = 0.005
-"""How far behind the reference a contender may end to count as having reached it."""
+"""A contender reaches the reference if its accuracy is at most this much lower."""
 
 REFERENCE = "ddp"
 INT8 = {"exchange.down": "int8", "exchange.up": "int8", "exchange.values": "deltas"}
@@ -47,26 +47,32 @@ INT8 = {"exchange.down": "int8", "exchange.up": "int8", "exchange.values": "delt
 
 @dataclass(frozen=True)
 class Contender:
-    """A method and its length, as overrides of the configuration."""
+    """A method and its length, as overrides of the configuration.
+
+    Attributes:
+        method: The method.
+        epochs: The number of epochs.
+        settings: Further keys of the configuration and their values.
+        tuned_as: The label of the contender whose learning rate is used, if the two differ only by rounding.
+    """
 
     method: str
     epochs: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     tuned_as: str | None = None
-    """The label of the contender whose learning rate is taken, where the two differ by rounding alone."""
 
     def overrides(self) -> list[str]:
-        """Return them as `--set` takes them."""
+        """Return the overrides in the form of `--set`."""
         given = {"method": self.method, "train.epochs": self.epochs, **self.settings}
         return [f"{key}={json.dumps(value)}" for key, value in given.items()]
 
 
 def local(method: str, local_steps: int, epochs: int = 8) -> Contender:
-    """A method that averages once a round."""
+    """Return a contender that averages once per round."""
     return Contender(method, epochs, {"train.local_steps": local_steps})
 
 
-# 118 steps are an epoch. IST's steps cost a seventh of the others'.
+# An epoch has 118 steps. A step of IST costs a seventh of a step of the others.
 CONTENDERS = {
     "ddp": Contender("ddp", 8),
     "ist int8, 8 rounds": Contender("ist", 40, {"train.local_steps": 590, **INT8}),
@@ -87,7 +93,7 @@ CONTENDERS = {
 
 
 def run(contender: Contender, rate: float, seed: int, validation: bool, link: str | None = None) -> dict[str, Any]:
-    """Train once, in real processes, and return the result; with a link, also the accuracy by round."""
+    """Train once, in separate processes, and return the result; with a link, also the accuracy by round."""
     config = load_config(
         CONFIG,
         [

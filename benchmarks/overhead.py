@@ -1,9 +1,9 @@
-"""What the system costs beside what the hardware must do anyway; every figure is a ratio within one run.
+"""The overhead of the system relative to the necessary work of the hardware; each number is a ratio within one run.
 
     python -m benchmarks.overhead [--device cuda] [--without-network] [--quick]
 
 Claims:
-1. A worker's local step takes at most 1.05 times a bare PyTorch loop on the same narrow network.
+1. A worker's local step takes at most 1.05 times a bare PyTorch loop on the same submodel.
 2. Exchange over a 100 Mbit/s link reaches at least 90 % of the line rate.
 3. Cutting and merging a 100-million-parameter model reaches at least a quarter of the rate of
    `torch.clone` of the same bytes.
@@ -44,7 +44,7 @@ RATE_MBIT = 100
 
 
 def make(widths: list[int], workers: int, samples: int, pool: str = "torchrun", **train: Any) -> Job:
-    """A job around an MLP and random data."""
+    """Build a job with an MLP and random data."""
     generator = torch.Generator().manual_seed(0)
     data = TensorDataset(torch.randn(samples, widths[0], generator=generator), torch.arange(samples) % widths[-1])
     settings = {
@@ -69,13 +69,13 @@ def make(widths: list[int], workers: int, samples: int, pool: str = "torchrun", 
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
+    """Wait until a GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
+    """Return the seconds of one call."""
     synchronize(device)
     started = time.perf_counter()
     action()
@@ -84,7 +84,7 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
 
 
 def local_step(device: torch.device, repeats: int) -> dict[str, float]:
-    """Rounds of a `Worker` and of a bare loop on the same narrow network and batches, taken in turns."""
+    """Time rounds of a `Worker` and of a bare loop on the same submodel and batches, in alternation."""
     steps = 50
     optimizer_spec = {"name": "SGD", "args": {"lr": 0.01, "momentum": 0.9}}
     job = make([784, 1024, 1024, 10], 4, 4 * 6400, local_steps=steps, optimizer=optimizer_spec)
@@ -116,16 +116,16 @@ def local_step(device: torch.device, repeats: int) -> dict[str, float]:
         first, second = (ours, bare_loop) if repeat % 2 else (bare_loop, ours)
         seconds = {first: timed(first, device), second: timed(second, device)}
         pairs.append((seconds[ours], seconds[bare_loop]))
-    # Each ratio within a pair: the machine's speed drifts.
+    # Take the ratio within each pair, because the machine's speed drifts.
     ratio = statistics.median(a / b for a, b in pairs)
     return {"ratio": ratio, "ms_per_step_bare": 1000 * statistics.median(b for _, b in pairs) / steps}
 
 
 def cut_and_merge(device: torch.device, repeats: int, width: int) -> dict[str, float]:
-    """Cut and merge all subnets of a large network, and clone the same bytes.
+    """Time cutting and merging all subnets of a large network, and cloning the same bytes.
 
-    `clone` is taken twice: of the subnets' bytes in one piece, as a program that needs a copy would, and of the
-    subnets' tensors one by one, whose memory the allocator recycles.
+    `clone` is measured in two ways: for all bytes as one tensor, as a program that needs a copy does it, and for the
+    tensors of the subnets one by one, whose memory the allocator recycles.
     """
     workers = 4
     job = make([784, width, width, 10], workers, 64)
@@ -146,7 +146,7 @@ def cut_and_merge(device: torch.device, repeats: int, width: int) -> dict[str, f
     size = sum(message.nbytes for message in messages)
     flat = torch.zeros(size, dtype=torch.uint8, device=device)
 
-    def clone_whole() -> None:
+    def clone_flat() -> None:
         flat.clone()
 
     def clone_parts() -> None:
@@ -154,7 +154,7 @@ def cut_and_merge(device: torch.device, repeats: int, width: int) -> dict[str, f
             for tensor in message.tensors.values():
                 tensor.clone()
 
-    actions = {"cut": cut_all, "merge": merge_all, "clone": clone_whole, "clone_recycled": clone_parts}
+    actions = {"cut": cut_all, "merge": merge_all, "clone": clone_flat, "clone_recycled": clone_parts}
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for action in actions.values():
         action()
@@ -173,7 +173,7 @@ def cut_and_merge(device: torch.device, repeats: int, width: int) -> dict[str, f
 
 
 def exchange(width: int, rounds: int) -> dict[str, float]:
-    """Train over 100 Mbit/s links, a host for each process, and compare exchange with the line rate."""
+    """Train over 100 Mbit/s links, with one host per process, and compare the exchange with the line rate."""
     tree = {
         "name": "exchange",
         "model": {"name": "mlp", "args": {"widths": [64, width, width, 10]}},
@@ -194,7 +194,7 @@ def exchange(width: int, rounds: int) -> dict[str, float]:
         config.write_text(yaml.safe_dump(tree))
         run_ranks(where, [sys.executable, "-m", "ist", "train", str(config), "--run-dir", str(run)], timeout_s=300)
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    # The first round has start-up in it.
+    # The first round includes the start-up.
     moved = records[-1]["sent_bytes"] - records[0]["sent_bytes"]
     seconds = sum(record["exchange_s"] for record in records[1:])
     return {"megabytes": moved / 1e6, "line_rate_share": moved * 8 / 1e6 / seconds / RATE_MBIT}
@@ -203,11 +203,11 @@ def exchange(width: int, rounds: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--without-network", action="store_true", help="leave the exchange out")
-    parser.add_argument("--quick", action="store_true", help="small sizes: only that it runs")
+    parser.add_argument("--without-network", action="store_true", help="skip the exchange")
+    parser.add_argument("--quick", action="store_true", help="small sizes: only check that it runs")
     given = parser.parse_args()
     if not given.without_network and (reason := why_not()):
-        parser.error(f"{reason}; give --without-network to leave the exchange out")
+        parser.error(f"{reason}; give --without-network to skip the exchange")
     torch.set_num_threads(1)
     device = torch.device(given.device)
     steps = local_step(device, 3 if given.quick else 81)

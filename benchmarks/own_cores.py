@@ -1,12 +1,12 @@
-"""Compute-normalised seconds beside the clock's, where every worker has a core, and where four share two.
+"""Normalized compute time and wall-clock time, if each worker has a core, and if four workers share two.
 
     python -m benchmarks.own_cores [--link 1gbit]
 
-Claim: with two workers on two cores "seconds on own cores" are the clock's, to 10 %; with four they are still what four
-cores would take, while the clock's grow.
+Claim: with two workers on two cores the normalized time ("own cores") equals the wall-clock time to 10 %. With four
+workers it is still the time that four cores would take, while the wall-clock time grows.
 
-784-1024-1024-10 on Fashion-MNIST, each method for a few seconds over a link between hosts, IST with worker 0 as its
-coordinator. Rounds after the first are counted.
+784-1024-1024-10 on Fashion-MNIST, each method for a few seconds over a link between hosts; for IST worker 0 is the
+coordinator. The first round is not counted.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from ist.storage.run_folder import create_run_folder
 
 CONFIG = ROOT / "configs" / "fashion_mnist_mlp.yaml"
 METHODS = {"ist": 200, "ddp": 20, "powersgd": 40, "local_sgd": 40, "diloco_int8": 40}
-"""Local steps of a round, so that each takes about a second."""
+"""For each method, the local steps of a round that takes about a second."""
 
 
 def measure(method: str, workers: int, link: str) -> dict[str, float]:
-    """Seconds of a round of both kinds, and the CPU seconds of a worker's step."""
+    """Return the wall-clock seconds and the normalized seconds of a round."""
     config = load_config(
         CONFIG,
         [

@@ -1,20 +1,22 @@
-"""IST beside two other systems for training over slow links: torchft's DiLoCo and hivemind.
+"""IST and two other systems for training over slow links: torchft's DiLoCo and hivemind.
 
     pip install 'ist[peers]'
     python -m benchmarks.peers [--workers 4] [--epochs 2] [--methods torchft,hivemind,ddp,ist] [--quick]
 
-All train the perceptron of `configs/fashion_mnist_mlp.yaml`, from the same initial weights, on the same batches, each
-worker on a host of its own (a network namespace) behind a link of 100 Mbit/s. torchft, hivemind and data-parallel
-training make the same number of steps on the whole network; IST makes eight times the epochs, as in that file, because
-its steps cost a seventh. Learning rates are those of that file, not tuned for the two others. What is reported:
+All train the perceptron of `configs/fashion_mnist_mlp.yaml`, from the same initial weights, on the same batches, with
+each worker on its own host (a network namespace) behind a link of 100 Mbit/s. torchft, hivemind and data-parallel
+training make the same number of steps on the full network. IST makes eight times as many epochs, as in that file,
+because its steps cost a seventh. Learning rates are those of that file; they are not tuned for torchft and hivemind.
+The benchmark reports:
 
-- bytes: what all hosts' interfaces have sent, start-up and headers included;
-- seconds: of training, without start-up and evaluation;
-- processor: seconds of all processes on all hosts, start-up and evaluation included; other work on the machine changes
-  these less than those;
-- accuracy: of the whole network on the test images, batch norm's statistics re-estimated, by the same code for all;
-- for torchft and hivemind, over how many workers each outer step averaged. Unless that is all of them, every time, and
-  their weights are then the same, there is no result: both systems go on alone without a word.
+- bytes: the bytes that the interfaces of all hosts have sent, including start-up and headers;
+- seconds: the time of training, without start-up and evaluation;
+- processor: the CPU seconds of all processes on all hosts, including start-up and evaluation; other work on the machine
+  affects them less than the seconds;
+- accuracy: the accuracy of the full network on the test images with re-estimated batch norm statistics, computed by the
+  same code for all;
+- for torchft and hivemind, the number of workers over which each outer step averaged. There is a result only if every
+  outer step averaged over all workers, and their weights are equal afterwards: both systems continue alone silently.
 """
 
 import argparse
@@ -47,30 +49,30 @@ METHODS = (*PEERS, "ddp", "ist")
 IST_EPOCHS = 8
 """Epochs of IST for each epoch of the others, as in CONFIG."""
 
-WHOLE_STEPS = 50
-"""Local steps between outer steps where workers train whole networks."""
+FULL_STEPS = 50
+"""Local steps between outer steps for methods in which workers train the full network."""
 
 SPREAD = 1e-5
-"""How far weights that were averaged may be apart, as a share of their root mean square: hivemind rounds."""
+"""The largest difference of averaged weights relative to their root mean square (hivemind rounds them)."""
 
 
 def configure(method: str, workers: int, epochs: float, quick: bool) -> Config:
-    """Return a method's configuration: with 'quick', two rounds of 20 steps."""
+    """Return a method's configuration; with `quick`, two rounds of 20 steps."""
     shipped = load_config(CONFIG)
     changes = {"train.workers": workers, "evaluate.every": 100000, "checkpoint.every": 100000, "pool.device": "cpu"}
     if method == "ist":
         changes |= {"train.epochs": IST_EPOCHS * epochs}
     else:
         rate = config_for_method(shipped, "ddp").train.optimizer.args["lr"]
-        changes |= {"method": "ddp", "train.optimizer.args.lr": rate, "train.local_steps": WHOLE_STEPS}
+        changes |= {"method": "ddp", "train.optimizer.args.lr": rate, "train.local_steps": FULL_STEPS}
     if quick:
         changes |= {"train.local_steps": 20, "train.rounds": 2}
     config = load_config(CONFIG, [f"{key}={value}" for key, value in changes.items()])
     if method == "ist" or quick:
         return config
     steps = epochs * build_job(config).schedule.dealing.steps_per_epoch
-    # Whole outer steps: what is trained after the last one would be lost.
-    changes |= {"train.rounds": max(1, round(steps / WHOLE_STEPS))}
+    # End with an outer step: later local steps would be lost.
+    changes |= {"train.rounds": max(1, round(steps / FULL_STEPS))}
     return load_config(CONFIG, [f"{key}={value}" for key, value in changes.items()])
 
 
@@ -78,21 +80,21 @@ def check_averaging(method: str, workers: Sequence[Mapping[str, Any]], weights: 
     """Check that every outer step averaged over all workers.
 
     Args:
-        method: For the message.
-        workers: What each worker noted.
-        weights: Of each worker, its weights after every outer step: an array (outer steps, parameters).
+        method: The name of the method, for the message.
+        workers: The notes of each worker.
+        weights: For each worker, its weights after each outer step: an array (outer steps, parameters).
 
     Returns:
-        How far the workers' weights were apart after an outer step, at worst, as a share of their root mean square.
+        The largest difference of the workers' weights after an outer step, relative to their root mean square.
 
     Raises:
-        RuntimeError: One did not, or some weights differ.
+        RuntimeError: An outer step averaged over fewer workers, or weights differ.
     """
     for rank, notes in enumerate(workers):
         if set(notes["averaged_over"]) != {len(workers)}:
             raise RuntimeError(
                 f"{method}: worker {rank} averaged over {notes['averaged_over']} workers in its outer steps: expected "
-                f"{len(workers)} in every one. Is the machine too busy?"
+                f"{len(workers)} in each of them. Is the machine too busy?"
             )
     if len({len(own) for own in weights}) > 1:
         raise RuntimeError(
@@ -102,19 +104,19 @@ def check_averaging(method: str, workers: Sequence[Mapping[str, Any]], weights: 
     spread = max(float(np.abs(own - weights[0]).max()) for own in weights) / scale
     if not spread <= SPREAD:
         raise RuntimeError(
-            f"{method}: after an outer step the workers' weights are {spread:.1e} of their size apart: expected at "
-            f"most {SPREAD:.0e}, as all averaged the same"
+            f"{method}: after an outer step the workers' weights differ by {spread:.1e} relative to their size: "
+            f"expected at most {SPREAD:.0e}"
         )
     return spread
 
 
 def on_hosts(method: str, config: Config, folder: Path, timeout_s: float) -> int:
-    """Train on hosts of its own; return the bytes that all of them have sent."""
+    """Train with one process per host, and return the bytes that all hosts have sent."""
     path = folder / "config.yaml"
     path.write_text(dump_config(config))
     command = [sys.executable, "-m", "ist", "train", str(path), "--run-dir", str(folder / "run")]
     if method in PEERS:
-        # They start processes of their own, which must not outlive them.
+        # These libraries start further processes, which must end with them.
         inside = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
         command = [*inside, sys.executable, "-m", "benchmarks.peers_worker", method, str(path), str(folder)]
     with hosts(num_processes(config), Link(RATE_MBIT, RATE_MBIT)) as where:
@@ -123,13 +125,13 @@ def on_hosts(method: str, config: Config, folder: Path, timeout_s: float) -> int
 
 
 def processor_s() -> float:
-    """Return the seconds that processors have spent on the processes started here, those that have ended."""
+    """Return the CPU seconds of all child processes that have ended."""
     spent = os.times()
     return spent.children_user + spent.children_system
 
 
 def measure(method: str, config: Config, timeout_s: float) -> dict[str, Any]:
-    """Train by one method and return its numbers."""
+    """Train by one method, and return its numbers."""
     job = build_job(config)
     found: dict[str, Any] = {
         "rate": config.train.optimizer.args["lr"],
@@ -193,10 +195,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument(
-        "--epochs", type=float, default=2, help="of the whole-network methods; IST makes 8 times as many"
+        "--epochs", type=float, default=2, help="epochs of the full-network methods; IST makes 8 times as many"
     )
-    parser.add_argument("--methods", type=chosen_methods, default=METHODS, help="some of them, separated by commas")
-    parser.add_argument("--quick", action="store_true", help="two workers, 40 steps: only that it runs")
+    parser.add_argument("--methods", type=chosen_methods, default=METHODS, help="methods, separated by commas")
+    parser.add_argument("--quick", action="store_true", help="two workers, 40 steps: only check that it runs")
     given = parser.parse_args(arguments)
     if missing := [name for name in PEERS if name in given.methods and find_spec(name) is None]:
         parser.error(f"not installed: {', '.join(missing)}. Install with: pip install 'ist[peers]'")

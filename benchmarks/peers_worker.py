@@ -1,13 +1,13 @@
-"""One worker of `benchmarks/peers.py`: trains by torchft's DiLoCo or by hivemind, and writes down what it did.
+"""One worker of `benchmarks/peers.py`: it trains by torchft's DiLoCo or by hivemind, and writes notes of what it did.
 
     python -m benchmarks.peers_worker torchft|hivemind CONFIG FOLDER
 
-Started once on each host with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Network, data, batches, initial weights,
-schedule and evaluation are IST's own, of the job in CONFIG: a resolved configuration whose method is 'ddp', which means
-a whole network everywhere; its rounds are the outer steps. Writes FOLDER/RANK.json and FOLDER/RANK.npy.
+It is started once on each host with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Network, data, batches, initial
+weights, schedule and evaluation are those of IST for CONFIG: a resolved configuration with method 'ddp', so that each
+worker has the full network; its rounds are the outer steps. The worker writes FOLDER/RANK.json and FOLDER/RANK.npy.
 
-Both libraries go on training alone where they find nobody to average with. So each worker notes after every outer step
-over how many it averaged and what its weights are then; the caller compares.
+Both libraries continue alone if they find no peers to average with. So each worker records after each outer step over
+how many workers it averaged, and its weights; the caller compares them.
 """
 
 import json
@@ -46,15 +46,15 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Notes:
-    """What a worker did.
+    """The record of what a worker did.
 
     Attributes:
-        averaged_over: For every outer step, how many workers it averaged, this one included; 0 where it did not.
-        weights: All weights after each.
-        local_steps: Optimiser steps of this worker.
-        discarded_steps: Steps whose gradient was thrown away because another worker's state was taken instead.
-        train_s: Seconds from when all were ready to the end of the last outer step.
-        accuracy: Share of the test images, of rank 0's network.
+        averaged_over: For each outer step, the number of averaged workers, including this one; 0 if it did not average.
+        weights: All weights after each outer step.
+        local_steps: The optimizer steps of this worker.
+        discarded_steps: Steps whose gradient was discarded because the worker loaded the state of another one.
+        train_s: Seconds from the common start to the end of the last outer step.
+        accuracy: The accuracy of rank 0's network on the test images.
     """
 
     averaged_over: list[int] = field(default_factory=list)
@@ -65,12 +65,12 @@ class Notes:
     accuracy: float | None = None
 
     def outer_step(self, averaged_over: int, model: nn.Module) -> None:
-        """Note an outer step that has just ended."""
+        """Record an outer step that has just ended."""
         self.averaged_over.append(averaged_over)
         self.weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]).numpy())
 
     def write(self, folder: Path, rank: int) -> None:
-        """Write all of it down."""
+        """Write the record to FOLDER/RANK.json and FOLDER/RANK.npy."""
         np.save(folder / f"{rank}.npy", np.stack(self.weights))
         values = {name: value for name, value in vars(self).items() if name != "weights"}
         Path(folder, f"{rank}.json").write_text(json.dumps(values))
@@ -78,14 +78,14 @@ class Notes:
 
 @dataclass(frozen=True)
 class Place:
-    """This worker among the others.
+    """The rank of this worker, and how to reach the others.
 
     Attributes:
-        rank: Which one it is.
-        size: How many there are.
-        leader: Rank 0's address.
-        address: Its own.
-        store: Where they meet.
+        rank: The rank of this worker.
+        size: The number of workers.
+        leader: The address of rank 0.
+        address: The address of this worker.
+        store: The store that all workers share.
     """
 
     rank: int
@@ -95,13 +95,13 @@ class Place:
     store: TCPStore
 
     def meet(self, occasion: str) -> None:
-        """Wait until all workers are here."""
+        """Wait until all workers have reached the same point."""
         if self.store.add(occasion, 1) == self.size:
             self.store.set(f"all at {occasion}", "")
         self.store.wait([f"all at {occasion}"])
 
     def leave(self) -> None:
-        """Leave for good; rank 0, which holds the store, as the last."""
+        """Leave the group; rank 0 waits for all others, because it hosts the store."""
         gone = self.store.add("gone", 1)
         while self.rank == 0 and gone < self.size:
             time.sleep(0.05)
@@ -119,9 +119,9 @@ def find_place() -> Place:
 
 
 def train_with_torchft(job: Job, model: nn.Module, place: Place, notes: Notes) -> None:
-    """DiLoCo: local steps, then an outer step of Nesterov momentum along the mean change.
+    """Train by DiLoCo: local steps, then an outer step of Nesterov momentum along the mean change.
 
-    Reference: Douillard et al., arXiv 2311.08105, for the outer optimiser.
+    Reference: Douillard et al., arXiv 2311.08105, for the outer optimizer.
     """
     from torchft import Manager, ProcessGroupGloo
     from torchft.coordination import LighthouseServer
@@ -136,8 +136,8 @@ def train_with_torchft(job: Job, model: nn.Module, place: Place, notes: Notes) -
         pg=ProcessGroupGloo(timeout=TIMEOUT),
         load_state_dict=model.load_state_dict,
         state_dict=model.state_dict,
-        min_replica_size=place.size,  # with less, whoever is alone goes on alone
-        use_async_quorum=False,  # DiLoCo demands it
+        min_replica_size=place.size,  # with less, an isolated worker would continue alone
+        use_async_quorum=False,  # DiLoCo requires it
         timeout=TIMEOUT,
         quorum_timeout=TIMEOUT,
         rank=0,
@@ -147,7 +147,7 @@ def train_with_torchft(job: Job, model: nn.Module, place: Place, notes: Notes) -
         lighthouse_addr=f"http://{place.leader}:{LIGHTHOUSE_PORT}",
         replica_id=f"worker_{place.rank}",
         hostname=place.address,
-        init_sync=False,  # one seed has made the same weights everywhere
+        init_sync=False,  # all workers have the same weights, because they use the same seed
     )
     named = dict(model.named_parameters())
     inner = optim.build_optimizer(job.config.train.optimizer, list(named.values()))

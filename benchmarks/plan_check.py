@@ -1,11 +1,13 @@
-"""What `ist plan` predicts, beside what runs over shaped links then take.
+"""Compare the predictions of `ist plan` with measured runs over shaped links.
 
     python -m benchmarks.plan_check [--methods ist,ddp] [--workers 2,4,8]
 
-Claim: bytes of a round within 10 %, seconds within 15 %, for every method and 2, 4 and 8 workers.
+Claim: the predictions are within 10 % for the bytes of a round and within 15 % for its seconds, for every method and 2,
+4 and 8 workers.
 
-Every worker is a host of its own, a network namespace on a link of 50 Mbit/s; all share this machine's cores, which the
-plan is told (`--cores`). The plan is made just before each run, for a machine's speed drifts. Needs root.
+Each worker has its own host, a network namespace on a link of 50 Mbit/s. All hosts share this machine's cores, and the
+plan takes their number into account (`--cores`). The plan is made right before each run, because the machine's speed
+drifts. Needs root.
 """
 
 import argparse
@@ -40,14 +42,14 @@ from ist.training.rounds import follow_rounds, run_rounds
 RATE_MBIT = 50
 ROUNDS = 9
 FIRST = 2
-"""Rounds left out: they have start-up in them, and PowerSGD's plain steps."""
+"""The number of skipped rounds: they include the start-up, and PowerSGD's uncompressed steps."""
 
 LOCAL_STEPS = {"ddp": 2, "ddp_fp16": 2, "ddp_bf16": 2, "powersgd": 20}
-"""So that a round takes about a second; any other method makes 50."""
+"""Local steps of a round that takes about a second; all other methods make 50."""
 
 
 def config_tree(method: str, workers: int) -> dict[str, Any]:
-    """A perceptron of 1.1 million parameters on digits."""
+    """Return the configuration of a perceptron with 1.1 million parameters on the digits."""
     return {
         "name": "plan_check",
         "method": method,
@@ -67,7 +69,7 @@ def config_tree(method: str, workers: int) -> dict[str, Any]:
 
 
 def train_all(files: Sequence[Path]) -> None:
-    """Be one rank, and train by one configuration after the other."""
+    """Run as one rank, and train by one configuration after the other."""
     for file in files:
         config = load_config(file)
         folder = create_run_folder(config, file.with_suffix("")) if is_rank_zero() else None
@@ -79,7 +81,7 @@ def train_all(files: Sequence[Path]) -> None:
 
 
 def measured(file: Path) -> dict[str, float]:
-    """Bytes and median seconds of a round, and memory of a worker, as the run recorded them."""
+    """Return the median bytes and seconds of a round, and the memory of a worker, from the records of the run."""
     lines = file.with_suffix("").joinpath("metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     rounds = list(zip(records[FIRST - 1 :], records[FIRST:], strict=False))
@@ -92,7 +94,7 @@ def measured(file: Path) -> dict[str, float]:
 
 
 def check(methods: Sequence[str], workers: int, cores: int) -> list[dict[str, Any]]:
-    """Plan and run every method with a number of workers."""
+    """Plan and run each method with the given number of workers."""
     with tempfile.TemporaryDirectory() as scratch, hosts(workers, Link(RATE_MBIT, RATE_MBIT)) as where:
         files = [Path(scratch, f"{method}.yaml") for method in methods]
         plans = []
@@ -118,7 +120,7 @@ def check(methods: Sequence[str], workers: int, cores: int) -> list[dict[str, An
 
 
 def wait_until_quiet() -> None:
-    """Wait up to ten minutes for two seconds in which nobody else takes more than a fifth of a core."""
+    """Wait up to ten minutes for two seconds in which other programs use at most a fifth of a core."""
     deadline = time.monotonic() + 600
     while time.monotonic() < deadline:
         before = busy_core_s()
@@ -128,14 +130,14 @@ def wait_until_quiet() -> None:
 
 
 def busy_core_s() -> float:
-    """Seconds of processor time that all programs of this machine have taken so far."""
+    """Return the CPU seconds that all programs of this machine have used so far."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:4]
     return sum(map(int, fields)) / os.sysconf("SC_CLK_TCK")
 
 
-def error(row: dict[str, Any], planned: str, seen: str) -> float:
-    """How much larger the prediction is than the measurement, as a part of the latter."""
-    return float(row["predicted"][planned] / row["measured"][seen] - 1)
+def error(row: dict[str, Any], planned: str, measured: str) -> float:
+    """Return the relative error of the prediction."""
+    return float(row["predicted"][planned] / row["measured"][measured] - 1)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
-"""What the graph workload's numbers are worth: known labels spread along the edges, without features or a network.
+"""A baseline for the graph workload: propagate the known labels along the edges, without features or a network.
 
     python -m benchmarks.propagation
 
-The classes of WordNet's nouns are mostly those of their neighbours, so this beats networks on the glosses: the workload
+The classes of WordNet's nouns are mostly those of their neighbors, so this beats networks on the glosses: the workload
 compares ways to train one network, not networks.
 """
 
@@ -22,7 +22,7 @@ LAYERS, ALPHA = 50, 0.9
 def main() -> None:
     nouns = read_nouns(None)
     nodes = len(nouns.classes)
-    order = permutation(nodes, 0, Purpose.SHARD, 1)  # as wordnet_graph deals them with its default seed
+    order = permutation(nodes, 0, Purpose.SHARD, 1)  # the split of wordnet_graph with its default seed
     held_out = int(nodes * HELD_OUT)
     known = order[2 * held_out :][: int(nodes * TRAIN_FRACTION)]
     tested = order[:held_out]

@@ -1,9 +1,9 @@
-"""What it costs to carry subnets through Ray's object store.
+"""The cost of sending subnets through Ray's object store.
 
     python -m benchmarks.ray_exchange [--width 8192]
 
-Claims: a large network does not double the driver's memory (in its rounds the driver holds the network and one subnet
-more), and what crosses the store is the payload, once each way: no seconds beyond a few copies of the payload.
+Claims: a large network does not double the driver's memory (in a round the driver has the network and one more subnet),
+and the payload crosses the store only once in each direction, in the time of a few copies of the payload.
 """
 
 import argparse
@@ -31,14 +31,14 @@ WORKERS = 4
 
 
 def own_bytes() -> int:
-    """Return the memory that only this process has: not what it maps of the object store."""
+    """Return the private memory of this process, without its mappings of the object store."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     line = next(line for line in status.splitlines() if line.startswith("RssAnon:"))
     return int(line.split()[1]) * 1024
 
 
 class Peak(threading.Thread):
-    """The largest `own_bytes` while it runs."""
+    """A thread that records the largest `own_bytes` while it runs."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -46,7 +46,7 @@ class Peak(threading.Thread):
         self.peak = own_bytes()
 
     def run(self) -> None:
-        """Look every few milliseconds."""
+        """Sample every few milliseconds."""
         while not self._over.wait(0.003):
             self.peak = max(self.peak, own_bytes())
 
@@ -58,7 +58,7 @@ class Peak(threading.Thread):
 
 
 def copy_seconds(nbytes: int) -> float:
-    """Return the seconds that a plain copy into fresh memory takes, which is what a put into the store is."""
+    """Return the seconds of a plain copy into new memory, which is what a put into the store does."""
     source = np.ones(nbytes, np.uint8)
     seconds = []
     for _ in range(5):
@@ -69,7 +69,7 @@ def copy_seconds(nbytes: int) -> float:
 
 
 def measure(width: int, rounds: int) -> dict[str, Any]:
-    """Train a few rounds of one step, and return what they took."""
+    """Train a few rounds of one step, and return the measurements."""
     job = make([784, width, width, 10], WORKERS, 256, pool="ray", local_steps=1, batch_size=8)
     model, meter = job.task.build(), Meter()
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())

@@ -1,10 +1,10 @@
-"""What each part of a recipe is worth: plain IST, and IST with one thing changed.
+"""The benefit of each part of a recipe: plain IST, and IST with one change.
 
     python -m benchmarks.recipes [--only crime_mlp,speech_mlp] [--seeds 3] [--fsdd FILE] [--quick]
 
-Claim: none; `docs/recipes.md` tells what was found. Every variant trains as long as plain IST (as many epochs), on
-held-out training data, at learning rates of the same grid with the first seed; the best one with all seeds. Finished
-runs are lines of `results/recipes_runs.jsonl`; see `benchmarks/session.py`.
+Claim: none; `docs/recipes.md` has the results. Each variant trains for the same number of epochs as plain IST, with the
+same grid of learning rates for the first seed, and with the best rate for all seeds; it is evaluated on held-out
+training data. Finished runs are lines of `results/recipes_runs.jsonl`; see `benchmarks/session.py`.
 """
 
 import argparse
@@ -31,9 +31,9 @@ PLAIN = (
     "train.optimizer_state=reset",
     "data.shuffle=local",
 )
-"""IST as published, with scales folded into the weights."""
+"""IST as published, with activation scales folded into the weights."""
 
-# {t} is the configuration's number of local steps, {r} a sixth of its rounds.
+# {t} is the number of local steps of the configuration, {r} a sixth of its rounds.
 FINISH = "recipe.stages=[{{}}, {{rounds: {r}, keep: 1}}]"
 OUTER_FINISH = FINISH.replace("keep: 1", "keep: 1, outer: {{lr: 0.7, momentum: 0.9}}")
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -59,7 +59,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "int8 deltas": ("exchange.up=int8", "exchange.down=int8", "exchange.values=deltas"),
 }
 FACTORS = (1 / 3, 1.0)
-"""The learning rates, as parts of the configuration's own, which is that of its whole recipe."""
+"""The learning rates relative to that of the configuration, which was tuned for its full recipe."""
 
 
 def runs_of(workload: str, variant: str, given: tuple[str, ...], seed: int) -> dict[float, Run]:
@@ -80,7 +80,7 @@ def runs_of(workload: str, variant: str, given: tuple[str, ...], seed: int) -> d
 
 
 def plain_rounds(workload: str, given: tuple[str, ...]) -> int:
-    """Return how many rounds plain IST has."""
+    """Return the number of rounds of plain IST."""
     from ist.runs.build import build_job
 
     if workload not in _ROUNDS:
@@ -92,7 +92,7 @@ _ROUNDS: dict[str, int] = {}
 
 
 def study(session: Session, workload: str, given: tuple[str, ...], seeds: int) -> dict[str, Any]:
-    """Return what each variant ends with."""
+    """Return the results of each variant."""
     metric = WORKLOADS[workload].metric
     first = {variant: runs_of(workload, variant, given, 0) for variant in VARIANTS}
     found = session.run(run for runs in first.values() for run in runs.values())
@@ -124,7 +124,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--crime", default=".data/crime", help="Communities and Crime")
     parser.add_argument("--fsdd", default="fsdd.npz", help="the Free Spoken Digits")
-    parser.add_argument("--quick", action="store_true", help="the first workload, short, one seed: only that it runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="the first workload, short, one seed: only check that it runs"
+    )
     asked = parser.parse_args()
     name = "recipes_quick" if asked.quick else "recipes"
     session = Session(name)

@@ -1,11 +1,11 @@
-"""Many runs in one set of processes: what a study of many short runs would else spend on starting them.
+"""Make many runs in one set of processes, because starting processes would dominate a study of many short runs.
 
-Each finished run is a line of `results/NAME_runs.jsonl`, and is not made again: delete the file, or a line, to have it
-made anew. A run is the same as `ist train` or `ist compare` would make it, in real processes over gloo, where rank 0 is
-a worker too. Only its memory is read from processes that have run others before, and is therefore a lower bound, unless
-it is run alone; memory_bytes is that of the largest worker beside rank 0, which coordinates and evaluates too.
+Each finished run is a line of `results/NAME_runs.jsonl` and is not repeated: delete the file, or a line, to repeat it.
+A run equals one of `ist train` or `ist compare`, in separate processes over gloo, where rank 0 is a worker too. Only
+its memory differs: the processes have made other runs before, so it is a lower bound, unless the run is made alone.
+memory_bytes is that of the largest worker other than rank 0, which also coordinates and evaluates.
 
-    torchrun --nproc-per-node N -m benchmarks.session QUEUE RUNS     # what `Session.run` starts
+    torchrun --nproc-per-node N -m benchmarks.session QUEUE RUNS     # the command that `Session.run` starts
 """
 
 import gc
@@ -24,7 +24,7 @@ from benchmarks.common import RESULTS, ROOT, add_run, finished_runs
 from ist.config.load import config_for_method, load_config
 from ist.config.schema import Config
 
-KEPT = (
+REPORTED = (
     "metrics", "test_loss", "loss", "sent_bytes", "train_s", "virtual_s", "coordinator_memory_bytes", "rounds",
     "samples", "parameters",
 )  # fmt: skip
@@ -35,10 +35,10 @@ class Run:
     """A run of a study.
 
     Attributes:
-        key: What it is called; it is made once.
-        config: Name of a file in configs/.
-        label: The entry of `ist compare` that it is.
-        overrides: As `--set` takes them.
+        key: The unique name of the run.
+        config: The name of a file in configs/.
+        label: Its entry in `ist compare`.
+        overrides: Overrides in the form of `--set`.
     """
 
     key: str
@@ -47,7 +47,7 @@ class Run:
     overrides: tuple[str, ...] = ()
 
     def load(self) -> Config:
-        """Return the run's configuration: what is overridden counts more than what the label changes."""
+        """Return the run's configuration; the overrides take precedence over the changes of the label."""
         path = ROOT / "configs" / f"{self.config}.yaml"
         config = config_for_method(load_config(path), self.label)
         given = {**config.compare.overrides.get(self.label, {})}
@@ -58,11 +58,11 @@ class Run:
 
 
 class Session:
-    """Finished runs of a study, and the processes that make more.
+    """The finished runs of a study, and the processes that make further runs.
 
     Args:
-        name: Of the study.
-        workers: Processes.
+        name: The name of the study.
+        workers: The number of processes.
     """
 
     def __init__(self, name: str, workers: int = 4) -> None:
@@ -70,11 +70,11 @@ class Session:
         self._workers = workers
 
     def run(self, runs: Iterable[Run], alone: bool = False) -> dict[str, Any]:
-        """Make those that are not there, and return the results of all by key; None for one that failed.
+        """Make the missing runs, and return the results of all runs by key; None for a failed run.
 
         Args:
             runs: The runs.
-            alone: Start new processes for each.
+            alone: Whether to start new processes for each run.
         """
         runs = list(runs)
         for _ in runs:
@@ -84,13 +84,13 @@ class Session:
                 break
             self._launch(missing[:1] if alone else missing)
             after = self.found()
-            if not any(run.key in after for run in missing):  # the first one ended the processes
+            if not any(run.key in after for run in missing):  # the first missing run made the processes fail
                 add_run(self._path, missing[0].key, None)
         found = self.found()
         return {run.key: found[run.key] for run in runs}
 
     def found(self) -> dict[str, Any]:
-        """Return the results that are there."""
+        """Return the results of all finished runs."""
         return finished_runs(self._path)
 
     def _launch(self, runs: Sequence[Run]) -> None:
@@ -107,7 +107,7 @@ class Session:
 
 
 def main() -> None:
-    """Make the runs of a queue; every process does."""
+    """Make the runs of a queue, as one of the processes."""
     import ctypes
 
     import torch
@@ -141,14 +141,14 @@ def main() -> None:
         if is_rank_zero():
             assert not isinstance(part, Following)
             result: Mapping[str, Any] = part.recorder.result()
-            kept = {key: result[key] for key in KEPT}
+            reported = {key: result[key] for key in REPORTED}
             others = part.recorder.history[-1]["memory_bytes_by_worker"][1:]
-            kept["memory_bytes"] = max(others, default=result["memory_bytes"])
-            add_run(Path(sys.argv[2]), run.key, kept)
-            shown = {**kept["metrics"], "test_loss": kept["test_loss"], "MB": kept["sent_bytes"] / 1e6}
+            reported["memory_bytes"] = max(others, default=result["memory_bytes"])
+            add_run(Path(sys.argv[2]), run.key, reported)
+            shown = {**reported["metrics"], "test_loss": reported["test_loss"], "MB": reported["sent_bytes"] / 1e6}
             shown |= {
-                "train_s": kept["train_s"],
-                "virtual_s": kept["virtual_s"],
+                "train_s": reported["train_s"],
+                "virtual_s": reported["virtual_s"],
                 "all_s": time.perf_counter() - started,
             }
             numbers = {name: f"{value:.5g}" for name, value in shown.items() if not name.startswith("best_")}

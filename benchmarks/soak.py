@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak [--minutes 30] [--every 20]
 
-Claims: no round is lost, each kill costs at most one worker's part of one round, every worker is replaced, and memory
+Claims: no round is lost, each kill loses at most one worker's part of one round, each worker is replaced, and memory
 does not grow.
 """
 
@@ -35,7 +35,7 @@ SAMPLE_EVERY_S = 5.0
 
 
 class TimeIsUpError(Exception):
-    """The soak has lasted long enough."""
+    """The requested duration has passed."""
 
 
 def actors() -> list[psutil.Process]:
@@ -51,7 +51,7 @@ def actors() -> list[psutil.Process]:
 
 
 class Killer(threading.Thread):
-    """Kills a random worker now and then, and notes memory in between."""
+    """Kills a random worker at regular intervals, and samples memory."""
 
     def __init__(self, every_s: float) -> None:
         super().__init__(daemon=True)
@@ -146,7 +146,7 @@ def until(end: float, note: Callable[..., None]) -> Callable[..., None]:
 
 
 def outcome(folder: RunFolder, killer: Killer) -> dict[str, Any]:
-    """Count what was lost, and how memory went."""
+    """Count the lost parts, and summarize memory."""
     records = folder.records()
     lost = [entry for record in records for entry in record.get("lost", [])]
     accuracies = [record["accuracy"] for record in records if record.get("accuracy") is not None]
@@ -166,7 +166,7 @@ def outcome(folder: RunFolder, killer: Killer) -> dict[str, Any]:
 
 
 def growth(samples: Sequence[Mapping[str, float]], key: str) -> dict[str, float]:
-    """Return the mean of the second and of the last quarter: the first holds what warms up."""
+    """Return the means of the second and of the last quarter; the first is skipped as warm-up."""
     quarter = max(1, len(samples) // 4)
     second = statistics.fmean(sample[key] for sample in samples[quarter : 2 * quarter] or samples)
     last = statistics.fmean(sample[key] for sample in samples[-quarter:])

@@ -1,15 +1,15 @@
-"""Widths that one worker's memory does not hold under data-parallel training, and does under IST.
+"""Networks that do not fit into a worker's memory in data-parallel training, but do with IST.
 
     python -m benchmarks.wider [--device cuda] [--limit 250MB] [--widths 128,512]
 
-Claim: with four workers of limited memory, IST trains networks of a width at which data-parallel training is refused
-memory by the operating system, or by torch on a GPU, and a wider network is better (Table 2 of the IST paper, at our
+Claim: with four workers of limited memory, IST trains networks of a width at which data-parallel training runs out of
+memory (of the process, or of torch on a GPU), and the wider network is better (Table 2 of the IST paper, at a smaller
 scale).
 
-The network of configs/wordnet_hypernyms.yaml at growing widths, by data-parallel training and by IST, in processes of
-their own. `pool.memory_limit` is what a worker's process may allocate beyond interpreter, libraries and data
-(RLIMIT_DATA), or what torch may allocate on the GPU that they share; the dedicated coordinator holds the whole network,
-is no worker and not limited.
+The network of configs/wordnet_hypernyms.yaml at growing widths, by data-parallel training and by IST, in separate
+processes. `pool.memory_limit` is the memory that a worker's process may allocate beyond interpreter, libraries and data
+(RLIMIT_DATA), or that torch may allocate on the shared GPU. The dedicated coordinator has the full network; it is not a
+worker and has no limit.
 
 Reference: Yuan et al., arXiv 1910.02120, Table 2 (Amazon-670k: data-parallel training has no memory above width 512).
 """
@@ -33,11 +33,11 @@ from ist.storage.run_folder import create_run_folder
 
 METHODS = ("ddp", "ist")
 SETTINGS = {"recipe.stages": "[]", "train.local_steps": "512"}
-"""Whole networks on every worker are what the limit forbids: no finish. More and shorter rounds than with one."""
+"""The limit rules out full networks on workers, so there is no full-width phase, but more and shorter rounds."""
 
 
 def run(method: str, width: int, limit: str | None, epochs: dict[str, int], device: str) -> dict[str, Any]:
-    """Train once; a result without metrics is of a run that was refused memory."""
+    """Train once; if the run is out of memory, the result has only the error."""
     path = ROOT / "configs" / "wordnet_hypernyms.yaml"
     base = config_for_method(load_config(path), method)
     with tempfile.TemporaryDirectory() as scratch:
@@ -65,14 +65,14 @@ def run(method: str, width: int, limit: str | None, epochs: dict[str, int], devi
             return {"refused": str(error)}
         result = folder.result()
     print(f"{method}, width {width}: {result['metrics']}", file=sys.stderr, flush=True)
-    kept = ("metrics", "memory_bytes", "sent_bytes", "virtual_s", "parameters")
-    return {key: result[key] for key in kept}
+    reported = ("metrics", "memory_bytes", "sent_bytes", "virtual_s", "parameters")
+    return {key: result[key] for key in reported}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--limit", default="250MB", help="of a worker's process")
+    parser.add_argument("--limit", default="250MB", help="the memory limit of a worker's process")
     parser.add_argument("--widths", default="128,512")
     parser.add_argument("--ddp-epochs", type=int, default=4)
     parser.add_argument("--ist-epochs", type=int, default=16)

@@ -1,18 +1,20 @@
-"""The workloads: IST's recipe against tuned data-parallel training, and the best of the others at IST's bytes.
+"""The workloads: IST's recipe, tuned data-parallel training, and the best other methods at IST's bytes.
 
     python -m benchmarks.workloads [--only crime_mlp,kjv_decoder] [--fsdd FILE] [--cora FILE]
 
-Claim: on each workload, with four workers, IST ends within 0.3 points (or 1 % of a loss) of tuned data-parallel
-training with 50 times fewer bytes, and ahead of local SGD and DiLoCo with as many bytes as IST or more.
+Claim: on each workload, with four workers, IST reaches the result of tuned data-parallel training to within 0.3 points
+(or 1 % of a loss) with 50 times fewer bytes, and is better than local SGD and DiLoCo with at least as many bytes.
 
-Each is a file in `configs/`, whose `compare.methods` are the contenders; `ist compare` of it is a row each, for a seed.
-Among them is IST's own recipe without its narrow rounds (local_sgd_int8): what those are worth is the difference.
-*Tune*: every contender over the same learning rates, one seed, on held-out training data; some at one of
-them where a run takes minutes. *Final*: at the best rate, which is the configuration's, on the test data: three seeds,
-or six where runs are short and the test part is small.
-*Memory*: what a worker's process held at most beyond what it began with, in a few steps of new processes; and that of
-rank 0, which coordinates and evaluates too.
-Finished runs are lines of `results/workloads_runs.jsonl`; see `benchmarks/session.py`. `--quick` shows that it runs.
+A workload is a file in `configs/`, and its `compare.methods` are the contenders; `ist compare` gives one row for each,
+for one seed. One of them is IST's recipe without its rounds with subnets (local_sgd_int8): the difference shows the
+benefit of these rounds.
+*Tune*: each contender runs with the same learning rates, one seed, on held-out training data; some run with only one
+rate if a run takes minutes. *Final*: the best rate, which is that of the configuration, on the test data, with three
+seeds, or six if runs are short and the test part is small.
+*Memory*: the peak memory of a worker's process beyond its start, in a few steps of new processes; and that of rank 0,
+which also coordinates and evaluates.
+Finished runs are lines of `results/workloads_runs.jsonl`; see `benchmarks/session.py`. `--quick` only checks that it
+runs.
 """
 
 import argparse
@@ -38,15 +40,16 @@ LOWER = ("bits_per_byte", "rmse", "test_loss")
 
 @dataclass(frozen=True)
 class Workload:
-    """A configuration, and what it is compared by.
+    """A configuration, and how its contenders are compared.
 
     Attributes:
-        metric: What is compared: a metric's name, or test_loss.
-        grid: Learning rates that every contender is tuned over; where there is one, nothing is tuned.
-        grids: Those of contenders that have others, where a run takes minutes.
-        files: Keys of the configuration and the option of this command whose file they name.
-        reference_of: The configuration whose runs of other methods are its own too: same network, data and settings.
-        seeds: Of the final runs.
+        metric: The name of the compared metric, or test_loss.
+        grid: The learning rates for tuning; a single one is used without tuning.
+        grids: The learning rates of contenders with a different grid, because a run takes minutes.
+        files: For keys of the configuration, the option of this command with their file.
+        reference_of: Another configuration with the same network, data and settings, whose runs of the other methods
+            are used.
+        seeds: The seeds of the final runs.
     """
 
     metric: str
@@ -61,8 +64,8 @@ class Workload:
         return self.grids.get(label, self.grid)
 
 
-MANY = tuple(range(6))  # where a test part is of few hundred, and runs are short
-# With 0.1 for the others, the best of 0.03, 0.1 and 0.3 in shorter runs; whole networks alone have the finish's rate.
+MANY = tuple(range(6))  # for short runs with a test part of a few hundred samples
+# The others use 0.1, the best of 0.03, 0.1 and 0.3 in shorter runs; full networks use the rate of the full-width phase.
 IMAGES = {"ddp": (0.3,), "local_sgd_int8": (0.2,)}
 WORKLOADS = {
     "crime_mlp": Workload("rmse", (0.01, 0.03, 0.09), files={"data.root": "crime"}),
@@ -89,12 +92,12 @@ WORKLOADS = {
 
 
 def value(result: Mapping[str, Any], metric: str) -> float:
-    """Return what is compared."""
+    """Return the compared value."""
     return float({**result["metrics"], "test_loss": result["test_loss"]}[metric])
 
 
 def home(workload: str, label: str) -> str:
-    """Return the configuration that a contender's runs are of."""
+    """Return the name of the configuration that a contender's runs use."""
     return (WORKLOADS[workload].reference_of or workload) if label != "ist" else workload
 
 
@@ -117,9 +120,9 @@ def tuning(workload: str, given: Sequence[str]) -> dict[tuple[str, float], Run]:
 
 
 def short(workload: str, label: str) -> tuple[str, ...]:
-    """Return what makes a contender's run short, through all that it does.
+    """Return the overrides that make a contender's run short without skipping any of its parts.
 
-    Every stage has two rounds: what is held from one to the next is held in the second.
+    Each stage has two rounds, so that state carried from one round to the next exists in the second.
     """
     config = config_for_method(load_config(ROOT / "configs" / f"{workload}.yaml"), label)
     stages = [{"keep": stage.keep, "rounds": None if stage.is_open else 2} for stage in config.recipe.stages]
@@ -132,7 +135,7 @@ def short(workload: str, label: str) -> tuple[str, ...]:
 
 
 def finals(workload: str, best: Mapping[str, float], given: Sequence[str], quick: bool) -> dict[tuple[str, int], Run]:
-    """Return the runs on the test data, by contender and seed, at the learning rates that were best."""
+    """Return the runs on the test data, by contender and seed, at the best learning rates."""
     return {
         (label, seed): Run(
             f"final: {home(workload, label)}, {label}, lr {rate}, seed {seed}", home(workload, label), label,
@@ -144,7 +147,7 @@ def finals(workload: str, best: Mapping[str, float], given: Sequence[str], quick
 
 
 def memory(workload: str, given: Sequence[str]) -> dict[str, Run]:
-    """Return a short run of every contender, whose memory is measured."""
+    """Return a short run of each contender, for measuring memory."""
     return {
         label: Run(
             f"memory: {home(workload, label)}, {label}", home(workload, label), label,
@@ -157,7 +160,7 @@ def memory(workload: str, given: Sequence[str]) -> dict[str, Run]:
 def summary(
     workload: str, found: Mapping[str, Any], runs: Mapping[tuple[str, int], Run], held: Mapping[str, Run]
 ) -> dict[str, Any]:
-    """Set a workload's contenders beside each other."""
+    """Return the results of a workload's contenders."""
     metric = WORKLOADS[workload].metric
     rows: dict[str, Any] = {}
     for label in contenders(workload):
@@ -221,7 +224,7 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def table(found: Mapping[str, Any]) -> Table:
-    """Set all workloads below each other."""
+    """Return the table of all workloads."""
     shown = Table(*HEADS)
     for workload, entry in found.items():
         for row in rows({workload: entry}):
@@ -243,10 +246,12 @@ def main() -> None:
     parser.add_argument("--fsdd", default="fsdd.npz", help="the Free Spoken Digits")
     parser.add_argument("--cora", default="cora.npz", help="Cora")
     parser.add_argument(
-        "--llama", default="runs/base/model.safetensors", help="what is fine-tuned, see the configuration"
+        "--llama", default="runs/base/model.safetensors", help="the weights to fine-tune, see the configuration"
     )
-    parser.add_argument("--quick", action="store_true", help="short rounds, one seed, no tuning: only that it runs")
-    parser.add_argument("--markdown", action="store_true", help="only print the table of what is there")
+    parser.add_argument(
+        "--quick", action="store_true", help="short rounds, one seed, no tuning: only check that it runs"
+    )
+    parser.add_argument("--markdown", action="store_true", help="only print the table of the finished runs")
     asked = parser.parse_args()
     name = "workloads_quick" if asked.quick else "workloads"
     session = Session(name)
