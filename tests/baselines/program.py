@@ -7,11 +7,11 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ist.config.methods import METHODS
 from ist.data.batches import fetch, take_shard
 from ist.distributed.environment import is_rank_zero
-from ist.errors import ModelError
+from ist.errors import DataError, ModelError
 from ist.rng import Purpose
 from ist.rng import seeded as seeded_generators
 from ist.runs.build import make_job
@@ -113,17 +113,26 @@ class Mixed(nn.Module):
         return self.last(self.first(inputs).double())
 
 
-REFUSED = {"unused": ("ddp", build_unused), "mixed": ("powersgd", lambda: seeded(Mixed))}
+def rank() -> int:
+    return int(os.environ["RANK"])
+
+
+REFUSED: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Any]]] = {
+    "unused": ("ddp", build_unused, data),
+    "mixed": ("powersgd", lambda: seeded(Mixed), data),
+    "fewer samples": ("ist", build, lambda: data(100 - 20 * rank())),
+    "other samples": ("ist", build, lambda: data(seed=rank())),
+}
 
 
 def refused(name: str) -> str:
-    """What a run is refused with."""
-    method, make = REFUSED[name]
+    """The error that a run ends with before its first round, and its class."""
+    method, make, load = REFUSED[name]
     config = small_config(train__workers=WORKERS, pool=POOL, method=method)
     try:
-        run(make_job(config, make(), make, data(), None, nn.functional.cross_entropy), None, resume=False)
-    except ModelError as error:
-        return str(error)
+        run(make_job(config, make(), make, load(), None, nn.functional.cross_entropy), None, resume=False)
+    except (ModelError, DataError) as error:
+        return f"{type(error).__name__}: {error}"
     return "nothing"
 
 
@@ -163,16 +172,16 @@ def run(made: Job, folder: RunFolder | None, resume: bool, stop: bool = False) -
 
 def plain_powersgd(made: Job) -> dict[str, Tensor]:
     """Train as anybody would with PyTorch's own PowerSGD, in the process group that is there; return what is trained."""
-    rank, cpu = dist.get_rank(), torch.device("cpu")
-    shard = take_shard(made.task.train_data, made.schedule.dealing.shard(rank))
+    me, cpu = rank(), torch.device("cpu")
+    shard = take_shard(made.task.train_data, made.schedule.dealing.shard(me))
     model = build()
     ddp = DistributedDataParallel(model)
     ddp.register_comm_hook(PowerSGDState(None, 1, start_powerSGD_iter=2, random_seed=made.config.seed), powerSGD_hook)
     optimizer = torch.optim.SGD(model.parameters(), **made.config.train.optimizer.args)
     for round_number in range(made.schedule.num_rounds):
-        with seeded_generators(cpu, made.config.seed, Purpose.TRAINING, round_number, rank):
+        with seeded_generators(cpu, made.config.seed, Purpose.TRAINING, round_number, me):
             for step in made.schedule.steps(round_number):
-                inputs, targets = fetch(shard, made.schedule.dealing.batch(rank, step), cpu)
+                inputs, targets = fetch(shard, made.schedule.dealing.batch(me, step), cpu)
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(ddp(inputs), targets).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
@@ -199,9 +208,7 @@ def main(out: Path) -> None:
         trained = plain_powersgd(job("powersgd"))
         if is_rank_zero():
             write_tensors(out / "PyTorch's own powersgd.safetensors", trained, {})
-    (out / f"refused by rank {os.environ['RANK']}.json").write_text(
-        json.dumps({name: refused(name) for name in REFUSED})
-    )
+    (out / f"refused by rank {rank()}.json").write_text(json.dumps({name: refused(name) for name in REFUSED}))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Ranks are processes that talk over gloo, three of them, on a network with batch 
 """
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -290,9 +291,18 @@ def test_tied_weights_stay_tied(runs: Path, name: str) -> None:
     assert records(runs, name)[-1]["loss"] < records(runs, name)[0]["loss"]
 
 
-def test_networks_that_a_method_cannot_train_are_refused_by_every_rank(runs: Path) -> None:
-    for rank in range(WORKERS):
-        told = json.loads((runs / f"refused by rank {rank}.json").read_text())
+def refusals(runs: Path) -> list[dict[str, str]]:
+    """What each rank was refused with."""
+    return [json.loads((runs / f"refused by rank {rank}.json").read_text()) for rank in range(WORKERS)]
 
-        assert "'spare' gets no gradient" in told["unused"]
-        assert "needs parameters of one dtype, but the network has torch.float32 and torch.float64" in told["mixed"]
+
+def test_networks_that_a_method_cannot_train_are_refused_by_every_rank(runs: Path) -> None:
+    for told in refusals(runs):
+        assert re.search("^ModelError: 'spare' gets no gradient", told["unused"])
+        assert re.search(r"^ModelError: .*one dtype.*torch\.float32 and torch\.float64", told["mixed"])
+
+
+def test_ranks_with_other_data_are_refused_by_every_rank(runs: Path) -> None:
+    for told in refusals(runs):
+        assert re.search(r"^DataError: rank 1 has 80 .*rank 0 has 100.*every process", told["fewer samples"])
+        assert re.search(r"^DataError: .* rank 1, 2 .*sample 0 .*every process", told["other samples"])

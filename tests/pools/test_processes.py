@@ -197,33 +197,6 @@ def test_a_network_of_transformers_ends_alike_in_one_process_and_in_many(tmp_pat
     assert_same(weights(alone), weights(together))
 
 
-@many_processes
-@pytest.mark.parametrize(
-    ("count", "told"),
-    [
-        ("200 - 80 * int(os.environ['RANK'])", "rank 1 has 120 training samples, rank 0 has 200"),
-        ("200", "the training data of rank 1 .*sample 0"),
-    ],
-)
-def test_ranks_with_other_data_are_told_so(tmp_path: Path, count: str, told: str) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(
-        "import os, torch, ist\n"
-        "from torch import nn\n"
-        "from torch.utils.data import TensorDataset\n"
-        f"count = {count}\n"
-        "data = TensorDataset(torch.randn(count, 8), torch.randint(3, (count,)))\n"
-        "model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))\n"
-        "ist.train(model, data, workers=2, local_steps=1, rounds=1, progress=False)\n"
-    )
-
-    done = torchrun([str(program)], 2, 100)
-
-    assert done.returncode != 0
-    assert f"DataError: {told}" in done.stderr
-    assert "every process must load the same whole data" in done.stderr
-
-
 def test_a_file_of_the_current_folder_is_found_by_the_command(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from torch import nn\ndef net(hidden):\n    return nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))\n"
