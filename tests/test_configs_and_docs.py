@@ -1,4 +1,4 @@
-"""Every shipped configuration loads and runs, and the README names only what exists."""
+"""Every shipped configuration loads and runs, and the documentation names only paths and commands that exist."""
 
 import math
 import re
@@ -34,7 +34,7 @@ GIVEN = {"crime": ROOT / ".data" / "crime", "spoken_digits": SHARED / "fsdd.npz"
 
 
 def missing_data(config: Config) -> str | None:
-    """Say what a configuration's data set needs that is not here."""
+    """Return what a configuration's data set needs and this machine lacks."""
     name = config.data.name
     packages = {
         "fashion_mnist": (FASHION_MNIST.exists(), "dataset-fashion-mnist"),
@@ -73,7 +73,7 @@ def test_every_configuration_trains_a_round_and_says_what_it_is(path: Path) -> N
 
 
 def loaded(path: Path) -> tuple[Config, Splits]:
-    """Load a configuration and its data, with few of those that test; skip where there are none."""
+    """Load a configuration and its data, with few test samples; skip if the data is not on this machine."""
     needed = GIVEN.get(load_config(path).data.name)
     config = load_config(path, [f"data.root={needed}"] if needed else [])
     if missing := missing_data(config):
@@ -83,7 +83,7 @@ def loaded(path: Path) -> tuple[Config, Splits]:
 
 
 def train_a_round(config: Config, splits: Splits, device: str) -> dict[str, Any]:
-    """Make a short round of every stage in this process; return the last one's record."""
+    """Run a short round of every stage in this process; return the last record."""
     stages = [
         {**stage.model_dump(), "rounds": None if stage.is_open else 1, "share": None, "local_steps": 2}
         for stage in config.recipe.stages
@@ -144,7 +144,8 @@ def test_the_python_of_the_readme_runs() -> None:
     assert len(names["result"].history) == 5
 
 
-def test_the_tree_in_the_readme_names_every_module() -> None:
+def test_the_tree_in_contributing_names_every_room() -> None:
+    tree = (ROOT / "CONTRIBUTING.md").read_text()
     for path in [*(ROOT / "ist").glob("*.py"), *(p for p in (ROOT / "ist").iterdir() if p.is_dir())]:
         if not path.name.startswith("_"):
-            assert path.name in README, path.name
+            assert path.name in tree, path.name
