@@ -236,4 +236,23 @@ FAULTS = (
         "        return self.held.of(round_number)[worker]\n", "        return self.held.of(round_number)[0]\n",
         ("tests/runs/test_split.py",),
     ),
+    # Methods that IST is compared with, on real ranks
+    Fault(
+        "DiLoCo sums what it should average", "ist/baselines/local_sgd.py", "            change /= size\n", "",
+        ("tests/baselines/test_methods.py",),
+    ),
+    Fault(
+        "the outer step moves away from the workers", "ist/baselines/local_sgd.py",
+        "(old - new).detach().flatten()", "(new - old).detach().flatten()", ("tests/baselines/test_methods.py",),
+    ),
+    Fault(
+        "a ring all-reduce counts as one pass", "ist/baselines/gradient_hooks.py",
+        "self._share = 2 * (world_size - 1) / world_size", "self._share = (world_size - 1) / world_size",
+        ("tests/baselines/test_methods.py",),
+    ),
+    Fault(
+        "compressed gradients count as whole ones", "ist/baselines/gradient_hooks.py",
+        "numbers = state.total_numel_after_compression - before", "numbers = buffer.numel()",
+        ("tests/baselines/test_methods.py",),
+    ),
 )  # fmt: skip
