@@ -21,8 +21,8 @@ from benchmarks.common import ROOT, write_result
 from ist.config.load import load_config
 from ist.monitoring.display import format_bytes
 from ist.runs.build import build_job
-from ist.runs.open import Following, open_run
-from ist.training.rounds import run_rounds
+from ist.runs.execute import execute
+from ist.runs.open import Leading
 
 CONFIG = ROOT / "configs" / "fashion_mnist_mlp.yaml"
 SEEDS = (0, 1, 2)
@@ -60,10 +60,9 @@ def run(settings: Settings, seed: int, quick: bool) -> dict[str, Any]:
             *(["train.rounds=2"] if quick else []), *(f"{key}={value}" for key, value in settings.items()),
         ],
     )  # fmt: skip
-    with open_run(build_job(config), None, resume=False, progress=False) as part:
-        assert not isinstance(part, Following)
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
-        return part.recorder.result()
+    part = execute(build_job(config), progress=False)
+    assert isinstance(part, Leading)
+    return part.recorder.result()
 
 
 def main() -> None:

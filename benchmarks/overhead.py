@@ -32,9 +32,8 @@ from ist.config.load import validate
 from ist.launch.lab_hosts import hosts, run_ranks, why_not
 from ist.models.mlp import MLP
 from ist.runs.build import make_job
-from ist.subnet.assignments import Team, WorkerSlot
 from ist.subnet.cut import cut_specs, extract, placed, reassemble
-from ist.subnet.job import Job, assignments
+from ist.subnet.job import Job, assignments, slot_of
 from ist.training.worker import Worker
 from ist.transport.codec import Envelope
 from ist.transport.endpoints import route_of
@@ -88,14 +87,14 @@ def local_step(device: torch.device, repeats: int) -> dict[str, float]:
     steps = 50
     optimizer_spec = {"name": "SGD", "args": {"lr": 0.01, "momentum": 0.9}}
     job = make([784, 1024, 1024, 10], 4, 4 * 6400, local_steps=steps, optimizer=optimizer_spec)
-    worker = Worker(job, WorkerSlot(0, Team(job.config.train.workers)), device, assignments(job))
+    worker = Worker(job, slot_of(job, 0), device, assignments(job))
     envelope = Envelope(route_of(job.split, job.config.exchange, assignments(job).cuts(0)[0]), device)
     bare = job.split.module(assignments(job).of(0)[0], device)
     for name, parameter in bare.named_parameters():
         nn.init.normal_(parameter, std=0.02)
         envelope.down.tensors[name].copy_(parameter.detach())
-    assert isinstance(worker.shard, TensorDataset)
-    inputs, targets = worker.shard.tensors
+    assert isinstance(worker.loop.shard, TensorDataset)
+    inputs, targets = worker.loop.shard.tensors
     batches = [torch.from_numpy(job.schedule.dealing.batch(0, step)) for step in range(steps)]
 
     def bare_loop() -> None:

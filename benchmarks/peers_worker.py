@@ -34,9 +34,9 @@ from ist.data.nested import call_model
 from ist.optimization import optimizers as optim
 from ist.optimization.step_settings import apply_settings, matching_groups
 from ist.runs.build import build_job
-from ist.subnet.job import Job
+from ist.subnet.job import Job, slot_of
+from ist.training.local_loop import TaskLoop, local_steps
 from ist.training.rounds import evaluate_whole
-from ist.training.worker import local_steps
 
 TIMEOUT = timedelta(seconds=120)
 LIGHTHOUSE_PORT = 29512
@@ -152,15 +152,13 @@ def train_with_torchft(job: Job, model: nn.Module, place: Place, notes: Notes) -
     named = dict(model.named_parameters())
     inner = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
     outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
-    shard = take_shard(job.task.train_data, job.schedule.dealing.shard(place.rank))
+    loop = TaskLoop(job, slot_of(job, place.rank), CPU)
     place.meet("the start")
     started = time.perf_counter()
     with DiLoCo(manager, [model], inner, outer, sync_every=job.config.train.local_steps):
         for number in range(job.schedule.num_rounds):
             committed = manager.current_step()
-            local_steps(
-                job, job.schedule.dealing, place.rank, shard, model, named, inner, number, CPU
-            )  # the last one makes the outer step
+            local_steps(loop, number, model, named, inner)  # the last one makes the outer step
             notes.local_steps += len(job.schedule.steps(number))
             notes.outer_step(manager.num_participants() if manager.current_step() > committed else 0, model)
     notes.train_s = time.perf_counter() - started

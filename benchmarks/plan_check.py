@@ -35,9 +35,8 @@ from ist.launch.lab_hosts import hosts, run_ranks, why_not
 from ist.plan.predict import make_plan
 from ist.plan.request import parse_request
 from ist.runs.build import build_job
-from ist.runs.open import Following, open_run
+from ist.runs.execute import execute
 from ist.storage.run_folder import create_run_folder
-from ist.training.rounds import follow_rounds, run_rounds
 
 RATE_MBIT = 50
 ROUNDS = 9
@@ -73,11 +72,7 @@ def train_all(files: Sequence[Path]) -> None:
     for file in files:
         config = load_config(file)
         folder = create_run_folder(config, file.with_suffix("")) if is_rank_zero() else None
-        with open_run(build_job(config), folder, resume=False, progress=False) as run:
-            if isinstance(run, Following):
-                follow_rounds(run.job, run.follower, run.first_round)
-            else:
-                run_rounds(run.job, run.method, run.recorder, run.first_round, run.device)
+        execute(build_job(config), folder, progress=False)
 
 
 def measured(file: Path) -> dict[str, float]:

@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks.common import RESULTS, ROOT, add_run, finished_runs
 from ist.config.load import config_for_method, load_config
 from ist.config.schema import Config
+from ist.runs.execute import execute
 
 REPORTED = (
     "metrics", "test_loss", "loss", "sent_bytes", "train_s", "virtual_s", "coordinator_memory_bytes", "rounds",
@@ -114,8 +115,7 @@ def main() -> None:
 
     from ist.distributed.environment import is_rank_zero
     from ist.runs.build import build_job, load_data
-    from ist.runs.open import Following, open_run
-    from ist.training.rounds import follow_rounds, run_rounds
+    from ist.runs.open import Following
 
     torch.set_num_threads(1)
 
@@ -133,11 +133,7 @@ def main() -> None:
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         started = time.perf_counter()
-        with open_run(job, None, resume=False, progress=False) as part:
-            if isinstance(part, Following):
-                follow_rounds(part.job, part.follower, part.first_round)
-            else:
-                run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+        part = execute(job, progress=False)
         if is_rank_zero():
             assert not isinstance(part, Following)
             result: Mapping[str, Any] = part.recorder.result()

@@ -29,14 +29,14 @@ from ist.network.supported import check_network, check_values
 from ist.rng import Purpose, seeded
 from ist.runs.arguments import Keywords, TrainKeys, split_config, train_config
 from ist.runs.build import loss_function, make_job, split_network
+from ist.runs.execute import execute
 from ist.runs.inspection import inspect_split
-from ist.runs.open import Following, open_run
+from ist.runs.open import Following
 from ist.runs.rehearsal import rehearse
 from ist.runs.split import Split, values_of
 from ist.storage.run_folder import RunFolder, create_run_folder, reopen
 from ist.subnet.assignments import Assignments
 from ist.subnet.job import Job
-from ist.training.rounds import follow_rounds, run_rounds
 
 
 @dataclass(frozen=True)
@@ -283,13 +283,10 @@ def _train(job: Job, model: nn.Module, run_dir: str | Path | None, resume: bool,
     folder: RunFolder | None = None
     if run_dir is not None and is_rank_zero():
         folder = (reopen if resume else create_run_folder)(config, Path(run_dir))
-    with open_run(job, folder, resume, progress) as run:
-        if isinstance(run, Following):
-            follow_rounds(run.job, run.follower, run.first_round)
-            return TrainResult(model, [], is_coordinator=False)
-        run_rounds(run.job, run.method, run.recorder, run.first_round, run.device)
-        run.recorder.finish(run.method.model)
-        if run.method.model is not model:  # an average of it
-            model.load_state_dict(run.method.model.state_dict())
-        model.to(device_before)
-        return TrainResult(model, run.recorder.history, is_coordinator=True)
+    part = execute(job, folder, resume, progress)
+    if isinstance(part, Following):
+        return TrainResult(model, [], is_coordinator=False)
+    if part.method.model is not model:  # an average of it
+        model.load_state_dict(part.method.model.state_dict())
+    model.to(device_before)
+    return TrainResult(model, part.recorder.history, is_coordinator=True)

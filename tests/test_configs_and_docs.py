@@ -17,8 +17,7 @@ from ist.data.images.fashion_mnist import DEBIAN_ROOT as FASHION_MNIST
 from ist.data.registry import Splits
 from ist.data.wordnet.nouns import DEBIAN_ROOT as WORDNET
 from ist.runs.build import build_job, load_data, metric_named
-from ist.runs.open import Leading, open_run
-from ist.training.rounds import run_rounds
+from ist.runs.execute import execute
 from tests.conftest import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -93,9 +92,7 @@ def train_a_round(config: Config, splits: Splits, device: str) -> dict[str, Any]
     tree["recipe"]["stages"] = stages
     tree["pool"] |= {"kind": "inline", "device": device}
     short = validate(tree, config.name)
-    with open_run(build_job(short, splits), None, resume=False, progress=False) as part:
-        assert isinstance(part, Leading)
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+    part = execute(build_job(short, splits), progress=False)
     last: dict[str, Any] = part.recorder.history[-1]
     return last
 

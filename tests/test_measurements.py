@@ -37,10 +37,9 @@ from ist.pools import torchrun
 from ist.report.plots import axes_of_curves, phase_plot
 from ist.report.table import table_columns, table_rows
 from ist.runs.build import build_job
-from ist.runs.open import Leading, open_run
+from ist.runs.execute import execute
 from ist.storage.run_folder import create_run_folder
 from ist.tensors import TensorSpec
-from ist.training.rounds import run_rounds
 from ist.transport.message import HEADER_BYTES, Header, Message, layout_of
 from tests.conftest import ROOT, a_record, job_for, round_numbers, small_config, worker_numbers
 from tests.networks import NETWORKS, seeded
@@ -143,10 +142,7 @@ def energy(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_new_number_is_recorded_and_shown_everywhere_by_one_entry_in_the_table(tmp_path: Path) -> None:
     config = small_config()
     folder = create_run_folder(config, tmp_path / "run")
-    with open_run(build_job(config), folder, resume=False, progress=False) as part:
-        assert isinstance(part, Leading)
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
-        part.recorder.finish(part.method.model)
+    execute(build_job(config), folder, progress=False)
     records, result = folder.records(), folder.result()
     exporter = Prometheus(config, "run", 4, 0, records)
 

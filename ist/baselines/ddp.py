@@ -19,17 +19,18 @@ from torch.nn.parallel import DistributedDataParallel
 from ist.baselines.gradient_hooks import GradientExchange
 from ist.baselines.powersgd import restore_powersgd, saved_powersgd
 from ist.baselines.ranks import RankRound, begin_together, report_round, spread
-from ist.data.batches import fetch, take_shard
+from ist.data.batches import fetch
 from ist.data.nested import call_model
 from ist.distributed.process_group import Membership, peer_errors
 from ist.errors import ConfigError, ModelError
 from ist.monitoring.meter import MemoryGauge, Meter, worker_numbers
 from ist.optimization import optimizers
 from ist.rng import Purpose, seeded
+from ist.subnet.assignments import Team, WorkerSlot
 from ist.subnet.job import Job
 from ist.tensors import is_finite
+from ist.training.local_loop import TaskLoop, local_steps
 from ist.training.rounds import RoundReport
-from ist.training.worker import local_steps
 
 
 class DataParallel:
@@ -59,7 +60,8 @@ class DataParallel:
         self._membership = membership
         self._meter = meter
         self._gauge = MemoryGauge(membership.device)
-        self._shard = take_shard(job.task.train_data, job.schedule.dealing.shard(membership.rank))
+        slot = WorkerSlot(membership.rank, Team(membership.world_size))
+        self._loop = TaskLoop(job, slot, membership.device)
         self._model = model.to(membership.device)
         self._exchange = GradientExchange(job.config, compression, membership.world_size)
         if self._exchange.powersgd is not None and membership.device.type == "cpu" and torch.cuda.is_available():
@@ -109,10 +111,7 @@ class DataParallel:
         exchange, self._saved = self._exchange, {}
         exchange.start_round()
         with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):
-            loss_sum, samples = local_steps(
-                self.job, self.job.schedule.dealing, self._membership.rank, self._shard, self._ddp, self._named,
-                self._optimizer, round_number, self._membership.device,
-            )  # fmt: skip
+            loss_sum, samples = local_steps(self._loop, round_number, self._ddp, self._named, self._optimizer)
             seconds = time.perf_counter() - started
             on_gpu = self._membership.device.type != "cpu"
             cpu_s = seconds - sum(exchange.transfers_s) if on_gpu else time.thread_time() - cpu_started
@@ -151,7 +150,7 @@ class DataParallel:
         dtypes = {name: parameter.dtype for name, parameter in self._named.items()}
         self._exchange.rehearses = True
         with seeded(device, job.config.seed, Purpose.REHEARSAL):
-            inputs, targets = fetch(self._shard, job.schedule.dealing.batch(self._membership.rank, 0), device)
+            inputs, targets = fetch(self._loop.shard, job.schedule.dealing.batch(self._membership.rank, 0), device)
             job.task.loss(call_model(self._ddp, inputs), targets).backward()  # type: ignore[no-untyped-call]
         self._exchange.rehearses = False
         for name, buffer in self._model.named_buffers():

@@ -19,15 +19,15 @@ from torch.distributed.algorithms.model_averaging.utils import average_parameter
 
 from ist.baselines.quantized_mean import quantized_mean
 from ist.baselines.ranks import RankRound, begin_together, collect, report_round, spread
-from ist.data.batches import take_shard
 from ist.distributed.process_group import Membership, peer_errors
 from ist.errors import CheckpointError
 from ist.monitoring.meter import MemoryGauge, Meter, worker_numbers
 from ist.optimization import optimizers
+from ist.subnet.assignments import Team, WorkerSlot
 from ist.subnet.job import Job
 from ist.tensors import is_finite
+from ist.training.local_loop import TaskLoop, local_steps
 from ist.training.rounds import RoundReport
-from ist.training.worker import local_steps
 
 _OUTER = "outer/"
 _RANK = "rank-{}/"
@@ -64,7 +64,8 @@ class LocalTraining:
         self._membership = membership
         self._meter = meter
         self._gauge = MemoryGauge(membership.device)
-        self._shard = take_shard(job.task.train_data, job.schedule.dealing.shard(membership.rank))
+        slot = WorkerSlot(membership.rank, Team(membership.world_size))
+        self._loop = TaskLoop(job, slot, membership.device)
         self._model = model.to(membership.device)
         with peer_errors("starting together"):
             self._model.load_state_dict(spread(membership, self._model.state_dict()))
@@ -110,10 +111,7 @@ class LocalTraining:
         begin_together(self._membership)
         started, cpu_started = time.perf_counter(), time.thread_time()
         self._saved = {}
-        loss_sum, samples = local_steps(
-            self.job, self.job.schedule.dealing, self._membership.rank, self._shard, self._model, self._named,
-            self._optimizer, round_number, self._membership.device,
-        )  # fmt: skip
+        loss_sum, samples = local_steps(self._loop, round_number, self._model, self._named, self._optimizer)
         trained, cpu_trained = time.perf_counter(), time.thread_time()
         with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):
             self._average()

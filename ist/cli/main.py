@@ -371,16 +371,10 @@ def _fail(error: ISTError, received: list[signal.Signals]) -> NoReturn:
 
 def _run_here(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
     """Run this process's part: lead the rounds, or follow them as a worker."""
-    from ist.runs.open import Following, open_run
-    from ist.training.rounds import follow_rounds, run_rounds
+    from ist.runs.execute import execute
 
     try:
-        with open_run(job, folder, resume) as run:
-            if isinstance(run, Following):
-                follow_rounds(run.job, run.follower, run.first_round)
-            else:
-                run_rounds(run.job, run.method, run.recorder, run.first_round, run.device)
-                run.recorder.finish(run.method.model)
+        execute(job, folder, resume)
     except (Stopped, KeyboardInterrupt) as error:
         raise InterruptedRunError(stopped_text(error, folder.path if folder else None)) from error
 

@@ -16,18 +16,14 @@ from pathlib import Path
 import torch
 
 
-class Meter:
-    """Counters of one process.
+class Stopwatch:
+    """Seconds by phase.
 
     Attributes:
-        sent: Bytes sent so far, by the worker they went to.
-        received: Bytes received so far, by the worker they came from.
-        seconds: Seconds so far, by phase.
+        seconds: Seconds so far, by phase; 0 for one that was never entered.
     """
 
     def __init__(self) -> None:
-        self.sent: Counter[int] = Counter()
-        self.received: Counter[int] = Counter()
         self.seconds: defaultdict[str, float] = defaultdict(float)
 
     @contextmanager
@@ -38,6 +34,19 @@ class Meter:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - started
+
+
+class Meter:
+    """Counters of one process.
+
+    Attributes:
+        sent: Bytes sent so far, by the worker they went to.
+        received: Bytes received so far, by the worker they came from.
+    """
+
+    def __init__(self) -> None:
+        self.sent: Counter[int] = Counter()
+        self.received: Counter[int] = Counter()
 
     @property
     def total_bytes(self) -> int:

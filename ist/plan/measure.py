@@ -18,17 +18,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ist.data.batches import fetch, take_shard
+from ist.data.batches import fetch
 from ist.data.nested import call_model, tensors_in
 from ist.errors import ConfigError
 from ist.optimization import optimizers
 from ist.rng import Purpose, seeded
 from ist.runs.build import run_spans
-from ist.subnet.assignments import Team, WorkerSlot
 from ist.subnet.cut import Cut, reassemble
-from ist.subnet.job import Job, assignments
+from ist.subnet.job import Job, assignments, slot_of
 from ist.subnet.module import bind
-from ist.training.worker import Worker, local_steps
+from ist.subnet.store import LocalStore
+from ist.training.local_loop import TaskLoop, local_steps
+from ist.training.worker import Worker
 from ist.transport.codec import Envelope
 from ist.transport.endpoints import Outgoing, WorkerEnd, read_trained, route_of
 from ist.transport.frozen_parameters import FrozenSender
@@ -89,13 +90,15 @@ def measure_whole(job: Job, device: torch.device) -> WholeCost:
     """
     with _failures_named(job):
         module = job.task.build_copy().to(device)
-        shard = take_shard(job.task.train_data, job.schedule.dealing.shard(0))
+        loop = TaskLoop(job, slot_of(job, 0), device)
+        shard = loop.shard
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         trained = list(named.values())
         optimizer = optimizers.build_optimizer(job.config.train.optimizer, trained)
 
         def train(job: Job) -> None:
-            local_steps(job, job.schedule.dealing, 0, shard, module, named, optimizer, 0, device)
+            loop.schedule = job.schedule
+            local_steps(loop, 0, module, named, optimizer)
 
         _try_smallest(job, 0, shard, module, device)
         step_s = _step_s(train, job, device)
@@ -119,25 +122,25 @@ def measure_narrow(job: Job, number: int, device: torch.device) -> StepCost:
     """
     with _failures_named(job):
         held = assignments(job)
-        worker = Worker(job, WorkerSlot(number, Team(job.config.train.workers)), device, held)
+        worker = Worker(job, slot_of(job, number), device, held)
         neurons, main = held.of(0)[number], held.of(job.schedule.main_round)[number]
         envelope = Envelope(route_of(job.split, job.config.exchange, job.split.cut(main)), device)
         whole, exchange = _state(job, device), job.config.exchange
         outgoing, cut = Outgoing(job.split, exchange), job.split.cut(neurons)
-        outgoing.write(whole, cut, 1, envelope)
+        outgoing.write(LocalStore(whole), cut, 1, envelope)
         fresh = envelope.flat.clone()
 
         def train(job: Job) -> None:
-            worker.job = job
+            worker.job, worker.loop.schedule = job, job.schedule
             envelope.flat.copy_(fresh)
             worker.train(0, envelope)
 
         frozen, _ = FrozenSender(job.split, exchange, whole, device).write("", number, 0, job.split.frozen_cut(neurons))
         fixed = worker.frozen.update(neurons, number, 0, frozen, device)
         bind(worker.module, {**WorkerEnd(job.split, exchange, device).open(envelope).tensors, **fixed})
-        _try_smallest(job, number, worker.shard, worker.module, device)
+        _try_smallest(job, number, worker.loop.shard, worker.module, device)
         step_s = _step_s(train, job, device)
-        batch = fetch(worker.shard, job.schedule.dealing.batch(number, 0), device)
+        batch = fetch(worker.loop.shard, job.schedule.dealing.batch(number, 0), device)
         return StepCost(
             step_s,
             sum(parameter.nbytes for parameter in worker.module.parameters() if parameter.requires_grad),
@@ -157,14 +160,15 @@ def measure_coordinator(job: Job, device: torch.device) -> CoordinatorCost:
         cuts = [job.split.cut(neurons) for neurons in held.of(round_number)]
         envelopes = [buffers.envelope(worker, outgoing.route(part)) for worker, part in enumerate(cuts)]
         for part, envelope in zip(cuts, envelopes, strict=True):
-            outgoing.write(state, part, 1, envelope)
+            outgoing.write(LocalStore(state), part, 1, envelope)
         return cuts, envelopes
 
     cuts, envelopes = cut()
 
     def merge() -> None:
         trained = [
-            (w, read_trained(job.config.exchange, state, cuts[w], envelope)) for w, envelope in enumerate(envelopes)
+            (w, read_trained(job.config.exchange, LocalStore(state), cuts[w], envelope))
+            for w, envelope in enumerate(envelopes)
         ]
         for _, tensors in trained:
             for tensor in tensors.values():

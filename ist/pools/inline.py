@@ -3,7 +3,8 @@
 Bytes are counted as if workers were processes: of those whose messages would cross a link (`remote_workers`).
 """
 
-from collections.abc import Generator, Iterable
+from collections import deque
+from collections.abc import Generator
 
 import torch
 
@@ -26,6 +27,7 @@ class InlinePool:
         self._seats = [Seat(job, device, held, site) for _ in self._names]
         self._buffers = Buffers(device)
         self._meter = meter
+        self._submitted: deque[tuple[int, Subnet]] = deque()
         self._remote = remote_workers(job.config)
 
     def gather(self, round_number: int) -> tuple[str, ...]:  # noqa: ARG002
@@ -40,17 +42,23 @@ class InlinePool:
         """Return a worker's envelope."""
         return self._buffers.envelope(worker, route)
 
-    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
-        """Train the subnets in order."""
-        for subnet in subnets:
-            is_remote = subnet.worker in self._remote
-            if is_remote:
-                self._meter.sent[subnet.worker] += subnet.down_bytes
-            worker = self._seats[subnet.worker].worker(subnet.slot)
-            worker.train(round_number, subnet.envelope, subnet.frozen)
-            if is_remote:
-                self._meter.received[subnet.worker] += subnet.envelope.up.nbytes
-            yield subnet
+    def submit(self, round_number: int, subnet: Subnet) -> None:
+        """Note a subnet; it is trained when its result is asked for."""
+        if subnet.worker in self._remote:
+            self._meter.sent[subnet.worker] += subnet.down_bytes
+        self._submitted.append((round_number, subnet))
+
+    def results(self) -> Generator[Subnet | Lost]:
+        """Train the subnets, in the order in which they were submitted."""
+        try:
+            while self._submitted:
+                round_number, subnet = self._submitted.popleft()
+                self._seats[subnet.worker].worker(subnet.slot).train(round_number, subnet.envelope, subnet.frozen)
+                if subnet.worker in self._remote:
+                    self._meter.received[subnet.worker] += subnet.envelope.up.nbytes
+                yield subnet
+        finally:
+            self._submitted.clear()
 
     def close(self) -> None:
         """Nothing to let go."""

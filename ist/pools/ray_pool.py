@@ -13,7 +13,7 @@ Not here: starting or finding a cluster (`ist/pools/ray_cluster.py`), what a los
 """
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -118,6 +118,9 @@ class RayPool:
         self._crew: list[_Member | None] = []  # None: one that the round begins without
         self._generation = 0
         self._ticket = -1
+        self._began = 0.0
+        self._submitted: list[Subnet] = []  # in this round
+        self._pending: dict[Any, Subnet] = {}  # by the reference of their result
         self._failed_starts: dict[int, int] = {}
         self._hopeless: set[int] = set()
         self._retry_at: dict[int, float] = {}
@@ -169,45 +172,46 @@ class RayPool:
             self._scratch = torch.zeros(route.nbytes, dtype=torch.uint8)
         return Envelope(route, flat=self._scratch)
 
-    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
-        """Send subnets, and yield each as it comes back; whoever is not back in time is told so."""
-        began = time.monotonic()
-        self._ticket += 1
-        pending: dict[Any, Subnet] = {}
+    def submit(self, round_number: int, subnet: Subnet) -> None:
+        """Put a subnet into the object store, and have its actor train it."""
+        if not self._submitted:  # the first of a round
+            self._began, self._ticket = time.monotonic(), self._ticket + 1
+        self._submitted.append(subnet)
+        if self._crew[subnet.worker] is None:
+            return
         try:
-            yield from self._train(round_number, subnets, pending, began)
+            sent = ray.put(subnet.envelope.flat[: subnet.sent_bytes].numpy())
+            beside = [ray.put(subnet.frozen.flat.numpy())] if subnet.frozen is not None else []
+        except RayError as error:
+            raise PoolError(
+                f"a subnet of {subnet.down_bytes} bytes does not fit into the object store ({first_line(error)}): "
+                "give nodes a larger one (ray start --object-store-memory; shm_size in containers)"
+            ) from error
+        actor = self._member(subnet).actor
+        self._pending[actor.train.remote(self._ticket, round_number, subnet.slot, sent, *beside)] = subnet
+        self._meter.sent[subnet.worker] += subnet.down_bytes
+
+    def results(self) -> Generator[Subnet | Lost]:
+        """Yield each subnet as it comes back; a worker that is not back in time is told so."""
+        submitted, self._submitted = self._submitted, []
+        pending, self._pending = self._pending, {}
+        try:
+            for subnet in submitted:
+                if self._crew[subnet.worker] is None:
+                    yield Lost(subnet.worker, "it died, and others keep dying while its replacement starts")
+            while pending:
+                left = self._began + self._round_s - time.monotonic()
+                done, _ = ray.wait(list(pending), timeout=max(0.0, left))
+                if not done:
+                    break
+                subnet = pending.pop(done[0])
+                yield self._result(done[0], subnet)
+                del done
+            for ref in list(pending):
+                yield self._late(ref, pending.pop(ref))
         finally:  # also where the round ends early
             for ref, subnet in pending.items():
                 self._abandon(self._member(subnet), ref)
-
-    def _train(
-        self, round_number: int, subnets: Iterable[Subnet], pending: dict[Any, Subnet], began: float
-    ) -> Iterator[Subnet | Lost]:
-        for subnet in subnets:
-            if self._crew[subnet.worker] is None:
-                yield Lost(subnet.worker, "it died, and others keep dying while its replacement starts")
-                continue
-            try:
-                sent = ray.put(subnet.envelope.flat[: subnet.sent_bytes].numpy())
-                beside = [ray.put(subnet.frozen.flat.numpy())] if subnet.frozen is not None else []
-            except RayError as error:
-                raise PoolError(
-                    f"a subnet of {subnet.down_bytes} bytes does not fit into the object store ({first_line(error)}): "
-                    "give nodes a larger one (ray start --object-store-memory; shm_size in containers)"
-                ) from error
-            actor = self._member(subnet).actor
-            pending[actor.train.remote(self._ticket, round_number, subnet.slot, sent, *beside)] = subnet
-            self._meter.sent[subnet.worker] += subnet.down_bytes
-        while pending:
-            left = began + self._round_s - time.monotonic()
-            done, _ = ray.wait(list(pending), timeout=max(0.0, left))
-            if not done:
-                break
-            subnet = pending.pop(done[0])
-            yield self._result(done[0], subnet)
-            del done
-        for ref in list(pending):
-            yield self._late(ref, pending.pop(ref))
 
     def close(self) -> None:
         """Let the actors and their resources go."""

@@ -7,7 +7,7 @@ Not here: starting processes (`ist/launch/start.py`, or torchrun itself), and ma
 """
 
 import os
-from collections.abc import Generator, Hashable, Iterable, Sequence
+from collections.abc import Generator, Hashable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,7 @@ from ist.distributed.process_group import Membership, peer_errors
 from ist.errors import ConfigError, PoolError
 from ist.monitoring.meter import Meter
 from ist.rng import Indices
-from ist.subnet.assignments import Team, WorkerSlot
-from ist.subnet.job import Job, assignments, with_workers
+from ist.subnet.job import Job, assignments, slot_of, with_workers
 from ist.subnet.split_model import ShapeKeys
 from ist.training.worker import Worker
 from ist.training.worker_state import Site
@@ -107,6 +106,11 @@ class TorchrunPool:
         self._local = _worker(job, 0, membership, site) if self._first_rank == 0 else None
         self._names = tuple(f"rank {self._rank(worker)}" for worker in range(job.config.train.workers))
         self._buffers = Buffers(membership.device)
+        self._round_number = 0
+        self._own: Subnet | None = None  # of worker 0, where rank 0 is a worker
+        self._outstanding: list[Subnet] = []
+        self._sends: list[dist.Work] = []
+        self._receives: list[dist.Work] = []
 
     def gather(self, round_number: int) -> tuple[str, ...]:  # noqa: ARG002
         """All ranks are there, or torch.distributed ends the run."""
@@ -120,35 +124,57 @@ class TorchrunPool:
         """Return a worker's envelope."""
         return self._buffers.envelope(worker, route)
 
-    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
-        """Send all subnets, train worker 0's here if rank 0 is a worker, and yield each as it comes back."""
-        subnets = list(subnets)
-        remote = [subnet for subnet in subnets if self._rank(subnet.worker) != 0]
-        sends = self._channel.send([(self._rank(s.worker), s.worker, s.envelope.flat[: s.sent_bytes]) for s in remote])
-        # In a batch of its own: a worker reads in the first message how long the second is.
-        sends += self._channel.send(
-            [(self._rank(s.worker), s.worker, s.frozen.flat.to(self._carrier)) for s in remote if s.frozen is not None]
-        )
-        back = [(self._rank(s.worker), s.worker, s.envelope.up.flat) for s in remote]
-        # A trained subnet is received over the one that was sent: it cannot come before the other has arrived.
-        # With gloo the receives are posted now, so that data flow while this rank trains; a waiting NCCL receive
-        # would take the GPU's time.
-        receives = self._channel.receive(back) if self._early else []
-        if self._local is not None:
-            self._local.train(round_number, subnets[0].envelope, subnets[0].frozen)
-            yield subnets[0]
-        receives = receives or self._channel.receive(back)
+    def submit(self, round_number: int, subnet: Subnet) -> None:
+        """Begin to send a subnet, with gloo; NCCL's are sent together when the first result is asked for."""
+        self._round_number = round_number
+        if self._rank(subnet.worker) == 0:
+            self._own = subnet
+            return
+        self._outstanding.append(subnet)
+        if self._early:
+            self._send([subnet])
+            # With gloo the receives are posted now, so that data flow while this rank trains. A trained subnet is
+            # received over the one that was sent: it cannot come before the other has arrived.
+            self._receives += self._channel.receive([self._back(subnet)])
+
+    def results(self) -> Generator[Subnet | Lost]:
+        """Train worker 0's subnet here if rank 0 is a worker, and yield each of the others as it comes back."""
+        remote, receives = self._outstanding, self._receives
+        if not self._early:
+            self._send(remote)
+        sends, self._sends = self._sends, []
+        own, self._own, self._outstanding, self._receives = self._own, None, [], []
+        if own is not None:
+            assert self._local is not None
+            self._local.train(self._round_number, own.envelope, own.frozen)
+            yield own
+        if not self._early:  # a waiting NCCL receive would take the GPU's time
+            receives = self._channel.receive([self._back(subnet) for subnet in remote])
         # NCCL coalesces a batch into one work.
-        waits = [[work] for work in receives] if len(receives) == len(back) else [receives] + [[]] * (len(back) - 1)
-        for subnet, works in zip(remote, waits, strict=True):
+        works = [[work] for work in receives]
+        waits = works if len(receives) == len(remote) else [receives] + [[]] * (len(remote) - 1)
+        for subnet, waited in zip(remote, waits, strict=True):
             try:
-                _wait(works, f"rank {self._rank(subnet.worker)}")
+                _wait(waited, f"rank {self._rank(subnet.worker)}")
             except PoolError as error:
                 yield Lost(subnet.worker, str(error))
                 continue
             self._channel.finish(subnet.worker, subnet.envelope.up.flat)
             yield subnet
         _wait(sends, "sending subnets")
+
+    def _send(self, subnets: Sequence[Subnet]) -> None:
+        """Begin to send subnets, and in a batch of its own what goes beside them.
+
+        A worker reads in the first message how long the second is.
+        """
+        first = [(self._rank(s.worker), s.worker, s.envelope.flat[: s.sent_bytes]) for s in subnets]
+        beside = [(self._rank(s.worker), s.worker, s.frozen.flat.to(self._carrier)) for s in subnets if s.frozen]
+        self._sends += self._channel.send(first) + self._channel.send(beside)
+
+    def _back(self, subnet: Subnet) -> tuple[int, int, Tensor]:
+        """Return from which rank a subnet comes back, and where to."""
+        return self._rank(subnet.worker), subnet.worker, subnet.envelope.up.flat
 
     def close(self) -> None:
         """Nothing to let go: the process group outlives the run."""
@@ -215,7 +241,7 @@ class RankWorker:
 
 def _worker(job: Job, number: int, membership: Membership, site: Site | None) -> Worker:
     """Make the worker that a rank is for the whole run."""
-    return Worker(job, WorkerSlot(number, Team(job.config.train.workers)), membership.device, assignments(job), site)
+    return Worker(job, slot_of(job, number), membership.device, assignments(job), site)
 
 
 def _begin(operations: list[dist.P2POp]) -> list[dist.Work]:

@@ -66,6 +66,29 @@ class Following:
     first_round: int
 
 
+@dataclass(frozen=True)
+class _Process:
+    """What this process has for its part of a run.
+
+    Attributes:
+        job: The run, for as many workers as processes were started.
+        folder: Where rank 0 writes; None: nowhere.
+        membership: This rank of the process group; None: there is none.
+        meter: Counts bytes.
+        device: Where it computes.
+        site: Where its workers save their state; None: nowhere.
+        stack: What is let go when the run ends.
+    """
+
+    job: Job
+    folder: RunFolder | None
+    membership: Membership | None
+    meter: Meter
+    device: torch.device
+    site: Site | None
+    stack: ExitStack
+
+
 def check_method(config: Config) -> None:
     """Check that the configured method exists and can run on the configured pool, and that the pool is installed.
 
@@ -168,49 +191,37 @@ def _opened(job: Job, folder: RunFolder | None, resume: bool, progress: bool) ->
             first_round = agree_on_start(membership, first_round, _fingerprint(config), job.task.contents)
         start = secrets.token_hex(4)
         site = _site(config, folder, membership, start, before) if config.workers_keep else None
-        meter = Meter()
         device = membership.device if membership else torch.device("cpu")
         if config.pool.spec.in_process:
             device = compute_device(config.pool)
+        process = _Process(job, folder, membership, Meter(), device, site, stack)
         if not (leads and num_processes(config) > config.train.workers):  # a dedicated coordinator is no worker
             stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))
         if membership and not leads:
-            follower = _follower(job, membership, meter, site)
-            stack.callback(follower.close)
-            yield Following(job, follower, first_round)
+            yield Following(job, _follower(process, membership), first_round)
             return
         gauge = MemoryGauge(device)
-        saved = tensors if before.rounds_done else None
-        method = _method(job, membership, meter, device, folder, site, saved, stack)
+        method = _method(process, tensors if before.rounds_done else None)
         watchers = open_watchers(config, folder, job.schedule.num_rounds, first_round, progress)
         for watcher in watchers:
             stack.callback(watcher.close)
-        recorder = RunRecorder(job, folder, watchers, before, meter, gauge, start)
+        recorder = RunRecorder(job, folder, watchers, before, process.meter, gauge, start)
         yield Leading(job, method, recorder, first_round, device)
 
 
-def _method(
-    job: Job,
-    membership: Membership | None,
-    meter: Meter,
-    device: torch.device,
-    folder: RunFolder | None,
-    site: Site | None,
-    saved: Mapping[str, Tensor] | None,
-    stack: ExitStack,
-) -> Method:
+def _method(process: _Process, saved: Mapping[str, Tensor] | None) -> Method:
     """Make what trains, with a checkpoint's tensors if the run is resumed; what it needs goes on the stack."""
-    config = job.config
+    job, config, meter = process.job, process.job.config, process.meter
     model, further = _restored(job, saved)
     average_state = {name: tensor for name, tensor in further.items() if name.startswith(AVERAGE)}
     method_state = {name: tensor for name, tensor in further.items() if not name.startswith(AVERAGE)}
     make = implementation(config)
     method: Method
     if config.method_spec.has_coordinator:
-        pool = _pool(job, membership, meter, device, folder, site, stack)
-        method = make(job, pool, model.to(device), meter, method_state if saved is not None else None)
+        state = method_state if saved is not None else None
+        method = make(job, _pool(process), model.to(process.device), meter, state)
     else:
-        method = make(job, membership, model.to(device), method_state, meter)
+        method = make(job, process.membership, model.to(process.device), method_state, meter)
     if config.recipe.average.kind != "none":
         method = Averaged(
             method, config.recipe.average, job.schedule.num_rounds, average_state if saved is not None else None
@@ -219,32 +230,25 @@ def _method(
         raise CheckpointError(
             "the checkpoint holds an average, but 'recipe.average.kind' is 'none': configure what it was"
         )
-    stack.callback(method.close)
+    process.stack.callback(method.close)
     return method
 
 
-def _pool(
-    job: Job,
-    membership: Membership | None,
-    meter: Meter,
-    device: torch.device,
-    folder: RunFolder | None,
-    site: Site | None,
-    stack: ExitStack,
-) -> WorkerPool:
+def _pool(process: _Process) -> WorkerPool:
     """Make the pool; what it needs for as long as the run lasts goes on the stack."""
-    if membership:
-        return TorchrunPool(job, membership, meter, site)
+    job, folder, meter, site = process.job, process.folder, process.meter, process.site
+    if process.membership:
+        return TorchrunPool(job, process.membership, meter, site)
     if job.config.pool.spec.in_process:
-        return InlinePool(job, device, meter, site)
+        return InlinePool(job, process.device, meter, site)
     from ist.pools.ray_cluster import connected
     from ist.pools.ray_pool import RayPool
 
     go_on = f"Go on from the last checkpoint with: {resume_command(folder.path)}" if folder else ""
-    stack.enter_context(connected(job.config, go_on))
+    process.stack.enter_context(connected(job.config, go_on))
     name = folder.path.name if folder else job.config.name
     pool = RayPool(job, meter, f"{name}-{secrets.token_hex(3)}", site=site)
-    stack.callback(pool.close)
+    process.stack.callback(pool.close)
     pool.gather(0)  # starting actors is no part of the first round
     return pool
 
@@ -263,11 +267,15 @@ def _site(
     return Site.from_text(told, config.checkpoint) if told else None
 
 
-def _follower(job: Job, membership: Membership, meter: Meter, site: Site | None) -> Follower:
+def _follower(process: _Process, membership: Membership) -> Follower:
+    job = process.job
+    follower: Follower
     if job.config.method_spec.has_coordinator:
-        return RankWorker(job, membership, site)
-    made: Follower = implementation(job.config)(job, membership, job.task.build(), {}, meter)
-    return made
+        follower = RankWorker(job, membership, process.site)
+    else:
+        follower = implementation(job.config)(job, membership, job.task.build(), {}, process.meter)
+    process.stack.callback(follower.close)
+    return follower
 
 
 def _restored(job: Job, saved: Mapping[str, Tensor] | None) -> tuple[torch.nn.Module, dict[str, Tensor]]:

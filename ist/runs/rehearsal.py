@@ -26,9 +26,8 @@ from ist.network.failures import located, loss_of
 from ist.optimization import optimizers
 from ist.optimization.step_settings import apply_settings, matching_groups
 from ist.rng import Indices, Purpose, seeded
-from ist.subnet.assignments import Team, WorkerSlot
 from ist.subnet.cut import cut_specs
-from ist.subnet.job import Job, assignments
+from ist.subnet.job import Job, assignments, slot_of
 from ist.subnet.module import bind, collect
 from ist.tensors import TensorSpec, named_tensors
 from ist.training.worker import Worker
@@ -84,7 +83,7 @@ def _warn_of_unrepeatable(job: Job) -> None:
 
 
 def _one_step(job: Job, device: torch.device) -> None:
-    worker = Worker(job, WorkerSlot(0, Team(job.config.train.workers)), device, assignments(job))
+    worker = Worker(job, slot_of(job, 0), device, assignments(job))
     neurons = worker.neurons(0)
     message = Message(layout_of(cut_specs(job.split.specs, job.split.cut(neurons))), device)
     specs = cut_specs(job.split.frozen_specs, job.split.frozen_cut(neurons))
@@ -104,7 +103,7 @@ def _one_step(job: Job, device: torch.device) -> None:
     def numbers() -> Indices:
         return job.schedule.dealing.shard(0)[batch]
 
-    inputs, targets = fetch(worker.shard, batch, device, numbers)
+    inputs, targets = fetch(worker.loop.shard, batch, device, numbers)
     with located("network, data and loss do not fit each other"):
         outputs = call_model(worker.module, inputs)
         loss = loss_of(job.task.loss, outputs, targets, numbers)

@@ -137,20 +137,44 @@ def reassemble(
     Reference: Yuan et al., arXiv 1910.02120, section 3 (disjoint parts); Liao and Kyrillidis,
     arXiv 2112.02668, Algorithm 1 (mean over those that trained an entry).
     """
-    returned: dict[int, Mapping[str, Tensor]] = {}
-    holders: dict[str, list[int]] = {}
+    merge = Merge(state, cuts, exclusive)
     for worker, tensors in trained:
-        returned[worker] = tensors
+        merge.add(worker, tensors)
+    merge.finish()
+
+
+class Merge:
+    """The merge of a round, subnet by subnet as they arrive; see `reassemble`.
+
+    Args:
+        state: Whole tensors, contiguous, overwritten.
+        cuts: Every worker's positions.
+        exclusive: Tensors of which no entry has two holders; `add` writes them at once.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], cuts: Sequence[Cut], exclusive: frozenset[str]) -> None:
+        self._state = state
+        self._cuts = cuts
+        self._exclusive = exclusive
+        self._returned: dict[int, Mapping[str, Tensor]] = {}
+        self._holders: dict[str, list[int]] = {}
+
+    def add(self, worker: int, tensors: Mapping[str, Tensor]) -> None:
+        """Merge what a worker trained; `tensors` must stay as they are until `finish` returns."""
+        self._returned[worker] = tensors
         for name in tensors:
-            if name in exclusive:
-                _put(state[name], cuts[worker][name], tensors[name])
+            if name in self._exclusive:
+                _put(self._state[name], self._cuts[worker][name], tensors[name])
             else:
-                holders.setdefault(name, []).append(worker)
-    for name, workers in holders.items():
-        # In the order of workers, not of arrival: a sum of floats depends on its order.
-        workers.sort()
-        parts = (returned[worker][name] for worker in workers)
-        _merge_mean(state[name], [cuts[worker][name] for worker in workers], parts)
+                self._holders.setdefault(name, []).append(worker)
+
+    def finish(self) -> None:
+        """Merge the tensors that several workers hold: each entry becomes their mean."""
+        for name, workers in self._holders.items():
+            # In the order of workers, not of arrival: a sum of floats depends on its order.
+            workers.sort()
+            parts = (self._returned[worker][name] for worker in workers)
+            _merge_mean(self._state[name], [self._cuts[worker][name] for worker in workers], parts)
 
 
 def write_cut(whole: Tensor, cut: TensorCut, value: bool) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from ist.config.schema import Config
 from ist.evaluation.task import Task
 from ist.optimization.schedule import Schedule
-from ist.subnet.assignments import Assignments
+from ist.subnet.assignments import Assignments, Team, WorkerSlot
 from ist.subnet.split_model import SplitModel
 
 
@@ -33,6 +33,11 @@ class Job:
 def assignments(job: Job) -> Assignments:
     """Return who holds which neurons in each round of a run."""
     return Assignments(job.split, job.schedule, job.config.partition)
+
+
+def slot_of(job: Job, worker: int) -> WorkerSlot:
+    """Return the slot of a worker in a round with as many workers as are configured."""
+    return WorkerSlot(worker, Team(job.config.train.workers))
 
 
 def with_workers(job: Job, num_workers: int) -> Job:

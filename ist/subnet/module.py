@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ist.errors import ConfigError, ModelError
+from ist.network.attention import with_some_heads
 from ist.network.copies import copied, like
 from ist.neurons.attribute_sizes import Origin, set_integer
 from ist.neurons.group import Group
 from ist.neurons.tracing.call_sites import Resizes
 from ist.rng import Indices
-from ist.subnet.attention import with_some_heads
 from ist.subnet.call_sizes import resize_calls
 from ist.tensors import TensorSpec, named_tensors
 

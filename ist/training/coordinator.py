@@ -5,7 +5,7 @@ Not here: the round loop; gloo, nccl, ray; files; printing.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -15,13 +15,14 @@ from ist.checks.finite_values import not_finite_sample
 from ist.config.schema import Config, min_returned
 from ist.errors import DivergedError, ISTError, PoolError, WorkerLostError
 from ist.measurements import combined
-from ist.monitoring.meter import Meter
+from ist.monitoring.meter import Meter, Stopwatch
 from ist.optimization import optimizers
 from ist.storage.checkpoint import check_tensors
 from ist.subnet.assignments import Team, WorkerSlot
-from ist.subnet.cut import Cut, placed, reassemble
+from ist.subnet.cut import Cut, placed
 from ist.subnet.job import Job, assignments
 from ist.subnet.partition import holds_everything
+from ist.subnet.store import LocalStore, ParameterStore
 from ist.tensors import is_finite
 from ist.training.outer_optimizer import PREFIX as OUTER
 from ist.training.outer_optimizer import OuterStep
@@ -63,14 +64,13 @@ class Coordinator:
         self._min_returned = min_returned(job.config)
         self._balance = SpeedBalance() if job.config.partition.balance == "speed" else None
         self._held = assignments(job)
-        self._team = Team(job.config.train.workers)
         self._outgoing = Outgoing(job.split, job.config.exchange)
         self._device = device = next(model.parameters()).device
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data = tensor.data.contiguous()
         tensors = model.state_dict()
         fresh = optimizers.initial_state(job.split.state_slots, job.split.state_specs, device)
-        self._state: dict[str, Tensor] = {name: tensors[name] for name in job.split.model_specs} | fresh
+        self._store: ParameterStore = LocalStore({name: tensors[name] for name in job.split.model_specs} | fresh)
         trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         momentum = (
             {f"{OUTER}{name}": tensor for name, tensor in trained.items()} if job.config.recipe.has_outer_step else {}
@@ -85,7 +85,7 @@ class Coordinator:
         if job.config.recipe.has_outer_step:
             self._outer = OuterStep(trained, {name: saved.pop(name) for name in list(saved) if name.startswith(OUTER)})
         for name, tensor in saved.items():
-            self._state[name].copy_(tensor)
+            self._store.tensors()[name].copy_(tensor)
 
     @property
     def model(self) -> nn.Module:
@@ -105,45 +105,53 @@ class Coordinator:
 
         Reference: Yuan et al., arXiv 1910.02120, Algorithm 1.
         """
+        settings = self.job.schedule.outer(round_number)
+        outer = None if settings.is_plain else self._outer
+        if outer:
+            outer.begin()
         failed: list[Lost] = []
-        outer = None if self.job.schedule.outer(round_number).is_plain else self._outer
-        # Where all hold everything, how long a worker takes says nothing of shares, and does not follow them.
-        balance = None if holds_everything(self._held.partition(round_number)) else self._balance
         for left in reversed(range(attempts(self.job.config))):
             names = self._pool.gather(round_number)
-            before = dict(self._meter.seconds)
-            self._team = Team(len(names), balance.capacities(names) if balance else None)
-            self._frozen.begin(map(self._pool.process, range(len(names))))
-            with self._meter.phase("cut"):
-                cuts = placed(self._held.cuts(round_number, self._team), self._device)
-            headers: list[Header] = []
-            lost: list[Lost] = []
-            if outer and not failed:
-                outer.begin()
+            team = self._team(names, round_number)
+            arrivals, watch = _Arrivals(team.num_workers, self._min_returned), Stopwatch()
+            self._frozen.begin(map(self._pool.process, range(team.num_workers)))
+            with watch.phase("cut"):
+                cuts = placed(self._held.cuts(round_number, team), self._device)
+            for worker, cut in enumerate(cuts):
+                with watch.phase("cut"):
+                    subnet = self._cut(round_number, WorkerSlot(worker, team), cut)
+                with watch.phase("exchange"):
+                    self._pool.submit(round_number, subnet)
             try:
-                with self._meter.phase("merge"):
-                    subnets = self._subnets(round_number, cuts)
-                    trained = self._accept(round_number, subnets, cuts, headers, lost)
-                    reassemble(self._state, cuts, trained, self._held.exclusive(round_number))
+                with closing(self._pool.results()) as results:
+                    merge = self._store.merge(cuts, self._held.exclusive(round_number))
+                    while True:
+                        with watch.phase("exchange"):
+                            result = next(results, None)
+                        if result is None:
+                            break
+                        with watch.phase("merge"):
+                            tensors = self._take(round_number, result, cuts, arrivals)
+                            if tensors is not None:
+                                merge.add(result.worker, tensors)
+                with watch.phase("merge"):
+                    merge.finish()
                     if outer:
-                        outer.step(self.job.schedule.outer(round_number), cuts, (header.worker for header in headers))
+                        outer.step(settings, cuts, (header.worker for header in arrivals.headers))
                 break
             except WorkerLostError:
                 if not left:
                     raise
-                failed += lost
-        spent = {phase: seconds - before.get(phase, 0.0) for phase, seconds in self._meter.seconds.items()}
-        if balance:
-            took = {header.worker: header.numbers["compute_s"] for header in headers}
-            took |= {late.worker: spent["train"] for late in lost if late.kind == "late"}
-            balance.note({names[worker]: seconds for worker, seconds in took.items()})
-        report = _report(headers, lost, spent, self._pool.parallel)
+                failed += arrivals.lost
+        self._note_speed(round_number, names, arrivals, watch)
+        report = _report(arrivals.headers, arrivals.lost, watch.seconds, self._pool.parallel)
         return replace(report, lost=(*failed, *report.lost))
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
         """Return the whole network's tensors, carried optimiser state, and the outer step's momentum."""
         outer = self._outer.checkpoint_state() if self._outer else {}
-        return {**self._model.state_dict(), **{name: self._state[name] for name in self.job.split.state_specs}, **outer}
+        stored = self._store.tensors()
+        return {**self._model.state_dict(), **{name: stored[name] for name in self.job.split.state_specs}, **outer}
 
     def bytes_sent(self) -> int:
         """Return the bytes of all messages so far, both ways."""
@@ -153,23 +161,58 @@ class Coordinator:
         """Let the workers go."""
         self._pool.close()
 
-    def _subnets(self, round_number: int, cuts: Sequence[Cut]) -> Iterator[Subnet]:
-        """Cut each subnet when it is asked for.
+    def _team(self, names: Sequence[str], round_number: int) -> Team:
+        """Return the workers of a round, with shares that follow their speed where that is configured."""
+        balance = self._balance_of(round_number)
+        return Team(len(names), balance.capacities(names) if balance else None)
 
-        By then others may have been merged: what two workers hold is merged last of all, and the rest is theirs alone.
+    def _balance_of(self, round_number: int) -> SpeedBalance | None:
+        """Return what shares follow in a round: nothing where all hold everything, and time says nothing of shares."""
+        return None if holds_everything(self._held.partition(round_number)) else self._balance
+
+    def _note_speed(self, round_number: int, names: Sequence[str], arrivals: "_Arrivals", watch: Stopwatch) -> None:
+        """Note how long each worker of a round took, for the shares of the next."""
+        if balance := self._balance_of(round_number):
+            took = {header.worker: header.numbers["compute_s"] for header in arrivals.headers}
+            took |= {late.worker: watch.seconds["exchange"] for late in arrivals.lost if late.kind == "late"}
+            balance.note({names[worker]: seconds for worker, seconds in took.items()})
+
+    def _cut(self, round_number: int, slot: WorkerSlot, cut: Cut) -> Subnet:
+        """Cut a worker's subnet into the memory that the pool gives for it, with what it lacks of frozen parameters."""
+        worker = slot.worker
+        envelope = self._pool.envelope(worker, self._outgoing.route(cut))
+        sent = self._outgoing.write(self._store, cut, round_number, envelope)
+        neurons = self._held.of(round_number, slot.team)[worker]
+        frozen, relies = self._frozen.write(
+            self._pool.process(worker), worker, round_number, self.job.split.frozen_cut(neurons)
+        )
+        envelope.down.write_header(Header(round_number, worker, relies=relies))
+        return Subnet(slot, envelope, sent, frozen)
+
+    def _take(
+        self, round_number: int, result: Subnet | Lost, cuts: Sequence[Cut], arrivals: "_Arrivals"
+    ) -> Mapping[str, Tensor] | None:
+        """Return what a worker trained, checked; None: it is left out of the merge.
+
+        Raises:
+            ISTError: Too many are left out; see `train_round`.
         """
-        held = self._held.of(round_number, self._team)
-        for worker, (cut, neurons) in enumerate(zip(cuts, held, strict=True)):
-            with self._meter.phase("cut"):
-                envelope = self._pool.envelope(worker, self._outgoing.route(cut))
-                sent = self._outgoing.write(self._state, cut, round_number, envelope)
-                frozen, relies = self._frozen.write(
-                    self._pool.process(worker), worker, round_number, self.job.split.frozen_cut(neurons)
-                )
-                envelope.down.write_header(Header(round_number, worker, relies=relies))
-            yield Subnet(WorkerSlot(worker, self._team), envelope, sent, frozen)
+        worker = result.worker
+        if isinstance(result, Lost):
+            arrivals.lose(result, arrivals.lost_error(result, round_number))
+            return None
+        try:
+            header = result.envelope.up.read_header(round_number, worker)
+            self._check_finite(header, result.envelope.up.tensors, arrivals.num_workers)
+            tensors = read_trained(self.job.config.exchange, self._store, cuts[worker], result.envelope)
+        except (PoolError, DivergedError) as error:
+            arrivals.lose(Lost(worker, str(error), "rejected"), error)
+            return None
+        arrivals.headers.append(header)
+        self._frozen.returned(self._pool.process(worker))
+        return tensors
 
-    def _check_finite(self, header: Header, tensors: Mapping[str, Tensor]) -> None:
+    def _check_finite(self, header: Header, tensors: Mapping[str, Tensor], num_workers: int) -> None:
         if not math.isfinite(loss := header.numbers["loss_sum"]):
             what = f"a loss of {loss}"
         else:
@@ -178,48 +221,44 @@ class Coordinator:
             if bad is None:
                 return
             what = f"values in '{bad.removesuffix(SCALE)}' that are not finite"
-        raise diverged(self.job, self._team.num_workers, header.worker, what, header.round_number)
+        raise diverged(self.job, num_workers, header.worker, what, header.round_number)
 
-    def _accept(
-        self,
-        round_number: int,
-        subnets: Iterator[Subnet],
-        cuts: Sequence[Cut],
-        headers: list[Header],
-        lost: list[Lost],
-    ) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-        """Yield what workers return, checked, as it arrives; note headers, and who is left out."""
-        results = self._pool.train(round_number, subnets)
-        num_workers = self._team.num_workers
-        needed = min(self._min_returned, num_workers)
-        causes: list[ISTError] = []
-        with closing(results):
-            while True:
-                with self._meter.phase("train"):
-                    result = next(results, None)
-                if result is None:
-                    break
-                if isinstance(result, Subnet):
-                    try:
-                        header = result.envelope.up.read_header(round_number, result.worker)
-                        self._check_finite(header, result.envelope.up.tensors)
-                        tensors = read_trained(
-                            self.job.config.exchange, self._state, cuts[result.worker], result.envelope
-                        )
-                    except (PoolError, DivergedError) as error:
-                        causes.append(error)
-                        lost.append(Lost(result.worker, str(error), "rejected"))
-                    else:
-                        headers.append(header)
-                        self._frozen.returned(self._pool.process(result.worker))
-                        yield result.worker, tensors
-                else:
-                    lost.append(result)
-                    text = f"worker {result.worker} was {result.kind} in round {round_number} ({result.reason})"
-                    causes.append(WorkerLostError(f"{text}; {needed} of {num_workers} workers are needed"))
-                if num_workers - len(lost) < needed:
-                    # Who was lost can be replaced: that comes before who returned nonsense.
-                    raise next((cause for cause in causes if isinstance(cause, WorkerLostError)), causes[0])
+
+class _Arrivals:
+    """What has come back in an attempt at a round.
+
+    Args:
+        num_workers: Workers of the round.
+        min_returned: The fewest whose part must come back well.
+
+    Attributes:
+        headers: Of those whose part is merged, in the order of arrival.
+        lost: Those that are left out.
+    """
+
+    def __init__(self, num_workers: int, min_returned: int) -> None:
+        self.num_workers = num_workers
+        self.headers: list[Header] = []
+        self.lost: list[Lost] = []
+        self._needed = min(min_returned, num_workers)
+        self._causes: list[ISTError] = []
+
+    def lost_error(self, lost: Lost, round_number: int) -> WorkerLostError:
+        """Return the error of a round that fails for a lost worker."""
+        text = f"worker {lost.worker} was {lost.kind} in round {round_number} ({lost.reason})"
+        return WorkerLostError(f"{text}; {self._needed} of {self.num_workers} workers are needed")
+
+    def lose(self, lost: Lost, cause: ISTError) -> None:
+        """Leave a worker out of the merge.
+
+        Raises:
+            ISTError: Too few are left: the first cause, that of a lost worker before others.
+        """
+        self.lost.append(lost)
+        self._causes.append(cause)
+        if self.num_workers - len(self.lost) < self._needed:
+            # Report lost workers first: they can be replaced, invalid results cannot.
+            raise next((error for error in self._causes if isinstance(error, WorkerLostError)), self._causes[0])
 
 
 def attempts(config: Config) -> int:
@@ -240,21 +279,21 @@ def diverged(job: Job, num_workers: int, worker: int, what: str, round_number: i
 
 
 def _report(headers: Sequence[Header], lost: Sequence[Lost], spent: Mapping[str, float], parallel: bool) -> RoundReport:
+    """Return the report of a round, of what its workers measured and how long each phase of its last attempt took."""
     measured = [header.numbers for header in headers]
     numbers = combined(measured, parallel)
     computes = [of_worker["compute_s"] for of_worker in measured]
     critical = max(computes) if parallel else sum(computes)
-    cut, merge = spent["cut"], spent["merge"] - spent["train"]
-    # Subnets are cut while the pool asks for them.
-    exchange = max(0.0, spent["train"] - cut - critical - numbers["aside_s"])
+    # While the coordinator waits for results, workers compute.
+    exchange = max(0.0, spent["exchange"] - critical - numbers["aside_s"])
     numbers |= {
         "workers": len(headers) + len(lost),
         "loss": sum(of_worker["loss_sum"] for of_worker in measured) / numbers["samples"],
         "exchange_s": exchange,
         "idle_s": max(0.0, critical - numbers["compute_s"]) if parallel else 0.0,
-        "cut_s": cut,
-        "merge_s": merge,
-        "virtual_s": max(of_worker["cpu_s"] for of_worker in measured) + exchange + cut + merge,
+        "cut_s": spent["cut"],
+        "merge_s": spent["merge"],
+        "virtual_s": max(of_worker["cpu_s"] for of_worker in measured) + exchange + spent["cut"] + spent["merge"],
     }
     by_worker = [header.numbers for header in sorted(headers, key=lambda header: header.worker)]
     return RoundReport(numbers, by_worker, tuple(lost))

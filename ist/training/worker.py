@@ -7,28 +7,22 @@ Not here: how the message got here, whose neurons they are, what happens to them
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ist.checks.drift import Operators, check_forward, is_due, operators
-from ist.data.batches import ShardedSampler, fetch, take_shard
-from ist.data.nested import call_model
-from ist.errors import AbandonedRoundError
 from ist.monitoring.meter import MemoryGauge, worker_numbers
-from ist.network.failures import located, loss_errors, loss_of, network_errors
+from ist.network.failures import located
 from ist.optimization import optimizers
-from ist.optimization.step_settings import apply_settings, matching_groups
-from ist.rng import Indices, Purpose, seeded
+from ist.rng import Indices
 from ist.subnet.assignments import Assignments, WorkerSlot
 from ist.subnet.job import Job
 from ist.subnet.module import bind, collect, multiply
 from ist.subnet.residual_blocks import scaled_blocks
 from ist.subnet.split_model import ShapeKeys
 from ist.tensors import is_finite
+from ist.training.local_loop import TaskLoop, local_steps
 from ist.training.worker_state import Keeper, Site
 from ist.transport.codec import Envelope
 from ist.transport.endpoints import WorkerEnd
@@ -60,8 +54,7 @@ class Worker:
         self.job = job
         self.slot = slot
         self.device = device
-        self.dealing = job.schedule.dealing_for(slot.team.num_workers)
-        self.shard: Dataset[Any] = take_shard(job.task.train_data, self.dealing.shard(slot.worker))
+        self.loop = TaskLoop(job, slot, device)
         self.gauge = MemoryGauge(device)
         self._held = held
         self._shape_keys = ShapeKeys(job.split)
@@ -133,9 +126,7 @@ class Worker:
         if job.split.state_slots and round_number > 0:
             optimizers.load_state(optimizer, named, job.split.state_slots, message.tensors)
         with scaled_blocks(module, self._held.held_block_scales(round_number, self.slot.team)):
-            total, samples = local_steps(
-                job, self.dealing, self.number, self.shard, module, named, optimizer, round_number, self.device, is_over
-            )
+            total, samples = local_steps(self.loop, round_number, module, named, optimizer, is_over)
         optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the subnet travels
         collect(module, message.tensors)
         check_frozen(module, fixed, sums)
@@ -202,81 +193,3 @@ class Seat:
         if self._worker is None or self._worker.slot != slot:
             self._worker = Worker(self._job, slot, self._device, self._held, self._site, self._frozen)
         return self._worker
-
-
-def local_steps(
-    job: Job,
-    dealing: ShardedSampler,
-    worker: int,
-    shard: Dataset[Any],
-    module: nn.Module,
-    named: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    round_number: int,
-    device: torch.device,
-    is_over: Callable[[], bool] | None = None,
-) -> tuple[float, int]:
-    """Make a round's optimiser steps on one worker's data: the local training step.
-
-    Args:
-        job: The run.
-        dealing: Which samples each step uses.
-        worker: Whose data and random numbers to use.
-        shard: The worker's data.
-        module: What to train: a narrow network, or a whole one that averages its gradients.
-        named: Its parameters that are trained, by their names in the whole network.
-        optimizer: Over them.
-        round_number: The round, from 0.
-        device: Where the module is.
-        is_over: Asked before each step whether the round has gone on without this worker; None: it never does.
-
-    Returns:
-        The sum of the samples' losses, and the number of samples. The device is done when it returns.
-
-    Raises:
-        AbandonedRoundError: It has.
-        DataError: A sample cannot be read, or its loss fails; the message names it, the round and the worker.
-        ModelError: The network fails; the message names the module.
-    """
-    loss_sum, samples = torch.zeros((), device=device), 0
-    groups = matching_groups(optimizer, named, job.schedule.group_of) if job.schedule.settings else []
-    with seeded(device, job.config.seed, Purpose.TRAINING, round_number, worker):
-        for step in job.schedule.steps(round_number):
-            if is_over is not None and is_over():
-                raise AbandonedRoundError(f"round {round_number} went on without worker {worker}")
-            if job.schedule.settings:
-                apply_settings(optimizer, groups, job.schedule.settings[step])
-            batch = dealing.batch(worker, step)
-            with located(f"round {round_number}, worker {worker}"):
-                loss = _step(job, dealing, worker, shard, module, optimizer, batch, device)
-            loss_sum.add_(loss, alpha=len(batch))
-            samples += len(batch)
-    return float(loss_sum), samples
-
-
-def _step(
-    job: Job,
-    dealing: ShardedSampler,
-    worker: int,
-    shard: Dataset[Any],
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Indices,
-    device: torch.device,
-) -> Tensor:
-    """Make one optimiser step on a batch, and return its loss."""
-
-    def numbers() -> Indices:
-        return dealing.shard(worker)[batch]
-
-    inputs, targets = fetch(shard, batch, device, numbers)
-    optimizer.zero_grad(set_to_none=True)
-    with network_errors(module):
-        outputs = call_model(module, inputs)
-    with loss_errors(numbers):
-        loss = loss_of(job.task.loss, outputs, targets, numbers)
-    with network_errors(module, "the backward pass"):
-        loss.backward()  # type: ignore[no-untyped-call]
-    with network_errors(module, f"a step of {type(optimizer).__name__}"):
-        optimizer.step()
-    return loss.detach()

@@ -15,6 +15,7 @@ from ist.config.partition import Coding, Exchange
 from ist.rng import Indices
 from ist.subnet.cut import Cut, cut_specs, extract, positions, reassemble
 from ist.subnet.split_model import SplitModel
+from ist.subnet.store import ParameterStore
 from ist.tensors import TensorSpec
 from ist.transport.codec import (
     Envelope,
@@ -62,39 +63,39 @@ class Outgoing:
         """Return what the messages of a cut look like."""
         return route_of(self._split, self._exchange, cut)
 
-    def write(self, state: Mapping[str, Tensor], cut: Cut, round_number: int, envelope: Envelope) -> int:
+    def write(self, store: ParameterStore, cut: Cut, round_number: int, envelope: Envelope) -> int:
         """Cut a subnet into an envelope; return how many bytes of it are to be sent."""
         route, into = envelope.route, envelope.down.tensors
         for name in sent_names(self._split, route.plain, round_number):
             if route.is_plain:
-                extract(state, cut, into={name: into[name]})
+                store.extract(cut, into={name: into[name]})
             else:  # one tensor after the other: a subnet more would be the memory of a whole network in a finish
                 spec = route.plain.specs[name]
                 part = {name: torch.empty(spec.shape, dtype=spec.dtype, device=envelope.flat.device)}
-                extract(state, cut, into=part)
+                store.extract(cut, into=part)
                 encode(part, into, self._exchange.down)
         return down_bytes(self._split, route, round_number)
 
 
-def read_trained(exchange: Exchange, state: Mapping[str, Tensor], cut: Cut, envelope: Envelope) -> Mapping[str, Tensor]:
+def read_trained(exchange: Exchange, store: ParameterStore, cut: Cut, envelope: Envelope) -> Mapping[str, Tensor]:
     """Return what a worker trained, by name: the coordinator's end of the way up.
 
     Args:
         exchange: How values are coded on the way.
-        state: Whole tensors. A tensor, when it is read, must be as it was when the subnet was cut, but for what other
-            workers alone hold.
+        store: The full network. A tensor, when it is read, must be as it was when the subnet was cut, but for what
+            other workers alone hold.
         cut: The worker's positions.
         envelope: Its messages; the one up is read.
     """
-    return envelope.up.tensors if envelope.route.is_plain else _Trained(exchange, state, cut, envelope)
+    return envelope.up.tensors if envelope.route.is_plain else _Trained(exchange, store, cut, envelope)
 
 
 class _Trained(Mapping[str, Tensor]):
     """Tensors that are made of what has travelled when they are read, so that not all of all workers are in memory."""
 
-    def __init__(self, settings: Exchange, state: Mapping[str, Tensor], cut: Cut, envelope: Envelope) -> None:
+    def __init__(self, settings: Exchange, store: ParameterStore, cut: Cut, envelope: Envelope) -> None:
         self._settings = settings
-        self._state = state
+        self._store = store
         self._cut = cut
         self._coded = envelope.up.tensors
         self._specs = envelope.route.plain.specs
@@ -105,7 +106,7 @@ class _Trained(Mapping[str, Tensor]):
         if not (self._settings.values == "deltas" and travels_as_delta(name, spec)):
             return value
         before = torch.empty(spec.shape, dtype=spec.dtype, device=value.device)
-        extract(self._state, self._cut, into={name: before})
+        self._store.extract(self._cut, into={name: before})
         return before.add_(value)
 
     def __iter__(self) -> Iterator[str]:

@@ -24,8 +24,9 @@ from ist.errors import ModelError, PoolError
 from ist.optimization.schedule import Schedule
 from ist.rng import Indices
 from ist.subnet.assignments import Assignments
-from ist.subnet.cut import Cut, cut_specs, extract, placed
+from ist.subnet.cut import Cut, cut_specs, placed
 from ist.subnet.split_model import SplitModel
+from ist.subnet.store import LocalStore
 from ist.tensors import TensorSpec
 from ist.transport.codec import coded_specs, decoded, encode
 from ist.transport.endpoints import down_bytes, route_of
@@ -119,7 +120,7 @@ class FrozenSender:
     ) -> None:
         self._split = split
         self._exchange = exchange
-        self._tensors = {name: tensors[name] for name in split.frozen_specs}
+        self._store = LocalStore({name: tensors[name] for name in split.frozen_specs})
         self._device = device
         self._held: dict[str, Marks] = {}
         self._sent: dict[str, Marks] = {}
@@ -152,7 +153,7 @@ class FrozenSender:
         [there] = placed([cut], self._device)
         for name, spec in specs.items():
             part = {name: torch.empty(spec.shape, dtype=spec.dtype, device=self._device)}
-            extract(self._tensors, there, into=part)
+            self._store.extract(there, into=part)
             encode(part, message.tensors, self._exchange.down)
         return message, held is not None
 

@@ -6,7 +6,7 @@ torch.distributed; the workers of `ist/pools/ray_pool.py` are Ray actors, which 
 Not here: loss, data, partition.
 """
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -80,15 +80,25 @@ class WorkerPool(Protocol):
         ...
 
     def envelope(self, worker: int, route: Route) -> Envelope:
-        """Return memory for a worker's messages; in use until the pool asks for the next subnet, or longer."""
+        """Return memory for a worker's messages; in use until the next is asked for, or longer."""
         ...
 
-    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Generator[Subnet | Lost]:
-        """Have every subnet trained for a round; yield each as it comes back, or `Lost`; closed, the round is over.
+    def submit(self, round_number: int, subnet: Subnet) -> None:
+        """Have a subnet trained for a round: begin to send it, and return; its envelope stays in use until it is back.
 
         Args:
             round_number: The round, from 0.
-            subnets: In the order of workers; each is cut when it is asked for.
+            subnet: Of a worker that has none outstanding.
+
+        Raises:
+            PoolError: It cannot be sent.
+        """
+        ...
+
+    def results(self) -> Generator[Subnet | Lost]:
+        """Yield each submitted subnet as it comes back, or `Lost`, until none is outstanding.
+
+        Closed early, it gives up the subnets that are outstanding: the round goes on without them.
         """
         ...
 

@@ -23,11 +23,12 @@ from ist.errors import DataError, ModelError
 from ist.rng import Purpose
 from ist.rng import seeded as seeded_generators
 from ist.runs.build import make_job
+from ist.runs.execute import execute
 from ist.runs.open import Following, open_run
 from ist.storage.checkpoint import write_tensors
 from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.subnet.job import Job
-from ist.training.rounds import follow_rounds, run_rounds
+from ist.training.rounds import run_rounds
 from tests.conftest import data, small_config
 from tests.networks import seeded
 
@@ -149,23 +150,21 @@ class PowerCutError(Exception):
 
 def run(made: Job, folder: RunFolder | None, resume: bool, stop: bool = False) -> Any:
     """Take part in a run, to its end or to the power cut; return rank 0's part of it."""
+    if not stop:
+        return execute(made, folder, resume, progress=False)
     with open_run(made, folder, resume, progress=False) as part:
         if isinstance(part, Following):
-            if stop:
-                for round_number in range(STOPPED_AFTER + 1):
-                    part.follower.train_round(round_number)
-            else:
-                follow_rounds(part.job, part.follower, part.first_round)
+            for round_number in range(STOPPED_AFTER + 1):
+                part.follower.train_round(round_number)
             return part
-        if stop:
-            note = part.recorder.round_done
+        note = part.recorder.round_done
 
-            def cut(round_number: int, *rest: Any) -> None:
-                if round_number == STOPPED_AFTER:
-                    raise PowerCutError
-                note(round_number, *rest)
+        def cut(round_number: int, *rest: Any) -> None:
+            if round_number == STOPPED_AFTER:
+                raise PowerCutError
+            note(round_number, *rest)
 
-            part.recorder.round_done = cut  # type: ignore[method-assign]
+        part.recorder.round_done = cut  # type: ignore[method-assign]
         run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
         return part
 

@@ -28,7 +28,6 @@ from ist.config.methods import (
 )
 from ist.config.registry import resolve
 from ist.config.schema import Config, Pool
-from ist.data.batches import take_shard
 from ist.errors import ConfigError
 from ist.measurements import nothing_measured
 from ist.monitoring.meter import Meter
@@ -36,9 +35,9 @@ from ist.optimization.optimizers import build_optimizer
 from ist.plan.predict import make_plan
 from ist.plan.request import parse_request
 from ist.runs.open import check_method
-from ist.subnet.job import Job
+from ist.subnet.job import Job, slot_of
+from ist.training.local_loop import TaskLoop, local_steps
 from ist.training.rounds import RoundReport
-from ist.training.worker import local_steps
 from tests.conftest import ROOT, config_tree, small_config
 
 CPU = torch.device("cpu")
@@ -57,22 +56,12 @@ class Alone:
         assert membership is None
         assert not state
         self.job, self.model, self.meter, self._worker = job, model, meter, worker
-        self._shard = take_shard(job.task.train_data, job.schedule.dealing.shard(worker))
+        self._loop = TaskLoop(job, slot_of(job, worker), CPU)
         self._named = dict(model.named_parameters())
         self._optimizer = build_optimizer(job.config.train.optimizer, list(self._named.values()))
 
     def train_round(self, round_number: int) -> RoundReport:
-        loss_sum, samples = local_steps(
-            self.job,
-            self.job.schedule.dealing,
-            self._worker,
-            self._shard,
-            self.model,
-            self._named,
-            self._optimizer,
-            round_number,
-            CPU,
-        )
+        loss_sum, samples = local_steps(self._loop, round_number, self.model, self._named, self._optimizer)
         steps = len(self.job.schedule.steps(round_number))
         measured = nothing_measured() | {"steps": steps, "samples": samples, "loss_sum": loss_sum, "memory_bytes": 1}
         return summarise([RankRound(measured, finite=True, sent_bytes=0.0, transfers_s=())])

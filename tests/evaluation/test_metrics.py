@@ -13,10 +13,9 @@ from ist.errors import ConfigError, DataError
 from ist.evaluation.evaluate import evaluate
 from ist.evaluation.metrics import ACCURACY, BITS_PER_BYTE, PRECISION, RMSE, Metric
 from ist.runs.build import build_job, metric_named
-from ist.runs.open import Leading, open_run
+from ist.runs.execute import execute
 from ist.runs.rehearsal import rehearse
 from ist.storage.run_folder import create_run_folder
-from ist.training.rounds import run_rounds
 from tests.conftest import data, job_for, small_config
 from tests.networks import NETWORKS, seeded
 
@@ -125,10 +124,7 @@ def test_each_short_name_refers_to_its_metric() -> None:
 
 def run(tmp_path: Path, **changes: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     folder = create_run_folder(small_config(**changes), tmp_path / "run")
-    with open_run(build_job(folder.load_config()), folder, resume=False, progress=False) as part:
-        assert isinstance(part, Leading)
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
-        part.recorder.finish(part.method.model)
+    execute(build_job(folder.load_config()), folder, progress=False)
     return folder.records(), folder.result()
 
 

@@ -31,11 +31,11 @@ FAULTS = (
     # The coordinator's merge
     Fault(
         "values that are not finite are merged", "ist/training/coordinator.py",
-        "                        self._check_finite(header, result.envelope.up.tensors)\n", "", ("tests/training/test_coordinator.py",),
+        "            self._check_finite(header, result.envelope.up.tensors, arrivals.num_workers)\n", "", ("tests/training/test_coordinator.py",),
     ),
     Fault(
         "any number of workers is enough", "ist/training/coordinator.py",
-        "if num_workers - len(lost) < needed:", "if num_workers - len(lost) < 0:", ("tests/training/test_coordinator.py",),
+        "if self.num_workers - len(self.lost) < self._needed:", "if self.num_workers - len(self.lost) < 0:", ("tests/training/test_coordinator.py",),
     ),
     Fault(
         "the loss of a round is the mean over workers, not samples", "ist/training/coordinator.py",
@@ -43,7 +43,7 @@ FAULTS = (
         ("tests/training/test_one_worker.py", "tests/training/test_coordinator.py"),
     ),
     # Cutting and reassembling
-    Fault("subnets are merged in order of arrival", "ist/subnet/cut.py", "        workers.sort()\n", "", ("tests/subnet/test_subnet.py",)),
+    Fault("subnets are merged in order of arrival", "ist/subnet/cut.py", "            workers.sort()\n", "", ("tests/subnet/test_subnet.py",)),
     Fault(
         "of two holders the last one counts", "ist/subnet/cut.py", "torch.where(count > 1, mean, merged)",
         "torch.where(count > 2, mean, merged)", ("tests/subnet/test_subnet.py",),
@@ -71,26 +71,26 @@ FAULTS = (
     ),
     # Local steps
     Fault(
-        "local steps are not seeded", "ist/training/worker.py",
-        "    with seeded(device, job.config.seed, Purpose.TRAINING, round_number, worker):\n", "    if True:\n",
+        "local steps are not seeded", "ist/training/local_loop.py",
+        "        seeded(loop.device, loop.seed, Purpose.TRAINING, round_number, worker),\n", "",
         ("tests/pools/test_ranks.py",),
     ),
     Fault(
-        "all workers draw the same random numbers", "ist/training/worker.py",
+        "all workers draw the same random numbers", "ist/training/local_loop.py",
         "Purpose.TRAINING, round_number, worker)", "Purpose.TRAINING, round_number, 0)",
         ("tests/training/test_random_state.py", "tests/pools/test_ranks.py"),
     ),
     Fault(
-        "gradients add up over steps", "ist/training/worker.py", "    optimizer.zero_grad(set_to_none=True)\n", "",
+        "gradients add up over steps", "ist/training/local_loop.py", "        optimizer.zero_grad(set_to_none=True)\n", "",
         ("tests/training/test_one_worker.py",),
     ),
     Fault(
-        "all workers train on the samples of the first", "ist/training/worker.py", "job.schedule.dealing.batch(worker, step)",
-        "job.schedule.dealing.batch(worker, job.schedule.steps(round_number)[0])", ("tests/training/test_one_worker.py",),
+        "all workers train on the samples of the first", "ist/training/local_loop.py", "self.dealing.batch(self.slot.worker, step)",
+        "self.dealing.batch(self.slot.worker, schedule.steps(round_number)[0])", ("tests/training/test_one_worker.py",),
     ),
     Fault(
-        "a schedule stays at its first step", "ist/training/worker.py", "apply_settings(optimizer, groups, job.schedule.settings[step])",
-        "apply_settings(optimizer, groups, job.schedule.settings[0])", ("tests/training/test_one_worker.py",),
+        "a schedule stays at its first step", "ist/training/local_loop.py", "apply_settings(optimizer, groups, schedule.settings[step])",
+        "apply_settings(optimizer, groups, schedule.settings[0])", ("tests/training/test_one_worker.py",),
     ),
     # What workers keep
     Fault(

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ist.runs.open import Following, open_run
+from ist.runs.execute import execute
+from ist.runs.open import Leading
 from ist.storage.checkpoint import write_tensors
 from ist.subnet.job import Job
-from ist.training.rounds import follow_rounds, run_rounds
 from tests.augmented import Augmented
 from tests.conftest import data, job_for
 from tests.networks import NETWORKS, frozen_first, seeded
@@ -124,11 +124,8 @@ def job(name: str, **changes: Any) -> tuple[Job, nn.Module]:
 
 def run(name: str, out: Path, **changes: Any) -> None:
     made, _ = job(name, **changes)
-    with open_run(made, None, resume=False, progress=False) as part:
-        if isinstance(part, Following):
-            follow_rounds(part.job, part.follower, part.first_round)
-            return
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+    part = execute(made, progress=False)
+    if isinstance(part, Leading):
         slug = name.replace(" ", "-").replace(",", "")
         write_tensors(out / f"{slug}.safetensors", part.method.model.state_dict(), {})
         (out / f"{slug}.json").write_text(json.dumps(part.recorder.history))

@@ -22,8 +22,7 @@ from ist.pools.inline import InlinePool
 from ist.pools.torchrun import RankWorker, TorchrunPool
 from ist.runs.open import _fingerprint
 from ist.storage.checkpoint import read_tensors, write_tensors
-from ist.subnet.assignments import Team, WorkerSlot
-from ist.subnet.job import Job, assignments
+from ist.subnet.job import Job, assignments, slot_of
 from ist.tensors import TensorSpec
 from ist.training.coordinator import Coordinator
 from ist.training.rounds import run_rounds
@@ -224,7 +223,7 @@ def test_every_worker_and_round_draws_random_numbers_of_its_own() -> None:
 def test_an_optimiser_is_kept_for_the_same_neurons_alone() -> None:
     stages = [{}, {"rounds": 2, "keep": 1}]
     job = job_for(seeded(NETWORKS["no batch norm"]), train__workers=2, train__rounds=4, recipe__stages=stages)
-    keeper = Keeper(job, WorkerSlot(0, Team(job.config.train.workers)), assignments(job), None)
+    keeper = Keeper(job, slot_of(job, 0), assignments(job), None)
     made = []
     for round_number in range(4):
         narrow = job.split.module(assignments(job).of(round_number)[0], CPU)

@@ -21,9 +21,9 @@ import ist
 from ist.errors import ConfigError, PoolError, WorkerLostError
 from ist.monitoring.meter import Meter
 from ist.pools.ray_pool import RayPool
-from ist.runs.open import Leading, check_method, open_run
+from ist.runs.execute import execute
+from ist.runs.open import check_method
 from ist.storage.run_folder import create_run_folder
-from ist.training.rounds import run_rounds
 from tests.conftest import ROOT, Run, assert_same, config_tree, data, run_group, small_config, wait_for
 from tests.networks import NETWORKS, seeded
 from tests.pools.scenario import SCENARIOS, job, run
@@ -57,10 +57,8 @@ def test_ray_and_inline_end_with_identical_weights_and_the_bytes_of_the_formula(
 
 def train(name: str, **changes: Any) -> list[dict[str, Any]]:
     made, _ = job(name, **changes)
-    with open_run(made, None, resume=False, progress=False) as part:
-        assert isinstance(part, Leading)
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
-        return part.recorder.history
+    part = execute(made, progress=False)
+    return part.recorder.history
 
 
 def test_a_cluster_without_room_ends_the_run_and_says_what_is_missing() -> None:

@@ -12,18 +12,14 @@ from ist.report.names import run_names
 from ist.report.page import find_runs, write_report
 from ist.report.table import table_rows
 from ist.runs.build import build_job
-from ist.runs.open import Leading, open_run
+from ist.runs.execute import execute
 from ist.storage.run_folder import RunFolder, create_run_folder
-from ist.training.rounds import run_rounds
 from tests.conftest import small_config
 
 
 def finished(path: Path, **changes: Any) -> RunFolder:
     folder = create_run_folder(small_config(**changes), path)
-    with open_run(build_job(folder.load_config()), folder, resume=False, progress=False) as part:
-        assert isinstance(part, Leading)
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
-        part.recorder.finish(part.method.model)
+    execute(build_job(folder.load_config()), folder, progress=False)
     return folder
 
 

@@ -18,13 +18,12 @@ from ist.config.schema import Checkpoint
 from ist.errors import CheckpointError, RunFolderError
 from ist.optimization.optimizers import build_optimizer, named_state
 from ist.runs.build import build_job
-from ist.runs.open import Leading, open_run
+from ist.runs.execute import execute
+from ist.runs.open import Leading
 from ist.storage.backend import LocalStorage
 from ist.storage.checkpoint import load_checkpoint, read_tensors, save_checkpoint, save_kept
 from ist.storage.run_folder import RunFolder, create_run_folder
-from ist.subnet.assignments import Team, WorkerSlot
-from ist.subnet.job import Job, assignments, with_workers
-from ist.training.rounds import run_rounds
+from ist.subnet.job import Job, assignments, slot_of, with_workers
 from ist.training.worker_state import Keeper, Site
 from tests.conftest import assert_same, data, job_for, small_config
 from tests.networks import NETWORKS, seeded
@@ -38,8 +37,8 @@ def run(
     folder: RunFolder, resume: bool, stop_after: int | None = None, copies: Path | None = None
 ) -> dict[str, torch.Tensor]:
     """Run what a folder holds; raise after the training of a round, or copy the folder there in every round."""
-    with open_run(build_job(folder.load_config()), folder, resume, progress=False) as part:
-        assert isinstance(part, Leading)
+
+    def opened(part: Leading) -> None:
         note = part.recorder.round_done
 
         def trained(round_number: int, *rest: Any) -> None:
@@ -50,8 +49,8 @@ def run(
             note(round_number, *rest)
 
         part.recorder.round_done = trained  # type: ignore[method-assign]
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
-        part.recorder.finish(part.method.model)
+
+    execute(build_job(folder.load_config()), folder, resume, progress=False, opened=opened)
     return read_tensors(folder.path / "model.safetensors")[0]
 
 
@@ -212,10 +211,10 @@ def test_a_worker_takes_what_it_kept_of_the_same_neurons_among_as_many(tmp_path:
     job, named = kept_job()
     site = Site(str(tmp_path), Checkpoint(), start="a")
     optimizer = stepped(job, named)
-    Keeper(job, WorkerSlot(0, Team(job.config.train.workers)), assignments(job), site).keep(optimizer, named, {}, 0)
+    Keeper(job, slot_of(job, 0), assignments(job), site).keep(optimizer, named, {}, 0)
 
     def taken_by(other: Job, worker: int = 0, round_number: int = 1, site: Site = site) -> dict[str, Tensor]:
-        keeper = Keeper(other, WorkerSlot(worker, Team(other.config.train.workers)), assignments(other), site)
+        keeper = Keeper(other, slot_of(other, worker), assignments(other), site)
         keeper.recover(round_number)
         return named_state(keeper.optimizer(named, round_number), named)
 
@@ -234,7 +233,7 @@ def test_a_place_that_cannot_be_reached_is_told_and_costs_what_was_kept_alone(ca
     job, named = kept_job()
     keeper = Keeper(
         job,
-        WorkerSlot(0, Team(job.config.train.workers)),
+        slot_of(job, 0),
         assignments(job),
         Site("/nowhere", Checkpoint(storage="nosuch://bucket")),
     )

@@ -16,12 +16,11 @@ from fsspec.registry import known_implementations
 from ist.config.load import dump_config, parse_yaml, validate
 from ist.errors import CheckpointError, ConfigError, RunFolderError
 from ist.runs.build import build_job
-from ist.runs.open import Leading, open_run
+from ist.runs.execute import execute
 from ist.storage.backend import RemoteStorage, open_storage
 from ist.storage.checkpoint import Progress, latest_checkpoint, load_checkpoint, read_tensors, save_checkpoint
 from ist.storage.run_folder import RunFolder, create_run_folder, open_or_create
 from ist.subnet.job import Job
-from ist.training.rounds import run_rounds
 from tests.conftest import a_record, assert_same, naming, small_config
 
 TENSORS = {"weight": torch.randn(50, 3), "steps": torch.tensor(7), "half": torch.randn(4).bfloat16()}
@@ -168,10 +167,7 @@ def job_of(text: str) -> Job:
 
 
 def run(folder: RunFolder, resume: bool) -> dict[str, torch.Tensor]:
-    with open_run(job_of(dump_config(folder.load_config())), folder, resume, progress=False) as part:
-        assert isinstance(part, Leading)
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
-        part.recorder.finish(part.method.model)
+    execute(job_of(dump_config(folder.load_config())), folder, resume, progress=False)
     return read_tensors(folder.path / "model.safetensors")[0]
 
 

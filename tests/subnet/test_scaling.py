@@ -5,8 +5,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from ist.models.mlp import MLP
-from ist.runs.open import Following, open_run
-from ist.training.rounds import run_rounds
+from ist.runs.execute import execute
 from tests.conftest import job_for
 
 WIDTHS = (784, 1024, 1024, 10)
@@ -28,10 +27,8 @@ def test_a_workers_bytes_follow_the_law_to_a_percent(workers: int) -> None:
         pool__coordinator="dedicated",
     )  # fmt: skip
 
-    with open_run(job, None, resume=False, progress=False) as part:
-        assert not isinstance(part, Following)
-        run_rounds(part.job, part.method, part.recorder, 0, part.device)
-        record = part.recorder.history[0]
+    part = execute(job, progress=False)
+    record = part.recorder.history[0]
 
     for counted in (record["bytes_to_worker"], record["bytes_from_worker"]):
         assert len(counted) == workers

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,13 @@ class LeavingOut(InlinePool):
         super().__init__(job, torch.device("cpu"), meter)
         self.schedule = schedule
 
-    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Iterator[Subnet | Lost]:
-        for result in super().train(round_number, subnets):
+    def submit(self, round_number: int, subnet: Subnet) -> None:
+        self.round_number = round_number
+        super().submit(round_number, subnet)
+
+    def results(self) -> Generator[Subnet | Lost]:
+        round_number = self.round_number
+        for result in super().results():
             gone = (round_number, result.worker) in self.schedule
             yield Lost(result.worker, "left out") if gone else result
 

@@ -1,7 +1,7 @@
 """What the coordinator does with workers that do not come back, or come back with nonsense."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import pytest
@@ -38,8 +38,13 @@ class FaultyPool:
     def envelope(self, worker: int, route: Route) -> Envelope:
         return self.inner.envelope(worker, route)
 
-    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Iterator[Subnet | Lost]:
-        for result in self.inner.train(round_number, subnets):
+    def submit(self, round_number: int, subnet: Subnet) -> None:
+        self.round_number = round_number
+        self.inner.submit(round_number, subnet)
+
+    def results(self) -> Generator[Subnet | Lost]:
+        round_number = self.round_number
+        for result in self.inner.results():
             assert isinstance(result, Subnet)
             if result.worker in self.lost:
                 yield Lost(result.worker, "it burnt down")
@@ -203,6 +208,6 @@ def test_the_loss_of_a_round_is_the_mean_over_samples_not_workers() -> None:
         Header(0, 1, worker_numbers(steps=3, samples=30, loss_sum=45.0)),
     ]
 
-    report = _report(headers, [], {"train": 0.0, "cut": 0.0, "merge": 0.0}, parallel=True)
+    report = _report(headers, [], {"exchange": 0.0, "cut": 0.0, "merge": 0.0}, parallel=True)
 
     assert [report.numbers[name] for name in ("loss", "samples", "steps")] == [50 / 40, 40, 3]

@@ -1,7 +1,7 @@
 """Workers that come and go, and workers that are slower than others."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +14,7 @@ from ist.errors import ConfigError
 from ist.monitoring.meter import Meter
 from ist.pools.inline import InlinePool
 from ist.pools.torchrun import for_world_size
-from ist.subnet.assignments import Team, WorkerSlot
-from ist.subnet.job import assignments, for_workers
+from ist.subnet.job import assignments, for_workers, slot_of
 from ist.training.coordinator import Coordinator
 from ist.training.speed_balance import SMALLEST, SpeedBalance, rebalanced
 from ist.training.worker import Worker
@@ -35,9 +34,13 @@ class ChangingPool(InlinePool):
     def gather(self, round_number: int) -> tuple[str, ...]:
         return super().gather(round_number)[: self.crew.get(round_number, 99)]
 
-    def train(self, round_number: int, subnets: Iterable[Subnet]) -> Iterator[Subnet | Lost]:
-        shapes = []
-        for result in super().train(round_number, subnets):
+    def submit(self, round_number: int, subnet: Subnet) -> None:
+        self.round_number = round_number
+        super().submit(round_number, subnet)
+
+    def results(self) -> Generator[Subnet | Lost]:
+        shapes, round_number = [], self.round_number
+        for result in super().results():
             assert isinstance(result, Subnet)
             shapes.append(tuple(result.envelope.up.tensors["linear_1.bias"].shape))
             header = result.envelope.up.read_header(round_number, result.worker)
@@ -182,9 +185,6 @@ def test_a_worker_needs_neither_initial_weights_nor_test_data() -> None:
     lean = for_workers(job)
 
     assert lean.task.test_data is None
-    assert (
-        Worker(lean, WorkerSlot(1, Team(lean.config.train.workers)), torch.device("cpu"), assignments(lean)).module
-        is not None
-    )
+    assert Worker(lean, slot_of(lean, 1), torch.device("cpu"), assignments(lean)).module is not None
     with pytest.raises(AssertionError, match="initial weights"):
         lean.task.build()

@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ist.api import train
 from ist.errors import ConfigError, DataError
 from ist.models.mlp import MLP
-from ist.runs.open import Leading, open_run
-from ist.training.rounds import run_rounds
+from ist.runs.execute import execute
 from tests.conftest import assert_same, clone, data, job_for, plain_loop
 from tests.networks import NETWORKS, seeded
 
@@ -30,9 +29,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 
 
 def run(job: Any) -> None:
-    with open_run(job, None, resume=False, progress=False) as part:
-        assert isinstance(part, Leading)
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+    execute(job, progress=False)
 
 
 @pytest.mark.parametrize("state", ["carried", "kept"])

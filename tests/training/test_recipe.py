@@ -17,7 +17,8 @@ from ist.config.recipe import Average, Outer
 from ist.monitoring.meter import Meter
 from ist.pools.inline import InlinePool
 from ist.runs.build import build_job
-from ist.runs.open import Leading, open_run
+from ist.runs.execute import execute
+from ist.runs.open import Leading
 from ist.storage.checkpoint import read_tensors
 from ist.storage.run_folder import create_run_folder
 from ist.subnet.cut import Cut
@@ -25,7 +26,7 @@ from ist.subnet.job import Job, assignments
 from ist.training.average import Averaged
 from ist.training.coordinator import Coordinator
 from ist.training.outer_optimizer import OuterStep
-from ist.training.rounds import RoundReport, run_rounds
+from ist.training.rounds import RoundReport
 from tests.conftest import assert_same, clone, data, job_for, round_numbers, small_config, worker_numbers
 from tests.networks import NETWORKS, seeded
 
@@ -113,8 +114,8 @@ def run(folder: Path, **changes: Any) -> tuple[list[dict[str, Tensor]], Leading]
     """Run, and return what the network that was trained was after each round."""
     seen: list[dict[str, Tensor]] = []
     made = create_run_folder(small_config(**changes), folder)
-    with open_run(build_job(made.load_config()), made, resume=False, progress=False) as part:
-        assert isinstance(part, Leading)
+
+    def opened(part: Leading) -> None:
         note = part.recorder.round_done
 
         def spy(*arguments: Any) -> None:
@@ -122,9 +123,8 @@ def run(folder: Path, **changes: Any) -> tuple[list[dict[str, Tensor]], Leading]
             note(*arguments)
 
         part.recorder.round_done = spy  # type: ignore[method-assign]
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
-        part.recorder.finish(part.method.model)
-    return seen, part
+
+    return seen, execute(build_job(made.load_config()), made, progress=False, opened=opened)
 
 
 @pytest.mark.parametrize("settings", AVERAGES.values(), ids=AVERAGES.keys())

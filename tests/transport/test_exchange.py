@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ist.runs.open import Following, open_run
+from ist.runs.execute import execute
 from ist.subnet.cut import reassemble
 from ist.subnet.job import Job, assignments
-from ist.training.rounds import run_rounds
+from ist.subnet.store import LocalStore
 from ist.transport.codec import Envelope
 from ist.transport.endpoints import Outgoing, WorkerEnd, read_trained, route_of
 from ist.transport.quantize import dequantize, packed_columns, quantize
@@ -64,13 +64,13 @@ def there_and_back(job: Job, state: dict[str, Tensor], round_number: int, change
     )
     for worker, (cut, neurons) in enumerate(zip(cuts, assignments(job).of(round_number), strict=True)):
         envelope = Envelope(outgoing.route(cut))
-        outgoing.write(state, cut, round_number, envelope)
+        outgoing.write(LocalStore(state), cut, round_number, envelope)
         end = WorkerEnd(job.split, job.config.exchange, torch.device("cpu"))
         message = end.open(envelope)
         for tensor in message.tensors.values():
             tensor.add_(change)
         end.close(envelope, message, neurons)
-        trained.append((worker, read_trained(job.config.exchange, state, cut, envelope)))
+        trained.append((worker, read_trained(job.config.exchange, LocalStore(state), cut, envelope)))
         envelopes.append(envelope)
     reassemble(state, cuts, trained, assignments(job).exclusive(0))
     return envelopes
@@ -174,7 +174,7 @@ def test_what_rounding_took_is_sent_later() -> None:
     def one_round(round_number: int) -> None:
         (cut,), (neurons,) = assignments(job).cuts(round_number), assignments(job).of(round_number)
         envelope = Envelope(outgoing.route(cut))
-        outgoing.write(state, cut, round_number, envelope)
+        outgoing.write(LocalStore(state), cut, round_number, envelope)
         message = end.open(envelope)
         for name, tensor in message.tensors.items():
             change = torch.randn(tensor.shape, generator=generator)
@@ -182,7 +182,10 @@ def test_what_rounding_took_is_sent_later() -> None:
             tensor.add_(change)
         end.close(envelope, message, neurons)
         reassemble(
-            state, [cut], [(0, read_trained(job.config.exchange, state, cut, envelope))], assignments(job).exclusive(0)
+            state,
+            [cut],
+            [(0, read_trained(job.config.exchange, LocalStore(state), cut, envelope))],
+            assignments(job).exclusive(0),
         )
 
     for round_number in range(3):
@@ -201,9 +204,7 @@ def test_what_rounding_took_is_kept_for_blocks_that_another_round_brings() -> No
     job = job_for(stack(), train__workers=2, train__rounds=5, exchange=exchange, partition=blocks)
 
     assert len({str(assignments(job).of(number)[0]) for number in range(5)}) > 1
-    with open_run(job, None, resume=False, progress=False) as part:
-        assert not isinstance(part, Following)
-        run_rounds(part.job, part.method, part.recorder, 0, part.device)
+    part = execute(job, progress=False)
 
     assert part.recorder.history[-1]["loss"] < part.recorder.history[0]["loss"]
 
@@ -214,9 +215,8 @@ def test_a_rounded_run_learns_and_one_of_two_bits_learns_less() -> None:
         job = job_for(
             seeded(BUILD), train__rounds=6, train__activation_scale="width", exchange={"down": coding, "up": coding}
         )
-        with open_run(job, None, resume=False, progress=False) as part:
-            run_rounds(part.job, part.method, part.recorder, 0, part.device)  # type: ignore[union-attr]
-            losses[coding] = part.recorder.history[-1]["loss"]  # type: ignore[union-attr]
+        part = execute(job, progress=False)
+        losses[coding] = part.recorder.history[-1]["loss"]  # type: ignore[union-attr]
 
     assert losses["int8"] == pytest.approx(losses["exact"], rel=0.05)
     assert losses["int2"] > losses["exact"] * 1.1

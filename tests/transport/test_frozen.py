@@ -15,11 +15,10 @@ from ist.config.methods import METHODS
 from ist.errors import ModelError, PoolError
 from ist.monitoring.meter import Meter
 from ist.pools.inline import InlinePool
-from ist.runs.open import Leading, open_run
+from ist.runs.execute import execute
 from ist.runs.split import split_of
 from ist.subnet.job import Job, assignments
 from ist.training.coordinator import Coordinator
-from ist.training.rounds import run_rounds
 from ist.transport.endpoints import down_bytes, route_of
 from ist.transport.frozen_parameters import FrozenParts, FrozenSender, frozen_bytes
 from ist.transport.message import HEADER_BYTES, Message
@@ -56,10 +55,8 @@ SHARED = ["0", "2"]
 
 
 def history(job: Job) -> list[dict[str, Any]]:
-    with open_run(job, None, resume=False, progress=False) as part:
-        assert isinstance(part, Leading)
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
-        return part.recorder.history
+    part = execute(job, progress=False)
+    return part.recorder.history
 
 
 def padded(tensors: Iterator[Tensor]) -> int:
@@ -170,8 +167,8 @@ def test_shared_frozen_parameters_stay_where_the_number_of_workers_changes() -> 
 class ChangingPoolOfAny(ChangingPool):
     """The same for networks of any class."""
 
-    def train(self, round_number: int, subnets: Any) -> Any:
-        yield from InlinePool.train(self, round_number, subnets)
+    def results(self) -> Any:
+        yield from InlinePool.results(self)
 
 
 def test_what_a_worker_lacks_and_is_not_sent_is_an_error() -> None:

@@ -1,0 +1,162 @@
+"""Local steps, one at a time: the innermost loop of the system.
+
+Where it sits: a worker, and every rank of a baseline, runs a `LocalLoop` for a round through `local_steps`. The
+built-in loop, `TaskLoop`, takes batches from the task's data and makes one optimizer step for each; another loop, such
+as a user's own, takes its place by yielding after each of its steps.
+Not here: how weights came here and where they go (`ist/training/worker.py`, `ist/baselines/`).
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ist.data.batches import fetch, take_shard
+from ist.data.nested import call_model
+from ist.errors import AbandonedRoundError
+from ist.network.failures import located, loss_errors, loss_of, network_errors
+from ist.optimization.step_settings import apply_settings, matching_groups
+from ist.rng import Indices, Purpose, seeded
+from ist.subnet.assignments import WorkerSlot
+from ist.subnet.job import Job
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """An optimizer step that was made.
+
+    Attributes:
+        loss: Mean loss over its samples, shape (), detached.
+        samples: Their number.
+    """
+
+    loss: Tensor
+    samples: int
+
+
+class LocalLoop(Protocol):
+    """A worker's local steps."""
+
+    slot: WorkerSlot
+    device: torch.device
+    seed: int
+
+    def steps(
+        self, round_number: int, module: nn.Module, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> Generator[StepDone]:
+        """Make the steps of a round, and yield after each; closed early, no further step is made.
+
+        Args:
+            round_number: The round, from 0.
+            module: What to train: a subnet's module, or a full network that averages its gradients.
+            named: Its parameters that are trained, by their names in the full network.
+            optimizer: Over them.
+        """
+        ...
+
+
+class TaskLoop:
+    """The built-in loop: a batch of the task's data, forward, loss, backward, one optimizer step; a `LocalLoop`.
+
+    Args:
+        job: The run.
+        slot: Which worker's data and random numbers to use.
+        device: Where the module is.
+
+    Attributes:
+        schedule: Which steps a round has, and their settings.
+        dealing: Which samples each step uses.
+        shard: The worker's data.
+    """
+
+    def __init__(self, job: Job, slot: WorkerSlot, device: torch.device) -> None:
+        self.slot = slot
+        self.device = device
+        self.seed = job.config.seed
+        self.schedule = job.schedule
+        self.dealing = job.schedule.dealing_for(slot.team.num_workers)
+        self.shard: Dataset[Any] = take_shard(job.task.train_data, self.dealing.shard(slot.worker))
+        self._loss = job.task.loss
+
+    def steps(
+        self, round_number: int, module: nn.Module, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> Generator[StepDone]:
+        """Make the steps of a round; see `LocalLoop`.
+
+        Raises:
+            DataError: A sample cannot be read, or its loss fails; the message names it, the round and the worker.
+            ModelError: The network fails; the message names the module.
+        """
+        schedule = self.schedule
+        groups = matching_groups(optimizer, named, schedule.group_of) if schedule.settings else []
+        for step in schedule.steps(round_number):
+            if schedule.settings:
+                apply_settings(optimizer, groups, schedule.settings[step])
+            batch = self.dealing.batch(self.slot.worker, step)
+            with located(f"round {round_number}, worker {self.slot.worker}"):
+                loss = self._step(module, optimizer, batch)
+            yield StepDone(loss, len(batch))
+
+    def _step(self, module: nn.Module, optimizer: torch.optim.Optimizer, batch: Indices) -> Tensor:
+        """Make one optimizer step on a batch, and return its loss."""
+
+        def numbers() -> Indices:
+            return self.dealing.shard(self.slot.worker)[batch]
+
+        inputs, targets = fetch(self.shard, batch, self.device, numbers)
+        optimizer.zero_grad(set_to_none=True)
+        with network_errors(module):
+            outputs = call_model(module, inputs)
+        with loss_errors(numbers):
+            loss = loss_of(self._loss, outputs, targets, numbers)
+        with network_errors(module, "the backward pass"):
+            loss.backward()  # type: ignore[no-untyped-call]
+        with network_errors(module, f"a step of {type(optimizer).__name__}"):
+            optimizer.step()
+        return loss.detach()
+
+
+def local_steps(
+    loop: LocalLoop,
+    round_number: int,
+    module: nn.Module,
+    named: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    is_over: Callable[[], bool] | None = None,
+) -> tuple[float, int]:
+    """Run a loop for a round, with random numbers that depend on seed, round and worker alone.
+
+    Args:
+        loop: Makes the steps.
+        round_number: The round, from 0.
+        module: What to train; see `LocalLoop.steps`, also for `named` and `optimizer`.
+        named: Its parameters that are trained.
+        optimizer: Over them.
+        is_over: Asked before each step whether the round has gone on without this worker; None: it never does.
+
+    Returns:
+        The sum of the samples' losses, and the number of samples. The device is done when it returns.
+
+    Raises:
+        AbandonedRoundError: The round has gone on without this worker.
+        DataError: A sample cannot be read, or its loss fails.
+        ModelError: The network fails.
+    """
+    loss_sum, samples, worker = torch.zeros((), device=loop.device), 0, loop.slot.worker
+    with (
+        seeded(loop.device, loop.seed, Purpose.TRAINING, round_number, worker),
+        closing(loop.steps(round_number, module, named, optimizer)) as steps,
+    ):
+        while True:
+            if is_over is not None and is_over():
+                raise AbandonedRoundError(f"round {round_number} went on without worker {worker}")
+            done = next(steps, None)
+            if done is None:
+                break
+            loss_sum.add_(done.loss, alpha=done.samples)
+            samples += done.samples
+    return float(loss_sum), samples
