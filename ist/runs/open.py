@@ -6,6 +6,7 @@ Not here: starting processes (`ist/launch/start.py`), the loop itself (`ist/trai
 
 import difflib
 import functools
+import inspect
 import json
 import os
 import secrets
@@ -113,7 +114,7 @@ def check_method(config: Config) -> None:
             f"compare.methods: '{config.label}' is no method: {hint}Methods are {', '.join(METHODS)}; a label of "
             f"your own needs one in compare.overrides, such as {{{config.label}: {{method: powersgd}}}}"
         )
-    implementation(config)
+    _check_arguments(config)
     if method.fixed_workers is not None and config.train.is_elastic:
         raise ConfigError(
             f"method '{config.method}' needs a fixed number of workers, {method.fixed_workers}, but "
@@ -132,6 +133,23 @@ def implementation(config: Config) -> Callable[..., Any]:
     """
     made = resolve(config.method, "method", {name: spec.implementation for name, spec in METHODS.items()})
     return functools.partial(made, **config.method_spec.options)
+
+
+METHOD_ARGUMENTS = ("job", "membership", "model", "state", "meter")
+"""What a method of equal ranks is made from, by position; one with a coordinator is made from as many."""
+
+
+def _check_arguments(config: Config) -> None:
+    """Check that the method can be made, as the registry describes it, before any process starts."""
+    made = implementation(config)
+    try:
+        inspect.signature(made).bind(*METHOD_ARGUMENTS)
+    except TypeError as error:
+        raise ConfigError(
+            f"'method' is '{config.method}', which cannot be made from ({', '.join(METHOD_ARGUMENTS)}): {error}"
+        ) from error
+    except ValueError:
+        pass  # some builtins have no signature: making it will tell
 
 
 @contextmanager

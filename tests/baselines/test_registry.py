@@ -161,6 +161,19 @@ def test_a_users_own_method_is_an_import_path_and_cannot_be_planned() -> None:
         parse_request("100mbit", methods=own)
 
 
+def make_of_two(job: Job, model: nn.Module) -> None:
+    raise AssertionError(f"made of {job} and {model}")
+
+
+def test_a_users_own_method_with_other_arguments_is_refused_before_anything_starts() -> None:
+    own = f"{__name__}:make_of_two"
+
+    with pytest.raises(
+        ConfigError, match=rf"'{own}', .* \(job, membership, model, state, meter\): too many positional"
+    ):
+        check_method(small_config(method=own, pool={"kind": "torchrun"}))
+
+
 @pytest.mark.parametrize("spec", METHODS.values(), ids=lambda spec: spec.name)
 def test_every_entry_names_a_class_that_takes_its_options_and_keys_and_pools_that_exist(spec: MethodSpec) -> None:
     made = resolve(spec.name, "method", {spec.name: spec.implementation})

@@ -10,6 +10,7 @@ import ist
 from ist.errors import ISTError, ModelError
 from ist.evaluation.evaluate import evaluate, reestimate_statistics
 from ist.network.modes import enter_training_modes, modes_of, preserve_modes, set_modes
+from ist.subnet.job import assignments
 from tests.conftest import data, job_for
 from tests.networks import seeded
 
@@ -66,7 +67,7 @@ def test_submodels_and_full_networks_train_in_the_modes_of_the_user() -> None:
     model = network()
     job = job_for(model, train__workers=2)
 
-    submodel = job.narrow(job.neurons(0)[0], CPU)
+    submodel = job.split.module(assignments(job).of(0)[0], CPU)
 
     assert list(modes_of(submodel).values()) == MODES
     assert list(modes_of(job.task.build_copy()).values()) == MODES
