@@ -95,7 +95,7 @@ def main() -> None:
     given = parser.parse_args()
     if reason := why_not():
         parser.error(reason)
-    columns = ("rate", "workers", "a round", "exchange", "payload", "least, most", "with steps", "on the wire")
+    columns = ("rate", "workers", "per round", "exchange", "payload", "least, most", "with steps", "on the wire")
     table = Table(*columns, title="line rate")
     found, load_before = [], os.getloadavg()[0]
     for rate, width in SIZES.items():

@@ -86,7 +86,7 @@ def main() -> None:
     }
     base = found["ddp, 8 epochs"]
     table = Table(
-        "method", "lr of grid", "test accuracy (mean, spread)", "behind", "bytes sent", "fewer", "memory a worker"
+        "method", "lr of grid", "test accuracy (mean, spread)", "behind", "bytes sent", "fewer", "memory per worker"
     )
     for label, row in found.items():
         table.add_row(

@@ -114,8 +114,8 @@ def run(contender: Contender, rate: float, seed: int, validation: bool, link: st
         else:
             launch(config, folder.path, resume=False)
         result: dict[str, Any] = folder.result()
-        kept = ("accuracy", "sent_bytes", "wire_bytes", "train_s", "virtual_s", "memory_bytes", "rounds")
-        found = {key: result[key] for key in kept if key in result}
+        reported = ("accuracy", "sent_bytes", "wire_bytes", "train_s", "virtual_s", "memory_bytes", "rounds")
+        found = {key: result[key] for key in reported if key in result}
         if link:
             points = ("sent_bytes", "train_s", "virtual_s", "accuracy", "compute_s", "exchange_s")
             found["records"] = [{key: record.get(key) for key in points} for record in folder.records()]
@@ -123,13 +123,13 @@ def run(contender: Contender, rate: float, seed: int, validation: bool, link: st
 
 
 class Runs:
-    """Finished runs, a line each in a file to which several processes may add."""
+    """Finished runs: one per line of a file to which several processes may append."""
 
     def __init__(self, name: str) -> None:
         self._path = RESULTS / f"{name}_runs.jsonl"
 
     def get(self, label: str, contender: Contender, rate: float, seed: int, part: str, link: str | None) -> Any:
-        """Return a run's result; makes the run if it is not there."""
+        """Return a run's result; make the run if it is not in the file."""
         key = f"{part}: {label}, {contender.epochs} epochs, lr {rate}, seed {seed}{f', {link}' if link else ''}"
         found = finished_runs(self._path)
         if key not in found:
@@ -143,7 +143,7 @@ class Runs:
 def accuracy(
     runs: Runs, label: str, contenders: Mapping[str, Contender], grid: Sequence[float], seeds: Sequence[int]
 ) -> Any:
-    """Tune a contender, and train its best setting with every seed."""
+    """Tune a contender, and train its best setting with each seed."""
     contender = contenders[label]
     tuned_as = contender.tuned_as or label
     tuned = {rate: runs.get(tuned_as, contenders[tuned_as], rate, seeds[0], "tune", None)["accuracy"] for rate in grid}
@@ -160,10 +160,10 @@ def accuracy(
 
 
 def table(found: Mapping[str, Mapping[str, Any]], link: str) -> Table:
-    """Set all contenders beside the reference."""
+    """Return the table of all contenders and the reference."""
     shown = Table(
-        "contender", "lr", "test accuracy", "reaches", "sent", "on the wire", "fewer", "seconds", "sooner",
-        "own cores, s", "sooner", title=f"Fashion-MNIST, links of {link}",
+        "contender", "lr", "test accuracy", "reaches", "sent", "on the wire", "fewer", "seconds", "faster",
+        "own cores, s", "faster", title=f"Fashion-MNIST, links of {link}",
     )  # fmt: skip
     base = found[REFERENCE]
     for label, row in found.items():
@@ -184,7 +184,7 @@ def table(found: Mapping[str, Mapping[str, Any]], link: str) -> Table:
 
 
 def draw(found: Mapping[str, Mapping[str, Any]], name: str) -> None:
-    """Draw accuracy against bytes, and against seconds of both kinds: all contenders, on links."""
+    """Plot accuracy by bytes, wall-clock time and normalized time, for all contenders on links."""
     curves = {label: row["records"] for label, row in found.items()}
     for counter, label, scale in axes_of_curves():
         if counter in ("sent_bytes", "train_s", "virtual_s"):
@@ -194,8 +194,8 @@ def draw(found: Mapping[str, Mapping[str, Any]], name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", default="100mbit")
-    parser.add_argument("--only", help="labels of contenders, beside the reference")
-    parser.add_argument("--quick", action="store_true", help="one epoch, one rate, one seed: only that it runs")
+    parser.add_argument("--only", help="labels of contenders, in addition to the reference")
+    parser.add_argument("--quick", action="store_true", help="one epoch, one rate, one seed: only check that it runs")
     given = parser.parse_args()
     chosen = dict.fromkeys([REFERENCE, *(given.only.split(";") if given.only else CONTENDERS)])
     name = "netlab_quick" if given.quick else "netlab"

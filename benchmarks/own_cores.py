@@ -54,7 +54,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--link", default="1gbit")
     link = parser.parse_args().link
-    table = Table("method", "workers", "clock, s a round", "own cores, s a round", "own cores / clock")
+    table = Table("method", "workers", "wall clock, s per round", "own cores, s per round", "own cores / wall clock")
     rows: list[dict[str, Any]] = []
     for method in METHODS:
         for workers in (2, 4):

@@ -168,8 +168,8 @@ def train_with_torchft(job: Job, model: nn.Module, place: Place, notes: Notes) -
         lighthouse.shutdown()
 
 
-class Ear(logging.Handler):
-    """Hears what hivemind logs: the only place where it says over how many it has averaged."""
+class HivemindLog(logging.Handler):
+    """Reads the log of hivemind, which is the only source for the number of averaged workers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class Ear(logging.Handler):
         self.out_of_sync = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Take note of a message."""
+        """Read a message."""
         text = record.getMessage()
         if averaged := re.fullmatch(r"Averaged parameters with (\d+) peers", text):
             self.averaged_over.append(int(averaged[1]))
@@ -185,16 +185,16 @@ class Ear(logging.Handler):
 
 
 def train_with_hivemind(job: Job, model: nn.Module, place: Place, notes: Notes) -> None:
-    """Local steps; whenever all workers together have seen so many samples, their weights are averaged.
+    """Train by hivemind: local steps; the weights are averaged whenever all workers together reach a sample count.
 
-    Averaging ends before the next step begins (`delay_state_averaging` is off), so that the outcome can be compared.
-    Who has made how many steps by then is left to the swarm, which goes by what workers report every so often.
+    Averaging ends before the next step begins (`delay_state_averaging` is off), so that weights can be compared. The
+    number of steps of each worker is not fixed: hivemind counts the samples that workers report from time to time.
     """
-    multiprocessing.set_start_method("fork")  # hivemind's processes take over locks and pipes
+    multiprocessing.set_start_method("fork")  # hivemind's processes inherit locks and pipes
     import hivemind
 
-    ear = Ear()
-    logging.getLogger("hivemind").addHandler(ear)
+    log = HivemindLog()
+    logging.getLogger("hivemind").addHandler(log)
     initial_peers = None if place.rank == 0 else [place.store.get("peer").decode()]
     dht = hivemind.DHT(initial_peers=initial_peers, host_maddrs=[f"/ip4/{place.address}/tcp/0"], start=True)
     if place.rank == 0:
@@ -212,9 +212,9 @@ def train_with_hivemind(job: Job, model: nn.Module, place: Place, notes: Notes) 
         delay_state_averaging=False,
         matchmaking_time=MATCHMAKING_S,
         averaging_timeout=TIMEOUT.total_seconds(),
-        next_chunk_timeout=TIMEOUT.total_seconds(),  # else a slow peer's part is left out of the mean
+        next_chunk_timeout=TIMEOUT.total_seconds(),  # otherwise the mean skips the part of a slow peer
         averager_opts={"target_group_size": place.size, "min_group_size": place.size, "request_timeout": 1.0},
-        # An outer step is a few seconds here: progress of the others is to be known several times within it.
+        # An outer step takes a few seconds here, and the progress of the others must be known more often than that.
         tracker_opts={"min_refresh_period": 0.1, "default_refresh_period": 0.2, "max_refresh_period": 0.5},
         verbose=True,
     )
@@ -223,7 +223,7 @@ def train_with_hivemind(job: Job, model: nn.Module, place: Place, notes: Notes) 
     started = time.perf_counter()
     while optimizer.local_epoch < job.schedule.num_rounds:
         epoch = optimizer.local_epoch
-        ear.averaged_over.clear()
+        log.averaged_over.clear()
         apply_settings(inner, groups, job.schedule.settings[min(notes.local_steps, job.schedule.total_steps - 1)])
         inputs, targets = fetch(shard, job.schedule.dealing.batch(place.rank, notes.local_steps), CPU)
         inner.zero_grad(set_to_none=True)
@@ -231,9 +231,9 @@ def train_with_hivemind(job: Job, model: nn.Module, place: Place, notes: Notes) 
         optimizer.step(batch_size=len(targets))
         notes.local_steps += 1
         for _ in range(epoch, optimizer.local_epoch):
-            notes.outer_step(ear.averaged_over.pop() if ear.averaged_over else 0, model)
+            notes.outer_step(log.averaged_over.pop() if log.averaged_over else 0, model)
     notes.train_s = time.perf_counter() - started
-    notes.discarded_steps = ear.out_of_sync
+    notes.discarded_steps = log.out_of_sync
     place.meet("the end")
     optimizer.shutdown()
     dht.shutdown()

@@ -74,7 +74,7 @@ class Killer(threading.Thread):
                 self.kills += 1
 
     def stop(self) -> None:
-        """Stop, and wait until it has."""
+        """Stop the thread, and wait for its end."""
         self._over.set()
         self.join()
 

@@ -81,7 +81,14 @@ def main() -> None:
     widths = [int(width) for width in asked.widths.split(",")]
     epochs = {"ddp": asked.ddp_epochs, "ist": asked.ist_epochs}
     shown = Table(
-        "width", "weights", "method", "P@1", "P@3", "P@5", "memory a worker", title=f"{asked.limit} a worker, 4 workers"
+        "width",
+        "weights",
+        "method",
+        "P@1",
+        "P@3",
+        "P@5",
+        "memory per worker",
+        title=f"{asked.limit} per worker, 4 workers",
     )
     found: dict[str, Any] = {}
     for width in widths:

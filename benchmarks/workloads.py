@@ -199,7 +199,7 @@ HEADS = (
     "sent",
     "fewer",
     "own cores, s",
-    "memory a worker",
+    "memory per worker",
     "of rank 0",
 )
 

@@ -1,8 +1,7 @@
-"""Architectures that people use, in tiny configurations with random weights: `ENTRIES`, by name.
+"""Common architectures in tiny configurations with random weights: `ENTRIES`, by name.
 
-The packages that the networks come from are imported when an entry of theirs is built, not before. All inputs
-hold two samples (graphs: two halves of one graph). Dropout and its like are switched off, so two forward
-passes in train mode agree.
+Packages are imported only when one of their entries is built. All inputs have two samples (graphs: two halves of one
+graph). Dropout and similar layers are switched off, so two forward passes in train mode agree.
 """
 
 from benchmarks.zoo import graph_models, timm_models, torch_models, transformers_models

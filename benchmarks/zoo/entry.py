@@ -1,4 +1,4 @@
-"""One architecture of the zoo: how to build it, and what to feed it."""
+"""The entry of one architecture in the zoo: how to build it, and its inputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ BATCH = 2
 class Entry:
     """An architecture: `network(*args, **kwargs)` runs, with `network = build()` and `args, kwargs = inputs()`.
 
-    Both may be called under `torch.device("meta")`, unless `on_meta` is false: then the package that the
-    network comes from needs values while it builds.
+    Both may be called under `torch.device("meta")`, unless `on_meta` is false: then the network's package needs values
+    to build it.
     """
 
     build: Callable[[], nn.Module]
@@ -27,10 +27,10 @@ class Entry:
 
 
 def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """Return a builder that makes the same network every time, without touching the global random state.
+    """Return a builder that builds the same network every time, without changing the global random state.
 
-    Parameters that start constant are moved off their constant. A gain that starts at zero or a layer scale that
-    starts at 1e-6 would hide whatever is done to the branch it multiplies, and so would biases of zero.
+    Parameters with a constant initial value get random values. Otherwise a gain of zero, a layer scale of 1e-6 or
+    biases of zero would hide wrong cuts of the branch to which they belong.
     """
 
     def build() -> nn.Module:
@@ -46,7 +46,7 @@ def seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
 
 
 def drawn(make: Callable[[], Inputs]) -> Callable[[], Inputs]:
-    """Return a function that draws the same inputs every time, without touching the global random state."""
+    """Return a function that draws the same inputs every time, without changing the global random state."""
 
     def draw() -> Inputs:
         with torch.random.fork_rng(devices=[]):
@@ -67,5 +67,5 @@ def values(*shape: int) -> Callable[[], Inputs]:
 
 
 def tokens(vocabulary: int, length: int) -> Tensor:
-    """Draw a batch of token numbers, leaving out the lowest ones, which are often special."""
+    """Draw a batch of token numbers without the lowest ones, which are often special."""
     return torch.randint(5, vocabulary, (BATCH, length))

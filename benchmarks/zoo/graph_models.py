@@ -43,7 +43,7 @@ class Propagated(nn.Module):
 
 
 class InitialResidual(nn.Module):
-    """Convolutions that each read the first hidden state again (GCN2)."""
+    """Convolutions that all read the first hidden state too (GCN2)."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def _stack(name: str, on_meta: bool = True, **arguments: Any) -> Entry:
 
 
 def _attention_stack(name: str) -> Entry:
-    """Convolutions with 3 heads of 8 beside each other, then with 5 heads that are averaged."""
+    """Convolutions with 3 concatenated heads of 8, then with 5 averaged heads."""
 
     def make(pyg: Any) -> nn.Module:
         kind = getattr(pyg, name)
@@ -158,7 +158,7 @@ ENTRIES = {
     "pyg_gatv2_conv": _attention_stack("GATv2Conv"),
     "pyg_transformer_conv": _attention_stack("TransformerConv"),
     "pyg_gin_conv": _entry("convolutions", _gine),
-    "pyg_cheb": _stack("ChebConv", K=3, on_meta=False),  # makes its weights on the CPU whatever is asked
+    "pyg_cheb": _stack("ChebConv", K=3, on_meta=False),  # makes its weights on the CPU regardless of the default device
     "pyg_tag": _stack("TAGConv"),
     "pyg_graph_conv": _stack("GraphConv"),
     "pyg_arma": _stack("ARMAConv"),

@@ -1,7 +1,6 @@
-"""Networks of timm, with fewer and narrower layers wherever their builders let us say so.
+"""Networks of timm, with fewer and narrower layers if their builders have such arguments.
 
-A few have one size only (inception, mixnet, ghostnet, lcnet, tinynet, mobilenets, ...): there it is the smallest
-that timm has.
+A few have a fixed size (inception, mixnet, ghostnet, lcnet, tinynet, mobilenets, ...): for these, the smallest in timm.
 """
 
 import importlib
@@ -17,7 +16,7 @@ CLASSES = 7
 
 
 def _steady(network: nn.Module) -> nn.Module:
-    """Switch off what drops units, weights or whole branches at random."""
+    """Switch off all modules that drop units, weights or branches at random."""
     drop_path = importlib.import_module("timm.layers").DropPath
     for module in network.modules():
         if isinstance(module, nn.Dropout):
@@ -28,7 +27,7 @@ def _steady(network: nn.Module) -> nn.Module:
 
 
 def _named(family: str, name: str, size: int, **arguments: Any) -> Entry:
-    """A network that timm has by name, with some of its arguments replaced."""
+    """Build a network of timm by name, with some of its arguments replaced."""
 
     def build() -> nn.Module:
         return _steady(import_timm().create_model(name, pretrained=False, num_classes=CLASSES, **arguments))
@@ -37,7 +36,7 @@ def _named(family: str, name: str, size: int, **arguments: Any) -> Entry:
 
 
 def _made(family: str, module: str, size: int, make: Callable[[Any], nn.Module]) -> Entry:
-    """A network made from the classes of one of timm's modules, where the names leave no choice of size."""
+    """Build a network from the classes of one of timm's modules, if the named networks have a fixed size."""
 
     def build() -> nn.Module:
         import_timm()
@@ -270,7 +269,7 @@ ATTENTION = {
     "crossvit": _made("vision transformer", "crossvit", 64, _crossvit),
     "edgenext": _vit("edgenext_xx_small"),
     "fastvit": _vit("fastvit_t8", layers=(1, 1, 2, 1), embed_dims=(12, 24, 48, 96)),
-    # Its attention has 7 x 7 positions whatever the image.
+    # Its attention has 7 x 7 positions for every image size.
     "efficientformer": _vit("efficientformer_l1", img_size=224, depths=(1, 1, 1, 2), embed_dims=(16, 24, 36, 44)),
     "efficientformerv2": _vit("efficientformerv2_s0", img_size=64, depths=(1, 1, 2, 2), embed_dims=(16, 24, 36, 44)),
     "mobilevitv2": _vit("mobilevitv2_050"),

@@ -1,4 +1,4 @@
-"""Networks in plain torch: what people write by hand, and torch's own recurrent and attention modules."""
+"""Networks in plain torch: networks written by hand, and torch's own recurrent and attention modules."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from benchmarks.zoo.entry import Entry, Inputs, drawn, images, seeded, tokens, v
 
 
 class Residual(nn.Module):
-    """Add what a module makes of its input to that input."""
+    """Add the output of a module to its input."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Residual(nn.Module):
 
 
 class UNet(nn.Module):
-    """Two levels down, two up, each way up reading the way down's channels beside its own."""
+    """A U-Net: two levels down and two up; each level up also reads the channels of the level down."""
 
     def __init__(self, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class HandMixer(nn.Module):
 
 
 class NeRF(nn.Module):
-    """A radiance field: sines and cosines of the position, read again half-way; a view direction joins late."""
+    """A radiance field: sines and cosines of the position, read again in the middle; the view direction enters late."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class NeRF(nn.Module):
         self.color = nn.Sequential(nn.Linear(28 + 3, 20), nn.ReLU(), nn.Linear(20, 3))
 
     def forward(self, position: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the density and the colour at every point."""
+        """Return the density and the color at every point."""
         scaled = torch.cat([position * 2.0**power for power in range(4)], -1)
         encoded = torch.cat([scaled.sin(), scaled.cos()], -1)
         hidden = encoded
@@ -183,7 +183,7 @@ class NeRF(nn.Module):
 
 
 class Siamese(nn.Module):
-    """Two images through one trunk, and a head that compares what comes out."""
+    """Two images through one trunk, and a head that compares the results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -194,13 +194,13 @@ class Siamese(nn.Module):
         self.head = nn.Sequential(nn.Linear(28, 16), nn.ReLU(), nn.Linear(16, 1))
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        """Return how alike the images are."""
+        """Return the similarity of the images."""
         out: Tensor = self.head((self.trunk(left) - self.trunk(right)).abs())
         return out
 
 
 class TiedAutoencoder(nn.Module):
-    """An autoencoder whose decoder is the encoder's weights, transposed."""
+    """An autoencoder whose decoder uses the transposed weights of the encoder."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class TiedAutoencoder(nn.Module):
         self.inner_bias, self.outer_bias = nn.Parameter(torch.zeros(20)), nn.Parameter(torch.zeros(30))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x as far as 12 values can hold it."""
+        """Return the reconstruction of x from 12 values."""
         code = F.relu(self.inner(F.relu(self.outer(x))))
         hidden = F.relu(F.linear(code, self.inner.weight.t(), self.inner_bias))
         return F.linear(hidden, self.outer.weight.t(), self.outer_bias)

@@ -1,28 +1,28 @@
-"""Whether Torch-Pruning's dependency graph finds groups of a network that can be cut without changing what remains.
+"""Test whether Torch-Pruning's dependency graph finds groups that can be cut without changing the rest of a network.
 
-Used as its documentation says: `DependencyGraph().build_dependency(network, example_inputs)`, `get_all_groups` with
-convolutions and linear layers as roots and the layers that make the outputs left out, `get_pruning_group(...).prune()`.
-Its examples assign new numbers of heads to attention modules after a cut, which its graph does not do: so where the
-network does not agree as it comes, the numbers of heads, or their size, or only the width, are halved in the modules
-whose parameters were cut, under the names that packages have for them. It gets no help written for one architecture:
-no pruners for a package's own layers, no parameter dims.
+Torch-Pruning is used as documented: `DependencyGraph().build_dependency(network, example_inputs)`, `get_all_groups`
+with convolutions and linear layers as roots and without the layers that compute the outputs,
+`get_pruning_group(...).prune()`. Its graph does not update the number of heads of attention modules; its examples
+assign it after a cut. So if the outputs differ at first, the number of heads, or their size, or only the width, is
+halved in the modules whose parameters were cut, under the attribute names that packages use. There is no code for
+single architectures: no pruners for a package's own layers, no parameter dims.
 
-Criterion: up to 8 groups spread over the network are cut, each on a fresh copy. Half of a group's channels go: the
-second half, or, if that fails, every second one, or the second half of each part where its layers part the channels
-(grouped convolutions, group norm, a query-key-value projection that is taken apart). Whichever suits the group best
-counts, so a tool that can only take whole heads, or only thin every head, passes. A group is
+Criterion: up to 8 groups, spread over the network, are cut, each on a new copy. Half of a group's channels are removed:
+the second half; if that fails, every second channel; or the second half of each part, if layers divide the channels
+into parts (grouped convolutions, group norm, a fused query-key-value projection). The best of these results counts, so
+a tool that can only remove entire heads, or only a part of each head, passes. A group is
 
 - equal: the forward pass runs, and its outputs are those of the full network with every entry of a parameter that
-  the cut removed set to zero (so both the slices that make the channels and the slices that read them);
-- not equivalent: the pass runs but differs, and the channels pass through a norm that averages over them, for
-  which no masked network is the same: the cut changed the function, though it may be meant;
+  the cut removed set to zero (both the slices that compute the channels and the slices that read them);
+- not equivalent: the pass runs but its outputs differ, and the channels pass through a norm that averages over them, so
+  that no masked network is equal: the cut changes the function, perhaps intentionally;
 - failed: an exception while grouping, cutting or running;
 - wrong: the pass runs and its outputs differ without such a norm.
 
-All in float64, in train mode (batch norm by the batch's statistics), dropout off. A network works if at least one of
-its groups is equal and all others are equal or not equivalent; it is wrong if any is wrong, or if no more can be
-said than not equivalent; it fails if one fails and none is wrong, if there is no graph or no group to cut, or
-if all this takes more than 30 seconds of the processor (most of these small networks take one or two).
+All runs use float64, train mode (batch norm with the batch's statistics), and no dropout. A network works if at least
+one of its groups is equal and all others are equal or not equivalent. It is wrong if a group is wrong, or if all are
+not equivalent. It fails if a group fails and none is wrong, if there is no graph or no group to cut, or if all this
+takes more than 30 CPU seconds (most of these small networks take one or two).
 """
 
 import contextlib
@@ -42,8 +42,8 @@ from torch import Tensor, nn
 from benchmarks.zoo.entry import Entry, Inputs
 
 GROUPS = 8
-LIMIT_S = 30.0  # of processor time
-TOLERANCE = 1e-5  # of the largest output; some networks compute their norms in single precision whatever they are in
+LIMIT_S = 30.0  # CPU time
+TOLERANCE = 1e-5  # relative to the largest output; some networks always compute their norms in single precision
 REPAIRED = "with new numbers of heads"
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_key_value_heads", "num_kv_heads")
 HEAD_SIZES = (
@@ -73,7 +73,7 @@ KINDEST: tuple[Verdict, ...] = ("equal", "not equivalent", "failed", "wrong")
 
 @dataclass(frozen=True)
 class PruningResult:
-    """What Torch-Pruning made of one network: see the module's docstring for the criterion."""
+    """The result of Torch-Pruning on one network: see the module's docstring for the criterion."""
 
     status: Literal["works", "wrong", "fails"]
     reason: str
@@ -82,11 +82,11 @@ class PruningResult:
 
 @dataclass(frozen=True)
 class _Root:
-    """A group, by the layer whose output channels it starts from; indices differ between copies, names do not."""
+    """A group, identified by the name of its root layer, because indices differ between copies of a network."""
 
     name: str
     channels: int
-    partings: tuple[int, ...]  # into how many equal parts its layers part the channels
+    partings: tuple[int, ...]  # the numbers of equal parts into which its layers divide the channels
     with_norm: bool
 
 
@@ -135,12 +135,12 @@ class _Graph:
             elif dep.target.type in parted and dep.target.module.offsets:
                 sizes.add(len(dep.target.module.offsets) - 1)
         channels = self.graph.get_out_channels(root)
-        fitting = tuple(sorted(size for size in sizes if size > 1 and channels % size == 0 and channels > size))
+        divisors = tuple(sorted(size for size in sizes if size > 1 and channels % size == 0 and channels > size))
         with_norm = any(self._averages_over_channels(dep.target.module) for dep, _ in group)
-        return _Root(self.graph._module2name[root], channels, fitting, with_norm)
+        return _Root(self.graph._module2name[root], channels, divisors, with_norm)
 
     def _averages_over_channels(self, module: Any) -> bool:
-        """Tell a norm over channels: torch's two, or a package's own, whose parameters the graph has by name."""
+        """Return whether a module is a norm over channels: one of torch, or a package's own with known parameters."""
         if isinstance(module, nn.Parameter):
             owner = self.network.get_submodule(self.graph._param_to_name[module].rpartition(".")[0])
             return "norm" in type(owner).__name__.lower()
@@ -148,7 +148,7 @@ class _Graph:
 
 
 def torch_pruning_result(entry: Entry) -> PruningResult:
-    """Group and cut a network with Torch-Pruning, and say whether what remains is right.
+    """Group and cut a network with Torch-Pruning, and judge the result.
 
     Args:
         entry: The network, and its inputs.
@@ -176,12 +176,12 @@ def torch_pruning_result(entry: Entry) -> PruningResult:
 
 
 class _OutOfTimeError(BaseException):
-    """The time is over; no `except Exception` on the way may take it for the network's."""
+    """The time limit has passed; not an Exception, so that no `except Exception` on the way catches it."""
 
 
 @contextlib.contextmanager
 def _limit(seconds: float) -> Iterator[None]:
-    """Interrupt what takes longer; counts this process's processor time, and works in the main thread only."""
+    """Interrupt code that uses more CPU time of this process; works only in the main thread."""
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         raise _OutOfTimeError
@@ -205,7 +205,7 @@ def _prepare(entry: Entry) -> tuple[nn.Module, Inputs]:
 
 
 def _judge(network: nn.Module, inputs: Inputs, root: _Root) -> tuple[Verdict, str]:
-    """Cut one group, with every choice of channels until one is equal; return the kindest verdict and its reason."""
+    """Cut one group, trying choices of channels until one is equal; return the best verdict and its reason."""
     found: list[tuple[Verdict, str]] = []
     for channels in _choices(root):
         try:
@@ -222,9 +222,9 @@ def _judge(network: nn.Module, inputs: Inputs, root: _Root) -> tuple[Verdict, st
 def _cut(
     network: nn.Module, inputs: Inputs, root: str, channels: Sequence[int]
 ) -> tuple[nn.Module, nn.Module, set[str]]:
-    """Cut one copy and mask another; return both, and the names of the modules that hold what was cut.
+    """Cut one copy and mask another; return both, and the names of the modules whose parameters were cut.
 
-    While it is cut, the copy holds the positions of its weights in place of them: what is left tells what was kept.
+    During the cut, the weights of the copy are their own positions, so the remaining values show what was not removed.
     """
     graph = _Graph(copy.deepcopy(network), inputs)
     cut, masked = graph.network, copy.deepcopy(network)
@@ -236,11 +236,11 @@ def _cut(
         full = dict(network.named_parameters(remove_duplicate=False))
         zeroed = dict(masked.named_parameters(remove_duplicate=False))
         left = list(cut.named_parameters(remove_duplicate=False))
-        kept = {name: parameter.detach().long() for name, parameter in left}
+        remaining = {name: parameter.detach().long() for name, parameter in left}
         for name, parameter in left:
-            parameter.copy_(full[name].flatten()[kept[name]])
+            parameter.copy_(full[name].flatten()[remaining[name]])
             removed = torch.ones(full[name].numel(), dtype=torch.bool)
-            removed[kept[name].flatten()] = False
+            removed[remaining[name].flatten()] = False
             zeroed[name].masked_fill_(removed.view_as(zeroed[name]), 0.0)
             if removed.any():  # the layer, and every module around it
                 parts = name.split(".")[:-1]
@@ -253,7 +253,7 @@ def _cut(
 def _compare(
     cut: nn.Module, masked: nn.Module, owners: set[str], inputs: Inputs, with_norm: bool
 ) -> list[tuple[Verdict, str]]:
-    """Return the verdicts on one cut, as it is and with new numbers in the modules; the last is equal if any is."""
+    """Return the verdicts on one cut, without and with repaired sizes in the modules; the last is equal if any is."""
     found: list[tuple[Verdict, str]] = []
     wanted = _run(masked, inputs)
     for names in REPAIRS:
@@ -312,7 +312,7 @@ def _choices(root: _Root) -> Iterator[list[int]]:
 
 
 def _spread(roots: Sequence[_Root]) -> list[_Root]:
-    """Choose up to `GROUPS`, from the first to the last at even distances."""
+    """Choose up to `GROUPS` groups at even distances, from the first to the last."""
     if len(roots) <= GROUPS:
         return list(roots)
     return [roots[round(k * (len(roots) - 1) / (GROUPS - 1))] for k in range(GROUPS)]
@@ -336,7 +336,7 @@ def _run(network: nn.Module, inputs: Inputs) -> list[Tensor]:
 
 
 def _floats(value: Any) -> list[Tensor]:
-    """Collect the tensors of floating point in nested outputs."""
+    """Return the floating-point tensors in nested outputs."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, dict):
@@ -354,6 +354,6 @@ def _as_double(inputs: Inputs) -> Inputs:
 
 
 def _describe(error: Exception) -> str:
-    """Name an exception and the start of what it says."""
+    """Return the class of an exception and the start of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__

@@ -1,9 +1,8 @@
-"""Import timm where torchvision is not installed.
+"""Import timm without torchvision.
 
-timm imports names of torchvision that building and running its networks never uses (image transforms,
-data sets, a frozen batch norm that only type checks mention). Where torchvision is missing, the stand-in
-answers these imports while timm is imported, and is gone afterwards, so that no other package takes it
-for the real one.
+timm imports names of torchvision that its networks never use (image transforms, data sets, a frozen batch norm that
+only type checks mention). If torchvision is missing, a stand-in provides these names while timm is imported. It is
+removed afterwards, so that no other package takes it for the real one.
 """
 
 import importlib
@@ -26,7 +25,7 @@ NAMES = (
 
 
 class _Named(type):
-    """A class of which every attribute is its own name: enough for an enumeration that is only looked up."""
+    """A class whose attributes are their own names, which is enough for an enumeration that is only looked up."""
 
     def __getattr__(cls, name: str) -> str:
         if name.startswith("__"):
@@ -35,7 +34,7 @@ class _Named(type):
 
 
 class _StandIn(ModuleType):
-    """A module of which every attribute is an empty class."""
+    """A module whose attributes are empty classes."""
 
     __path__: list[str] = []  # noqa: RUF012  (a module's attribute, as the import system wants it)
 

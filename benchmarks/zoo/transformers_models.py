@@ -1,7 +1,7 @@
 """Networks of Hugging Face's transformers, built from tiny configurations.
 
-No two sizes are the same by chance: hidden 48 in 6 heads of 8 (3 of them for keys and values), 80 inside the
-perceptron, 2 layers, 61 tokens, 33 positions, sequences of 7.
+All sizes differ, so that none matches another by chance: hidden 48 in 6 heads of 8 (3 of them for keys and values), 80
+in the perceptron, 2 layers, 61 tokens, 33 positions, sequences of 7.
 """
 
 import importlib
@@ -18,7 +18,7 @@ WIDTH = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "nu
 TEXT = WIDTH | {"vocab_size": VOCABULARY, "max_position_embeddings": 33}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GROUPED = TEXT | SPECIAL | {"num_key_value_heads": 3}
-EVEN = TEXT | SPECIAL | {"num_key_value_heads": 6}  # for those that are published with as many as heads
+EVEN = TEXT | SPECIAL | {"num_key_value_heads": 6}  # for networks published with equal numbers of both heads
 IMAGE = WIDTH | {"image_size": 32, "patch_size": 8, "num_labels": 7}
 SEQ2SEQ = SPECIAL | {
     "vocab_size": VOCABULARY,
@@ -60,7 +60,7 @@ SPEECH = WIDTH | {
 
 
 def _quiet(config: Any) -> Any:
-    """Switch off dropout and the cache of keys and values, and start from weights large enough to matter."""
+    """Switch off dropout and the cache of keys and values, and use initial weights that are large enough to matter."""
     for name, value in config.to_dict().items():
         part = getattr(config, name)
         if isinstance(value, dict) and hasattr(part, "to_dict"):
@@ -113,7 +113,7 @@ def _decoder(name: str, sizes: Mapping[str, Any] = GROUPED, **more: Any) -> Entr
 
 
 def _mixture(name: str, sizes: Mapping[str, Any] = EVEN, experts: str = "batched_mm", **more: Any) -> Entry:
-    """A mixture of experts, its experts computed in a way that also runs in double precision."""
+    """A mixture of experts that computes its experts in a way that also runs in double precision."""
     return _entry(name, "mixture of experts", drawn(_text), sizes, experts_implementation=experts, **more)
 
 
@@ -320,7 +320,7 @@ ENCODERS = {
     "xlnet": _encoder(
         "XLNetForSequenceClassification",
         {"vocab_size": VOCABULARY, "d_model": 48, "n_layer": 2, "n_head": 6, "d_inner": 80},
-        on_meta=False,  # makes its weights on the CPU whatever is asked
+        on_meta=False,  # makes its weights on the CPU regardless of the default device
     ),
     "esm": _encoder("EsmForSequenceClassification", position_embedding_type="rotary", mask_token_id=4),
     "t5": _seq2seq("T5ForConditionalGeneration", T5),
