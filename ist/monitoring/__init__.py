@@ -1,1 +1,1 @@
-"""What a run costs, and who is told about every round: the terminal, TensorBoard, Prometheus."""
+"""Measure a run, and report every round to observers: the terminal, TensorBoard, Prometheus."""

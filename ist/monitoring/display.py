@@ -1,6 +1,7 @@
-"""Live progress on stderr: a bar on a terminal, a line now and then elsewhere.
+"""Live progress on stderr: a bar on a terminal, otherwise a line every few seconds.
 
-Results go to stdout (`ist/cli/main.py`), so a run can be piped.
+Where it sits: an observer of a run (`ist/monitoring/observers.py`); reports and plans use its formats of numbers.
+Not here: results, which go to stdout (`ist/cli/main.py`), so that a run's output can be piped.
 """
 
 import sys
@@ -19,25 +20,25 @@ _FAULTS_AT_ONCE = 3
 
 
 class PlainConsole(Console):
-    """A console that shows text as it is: no markup such as `[bold]`, no emoji codes, no control characters."""
+    """A console that prints text literally: no markup such as `[bold]`, no emoji codes, no control characters."""
 
     def __init__(self, *, stderr: bool = False, file: IO[str] | None = None) -> None:
         super().__init__(stderr=stderr, file=file, markup=False, emoji=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """Make a text of a string; tables and prints come here with all of theirs."""
+        """Turn a string into a text; all strings of tables and prints pass through here."""
         return super().render_str(printable(text), **options)
 
 
 class Display:
-    """Shows records as they come; a `Watcher` (`ist/monitoring/observers.py`).
+    """Shows every record; a `Watcher` (`ist/monitoring/observers.py`).
 
     Args:
-        label: What is running.
-        num_rounds: Rounds of the run.
-        first_round: Rounds that were done before.
-        enabled: False shows nothing.
-        num_workers: Workers that are configured: another number is shown.
+        label: Name of the run.
+        num_rounds: Number of rounds of the run.
+        first_round: Number of rounds that are already done.
+        enabled: Whether to show anything.
+        num_workers: Configured number of workers; another number of workers in a round is shown.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Display:
         self._started = time.monotonic()
         self._last_line = float("-inf")
         self._last_fault = float("-inf")
-        self._num_untold = 0
+        self._num_hidden_faults = 0
         self._value, self._of_round = "", 0
         self._bar: Progress | None = None
         console = PlainConsole(stderr=True)
@@ -89,26 +90,26 @@ class Display:
             self._print(f"{self._label}: {numbers}  left {left:.0f} s")
 
     def _show_faults(self, record: Mapping[str, Any]) -> None:
-        """Say which workers were left out: the first few at once, and how many more where there are many."""
+        """Show which workers were left out of a round; of many, the first few and the number of the others."""
         faults = record.get("lost", [])
         if not faults:
             return
         now = time.monotonic()
         if now - self._last_fault < _LINE_EVERY_S:
-            self._num_untold += len(faults)
+            self._num_hidden_faults += len(faults)
             return
         self._last_fault = now
         for fault in faults[:_FAULTS_AT_ONCE]:
             self._print(
-                f"{self._label}: round {record['round'] + 1}: worker {fault['worker']} is left out, {fault['kind']}: "
+                f"{self._label}: round {record['round'] + 1}: worker {fault['worker']} was left out ({fault['kind']}): "
                 f"{(fault['reason'].splitlines() or ['?'])[0]}"
             )
-        self._tell_rest(len(faults[_FAULTS_AT_ONCE:]))
+        self._show_hidden_faults(len(faults[_FAULTS_AT_ONCE:]))
 
-    def _tell_rest(self, more: int) -> None:
-        untold, self._num_untold = self._num_untold + more, 0
-        if untold:
-            self._print(f"{self._label}: workers were left out {untold} more times")
+    def _show_hidden_faults(self, more: int) -> None:
+        hidden, self._num_hidden_faults = self._num_hidden_faults + more, 0
+        if hidden:
+            self._print(f"{self._label}: workers were left out {hidden} more times")
 
     def _print(self, line: str) -> None:
         if self._bar:
@@ -117,32 +118,32 @@ class Display:
             print(printable(line), file=sys.stderr, flush=True)
 
     def saved(self, rounds_done: int) -> None:
-        """A checkpoint is not shown."""
+        """Ignore checkpoints."""
 
     def close(self) -> None:
-        """Take the bar down."""
-        self._tell_rest(0)
+        """Show the remaining faults, and remove the bar."""
+        self._show_hidden_faults(0)
         if self._bar:
             self._bar.stop()
 
 
 def metric_title(name: str) -> str:
-    """Return what tables call a metric: 'P@1' for 'precision_at_1'."""
+    """Return a metric's title in tables: 'P@1' for 'precision_at_1'."""
     return name.replace("precision_at_", "P@").replace("_", " ") if name != "rmse" else "RMSE"
 
 
 def format_metric(name: str, value: float) -> str:
-    """Return a metric's value for people: a part of all as a percentage."""
+    """Format a metric's value; a fraction becomes a percentage."""
     return f"{value:.2%}" if name == "accuracy" or name.startswith("precision_at_") else f"{value:.4f}"
 
 
 def format_ratio(ratio: float) -> str:
-    """Return a ratio for people, with three digits or all of its whole ones."""
+    """Format a ratio with three significant digits, or without decimals from 1,000 on."""
     return f"{ratio:.3g}" if ratio < 1000 else f"{ratio:,.0f}"
 
 
 def format_bytes(count: float) -> str:
-    """Return a number of bytes for people, in decimal units."""
+    """Format a number of bytes in decimal units."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

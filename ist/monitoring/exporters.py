@@ -1,8 +1,8 @@
-"""What TensorBoard and Prometheus are told about a run.
+"""Export a run's numbers to TensorBoard and Prometheus.
 
-Where it sits: `ist/monitoring/observers.py` imports this where one of the two is configured; needs the extra `watch`.
-Not here: whether and where (`ist/monitoring/observers.py`), what is measured
-and what it is called (`ist/measurements.py`).
+Where it sits: `ist/monitoring/observers.py` imports this if one of the two is configured; it needs the extra `watch`.
+Not here: choosing exporters and ports (`ist/monitoring/observers.py`), the numbers and their names
+(`ist/measurements.py`).
 """
 
 import threading
@@ -26,7 +26,7 @@ _FLUSH_EVERY_S = 10
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """Return what a record says, by TensorBoard's names."""
+    """Return the numbers of a record by their names in TensorBoard."""
     faults = record.get("lost", [])
     metric = record.get("metric") or "accuracy"
     found = {
@@ -41,8 +41,8 @@ class TensorBoard:
     """Writes event files; a `Watcher`. A step is a round, from 0 as in metrics.jsonl.
 
     Args:
-        folder: Where to write them.
-        first_round: Rounds that were done before: what earlier files say of later ones is hidden.
+        folder: Folder of the event files.
+        first_round: Number of rounds that are already done; entries of later rounds in existing files are hidden.
 
     Raises:
         ConfigError: TensorBoard cannot be imported.
@@ -73,7 +73,7 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, record["round"])
 
     def saved(self, rounds_done: int) -> None:
-        """Have the files reach as far as the checkpoint.
+        """Flush the files up to the checkpoint.
 
         Raises:
             RunFolderError: They cannot be written.
@@ -83,7 +83,7 @@ class TensorBoard:
             self._writer.flush()
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write the remaining events."""
         try:
             with self._translated():
                 self._writer.close()
@@ -91,7 +91,7 @@ class TensorBoard:
             threading.excepthook = self._hook
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """Print no traceback of TensorBoard's own thread: what stopped it is raised again by the next call here."""
+        """Hide the traceback of TensorBoard's own thread; the next call here raises its error again."""
         if not (type(failure.thread).__module__.startswith("tensorboard.") and isinstance(failure.exc_value, OSError)):
             self._hook(failure)
 
@@ -117,20 +117,20 @@ _ABOUT_THE_RUN = (
 
 
 def families() -> list[Family]:
-    """Return every metric that Prometheus is told: those of measured numbers, and those about the run."""
+    """Return all metrics for Prometheus: those of measured numbers, and those about the run."""
     measured = dict.fromkeys(m.prometheus.family for m in MEASUREMENTS if m.prometheus)
     return [*measured, *_ABOUT_THE_RUN]
 
 
 Values = dict[str, dict[str, float]]
-"""Metric to its label's value (empty where it has none) to its number."""
+"""Name of a metric -> value of its label ('' without a label) -> number."""
 
 
 def add_record(values: Values, record: Record, method: str) -> Values:
     """Return the metrics after one more round.
 
     Args:
-        values: Those before it, which are left as they are.
+        values: The metrics before the round; not modified.
         record: The round's line of metrics.jsonl.
         method: `Config.method`.
     """
@@ -139,7 +139,7 @@ def add_record(values: Values, record: Record, method: str) -> Values:
     for measured in MEASUREMENTS:
         shown, value = measured.prometheus, record.get(measured.name)
         if shown is not None and value is not None:
-            # Of a total, the record tells all of the run so far; of what is no total, a counter adds up the rounds.
+            # A total in a record covers the run so far; for other numbers, a counter adds up the rounds.
             adds = shown.family.kind == "counter" and measured.over_rounds != "total"
             before = new[shown.family.name].get(shown.label, 0) if adds else 0
             new[shown.family.name][shown.label] = before + value
@@ -163,14 +163,14 @@ def add_record(values: Values, record: Record, method: str) -> Values:
 
 
 class Prometheus:
-    """Serves a run's metrics over HTTP while it lasts; a `Watcher`, and a collector of prometheus_client.
+    """Serves a run's metrics over HTTP during the run; a `Watcher`, and a collector of prometheus_client.
 
     Args:
-        config: The run.
-        name: What to call it: the label `run`.
-        num_rounds: Rounds of the whole run.
-        first_round: Rounds that were done before.
-        history: Records of these, from which counters go on.
+        config: The configuration of the run.
+        name: Name of the run, for the label `run`.
+        num_rounds: Number of rounds of the run.
+        first_round: Number of rounds that are already done.
+        history: Records of these rounds, from which counters continue.
 
     Raises:
         ConfigError: prometheus_client cannot be imported.
@@ -198,23 +198,23 @@ class Prometheus:
             values = add_record(values, record, self._method)
         if first_round:
             values["ist_checkpoint_rounds"] = {"": first_round}
-        self._values = values  # replaced as a whole: a scrape sees one round, not half of two
+        self._values = values  # replaced as a whole, so that a scrape never mixes two rounds
         self.registry = prometheus_client.CollectorRegistry()
         self.registry.register(self)
         self.url = ""
 
     def serve(self, host: str, port: int) -> None:
-        """Listen.
+        """Start the HTTP server.
 
         Raises:
-            OSError: The address or the port cannot be had.
+            OSError: The address or the port cannot be used.
         """
         self._server, self._thread = start_server(self._make_application(self.registry), host, port)
         shown = f"[{host}]" if ":" in host else host
         self.url = f"http://{shown}:{self._server.server_port}/metrics"
 
     def collect(self) -> Iterator[Any]:
-        """Yield the metrics as they are now."""
+        """Yield the current metrics."""
         core = self._core
         yield core.InfoMetricFamily("ist_run", "What is running.", value=self._info)
         values = self._values
@@ -226,16 +226,16 @@ class Prometheus:
             yield made
 
     def show(self, record: Record) -> None:
-        """Count a round."""
+        """Add a round to the metrics."""
         values = add_record(self._values, record, self._method)
         self._values = values | {"ist_last_round_timestamp_seconds": {"": time.time()}}
 
     def saved(self, rounds_done: int) -> None:
-        """Note a checkpoint."""
+        """Record a checkpoint."""
         self._values = self._values | {"ist_checkpoint_rounds": {"": rounds_done}}
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop the HTTP server."""
         if self.url:
             self._server.shutdown()
             self._server.server_close()

@@ -1,8 +1,9 @@
-"""What a run costs: bytes by direction and peer, seconds by phase, peak memory.
+"""Measure a process: bytes by direction and peer, seconds by phase, peak memory.
 
-Bytes are counted where messages are sent and received. Times come from one monotonic clock per process.
-What the numbers mean is in `ist/measurements.py`.
-Not here: how often it is written down (`ist/storage/run_folder.py`), what it looks like (`ist/report/`).
+Where it sits: code that sends and receives messages counts bytes here; `ist/runs/recorder.py` records the numbers.
+Times come from one monotonic clock per process.
+Not here: the meaning of the numbers (`ist/measurements.py`), writing them (`ist/storage/run_folder.py`), showing them
+(`ist/report/page.py`).
 """
 
 import resource
@@ -50,15 +51,15 @@ class Meter:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes in both directions: what crossed this process's link."""
+        """Bytes in both directions on this process's link."""
         return self.sent.total() + self.received.total()
 
 
 class MemoryGauge:
-    """Peak memory since this was made, above what the process held then.
+    """Peak memory since this gauge was created, above the memory that the process held then.
 
-    On a GPU: bytes that torch allocated on it. On a CPU: growth of the resident set, so that the
-    interpreter, libraries and data that were there before do not count.
+    On a GPU: bytes that torch allocated. On a CPU: growth of the resident set, so that the interpreter, libraries and
+    earlier data do not count.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -81,9 +82,9 @@ class MemoryGauge:
 def worker_numbers(
     *, steps: int, samples: int, loss_sum: float, compute_s: float, cpu_s: float, gauge: MemoryGauge
 ) -> dict[str, float]:
-    """Return what a worker, or a rank that trains the whole network, has measured in a round by its end.
+    """Return the measurements of a worker, or of a rank that trains the full network, at the end of a round.
 
-    Each number is described in `ist/measurements.py`. `aside_s` is 0: who does more than train sets it.
+    `ist/measurements.py` describes each number. `aside_s` is 0; callers that do more than train set it.
     """
     return {
         "steps": steps,
@@ -97,8 +98,8 @@ def worker_numbers(
 
 
 def _reset_resident_peak() -> None:
-    # Linux lets a process reset its own high-water mark; elsewhere growth below an earlier peak stays unseen.
-    # The same holds in a sandbox that forbids it: the reading is then too low, never too high.
+    # Linux lets a process reset its own high-water mark. On other systems, and in a sandbox that forbids it, growth
+    # below an earlier peak is not seen: the reading is then too low, never too high.
     if sys.platform == "linux":
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -1,8 +1,10 @@
-"""An HTTP server for a run's metrics that no client can hold up, fill up or have write on the terminal.
+"""An HTTP server for a run's metrics with limits: no client can block it, exhaust it, or make it print.
 
-`prometheus_client`'s own gives every connection a thread without a limit of time, and prints a traceback where a client
-goes away. Where it sits: `ist/monitoring/exporters.py` serves with it.
-Not here: what is served (prometheus_client's WSGI application).
+`prometheus_client`'s own server starts a thread per connection without a time limit, and prints a traceback when a
+client disconnects.
+
+Where it sits: `ist/monitoring/exporters.py` serves metrics with it.
+Not here: the served content (prometheus_client's WSGI application).
 """
 
 import socket
@@ -18,10 +20,10 @@ _MOST_REQUESTS = 16
 
 
 class _Handler(WSGIRequestHandler):
-    """One request, which takes at most `_REQUEST_S`; its headers are bounded by http.server, and a body is not read."""
+    """One request of at most `_REQUEST_S` seconds; http.server limits its headers, and a body is not read."""
 
     def handle(self) -> None:
-        """Answer, unless the client takes too long."""
+        """Answer a request, unless the client is too slow."""
         timer = Timer(_REQUEST_S, self._cut_off)
         timer.daemon = True
         timer.start()
@@ -31,11 +33,11 @@ class _Handler(WSGIRequestHandler):
             timer.cancel()
 
     def _cut_off(self) -> None:
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # it has ended in the meantime
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the base class's name)
-        """Say nothing: stderr is for progress."""
+        """Print nothing: stderr is for progress."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -47,28 +49,28 @@ class _Server(ThreadingMixIn, WSGIServer):
         super().__init__(address, _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer in a thread of its own, or hang up where too many are being answered."""
+        """Answer in a new thread, or close the connection if there are too many requests."""
         if self._free.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer, in the thread."""
+        """Answer in the thread."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that goes away, or is too slow, is its own affair."""
+        """Ignore errors of clients that disconnect or are too slow."""
 
 
 def start_server(application: Callable[..., Any], host: str, port: int) -> tuple[WSGIServer, Thread]:
     """Serve a WSGI application in a thread until the server is shut down.
 
     Raises:
-        OSError: The address or the port cannot be had.
+        OSError: The address or the port cannot be used.
     """
     server = _Server((host, port))
     server.set_app(application)

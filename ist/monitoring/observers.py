@@ -1,8 +1,9 @@
-"""Who is told about every round: the display, TensorBoard, Prometheus.
+"""The observers of a run: display, TensorBoard, Prometheus.
 
-Where it sits: `ist/runs/open.py` opens the watchers in the process that records, `ist/runs/recorder.py` tells them.
-Not here: what they show (`ist/monitoring/display.py`, `ist/monitoring/exporters.py`, which is imported only where it is
-asked for).
+Where it sits: `ist/runs/open.py` opens the observers in the process that records the run, `ist/runs/recorder.py` sends
+them every record.
+Not here: what they show (`ist/monitoring/display.py`; `ist/monitoring/exporters.py`, which is imported only if
+configured).
 """
 
 import errno
@@ -21,26 +22,26 @@ from ist.storage.run_folder import RunFolder
 
 
 class Watcher(Protocol):
-    """Somebody who is told what a run does."""
+    """An observer of a run."""
 
     def show(self, record: Mapping[str, Any]) -> None:
-        """Take note of a round; the record is the line of metrics.jsonl."""
+        """Receive the record of a round, which is a line of metrics.jsonl."""
         ...
 
     def saved(self, rounds_done: int) -> None:
-        """Take note of a checkpoint after so many rounds."""
+        """Receive the number of rounds after which a checkpoint was saved."""
         ...
 
     def close(self) -> None:
-        """The run has ended."""
+        """Receive the end of the run."""
         ...
 
 
 def check_watch(config: Config) -> None:
-    """Check, before anything is started, that whoever is to be told can be.
+    """Check, before anything starts, that the configured observers can be used.
 
     Raises:
-        ConfigError: A package is missing, or `watch.metrics_host` is no address of this machine.
+        ConfigError: A package is missing, or `watch.metrics_host` is not an address of this machine.
         PoolError: The port is in use.
     """
     watch = config.watch
@@ -57,17 +58,17 @@ def check_watch(config: Config) -> None:
 def open_watchers(
     config: Config, folder: RunFolder | None, num_rounds: int, first_round: int, progress: bool
 ) -> list[Watcher]:
-    """Open everybody who is to be told about a run; in the process that records it, and only there.
+    """Open the observers of a run; only in the process that records the run.
 
     Args:
-        config: The run.
-        folder: Where TensorBoard's files go, and where earlier rounds are read, after `RunFolder.rewind`.
-        num_rounds: Rounds of the whole run.
-        first_round: Rounds that were done before.
+        config: The configuration of the run.
+        folder: The run folder, for TensorBoard's files and the records of earlier rounds, after `RunFolder.rewind`.
+        num_rounds: Number of rounds of the run.
+        first_round: Number of rounds that are already done.
         progress: Whether to show progress.
 
     Returns:
-        The watchers; close each in the end.
+        The observers; the caller closes each of them at the end.
 
     Raises:
         ConfigError: A package is missing, or there is no folder for TensorBoard.
@@ -118,19 +119,19 @@ def _check_port(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise _refused(host, port, error) from error
-    except ValueError as error:  # it cannot be a name of the domain name system
+    except ValueError as error:  # not a valid name in the domain name system
         raise ConfigError(
-            f"'watch.metrics_host' is '{host}', which is not a host's name or address: {first_line(error)}"
+            f"'watch.metrics_host' is '{host}', which is not a host name or address: {first_line(error)}"
         ) from error
 
 
 def _refused(host: str, port: int, error: OSError) -> ISTError:
     if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
         return ConfigError(
-            f"'watch.metrics_host' is '{host}', at which this machine cannot listen ({error.strerror}): give one of "
-            "its addresses, or 0.0.0.0 for all"
+            f"'watch.metrics_host' is '{host}', but this machine cannot listen on this address ({error.strerror}): "
+            "give one of its addresses, or 0.0.0.0 for all"
         )
-    what = "which another program uses" if error.errno == errno.EADDRINUSE else "where this program may not listen"
+    what = "another program uses it" if error.errno == errno.EADDRINUSE else "this program may not listen on it"
     return PoolError(
-        f"'watch.metrics_port' is {port}, {what} ({error.strerror}): give another one, or 0 for a free one"
+        f"'watch.metrics_port' is {port}, but {what} ({error.strerror}): give another port, or 0 for a free one"
     )

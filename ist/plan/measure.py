@@ -1,9 +1,9 @@
-"""What a step costs on this machine: seconds and memory, of the whole network and of a worker's part of it.
+"""Measure the cost of a step on this machine: seconds and memory, for the full network and for a worker's subnet.
 
-The loops are the workers' own, on real data of the job, from its initial weights; what is trained is thrown away.
-With one thread on a CPU the clock is the processor's time, as on a core of one's own: what else this machine does
-meanwhile does not count.
-Where it sits: `predict.py` asks for these once for each number of workers.
+It runs the workers' own loops on real data of the job, from its initial weights, and discards the result. With one
+thread on a CPU, it measures processor time, as on an idle core: other load on this machine does not count.
+
+Where it sits: `predict.py` measures here once for each number of workers.
 Not here: bytes on links (`ist/config/methods.py`), several workers at once (`predict.py`).
 """
 
@@ -42,13 +42,13 @@ _FEWEST, _MOST = 3, 31
 
 @dataclass(frozen=True)
 class StepCost:
-    """A worker's step.
+    """The cost of a worker's step.
 
     Attributes:
-        step_s: Seconds, with a round's own costs (a new optimiser) spread over its steps.
-        parameter_bytes: Of the parameters that are trained; their gradients take the same.
-        optimizer_bytes: Of the optimiser's state.
-        activation_bytes: What autograd keeps for the backward pass of one batch, beside parameters and inputs.
+        step_s: Seconds, including a step's share of the costs per round (a new optimizer).
+        parameter_bytes: Bytes of the trained parameters; their gradients need the same.
+        optimizer_bytes: Bytes of the optimizer's state.
+        activation_bytes: Bytes that autograd saves for the backward pass of one batch, without parameters and inputs.
     """
 
     step_s: float
@@ -59,13 +59,13 @@ class StepCost:
 
 @dataclass(frozen=True)
 class WholeCost:
-    """A step of the whole network, and what data-parallel training needs to know of it.
+    """The cost of a step of the full network, with the data that a prediction of data-parallel training needs.
 
     Attributes:
-        step: The step.
-        shapes: Of the trained parameters, in the order in which their gradients are ready.
-        left_s: For each of them, seconds of the backward pass that are left then.
-        pass_s: Seconds to add one vector to another of as many numbers as there are trained parameters.
+        step: Cost of the step.
+        shapes: Shapes of the trained parameters, in the order in which their gradients are ready.
+        left_s: For each parameter, the remaining seconds of the backward pass when its gradient is ready.
+        pass_s: Seconds to add two vectors with as many numbers as there are trained parameters.
     """
 
     step: StepCost
@@ -76,14 +76,14 @@ class WholeCost:
 
 @dataclass(frozen=True)
 class CoordinatorCost:
-    """Seconds in which the coordinator cuts, and merges, the subnets of a round."""
+    """Seconds that the coordinator needs to cut and to merge the subnets of a round."""
 
     cut_s: float
     merge_s: float
 
 
 def measure_whole(job: Job, device: torch.device) -> WholeCost:
-    """Measure steps of the whole network on worker 0's batches.
+    """Measure steps of the full network on worker 0's batches.
 
     Raises:
         ConfigError: A step fails.
@@ -114,7 +114,7 @@ def measure_whole(job: Job, device: torch.device) -> WholeCost:
     return WholeCost(cost, shapes, left_s, _median_s(lambda: _synchronized(numbers[0].add_(numbers[1])), device))
 
 
-def measure_narrow(job: Job, number: int, device: torch.device) -> StepCost:
+def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
     """Measure steps of one worker under IST.
 
     Raises:
@@ -150,10 +150,10 @@ def measure_narrow(job: Job, number: int, device: torch.device) -> StepCost:
 
 
 def measure_coordinator(job: Job, device: torch.device) -> CoordinatorCost:
-    """Measure what the coordinator does itself in a round: deal, cut, check and merge."""
+    """Measure the coordinator's own work in a round: partition, cut, check and merge."""
     state, buffers, outgoing = _state(job, device), Buffers(device), Outgoing(job.split, job.config.exchange)
     held = assignments(job)
-    rounds = iter(range(10**9))  # a partition of its own each, as in a run
+    rounds = iter(range(10**9))  # every round has its own partition, as in a run
 
     def cut() -> tuple[list[Cut], list[Envelope]]:
         round_number = next(rounds)
@@ -181,7 +181,7 @@ def measure_coordinator(job: Job, device: torch.device) -> CoordinatorCost:
 
 
 def _try_smallest(job: Job, worker: int, shard: Dataset[Any], module: nn.Module, device: torch.device) -> None:
-    """Let what cannot do with the smallest batch of any worker fail, as a batch norm fails with one sample."""
+    """Run a step on the smallest batch of any worker, which may fail: batch norm needs more than one sample."""
     rows = job.schedule.dealing.batch(worker, 0)[: job.schedule.dealing.smallest_batch]
     _loss(job, module, fetch(shard, rows, device))
 
@@ -199,8 +199,8 @@ def _with_steps(job: Job, steps: int) -> Job:
 
 
 def _step_s(train: Callable[[Job], None], job: Job, device: torch.device) -> float:
-    """Seconds of a step, from rounds of as many steps as fit into `_SAMPLE_S`."""
-    # Made once: what a job finds out about itself, it finds out in the first call, which does not count.
+    """Seconds of a step, measured by rounds with as many steps as fit into `_SAMPLE_S`."""
+    # Created once: a job caches some results in its first call, which is not measured.
     short = _with_steps(job, 1)
     steps = max(1, int(_SAMPLE_S / _median_s(lambda: train(short), device, most=_FEWEST)))
     sample = _with_steps(job, min(job.config.train.local_steps, job.schedule.total_steps, steps))
@@ -208,7 +208,7 @@ def _step_s(train: Callable[[Job], None], job: Job, device: torch.device) -> flo
 
 
 def _median_s(action: Callable[[], object], device: torch.device, most: int = _MOST) -> float:
-    """Median seconds of a call, over `_BUDGET_S` of them or a few more."""
+    """Median seconds of a call, over calls of at least `_BUDGET_S` in total."""
     clock = _clock(device)
     action()
     samples: list[float] = []
@@ -226,7 +226,7 @@ def _clock(device: torch.device) -> Callable[[], float]:
 def _gradients(
     job: Job, module: nn.Module, batch: tuple[Any, Any], device: torch.device
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
-    """Return the shapes of parameters in the order of their gradients, and how long the backward pass goes on then."""
+    """Return the parameters' shapes in the order of their gradients, and the remaining seconds of the backward pass."""
     clock = _clock(device)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
@@ -254,7 +254,7 @@ def _gradients(
 
 
 def _state_bytes(job: Job, module: nn.Module) -> int:
-    """Bytes of the optimiser's state after a step; nothing where it travels in the message."""
+    """Bytes of the optimizer's state after a step; 0 if the state travels in the message."""
     if job.split.state_slots:
         return 0
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -268,7 +268,7 @@ def _state_bytes(job: Job, module: nn.Module) -> int:
 
 
 def _activation_bytes(job: Job, module: nn.Module, batch: tuple[Any, Any]) -> int:
-    """Bytes that autograd keeps between a forward and its backward pass."""
+    """Bytes that autograd saves between a forward pass and its backward pass."""
     known = [*module.parameters(), *module.buffers(), *tensors_in(batch)]
     pointers = {tensor.untyped_storage().data_ptr() for tensor in known}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -276,7 +276,7 @@ def _activation_bytes(job: Job, module: nn.Module, batch: tuple[Any, Any]) -> in
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in pointers:
-            kept[storage.data_ptr()] = storage  # held, so that no other tensor gets its address
+            kept[storage.data_ptr()] = storage  # keep a reference, so that no other tensor gets its address
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
@@ -296,7 +296,7 @@ def _synchronized(tensor: Tensor) -> None:
 
 @contextmanager
 def _failures_named(job: Job) -> Iterator[None]:
-    """Say what failed for whom, in place of torch's bare words; leave the global random numbers as they were."""
+    """Turn torch's errors into a `ConfigError` that names the batch; keep the state of global random generators."""
     try:
         with seeded(torch.device("cpu"), job.config.seed, Purpose.REHEARSAL):
             yield

@@ -1,16 +1,17 @@
-"""Seconds of a round, from bytes, links and measured steps; the plan as a whole, and its simulation to many workers.
+"""Predict seconds of a round from bytes, links and measured steps; the full plan, and its simulation to many workers.
 
-The model, for links of rate R that carry both directions at once (`Hosts`):
+The model, for full-duplex links of rate R (`Hosts`):
 
-- A method that all-reduces every step: step + what is left of the exchange when the backward pass ends. Buckets are
-  exchanged one after the other, each from the moment when its last gradient is ready, as DistributedDataParallel does.
-- A method that all-reduces once a round: local steps + the exchange.
-- IST: cut + messages out + narrow steps + messages back + merge. The coordinator's link carries the messages of all
-  workers, a worker's link its own, and the slowest link counts. A worker on the coordinator's own host
-  (`pool.coordinator: trains`) begins while the others' messages are on their way.
+- A method that all-reduces every step: the step, plus the part of the exchange that is not finished when the backward
+  pass ends. Buckets are exchanged one after the other, each once its last gradient is ready, as in
+  DistributedDataParallel.
+- A method that all-reduces once per round: local steps + the exchange.
+- IST: cut + messages to workers + local steps of the subnets + messages back + merge. The coordinator's link carries
+  the messages of all workers, a worker's link its own messages; the slowest link determines the time. A worker on the
+  coordinator's host (`pool.coordinator: trains`) starts while the other workers' messages are still being sent.
 
 Where it sits: `ist plan` calls `make_plan`.
-Not here: what bytes are sent (`ist/config/methods.py`), how steps are measured (`measure.py`).
+Not here: the bytes that are sent (`ist/config/methods.py`), measuring steps (`measure.py`).
 
 Shape letters: n workers.
 """
@@ -28,7 +29,7 @@ from ist.config.schema import Config
 from ist.distributed.device import compute_device
 from ist.errors import ConfigError, ISTError, first_line
 from ist.plan.formulas import buckets
-from ist.plan.measure import CoordinatorCost, StepCost, WholeCost, measure_coordinator, measure_narrow, measure_whole
+from ist.plan.measure import CoordinatorCost, StepCost, WholeCost, measure_coordinator, measure_subnet, measure_whole
 from ist.plan.request import Hosts, Request
 from ist.runs.build import build_job
 from ist.subnet.job import Job, assignments, remote_workers, with_workers
@@ -36,37 +37,37 @@ from ist.subnet.partition import check_workers
 from ist.transport.frozen_parameters import frozen_bytes, message_bytes
 
 FRAME_PAYLOAD = 1448 / 1514
-"""Payload in a full Ethernet frame with TCP timestamps, of the bytes that a link's rate counts."""
+"""Fraction of payload in a full Ethernet frame with TCP timestamps."""
 
 ACKNOWLEDGED_PAYLOAD = 1448 / (1514 + 66 / 2)
-"""The same where a link is full both ways: an acknowledgement of 66 bytes for every two frames the other way."""
+"""The same if both directions are full: an acknowledgement of 66 bytes for every two frames of the other direction."""
 
 SIMULATED_RATES_MBIT = (10.0, 100.0, 1000.0)
 SIMULATED_WORKERS = tuple(2**power for power in range(1, 11))
 
 Plan = dict[str, Any]
-"""What `make_plan` returns."""
+"""The result of `make_plan`: plain values for JSON."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A round of one method.
+    """A predicted round of one method.
 
     Attributes:
-        method: Its name.
+        method: Name of the method.
         workers: n.
         local_steps: Steps of each worker.
-        batch_size: Samples of a worker's step.
-        sent_bytes: Payload that all processes send together.
-        link_bytes: Payload on the busiest direction of the busiest link.
-        memory_bytes: Of a worker: parameters, gradients, optimiser state, activations, and what the method adds.
-        coordinator_memory_bytes: Of IST's coordinator: the whole network and all messages, its own worker's part
-            included; None for the other methods.
-        compute_s: Local steps.
-        exchange_s: What the round takes longer because of the exchange.
-        coordinate_s: Cutting and merging.
-        round_s: All of it.
-        epoch_s: As many rounds, or parts of one, as show every sample to a worker once.
+        batch_size: Samples in one step of a worker.
+        sent_bytes: Payload that all processes send.
+        link_bytes: Payload in the busiest direction of the busiest link.
+        memory_bytes: Memory of a worker: parameters, gradients, optimizer state, activations, and the method's buffers.
+        coordinator_memory_bytes: Memory of IST's coordinator: the full network and all messages, including the part of
+            its own worker; None for other methods.
+        compute_s: Seconds of local steps.
+        exchange_s: Seconds by which the exchange extends the round.
+        coordinate_s: Seconds of cutting and merging.
+        round_s: Seconds of the round.
+        epoch_s: Seconds of the rounds, or the part of a round, in which a worker sees every sample once.
     """
 
     method: str
@@ -86,12 +87,12 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a round of IST is made of, for one number of workers.
+    """The costs of a round of IST with one number of workers.
 
     Attributes:
-        messages: (bytes to it, bytes from it) of every worker.
-        step: A step of the worker with the largest part.
-        coordinator: Cutting and merging.
+        messages: (bytes to it, bytes from it) for every worker.
+        step: Cost of a step of the worker with the largest subnet.
+        coordinator: Cost of cutting and merging.
     """
 
     messages: Sequence[tuple[int, int]]
@@ -100,7 +101,7 @@ class Parts:
 
 
 def transfer_s(nbytes: float, rate_mbit: float, payload: float = FRAME_PAYLOAD) -> float:
-    """Return the seconds in which a link carries so many bytes one way, where `payload` is their share of a frame."""
+    """Return the seconds in which a link sends this many bytes; `payload` is the fraction of payload in a frame."""
     return nbytes * 8 / (rate_mbit * 1e6 * payload)
 
 
@@ -112,7 +113,7 @@ def collective_seconds(
     hosts: Hosts,
     settings: Baseline | None = None,
 ) -> tuple[float, float]:
-    """Return (compute, exchange) seconds of a round by a method that all-reduces; see the module's header."""
+    """Return (compute, exchange) seconds of a round of a method that all-reduces; see the header of this module."""
     settings = settings or Baseline()
     crowding = hosts.crowding(num_workers)
     rate = min(hosts.link.up_mbit, hosts.link.down_mbit)
@@ -140,11 +141,11 @@ def ist_seconds(
     """Return (compute, exchange) seconds of a round of IST, without cutting and merging.
 
     Args:
-        messages: (bytes to it, bytes from it) of every worker behind a link.
-        step_s: Seconds of the slowest worker's step, alone on its core.
-        num_workers: n, the worker on the coordinator's host included.
+        messages: (bytes to it, bytes from it) for every worker behind a link.
+        step_s: Seconds of a step of the slowest worker, alone on its core.
+        num_workers: n, including the worker on the coordinator's host.
         local_steps: Steps of the round.
-        hosts: Where.
+        hosts: The hosts.
     """
     alone_s = local_steps * step_s
     if not messages:
@@ -152,16 +153,16 @@ def ist_seconds(
     link, out, back = hosts.link, [m[0] for m in messages], [m[1] for m in messages]
     out_s = hosts.hop_s + max(transfer_s(sum(out), link.up_mbit), transfer_s(max(out), link.down_mbit))
     back_s = hosts.hop_s + max(transfer_s(sum(back), link.down_mbit), transfer_s(max(back), link.up_mbit))
-    # Those on the coordinator's host begin at once, with all the cores.
+    # Workers on the coordinator's host start at once, with all cores.
     begun = (num_workers - len(messages)) * max(0.0, 1 - out_s / alone_s)
     return alone_s * hosts.crowding(len(messages) + begun), out_s + back_s
 
 
 def at_workers(job: Job, num_workers: int) -> Job:
-    """Return the same job for another number of workers.
+    """Return the same job with another number of workers.
 
     Raises:
-        ConfigError: The configuration gives every worker a number of its own.
+        ConfigError: The configuration has one capacity per worker.
         DataError: There are fewer samples than workers.
         ModelError: A group has fewer neurons than workers.
     """
@@ -169,19 +170,19 @@ def at_workers(job: Job, num_workers: int) -> Job:
     if config.method_spec.needs_groups:
         if config.partition.capacities is not None and num_workers != config.train.workers:
             raise ConfigError(
-                f"'partition.capacities' is for {config.train.workers} workers (train.workers) and says nothing of "
-                f"{num_workers}: leave it out of the plan (--set partition.capacities=null)"
+                f"'partition.capacities' is for {config.train.workers} workers (train.workers), not {num_workers}: "
+                "leave it out of the plan (--set partition.capacities=null)"
             )
         check_workers(job.split.groups, num_workers, config.partition)
     return with_workers(job, num_workers)
 
 
 class Planner:
-    """Predicts rounds of one configuration, and keeps what was measured for it.
+    """Predicts rounds of one configuration; caches its measurements.
 
     Args:
-        config: The configuration, for the largest number of workers that is asked for.
-        methods: Which to plan, each with its `compare.overrides`.
+        config: The configuration, with the largest requested number of workers.
+        methods: The methods to plan, each with its `compare.overrides`.
 
     Raises:
         ISTError: The configuration cannot be run.
@@ -191,24 +192,24 @@ class Planner:
         configs = {method: config_for_method(config, method) for method in methods}
         for method, configured in configs.items():
             if not configured.method_spec.can_be_planned:
-                raise ConfigError(f"method '{method}' cannot be planned: nobody has said how many bytes it sends")
+                raise ConfigError(f"method '{method}' cannot be planned: it has no formula for the bytes that it sends")
         self.jobs = {method: build_job(configured) for method, configured in configs.items()}
         self.device = compute_device(config.pool)
         self._whole: dict[str, WholeCost] = {}
         self._parts: dict[int, Parts] = {}
 
     def predict(self, method: str, num_workers: int, hosts: Hosts) -> Prediction:
-        """Predict a full round, none of a run's first.
+        """Predict a full round after the first rounds of a run.
 
         Raises:
-            ISTError: That many workers cannot be had, or a step fails.
+            ISTError: The job cannot have this many workers, or a step fails.
         """
         job = at_workers(self.jobs[method], num_workers)
         collective = job.config.method_spec.collective
         return self._by_messages(job, hosts) if collective is None else self._collective(collective, job, hosts)
 
     def whole(self, job: Job) -> WholeCost:
-        """Return what a step of the whole network costs; measured once for all jobs that make the same step."""
+        """Return the cost of a step of the full network; measured once for all jobs with the same step."""
         config = job.config
         optimizer = {key: value for key, value in config.train.optimizer.args.items() if key != "lr"}
         parts = (config.model, config.data, config.train.loss, config.train.optimizer.name, optimizer)
@@ -218,14 +219,14 @@ class Planner:
         return self._whole[key]
 
     def parts(self, job: Job) -> Parts:
-        """Return what a round costs that cuts the network into parts."""
+        """Return the costs of a round of IST."""
         workers = job.config.train.workers
         if workers not in self._parts:
             held = assignments(job)
             split, schedule, exchange = job.split, job.schedule, job.config.exchange
             messages = [message_bytes(split, schedule, exchange, held, worker) for worker in range(workers)]
             largest = max(range(workers), key=lambda worker: messages[worker][1])
-            step = measure_narrow(job, largest, self.device)
+            step = measure_subnet(job, largest, self.device)
             self._parts[workers] = Parts(messages, step, measure_coordinator(job, self.device))
         return self._parts[workers]
 
@@ -245,7 +246,7 @@ class Planner:
         remote = [messages[worker] for worker in remote_workers(job.config)]
         compute_s, exchange_s = ist_seconds(remote, step.step_s, workers, steps, hosts)
         sent = [sum(message[way] for message in remote) for way in (0, 1)]
-        # A worker trains on the message itself, and holds its part of what is frozen beside it.
+        # A worker trains in the message's own buffer, and also holds its part of the frozen parameters.
         shares = assignments(job).of(job.schedule.main_round)
         frozen = max(frozen_bytes(job.split, job.config.exchange, neurons, None) for neurons in shares)
         worker_bytes = max(back for _, back in messages) + frozen + _held_bytes(step)
@@ -257,7 +258,7 @@ class Planner:
 
 
 def _held_bytes(step: StepCost) -> int:
-    """Gradients, optimiser state and activations."""
+    """Bytes of gradients, optimizer state and activations."""
     return step.parameter_bytes + step.optimizer_bytes + step.activation_bytes
 
 
@@ -294,8 +295,8 @@ def make_plan(config: Config, request: Request) -> Plan:
     """Predict a configuration's rounds, as plain values for JSON.
 
     Args:
-        config: For as many workers as the largest of `request.workers`.
-        request: What to plan.
+        config: The configuration, with the largest number of `request.workers`.
+        request: The request.
 
     Raises:
         ISTError: The configuration cannot be run with one of these numbers of workers.
@@ -330,7 +331,7 @@ def make_plan(config: Config, request: Request) -> Plan:
 
 
 def _simulate(planner: Planner, methods: Sequence[str], hosts: Hosts) -> dict[str, Any]:
-    """Predict for ever more workers, each method as far as it goes; `ends` says where and why one stops."""
+    """Predict for increasing numbers of workers; `ends` gives each method's first impossible number and the reason."""
     places = [replace(hosts, link=Link(rate, rate)) for rate in SIMULATED_RATES_MBIT]
     points: list[dict[str, Any]] = []
     ends: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,8 @@
-"""What a plan is asked for, and how the command line spells it."""
+"""The request for a plan, and its options on the command line.
+
+Where it sits: `ist/cli/main.py` parses a request here; `predict.py` answers it.
+Not here: predictions (`predict.py`).
+"""
 
 import difflib
 from collections.abc import Sequence
@@ -12,16 +16,16 @@ LEAST_MBIT = 0.001
 """The slowest link that can be planned."""
 
 HOP_S = 0.0003
-"""Seconds from one host's program to another's: about what gloo takes between hosts of `benchmarks/plan_check.py`."""
+"""Default one-way latency between two hosts in seconds: about that of gloo in `benchmarks/plan_check.py`."""
 
 
 @dataclass(frozen=True)
 class Hosts:
-    """Where a run would take place.
+    """The hosts of a planned run.
 
     Attributes:
-        link: Every host's link, the coordinator's included.
-        cores: Cores that all processes share; None: each worker has its own.
+        link: Link of every host, including the coordinator's.
+        cores: Number of cores that all processes share; None: each worker has its own core.
         hop_s: Seconds that a small message takes from one host to another.
     """
 
@@ -30,19 +34,19 @@ class Hosts:
     hop_s: float = HOP_S
 
     def crowding(self, num_workers: float) -> float:
-        """Return how many times longer workers compute when so many do at once."""
+        """Return the factor by which computation slows down if this many workers compute at the same time."""
         return 1.0 if self.cores is None else max(1.0, num_workers / self.cores)
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to plan.
+    """A request for a plan.
 
     Attributes:
-        hosts: Where.
-        methods: Names of methods that can be planned.
-        workers: Numbers of workers; empty: as configured.
-        simulate: Whether to go on to many workers and several links.
+        hosts: The hosts.
+        methods: Names of the methods to plan.
+        workers: Numbers of workers; empty: the configured number.
+        simulate: Whether to extend the plan to many workers and several links.
     """
 
     hosts: Hosts
@@ -59,10 +63,10 @@ def parse_request(
     latency_ms: float | None = None,
     simulate: bool = False,
 ) -> Request:
-    """Read what the command line asks for; None: the default.
+    """Parse the options of the command line; None selects the default.
 
     Raises:
-        ConfigError: The link, a number or a method is not as it should be.
+        ConfigError: The link, a number or a method is not valid.
     """
     hosts = Hosts(parse_link(link, LEAST_MBIT), cores, HOP_S if latency_ms is None else latency_ms / 1000)
     return Request(hosts, _parse_methods(methods), _parse_workers(workers), simulate)
@@ -84,6 +88,6 @@ def _parse_methods(text: str | None) -> tuple[str, ...]:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
+            hint = f"did you mean '{near[0]}'?" if near else f"known methods: {', '.join(known)}"
             raise ConfigError(f"--methods: '{name}' cannot be planned: {hint}")
     return tuple(dict.fromkeys(names))

@@ -1,6 +1,7 @@
-"""A plan on the terminal.
+"""Print a plan on the terminal.
 
-Not here: making it (`predict.py`), pages (`ist/report/plan_page.py`).
+Where it sits: `ist plan` calls `print_plan`; the HTML page shares its texts.
+Not here: computing the plan (`predict.py`), the HTML page (`ist/report/plan_page.py`).
 """
 
 import json
@@ -18,7 +19,7 @@ COLUMNS = ("method", "sent", "busiest link", "memory", "compute s", "exchange s"
 
 
 def plan_rows(found: Mapping[str, Any]) -> dict[int, list[tuple[str, ...]]]:
-    """Return a row of text for every prediction, by number of workers and then as the methods were named."""
+    """Return a row of text for every prediction, grouped by number of workers, methods in the requested order."""
     rows: dict[int, list[tuple[str, ...]]] = {}
     for row in found["predictions"]:
         texts = (
@@ -36,34 +37,36 @@ def plan_rows(found: Mapping[str, Any]) -> dict[int, list[tuple[str, ...]]]:
 
 
 def round_titles(found: Mapping[str, Any]) -> dict[int, str]:
-    """Return a line for each number of workers: how many steps a round has, and what IST's coordinator holds."""
+    """Return a title for each number of workers: the steps of a round, and the memory of IST's coordinator."""
     titles = {}
     for workers in plan_rows(found):
         rows = [row for row in found["predictions"] if row["workers"] == workers]
         steps = dict.fromkeys(row["local_steps"] for row in rows)
         words = f"{workers} workers, rounds of {' or '.join(map(str, steps))} steps"
         held = [row["coordinator_memory_bytes"] for row in rows if row["coordinator_memory_bytes"] is not None]
-        titles[workers] = f"{words}; the coordinator of ist holds {format_bytes(held[0])}" if held else words
+        titles[workers] = f"{words}; the coordinator of ist needs {format_bytes(held[0])}" if held else words
     return titles
 
 
 def describe_hosts(found: Mapping[str, Any]) -> str:
-    """Return in words where the plan takes place."""
-    cores = "a core of its own" if found["cores"] is None else f"one of {found['cores']} shared cores"
+    """Describe the hosts of a plan in words."""
+    cores = "its own core" if found["cores"] is None else f"one of {found['cores']} shared cores"
     return f"every host on a link of {Link(**found['link'])}, every worker on {cores}"
 
 
 def ending_lines(found: Mapping[str, Any]) -> list[str]:
-    """Return where the simulation of a method ends, and why; methods that end alike share a line."""
+    """Return the number of workers at which each method's simulation ends, and the reason; equal ends share a line."""
     simulation = found["simulation"]
     together: dict[tuple[int, str], list[str]] = {}
     for method, end in (simulation["ends"] if simulation else {}).items():
         together.setdefault((end["workers"], end["reason"]), []).append(method)
-    return [f"{', '.join(methods)}: not with {n} workers: {reason}" for (n, reason), methods in together.items()]
+    return [
+        f"{', '.join(methods)}: not possible with {n} workers: {reason}" for (n, reason), methods in together.items()
+    ]
 
 
 def print_plan(found: Mapping[str, Any], console: Console, as_json: bool) -> None:
-    """Print what `make_plan` returns, for a person or as JSON."""
+    """Print the result of `make_plan`, as tables or as JSON."""
     if as_json:
         console.file.write(json.dumps(found, indent=2) + "\n")
         return
@@ -87,5 +90,5 @@ def print_plan(found: Mapping[str, Any], console: Console, as_json: bool) -> Non
 
 
 def format_seconds(seconds: float) -> str:
-    """Return seconds with three digits, or all of their whole ones."""
+    """Return seconds with three significant digits, or without decimals from 1,000 on."""
     return f"{seconds:.3g}" if seconds < 1000 else f"{seconds:,.0f}"

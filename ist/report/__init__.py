@@ -1,6 +1,7 @@
-"""Tables, plots and the HTML page about finished runs.
+"""Tables, plots and HTML pages about finished runs, plans and the theory. Needs the extra `report`.
 
-Not here: running anything. Needs the extra `report`.
+Where it sits: the command line calls it after runs have finished.
+Not here: running anything.
 """
 
 from importlib.util import find_spec
@@ -9,10 +10,10 @@ from ist.errors import ConfigError
 
 
 def check_installed(*others: str) -> None:
-    """Check that the libraries of the extra `report` are there, and others of the extra `theory`.
+    """Check that the libraries of the extra `report` are installed, and other libraries of the extra `theory`.
 
     Raises:
-        ConfigError: One is missing.
+        ConfigError: A library is missing.
     """
     missing = [name for name in ("jinja2", "matplotlib", *others) if find_spec(name) is None]
     if missing:

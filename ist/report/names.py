@@ -1,6 +1,7 @@
-"""What tables and plots call runs that stand beside each other: no two alike.
+"""Distinct names of runs for tables and plots.
 
-Where it sits: `ist/report/page.py` and the command line ask, with all runs of a report.
+Where it sits: `ist/report/page.py` and the command line call `run_names` with all runs of a report.
+Not here: the table itself (`ist/report/table.py`).
 """
 
 from collections import Counter
@@ -14,7 +15,7 @@ from ist.storage.same_run import flat
 
 _MOST_KEYS = 3
 _LONGEST_VALUE = 24
-_NOT_A_NAME: dict[str, Any] = {
+_IGNORED_KEYS: dict[str, Any] = {
     "name": True,
     "label": True,
     "output": True,
@@ -22,13 +23,13 @@ _NOT_A_NAME: dict[str, Any] = {
     "watch": True,
     "compare": True,
 }
-"""Keys that say nothing of how a run was trained."""
+"""Keys that do not affect training."""
 
 
 def run_names(runs: Sequence[RunFolder]) -> list[str]:
-    """Return a name for each run: its label; of those with one label also what differs in their configurations.
+    """Return a name for each run: its label; runs with the same label also show the keys in which they differ.
 
-    Such as 'ist (lr 0.1)' and 'ist (lr 0.2)'; where that is too long or tells nothing apart, the folder: 'ist: run-2'.
+    For example 'ist (lr 0.1)' and 'ist (lr 0.2)'. If that is too long or not enough, the folder: 'ist: run-2'.
 
     Raises:
         ConfigError: A run's configuration is damaged.
@@ -40,12 +41,14 @@ def run_names(runs: Sequence[RunFolder]) -> list[str]:
     names = []
     for run, label, config in zip(runs, labels, configs, strict=True):
         alike = [other for other, theirs in zip(configs, labels, strict=True) if theirs == label]
-        names.append(label if len(alike) == 1 else _told_apart(label, config, alike) or f"{label}: {run.path.name}")
+        names.append(
+            label if len(alike) == 1 else _with_differences(label, config, alike) or f"{label}: {run.path.name}"
+        )
     return _made_distinct(names, labels, [run.path for run in runs])
 
 
-def _told_apart(label: str, config: Config, alike: Sequence[Config]) -> str:
-    """Return a label with the keys in which runs differ; nothing where there are none, or they would be long."""
+def _with_differences(label: str, config: Config, alike: Sequence[Config]) -> str:
+    """Return a label with the keys in which runs differ; '' if there are none, or if the name would be long."""
     trees = [_tree(other) for other in alike]
     keys = dict.fromkeys(key for tree in trees for key in tree)
     differing = [key for key in keys if len({repr(tree.get(key)) for tree in trees}) > 1]
@@ -59,11 +62,11 @@ def _told_apart(label: str, config: Config, alike: Sequence[Config]) -> str:
 
 
 def _tree(config: Config) -> Mapping[str, Any]:
-    return dict(flat(config.model_dump(mode="json", exclude=_NOT_A_NAME)))
+    return dict(flat(config.model_dump(mode="json", exclude=_IGNORED_KEYS)))
 
 
 def _made_distinct(names: Sequence[str], labels: Sequence[str], paths: Sequence[Any]) -> list[str]:
-    """Name runs by their folders where names are still alike: by the last part, or by all of the path."""
+    """Add the folder to names that are still equal: its last part, or the full path."""
     for candidates in (
         names,
         [f"{label}: {path.name}" for label, path in zip(labels, paths, strict=True)],

@@ -1,4 +1,8 @@
-"""The HTML page about finished runs: one file, everything inside it, readable without a network."""
+"""The HTML page about finished runs: one self-contained file, readable without a network.
+
+Where it sits: `ist report` and `ist compare` call `write_report`.
+Not here: the table (`ist/report/table.py`), plots (`ist/report/plots.py`), names of runs (`ist/report/names.py`).
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +27,13 @@ def find_runs(paths: Sequence[Path]) -> list[RunFolder]:
     """Return the run folders among `paths` and directly under them, in order.
 
     Raises:
-        RunFolderError: A path holds none.
+        RunFolderError: A path is not a run folder and contains none.
     """
     found: list[RunFolder] = []
     for path in paths:
         inside = [path] if (path / "config.yaml").is_file() else sorted(p.parent for p in path.glob("*/config.yaml"))
         if not inside:
-            raise RunFolderError(f"{path}: is no run folder and holds none (no config.yaml)")
+            raise RunFolderError(f"{path}: is not a run folder and contains none (no config.yaml)")
         found += [RunFolder(folder) for folder in inside]
     return found
 
@@ -71,7 +75,7 @@ def write_report(runs: Sequence[RunFolder], path: Path) -> Path:
 
 
 def render(template: str, **values: Any) -> str:
-    """Fill in a template of this folder; text is escaped unless it is `Markup`."""
+    """Render a template of this folder; text is escaped unless it is `Markup`."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.PackageLoader("ist.report", "")
     )

@@ -1,4 +1,8 @@
-"""The HTML page about a plan: one file, everything inside it, readable without a network."""
+"""The HTML page about a plan: one self-contained file, readable without a network.
+
+Where it sits: `ist plan --report` calls `write_plan_page`.
+Not here: computing the plan (`ist/plan/predict.py`).
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +19,7 @@ from ist.report.plots import svg
 
 
 def write_plan_page(found: Mapping[str, Any], path: Path) -> Path:
-    """Write the page about what `make_plan` returned with a simulation; return `path`.
+    """Write the page about a plan with a simulation; return `path`.
 
     Raises:
         RunFolderError: The file cannot be written.
@@ -35,7 +39,7 @@ def write_plan_page(found: Mapping[str, Any], path: Path) -> Path:
 
 
 def simulation_plot(simulation: Mapping[str, Any]) -> str:
-    """Draw seconds of an epoch against workers, a panel for each rate, a line for each method; an `<svg>` element."""
+    """Plot seconds of an epoch against workers, one panel per rate, one line per method; return an `<svg>` element."""
     rates, points = simulation["rates_mbit"], simulation["points"]
     figure = Figure(figsize=(16.8, 5.2), layout="constrained")
     panels = figure.subplots(1, len(rates), sharey=True, squeeze=False)[0]
@@ -49,7 +53,7 @@ def simulation_plot(simulation: Mapping[str, Any]) -> str:
                 label=method,
                 color=f"C{number}",
                 linewidth=2.6 if method_spec(method).needs_groups else 1.5,
-                linestyle=("-", "--")[number % 2],  # some lie on each other: dashes above lines show both
+                linestyle=("-", "--")[number % 2],  # some lines coincide: a dashed line above a solid one shows both
                 zorder=2 + number % 2,
                 marker="o",
                 markersize=3,

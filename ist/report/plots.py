@@ -1,4 +1,8 @@
-"""Curves of finished runs, as SVG text that can stand in an HTML page."""
+"""Plots of finished runs, as SVG text for an HTML page.
+
+Where it sits: `ist/report/page.py` puts them into the page.
+Not here: which numbers are plotted (`ist/measurements.py`).
+"""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -13,27 +17,27 @@ from ist.measurements import MEASUREMENTS
 from ist.monitoring.display import format_metric, metric_title
 
 _COLOURS = 10
-"""How many lines matplotlib draws before it begins with the first colour again."""
+"""Number of colors in matplotlib's cycle; further lines are dashed."""
 
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def axes_of_curves() -> list[tuple[str, str, str]]:
-    """Return what runs are plotted against: the key in a record, what the axis says, and its scale."""
+    """Return the x axes of the plots: the key in a record, the axis title, and the scale."""
     return [(m.name, m.axis.title, m.axis.scale) for m in MEASUREMENTS if m.axis]
 
 
 def curve_plot(curves: Curves, x: str, x_label: str, x_scale: str) -> str:
-    """Draw what a run reports of its test data (the loss where that is all) against a counter.
+    """Plot a run's metric on the test data (or the loss, without a metric) against a counter.
 
     Args:
-        curves: Label to the records of a run; records without an evaluation are left out.
+        curves: Records of each run by its label; records without an evaluation are skipped.
         x: The counter's key in a record.
-        x_label: What the axis says.
+        x_label: Title of the axis.
         x_scale: 'linear' or 'log'.
 
     Returns:
-        An `<svg>` element. It refers to nothing outside itself.
+        A self-contained `<svg>` element.
     """
     seen = {label: [r for r in records if x in r] for label, records in curves.items()}
     names = [record.get("metric", "accuracy") for records in seen.values() for record in records]
@@ -59,7 +63,7 @@ def curve_plot(curves: Curves, x: str, x_label: str, x_scale: str) -> str:
 
 
 def phase_plot(curves: Curves) -> str:
-    """Draw where the seconds of each run went, as stacked bars; returns an `<svg>` element."""
+    """Plot the seconds of each run by phase, as stacked bars; return an `<svg>` element."""
     phases = {measured.name: measured.phase for measured in MEASUREMENTS if measured.phase}
     figure = Figure(figsize=(16.8, 1.2 + 0.6 * len(curves)), layout="constrained")
     axes = figure.subplots()
@@ -77,12 +81,12 @@ def phase_plot(curves: Curves) -> str:
 
 
 def _literal(text: str) -> str:
-    """Return a text that matplotlib shows as it is: between dollar signs it reads formulas."""
+    """Return a text that matplotlib shows unchanged; it would interpret text between dollar signs as a formula."""
     return printable(text).replace("$", r"\$")
 
 
 def svg(figure: Figure) -> str:
-    """Return a figure as an `<svg>` element that refers to nothing outside itself."""
+    """Return a figure as a self-contained `<svg>` element."""
     buffer = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": "ist"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})

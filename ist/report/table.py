@@ -1,4 +1,8 @@
-"""The table that sets finished runs beside each other."""
+"""The table that compares finished runs.
+
+Where it sits: `ist/report/page.py` and the command line show it.
+Not here: which numbers have a column (`ist/measurements.py`).
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +16,7 @@ Result = Mapping[str, Any]
 
 
 def table_columns(results: Sequence[Result]) -> tuple[str, ...]:
-    """Return the names of the columns; `on the wire` where any run counted what crossed its links."""
+    """Return the names of the columns; `on the wire` is included if any run counted the bytes on its links."""
     on_the_wire = ("on the wire",) if _counted(results) else ()
     titles = tuple(metric_title(name) for name in _metrics(results)) or ("loss",)
     others = (measured.column for measured in MEASUREMENTS if measured.column)
@@ -22,11 +26,11 @@ def table_columns(results: Sequence[Result]) -> tuple[str, ...]:
 def table_rows(results: Sequence[Result], names: Sequence[str] = ()) -> list[tuple[str, ...]]:
     """Return a row of text for every result.
 
-    The ratio is the bytes of the costliest run over a run's own: how many times fewer it sends.
+    The ratio says how many times fewer bytes a run sends than the run that sends most.
 
     Args:
         results: Results of runs.
-        names: What to call each of them (`ist/report/names.py`); default: their labels.
+        names: Names of the runs (`ist/report/names.py`); default: their labels.
     """
     most = max((result["sent_bytes"] for result in results), default=0)
     names = names or [_label(result) for result in results]
@@ -49,7 +53,7 @@ def table_rows(results: Sequence[Result], names: Sequence[str] = ()) -> list[tup
 
 
 def link_text(results: Sequence[Result], names: Sequence[str] = ()) -> str:
-    """Return on what links the runs were: '100mbit' all, or 'ist 100mbit, ddp none'; nothing where there were none."""
+    """Return the links of the runs: '100mbit' for all, or 'ist 100mbit, ddp none'; '' if no run had a link."""
     links = {result.get("link") for result in results}
     if len(links) == 1:
         return links.pop() or ""
@@ -58,7 +62,7 @@ def link_text(results: Sequence[Result], names: Sequence[str] = ()) -> str:
 
 
 def fault_text(result: Result) -> str:
-    """Return how often workers were left out of a round, such as '3 late, 1 rejected'; nothing where none was."""
+    """Return how often workers were left out of a round, such as '3 late, 1 rejected'; '' if never."""
     return ", ".join(f"{number} {kind}" for kind, number in result.get("faults", {}).items() if number)
 
 
@@ -79,7 +83,7 @@ def _label(result: Result) -> str:
 
 
 def _metrics(results: Sequence[Result]) -> list[str]:
-    """Return what is reported of any of the runs, beside the best of it."""
+    """Return the metrics that any of the runs reports, without their best values."""
     names = dict.fromkeys(name for result in results for name in _reported(result))
     return [name for name in names if not name.startswith("best_")]
 

@@ -1,4 +1,8 @@
-"""The HTML page about the theory's experiments, and their pictures: readable without a network."""
+"""The HTML page about the theory's experiments: one self-contained file, and its pictures as PNG files.
+
+Where it sits: `ist theory` calls `write_theory_page`.
+Not here: the experiments (`ist/theory/runner.py`).
+"""
 
 import base64
 import io
@@ -12,7 +16,7 @@ from ist.theory.runner import Done
 
 
 def write_theory_page(experiments: Sequence[Done], out: Path) -> Path:
-    """Write pictures as PNG files, and the page with all of them in it; return its path.
+    """Write the pictures as PNG files, and the page that contains them; return its path.
 
     Raises:
         RunFolderError: A file cannot be written.

@@ -1,4 +1,4 @@
-"""Who is told about a run, and that all of them are told the same."""
+"""The observers of a run all receive the same numbers."""
 
 import contextlib
 import errno
@@ -37,7 +37,7 @@ from ist.subnet.job import Job
 from ist.training.rounds import RoundReport, Seconds, run_rounds
 from ist.transport.interfaces import Lost
 from tests import conftest
-from tests.conftest import ROOT, job_for, small_config, wait_for
+from tests.conftest import ROOT, job_for, naming, small_config, wait_for
 from tests.networks import NETWORKS, seeded
 
 LOST, LATE, BAD = Lost(1, "the actor died"), Lost(2, "missed 5 s", "late"), Lost(3, "a loss of nan", "rejected")
@@ -67,7 +67,7 @@ def a_record(*lost: Lost, round_number: int = 0, **changes: Any) -> dict[str, An
 # Records
 
 
-def test_a_record_says_who_took_part_and_who_was_left_out_and_why(job: Job) -> None:
+def test_a_record_lists_the_workers_that_were_left_out_with_reasons(job: Job) -> None:
     recorder = recorder_for(job)
 
     for number, lost in enumerate([(), (LOST, LATE), (BAD, LATE)]):
@@ -82,7 +82,7 @@ def test_a_record_says_who_took_part_and_who_was_left_out_and_why(job: Job) -> N
     assert recorder.result()["faults"] == {"lost": 1, "late": 2, "rejected": 1}
 
 
-def test_what_a_run_has_behind_it_survives_its_machine(job: Job, tmp_path: Path) -> None:
+def test_the_totals_of_a_run_survive_the_loss_of_its_records(job: Job, tmp_path: Path) -> None:
     folder = create_run_folder(small_config(), tmp_path / "run")
     first = recorder_for(job, folder=folder)
     first.round_done(0, report(LOST, LATE), Metrics(0.3, {"accuracy": 0.9}, 50), Seconds(1.0, 0.5), 10)
@@ -105,7 +105,9 @@ def test_what_a_run_has_behind_it_survives_its_machine(job: Job, tmp_path: Path)
 # The display
 
 
-def test_the_display_names_who_was_left_out_but_not_without_end(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_display_names_the_first_workers_that_were_left_out_and_counts_the_others(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     display = Display("ist", num_rounds=100, first_round=0, enabled=True, num_workers=4)
 
     display.show(a_record(LOST, LATE, round_number=6))
@@ -114,14 +116,16 @@ def test_the_display_names_who_was_left_out_but_not_without_end(capsys: pytest.C
     display.close()
 
     lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-    assert lines == [
-        "ist: round 7: worker 1 is left out, lost: the actor died",
-        "ist: round 7: worker 2 is left out, late: missed 5 s",
-        "ist: workers were left out 26 more times",
+    expected = [
+        ("ist: round 7: ", "worker 1", "lost", "the actor died"),
+        ("ist: round 7: ", "worker 2", "late", "missed 5 s"),
+        ("ist: ", "26"),
     ]
+    assert len(lines) == len(expected)
+    assert all(re.match(naming(*parts), line) for parts, line in zip(expected, lines, strict=True))
 
 
-def test_the_display_says_of_which_round_a_metric_is_where_it_is_an_earlier_one(
+def test_the_display_names_the_round_of_a_metric_from_an_earlier_round(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ist.monitoring.display._LINE_EVERY_S", 0.0)
@@ -136,7 +140,9 @@ def test_the_display_says_of_which_round_a_metric_is_where_it_is_an_earlier_one(
     assert shown == ["", "accuracy 87.50%", "accuracy 87.50% (round 2)", "accuracy 90.00%"]
 
 
-def test_the_display_shows_the_number_of_workers_where_it_is_another(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_display_shows_the_number_of_workers_if_it_differs_from_the_configured_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for workers in (4, 3):
         Display("ist", 100, 0, enabled=True, num_workers=4).show(a_record(workers=workers))
 
@@ -145,7 +151,7 @@ def test_the_display_shows_the_number_of_workers_where_it_is_another(capsys: pyt
     assert "3 of 4 workers" in second
 
 
-def test_a_terminal_shows_faults_above_the_bar_as_they_are(
+def test_a_terminal_shows_faults_above_the_bar_literally(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -155,12 +161,12 @@ def test_a_terminal_shows_faults_above_the_bar_as_they_are(
     display.close()
 
     shown = capsys.readouterr().err
-    assert "worker 1 is left out, lost: gone [bold]" in shown
+    assert re.search(naming("worker 1", "lost", "gone [bold]"), shown)
     assert "and more" not in shown
     assert "3 of 4 workers" in shown
 
 
-def test_a_display_that_is_switched_off_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disabled_display_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     display = Display("ist", 100, 0, enabled=False, num_workers=4)
     display.show(a_record(LOST))
     display.close()
@@ -183,24 +189,26 @@ def test_a_missing_package_ends_the_run_before_it_starts(
 ) -> None:
     monkeypatch.setattr(ist.monitoring.observers, "find_spec", lambda name: None if name == package else object())
 
-    with pytest.raises(ConfigError, match=rf"{key}, but {package} is not installed: pip install 'ist\[watch\]'"):
+    with pytest.raises(ConfigError, match=naming(key, package, "pip install 'ist[watch]'")):
         check_watch(small_config(watch=watch))
 
     check_watch(small_config())
 
 
-def test_a_package_that_cannot_be_imported_is_not_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_package_that_cannot_be_imported_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
 
-    with pytest.raises(ConfigError, match=r"TensorBoard cannot be imported .*pip install 'ist\[watch\]'"):
+    with pytest.raises(ConfigError, match=naming("'watch.tensorboard'", "TensorBoard", "pip install 'ist[watch]'")):
         TensorBoard(tmp_path, 0)
-    with pytest.raises(ConfigError, match=r"prometheus_client cannot be imported .*pip install 'ist\[watch\]'"):
+    with pytest.raises(
+        ConfigError, match=naming("'watch.metrics_port'", "prometheus_client", "pip install 'ist[watch]'")
+    ):
         Prometheus(small_config(), "run", 4, 0, [])
 
 
 def test_event_files_need_a_folder() -> None:
-    with pytest.raises(ConfigError, match="'watch.tensorboard' is true, but the run has no folder"):
+    with pytest.raises(ConfigError, match=naming("'watch.tensorboard' is true", "run_dir")):
         open_watchers(small_config(watch={"tensorboard": True}), None, 4, 0, progress=False)
 
 
@@ -210,16 +218,17 @@ def taken() -> Iterator[int]:
         yield server.getsockname()[1]
 
 
-def test_a_port_that_is_taken_is_named_with_its_key(taken: int) -> None:
+def test_a_port_in_use_is_named_with_its_key(taken: int) -> None:
     config = small_config(watch={"metrics_port": taken})
+    message = naming(f"'watch.metrics_port' is {taken}", "0 for a free one")
 
-    with pytest.raises(PoolError, match=f"'watch.metrics_port' is {taken}, which another program uses"):
+    with pytest.raises(PoolError, match=message):
         check_watch(config)
-    with pytest.raises(PoolError, match=f"'watch.metrics_port' is {taken}, which another program uses"):
+    with pytest.raises(PoolError, match=message):
         open_watchers(config, None, 4, 0, progress=False)
 
 
-def test_a_rank_that_does_not_record_leaves_the_port_alone(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_does_not_record_does_not_check_the_port(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
@@ -229,11 +238,11 @@ def test_a_rank_that_does_not_record_leaves_the_port_alone(taken: int, monkeypat
 
 
 def test_an_address_of_another_machine_is_named_with_its_key() -> None:
-    with pytest.raises(ConfigError, match="'watch.metrics_host' is '192.0.2.1', at which this machine cannot listen"):
+    with pytest.raises(ConfigError, match=naming("'watch.metrics_host' is '192.0.2.1'", "0.0.0.0")):
         check_watch(small_config(watch={"metrics_port": 0, "metrics_host": "192.0.2.1"}))
 
 
-def test_nothing_but_the_exporters_imports_their_packages_and_nothing_imports_the_exporters_unasked() -> None:
+def test_only_the_exporters_import_their_packages_and_are_imported_only_if_configured() -> None:
     packages = r"^(from|import) (\S*tensorboard|prometheus_client|fsspec|ist\.exporters)\b"
     for path in (ROOT / "ist").rglob("*.py"):
         assert not re.search(packages, path.read_text(), re.MULTILINE), path
@@ -242,7 +251,7 @@ def test_nothing_but_the_exporters_imports_their_packages_and_nothing_imports_th
 # Prometheus
 
 
-def test_clients_that_are_slow_go_away_or_send_much_hold_nothing_up(
+def test_clients_that_are_slow_disconnect_or_send_too_much_do_not_block_the_server(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(metrics_server, "_REQUEST_S", 1.0)
@@ -259,23 +268,23 @@ def test_clients_that_are_slow_go_away_or_send_much_hold_nothing_up(
             return bytes(answer.read())
 
     def connected() -> socket.socket:
-        time.sleep(0.01)  # the server accepts meanwhile: where few wait to be accepted, another one tries after seconds
+        time.sleep(0.01)  # lets the server accept: if its backlog is full, a client retries only after seconds
         return stack.enter_context(socket.create_connection(where, timeout=5))
 
     with contextlib.ExitStack() as stack:
         slow = [connected() for _ in range(10)]
         for number, client in enumerate(slow):
-            client.sendall(b"GET /metrics HTTP/1.1\r\nX: " if number else b"G")  # and never the rest
+            client.sendall(b"GET /metrics HTTP/1.1\r\nX: " if number else b"G")  # and never the remainder
         huge = connected()
         huge.sendall(b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n")
         refused = huge.recv(100)
         with socket.create_connection(where) as gone:
-            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # hang up by a reset
+            gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # disconnect by a reset
             gone.sendall(b"GET /metrics HTTP/1.1\r\n")
         meanwhile = asked()
         ends = [client.recv(1) for client in slow]
         many = [connected() for _ in range(40)]
-        # Nobody is answered, so whoever can be read is hung up.
+        # No client gets an answer, so a readable connection is a closed one.
         wait_for(lambda: len(select.select(many, [], [], 1)[0]) >= 40 - 16, 5, "most of many connections to be closed")
         ended = [client.recv(1) for client in select.select(many, [], [], 0)[0]]
     server.shutdown()
@@ -293,7 +302,7 @@ Samples = dict[tuple[str, ...], float]
 
 
 def samples_of(text: str) -> Samples:
-    """Name and label values to value, of everything that is exported."""
+    """(Name, label values) -> value, for all exported metrics."""
     families = text_string_to_metric_families(text)
     return {(sample.name, *sample.labels.values()): sample.value for f in families for sample in f.samples}
 
@@ -309,7 +318,7 @@ def collected(exporter: Prometheus) -> Samples:
     return samples_of(generate_latest(exporter.registry).decode())
 
 
-def test_a_run_serves_its_metrics_while_it_lasts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_serves_its_metrics_until_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = create_run_folder(small_config(watch={"metrics_port": 0}), tmp_path / "run")
     with open_run(build_job(folder.load_config()), folder, resume=False, progress=False) as part:
         assert isinstance(part, Leading)
@@ -333,7 +342,7 @@ def test_a_run_serves_its_metrics_while_it_lasts(tmp_path: Path, capsys: pytest.
         scraped(found[1])
 
 
-def test_metrics_count_faults_and_who_is_alive() -> None:
+def test_metrics_count_faults_and_live_workers() -> None:
     exporter = Prometheus(small_config(), "run", 4, 0, [])
 
     exporter.show(a_record(LOST, LATE))
@@ -347,7 +356,7 @@ def test_metrics_count_faults_and_who_is_alive() -> None:
     assert collected(exporter)["ist_workers_alive",] == 3
 
 
-def test_counters_of_a_resumed_run_go_on() -> None:
+def test_counters_of_a_resumed_run_continue() -> None:
     whole = Prometheus(small_config(), "run", 9, 0, [])
     history = [a_record(LATE, round_number=number) for number in range(3)]
     for record in history:
@@ -409,7 +418,7 @@ class FakeWriter:
         self.made["closed"] = True
 
 
-def test_event_files_get_every_number_and_go_on_where_the_run_does(
+def test_event_files_get_every_number_and_continue_where_the_run_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
@@ -421,7 +430,7 @@ def test_event_files_get_every_number_and_go_on_where_the_run_does(
 
     board, display = open_watchers(folder.load_config(), folder, 9, 5, progress=False)
     board.show(a_record(LATE, round_number=5))
-    with pytest.raises(RunFolderError, match="run/tensorboard: cannot be written: No space left on device"):
+    with pytest.raises(RunFolderError, match=naming("run/tensorboard: ", "No space left on device")):
         board.saved(6)
     for watcher in (board, display):
         watcher.close()
@@ -453,7 +462,7 @@ def test_tensorboard_shows_no_round_of_a_resumed_run_twice(tmp_path: Path) -> No
     assert events.Tags()["scalars"] == [*scalars(a_record()), "checkpoint/rounds"]
 
 
-def test_a_full_disk_is_told_once_and_not_by_the_thread_that_writes_events(
+def test_a_full_disk_is_reported_once_and_not_by_the_thread_that_writes_events(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hook = threading.excepthook
@@ -467,17 +476,17 @@ def test_a_full_disk_is_told_once_and_not_by_the_thread_that_writes_events(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(events.event_writer._async_writer._writer, "write", full)
-    with contextlib.suppress(RunFolderError):  # the thread may fail while this is still told
+    with contextlib.suppress(RunFolderError):  # the thread may fail during this call
         board.show(conftest.a_record(0))
     thread.join(5)
     assert seen == []
-    with pytest.raises(RunFolderError, match="cannot be written: No space left on device"):
+    with pytest.raises(RunFolderError, match=naming(f"{tmp_path}: ", "No space left on device")):
         board.show(conftest.a_record(1))
 
     other = threading.Thread(target=full, args=(b"",))
     other.start()
     other.join()
-    assert len(seen) == 1  # what fails in anybody else's thread is still told
+    assert len(seen) == 1  # errors in other threads are still reported
     with contextlib.suppress(RunFolderError):
         board.close()
     assert threading.excepthook == seen.append

@@ -1,4 +1,4 @@
-"""A plan: bytes and memory by formula, seconds by a model of links, and the command."""
+"""Plans: bytes and memory by formulas, seconds by a model of links, and the command."""
 
 import json
 import re
@@ -18,20 +18,20 @@ from ist.config.methods import METHODS, Baseline, int8_bytes, planned_methods, p
 from ist.errors import ConfigError
 from ist.plan import measure
 from ist.plan.formulas import buckets, trained_shapes
-from ist.plan.measure import StepCost, WholeCost, measure_coordinator, measure_narrow, measure_whole
+from ist.plan.measure import StepCost, WholeCost, measure_coordinator, measure_subnet, measure_whole
 from ist.plan.predict import ACKNOWLEDGED_PAYLOAD, FRAME_PAYLOAD, collective_seconds, ist_seconds, transfer_s
 from ist.plan.request import Hosts, parse_request
 from ist.runs.build import build_job
 from ist.runs.split import split_of
 from ist.subnet.job import assignments, remote_workers
 from ist.transport.frozen_parameters import message_bytes
-from tests.conftest import config_tree, small_config
+from tests.conftest import config_tree, naming, small_config
 
 CPU = torch.device("cpu")
 COLLECTIVES = {name: spec.collective for name, spec in METHODS.items() if spec.collective is not None}
 SHAPES = ((100, 50), (3, 2), (16, 3, 3, 3), (10,))
 ONE_WAY_S, BOTH_WAYS_S = (8 / payload / 100 for payload in (FRAME_PAYLOAD, ACKNOWLEDGED_PAYLOAD))
-"""Seconds of a million bytes over 100 Mbit/s, alone and beside as many in the other direction."""
+"""Seconds of a million bytes over 100 Mbit/s in one direction, and with the same amount in the other direction."""
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +115,7 @@ def test_buckets_are_closed_as_data_parallel_training_closes_them() -> None:
 
 def test_a_link_slower_than_the_lab_makes_can_be_planned() -> None:
     assert parse_request("2mbit/0.5mbit").hosts.link == Link(2, 0.5)
-    with pytest.raises(ConfigError, match="'0mbit'.*0.001mbit to 10gbit"):
+    with pytest.raises(ConfigError, match=naming("'0mbit'", "0.001mbit to 10gbit")):
         parse_request("0mbit")
 
 
@@ -210,7 +210,7 @@ def test_a_workers_part_is_measured_as_small_as_it_is() -> None:
     job = build_job(small_config())
     narrow = job.split.module(assignments(job).of(0)[0], torch.device("meta"))
 
-    found = measure_narrow(job, 0, CPU)
+    found = measure_subnet(job, 0, CPU)
     coordinator = measure_coordinator(job, CPU)
 
     assert found.parameter_bytes == 4 * sum(p.numel() for p in narrow.parameters())
@@ -221,7 +221,7 @@ def test_a_workers_part_is_measured_as_small_as_it_is() -> None:
 def test_carried_optimiser_state_lies_in_the_message() -> None:
     job = build_job(small_config(train__optimizer_state="carried"))
 
-    assert measure_narrow(job, 0, CPU).optimizer_bytes == 0
+    assert measure_subnet(job, 0, CPU).optimizer_bytes == 0
 
 
 @pytest.fixture
@@ -264,8 +264,8 @@ def test_a_page_shows_how_far_the_simulation_goes_and_why_it_ends(plan: Any, tmp
     text = (tmp_path / "plan.html").read_text()
     assert code == 0
     assert "4 workers, rounds of 3 steps" in out
-    assert "ist: not with 32 workers: group" in out.replace("\n", " ")
-    assert "has 24 neurons, fewer than the 32 workers" in text
+    assert re.search(naming("ist: ", "32 workers"), out.replace("\n", " "))
+    assert re.search(naming("24 neurons", "32 workers"), text)
     assert text.count("<svg") == 1
     outside = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"')\s>#]+)", text)
     assert outside == []
@@ -280,28 +280,26 @@ def test_overrides_of_a_method_count_for_it_alone(plan: Any) -> None:
     assert steps == {"ist": 3, "ddp": 7}
 
 
-BAD: dict[str, tuple[dict[str, Any], list[str], str]] = {
-    "a link without a unit": ({}, ["--link", "100"], "'100' is not a link rate"),
-    "no worker": ({}, ["--workers", "2,0"], "--workers '2,0': expected numbers of workers from 1"),
-    "a misspelt method": ({}, ["--methods", "dpp"], "'dpp' cannot be planned: did you mean 'ddp'?"),
-    "more workers than neurons": (
-        {}, ["--workers", "2,21"], "group 'linear_2' has 20 neurons, fewer than the 21 workers (train.workers)",
+BAD: dict[str, tuple[Any, ...]] = {
+    "a link without a unit": ({}, ["--link", "100"], "'100'", "'100mbit'"),
+    "no worker": ({}, ["--workers", "2,0"], "--workers '2,0'", "2,4,8"),
+    "a misspelt method": ({}, ["--methods", "dpp"], "--methods", "'dpp'", "'ddp'"),
+    "more workers than neurons": ({}, ["--workers", "2,21"], "'linear_2'", "20", "21", "train.workers"),
+    "more workers than samples": ({}, ["--methods", "ddp", "--workers", "5000"], "5000", "train.workers"),
+    "capacities for another number of workers": (
+        {"partition": {"capacities": [2, 1, 1, 1]}}, ["--workers", "2,4"], "'partition.capacities'", "4", "train.workers",
     ),
-    "more workers than samples": ({}, ["--methods", "ddp", "--workers", "5000"], "5000 workers (train.workers)"),
-    "capacities of others": (
-        {"partition": {"capacities": [2, 1, 1, 1]}}, ["--workers", "2,4"], "is for 4 workers (train.workers)",
-    ),
-    "a batch of one in front of a batch norm": (
-        {}, ["--methods", "ddp", "--workers", "1000"], "with 1000 workers (train.workers) a step on a batch of 1",
+    "a batch of one for a batch norm": (
+        {}, ["--methods", "ddp", "--workers", "1000"], "1000", "train.workers", "batch of 1",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_ends_with_what_is_wrong(plan: Any, case: str) -> None:
-    changes, arguments, message = BAD[case]
+def test_bad_input_is_explained(plan: Any, case: str) -> None:
+    changes, arguments, *parts = BAD[case]
 
     code, out, err = plan(*(["--link", "1gbit"] if "--link" not in arguments else []), *arguments, **changes)
 
     assert (code, out) == (2, "")
-    assert message in err
+    assert re.search(naming(*parts), err)

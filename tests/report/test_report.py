@@ -1,4 +1,4 @@
-"""Reports: one file that refers to nothing outside itself."""
+"""Reports are self-contained files."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from ist.report.table import table_rows
 from ist.runs.build import build_job
 from ist.runs.execute import execute
 from ist.storage.run_folder import RunFolder, create_run_folder
-from tests.conftest import small_config
+from tests.conftest import naming, small_config
 
 
 def finished(path: Path, **changes: Any) -> RunFolder:
@@ -23,7 +23,7 @@ def finished(path: Path, **changes: Any) -> RunFolder:
     return folder
 
 
-def test_a_page_holds_table_curves_and_configurations_and_needs_no_network(tmp_path: Path) -> None:
+def test_a_page_contains_table_curves_and_configurations_and_needs_no_network(tmp_path: Path) -> None:
     runs = [finished(tmp_path / "runs" / str(seed), seed=seed) for seed in (1, 2)]
 
     text = write_report(find_runs([tmp_path / "runs"]), tmp_path / "report.html").read_text()
@@ -50,10 +50,10 @@ def test_names_from_a_configuration_cannot_inject_markup(tmp_path: Path) -> None
     assert "&lt;b&gt;relu" in text
 
 
-def test_an_unfinished_run_is_refused_with_the_way_on(tmp_path: Path) -> None:
+def test_an_unfinished_run_is_refused_with_the_command_to_resume_it(tmp_path: Path) -> None:
     folder = create_run_folder(small_config(), tmp_path / "run")
 
-    with pytest.raises(RunFolderError, match="has not finished. Go on with: ist train --resume"):
+    with pytest.raises(RunFolderError, match=naming(f"{folder.path}: ", f"ist train --resume {folder.path}")):
         write_report([folder], tmp_path / "report.html")
 
 
@@ -64,11 +64,11 @@ def test_a_page_says_how_often_workers_were_left_out_if_any_were(tmp_path: Path)
 
     text = write_report([run], tmp_path / "report.html").read_text()
 
-    assert "ist: workers were left out of a round: 3 late, 1 rejected." in text
+    assert "3 late, 1 rejected" in text
 
 
 def named(path: Path, **changes: Any) -> RunFolder:
-    """A folder of a run that has finished, without training it."""
+    """The folder of a finished run, without training."""
     folder = create_run_folder(small_config(**changes), path)
     label = changes.get("label") or changes.get("method", "ist")
     numbers = {"workers": 4, "rounds": 4, "loss": 0.5, "sent_bytes": 10, "train_s": 1.0, "memory_bytes": 10}
@@ -81,7 +81,7 @@ def with_rate(rate: float, momentum: float = 0.9) -> dict[str, Any]:
     return {"train__optimizer": {"name": "SGD", "args": {"lr": rate, "momentum": momentum}}}
 
 
-def test_runs_of_a_sweep_are_told_apart_by_what_differs(tmp_path: Path) -> None:
+def test_names_of_runs_in_a_sweep_show_the_keys_that_differ(tmp_path: Path) -> None:
     def names(*changes: dict[str, Any]) -> list[str]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         return run_names([named(folder / f"run-{number}", **change) for number, change in enumerate(changes)])
@@ -104,7 +104,7 @@ def test_runs_of_a_sweep_are_told_apart_by_what_differs(tmp_path: Path) -> None:
     ]
 
 
-def test_runs_in_folders_of_one_name_are_told_apart_by_their_paths(tmp_path: Path) -> None:
+def test_names_of_runs_in_folders_of_the_same_name_show_their_paths(tmp_path: Path) -> None:
     runs = [named(tmp_path / name / "run") for name in "ab"]
 
     assert run_names(runs) == [f"ist: {tmp_path}/a/run", f"ist: {tmp_path}/b/run"]
