@@ -36,13 +36,18 @@ def trained(dataset: Dataset[Any], **options: Any) -> dict[str, Tensor]:
     return clone(model.state_dict())
 
 
+def split(dataset: Dataset[Any]) -> None:
+    ist.split(seeded(NETWORKS["no batch norm"]), dataset[0][0].expand(2, 12), workers=2)
+
+
 def test_a_second_run_in_the_same_process_is_refused_and_leaves_the_first_as_it_would_be_alone() -> None:
     dataset = Waiting()
     with ThreadPoolExecutor(1) as executor:
         first = executor.submit(trained, dataset)
         assert dataset.asked.wait(30)
-        with pytest.raises(ConfigError, match=r"another ist\.train runs in this process .* one after the other"):
-            trained(data())
+        for other in (trained, split):
+            with pytest.raises(ConfigError, match=r"another ist\.train .* runs in this process .* one after the other"):
+                other(data())
         dataset.go_on.set()
         found = first.result(60)
 
@@ -66,5 +71,5 @@ def test_a_run_within_a_run_is_refused() -> None:
         def __getitem__(self, index: int) -> Any:
             trained(data())
 
-    with pytest.raises(ConfigError, match=r"another ist\.train runs in this process \(in another thread, or around"):
+    with pytest.raises(ConfigError, match=r"another ist\.train .* runs in this process \(in another thread, or around"):
         trained(Nested())
