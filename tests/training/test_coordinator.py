@@ -17,7 +17,7 @@ from ist.training.worker import Worker
 from ist.transport.codec import Envelope, Route
 from ist.transport.interfaces import Buffers, Lost, Subnet
 from ist.transport.message import Header
-from tests.conftest import assert_same, clone, job_for, worker_numbers
+from tests.conftest import assert_same, clone, job_for, naming, worker_numbers
 from tests.networks import NETWORKS, seeded
 
 
@@ -140,7 +140,7 @@ def test_what_a_checkpoint_holds_and_nobody_wants_is_named() -> None:
     job, meter = job_for(model), Meter()
     pool = InlinePool(job, torch.device("cpu"), meter)
 
-    with pytest.raises(CheckpointError, match="holds 'outer/linear_1.bias', for which this run has no use"):
+    with pytest.raises(CheckpointError, match=naming("'outer/linear_1.bias'", "checkpoint")):
         Coordinator(job, pool, model, meter, {"outer/linear_1.bias": torch.zeros(24)})
 
 

@@ -11,7 +11,7 @@ from ist.api import train
 from ist.errors import ConfigError, DataError
 from ist.models.mlp import MLP
 from ist.runs.execute import execute
-from tests.conftest import assert_same, clone, data, job_for, plain_loop
+from tests.conftest import assert_same, clone, data, job_for, naming, plain_loop
 from tests.networks import NETWORKS, seeded
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -182,7 +182,9 @@ def test_accuracy_of_what_are_no_class_numbers_is_refused() -> None:
     inputs = torch.randn(60, 12)
     data, model = TensorDataset(inputs, inputs[:, :1]), nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 1))
 
-    with pytest.raises(ConfigError, match="accuracy is of class numbers: set evaluate.metric to 'rmse' or 'none'"):
+    with pytest.raises(
+        ConfigError, match=naming("'accuracy'", "class numbers", "set evaluate.metric to 'rmse' or 'none'")
+    ):
         train(
             model, data, loss="mse_loss", workers=2, rounds=1, test_data=data, evaluate_options={"metric": "accuracy"}
         )
