@@ -46,7 +46,7 @@ OPTIONS: dict[str, Settings] = {
     **{f"int{bits} both ways, deltas": both(f"int{bits}", "deltas") for bits in BITS},
     "int2 up alone, deltas": {"exchange": {"up": "int2", "values": "deltas"}},
     "int2 up alone, deltas, error feedback": {"exchange": {"up": "int2", "values": "deltas", "error_feedback": True}},
-    "exact, optimiser state carried": {"train.optimizer_state": "carried"},
+    "exact, optimizer state carried": {"train.optimizer_state": "carried"},
 }
 
 

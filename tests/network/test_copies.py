@@ -124,7 +124,7 @@ class Shared:
         return self
 
 
-def test_a_forward_that_reaches_the_original_in_another_way_is_refused() -> None:
+def test_a_forward_that_uses_the_original_through_another_object_is_refused() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -126,7 +126,7 @@ def test_a_quantized_network_is_refused() -> None:
         train(model)
 
 
-def test_views_of_one_memory_that_do_not_overlap_are_trained(tmp_path: Path) -> None:
+def test_parameters_that_are_disjoint_views_of_one_memory_are_trained(tmp_path: Path) -> None:
     class Flat(nn.Module):
         """Has all its weights in one block of memory, as recurrent layers have on a GPU."""
 
@@ -194,7 +194,7 @@ def test_arguments_of_a_wrong_type_are_named(model: Any, options: Any, kind: typ
         train(model(), **options)
 
 
-def test_numbers_of_numpy_and_torch_are_numbers(tmp_path: Path) -> None:
+def test_numbers_of_numpy_and_torch_are_accepted_as_arguments(tmp_path: Path) -> None:
     numbers: dict[str, Any] = {
         "workers": np.int64(2),
         "optimizer_args": {"lr": torch.tensor(0.25)},

@@ -501,7 +501,7 @@ CASES: dict[str, Case] = {
     "bilinear": Case(Pairs, rand(4, 12), {"left": 8, "right": 7, "both": 6}),
     "gated": Case(Gated, rand(4, 12), {"0": 8}),
     "checkpointed": Case(Checkpointed, rand(4, 12), {"first": 8, "second": 7}),
-    "a block that nobody reads": Case(Skips, rand(4, 12), {"0": 8, "1": 8}),
+    "a block that is never read": Case(Skips, rand(4, 12), {"0": 8, "1": 8}),
     "instance norm": Case(
         lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.ReLU(), nn.Conv2d(8, 5, 1)),
         IMAGE, {"0": 8},

@@ -387,7 +387,7 @@ class Configured(nn.Module):
 
 
 class Inside(nn.Module):
-    """A transformer's layer around an attention, with 24 units beside its heads."""
+    """A transformer's layer around an attention, with a feed-forward part of 24 units."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()

@@ -161,7 +161,7 @@ class Coupling(nn.Module):
         return x, total
 
 
-class Initialised(nn.Module):
+class DataInitialized(nn.Module):
     """Initializes its scales from the first batch, as in Glow."""
 
     def __init__(self) -> None:
@@ -327,9 +327,9 @@ STYLES: dict[str, Style] = {
     "conditional norm": Style(lambda: Conditioned(nn.Embedding(4, 16)), (IMAGE, torch.tensor([1, 2])), [8]),
     "mixture density": Style(MixtureDensity, FLAT, [9]),
     "soft mixture of experts": Style(SoftMixture, rand(2, 5, 12), [10, 12]),
-    "vector quantised": Style(Quantized, FLAT, [9, 8]),
+    "vector quantized": Style(Quantized, FLAT, [9, 8]),
     "flow": Style(Coupling, FLAT, [9, 9]),
-    "initialised by data": Style(Initialised, FLAT, [9]),
+    "initialized by data": Style(DataInitialized, FLAT, [9]),
     "interactions": Style(Interactions, (rand(2, 4), KINDS), [8, 9]),
     "points": Style(Points, rand(2, 3, 9), [8, 7, 10]),
     "dropped weights": Style(lambda: chain(DropsWeights(12, 9), nn.ReLU(), DropsWeights(9, 5)), FLAT, [9]),

@@ -23,7 +23,7 @@ def train(model: nn.Module, dataset: Any = None, **options: Any) -> nn.Module:
 
 
 class FrozenNorm(nn.Module):
-    """Keeps its batch norm in evaluation mode, as fine-tuning does."""
+    """Puts its batch norm into evaluation mode in `train`, as in fine-tuning."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class FrozenNorm(nn.Module):
         return self.last(self.norm(self.first(x)).relu())
 
 
-def test_a_norm_that_its_network_keeps_in_evaluation_mode_keeps_its_statistics() -> None:
+def test_a_norm_that_its_network_puts_into_evaluation_mode_does_not_change_its_statistics() -> None:
     model = FrozenNorm()
     job = job_of(model, rand(2, 12))
     narrow = job.split.module(assignments(job).of(0)[0], torch.device("cpu"))
@@ -67,7 +67,7 @@ class Counting(nn.Module):
         return self.last(self.first(x).relu())
 
 
-def test_a_buffer_that_is_replaced_in_the_forward_comes_back() -> None:
+def test_a_buffer_that_is_replaced_in_the_forward_is_merged() -> None:
     assert train(Counting()).count == 6
 
 
@@ -162,7 +162,7 @@ def test_embeddings_of_every_kind_are_trained(build: Any) -> None:
     assert not torch.equal(train(model, tokens, optimizer_args={"lr": 0.1}).get_parameter("0.weight"), before)
 
 
-def test_parameters_that_need_no_gradient_stay_as_they_are() -> None:
+def test_parameters_without_gradients_do_not_change() -> None:
     model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5))
     model[0].weight.requires_grad_(False)
     before = model[0].weight.detach().clone()

@@ -30,7 +30,7 @@ class Causal(nn.Module):
 
 
 @pytest.mark.parametrize("masked", [float("-inf"), torch.finfo(torch.float32).min])
-def test_a_mask_among_the_parameters_may_be_minus_infinity_or_the_least_number(masked: float) -> None:
+def test_a_mask_in_the_parameters_may_be_minus_infinity_or_the_least_number(masked: float) -> None:
     job = job_of(seeded(lambda: Causal(masked)), rand(2, 6, 12))
 
     verify_cuts(job)
@@ -49,7 +49,7 @@ class Single(nn.Module):
         return y if x.dtype == torch.float32 else y * float("nan")
 
 
-def test_a_network_is_compared_in_its_own_precision_where_it_needs_that() -> None:
+def test_a_network_without_finite_values_in_float64_is_compared_in_float32() -> None:
     verify_cuts(job_of(seeded(Single), rand(4, 12)))
 
 
@@ -77,7 +77,7 @@ def test_a_network_that_computes_no_finite_output_is_refused() -> None:
         verify_cuts(job)
 
 
-def test_a_value_that_is_not_finite_in_one_network_only_is_a_difference() -> None:
+def test_a_value_that_is_finite_in_only_one_network_is_a_difference() -> None:
     from ist.checks.verify import _distance
 
     nothing, infinite = torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("inf")])

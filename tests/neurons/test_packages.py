@@ -1,4 +1,4 @@
-"""Networks of other packages, imported as they are."""
+"""Networks of other packages, imported unchanged."""
 
 import logging
 from typing import Any

@@ -26,7 +26,7 @@ from tests.training.test_one_worker import run
 
 
 class Bags(nn.Module):
-    """Nothing but embeddings, whose gradients are sparse."""
+    """A network with only embeddings, whose gradients are sparse."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,7 +152,7 @@ class Callable:
         (functools.partial(falling, 3), {"partial": f"{__name__}:falling", "args": [3], "keywords": {}}),
     ],
 )
-def test_an_argument_is_written_as_yaml_can_hold_it(value: Any, expected: Any) -> None:
+def test_an_argument_is_written_in_a_form_that_yaml_can_represent(value: Any, expected: Any) -> None:
     assert plain(value) == expected
 
 
@@ -169,7 +169,7 @@ def test_a_schedule_of_functions_is_written_into_the_run_folder_and_resumed(tmp_
     assert_same(clone(result.model.state_dict()), clone(again.model.state_dict()))
 
 
-def test_ranks_that_hold_a_function_at_other_addresses_run_the_same_configuration() -> None:
+def test_configurations_with_the_same_function_at_different_addresses_are_equal() -> None:
     def config() -> Any:
         return small_config(train__schedule={"name": "LambdaLR", "args": {"lr_lambda": lambda step: 0.9**step}})
 

@@ -1,1 +1,1 @@
-"""What is recorded while a network runs on an example: operators, labels, calls, random draws, values read."""
+"""Records of a network's run on an example: operators, labels, calls, random draws, values read."""

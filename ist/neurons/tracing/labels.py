@@ -103,7 +103,7 @@ class Labels:
         return self.reduced(Activation(slim(labels), tuple(labels.shape), depth))
 
     def reduced(self, value: Activation) -> Activation:
-        """Return the same activation with the labels as they are joined now."""
+        """Return the same activation with its current labels."""
         return value._replace(core=slim(self.roots(value.core)))
 
     def constant(self, shape: Shape, label: int, depth: int = 0) -> Activation:
