@@ -95,7 +95,7 @@ def local_step(device: torch.device, repeats: int) -> dict[str, float]:
         envelope.down.tensors[name].copy_(parameter.detach())
     assert isinstance(worker.loop.shard, TensorDataset)
     inputs, targets = worker.loop.shard.tensors
-    batches = [torch.from_numpy(job.schedule.dealing.batch(0, step)) for step in range(steps)]
+    batches = [torch.from_numpy(job.schedule.sampler.batch(0, step)) for step in range(steps)]
 
     def bare_loop() -> None:
         optimizer = torch.optim.SGD(bare.parameters(), lr=0.01, momentum=0.9)

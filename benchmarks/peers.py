@@ -70,7 +70,7 @@ def configure(method: str, workers: int, epochs: float, quick: bool) -> Config:
     config = load_config(CONFIG, [f"{key}={value}" for key, value in changes.items()])
     if method == "ist" or quick:
         return config
-    steps = epochs * build_job(config).schedule.dealing.steps_per_epoch
+    steps = epochs * build_job(config).schedule.sampler.steps_per_epoch
     # End with an outer step: later local steps would be lost.
     changes |= {"train.rounds": max(1, round(steps / FULL_STEPS))}
     return load_config(CONFIG, [f"{key}={value}" for key, value in changes.items()])
@@ -158,7 +158,7 @@ def measure(method: str, config: Config, timeout_s: float) -> dict[str, Any]:
         else:
             result = json.loads((folder / "run" / "result.json").read_text())
             found |= {key: result[key] for key in ("accuracy", "train_s")}
-    found["epochs"] = statistics.mean(found["local_steps"]) / job.schedule.dealing.steps_per_epoch
+    found["epochs"] = statistics.mean(found["local_steps"]) / job.schedule.sampler.steps_per_epoch
     print(f"{method}: {found}", file=sys.stderr, flush=True)
     return found
 

@@ -202,7 +202,7 @@ def train_with_hivemind(job: Job, model: nn.Module, place: Place, notes: Notes) 
     named = dict(model.named_parameters())
     inner = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
     groups = matching_groups(inner, named, job.schedule.group_of)
-    samples_per_step = job.schedule.dealing.num_samples / job.schedule.dealing.steps_per_epoch
+    samples_per_step = job.schedule.sampler.num_samples / job.schedule.sampler.steps_per_epoch
     optimizer = hivemind.Optimizer(
         dht=dht,
         run_id="peers",
@@ -218,14 +218,14 @@ def train_with_hivemind(job: Job, model: nn.Module, place: Place, notes: Notes) 
         tracker_opts={"min_refresh_period": 0.1, "default_refresh_period": 0.2, "max_refresh_period": 0.5},
         verbose=True,
     )
-    shard = take_shard(job.task.train_data, job.schedule.dealing.shard(place.rank))
+    shard = take_shard(job.task.train_data, job.schedule.sampler.shard(place.rank))
     place.meet("the start")
     started = time.perf_counter()
     while optimizer.local_epoch < job.schedule.num_rounds:
         epoch = optimizer.local_epoch
         log.averaged_over.clear()
         apply_settings(inner, groups, job.schedule.settings[min(notes.local_steps, job.schedule.total_steps - 1)])
-        inputs, targets = fetch(shard, job.schedule.dealing.batch(place.rank, notes.local_steps), CPU)
+        inputs, targets = fetch(shard, job.schedule.sampler.batch(place.rank, notes.local_steps), CPU)
         inner.zero_grad(set_to_none=True)
         job.task.loss(call_model(model, inputs), targets).backward()  # type: ignore[no-untyped-call]
         optimizer.step(batch_size=len(targets))

@@ -140,10 +140,10 @@ def job_for(model: nn.Module, dataset: Dataset[Any] | None = None, test: Any = N
 def plain_loop(model: nn.Module, job: Any, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> None:
     """What anybody would write; only which samples a step uses comes from the job."""
     inputs, targets = job.task.train_data.tensors
-    shard = torch.from_numpy(job.schedule.dealing.shard(0))
+    shard = torch.from_numpy(job.schedule.sampler.shard(0))
     model.train()
     for step in range(job.schedule.total_steps):
-        rows = shard[torch.from_numpy(job.schedule.dealing.batch(0, step))]
+        rows = shard[torch.from_numpy(job.schedule.sampler.batch(0, step))]
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(inputs[rows]), targets[rows]).backward()
         optimizer.step()

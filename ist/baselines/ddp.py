@@ -150,7 +150,7 @@ class DataParallel:
         dtypes = {name: parameter.dtype for name, parameter in self._named.items()}
         self._exchange.rehearses = True
         with seeded(device, job.config.seed, Purpose.REHEARSAL):
-            inputs, targets = fetch(self._loop.shard, job.schedule.dealing.batch(self._membership.rank, 0), device)
+            inputs, targets = fetch(self._loop.shard, job.schedule.sampler.batch(self._membership.rank, 0), device)
             job.task.loss(call_model(self._ddp, inputs), targets).backward()  # type: ignore[no-untyped-call]
         self._exchange.rehearses = False
         for name, buffer in self._model.named_buffers():

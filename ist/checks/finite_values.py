@@ -53,11 +53,11 @@ def check_start(job: Job, network: nn.Module) -> None:
 
 def not_finite_sample(job: Job, num_workers: int, worker: int, round_number: int) -> str | None:
     """Return what is not finite in the data of a worker's round, and in which sample; None: nothing."""
-    cpu, dealing = torch.device("cpu"), job.schedule.dealing_for(num_workers)
+    cpu, sampler = torch.device("cpu"), job.schedule.sampler_for(num_workers)
     try:
         with seeded(cpu, job.config.seed, Purpose.TRAINING, round_number, worker):
             for step in job.schedule.steps(round_number):
-                for number in dealing.shard(worker)[dealing.batch(worker, step)].tolist():
+                for number in sampler.shard(worker)[sampler.batch(worker, step)].tolist():
                     if bad := what_is_not_finite(*fetch(job.task.train_data, np.array([number]), cpu)):
                         return f"sample {number} of the training data holds {bad}"
     except (ISTError, RuntimeError, ValueError, TypeError, IndexError):

@@ -21,14 +21,14 @@ class Schedule:
     Attributes:
         spans: The rounds of the run; the last may be shorter than others, and is merged like any other.
         recipe: The configuration section `recipe`, with the stages.
-        dealing: The assignment of samples to workers and steps.
+        sampler: The assignment of samples to workers and steps.
         settings: The settings of the learning-rate schedule at each local step; empty without one.
         group_of: For each trained parameter, the index of its group in an optimizer over all of them.
     """
 
     spans: Sequence[Span]
     recipe: Recipe
-    dealing: ShardedSampler
+    sampler: ShardedSampler
     settings: Sequence[StepSettings]
     group_of: Mapping[str, int]
 
@@ -61,8 +61,8 @@ class Schedule:
             return 0
         return next(number for number, span in enumerate(self.spans) if span.stage.is_open)
 
-    def dealing_for(self, num_workers: int) -> ShardedSampler:
+    def sampler_for(self, num_workers: int) -> ShardedSampler:
         """Return the assignment of samples to steps in a round with the given number of workers."""
-        if num_workers == self.dealing.num_workers:
-            return self.dealing
-        return replace(self.dealing, num_workers=num_workers)
+        if num_workers == self.sampler.num_workers:
+            return self.sampler
+        return replace(self.sampler, num_workers=num_workers)

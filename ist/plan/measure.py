@@ -102,7 +102,7 @@ def measure_whole(job: Job, device: torch.device) -> WholeCost:
 
         _try_smallest(job, 0, shard, module, device)
         step_s = _step_s(train, job, device)
-        batch = fetch(shard, job.schedule.dealing.batch(0, 0), device)
+        batch = fetch(shard, job.schedule.sampler.batch(0, 0), device)
         shapes, left_s = _gradients(job, module, batch, device)
         cost = StepCost(
             step_s,
@@ -140,7 +140,7 @@ def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
         bind(worker.module, {**WorkerEnd(job.split, exchange, device).open(envelope).tensors, **fixed})
         _try_smallest(job, number, worker.loop.shard, worker.module, device)
         step_s = _step_s(train, job, device)
-        batch = fetch(worker.loop.shard, job.schedule.dealing.batch(number, 0), device)
+        batch = fetch(worker.loop.shard, job.schedule.sampler.batch(number, 0), device)
         return StepCost(
             step_s,
             sum(parameter.nbytes for parameter in worker.module.parameters() if parameter.requires_grad),
@@ -182,7 +182,7 @@ def measure_coordinator(job: Job, device: torch.device) -> CoordinatorCost:
 
 def _try_smallest(job: Job, worker: int, shard: Dataset[Any], module: nn.Module, device: torch.device) -> None:
     """Run a step on the smallest batch of any worker, which may fail: batch norm needs more than one sample."""
-    rows = job.schedule.dealing.batch(worker, 0)[: job.schedule.dealing.smallest_batch]
+    rows = job.schedule.sampler.batch(worker, 0)[: job.schedule.sampler.smallest_batch]
     _loss(job, module, fetch(shard, rows, device))
 
 
@@ -195,7 +195,7 @@ def _state(job: Job, device: torch.device) -> dict[str, Tensor]:
 def _with_steps(job: Job, steps: int) -> Job:
     train = job.config.train.model_copy(update={"local_steps": steps})
     config = job.config.model_copy(update={"train": train})
-    return replace(job, config=config, schedule=replace(job.schedule, spans=run_spans(config, job.schedule.dealing)))
+    return replace(job, config=config, schedule=replace(job.schedule, spans=run_spans(config, job.schedule.sampler)))
 
 
 def _step_s(train: Callable[[Job], None], job: Job, device: torch.device) -> float:
@@ -303,6 +303,6 @@ def _failures_named(job: Job) -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(
             f"with {job.config.train.workers} workers (train.workers) a step on a batch of "
-            f"{job.schedule.dealing.smallest_batch} or more fails: "
+            f"{job.schedule.sampler.smallest_batch} or more fails: "
             f"{type(error).__name__}: {error}".splitlines()[0]
         ) from error

@@ -213,7 +213,7 @@ class Planner:
         config = job.config
         optimizer = {key: value for key, value in config.train.optimizer.args.items() if key != "lr"}
         parts = (config.model, config.data, config.train.loss, config.train.optimizer.name, optimizer)
-        key = f"{parts} {len(job.schedule.dealing.batch(0, 0))}"
+        key = f"{parts} {len(job.schedule.sampler.batch(0, 0))}"
         if key not in self._whole:
             self._whole[key] = measure_whole(job, self.device)
         return self._whole[key]
@@ -278,7 +278,7 @@ def _prediction(
         method=job.config.method,
         workers=job.config.train.workers,
         local_steps=steps,
-        batch_size=len(job.schedule.dealing.batch(0, 0)),
+        batch_size=len(job.schedule.sampler.batch(0, 0)),
         sent_bytes=sent_bytes,
         link_bytes=link_bytes,
         memory_bytes=memory_bytes,
@@ -287,7 +287,7 @@ def _prediction(
         exchange_s=exchange_s,
         coordinate_s=coordinate_s,
         round_s=round_s,
-        epoch_s=round_s / steps * job.schedule.dealing.steps_per_epoch,
+        epoch_s=round_s / steps * job.schedule.sampler.steps_per_epoch,
     )
 
 

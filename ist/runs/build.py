@@ -104,12 +104,12 @@ def make_job(
     """
     train = config.train
     template, build = _in_modes(template, build)
-    dealing = ShardedSampler(length(train_data), train.workers, train.batch_size, config.seed, config.data.shuffle)
+    sampler = ShardedSampler(length(train_data), train.workers, train.batch_size, config.seed, config.data.shuffle)
     metric = metric_named(config.evaluate.metric)
     found, example = _found(config, template, build, train_data, example)
     split = _split_model(config, template, build, example, found)
     task = Task(build, train_data, test_data, loss, metric, example, config.seed)
-    return Job(config, task, split, _schedule(config, template, dealing))
+    return Job(config, task, split, _schedule(config, template, sampler))
 
 
 @seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)
@@ -132,8 +132,8 @@ def split_network(
     split = _split_model(config, template, build, example, find_neurons(template, example, build))
     train = config.train
     # As many samples as a step of every worker takes: nothing of a split depends on them.
-    dealing = ShardedSampler(train.workers * train.batch_size, train.workers, train.batch_size, config.seed)
-    return split, _schedule(config, template, dealing)
+    sampler = ShardedSampler(train.workers * train.batch_size, train.workers, train.batch_size, config.seed)
+    return split, _schedule(config, template, sampler)
 
 
 def _in_modes(template: nn.Module, build: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[[], nn.Module]]:
@@ -219,7 +219,7 @@ def _split_model(
     return replace(split, found=found, groups=optimizers.carried_groups(slots, groups, parameters))
 
 
-def _schedule(config: Config, template: nn.Module, dealing: ShardedSampler) -> Schedule:
+def _schedule(config: Config, template: nn.Module, sampler: ShardedSampler) -> Schedule:
     """Return the schedule of a run.
 
     Raises:
@@ -229,16 +229,16 @@ def _schedule(config: Config, template: nn.Module, dealing: ShardedSampler) -> S
     optimizers.try_optimizer(train.optimizer)
     named, optimizer = stand_ins(template, train.optimizer)
     group_of = groups_by_name(optimizer, named)  # before the schedule is run, which may replace what it sets
-    rounds = run_spans(config, dealing)
+    rounds = run_spans(config, sampler)
     settings = schedule_settings(optimizer, train.schedule, rounds[-1].steps.stop)
     staged = staged_settings(optimizer, settings, rounds, train.schedule_unit)
-    return Schedule(rounds, config.recipe, dealing, staged, group_of)
+    return Schedule(rounds, config.recipe, sampler, staged, group_of)
 
 
-def run_spans(config: Config, dealing: ShardedSampler) -> Sequence[Span]:
+def run_spans(config: Config, sampler: ShardedSampler) -> Sequence[Span]:
     """Return every round of a run."""
     train = config.train
-    total = train.epochs * dealing.steps_per_epoch if train.epochs is not None else None
+    total = train.epochs * sampler.steps_per_epoch if train.epochs is not None else None
     stages = config.recipe.stages if config.method_spec.needs_groups else ()
     return spans(stages, train.local_steps, train.rounds, total)
 

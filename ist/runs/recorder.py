@@ -91,7 +91,7 @@ class RunRecorder:
         for total in self._totals:
             self._totals[total] += found[total]
         found |= self._totals
-        found["epoch"] = self._totals["samples"] / self._job.schedule.dealing.num_samples
+        found["epoch"] = self._totals["samples"] / self._job.schedule.sampler.num_samples
         record: dict[str, Any] = {"round": round_number}
         for measured in MEASUREMENTS:
             if measured.recorded and measured.source != "evaluation":

@@ -63,7 +63,7 @@ def rehearse(job: Job) -> None:
     except Exception as error:  # network, data, loss and optimiser may be anybody's
         raise ConfigError(
             f"network, data, loss and optimiser do not fit each other: a step on a batch of "
-            f"{job.schedule.dealing.smallest_batch} fails: {type(error).__name__}: {error}".splitlines()[0]
+            f"{job.schedule.sampler.smallest_batch} fails: {type(error).__name__}: {error}".splitlines()[0]
         ) from error
 
 
@@ -98,10 +98,10 @@ def _one_step(job: Job, device: torch.device) -> None:
     optimizer = optimizers.build_optimizer(job.config.train.optimizer, list(named.values()))
     if job.schedule.settings:
         apply_settings(optimizer, matching_groups(optimizer, named, job.schedule.group_of), job.schedule.settings[0])
-    batch = job.schedule.dealing.batch(0, 0)[: job.schedule.dealing.smallest_batch]
+    batch = job.schedule.sampler.batch(0, 0)[: job.schedule.sampler.smallest_batch]
 
     def numbers() -> Indices:
-        return job.schedule.dealing.shard(0)[batch]
+        return job.schedule.sampler.shard(0)[batch]
 
     inputs, targets = fetch(worker.loop.shard, batch, device, numbers)
     with located("network, data and loss do not fit each other"):

@@ -132,7 +132,7 @@ class Split:
 def split_of(job: Job) -> Split:
     """Return how a run splits its network; its values are the initial ones."""
     held = assignments(job)
-    inspection = inspect_split(job.config, job.split, job.schedule, held, job.schedule.dealing.steps_per_epoch)
+    inspection = inspect_split(job.config, job.split, job.schedule, held, job.schedule.sampler.steps_per_epoch)
     return Split(inspection, job.split, held, lambda: values_of(job.task.build()))
 
 

@@ -54,7 +54,7 @@ class Assignments:
         self._split = split
         self._schedule = schedule
         self._partition = partition
-        self._team = Team(schedule.dealing.num_workers)
+        self._team = Team(schedule.sampler.num_workers)
         self._known: dict[tuple[int, Team], Assignment] = {}
 
     def partition(self, round_number: int, team: Team | None = None) -> Partition:
@@ -78,7 +78,7 @@ class Assignments:
             self._known[key] = assign(
                 self._split.groups,
                 key[1].num_workers,
-                self._schedule.dealing.seed,
+                self._schedule.sampler.seed,
                 round_number,
                 self.partition(round_number, team),
             )
@@ -104,7 +104,7 @@ class Assignments:
         partition = self._partition
         if team.capacities:
             partition = partition.model_copy(update={"capacities": list(team.capacities)})
-        shares: Sequence[Indices] = assign(groups, team.num_workers, self._schedule.dealing.seed, 0, partition)[0]
+        shares: Sequence[Indices] = assign(groups, team.num_workers, self._schedule.sampler.seed, 0, partition)[0]
         return {
             path: len(held) / group.size for group, held in zip(groups, shares, strict=True) for path in group.modules
         }

@@ -46,7 +46,7 @@ def with_workers(job: Job, num_workers: int) -> Job:
         return job
     config = job.config
     train = config.train.model_copy(update={"workers": num_workers})
-    schedule = replace(job.schedule, dealing=job.schedule.dealing_for(num_workers))
+    schedule = replace(job.schedule, sampler=job.schedule.sampler_for(num_workers))
     return replace(job, config=config.model_copy(update={"train": train}), schedule=schedule)
 
 

@@ -69,7 +69,7 @@ class TaskLoop:
 
     Attributes:
         schedule: Which steps a round has, and their settings.
-        dealing: Which samples each step uses.
+        sampler: Which samples each step uses.
         shard: The worker's data.
     """
 
@@ -78,8 +78,8 @@ class TaskLoop:
         self.device = device
         self.seed = job.config.seed
         self.schedule = job.schedule
-        self.dealing = job.schedule.dealing_for(slot.team.num_workers)
-        self.shard: Dataset[Any] = take_shard(job.task.train_data, self.dealing.shard(slot.worker))
+        self.sampler = job.schedule.sampler_for(slot.team.num_workers)
+        self.shard: Dataset[Any] = take_shard(job.task.train_data, self.sampler.shard(slot.worker))
         self._loss = job.task.loss
 
     def steps(
@@ -96,7 +96,7 @@ class TaskLoop:
         for step in schedule.steps(round_number):
             if schedule.settings:
                 apply_settings(optimizer, groups, schedule.settings[step])
-            batch = self.dealing.batch(self.slot.worker, step)
+            batch = self.sampler.batch(self.slot.worker, step)
             with located(f"round {round_number}, worker {self.slot.worker}"):
                 loss = self._step(module, optimizer, batch)
             yield StepDone(loss, len(batch))
@@ -105,7 +105,7 @@ class TaskLoop:
         """Make one optimizer step on a batch, and return its loss."""
 
         def numbers() -> Indices:
-            return self.dealing.shard(self.slot.worker)[batch]
+            return self.sampler.shard(self.slot.worker)[batch]
 
         inputs, targets = fetch(self.shard, batch, self.device, numbers)
         optimizer.zero_grad(set_to_none=True)

@@ -172,7 +172,7 @@ def run(made: Job, folder: RunFolder | None, resume: bool, stop: bool = False) -
 def plain_powersgd(made: Job) -> dict[str, Tensor]:
     """Train as anybody would with PyTorch's own PowerSGD, in the process group that is there; return what is trained."""
     me, cpu = rank(), torch.device("cpu")
-    shard = take_shard(made.task.train_data, made.schedule.dealing.shard(me))
+    shard = take_shard(made.task.train_data, made.schedule.sampler.shard(me))
     model = build()
     ddp = DistributedDataParallel(model)
     ddp.register_comm_hook(PowerSGDState(None, 1, start_powerSGD_iter=2, random_seed=made.config.seed), powerSGD_hook)
@@ -180,7 +180,7 @@ def plain_powersgd(made: Job) -> dict[str, Tensor]:
     for round_number in range(made.schedule.num_rounds):
         with seeded_generators(cpu, made.config.seed, Purpose.TRAINING, round_number, me):
             for step in made.schedule.steps(round_number):
-                inputs, targets = fetch(shard, made.schedule.dealing.batch(me, step), cpu)
+                inputs, targets = fetch(shard, made.schedule.sampler.batch(me, step), cpu)
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(ddp(inputs), targets).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()

@@ -60,11 +60,11 @@ def large_batch_training(made: Job) -> dict[str, Tensor]:
     """One process, whose batch is all ranks' together, each rank's mean weighing the same."""
     model = build_plain()
     optimizer = torch.optim.SGD(model.parameters(), **made.config.train.optimizer.args)
-    shards = [take_shard(made.task.train_data, made.schedule.dealing.shard(rank)) for rank in range(WORKERS)]
+    shards = [take_shard(made.task.train_data, made.schedule.sampler.shard(rank)) for rank in range(WORKERS)]
     for step in range(made.schedule.total_steps):
         optimizer.zero_grad()
         for rank, shard in enumerate(shards):
-            inputs, targets = fetch(shard, made.schedule.dealing.batch(rank, step), CPU)
+            inputs, targets = fetch(shard, made.schedule.sampler.batch(rank, step), CPU)
             loss = nn.functional.cross_entropy(model(inputs), targets) / WORKERS
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -118,7 +118,7 @@ def ranks_in_one_process(
     models = [build().train() for _ in range(WORKERS)]
     settings = made.config.train.optimizer
     optimizers = [getattr(torch.optim, settings.name)(model.parameters(), **settings.args) for model in models]
-    shards = [take_shard(made.task.train_data, made.schedule.dealing.shard(rank)) for rank in range(WORKERS)]
+    shards = [take_shard(made.task.train_data, made.schedule.sampler.shard(rank)) for rank in range(WORKERS)]
     combine = of_networks(parameters_to_vector(models[0].parameters()).detach()) if of_networks else None
     for round_number in range(made.schedule.num_rounds):
         # Each rank draws its dropout from a generator of its own, which goes on over the steps of a round.
@@ -129,7 +129,7 @@ def ranks_in_one_process(
         for step in made.schedule.steps(round_number):
             for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
                 optimizer.zero_grad()
-                inputs, targets = fetch(shards[rank], made.schedule.dealing.batch(rank, step), CPU)
+                inputs, targets = fetch(shards[rank], made.schedule.sampler.batch(rank, step), CPU)
                 torch.set_rng_state(states[rank])
                 nn.functional.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
                 states[rank] = torch.get_rng_state()

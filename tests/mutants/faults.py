@@ -85,8 +85,8 @@ FAULTS = (
         ("tests/training/test_one_worker.py",),
     ),
     Fault(
-        "all workers train on the samples of the first", "ist/training/local_loop.py", "self.dealing.batch(self.slot.worker, step)",
-        "self.dealing.batch(self.slot.worker, schedule.steps(round_number)[0])", ("tests/training/test_one_worker.py",),
+        "all workers train on the samples of the first", "ist/training/local_loop.py", "self.sampler.batch(self.slot.worker, step)",
+        "self.sampler.batch(self.slot.worker, schedule.steps(round_number)[0])", ("tests/training/test_one_worker.py",),
     ),
     Fault(
         "a schedule stays at its first step", "ist/training/local_loop.py", "apply_settings(optimizer, groups, schedule.settings[step])",

@@ -76,14 +76,14 @@ def error_of(act: Any, kind: type[ISTError]) -> str:
 
 
 def round_and_worker_of_bad_sample(workers: int = 2) -> tuple[int, int]:
-    dealing = job_for(
+    sampler = job_for(
         seeded(NETWORKS["no batch norm"]), train__workers=workers, train__batch_size=8, seed=0
-    ).schedule.dealing
+    ).schedule.sampler
     return next(
         (step, worker)
         for worker in range(workers)
-        for step in range(dealing.steps_per_epoch)
-        if BAD in dealing.shard(worker)[dealing.batch(worker, step)]
+        for step in range(sampler.steps_per_epoch)
+        if BAD in sampler.shard(worker)[sampler.batch(worker, step)]
     )
 
 

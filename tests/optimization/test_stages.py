@@ -114,9 +114,9 @@ def trained_by_hand(job: Job, model: nn.Module, worker: int, round_number: int) 
     """Train a worker's local SGD on the full network with plain torch, on the samples that ist assigns to it."""
     mine = copy.deepcopy(model).train()
     optimizer = torch.optim.SGD(mine.parameters(), lr=0.1, momentum=0.9)
-    shard = take_shard(job.task.train_data, job.schedule.dealing.shard(worker))
+    shard = take_shard(job.task.train_data, job.schedule.sampler.shard(worker))
     for step in job.schedule.steps(round_number):
-        inputs, targets = fetch(shard, job.schedule.dealing.batch(worker, step), CPU)
+        inputs, targets = fetch(shard, job.schedule.sampler.batch(worker, step), CPU)
         optimizer.zero_grad()
         functional.cross_entropy(mine(inputs), targets).backward()
         optimizer.step()
@@ -153,8 +153,8 @@ def test_blocks_have_the_same_scale_in_a_full_width_phase_as_in_evaluation() -> 
     )  # fmt: skip
     batches = [
         fetch(
-            take_shard(job.task.train_data, job.schedule.dealing.shard(worker)),
-            job.schedule.dealing.batch(worker, 0),
+            take_shard(job.task.train_data, job.schedule.sampler.shard(worker)),
+            job.schedule.sampler.batch(worker, 0),
             CPU,
         )
         for worker in range(3)
@@ -287,13 +287,13 @@ def test_kept_state_with_full_networks_is_local_training_with_persistent_optimiz
     workers = [copy.deepcopy(common) for _ in range(2)]
     optimizers = [torch.optim.Adam(worker.parameters(), lr=0.01) for worker in workers]
     samples, targets = data().tensors
-    dealing = job_for(common, train__workers=2).schedule.dealing
+    sampler = job_for(common, train__workers=2).schedule.sampler
     for round_number in range(5):
         for number, (worker, optimizer) in enumerate(zip(workers, optimizers, strict=True)):
             worker.load_state_dict(common.state_dict())
-            shard = torch.from_numpy(dealing.shard(number))
+            shard = torch.from_numpy(sampler.shard(number))
             for step in range(3 * round_number, 3 * round_number + 3):
-                rows = shard[torch.from_numpy(dealing.batch(number, step))]
+                rows = shard[torch.from_numpy(sampler.batch(number, step))]
                 optimizer.zero_grad()
                 functional.cross_entropy(worker(samples[rows].double()), targets[rows]).backward()
                 optimizer.step()

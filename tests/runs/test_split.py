@@ -71,7 +71,7 @@ def test_a_configuration_and_python_give_the_same_split() -> None:
         network(), EXAMPLE, workers=4, local_steps=3, rounds=3, seed=3, optimizer=job.config.train.optimizer
     )
 
-    lacking = {"model": "mlp", "steps_per_epoch": job.schedule.dealing.steps_per_epoch}
+    lacking = {"model": "mlp", "steps_per_epoch": job.schedule.sampler.steps_per_epoch}
     assert {**split.as_dict(), **lacking} == of_job.as_dict()
     shown, tables = str(split), str(of_job).partition("Neuron groups")[2]
     assert shown.startswith("Sequential: 965 parameters")

@@ -64,9 +64,9 @@ def test_a_workers_step_is_a_plain_step_of_the_narrow_network_with_multiplied_we
             {name: factors.get(name, 1) * tensor[places[name]] for name, tensor in before.state_dict().items()}
         )
         optimizer = torch.optim.SGD(narrow.parameters(), lr=0.1, momentum=0.9)
-        shard = take_shard(job.task.train_data, job.schedule.dealing.shard(worker))
+        shard = take_shard(job.task.train_data, job.schedule.sampler.shard(worker))
         for step in range(2):
-            inputs, targets = fetch(shard, job.schedule.dealing.batch(worker, step), CPU)
+            inputs, targets = fetch(shard, job.schedule.sampler.batch(worker, step), CPU)
             optimizer.zero_grad()
             functional.cross_entropy(narrow(inputs), targets).backward()
             optimizer.step()
