@@ -11,9 +11,9 @@ Shape letters: n workers, B bytes that are all-reduced, P bytes of the trained p
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -42,13 +42,31 @@ RENAMED = {"baseline.outer_lr": "baseline.outer.lr", "baseline.outer_momentum": 
 """Keys of earlier versions, and what they are called now; `ist/config/load.py` reads both."""
 
 
-Shapes = Sequence[tuple[int, ...]]
-"""The shapes of parameters, in the order in which their gradients are ready."""
+class ParameterSize(NamedTuple):
+    """The size of a trained parameter: its shape, and the bytes of one of its numbers."""
 
-Formula = Callable[[Shapes, Baseline], float]
-"""Bytes, of the trained parameters' shapes and the settings."""
+    shape: tuple[int, ...]
+    item_bytes: int = 4
 
-FLOAT_BYTES = 4
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return self.numbers * self.item_bytes
+
+
+Sizes = Sequence[ParameterSize]
+"""The sizes of the trained parameters, in the order in which their gradients are ready."""
+
+Formula = Callable[[Sizes, Baseline], float]
+"""Bytes, of the trained parameters and the settings."""
+
+SCALE_BYTES = 4
+"""A scale of a block is a float32."""
 
 BLOCK = 1024
 """Numbers that share a scale where a vector is averaged in a few bits a number."""
@@ -86,7 +104,7 @@ class Collective:
 
     def rank_bytes(
         self,
-        shapes: Shapes,
+        sizes: Sizes,
         num_workers: int,
         local_steps: int,
         settings: Baseline | None = None,
@@ -95,14 +113,14 @@ class Collective:
         """Return what one rank sends in a round.
 
         Args:
-            shapes: Of the trained parameters.
+            sizes: Of the trained parameters.
             num_workers: Ranks.
             local_steps: Steps of the round.
             settings: The method's; None: the defaults.
             whole_steps: Steps of the round that all-reduce whole gradients, as PowerSGD's first ones do.
         """
-        compressed = (self.exchanges(local_steps) - whole_steps) * self.payload(shapes, settings or Baseline())
-        return ring_bytes(compressed + whole_steps * parameter_bytes(shapes), num_workers)
+        compressed = (self.exchanges(local_steps) - whole_steps) * self.payload(sizes, settings or Baseline())
+        return ring_bytes(compressed + whole_steps * parameter_bytes(sizes), num_workers)
 
 
 @dataclass(frozen=True)
@@ -140,53 +158,71 @@ class MethodSpec:
         return self.collective is not None or self.needs_groups
 
 
-def parameter_bytes(shapes: Shapes, _settings: Baseline | None = None) -> float:
+def trained_sizes(parameters: Iterable[Any]) -> list[ParameterSize]:
+    """Return the sizes of those of PyTorch's parameters that are trained."""
+    return [ParameterSize(tuple(p.shape), p.element_size()) for p in parameters if p.requires_grad]
+
+
+def parameter_bytes(sizes: Sizes, _settings: Baseline | None = None) -> float:
     """Return P."""
-    return FLOAT_BYTES * sum(math.prod(shape) for shape in shapes)
+    return sum(size.nbytes for size in sizes)
 
 
-def _half(shapes: Shapes, _settings: Baseline) -> float:
-    return parameter_bytes(shapes) / 2
+def _numbers(sizes: Sizes) -> int:
+    return sum(size.numbers for size in sizes)
 
 
-def powersgd_bytes(shapes: Shapes, settings: Baseline) -> float:
+def _vector_bytes(sizes: Sizes, _settings: Baseline) -> float:
+    """Bytes of all parameters as one vector, of the widest dtype among them."""
+    return _numbers(sizes) * max((size.item_bytes for size in sizes), default=0)
+
+
+def _half(sizes: Sizes, _settings: Baseline) -> float:
+    return 2 * _numbers(sizes)
+
+
+def powersgd_bytes(sizes: Sizes, settings: Baseline) -> float:
     """Return what PowerSGD all-reduces in a step after its first ones.
 
     Reference: Vogels et al., arXiv 1905.13727; torch.distributed's `powerSGD_hook`.
     """
-    return sum(_factor_bytes(shape, settings.powersgd_rank) or parameter_bytes([shape]) for shape in shapes)
+    return sum(_factor_bytes(size, settings.powersgd_rank) or size.nbytes for size in sizes)
 
 
-def _factor_bytes(shape: tuple[int, ...], rank: int) -> float:
+def _factor_bytes(size: ParameterSize, rank: int) -> float:
     """Bytes of a matrix's two factors; 0 where it is not worth to compress it, as for every vector."""
-    if len(shape) < 2:
+    if len(size.shape) < 2:
         return 0.0
-    rows, columns = shape[0], math.prod(shape[1:])
+    rows, columns = size.shape[0], math.prod(size.shape[1:])
     entries = (rows + columns) * min(rank, rows, columns)
-    return FLOAT_BYTES * entries if entries * MIN_COMPRESSION_RATE < rows * columns else 0.0
+    return size.item_bytes * entries if entries * MIN_COMPRESSION_RATE < rows * columns else 0.0
 
 
-def _powersgd_memory(shapes: Shapes, settings: Baseline) -> float:
-    factors = sum(_factor_bytes(shape, settings.powersgd_rank) for shape in shapes)
-    return 2 * parameter_bytes(shapes) + factors  # the error that is fed back, the gradient before it was compressed
+def _powersgd_memory(sizes: Sizes, settings: Baseline) -> float:
+    factors = sum(_factor_bytes(size, settings.powersgd_rank) for size in sizes)
+    return 2 * parameter_bytes(sizes) + factors  # the error that is fed back, the gradient before it was compressed
 
 
-def int8_bytes(shapes: Shapes, _settings: Baseline | None = None) -> float:
-    """Return the bytes of all parameters as int8, in blocks with a float32 scale each; padding is left out."""
-    return parameter_bytes(shapes) / FLOAT_BYTES * (1 + FLOAT_BYTES / BLOCK)
+def int8_bytes(sizes: Sizes, _settings: Baseline | None = None) -> float:
+    """Return the bytes of all parameters as int8, in blocks with a scale each; padding is left out."""
+    return _numbers(sizes) * (1 + SCALE_BYTES / BLOCK)
 
 
-def _nothing(_shapes: Shapes, _settings: Baseline) -> float:
+def _nothing(_sizes: Sizes, _settings: Baseline) -> float:
     return 0.0
 
 
-def _outer_state(shapes: Shapes, _settings: Baseline) -> float:
-    return 3 * parameter_bytes(shapes)  # the outer copy, its momentum, the change that is all-reduced
+def _outer_state(sizes: Sizes, settings: Baseline) -> float:
+    # The outer copy, its momentum, the change that is all-reduced.
+    return 2 * parameter_bytes(sizes) + _vector_bytes(sizes, settings)
 
 
-def _int8_state(shapes: Shapes, settings: Baseline) -> float:
-    return _outer_state(shapes, settings) + 2 * int8_bytes(shapes)  # both ends hold int8 copies
+def _int8_state(sizes: Sizes, settings: Baseline) -> float:
+    return _outer_state(sizes, settings) + 2 * int8_bytes(sizes)  # both ends hold int8 copies
 
+
+WHOLE_GRADIENTS = Collective("step", parameter_bytes, _nothing, passes=2)  # gradients are views of the buckets
+"""Data-parallel training as it is, against which `ist inspect` holds IST."""
 
 _DDP = "ist.baselines.ddp:DataParallel"
 _LOCAL = "ist.baselines.local_sgd:LocalTraining"
@@ -202,7 +238,7 @@ METHODS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             "ddp", "data-parallel training", _DDP, {"compression": "none"},
-            collective=Collective("step", parameter_bytes, _nothing, passes=2),  # gradients are views of the buckets
+            collective=WHOLE_GRADIENTS,
         ),
         MethodSpec(
             "ddp_fp16", "data-parallel training with gradients in float16", _DDP, {"compression": "float16"},
@@ -220,11 +256,11 @@ METHODS: dict[str, MethodSpec] = {
         ),
         MethodSpec(
             "local_sgd", "local training of whole networks, averaged every round", _LOCAL, {"has_outer_step": False},
-            collective=Collective("round", parameter_bytes, parameter_bytes, passes=4),
+            collective=Collective("round", _vector_bytes, _vector_bytes, passes=4),
         ),
         MethodSpec(
             "diloco", "local SGD with an outer Nesterov step", _LOCAL, {"has_outer_step": True},
-            collective=Collective("round", parameter_bytes, _outer_state, passes=7), keys=_OUTER,
+            collective=Collective("round", _vector_bytes, _outer_state, passes=7), keys=_OUTER,
         ),
         MethodSpec(
             "diloco_int8", "DiLoCo with changes in int8", _LOCAL, {"has_outer_step": True, "bits": 8},

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from ist.config.methods import Sizes, trained_sizes
 from ist.data.batches import fetch
 from ist.data.nested import call_model, tensors_in
 from ist.errors import ConfigError
@@ -63,13 +64,13 @@ class WholeCost:
 
     Attributes:
         step: Cost of the step.
-        shapes: Shapes of the trained parameters, in the order in which their gradients are ready.
+        sizes: Sizes of the trained parameters, in the order in which their gradients are ready.
         left_s: For each parameter, the remaining seconds of the backward pass when its gradient is ready.
         pass_s: Seconds to add two vectors with as many numbers as there are trained parameters.
     """
 
     step: StepCost
-    shapes: tuple[tuple[int, ...], ...]
+    sizes: Sizes
     left_s: tuple[float, ...]
     pass_s: float
 
@@ -103,7 +104,7 @@ def measure_whole(job: Job, device: torch.device) -> WholeCost:
         _try_smallest(job, 0, shard, module, device)
         step_s = _step_s(train, job, device)
         batch = fetch(shard, job.schedule.sampler.batch(0, 0), device)
-        shapes, left_s = _gradients(job, module, batch, device)
+        sizes, left_s = _gradients(job, module, batch, device)
         cost = StepCost(
             step_s,
             sum(parameter.nbytes for parameter in trained),
@@ -111,7 +112,7 @@ def measure_whole(job: Job, device: torch.device) -> WholeCost:
             _activation_bytes(job, module, batch),
         )
     numbers = torch.zeros(2, sum(parameter.numel() for parameter in trained), device=device)
-    return WholeCost(cost, shapes, left_s, _median_s(lambda: _synchronized(numbers[0].add_(numbers[1])), device))
+    return WholeCost(cost, sizes, left_s, _median_s(lambda: _synchronized(numbers[0].add_(numbers[1])), device))
 
 
 def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
@@ -225,8 +226,8 @@ def _clock(device: torch.device) -> Callable[[], float]:
 
 def _gradients(
     job: Job, module: nn.Module, batch: tuple[Any, Any], device: torch.device
-) -> tuple[tuple[tuple[int, ...], ...], tuple[float, ...]]:
-    """Return the parameters' shapes in the order of their gradients, and the remaining seconds of the backward pass."""
+) -> tuple[Sizes, tuple[float, ...]]:
+    """Return the parameters' sizes in the order of their gradients, and the remaining seconds of the backward pass."""
     clock = _clock(device)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
 
@@ -250,7 +251,7 @@ def _gradients(
         hook.remove()
     middle = {parameter: statistics.median(times) for parameter, times in left.items()}
     order = sorted(trained, key=lambda parameter: -middle[parameter])
-    return tuple(tuple(p.shape) for p in order), tuple(middle[p] for p in order)
+    return trained_sizes(order), tuple(middle[p] for p in order)
 
 
 def _state_bytes(job: Job, module: nn.Module) -> int:

@@ -24,11 +24,11 @@ import torch
 
 from ist.config.link_rate import Link
 from ist.config.load import config_for_method
-from ist.config.methods import Baseline, Collective, Shapes, parameter_bytes, ring_bytes
+from ist.config.methods import Baseline, Collective, Sizes, ring_bytes
 from ist.config.schema import Config
 from ist.distributed.device import compute_device
 from ist.errors import ConfigError, ISTError, first_line
-from ist.plan.formulas import buckets
+from ist.plan.buckets import buckets
 from ist.plan.measure import CoordinatorCost, StepCost, WholeCost, measure_coordinator, measure_subnet, measure_whole
 from ist.plan.request import Hosts, Request
 from ist.runs.build import build_job
@@ -119,17 +119,17 @@ def collective_seconds(
     rate = min(hosts.link.up_mbit, hosts.link.down_mbit)
     hops_s = collective.calls * 2 * (num_workers - 1) * hosts.hop_s
 
-    def exchange_s(shapes: Shapes) -> float:
-        sent = ring_bytes(collective.payload(shapes, settings), num_workers)
+    def exchange_s(sizes: Sizes) -> float:
+        sent = ring_bytes(collective.payload(sizes, settings), num_workers)
         return hops_s + transfer_s(sent, rate, ACKNOWLEDGED_PAYLOAD)
 
     if collective.every == "round":
-        exposed_s = exchange_s(whole.shapes)
+        exposed_s = exchange_s(whole.sizes)
     else:
         exposed_s = -float("inf")  # counted from the end of the backward pass
-        for bucket in buckets([parameter_bytes([shape]) for shape in whole.shapes]):
+        for bucket in buckets([size.nbytes for size in whole.sizes]):
             ready_s = -whole.left_s[bucket[-1]] * crowding
-            exposed_s = max(exposed_s, ready_s) + exchange_s([whole.shapes[number] for number in bucket])
+            exposed_s = max(exposed_s, ready_s) + exchange_s([whole.sizes[number] for number in bucket])
     passes_s = collective.passes * whole.pass_s * crowding if num_workers > 1 else 0.0
     times = collective.exchanges(local_steps)
     return local_steps * whole.step.step_s * crowding, times * (max(0.0, exposed_s) + passes_s)
@@ -234,9 +234,9 @@ class Planner:
         workers, steps, settings = job.config.train.workers, job.config.train.local_steps, job.config.baseline
         whole = self.whole(job)
         compute_s, exchange_s = collective_seconds(collective, whole, workers, steps, hosts, settings)
-        sent = collective.rank_bytes(whole.shapes, workers, steps, settings)
+        sent = collective.rank_bytes(whole.sizes, workers, steps, settings)
         held = _held_bytes(whole.step) + whole.step.parameter_bytes
-        added = collective.memory(whole.shapes, settings) if workers > 1 else 0
+        added = collective.memory(whole.sizes, settings) if workers > 1 else 0
         return _prediction(job, round(workers * sent), round(sent), round(held + added), None, compute_s, exchange_s)
 
     def _by_messages(self, job: Job, hosts: Hosts) -> Prediction:

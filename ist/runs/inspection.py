@@ -9,7 +9,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from ist.config.methods import ring_bytes
+from ist.config.methods import WHOLE_GRADIENTS, trained_sizes
 from ist.config.schema import FROM_PYTHON, Config
 from ist.neurons.group import Group, Slot
 from ist.optimization.schedule import Schedule
@@ -218,8 +218,7 @@ def inspect_split(
     )
     local_steps = len(schedule.steps(main))
     ist = sum(shares[worker].sent_bytes + shares[worker].returned_bytes for worker in remote_workers(config))
-    gradient = sum(whole[name].nbytes for name in trained)
-    ddp = round(workers * local_steps * ring_bytes(gradient, workers))
+    ddp = round(workers * WHOLE_GRADIENTS.rank_bytes(trained_sizes(split.template.parameters()), workers, local_steps))
     return Inspection(
         model=config.model.name.removeprefix(FROM_PYTHON),
         parameters=sum(parameters.values()),

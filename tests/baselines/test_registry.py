@@ -22,7 +22,7 @@ from ist.config.methods import (
     Baseline,
     Collective,
     MethodSpec,
-    Shapes,
+    Sizes,
     method_spec,
     parameter_bytes,
 )
@@ -76,8 +76,8 @@ class Alone:
         pass
 
 
-def tenth(shapes: Shapes, _settings: Baseline) -> float:
-    return parameter_bytes(shapes) / 10
+def tenth(sizes: Sizes, _settings: Baseline) -> float:
+    return parameter_bytes(sizes) / 10
 
 
 TOY = MethodSpec(

@@ -14,10 +14,19 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import _should_co
 
 from ist.cli import main as cli
 from ist.config.link_rate import Link
-from ist.config.methods import METHODS, Baseline, int8_bytes, planned_methods, powersgd_bytes, ring_bytes
+from ist.config.methods import (
+    METHODS,
+    Baseline,
+    ParameterSize,
+    int8_bytes,
+    planned_methods,
+    powersgd_bytes,
+    ring_bytes,
+    trained_sizes,
+)  # fmt: skip
 from ist.errors import ConfigError
 from ist.plan import measure
-from ist.plan.formulas import buckets, trained_shapes
+from ist.plan.buckets import buckets
 from ist.plan.measure import StepCost, WholeCost, measure_coordinator, measure_subnet, measure_whole
 from ist.plan.predict import ACKNOWLEDGED_PAYLOAD, FRAME_PAYLOAD, collective_seconds, ist_seconds, transfer_s
 from ist.plan.request import Hosts, parse_request
@@ -25,11 +34,13 @@ from ist.runs.build import build_job
 from ist.runs.split import split_of
 from ist.subnet.job import assignments, remote_workers
 from ist.transport.frozen_parameters import message_bytes
-from tests.conftest import config_tree, naming, small_config
+from tests.baselines.program import Mixed
+from tests.conftest import config_tree, job_for, naming, small_config
+from tests.networks import seeded
 
 CPU = torch.device("cpu")
 COLLECTIVES = {name: spec.collective for name, spec in METHODS.items() if spec.collective is not None}
-SHAPES = ((100, 50), (3, 2), (16, 3, 3, 3), (10,))
+SIZES = [ParameterSize(shape) for shape in ((100, 50), (3, 2), (16, 3, 3, 3), (10,))]
 ONE_WAY_S, BOTH_WAYS_S = (8 / payload / 100 for payload in (FRAME_PAYLOAD, ACKNOWLEDGED_PAYLOAD))
 """Seconds of a million bytes over 100 Mbit/s in one direction, and with the same amount in the other direction."""
 
@@ -40,7 +51,7 @@ def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def whole(shapes: Any = ((500, 500),), left_s: Any = (0.0,), step_s: float = 0.01, pass_s: float = 0.0) -> WholeCost:
-    return WholeCost(StepCost(step_s, 10**6, 0, 0), shapes, left_s, pass_s)
+    return WholeCost(StepCost(step_s, 10**6, 0, 0), [ParameterSize(shape) for shape in shapes], left_s, pass_s)
 
 
 def near(hosts: float = 100, cores: int | None = None) -> Hosts:
@@ -62,7 +73,7 @@ def test_bytes_of_every_method_by_hand() -> None:
     low_rank = 4 * (100 + 50) + 4 * 6 + 4 * (16 + 27) + 4 * 10
     quantised = (5000 + 6 + 432 + 10) * (1 + 4 / 1024)
 
-    found = {name: c.rank_bytes(SHAPES, num_workers=2, local_steps=10) for name, c in COLLECTIVES.items()}
+    found = {name: c.rank_bytes(SIZES, num_workers=2, local_steps=10) for name, c in COLLECTIVES.items()}
 
     assert found == {
         "ddp": 10 * parameters,
@@ -73,13 +84,40 @@ def test_bytes_of_every_method_by_hand() -> None:
         "diloco": parameters,
         "diloco_int8": quantised,
     }
-    assert int8_bytes(SHAPES) == quantised
+    assert int8_bytes(SIZES) == quantised
+
+
+def test_bytes_follow_the_dtypes_of_the_parameters_where_nothing_is_cast() -> None:
+    """Local SGD and DiLoCo average one vector, of the widest dtype; casts to 16 and 8 bits are the same for all."""
+    mixed = [ParameterSize((4, 4), 8), ParameterSize((10,), 2)]
+
+    found = {name: c.rank_bytes(mixed, num_workers=2, local_steps=10) for name, c in COLLECTIVES.items()}
+
+    whole = 10 * (16 * 8 + 10 * 2)
+    assert found == {
+        "ddp": whole,
+        "ddp_fp16": 10 * 26 * 2,
+        "ddp_bf16": 10 * 26 * 2,
+        "powersgd": whole,
+        "local_sgd": 26 * 8,
+        "diloco": 26 * 8,
+        "diloco_int8": 26 * (1 + 4 / 1024),
+    }
+
+
+def test_inspect_counts_the_gradients_of_a_network_of_two_dtypes_as_plan_does() -> None:
+    model = seeded(Mixed)
+    job = job_for(model, train__workers=2)
+
+    shown = split_of(job).inspection.bytes_per_round
+
+    assert shown.ddp == 2 * job.config.train.local_steps * sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_powersgds_first_steps_send_whole_gradients() -> None:
     whole, low_rank = (COLLECTIVES[name].rank_bytes for name in ("ddp", "powersgd"))
 
-    assert low_rank(SHAPES, 2, 10, whole_steps=2) == whole(SHAPES, 2, 2) + low_rank(SHAPES, 2, 8)
+    assert low_rank(SIZES, 2, 10, whole_steps=2) == whole(SIZES, 2, 2) + low_rank(SIZES, 2, 8)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 8])
@@ -88,7 +126,7 @@ def test_powersgd_compresses_what_torchs_hook_compresses(shape: tuple[int, ...],
     rows, columns = shape[0], torch.zeros(shape).view(shape[0], -1).shape[1]
     pays, before, after = _should_compress(rows, columns, min(rank, rows, columns), 2)
 
-    assert powersgd_bytes([shape], Baseline(powersgd_rank=rank)) == 4 * (after if pays else before)
+    assert powersgd_bytes([ParameterSize(shape)], Baseline(powersgd_rank=rank)) == 4 * (after if pays else before)
 
 
 @pytest.mark.parametrize("coordinator", ["trains", "dedicated"])
@@ -100,7 +138,9 @@ def test_bytes_are_those_that_inspect_shows(coordinator: str) -> None:
         sum(message_bytes(job.split, job.schedule, job.config.exchange, assignments(job), worker))
         for worker in remote_workers(job.config)
     )
-    all_reduced = 4 * COLLECTIVES["ddp"].rank_bytes(trained_shapes(job.split.template), 4, job.config.train.local_steps)
+    all_reduced = 4 * COLLECTIVES["ddp"].rank_bytes(
+        trained_sizes(job.split.template.parameters()), 4, job.config.train.local_steps
+    )
 
     assert sent == shown.ist
     assert all_reduced == shown.ddp
@@ -200,7 +240,7 @@ def test_measured_steps_know_the_order_of_gradients_and_what_memory_holds() -> N
 
     assert torch.equal(torch.get_rng_state(), before)
     assert found.step.parameter_bytes == found.step.optimizer_bytes == parameters  # momentum
-    assert set(found.shapes[:2]) == {(10, 20), (10,)}
+    assert set(found.sizes[:2]) == {ParameterSize((10, 20)), ParameterSize((10,))}
     assert list(found.left_s) == sorted(found.left_s, reverse=True)
     assert found.step.activation_bytes >= 4 * 16 * (24 + 20)
     assert min(found.step.step_s, found.pass_s) > 0

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ist.api import train
-from ist.config.methods import METHODS
+from ist.config.methods import METHODS, trained_sizes
 from ist.errors import ModelError, PoolError
 from ist.monitoring.meter import Meter
 from ist.pools.inline import InlinePool
@@ -305,7 +305,7 @@ def test_fine_tuning_a_gpt2_with_lora_costs_what_local_sgd_costs_and_its_frozen_
     ).history  # fmt: skip
 
     # A ring of two sends the trained bytes once from each; a star sends them to each of two and back.
-    local_sgd = 2 * METHODS["local_sgd"].collective.rank_bytes([tuple(parameter.shape) for parameter in trained], 2, 2)
+    local_sgd = 2 * METHODS["local_sgd"].collective.rank_bytes(trained_sizes(trained), 2, 2)
     message = HEADER_BYTES + padded(iter(trained))
     frozen = HEADER_BYTES + padded(p for p in model.parameters() if not p.requires_grad)
     sent = [records[0]["sent_bytes"], *(b["sent_bytes"] - a["sent_bytes"] for a, b in pairwise(records))]

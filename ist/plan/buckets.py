@@ -1,12 +1,10 @@
-"""What data-parallel training sends together, and the shapes of what is trained.
+"""What data-parallel training sends together.
 
 Where it sits: `predict.py` turns bytes into seconds by these; the bytes of each method are in `ist/config/methods.py`.
 Not here: activations and optimiser state, which are measured (`measure.py`).
 """
 
 from collections.abc import Sequence
-
-from torch import nn
 
 BUCKET_BYTES = (1 << 20, 25 << 20)
 """DistributedDataParallel's first bucket and every further one are closed when they hold so much."""
@@ -22,8 +20,3 @@ def buckets(sizes: Sequence[float]) -> list[range]:
             found.append(range(start, number + 1))
             start, held = number + 1, 0.0
     return [*found, range(start, len(sizes))] if start < len(sizes) else found
-
-
-def trained_shapes(module: nn.Module) -> list[tuple[int, ...]]:
-    """Return the shapes of the parameters that are trained."""
-    return [tuple(parameter.shape) for parameter in module.parameters() if parameter.requires_grad]
