@@ -1,11 +1,11 @@
-"""Every method of training and every pool of workers, as data: the one place that knows them by name.
+"""The methods of training and the pools of workers, as data: the only file that knows them by name.
 
-A method is one entry of `METHODS` and one class; settings of its own are keys of `Baseline`. All other files ask what a
-method or a pool *can* (`MethodSpec.needs_groups`, `PoolSpec.replaces_workers`), and never what it is called.
+A method is one entry of `METHODS` and one class; its own settings are keys of `Baseline`. All other files ask what a
+method or a pool *can do* (`MethodSpec.needs_groups`, `PoolSpec.replaces_workers`), never for its name.
 
 Where it sits: the configuration, the command line and `ist plan` read it without torch; `ist/runs/open.py` imports the
 class that an entry names.
-Not here: what a method does (`ist/training/coordinator.py`, `ist/baselines/`), seconds (`ist/plan/predict.py`).
+Not here: the methods themselves (`ist/training/coordinator.py`, `ist/baselines/`), seconds (`ist/plan/predict.py`).
 
 Shape letters: n workers, B bytes that are all-reduced, P bytes of the trained parameters.
 """
@@ -22,24 +22,24 @@ from ist.config.recipe import Outer
 
 
 class DilocoOuter(Outer):
-    """The outer step of DiLoCo, with the learning rate and momentum of its paper."""
+    """The outer optimizer of DiLoCo, with the learning rate and momentum of its paper."""
 
-    lr: PositiveFloat = Field(default=0.7, description="what the mean change of the ranks is multiplied by")
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Nesterov momentum of that change")
+    lr: PositiveFloat = Field(default=0.7, description="learning rate: factor of the mean update of all ranks")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.9, description="Nesterov momentum on this update")
 
 
 class Baseline(Section):
-    """Settings of the methods that IST is compared with; `MethodSpec.keys` says which method uses which."""
+    """Settings of the baselines; `MethodSpec.keys` says which method uses which key."""
 
     powersgd_rank: PositiveInt = Field(default=1, description="rank of the approximation of a gradient matrix")
     powersgd_start: Annotated[int, Field(ge=2)] = Field(
-        default=2, description="steps at the beginning whose gradients are sent whole (PyTorch needs 2)"
+        default=2, description="number of first steps whose gradients are not compressed (PyTorch needs 2)"
     )
-    outer: DilocoOuter = Field(default_factory=DilocoOuter, description="the outer step of DiLoCo")
+    outer: DilocoOuter = Field(default_factory=DilocoOuter, description="the outer optimizer of DiLoCo")
 
 
 RENAMED = {"baseline.outer_lr": "baseline.outer.lr", "baseline.outer_momentum": "baseline.outer.momentum"}
-"""Keys of earlier versions, and what they are called now; `ist/config/load.py` reads both."""
+"""Keys of earlier versions and their new names; `ist/config/load.py` reads both."""
 
 
 class ParameterSize(NamedTuple):
@@ -63,33 +63,33 @@ Sizes = Sequence[ParameterSize]
 """The sizes of the trained parameters, in the order in which their gradients are ready."""
 
 Formula = Callable[[Sizes, Baseline], float]
-"""Bytes, of the trained parameters and the settings."""
+"""Bytes as a function of the trained parameters and the settings."""
 
 SCALE_BYTES = 4
 """A scale of a block is a float32."""
 
 BLOCK = 1024
-"""Numbers that share a scale where a vector is averaged in a few bits a number."""
+"""Numbers that share a scale if a vector is averaged with a few bits per number."""
 
 MIN_COMPRESSION_RATE = 2
-"""powerSGD_hook's default: a matrix is compressed where that makes it more than so many times smaller."""
+"""powerSGD_hook's default: a matrix is compressed if that makes it smaller by more than this factor."""
 
 
 def ring_bytes(payload: float, num_workers: int) -> float:
-    """Return what one rank sends, and receives, in a ring all-reduce of `payload` bytes."""
+    """Return the bytes that one rank sends, and receives, in a ring all-reduce of `payload` bytes."""
     return 2 * (num_workers - 1) / num_workers * payload
 
 
 @dataclass(frozen=True)
 class Collective:
-    """How a method of equal ranks all-reduces.
+    """How a method with equal ranks all-reduces.
 
     Attributes:
-        every: After every step, while the backward pass goes on; or once a round, after the last step.
+        every: 'step': in every step, during the backward pass; 'round': once per round, after the last step.
         payload: B, the bytes that one exchange all-reduces.
-        memory: The bytes that a worker holds beside parameters, gradients, optimiser state and activations.
-        passes: How often a worker goes over P bytes of memory in one exchange, such as to divide a sum: an estimate.
-        calls: All-reduces, one after the other, of one bucket or one exchange.
+        memory: Bytes that a worker holds besides parameters, gradients, optimizer state and activations.
+        passes: Estimated number of passes over P bytes of memory in one exchange, such as to divide a sum.
+        calls: Number of consecutive all-reduces of one bucket or one exchange.
     """
 
     every: Literal["step", "round"]
@@ -99,7 +99,7 @@ class Collective:
     calls: int = 1
 
     def exchanges(self, local_steps: int) -> int:
-        """Return how many exchanges a round has."""
+        """Return the number of exchanges in a round."""
         return local_steps if self.every == "step" else 1
 
     def rank_bytes(
@@ -110,14 +110,14 @@ class Collective:
         settings: Baseline | None = None,
         whole_steps: int = 0,
     ) -> float:
-        """Return what one rank sends in a round.
+        """Return the bytes that one rank sends in a round.
 
         Args:
-            sizes: Of the trained parameters.
-            num_workers: Ranks.
+            sizes: Sizes of the trained parameters.
+            num_workers: Number of ranks.
             local_steps: Steps of the round.
-            settings: The method's; None: the defaults.
-            whole_steps: Steps of the round that all-reduce whole gradients, as PowerSGD's first ones do.
+            settings: Settings of the method; None: the defaults.
+            whole_steps: Steps of the round that all-reduce uncompressed gradients, such as PowerSGD's first steps.
         """
         compressed = (self.exchanges(local_steps) - whole_steps) * self.payload(sizes, settings or Baseline())
         return ring_bytes(compressed + whole_steps * parameter_bytes(sizes), num_workers)
@@ -128,17 +128,18 @@ class MethodSpec:
     """A method of training.
 
     Attributes:
-        name: What `method` and `compare.methods` call it.
-        title: What it is, in a few words.
-        implementation: Import path of its class. With a coordinator it is made from (job, pool, model, meter, state);
-            else each rank makes one from (job, membership, model, state, meter), and all call `train_round` together.
+        name: Its name in `method` and `compare.methods`.
+        title: A short description.
+        implementation: Import path of its class. With a coordinator, it is created from (job, pool, model, meter,
+            state); else each rank creates one from (job, membership, model, state, meter), and all ranks call
+            `train_round` together.
         options: Further keyword arguments of the class.
         needs_groups: Whether it splits the network by groups of neurons.
-        has_coordinator: Whether one process coordinates workers by messages; else all ranks are workers and equal.
-        pools: The pools that it can run on.
-        fixed_workers: Why the number of workers must not change; None: it may.
-        collective: How its ranks all-reduce, for `ist plan`; None: they do not, or nobody has said how.
-        keys: Keys of the configuration, or sections, that are for it.
+        has_coordinator: Whether one process coordinates workers by messages; else all ranks are equal workers.
+        pools: Pools on which it can run.
+        fixed_workers: Why the number of workers must not change; None: it may change.
+        collective: How its ranks all-reduce, for `ist plan`; None: they do not, or it is unknown.
+        keys: Configuration keys or sections that only this method uses.
     """
 
     name: str
@@ -182,7 +183,7 @@ def _half(sizes: Sizes, _settings: Baseline) -> float:
 
 
 def powersgd_bytes(sizes: Sizes, settings: Baseline) -> float:
-    """Return what PowerSGD all-reduces in a step after its first ones.
+    """Return the bytes that PowerSGD all-reduces in a step after its first steps.
 
     Reference: Vogels et al., arXiv 1905.13727; torch.distributed's `powerSGD_hook`.
     """
@@ -190,7 +191,7 @@ def powersgd_bytes(sizes: Sizes, settings: Baseline) -> float:
 
 
 def _factor_bytes(size: ParameterSize, rank: int) -> float:
-    """Bytes of a matrix's two factors; 0 where it is not worth to compress it, as for every vector."""
+    """Bytes of a matrix's two factors; 0 if it is not compressed, such as every vector."""
     if len(size.shape) < 2:
         return 0.0
     rows, columns = size.shape[0], math.prod(size.shape[1:])
@@ -269,14 +270,14 @@ METHODS: dict[str, MethodSpec] = {
         ),
     )
 }  # fmt: skip
-"""Methods by name, in the order in which tables and messages show them; any other is an import path."""
+"""Methods by name, in the order of tables and messages; any other name is an import path."""
 
 
 def method_spec(name: str) -> MethodSpec:
-    """Return what is known of a method.
+    """Return the entry of a method.
 
-    A user's own, by import path, is a method of equal ranks that cannot be planned. So is a name that is not known:
-    `ist/runs/open.py` refuses it when it imports the class.
+    A user's own method, given by an import path, has equal ranks and cannot be planned. An unknown name is treated
+    alike; `ist/runs/open.py` refuses it when it imports the class.
     """
     return METHODS.get(name) or MethodSpec(name, "an import path", name)
 
@@ -287,7 +288,7 @@ def planned_methods() -> tuple[str, ...]:
 
 
 def users_of(key: str) -> list[str]:
-    """Return the names of the methods whose entries name a configuration key as theirs."""
+    """Return the names of the methods that use a configuration key."""
     return [spec.name for spec in METHODS.values() if key in spec.keys]
 
 
@@ -296,14 +297,14 @@ class PoolSpec:
     """A pool of workers.
 
     Attributes:
-        name: What `pool.kind` calls it.
+        name: Its name in `pool.kind`.
         in_process: Whether all workers are in this process.
-        is_launched: Whether the workers are a group of processes that a launcher starts, and this process is one.
-        replaces_workers: Whether lost workers are replaced, so that a round may be tried again and go on without some.
+        is_launched: Whether a launcher starts the workers as a group of processes, one of which is this process.
+        replaces_workers: Whether lost workers are replaced, so that a round can be repeated or continue without them.
         measures_speed: Whether shares can follow the measured speed of workers.
-        reserves_processors: Whether a worker has only the processors that were reserved for it.
-        package: The package that it needs; None: none.
-        keys: Keys of the section `pool` that are for it alone, and why.
+        reserves_processors: Whether a worker can use only the processors that are reserved for it.
+        package: A package that it needs; None: none.
+        keys: Keys of the section `pool` that only this pool uses, and the reason.
     """
 
     name: str
@@ -317,7 +318,7 @@ class PoolSpec:
 
     @property
     def coordinator_may_train(self) -> bool:
-        """Whether the process that coordinates can be a worker too."""
+        """Whether the coordinating process can also be a worker."""
         return self.in_process or self.is_launched
 
 
@@ -328,14 +329,14 @@ POOLS: dict[str, PoolSpec] = {
         PoolSpec(
             "torchrun", is_launched=True,
             keys={
-                "memory_limit": "its workers are processes of their own on this machine",
-                "link": "its processes are the ones that are put on hosts of their own",
+                "memory_limit": "only its workers are separate processes that this machine can limit",
+                "link": "only its processes can run on simulated hosts",
             },
         ),
         PoolSpec(
             "ray", replaces_workers=True, measures_speed=True, reserves_processors=True, package="ray",
             keys={
-                "round_deadline_s": "no other pool can go on without a worker",
+                "round_deadline_s": "no other pool can continue a round without a worker",
                 "ray": "leave it out, or use that pool",
             },
         ),

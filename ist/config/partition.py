@@ -1,7 +1,7 @@
-"""The configuration of how IST partitions neurons among workers, and in how many bits it sends their slices.
+"""The sections `partition` and `exchange`: how neurons are assigned to workers, and how their slices are encoded.
 
 Where it sits: sections of `ist/config/schema.py`.
-Not here: settings of the other methods (`ist/config/methods.py`); torch.
+Not here: settings of the baselines (`ist/config/methods.py`). Does not import torch.
 """
 
 from typing import Annotated, Any, Literal
@@ -19,11 +19,11 @@ USED_BY: dict[str, tuple[str, ...]] = {
     "blocks": ("blocks",),
     "min_depth": ("blocks",),
 }
-"""Which strategies use a key of `Partition`; with any other it must keep its default."""
+"""The strategies that use a key of `Partition`; with any other strategy, the key must have its default."""
 
 
 class Partition(Section):
-    """How hidden neurons are dealt to workers.
+    """How hidden neurons are assigned to workers.
 
     Example:
         >>> partition = ist.Partition(strategy="rolling", keep=0.5, exclude=["head.*"])
@@ -33,47 +33,51 @@ class Partition(Section):
 
     strategy: Literal["disjoint", "categorical", "bernoulli", "rolling", "nested", "blocks"] = Field(
         default="disjoint",
-        description="'disjoint': every neuron to one worker, in fixed shares; 'categorical': to one worker, drawn "
-        "for each neuron alone; 'bernoulli': a coin for each worker and neuron; 'rolling': a window that moves by one "
-        "neuron a round; 'nested': the first neurons; 'blocks': whole residual blocks instead of neurons",
+        description="'disjoint': each neuron to exactly one worker, in shares of fixed size; 'categorical': each "
+        "neuron to one worker, drawn independently; 'bernoulli': each worker holds each neuron with probability "
+        "'keep'; 'rolling': a window that moves by one neuron per round; 'nested': the first neurons of each group; "
+        "'blocks': full residual blocks instead of neurons",
     )
     keep: Fraction | None = Field(
         default=None,
-        description="bernoulli: the probability that a worker holds a neuron; rolling (default 1 / workers) and "
-        "nested (default 1): the part of every group that a worker of the largest capacity holds; disjoint (default: "
-        "no more than its share): a worker's share is filled up at random to this part, so that shares overlap",
+        description="keep fraction. bernoulli: probability that a worker holds a neuron; rolling (default 1 / workers) "
+        "and nested (default 1): fraction of each group that the worker with the largest capacity holds; disjoint "
+        "(default: its share only): random neurons are added to a worker's share up to this fraction, so that shares "
+        "overlap",
     )
     capacities: Annotated[list[PositiveFloat], Field(min_length=1)] | None = Field(
         default=None,
-        description="one number for each worker, to which its share, its probability or its 'keep' is proportional; "
-        "default: equal",
+        description="one number per worker; its share, its probability or its 'keep' is proportional to it; default: "
+        "equal",
     )
     coverage: Literal["random", "balanced"] = Field(
         default="random",
-        description="disjoint: shares are drawn anew every round, or 'balanced': once in as many rounds as there are "
-        "workers, in which every share of a group meets every share of the next one exactly once",
+        description="disjoint. 'random': new shares every round; 'balanced': new shares only after as many rounds as "
+        "there are workers, and in these rounds each share of a group is combined with each share of the next group "
+        "exactly once",
     )
     balance: Literal["equal", "speed"] = Field(
         default="equal",
         description="'speed': capacities follow the measured time of each worker's local steps (inline, ray)",
     )
-    residual: bool = Field(default=False, description="also split residual streams where no norm forbids it")
+    residual: bool = Field(default=False, description="also split residual streams, unless a norm prevents it")
     exclude: list[Pattern] = Field(
         default_factory=list,
-        description="patterns (*, ?) of names of groups that are not split: all workers share them",
+        description="patterns (*, ?) of names of groups that are not split; all workers share them",
     )
     sizes: dict[Pattern, dict[str, str]] = Field(
         default_factory=dict,
-        description="for modules whose narrow widths are not found: pattern of module paths, then integer attribute, "
-        "then the module's tensor in proportion to which it shrinks: {'blocks.*.attn': {num_heads: qkv.weight}}",
+        description="for modules whose integer attributes are not found automatically: pattern of module paths -> "
+        "attribute -> tensor of the module in proportion to which the attribute shrinks, such as {'blocks.*.attn': "
+        "{num_heads: qkv.weight}}",
     )
     blocks: list[Pattern] = Field(
         default_factory=list,
-        description="strategy blocks: patterns of paths of the modules to deal out, such as ['layer3.*']",
+        description="strategy blocks: patterns of paths of the modules to assign to workers, such as ['layer3.*']",
     )
     min_depth: PositiveInt = Field(
         default=1,
-        description="strategy blocks: a worker holds at least this many, so that a block may have several holders",
+        description="strategy blocks: smallest number of blocks per worker; several workers may hold the same block",
     )
 
     @field_validator(*USED_BY)
@@ -83,7 +87,7 @@ class Partition(Section):
         default = cls.model_fields[str(info.field_name)].get_default(call_default_factory=True)
         if strategy is not None and strategy not in users and value != default:
             raise ValueError(
-                f"strategy '{strategy}' does not use it, but it is {value!r}: leave it out, or set "
+                f"is {value!r}, but strategy '{strategy}' does not use this key: leave it out, or set "
                 f"'partition.strategy' to {' or '.join(users)}"
             )
         return value
@@ -101,15 +105,15 @@ class Partition(Section):
             and len(set(self.capacities or ())) < 2
         ):
             raise ValueError(
-                f"strategy 'nested' with 'capacities' {self.capacities} and no 'keep' gives every worker the whole "
-                "network: set 'keep', such as 0.5, or 'capacities' that differ"
+                f"strategy 'nested' with 'capacities' {self.capacities} and no 'keep' gives every worker the full "
+                "network: set 'keep', such as 0.5, or different 'capacities'"
             )
         if self.balance == "speed" and self.capacities is not None:
-            raise ValueError("'capacities' are measured where 'balance' is 'speed': leave one of the two out")
+            raise ValueError("'balance' is 'speed', which measures 'capacities': leave one of the two out")
         if self.coverage == "balanced" and (self.capacities is not None or self.balance == "speed"):
             raise ValueError(
-                "'coverage' is 'balanced', in which every worker gets every share in turn, so that shares cannot "
-                f"follow {'capacities' if self.capacities is not None else 'balance'!r}: leave one of the two out"
+                "'coverage' is 'balanced', where every worker gets every share in turn, so shares cannot follow "
+                f"{'capacities' if self.capacities is not None else 'balance'!r}: leave one of the two out"
             )
         if self.strategy == "blocks" and not self.blocks:
             raise ValueError("strategy 'blocks' needs 'blocks', patterns of module paths, such as ['layer3.*']")
@@ -120,7 +124,7 @@ Coding = Literal["exact", "bfloat16", "float16", "int8", "int7", "int6", "int5",
 
 
 class Exchange(Section):
-    """In how many bits IST's slices travel; matrices alone, everything else travels as it is.
+    """How IST's slices are encoded for transport. Only matrices are rounded; all other tensors are sent exactly.
 
     Example:
         >>> exchange = ist.Exchange(up="int4", values="deltas", error_feedback=True)
@@ -130,26 +134,26 @@ class Exchange(Section):
 
     down: Coding = Field(
         default="exact",
-        description="the slices that go to a worker: as they are, or each number rounded to so many bits (int: with a "
-        "scale for each row)",
+        description="encoding of the slices that are sent to a worker: exact, or rounded to this type (int types have "
+        "a scale per row)",
     )
-    up: Coding = Field(default="exact", description="the slices that a worker returns")
+    up: Coding = Field(default="exact", description="encoding of the slices that a worker returns")
     values: Literal["weights", "deltas"] = Field(
         default="weights",
-        description="what a worker returns: its trained weights, or how they differ from those that it got; rounded "
-        "deltas lose less",
+        description="what a worker returns: its trained weights, or their difference from the weights that it "
+        "received; rounding loses less with deltas",
     )
     error_feedback: bool = Field(
         default=False,
-        description="a worker adds to its next deltas what rounding took from the last ones; it holds that for the "
-        "whole network, and forgets it when the number of workers changes",
+        description="error feedback: a worker adds the rounding error of its last deltas (the residual) to its next "
+        "deltas; it keeps residuals for the full network, and discards them when the number of workers changes",
     )
 
     @model_validator(mode="after")
-    def _feeds_back_what_is_lost(self) -> "Exchange":
+    def _error_feedback_needs_rounding(self) -> "Exchange":
         if self.error_feedback and (self.up == "exact" or self.values != "deltas"):
             raise ValueError(
-                f"'error_feedback' is for rounded deltas, but 'up' is {self.up} and 'values' is {self.values}: set "
-                "'exchange.up', such as int8, and 'exchange.values' deltas, or leave it out"
+                f"'error_feedback' needs rounded deltas, but 'up' is {self.up} and 'values' is {self.values}: set "
+                "'exchange.up', such as int8, and 'exchange.values' deltas, or leave 'error_feedback' out"
             )
         return self

@@ -1,7 +1,7 @@
-"""The configuration of how IST goes on its way: stages of a run, the outer step, the average of merged networks.
+"""The section `recipe`: stages of a run, the outer optimizer, the average of merged networks.
 
-Where it sits: sections of `ist/config/schema.py`. `docs/recipes.md` tells what each was worth.
-Not here: torch.
+Where it sits: a section of `ist/config/schema.py`. `docs/recipes.md` measures the effect of each.
+Not here: the outer optimizer itself (`ist/training/outer_optimizer.py`). Does not import torch.
 """
 
 from typing import Annotated, Literal
@@ -12,28 +12,28 @@ from ist.config.base import Fraction, PositiveFloat, PositiveInt, Section
 
 
 class Outer(Section):
-    """The step that the coordinator makes with what the workers' rounds add up to.
+    """The outer optimizer: the coordinator's step with the merged update of a round.
 
     Example:
         >>> ist.Outer(lr=0.7, momentum=0.9).is_plain
         False
     """
 
-    lr: PositiveFloat = Field(default=1.0, description="what the merged change is multiplied by")
+    lr: PositiveFloat = Field(default=1.0, description="learning rate: factor of the merged update")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
-        description="Nesterov momentum of the merged change, for each weight by the rounds in which it was trained; 0: "
-        "the merged weights are taken as they are",
+        description="Nesterov momentum on the merged update; a weight's momentum advances only in rounds that trained "
+        "it. 0: no momentum",
     )
 
     @property
     def is_plain(self) -> bool:
-        """Whether merged weights are taken as they are."""
+        """Whether merged weights are used unchanged."""
         return self.momentum == 0 and self.lr == 1
 
 
 class Stage(Section):
-    """A part of an IST run, some rounds long, in which some settings differ.
+    """A number of consecutive rounds of an IST run with their own settings.
 
     Example:
         >>> ist.Stage(share=0.2, keep=1, lr_scale=2).is_open
@@ -42,37 +42,39 @@ class Stage(Section):
 
     rounds: PositiveInt | None = Field(
         default=None,
-        description="how many rounds it lasts; exactly one stage has neither this nor share, and takes what is left of "
-        "the run",
+        description="number of rounds; exactly one stage has neither rounds nor share, and takes the remaining rounds "
+        "of the run",
     )
     share: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None,
-        description="what part of the run it lasts, to the nearest round, in place of rounds: of its rounds where "
-        "train.rounds is given, else of its local steps",
+        description="fraction of the run, to the nearest round, instead of rounds: of the run's rounds if train.rounds "
+        "is given, else of its local steps",
     )
     keep: Fraction | None = Field(
         default=None,
-        description="the part of every group that a worker holds, in place of partition.keep; 1: every worker trains "
-        "the whole network (local SGD), as a warm-up or a finish",
+        description="keep fraction: fraction of every group that a worker holds, instead of partition.keep; 1: every "
+        "worker trains the full network (local SGD), as a warm-up or a final full-width phase",
     )
-    local_steps: PositiveInt | None = Field(default=None, description="in place of train.local_steps")
-    lr_scale: PositiveFloat = Field(default=1.0, description="what the learning rate of the schedule is multiplied by")
-    outer: Outer | None = Field(default=None, description="in place of recipe.outer, such as {lr: 0.7, momentum: 0.9}")
+    local_steps: PositiveInt | None = Field(default=None, description="replaces train.local_steps in this stage")
+    lr_scale: PositiveFloat = Field(default=1.0, description="factor of the schedule's learning rate")
+    outer: Outer | None = Field(
+        default=None, description="replaces recipe.outer in this stage, such as {lr: 0.7, momentum: 0.9}"
+    )
 
     @property
     def is_open(self) -> bool:
-        """Whether it takes what the others leave of the run."""
+        """Whether it takes the rounds that the other stages leave."""
         return self.rounds is None and self.share is None
 
     @model_validator(mode="after")
     def _one_length(self) -> "Stage":
         if self.rounds is not None and self.share is not None:
-            raise ValueError("'rounds' and 'share' both say how long the stage lasts: give one")
+            raise ValueError("'rounds' and 'share' both set the length of the stage: give only one")
         return self
 
 
 class Average(Section):
-    """The average of the whole network over rounds, which is what is evaluated and kept.
+    """The average of the full network over rounds; it is evaluated and saved instead of the last weights.
 
     Example:
         >>> ist.Average(kind="ema").decay
@@ -81,41 +83,42 @@ class Average(Section):
 
     kind: Literal["none", "ema", "swa"] = Field(
         default="none",
-        description="'ema': exponential, 'swa': every round weighs the same; costs no bytes. Of every method",
+        description="'ema': exponential moving average; 'swa': equal weight for every round. For all methods; costs no "
+        "bytes",
     )
     decay: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.8, description="ema: what the average keeps of itself a round"
+        default=0.8, description="ema: weight of the previous average in each round"
     )
     start: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="the part of the rounds that pass before the average begins"
+        default=0.0, description="fraction of the rounds before averaging starts"
     )
 
 
 class Recipe(Section):
-    """How an IST run changes on its way, and how what workers trained is taken.
+    """How settings change during an IST run, and how merged weights are used.
 
     Example:
-        >>> finish = ist.Stage(share=0.2, keep=1)  # every worker trains the whole network
-        >>> recipe = ist.Recipe(stages=[ist.Stage(), finish], average=ist.Average(kind="ema"))
+        >>> full_width = ist.Stage(share=0.2, keep=1)  # every worker trains the full network
+        >>> recipe = ist.Recipe(stages=[ist.Stage(), full_width], average=ist.Average(kind="ema"))
         >>> [stage.is_open for stage in recipe.stages]
         [True, False]
     """
 
     stages: list[Stage] = Field(
         default_factory=list,
-        description="what differs in parts of an IST run, in order, such as [{}, {share: 0.2, keep: 1}]: the last "
-        "fifth with the whole network on every worker; default: one stage",
+        description="stages of an IST run, in order, such as [{}, {share: 0.2, keep: 1}]: in the last fifth of the run "
+        "every worker trains the full network; default: one stage",
     )
-    outer: Outer = Field(default_factory=Outer, description="the outer step of IST")
+    outer: Outer = Field(default_factory=Outer, description="the outer optimizer of IST")
     average: Average = Field(default_factory=Average, description="the average over rounds")
 
     def outer_of(self, stage: Stage) -> Outer:
-        """Return the outer step of a stage's rounds."""
+        """Return the outer optimizer of a stage."""
         return stage.outer or self.outer
 
     @property
     def has_outer_step(self) -> bool:
-        """Whether merged weights are moved on in any round."""
+        """Whether any stage uses the outer optimizer."""
         return any(not self.outer_of(stage).is_plain for stage in self.stages or [Stage()])
 
     @model_validator(mode="after")
@@ -123,7 +126,7 @@ class Recipe(Section):
         open_ended = sum(stage.is_open for stage in self.stages)
         if self.stages and open_ended != 1:
             raise ValueError(
-                f"'stages' has {len(self.stages)} stages, {open_ended} of which have no 'rounds' and no 'share': "
-                "exactly one must leave both out, and takes what is left of the run"
+                f"'stages' has {len(self.stages)} stages, and {open_ended} of them have no 'rounds' and no 'share': "
+                "exactly one must leave both out; it takes the remaining rounds"
             )
         return self

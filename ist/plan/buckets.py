@@ -1,17 +1,17 @@
-"""What data-parallel training sends together.
+"""The gradient buckets of data-parallel training.
 
-Where it sits: `predict.py` turns bytes into seconds by these; the bytes of each method are in `ist/config/methods.py`.
-Not here: activations and optimiser state, which are measured (`measure.py`).
+Where it sits: `predict.py` computes seconds from them; the bytes of each method are in `ist/config/methods.py`.
+Not here: activations and optimizer state, which are measured (`measure.py`).
 """
 
 from collections.abc import Sequence
 
 BUCKET_BYTES = (1 << 20, 25 << 20)
-"""DistributedDataParallel's first bucket and every further one are closed when they hold so much."""
+"""Size at which DistributedDataParallel closes its first bucket, and every further bucket."""
 
 
 def buckets(sizes: Sequence[float]) -> list[range]:
-    """Return which parameters share a bucket of DistributedDataParallel, given their bytes in gradients' order."""
+    """Return the parameters in each bucket of DistributedDataParallel, given their bytes in the order of gradients."""
     found: list[range] = []
     start, held = 0, 0.0
     for number, size in enumerate(sizes):
