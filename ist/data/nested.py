@@ -2,6 +2,9 @@
 
 A forward gets a tensor as its only argument, the items of a tuple or a list as positional arguments, and the items of
 a mapping as keyword arguments.
+
+Where it sits: all code that passes inputs to a network or reads its outputs uses it.
+Not here: making batches (`batches.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping

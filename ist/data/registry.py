@@ -4,6 +4,7 @@
 (root, **args) that return `Splits`. A loader downloads nothing. If files are missing, its error names the package that
 provides them.
 
+Where it sits: `ist/runs/build.py` looks up loaders here.
 Not here: assigning samples to workers (`batches.py`).
 """
 

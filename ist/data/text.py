@@ -1,5 +1,6 @@
 """Text as bytes, in windows of fixed length: a language-modeling data set that needs no tokenizer.
 
+Where it sits: the loader `text` of `registry.py`.
 Not here: predicting the next byte, which is the loss `next_token` (`ist/evaluation/losses.py`).
 """
 

@@ -1,6 +1,7 @@
 """Losses that torch.nn.functional does not have.
 
 `LOSSES` maps the short names that a configuration may use in `train.loss` to import paths.
+Where it sits: `ist/runs/build.py` looks up losses here.
 Not here: the losses of torch.nn.functional, which `ist/runs/build.py` finds by name.
 """
 

@@ -2,6 +2,9 @@
 
 `METRICS` maps the short names that a configuration may use in `evaluate.metric` to import paths of `Metric` objects. A
 configuration may also give the import path of another `Metric`. `ist/evaluation/evaluate.py` sums them over batches.
+
+Where it sits: `ist/runs/build.py` looks up metrics here.
+Not here: evaluating a network (`evaluate.py`), losses (`losses.py`).
 """
 
 import math

@@ -1,7 +1,10 @@
-"""Multi-head attention with some of its heads: what a narrow `nn.MultiheadAttention` becomes.
+"""Multi-head attention with some of the heads: it replaces `nn.MultiheadAttention` in a submodel.
 
-PyTorch's own computes the width of a head as embedding width / number of heads, and so cannot hold fewer
-heads of the same width. This one has the same parameters under the same names, narrow.
+PyTorch's class computes the width of a head as embedding width / number of heads, so it cannot have fewer heads of the
+same width. The class here has the same parameters under the same names, with smaller shapes.
+
+Where it sits: `ist/subnet/module.py` calls it for submodels.
+Not here: which heads a worker holds (`ist/subnet/partition.py`).
 """
 
 import torch
@@ -12,7 +15,7 @@ from ist.errors import ModelError
 
 
 class SomeHeads(nn.MultiheadAttention):
-    """`nn.MultiheadAttention` whose projections hold `num_heads` heads of `head_dim`, whatever `embed_dim` is."""
+    """`nn.MultiheadAttention` with `num_heads` heads of width `head_dim`, independent of `embed_dim`."""
 
     def forward(
         self,
@@ -25,7 +28,7 @@ class SomeHeads(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the attention's outputs, and its weights if they are wanted; arguments as in the base class."""
+        """Return the outputs of attention, and its weights on request; arguments as in the base class."""
         inputs: tuple[Tensor, ...] = (query, key, value)
         if not self.batch_first:
             inputs = tuple(tensor.transpose(0, 1) if tensor.ndim == 3 else tensor for tensor in inputs)
@@ -67,16 +70,16 @@ class SomeHeads(nn.MultiheadAttention):
 
 
 def with_some_heads(module: nn.MultiheadAttention) -> None:
-    """Make an attention whose projections were narrowed hold as many heads as they have room for.
+    """Set the class and the number of heads of an attention to match its cut projections, in place.
 
-    Fused fast paths, which assume all heads, are switched off for it.
+    Fused fast paths, which assume all heads, are switched off.
 
     Raises:
-        ModelError: It was made with `add_bias_kv` or `add_zero_attn`.
+        ModelError: The attention has `add_bias_kv` or `add_zero_attn`.
     """
     if module.bias_k is not None or module.add_zero_attn:
         raise ModelError(
-            "an nn.MultiheadAttention with add_bias_kv or add_zero_attn cannot hold some of its heads: share it "
+            "the heads of an nn.MultiheadAttention with add_bias_kv or add_zero_attn cannot be split: share them "
             "(partition.exclude)"
         )
     module.__class__ = SomeHeads
@@ -85,5 +88,5 @@ def with_some_heads(module: nn.MultiheadAttention) -> None:
 
 
 def _masked(scores: Tensor, mask: Tensor) -> Tensor:
-    """Add a mask of floats; forbid where a mask of truth values is true."""
+    """Add a float mask to the scores; where a bool mask is true, set them to -inf."""
     return scores.masked_fill(mask, float("-inf")) if mask.dtype == torch.bool else scores + mask

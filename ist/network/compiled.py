@@ -2,6 +2,7 @@
 
 Where it sits: `ist/api.py` and `ist/runs/build.py` call it before anything else uses a network.
 Law: in the `with` block tensors have the names of the plain network; afterwards the network is compiled again.
+Not here: compiling submodels, which IST does not do.
 """
 
 import sys

@@ -5,6 +5,7 @@ trains in these modes. Evaluation puts all modules into evaluation mode and rest
 
 Where it sits: `ist/runs/build.py` reads the modes once, for all copies of the network; `ist/evaluation/evaluate.py`
 and `ist/api.py` restore them.
+Not here: evaluation itself (`ist/evaluation/evaluate.py`).
 """
 
 from collections.abc import Iterator, Mapping

@@ -7,6 +7,7 @@ keep the values of the full network, and so does everything computed from them (
 compares attributes with shapes, the attributes are changed as well.
 
 Where it sits: `ist/neurons/splittable.py` runs the trials; `ist/subnet/call_sizes.py` applies the result in training.
+Not here: applying the result in training (`ist/subnet/call_sizes.py`).
 """
 
 import re

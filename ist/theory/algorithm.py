@@ -12,6 +12,7 @@ There are two representations of the weights, which give the same numbers up to 
 `_Coefficients` stores C in W = W_0 + C X: every gradient is a linear combination of inputs, so a step costs one product
 with the Gram matrix X X^T instead of two with X. Use it if n is not much larger than d.
 
+Where it sits: the experiments call `train`; `practice.py` compares it with the real system.
 Not here: the distribution of the masks (`masks.py`).
 """
 

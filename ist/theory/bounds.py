@@ -1,4 +1,8 @@
-"""The bounds that [MRN] proves, as numbers. lambda_0 belongs to the kernel with its factor xi, as in the paper."""
+"""The bounds that [MRN] proves, as numbers. lambda_0 belongs to the kernel with its factor xi, as in the paper.
+
+Where it sits: experiments compare these bounds with measurements.
+Not here: the kernel's eigenvalue lambda_0 (`kernels.py`).
+"""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,7 @@
 """The interface of an experiment: its settings, the points that it measures, and its section of the report page.
 
 Where it sits: `experiments/` has the experiments, `runner.py` measures their points and stores the results.
+Not here: running experiments (`runner.py`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,8 @@
 """Neural tangent kernels of the ReLU perceptron with one hidden layer: of infinite width, of finite width, and masked.
 
 Reference: [MRN] section 4; the closed form is due to Cho & Saul (2009).
+
+Where it sits: `problem.py` checks inputs with it; `bounds.py` takes its least eigenvalue.
 """
 
 import math

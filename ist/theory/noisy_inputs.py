@@ -4,6 +4,9 @@ Each step uses x * c, elementwise, with a new c ~ N(1, sigma^2 I) for each sampl
 
 Reference: A. Kolomvaki, F. Liao et al., "Convergence Analysis of Two-Layer Neural Networks under Gaussian Input
 Masking", arXiv 2602.17423.
+
+Where it sits: the experiment `inputs` uses it.
+Not here: masks on neurons (`algorithm.py`).
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,8 @@
-"""The regression problems of the theory: inputs of norm 1, and a number for each."""
+"""The regression problems of the theory: inputs of norm 1, and a number for each.
+
+Where it sits: all experiments on [MRN] take their data from here.
+Not here: reading the file (`ist/data/crime.py`).
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache

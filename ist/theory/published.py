@@ -1,6 +1,8 @@
 """Mean training errors that were read off the published heat maps: [MRN] figures 2b and 2c.
 
 The reading error is at most 0.0005 in figure 2b and 0.0002 in figure 2c. Rows are p = 1 .. 10.
+
+Where it sits: the experiments `figure2a`, `figure2b`, `figure2c` and `calibrate` compare with it.
 """
 
 XI = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

@@ -5,6 +5,9 @@ parts. The sketch of node i is C_i = n diag(1 on its part), and x <- x - gamma (
 
 Reference: E. Shulgin, P. Richtarik, "Towards a Better Theoretical Understanding of Independent Subnetwork Training",
 arXiv 2306.16484.
+
+Where it sits: the experiment `bias` uses it.
+Not here: [MRN]'s network (`algorithm.py`).
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,7 @@
-"""Rank correlations, and fits of power laws with confidence intervals."""
+"""Rank correlations, and fits of power laws with confidence intervals.
+
+Where it sits: the experiments summarize their measurements with it.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple

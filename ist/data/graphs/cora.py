@@ -1,4 +1,8 @@
-"""Cora: 2,708 papers that cite each other, in 7 classes, with the split of Planetoid (Z. Yang et al., 2016)."""
+"""Cora: 2,708 papers that cite each other, in 7 classes, with the split of Planetoid (Z. Yang et al., 2016).
+
+Where it sits: the loader `cora` of `ist/data/registry.py`.
+Not here: batches of graphs (`graph.py`).
+"""
 
 import zipfile
 from pathlib import Path

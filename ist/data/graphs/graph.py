@@ -1,6 +1,7 @@
 """Data sets whose items are graphs: edges, and nodes with features and a target each.
 
 A batch of several graphs is one graph with unconnected parts.
+Where it sits: `cora.py` and `ist/data/wordnet/graph.py` build these data sets.
 Not here: the data (`cora.py`, `ist/data/wordnet/graph.py`).
 """
 

@@ -1,4 +1,8 @@
-"""Sparse matrices in compressed row format (CSR), as NumPy arrays."""
+"""Sparse matrices in compressed row format (CSR), as NumPy arrays.
+
+Where it sits: features of graphs (`graph.py`) and of WordNet's glosses (`ist/data/wordnet/tfidf.py`).
+Not here: batches of graphs (`graph.py`).
+"""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,7 @@
-"""scikit-learn's digits: 1,797 images of 8x8 pixels, 10 classes; they are installed with scikit-learn."""
+"""scikit-learn's digits: 1,797 images of 8x8 pixels, 10 classes; they are installed with scikit-learn.
+
+Where it sits: the loader `digits` of `ist/data/registry.py`.
+"""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,4 +1,8 @@
-"""Fashion-MNIST: 60,000 + 10,000 gray images of 28x28 pixels, 10 classes (Zalando Research, MIT license)."""
+"""Fashion-MNIST: 60,000 + 10,000 gray images of 28x28 pixels, 10 classes (Zalando Research, MIT license).
+
+Where it sits: the loader `fashion_mnist` of `ist/data/registry.py`.
+Not here: the file format (`idx.py`).
+"""
 
 from pathlib import Path
 

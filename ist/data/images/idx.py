@@ -2,6 +2,7 @@
 
 Format: two zero bytes, a type code, the number of dims, each dim as a big-endian uint32, then
 the values. Reference: Y. LeCun, the MNIST database, "file formats for the MNIST database".
+Where it sits: `fashion_mnist.py` reads its files with it.
 """
 
 import gzip

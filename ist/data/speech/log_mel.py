@@ -2,6 +2,9 @@
 
 The bands are triangular filters, evenly spaced on the mel scale of HTK (S. Young et al., "The HTK Book", section 5.4),
 from 0 Hz to half the sampling rate.
+
+Where it sits: `speech_commands.py` and `spoken_digits.py` use it.
+Not here: finding the recordings.
 """
 
 import math

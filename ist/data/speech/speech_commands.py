@@ -1,6 +1,9 @@
 """Google Speech Commands: 105,829 recordings of 35 words, of one second (P. Warden, arXiv 1804.03209, version 2).
 
 The spectrograms of the full set take 1.7 GB, and each process of a run computes them.
+
+Where it sits: the loader `speech_commands` of `ist/data/registry.py`.
+Not here: spectrograms (`log_mel.py`).
 """
 
 from pathlib import Path

@@ -1,4 +1,8 @@
-"""Free Spoken Digits: 3,000 recordings of the digits by 6 speakers (Z. Jackson et al., CC-BY-SA-4.0)."""
+"""Free Spoken Digits: 3,000 recordings of the digits by 6 speakers (Z. Jackson et al., CC-BY-SA-4.0).
+
+Where it sits: the loader `spoken_digits` of `ist/data/registry.py`.
+Not here: spectrograms (`log_mel.py`).
+"""
 
 import zipfile
 from pathlib import Path

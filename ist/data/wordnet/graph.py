@@ -6,6 +6,9 @@ here says nothing about graph networks in general; the data set serves to compar
 
 For training, the graph is cut into clusters, and the edges between them are dropped (W.-L. Chiang et al.,
 "Cluster-GCN", arXiv 1905.07953). The test uses the full graph.
+
+Where it sits: the loader `wordnet_graph` of `ist/data/registry.py`.
+Not here: reading the file (`nouns.py`), features (`tfidf.py`).
 """
 
 from pathlib import Path

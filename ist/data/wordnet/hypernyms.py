@@ -1,6 +1,9 @@
 """WordNet's glosses, labeled with the hypernyms of the noun: the synsets of which it is a kind or an instance.
 
 This is extreme multi-label classification: an item has a few of 10,486 labels. Every fifth synset is for testing.
+
+Where it sits: the loader `wordnet_hypernyms` of `ist/data/registry.py`.
+Not here: reading the file (`nouns.py`), features (`tfidf.py`).
 """
 
 from pathlib import Path

@@ -4,6 +4,8 @@ Format: `data.noun` as described in wndb(5WN) of WordNet 3.0 (Princeton Universi
 with a blank. Then each line is a synset: byte offset, lexicographer file number, `n`, number of words (hexadecimal),
 the words each with a number, the number of pointers, for each pointer its symbol, target offset, part of speech and
 word numbers, then `|` and the gloss.
+
+Where it sits: `graph.py` and `hypernyms.py` make data sets from it.
 """
 
 from dataclasses import dataclass

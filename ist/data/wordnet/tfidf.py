@@ -2,6 +2,8 @@
 
 The weights equal those of scikit-learn's `TfidfVectorizer` with its defaults; this module is faster to import.
 Reference: C. Manning, P. Raghavan, H. Schuetze, "Introduction to Information Retrieval" (2008), section 6.2.
+
+Where it sits: `graph.py` and `hypernyms.py` turn glosses into features with it.
 """
 
 import re

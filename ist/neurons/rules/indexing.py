@@ -3,6 +3,7 @@
 The positions are unknown, so labels are joined along the indexed dims.
 
 Where it sits: `ist/neurons/rules/operators.py` has the table of rules.
+Not here: indexing by slices, which only moves data (`operators.py`).
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,7 @@
 """Rules of the operators in layers: products with weights, convolutions, norms, pooling, embeddings.
 
 Where it sits: `ist/neurons/rules/operators.py` has the table of rules.
+Not here: elementwise operators and reductions (`operators.py`).
 """
 
 from collections.abc import Sequence

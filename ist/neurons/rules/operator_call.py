@@ -1,6 +1,7 @@
 """One call of an operator, as the rules see it.
 
 Where it sits: `ist/neurons/trace.py` makes it; the rules read it.
+Not here: the rules (`operators.py`), the recorded steps (`ist/neurons/tracing/tape.py`).
 """
 
 from collections.abc import Callable, Sequence

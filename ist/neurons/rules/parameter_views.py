@@ -6,6 +6,7 @@ position) has its own label. When an operator combines the view with activations
 labels of the positions.
 
 Where it sits: `ist/neurons/rules/joins.py` calls `use`; `ist/neurons/find.py` reads the labels of positions.
+Not here: which operators use a parameter, and how (`joins.py`, `layers.py`).
 """
 
 from collections import Counter, defaultdict

@@ -6,6 +6,7 @@ such as softplus vanishes (`mu + softplus(rho) * noise`). If no parameter values
 be cut along their outputs, but not along their inputs.
 
 Where it sits: `ist/neurons/rules/operators.py` calls it for operators whose tensor arguments are all weights.
+Not here: operators that combine weights with activations (`joins.py`).
 """
 
 import itertools

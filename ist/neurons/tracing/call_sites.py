@@ -6,6 +6,7 @@ forward to the call. A submodel then makes exactly that call with another number
 
 Where it sits: `ist/neurons/trace.py` records the calls of the full network, `ist/neurons/trial.py` finds out which
 of them need another number, `ist/subnet/call_sizes.py` replaces it.
+Not here: sizes that are attributes (`ist/neurons/attribute_sizes.py`).
 """
 
 from collections import Counter

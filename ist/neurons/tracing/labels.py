@@ -4,6 +4,7 @@ Every element of an activation carries one label. Two labels are joined if a wor
 Label `FROZEN` marks what every worker holds, label `FREE` marks constants that adapt to any width.
 
 Where it sits: `ist/neurons/rules/operators.py` says which labels an operator joins; this file joins them.
+Not here: the labels of parameters (`ist/neurons/rules/parameter_views.py`).
 """
 
 from collections.abc import Iterable

@@ -3,6 +3,7 @@
 A *detour* forces such a path. A branch that depends on a value gets another value; an empty selection
 (`x[mask]`, `nonzero`) selects the first row instead, so that the code after it runs. The results of a detour are
 never used: they are only traced (`ist/neurons/trace.py`) and compared (`ist/checks/verify.py`).
+Not here: random branches, which several runs with other seeds reach (`ist/neurons/trace.py`).
 """
 
 from collections.abc import Iterator, Sequence

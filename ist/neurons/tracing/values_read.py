@@ -5,6 +5,7 @@ or chooses a branch does. Each value is changed in a separate run: if the output
 `raise` or `assert` fires, the outputs do not depend on the value.
 
 Where it sits: `ist/neurons/trace.py` calls it for networks that run with values.
+Not here: forcing the branches that a value chooses (`untaken_paths.py`).
 """
 
 import linecache
