@@ -35,8 +35,8 @@ from ist.runs.build import make_job
 from ist.subnet.cut import cut_specs, extract, placed, reassemble
 from ist.subnet.job import Job, assignments, slot_of
 from ist.training.worker import Worker
-from ist.transport.codec import Envelope
-from ist.transport.endpoints import route_of
+from ist.transport.codec import MessageBuffers
+from ist.transport.endpoints import message_layouts
 from ist.transport.message import Message, layout_of
 
 RATE_MBIT = 100
@@ -88,11 +88,11 @@ def local_step(device: torch.device, repeats: int) -> dict[str, float]:
     optimizer_spec = {"name": "SGD", "args": {"lr": 0.01, "momentum": 0.9}}
     job = make([784, 1024, 1024, 10], 4, 4 * 6400, local_steps=steps, optimizer=optimizer_spec)
     worker = Worker(job, slot_of(job, 0), device, assignments(job))
-    envelope = Envelope(route_of(job.split, job.config.exchange, assignments(job).cuts(0)[0]), device)
+    buffers = MessageBuffers(message_layouts(job.split, job.config.exchange, assignments(job).cuts(0)[0]), device)
     bare = job.split.module(assignments(job).of(0)[0], device)
     for name, parameter in bare.named_parameters():
         nn.init.normal_(parameter, std=0.02)
-        envelope.down.tensors[name].copy_(parameter.detach())
+        buffers.down.tensors[name].copy_(parameter.detach())
     assert isinstance(worker.loop.shard, TensorDataset)
     inputs, targets = worker.loop.shard.tensors
     batches = [torch.from_numpy(job.schedule.sampler.batch(0, step)) for step in range(steps)]
@@ -106,7 +106,7 @@ def local_step(device: torch.device, repeats: int) -> dict[str, float]:
             optimizer.step()
 
     def ours() -> None:
-        worker.train(0, envelope)
+        worker.train(0, buffers)
 
     ours()
     bare_loop()

@@ -25,7 +25,7 @@ from ist.pools.ray_cluster import connected
 from ist.pools.ray_pool import RayPool
 from ist.subnet.job import assignments
 from ist.training.coordinator import Coordinator
-from ist.transport.endpoints import route_of
+from ist.transport.endpoints import message_layouts
 
 WORKERS = 4
 
@@ -78,7 +78,7 @@ def measure(width: int, rounds: int) -> dict[str, Any]:
         coordinator = Coordinator(job, pool, model, meter)
         coordinator.train_round(0)
         subnet_bytes = max(
-            route_of(job.split, job.config.exchange, assignments(job).cuts(0)[worker]).plain.nbytes
+            message_layouts(job.split, job.config.exchange, assignments(job).cuts(0)[worker]).plain.nbytes
             for worker in range(WORKERS)
         )
         before, sent, peak = own_bytes(), meter.total_bytes, Peak()

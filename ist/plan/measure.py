@@ -31,10 +31,10 @@ from ist.subnet.module import bind
 from ist.subnet.store import LocalStore
 from ist.training.local_loop import TaskLoop, local_steps
 from ist.training.worker import Worker
-from ist.transport.codec import Envelope
-from ist.transport.endpoints import Outgoing, WorkerEnd, read_trained, route_of
+from ist.transport.codec import MessageBuffers
+from ist.transport.endpoints import Outgoing, WorkerEnd, message_layouts, read_trained
 from ist.transport.frozen_parameters import FrozenSender
-from ist.transport.interfaces import Buffers
+from ist.transport.interfaces import BufferCache
 
 _SAMPLE_S = 0.05
 _BUDGET_S = 0.4
@@ -125,20 +125,20 @@ def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
         held = assignments(job)
         worker = Worker(job, slot_of(job, number), device, held)
         neurons, main = held.of(0)[number], held.of(job.schedule.main_round)[number]
-        envelope = Envelope(route_of(job.split, job.config.exchange, job.split.cut(main)), device)
+        buffers = MessageBuffers(message_layouts(job.split, job.config.exchange, job.split.cut(main)), device)
         whole, exchange = _state(job, device), job.config.exchange
         outgoing, cut = Outgoing(job.split, exchange), job.split.cut(neurons)
-        outgoing.write(LocalStore(whole), cut, 1, envelope)
-        fresh = envelope.flat.clone()
+        outgoing.write(LocalStore(whole), cut, 1, buffers)
+        fresh = buffers.flat.clone()
 
         def train(job: Job) -> None:
             worker.job, worker.loop.schedule = job, job.schedule
-            envelope.flat.copy_(fresh)
-            worker.train(0, envelope)
+            buffers.flat.copy_(fresh)
+            worker.train(0, buffers)
 
         frozen, _ = FrozenSender(job.split, exchange, whole, device).write("", number, 0, job.split.frozen_cut(neurons))
         fixed = worker.frozen.update(neurons, number, 0, frozen, device)
-        bind(worker.module, {**WorkerEnd(job.split, exchange, device).open(envelope).tensors, **fixed})
+        bind(worker.module, {**WorkerEnd(job.split, exchange, device).open(buffers).tensors, **fixed})
         _try_smallest(job, number, worker.loop.shard, worker.module, device)
         step_s = _step_s(train, job, device)
         batch = fetch(worker.loop.shard, job.schedule.sampler.batch(number, 0), device)
@@ -152,24 +152,24 @@ def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
 
 def measure_coordinator(job: Job, device: torch.device) -> CoordinatorCost:
     """Measure the coordinator's own work in a round: partition, cut, check and merge."""
-    state, buffers, outgoing = _state(job, device), Buffers(device), Outgoing(job.split, job.config.exchange)
+    state, cache, outgoing = _state(job, device), BufferCache(device), Outgoing(job.split, job.config.exchange)
     held = assignments(job)
     rounds = iter(range(10**9))  # every round has its own partition, as in a run
 
-    def cut() -> tuple[list[Cut], list[Envelope]]:
+    def cut() -> tuple[list[Cut], list[MessageBuffers]]:
         round_number = next(rounds)
         cuts = [job.split.cut(neurons) for neurons in held.of(round_number)]
-        envelopes = [buffers.envelope(worker, outgoing.route(part)) for worker, part in enumerate(cuts)]
-        for part, envelope in zip(cuts, envelopes, strict=True):
-            outgoing.write(LocalStore(state), part, 1, envelope)
-        return cuts, envelopes
+        messages = [cache.buffers(worker, outgoing.layouts(part)) for worker, part in enumerate(cuts)]
+        for part, buffers in zip(cuts, messages, strict=True):
+            outgoing.write(LocalStore(state), part, 1, buffers)
+        return cuts, messages
 
-    cuts, envelopes = cut()
+    cuts, messages = cut()
 
     def merge() -> None:
         trained = [
-            (w, read_trained(job.config.exchange, LocalStore(state), cuts[w], envelope))
-            for w, envelope in enumerate(envelopes)
+            (w, read_trained(job.config.exchange, LocalStore(state), cuts[w], buffers))
+            for w, buffers in enumerate(messages)
         ]
         for _, tensors in trained:
             for tensor in tensors.values():

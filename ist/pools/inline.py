@@ -12,8 +12,8 @@ from ist.monitoring.meter import Meter
 from ist.subnet.job import Job, assignments, remote_workers
 from ist.training.worker import Seat
 from ist.training.worker_state import Site
-from ist.transport.codec import Envelope, Route
-from ist.transport.interfaces import Buffers, Lost, Subnet
+from ist.transport.codec import MessageBuffers, MessageLayouts
+from ist.transport.interfaces import BufferCache, Lost, Subnet
 
 
 class InlinePool:
@@ -25,7 +25,7 @@ class InlinePool:
         self._names = tuple(f"worker {number}" for number in range(job.config.train.workers))
         held = assignments(job)
         self._seats = [Seat(job, device, held, site) for _ in self._names]
-        self._buffers = Buffers(device)
+        self._cache = BufferCache(device)
         self._meter = meter
         self._submitted: deque[tuple[int, Subnet]] = deque()
         self._remote = remote_workers(job.config)
@@ -38,9 +38,9 @@ class InlinePool:
         """Return the name of a worker."""
         return self._names[worker]
 
-    def envelope(self, worker: int, route: Route) -> Envelope:
-        """Return a worker's envelope."""
-        return self._buffers.envelope(worker, route)
+    def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:
+        """Return a worker's buffers."""
+        return self._cache.buffers(worker, layouts)
 
     def submit(self, round_number: int, subnet: Subnet) -> None:
         """Note a subnet; it is trained when its result is asked for."""
@@ -53,9 +53,9 @@ class InlinePool:
         try:
             while self._submitted:
                 round_number, subnet = self._submitted.popleft()
-                self._seats[subnet.worker].worker(subnet.slot).train(round_number, subnet.envelope, subnet.frozen)
+                self._seats[subnet.worker].worker(subnet.slot).train(round_number, subnet.buffers, subnet.frozen)
                 if subnet.worker in self._remote:
-                    self._meter.received[subnet.worker] += subnet.envelope.up.nbytes
+                    self._meter.received[subnet.worker] += subnet.buffers.up.nbytes
                 yield subnet
         finally:
             self._submitted.clear()

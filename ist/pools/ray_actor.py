@@ -17,8 +17,8 @@ from ist.subnet.assignments import WorkerSlot
 from ist.subnet.job import Job, assignments
 from ist.training.worker import Seat
 from ist.training.worker_state import Site
-from ist.transport.codec import Envelope
-from ist.transport.endpoints import down_bytes, route_of
+from ist.transport.codec import MessageBuffers
+from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.message import Message
 
 Flat = NDArray[np.uint8]
@@ -41,7 +41,7 @@ class RayWorker:
         self._seat = Seat(job, self._device, assignments(job), site)
         # The first optimiser imports much of torch: neither the first round's time nor the subnet's memory.
         optimizers.build_optimizer(job.config.train.optimizer, [torch.nn.Parameter(torch.zeros(2, 3))])
-        self._envelope: Envelope | None = None
+        self._buffers: MessageBuffers | None = None
         self._over = -1
         self.name = name
 
@@ -74,15 +74,15 @@ class RayWorker:
         torch.set_num_threads(self._threads)  # actors run on a thread of their own
         worker = self._seat.worker(slot)
         split, neurons = worker.job.split, worker.neurons(round_number)
-        route = route_of(split, worker.job.config.exchange, split.cut(neurons))
-        if self._envelope is None or self._envelope.route != route:
-            self._envelope = Envelope(route, self._device)
-        envelope = self._envelope
-        expected = down_bytes(split, route, round_number)
+        layouts = message_layouts(split, worker.job.config.exchange, split.cut(neurons))
+        if self._buffers is None or self._buffers.layouts != layouts:
+            self._buffers = MessageBuffers(layouts, self._device)
+        buffers = self._buffers
+        expected = down_bytes(split, layouts, round_number)
         if received.shape != (expected,):
             raise PoolError(f"{self.name} expected a message of {expected} bytes, received {received.shape}")
-        envelope.flat[:expected].copy_(as_tensor(received))
-        header = envelope.down.read_header(round_number, slot.worker)
+        buffers.flat[:expected].copy_(as_tensor(received))
+        header = buffers.down.read_header(round_number, slot.worker)
         layout = worker.frozen.layout(neurons, header.relies)
         if (layout.nbytes if layout else 0) != (len(beside) if beside is not None else 0):
             raise PoolError(
@@ -90,8 +90,8 @@ class RayWorker:
                 f"{len(beside) if beside is not None else 0}"
             )
         frozen = Message(layout, flat=as_tensor(beside)) if layout is not None and beside is not None else None
-        worker.train(round_number, envelope, frozen, lambda: self._over >= ticket)
-        trained: Flat = envelope.up.flat.cpu().numpy()
+        worker.train(round_number, buffers, frozen, lambda: self._over >= ticket)
+        trained: Flat = buffers.up.flat.cpu().numpy()
         return trained
 
     @ray.method(concurrency_group="control", enable_task_events=False)

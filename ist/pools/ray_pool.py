@@ -31,7 +31,7 @@ from ist.monitoring.meter import Meter
 from ist.pools.ray_actor import RayWorker, as_tensor
 from ist.subnet.job import Job, for_workers
 from ist.training.worker_state import Site
-from ist.transport.codec import Envelope, Route
+from ist.transport.codec import MessageBuffers, MessageLayouts
 from ist.transport.interfaces import Lost, Subnet
 
 _START_ATTEMPTS = 3
@@ -166,11 +166,11 @@ class RayPool:
         member = self._crew[worker]
         return member.name if member else f"nobody for worker {worker}"
 
-    def envelope(self, worker: int, route: Route) -> Envelope:  # noqa: ARG002
+    def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:  # noqa: ARG002
         """Return memory for a message, the same for all workers: what is sent is a copy in the object store."""
-        if self._scratch.nbytes < route.nbytes:
-            self._scratch = torch.zeros(route.nbytes, dtype=torch.uint8)
-        return Envelope(route, flat=self._scratch)
+        if self._scratch.nbytes < layouts.nbytes:
+            self._scratch = torch.zeros(layouts.nbytes, dtype=torch.uint8)
+        return MessageBuffers(layouts, flat=self._scratch)
 
     def submit(self, round_number: int, subnet: Subnet) -> None:
         """Put a subnet into the object store, and have its actor train it."""
@@ -180,7 +180,7 @@ class RayPool:
         if self._crew[subnet.worker] is None:
             return
         try:
-            sent = ray.put(subnet.envelope.flat[: subnet.sent_bytes].numpy())
+            sent = ray.put(subnet.buffers.flat[: subnet.sent_bytes].numpy())
             beside = [ray.put(subnet.frozen.flat.numpy())] if subnet.frozen is not None else []
         except RayError as error:
             raise PoolError(
@@ -244,13 +244,13 @@ class RayPool:
             self._dismiss(member)
             return Lost(subnet.worker, f"{member.name} on {member.where} is gone: {_why_gone(error)}")
         member.failures = 0
-        route = subnet.envelope.route
-        if not isinstance(trained, np.ndarray) or trained.dtype != np.uint8 or trained.shape != (route.up.nbytes,):
+        layouts = subnet.buffers.layouts
+        if not isinstance(trained, np.ndarray) or trained.dtype != np.uint8 or trained.shape != (layouts.up.nbytes,):
             what = f"{trained.dtype} {trained.shape}" if isinstance(trained, np.ndarray) else type(trained).__name__
-            reason = f"{member.name} on {member.where} returned {what} instead of {route.up.nbytes} bytes"
+            reason = f"{member.name} on {member.where} returned {what} instead of {layouts.up.nbytes} bytes"
             return Lost(subnet.worker, reason, "rejected")
         self._meter.received[subnet.worker] += trained.nbytes
-        return Subnet(subnet.slot, Envelope(route, flat=as_tensor(trained)), subnet.sent_bytes)
+        return Subnet(subnet.slot, MessageBuffers(layouts, flat=as_tensor(trained)), subnet.sent_bytes)
 
     def _late(self, ref: Any, subnet: Subnet) -> Lost:
         member = self._member(subnet)

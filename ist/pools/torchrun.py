@@ -22,9 +22,9 @@ from ist.subnet.job import Job, assignments, slot_of, with_workers
 from ist.subnet.split_model import ShapeKeys
 from ist.training.worker import Worker
 from ist.training.worker_state import Site
-from ist.transport.codec import Envelope, Route
-from ist.transport.endpoints import down_bytes, route_of
-from ist.transport.interfaces import Buffers, Lost, Subnet
+from ist.transport.codec import MessageBuffers, MessageLayouts
+from ist.transport.endpoints import down_bytes, message_layouts
+from ist.transport.interfaces import BufferCache, Lost, Subnet
 from ist.transport.message import Message
 
 
@@ -105,7 +105,7 @@ class TorchrunPool:
         self._first_rank = membership.world_size - job.config.train.workers
         self._local = _worker(job, 0, membership, site) if self._first_rank == 0 else None
         self._names = tuple(f"rank {self._rank(worker)}" for worker in range(job.config.train.workers))
-        self._buffers = Buffers(membership.device)
+        self._cache = BufferCache(membership.device)
         self._round_number = 0
         self._own: Subnet | None = None  # of worker 0, where rank 0 is a worker
         self._outstanding: list[Subnet] = []
@@ -120,9 +120,9 @@ class TorchrunPool:
         """Return the name of a rank, which stands for one process as long as the run lasts."""
         return self._names[worker]
 
-    def envelope(self, worker: int, route: Route) -> Envelope:
-        """Return a worker's envelope."""
-        return self._buffers.envelope(worker, route)
+    def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:
+        """Return a worker's buffers."""
+        return self._cache.buffers(worker, layouts)
 
     def submit(self, round_number: int, subnet: Subnet) -> None:
         """Begin to send a subnet, with gloo; NCCL's are sent together when the first result is asked for."""
@@ -146,7 +146,7 @@ class TorchrunPool:
         own, self._own, self._outstanding, self._receives = self._own, None, [], []
         if own is not None:
             assert self._local is not None
-            self._local.train(self._round_number, own.envelope, own.frozen)
+            self._local.train(self._round_number, own.buffers, own.frozen)
             yield own
         if not self._early:  # a waiting NCCL receive would take the GPU's time
             receives = self._channel.receive([self._back(subnet) for subnet in remote])
@@ -159,7 +159,7 @@ class TorchrunPool:
             except PoolError as error:
                 yield Lost(subnet.worker, str(error))
                 continue
-            self._channel.finish(subnet.worker, subnet.envelope.up.flat)
+            self._channel.finish(subnet.worker, subnet.buffers.up.flat)
             yield subnet
         _wait(sends, "sending subnets")
 
@@ -168,13 +168,13 @@ class TorchrunPool:
 
         A worker reads in the first message how long the second is.
         """
-        first = [(self._rank(s.worker), s.worker, s.envelope.flat[: s.sent_bytes]) for s in subnets]
+        first = [(self._rank(s.worker), s.worker, s.buffers.flat[: s.sent_bytes]) for s in subnets]
         beside = [(self._rank(s.worker), s.worker, s.frozen.flat.to(self._carrier)) for s in subnets if s.frozen]
         self._sends += self._channel.send(first) + self._channel.send(beside)
 
     def _back(self, subnet: Subnet) -> tuple[int, int, Tensor]:
         """Return from which rank a subnet comes back, and where to."""
-        return self._rank(subnet.worker), subnet.worker, subnet.envelope.up.flat
+        return self._rank(subnet.worker), subnet.worker, subnet.buffers.up.flat
 
     def close(self) -> None:
         """Nothing to let go: the process group outlives the run."""
@@ -200,7 +200,7 @@ class RankWorker:
         self._carrier = membership.carrier
         self._keys = ShapeKeys(job.split)
         self._key: Hashable = None
-        self._envelope: Envelope | None = None
+        self._buffers: MessageBuffers | None = None
         self._device = membership.device
 
     def train_round(self, round_number: int) -> None:
@@ -210,30 +210,30 @@ class RankWorker:
             PoolError: The coordinator is gone, or sent something else than this round's subnet.
         """
         neurons = self._worker.neurons(round_number)
-        envelope = self._envelope_for(neurons)
-        incoming = envelope.flat[: down_bytes(self._job.split, envelope.route, round_number)]
+        buffers = self._buffers_for(neurons)
+        incoming = buffers.flat[: down_bytes(self._job.split, buffers.layouts, round_number)]
         gone = f"worker {self._number} lost the coordinator (rank 0) in round {round_number}"
         _wait(self._channel.receive([(0, self._number, incoming)]), gone)
         self._channel.finish(self._number, incoming)
-        header = envelope.down.read_header(round_number, self._number)
+        header = buffers.down.read_header(round_number, self._number)
         layout = self._worker.frozen.layout(neurons, header.relies)
         frozen = Message(layout, self._carrier) if layout is not None else None
         if frozen is not None:
             _wait(self._channel.receive([(0, self._number, frozen.flat)]), gone)
             self._channel.finish(self._number, frozen.flat)
-        self._worker.train(round_number, envelope, frozen)
-        _wait(self._channel.send([(0, self._number, envelope.up.flat)]), gone)
+        self._worker.train(round_number, buffers, frozen)
+        _wait(self._channel.send([(0, self._number, buffers.up.flat)]), gone)
 
-    def _envelope_for(self, neurons: Sequence[Indices]) -> Envelope:
+    def _buffers_for(self, neurons: Sequence[Indices]) -> MessageBuffers:
         """Return memory for the messages of a round: the last round's, while their layout is the same."""
         key = self._keys.of(neurons)
-        if self._envelope is None or self._key != key:
+        if self._buffers is None or self._key != key:
             self._key = key
             split = self._job.split
-            route = route_of(split, self._job.config.exchange, split.cut(neurons))
-            if self._envelope is None or route != self._envelope.route:
-                self._envelope = Envelope(route, self._device)
-        return self._envelope
+            layouts = message_layouts(split, self._job.config.exchange, split.cut(neurons))
+            if self._buffers is None or layouts != self._buffers.layouts:
+                self._buffers = MessageBuffers(layouts, self._device)
+        return self._buffers
 
     def close(self) -> None:
         """Nothing to let go: the process group outlives the run."""

@@ -18,7 +18,7 @@ from ist.subnet.job import remote_workers
 from ist.subnet.partition import coverage, holds_everything
 from ist.subnet.split_model import ShapeKeys, SplitModel
 from ist.tensors import TensorSpec, tensor_specs
-from ist.transport.endpoints import down_bytes, route_of
+from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.frozen_parameters import frozen_bytes, message_bytes
 from ist.transport.message import HEADER_BYTES
 
@@ -266,8 +266,8 @@ def run_bytes(config: Config, split: SplitModel, schedule: Schedule, held: Assig
                 total += frozen_bytes(split, exchange, neurons, before)
             key = (worker, keys.of(neurons), round_number > 0)
             if key not in known:
-                route = route_of(split, exchange, split.cut(neurons))
-                known[key] = down_bytes(split, route, round_number) + route.up.nbytes
+                layouts = message_layouts(split, exchange, split.cut(neurons))
+                known[key] = down_bytes(split, layouts, round_number) + layouts.up.nbytes
             total += known[key]
     return total
 
@@ -290,7 +290,7 @@ def _share(
         trained_parameters=sum(math.prod(plan[name].shape) for name in trained if name in plan),
         frozen_bytes=frozen_bytes(split, config.exchange, neurons, None),
         sent_bytes=message_bytes(split, schedule, config.exchange, held, worker)[0],
-        returned_bytes=route_of(split, config.exchange, split.cut(neurons)).up.nbytes,
+        returned_bytes=message_layouts(split, config.exchange, split.cut(neurons)).up.nbytes,
     )
 
 

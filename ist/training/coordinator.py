@@ -180,14 +180,14 @@ class Coordinator:
     def _cut(self, round_number: int, slot: WorkerSlot, cut: Cut) -> Subnet:
         """Cut a worker's subnet into the memory that the pool gives for it, with what it lacks of frozen parameters."""
         worker = slot.worker
-        envelope = self._pool.envelope(worker, self._outgoing.route(cut))
-        sent = self._outgoing.write(self._store, cut, round_number, envelope)
+        buffers = self._pool.buffers(worker, self._outgoing.layouts(cut))
+        sent = self._outgoing.write(self._store, cut, round_number, buffers)
         neurons = self._held.of(round_number, slot.team)[worker]
         frozen, relies = self._frozen.write(
             self._pool.process(worker), worker, round_number, self.job.split.frozen_cut(neurons)
         )
-        envelope.down.write_header(Header(round_number, worker, relies=relies))
-        return Subnet(slot, envelope, sent, frozen)
+        buffers.down.write_header(Header(round_number, worker, relies=relies))
+        return Subnet(slot, buffers, sent, frozen)
 
     def _take(
         self, round_number: int, result: Subnet | Lost, cuts: Sequence[Cut], arrivals: "_Arrivals"
@@ -202,9 +202,9 @@ class Coordinator:
             arrivals.lose(result, arrivals.lost_error(result, round_number))
             return None
         try:
-            header = result.envelope.up.read_header(round_number, worker)
-            self._check_finite(header, result.envelope.up.tensors, arrivals.num_workers)
-            tensors = read_trained(self.job.config.exchange, self._store, cuts[worker], result.envelope)
+            header = result.buffers.up.read_header(round_number, worker)
+            self._check_finite(header, result.buffers.up.tensors, arrivals.num_workers)
+            tensors = read_trained(self.job.config.exchange, self._store, cuts[worker], result.buffers)
         except (PoolError, DivergedError) as error:
             arrivals.lose(Lost(worker, str(error), "rejected"), error)
             return None

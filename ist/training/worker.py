@@ -24,7 +24,7 @@ from ist.subnet.split_model import ShapeKeys
 from ist.tensors import is_finite
 from ist.training.local_loop import TaskLoop, local_steps
 from ist.training.worker_state import Keeper, Site
-from ist.transport.codec import Envelope
+from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import WorkerEnd
 from ist.transport.frozen_parameters import FrozenParts, check_frozen, checksums
 from ist.transport.message import Header, Message
@@ -79,15 +79,15 @@ class Worker:
     def train(
         self,
         round_number: int,
-        envelope: Envelope,
+        buffers: MessageBuffers,
         frozen: Message | None = None,
         is_over: Callable[[], bool] | None = None,
     ) -> None:
-        """Make a round's local steps on the subnet in `envelope`, and write what goes back into it.
+        """Make a round's local steps on the subnet in `buffers`, and write what goes back into it.
 
         Args:
             round_number: The round, from 0.
-            envelope: On this worker's device; where nothing is rounded on the way, the parameters are its tensors while
+            buffers: On this worker's device; where nothing is rounded on the way, the parameters are its tensors while
                 this runs.
             frozen: What came beside it: frozen parameters that this worker lacks; None: it has them all.
             is_over: Asked before each step whether the round has gone on without this worker; None: it never does.
@@ -103,7 +103,7 @@ class Worker:
         job = self.job
         if self._is_new:
             self._recover(round_number)
-        message = self._end.open(envelope)
+        message = self._end.open(buffers)
         neurons = self.neurons(round_number)
         if self._shape_key != (key := self._shape_keys.of(neurons)):
             self._shape_key, self.module = key, job.split.module(neurons, self.device)
@@ -134,7 +134,7 @@ class Worker:
         if job.split.state_slots:
             optimizers.store_state(optimizer, named, job.split.state_slots, message.tensors)
         is_spoilt = self._is_spoilt(round_number, total, message)
-        self._end.close(envelope, message, neurons)
+        self._end.close(buffers, message, neurons)
         elapsed = time.perf_counter() - started - look_s
         # A GPU is nobody else's.
         cpu_s = time.thread_time() - cpu_started - look_cpu_s if self.device.type == "cpu" else elapsed
@@ -150,7 +150,7 @@ class Worker:
             with located(f"round {round_number}, worker {self.number}"):
                 self._operators = check_forward(job, module, neurons, self._operators, self.device)
         numbers["aside_s"] = time.perf_counter() - started - elapsed
-        envelope.up.write_header(Header(round_number, self.number, numbers))
+        buffers.up.write_header(Header(round_number, self.number, numbers))
 
     def _recover(self, round_number: int) -> None:
         """Take up what was kept where this worker's first round follows a checkpoint."""

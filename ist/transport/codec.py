@@ -27,7 +27,7 @@ _HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Route:
+class MessageLayouts:
     """A subnet's messages.
 
     Attributes:
@@ -51,44 +51,44 @@ class Route:
         return max(self.down.nbytes, self.up.nbytes)
 
 
-def make_route(plain: Layout, settings: Exchange) -> Route:
-    """Return the route of a subnet."""
+def coded_layouts(plain: Layout, settings: Exchange) -> MessageLayouts:
+    """Return the layouts of a subnet."""
     if settings.down == settings.up == "exact" and settings.values == "weights":
-        return Route(plain, plain, plain)
-    return Route(plain, _coded(plain, settings.down), _coded(plain, settings.up))
+        return MessageLayouts(plain, plain, plain)
+    return MessageLayouts(plain, _coded(plain, settings.down), _coded(plain, settings.up))
 
 
-def sent_bytes(route: Route, names: Sequence[str]) -> int:
+def sent_bytes(layouts: MessageLayouts, names: Sequence[str]) -> int:
     """Return the length of the part of the message down that holds the header and `names`, the plain layout's first."""
     sent = set(names)
-    return route.down.end_of([name for name in route.down.specs if name.removesuffix(SCALE) in sent])
+    return layouts.down.end_of([name for name in layouts.down.specs if name.removesuffix(SCALE) in sent])
 
 
-class Envelope:
+class MessageBuffers:
     """Memory of a subnet's messages: of the one that goes to a worker and, over it, of the one that comes back.
 
     Args:
-        route: What the messages look like.
+        layouts: What the messages look like.
         device: Where to allocate.
         flat: uint8, memory that is already there, as long as the message that will be used.
     """
 
-    def __init__(self, route: Route, device: torch.device | str = "cpu", flat: Tensor | None = None) -> None:
-        self.route = route
+    def __init__(self, layouts: MessageLayouts, device: torch.device | str = "cpu", flat: Tensor | None = None) -> None:
+        self.layouts = layouts
         # Zeros, once: padding must not leak old memory into the network.
-        self.flat = torch.zeros(route.nbytes, dtype=torch.uint8, device=device) if flat is None else flat
+        self.flat = torch.zeros(layouts.nbytes, dtype=torch.uint8, device=device) if flat is None else flat
 
     @cached_property
     def down(self) -> Message:
         """The message to the worker."""
-        return Message(self.route.down, flat=self.flat[: self.route.down.nbytes])
+        return Message(self.layouts.down, flat=self.flat[: self.layouts.down.nbytes])
 
     @cached_property
     def up(self) -> Message:
         """The message that comes back."""
-        if self.route.up is self.route.down:
+        if self.layouts.up is self.layouts.down:
             return self.down
-        return Message(self.route.up, flat=self.flat[: self.route.up.nbytes])
+        return Message(self.layouts.up, flat=self.flat[: self.layouts.up.nbytes])
 
 
 def encode(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor], coding: Coding) -> None:

@@ -18,20 +18,20 @@ from ist.subnet.split_model import SplitModel
 from ist.subnet.store import ParameterStore
 from ist.tensors import TensorSpec
 from ist.transport.codec import (
-    Envelope,
-    Route,
+    MessageBuffers,
+    MessageLayouts,
+    coded_layouts,
     coded_specs,
     decode,
     decoded,
     encode,
-    make_route,
     sent_bytes,
     travels_as_delta,
 )
 from ist.transport.message import Layout, Message, layout_of
 
 
-def route_of(split: SplitModel, exchange: Exchange, cut: Cut) -> Route:
+def message_layouts(split: SplitModel, exchange: Exchange, cut: Cut) -> MessageLayouts:
     """Return what a worker's messages look like.
 
     Args:
@@ -39,7 +39,7 @@ def route_of(split: SplitModel, exchange: Exchange, cut: Cut) -> Route:
         exchange: How values are coded on the way.
         cut: The worker's positions: `split.cut`.
     """
-    return make_route(layout_of(cut_specs(split.specs, cut)), exchange)
+    return coded_layouts(layout_of(cut_specs(split.specs, cut)), exchange)
 
 
 def sent_names(split: SplitModel, layout: Layout, round_number: int) -> list[str]:
@@ -47,9 +47,9 @@ def sent_names(split: SplitModel, layout: Layout, round_number: int) -> list[str
     return [name for name in layout.specs if round_number > 0 or name in split.model_specs]
 
 
-def down_bytes(split: SplitModel, route: Route, round_number: int) -> int:
+def down_bytes(split: SplitModel, layouts: MessageLayouts, round_number: int) -> int:
     """Return how much of the message to a worker is sent; see `sent_names`."""
-    return sent_bytes(route, sent_names(split, route.plain, round_number))
+    return sent_bytes(layouts, sent_names(split, layouts.plain, round_number))
 
 
 class Outgoing:
@@ -59,25 +59,25 @@ class Outgoing:
         self._split = split
         self._exchange = exchange
 
-    def route(self, cut: Cut) -> Route:
+    def layouts(self, cut: Cut) -> MessageLayouts:
         """Return what the messages of a cut look like."""
-        return route_of(self._split, self._exchange, cut)
+        return message_layouts(self._split, self._exchange, cut)
 
-    def write(self, store: ParameterStore, cut: Cut, round_number: int, envelope: Envelope) -> int:
-        """Cut a subnet into an envelope; return how many bytes of it are to be sent."""
-        route, into = envelope.route, envelope.down.tensors
-        for name in sent_names(self._split, route.plain, round_number):
-            if route.is_plain:
+    def write(self, store: ParameterStore, cut: Cut, round_number: int, buffers: MessageBuffers) -> int:
+        """Cut a subnet into its buffers; return how many bytes of it are to be sent."""
+        layouts, into = buffers.layouts, buffers.down.tensors
+        for name in sent_names(self._split, layouts.plain, round_number):
+            if layouts.is_plain:
                 store.extract(cut, into={name: into[name]})
             else:  # one tensor after the other: a subnet more would be the memory of a whole network in a finish
-                spec = route.plain.specs[name]
-                part = {name: torch.empty(spec.shape, dtype=spec.dtype, device=envelope.flat.device)}
+                spec = layouts.plain.specs[name]
+                part = {name: torch.empty(spec.shape, dtype=spec.dtype, device=buffers.flat.device)}
                 store.extract(cut, into=part)
                 encode(part, into, self._exchange.down)
-        return down_bytes(self._split, route, round_number)
+        return down_bytes(self._split, layouts, round_number)
 
 
-def read_trained(exchange: Exchange, store: ParameterStore, cut: Cut, envelope: Envelope) -> Mapping[str, Tensor]:
+def read_trained(exchange: Exchange, store: ParameterStore, cut: Cut, buffers: MessageBuffers) -> Mapping[str, Tensor]:
     """Return what a worker trained, by name: the coordinator's end of the way up.
 
     Args:
@@ -85,20 +85,20 @@ def read_trained(exchange: Exchange, store: ParameterStore, cut: Cut, envelope: 
         store: The full network. A tensor, when it is read, must be as it was when the subnet was cut, but for what
             other workers alone hold.
         cut: The worker's positions.
-        envelope: Its messages; the one up is read.
+        buffers: Its messages; the one up is read.
     """
-    return envelope.up.tensors if envelope.route.is_plain else _Trained(exchange, store, cut, envelope)
+    return buffers.up.tensors if buffers.layouts.is_plain else _Trained(exchange, store, cut, buffers)
 
 
 class _Trained(Mapping[str, Tensor]):
     """Tensors that are made of what has travelled when they are read, so that not all of all workers are in memory."""
 
-    def __init__(self, settings: Exchange, store: ParameterStore, cut: Cut, envelope: Envelope) -> None:
+    def __init__(self, settings: Exchange, store: ParameterStore, cut: Cut, buffers: MessageBuffers) -> None:
         self._settings = settings
         self._store = store
         self._cut = cut
-        self._coded = envelope.up.tensors
-        self._specs = envelope.route.plain.specs
+        self._coded = buffers.up.tensors
+        self._specs = buffers.layouts.plain.specs
 
     def __getitem__(self, name: str) -> Tensor:
         spec = self._specs[name]
@@ -139,42 +139,42 @@ class WorkerEnd:
         self._plain: Message | None = None
         self.taken: dict[str, Tensor] = {}
 
-    def open(self, envelope: Envelope) -> Message:
-        """Return the subnet that an envelope holds, to be trained in place."""
-        route = envelope.route
-        if route.is_plain:
-            return envelope.down
-        if self._plain is None or self._plain.layout != route.plain:
-            self._plain = Message(route.plain, self._device)
-        for name, value in decode(envelope.down.tensors, route.plain.specs, self._settings.down):
+    def open(self, buffers: MessageBuffers) -> Message:
+        """Return the subnet that the buffers hold, to be trained in place."""
+        layouts = buffers.layouts
+        if layouts.is_plain:
+            return buffers.down
+        if self._plain is None or self._plain.layout != layouts.plain:
+            self._plain = Message(layouts.plain, self._device)
+        for name, value in decode(buffers.down.tensors, layouts.plain.specs, self._settings.down):
             self._plain.tensors[name].copy_(value)
         return self._plain
 
-    def close(self, envelope: Envelope, trained: Message, neurons: Sequence[Indices]) -> None:
-        """Write the trained subnet into the envelope.
+    def close(self, buffers: MessageBuffers, trained: Message, neurons: Sequence[Indices]) -> None:
+        """Write the trained subnet into the buffers.
 
         Args:
-            envelope: The messages of the round; the one up is written.
+            buffers: The messages of the round; the one up is written.
             trained: The subnet; it is overwritten.
             neurons: For each group, those that the worker holds.
         """
-        route, settings = envelope.route, self._settings
-        if route.is_plain:
+        layouts, settings = buffers.layouts, self._settings
+        if layouts.is_plain:
             return
         tensors = trained.tensors
         if settings.values == "deltas":
-            for name, start in decode(envelope.down.tensors, route.plain.specs, settings.down):
-                if travels_as_delta(name, route.plain.specs[name]):
+            for name, start in decode(buffers.down.tensors, layouts.plain.specs, settings.down):
+                if travels_as_delta(name, layouts.plain.specs[name]):
                     tensors[name].sub_(start)
         if settings.error_feedback:
-            self._encode_with_feedback(envelope, tensors, neurons)
+            self._encode_with_feedback(buffers, tensors, neurons)
         else:
-            encode(tensors, envelope.up.tensors, settings.up)
+            encode(tensors, buffers.up.tensors, settings.up)
 
     def _encode_with_feedback(
-        self, envelope: Envelope, tensors: Mapping[str, Tensor], neurons: Sequence[Indices]
+        self, buffers: MessageBuffers, tensors: Mapping[str, Tensor], neurons: Sequence[Indices]
     ) -> None:
-        split, plain, coding = self._split, envelope.route.plain.specs, self._settings.up
+        split, plain, coding = self._split, buffers.layouts.plain.specs, self._settings.up
         rounded = {name: spec for name, spec in split.specs.items() if _is_rounded(name, spec, coding)}
         if not self.taken:
             self.taken = {
@@ -187,8 +187,8 @@ class WorkerEnd:
         # In float32, whatever the network's dtype: what was taken is small beside the change.
         for name, part in parts.items():
             part.add_(tensors[name])
-        encode({**tensors, **parts}, envelope.up.tensors, coding)
-        for name, value in decode(envelope.up.tensors, plain, coding):
+        encode({**tensors, **parts}, buffers.up.tensors, coding)
+        for name, value in decode(buffers.up.tensors, plain, coding):
             if name in parts:
                 parts[name].sub_(value)
         reassemble(self.taken, [cut], [(0, parts)], frozenset(parts))

@@ -29,7 +29,7 @@ from ist.subnet.split_model import SplitModel
 from ist.subnet.store import LocalStore
 from ist.tensors import TensorSpec
 from ist.transport.codec import coded_specs, decoded, encode
-from ist.transport.endpoints import down_bytes, route_of
+from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.message import Header, Layout, Message, layout_of
 
 Mark = tuple[bytes | None, ...]
@@ -96,13 +96,13 @@ def message_bytes(
         worker: Which worker.
     """
     main = schedule.main_round
-    route = route_of(split, exchange, split.cut(held.of(main)[worker]))
+    layouts = message_layouts(split, exchange, split.cut(held.of(main)[worker]))
     goes_on = main + 1 < schedule.num_rounds and schedule.spans[main + 1].stage == schedule.spans[main].stage
     earlier, later = (main, main + 1) if goes_on else (max(0, main - 1), main)
     frozen = 0
     if split.frozen_specs:
         frozen = frozen_bytes(split, exchange, held.of(later)[worker], held.of(earlier)[worker])
-    return down_bytes(split, route, 1) + frozen, route.up.nbytes
+    return down_bytes(split, layouts, 1) + frozen, layouts.up.nbytes
 
 
 class FrozenSender:

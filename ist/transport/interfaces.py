@@ -14,7 +14,7 @@ import torch
 
 from ist.measurements import Fault
 from ist.subnet.assignments import WorkerSlot
-from ist.transport.codec import Envelope, Route
+from ist.transport.codec import MessageBuffers, MessageLayouts
 from ist.transport.message import Message
 
 
@@ -24,13 +24,13 @@ class Subnet:
 
     Attributes:
         slot: Whose it is.
-        envelope: Its messages: the one to the worker is written before it leaves, the other when it is back.
+        buffers: Its messages: the one to the worker is written before it leaves, the other when it is back.
         sent_bytes: How much of the message down, from its beginning, goes to the worker; all of the other comes back.
         frozen: A message that goes to the worker beside it, with frozen parameters that it lacks; None: it has them.
     """
 
     slot: WorkerSlot
-    envelope: Envelope
+    buffers: MessageBuffers
     sent_bytes: int
     frozen: Message | None = None
 
@@ -79,12 +79,12 @@ class WorkerPool(Protocol):
         """Return a name of the process that is a worker of the round; who takes its place has another name."""
         ...
 
-    def envelope(self, worker: int, route: Route) -> Envelope:
+    def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:
         """Return memory for a worker's messages; in use until the next is asked for, or longer."""
         ...
 
     def submit(self, round_number: int, subnet: Subnet) -> None:
-        """Have a subnet trained for a round: begin to send it, and return; its envelope stays in use until it is back.
+        """Have a subnet trained for a round: begin to send it, and return; its buffers stay in use until it is back.
 
         Args:
             round_number: The round, from 0.
@@ -107,16 +107,16 @@ class WorkerPool(Protocol):
         ...
 
 
-class Buffers:
-    """One envelope for each worker, made anew only where its route changes."""
+class BufferCache:
+    """The buffers of each worker; they are replaced only when its layouts change."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._envelopes: dict[int, Envelope] = {}
+        self._by_worker: dict[int, MessageBuffers] = {}
 
-    def envelope(self, worker: int, route: Route) -> Envelope:
-        """Return the worker's envelope."""
-        found = self._envelopes.get(worker)
-        if found is None or found.route != route:
-            found = self._envelopes[worker] = Envelope(route, self._device)
+    def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:
+        """Return the worker's buffers."""
+        found = self._by_worker.get(worker)
+        if found is None or found.layouts != layouts:
+            found = self._by_worker[worker] = MessageBuffers(layouts, self._device)
         return found

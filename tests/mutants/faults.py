@@ -31,7 +31,7 @@ FAULTS = (
     # The coordinator's merge
     Fault(
         "values that are not finite are merged", "ist/training/coordinator.py",
-        "            self._check_finite(header, result.envelope.up.tensors, arrivals.num_workers)\n", "", ("tests/training/test_coordinator.py",),
+        "            self._check_finite(header, result.buffers.up.tensors, arrivals.num_workers)\n", "", ("tests/training/test_coordinator.py",),
     ),
     Fault(
         "any number of workers is enough", "ist/training/coordinator.py",

@@ -19,7 +19,7 @@ from ist.errors import ConfigError
 from ist.runs.open import _fingerprint
 from ist.subnet.job import assignments
 from ist.tensors import is_finite
-from ist.transport.endpoints import route_of
+from ist.transport.endpoints import message_layouts
 from tests.conftest import assert_same, clone, data, job_for, plain_loop, small_config
 from tests.networks import NETWORKS, seeded
 from tests.training.test_one_worker import run
@@ -105,7 +105,10 @@ def test_complex_weights_are_cut_and_merged() -> None:
 
     run(job)
 
-    assert route_of(job.split, job.config.exchange, assignments(job).cuts(0)[0]).plain.specs["waves"].shape == (4, 2)
+    assert message_layouts(job.split, job.config.exchange, assignments(job).cuts(0)[0]).plain.specs["waves"].shape == (
+        4,
+        2,
+    )
     moved = (model.waves != before["waves"]).float().mean()
     assert moved > 0.5  # weights of hidden units that are off for all samples do not move
 

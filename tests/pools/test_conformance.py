@@ -12,7 +12,7 @@ from ist.runs.split import split_of
 from ist.storage.checkpoint import read_tensors
 from ist.subnet.job import Job, assignments
 from ist.subnet.partition import sizes_vary
-from ist.transport.endpoints import down_bytes, route_of
+from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.frozen_parameters import frozen_bytes
 from tests.conftest import assert_same, run_forked_ranks
 from tests.pools.scenario import SCENARIOS, WORKERS, job, run
@@ -109,12 +109,12 @@ def test_the_bytes_counted_are_the_bytes_of_the_formula(torchrun: Outcome, coord
 def message_bytes(made: Job, round_number: int) -> list[tuple[int, int]]:
     """What goes to each worker in a round, and what comes back."""
     split, exchange, held = made.split, made.config.exchange, assignments(made)
-    routes = [route_of(split, exchange, cut) for cut in held.cuts(round_number)]
+    all_layouts = [message_layouts(split, exchange, cut) for cut in held.cuts(round_number)]
     before = held.of(round_number - 1) if round_number else [None] * WORKERS
     beside = [frozen_bytes(split, exchange, *both) for both in zip(held.of(round_number), before, strict=True)]
     return [
-        (down_bytes(made.split, route, round_number) + b, route.up.nbytes)
-        for route, b in zip(routes, beside, strict=True)
+        (down_bytes(made.split, layouts, round_number) + b, layouts.up.nbytes)
+        for layouts, b in zip(all_layouts, beside, strict=True)
     ]
 
 

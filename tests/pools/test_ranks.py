@@ -27,7 +27,7 @@ from ist.tensors import TensorSpec
 from ist.training.coordinator import Coordinator
 from ist.training.rounds import run_rounds
 from ist.training.worker_state import Keeper
-from ist.transport.endpoints import down_bytes, route_of
+from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.message import HEADER_BYTES, Header, Message, layout_of
 from tests.conftest import assert_same, clone, data, job_for, small_config
 from tests.networks import NETWORKS, seeded
@@ -108,12 +108,12 @@ def test_ranks_end_with_the_weights_of_the_inline_pool_and_count_each_byte_once(
 
     assert_same(model.state_dict(), expected.state_dict())
     workers = range(1 - spare, 3)
-    routes = [
-        [route_of(job.split, job.config.exchange, assignments(job).cuts(number)[worker]) for worker in workers]
+    all_layouts = [
+        [message_layouts(job.split, job.config.exchange, assignments(job).cuts(number)[worker]) for worker in workers]
         for number in range(job.schedule.num_rounds)
     ]
-    down = sum(down_bytes(job.split, route, number) for number, row in enumerate(routes) for route in row)
-    up = sum(route.up.nbytes for row in routes for route in row)
+    down = sum(down_bytes(job.split, layouts, number) for number, row in enumerate(all_layouts) for layouts in row)
+    up = sum(layouts.up.nbytes for row in all_layouts for layouts in row)
     assert (meter.sent.total(), meter.received.total()) == (down, up)
     assert coordinator.bytes_sent() == meter.total_bytes == down + up == ranks.crossed
     assert set(meter.sent) == set(meter.received) == set(workers)

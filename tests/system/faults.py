@@ -21,7 +21,7 @@ from ist.pools.ray_actor import RayWorker
 from ist.pools.ray_pool import RayPool
 from ist.subnet.assignments import WorkerSlot
 from ist.subnet.job import Job
-from ist.transport.codec import Envelope, Route
+from ist.transport.codec import MessageBuffers, MessageLayouts
 from ist.transport.interfaces import Lost, Subnet
 from ist.transport.message import HEADER_BYTES
 
@@ -122,10 +122,10 @@ class FaultyPool(RayPool):
         self._round = round_number
         return super().gather(round_number)
 
-    def envelope(self, worker: int, route: Route) -> Envelope:
+    def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:
         if worker == 0:
             self.strike("before send")
-        return super().envelope(worker, route)
+        return super().buffers(worker, layouts)
 
     def _result(self, ref: Any, subnet: Subnet) -> Subnet | Lost:
         result = super()._result(ref, subnet)

@@ -251,7 +251,7 @@ def before(function, of, count=1):
     return wrapped
 
 pool.RayPool.gather = noting(pool.RayPool.gather)
-pool.RayPool.envelope = before(pool.RayPool.envelope, "before send", 2)
+pool.RayPool.buffers = before(pool.RayPool.buffers, "before send", 2)
 pool.RayPool._result = before(pool.RayPool._result, "while training")
 pool.as_tensor = before(pool.as_tensor, "while sending back")
 ist.subnet.cut._put = before(ist.subnet.cut._put, "while merging", 4)

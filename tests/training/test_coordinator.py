@@ -14,8 +14,8 @@ from ist.pools.inline import InlinePool
 from ist.subnet.job import assignments
 from ist.training.coordinator import Coordinator, _report
 from ist.training.worker import Worker
-from ist.transport.codec import Envelope, Route
-from ist.transport.interfaces import Buffers, Lost, Subnet
+from ist.transport.codec import MessageBuffers, MessageLayouts
+from ist.transport.interfaces import BufferCache, Lost, Subnet
 from ist.transport.message import Header
 from tests.conftest import assert_same, clone, job_for, naming, worker_numbers
 from tests.networks import NETWORKS, seeded
@@ -35,8 +35,8 @@ class FaultyPool:
     def process(self, worker: int) -> str:
         return self.inner.process(worker)
 
-    def envelope(self, worker: int, route: Route) -> Envelope:
-        return self.inner.envelope(worker, route)
+    def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:
+        return self.inner.buffers(worker, layouts)
 
     def submit(self, round_number: int, subnet: Subnet) -> None:
         self.round_number = round_number
@@ -51,13 +51,13 @@ class FaultyPool:
                 continue
             if result.worker == self.spoil:
                 if self.how == "weight":
-                    result.envelope.up.tensors["linear_2.weight"][0, 0] = math.inf
+                    result.buffers.up.tensors["linear_2.weight"][0, 0] = math.inf
                 elif self.how == "loss":
-                    result.envelope.up.write_header(
+                    result.buffers.up.write_header(
                         Header(round_number, result.worker, worker_numbers(samples=10, loss_sum=math.nan))
                     )
                 elif self.how == "stale":
-                    result.envelope.up.write_header(Header(round_number - 1, result.worker, worker_numbers(samples=10)))
+                    result.buffers.up.write_header(Header(round_number - 1, result.worker, worker_numbers(samples=10)))
             yield result
 
     def close(self) -> None:
@@ -196,7 +196,7 @@ def test_rounds_reuse_their_buffers_without_mixing_them_up() -> None:
     for round_number in range(3):
         one.train_round(round_number)
     for round_number in range(3):
-        other._pool.inner._buffers = Buffers(torch.device("cpu"))  # type: ignore[attr-defined]
+        other._pool.inner._cache = BufferCache(torch.device("cpu"))  # type: ignore[attr-defined]
         other.train_round(round_number)
 
     assert_same(clone(one.model.state_dict()), clone(other.model.state_dict()))

@@ -42,10 +42,10 @@ class ChangingPool(InlinePool):
         shapes, round_number = [], self.round_number
         for result in super().results():
             assert isinstance(result, Subnet)
-            shapes.append(tuple(result.envelope.up.tensors["linear_1.bias"].shape))
-            header = result.envelope.up.read_header(round_number, result.worker)
+            shapes.append(tuple(result.buffers.up.tensors["linear_1.bias"].shape))
+            header = result.buffers.up.read_header(round_number, result.worker)
             took = self.seconds.get(f"worker {result.worker}", 1.0)
-            result.envelope.up.write_header(
+            result.buffers.up.write_header(
                 replace(header, numbers={**header.numbers, "compute_s": took * shapes[-1][0] ** 2})
             )
             yield result

@@ -13,8 +13,8 @@ from ist.runs.execute import execute
 from ist.subnet.cut import reassemble
 from ist.subnet.job import Job, assignments
 from ist.subnet.store import LocalStore
-from ist.transport.codec import Envelope
-from ist.transport.endpoints import Outgoing, WorkerEnd, read_trained, route_of
+from ist.transport.codec import MessageBuffers
+from ist.transport.endpoints import Outgoing, WorkerEnd, message_layouts, read_trained
 from ist.transport.quantize import dequantize, packed_columns, quantize
 from tests.conftest import assert_same, clone, job_for, whole_state
 from tests.networks import NETWORKS, seeded
@@ -54,26 +54,26 @@ def test_a_row_of_zeros_stays_and_a_row_that_is_not_finite_becomes_nan_alone() -
     assert found[2:].isnan().all()
 
 
-def there_and_back(job: Job, state: dict[str, Tensor], round_number: int, change: float = 0.0) -> list[Envelope]:
+def there_and_back(job: Job, state: dict[str, Tensor], round_number: int, change: float = 0.0) -> list[MessageBuffers]:
     """A round in which every worker adds `change` to all it gets; returns what crossed the network."""
-    outgoing, cuts, envelopes, trained = (
+    outgoing, cuts, messages, trained = (
         Outgoing(job.split, job.config.exchange),
         assignments(job).cuts(round_number),
         [],
         [],
     )
     for worker, (cut, neurons) in enumerate(zip(cuts, assignments(job).of(round_number), strict=True)):
-        envelope = Envelope(outgoing.route(cut))
-        outgoing.write(LocalStore(state), cut, round_number, envelope)
+        buffers = MessageBuffers(outgoing.layouts(cut))
+        outgoing.write(LocalStore(state), cut, round_number, buffers)
         end = WorkerEnd(job.split, job.config.exchange, torch.device("cpu"))
-        message = end.open(envelope)
+        message = end.open(buffers)
         for tensor in message.tensors.values():
             tensor.add_(change)
-        end.close(envelope, message, neurons)
-        trained.append((worker, read_trained(job.config.exchange, LocalStore(state), cut, envelope)))
-        envelopes.append(envelope)
+        end.close(buffers, message, neurons)
+        trained.append((worker, read_trained(job.config.exchange, LocalStore(state), cut, buffers)))
+        messages.append(buffers)
     reassemble(state, cuts, trained, assignments(job).exclusive(0))
-    return envelopes
+    return messages
 
 
 @pytest.mark.parametrize(
@@ -100,11 +100,11 @@ def test_a_subnet_that_comes_back_untouched_changes_nothing(exchange: dict[str, 
 
 def test_exact_weights_are_trained_where_they_arrive() -> None:
     job = job_for(seeded(BUILD))
-    envelope = Envelope(route_of(job.split, job.config.exchange, assignments(job).cuts(0)[0]))
+    buffers = MessageBuffers(message_layouts(job.split, job.config.exchange, assignments(job).cuts(0)[0]))
 
-    message = WorkerEnd(job.split, job.config.exchange, torch.device("cpu")).open(envelope)
+    message = WorkerEnd(job.split, job.config.exchange, torch.device("cpu")).open(buffers)
 
-    assert message.flat.data_ptr() == envelope.flat.data_ptr()
+    assert message.flat.data_ptr() == buffers.flat.data_ptr()
 
 
 @pytest.mark.parametrize(("coding", "tolerance"), [("float16", 1e-3), ("bfloat16", 8e-3), ("int8", 4e-3)])
@@ -145,18 +145,20 @@ def test_the_change_is_merged_whatever_rounding_did_on_the_way_down() -> None:
 @pytest.mark.parametrize(("coding", "bits"), [("int8", 8), ("int6", 6), ("int4", 4), ("float16", 16)])
 def test_a_rounded_message_has_the_bytes_of_the_formula(coding: str, bits: int) -> None:
     job = job_for(seeded(BUILD), exchange={"down": coding, "up": "exact"})
-    route = route_of(job.split, job.config.exchange, assignments(job).cuts(0)[1])
+    layouts = message_layouts(job.split, job.config.exchange, assignments(job).cuts(0)[1])
 
     expected = 128  # the header
-    for spec in route.plain.specs.values():
+    for spec in layouts.plain.specs.values():
         sizes = [math.prod(spec.shape) * 4]
         if len(spec.shape) == 2:
             rows, columns = spec.shape
             sizes = [rows * columns * 2] if bits == 16 else [rows * math.ceil(columns * bits / 8), rows * 4]
         expected += sum(math.ceil(size / 64) * 64 for size in sizes)
 
-    assert route.down.nbytes == expected
-    assert route.up.nbytes == route_of(job.split, job.config.exchange, assignments(job).cuts(0)[1]).plain.nbytes
+    assert layouts.down.nbytes == expected
+    assert (
+        layouts.up.nbytes == message_layouts(job.split, job.config.exchange, assignments(job).cuts(0)[1]).plain.nbytes
+    )
 
 
 def test_what_rounding_took_is_sent_later() -> None:
@@ -173,18 +175,18 @@ def test_what_rounding_took_is_sent_later() -> None:
 
     def one_round(round_number: int) -> None:
         (cut,), (neurons,) = assignments(job).cuts(round_number), assignments(job).of(round_number)
-        envelope = Envelope(outgoing.route(cut))
-        outgoing.write(LocalStore(state), cut, round_number, envelope)
-        message = end.open(envelope)
+        buffers = MessageBuffers(outgoing.layouts(cut))
+        outgoing.write(LocalStore(state), cut, round_number, buffers)
+        message = end.open(buffers)
         for name, tensor in message.tensors.items():
             change = torch.randn(tensor.shape, generator=generator)
             true_change[name] += change
             tensor.add_(change)
-        end.close(envelope, message, neurons)
+        end.close(buffers, message, neurons)
         reassemble(
             state,
             [cut],
-            [(0, read_trained(job.config.exchange, LocalStore(state), cut, envelope))],
+            [(0, read_trained(job.config.exchange, LocalStore(state), cut, buffers))],
             assignments(job).exclusive(0),
         )
 

@@ -19,7 +19,7 @@ from ist.runs.execute import execute
 from ist.runs.split import split_of
 from ist.subnet.job import Job, assignments
 from ist.training.coordinator import Coordinator
-from ist.transport.endpoints import down_bytes, route_of
+from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.frozen_parameters import FrozenParts, FrozenSender, frozen_bytes
 from ist.transport.message import HEADER_BYTES, Message
 from tests.conftest import assert_same, clone, data, job_for, plain_loop
@@ -134,7 +134,7 @@ def test_who_did_not_come_back_well_is_sent_everything_again() -> None:
         sent.append(meter.sent[1] - before)
         before = meter.sent[1]
 
-    whole = down_bytes(job.split, route_of(job.split, job.config.exchange, assignments(job).cuts(0)[1]), 1)
+    whole = down_bytes(job.split, message_layouts(job.split, job.config.exchange, assignments(job).cuts(0)[1]), 1)
     beside = frozen_bytes(job.split, job.config.exchange, assignments(job).of(0)[1], None)
     # It came back well but for the third round: after that the coordinator does not rely on what it holds.
     assert beside > 4 * (40 * 12 + 24 * 40)
