@@ -1,23 +1,23 @@
 #!/bin/sh
-# What a container of docker/compose.yaml does.
+# The roles of containers in docker/compose.yaml.
 #
-#   role.sh secrets         make the cluster's token and the run's secret, unless they are there
-#   role.sh head            be the head of the Ray cluster: its address book and its dashboard, but no worker
-#   role.sh worker          be a node with room for one worker
-#   role.sh train           train $IST_CONFIG on the cluster, write the report; goes on where an earlier run stopped
+#   role.sh secrets         create the cluster's token and the run's secret, unless they exist
+#   role.sh head            run the head of the Ray cluster and its dashboard, without a worker
+#   role.sh worker          run a node for one worker
+#   role.sh train           train $IST_CONFIG on the cluster and write the report; resumes an earlier run
 #   role.sh torchrun RANK   train $IST_CONFIG as node RANK of two, without Ray
-#   role.sh healthy WHAT    ask this container's Ray, at port/path WHAT, whether it is well
+#   role.sh healthy WHAT    check the health of this container's Ray at port/path WHAT
 #   role.sh COMMAND ...     run a command
 #
-# $IST_RUN names the run folder under /runs, $IST_TRAIN_ARGS has further options of ist train.
+# $IST_RUN names the run folder under /runs, $IST_TRAIN_ARGS contains further options of ist train.
 set -eu
 
-# A container may sit in two networks: the others are to see the address in the private one.
+# A container may be in two networks: other nodes must use its address in the private network.
 address_of() {
     getent ahostsv4 "$1" | head -n 1 | cut -d ' ' -f 1
 }
 
-# A busy machine may take longer than the half minute that Ray gives a node to start.
+# On a busy machine, a node may need longer than Ray's limit of half a minute to start.
 join() {
     for attempt in 1 2 3; do
         if ray start --address=ray-head:6379 --node-ip-address="$(address_of "$(hostname)")" \

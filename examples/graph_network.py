@@ -3,8 +3,8 @@
 python examples/graph_network.py                              # 4 workers in one process
 torchrun --nproc-per-node 4 examples/graph_network.py         # 4 processes, rank 0 coordinates
 
-The graph joins each of scikit-learn's handwritten digits with the eight that look most like it. Every worker holds
-the whole graph, as buffers of the network, and its own part of the labelled nodes; features and classes are never
+The graph connects each of scikit-learn's handwritten digits with the eight most similar ones. Every worker holds the
+full graph, as buffers of the network, and its own shard of the labelled nodes; input features and classes are not
 split. Needs `pip install torch-geometric scikit-learn`.
 
 Reference: Wolfe et al., arXiv 2102.10424 (GIST: independent subnets of graph networks).
@@ -47,7 +47,7 @@ def digits_graph(neighbours: int = 8) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def main() -> None:
-    """Train, and say how well it went."""
+    """Train, and print the accuracy."""
     torch.manual_seed(0)
     features, edges, classes = digits_graph()
     nodes = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))

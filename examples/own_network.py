@@ -29,7 +29,7 @@ class Spirals(Dataset[tuple[Tensor, Tensor]]):
 
 
 def main() -> None:
-    """Train, and say how well it went."""
+    """Train, and print the accuracy."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(2, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU(),

@@ -3,10 +3,10 @@
 
     python launch/ray_job.py configs/quickstart.yaml --run-dir /shared/runs/first [ist train options]
 
-RAY_API_SERVER_ADDRESS is the cluster's dashboard, http://127.0.0.1:8265 by default; RAY_AUTH_MODE=token and
-RAY_AUTH_TOKEN_PATH are as for every client. This folder travels along as the job's working directory, so that the
-cluster's nodes need only what the package depends on. Submitted again with the same --run-dir, which must lie where the
-job's driver can read it again, the run goes on from its last checkpoint.
+RAY_API_SERVER_ADDRESS is the cluster's dashboard, http://127.0.0.1:8265 by default; set RAY_AUTH_MODE=token and
+RAY_AUTH_TOKEN_PATH as for every client. This folder is uploaded as the job's working directory, so the cluster's nodes
+need only the package's dependencies. If you submit again with the same --run-dir, which every driver must be able to
+read, the run resumes from its last checkpoint.
 """
 
 import argparse
@@ -25,7 +25,7 @@ EXCLUDED = [".git", ".venv", ".*cache", "runs", "docs", "tests", "benchmarks", "
 
 
 def submit(client: JobSubmissionClient, command: str) -> str:
-    """Submit a job, as soon as a cluster that has just started takes jobs."""
+    """Submit a job; retry while a new cluster does not accept jobs yet."""
     environment = {"working_dir": str(ROOT), "excludes": EXCLUDED}
     for _ in range(12):
         try:
@@ -34,11 +34,11 @@ def submit(client: JobSubmissionClient, command: str) -> str:
             if "No available agent" not in str(error):
                 raise
             time.sleep(5)
-    sys.exit("the cluster takes no jobs: no node of it runs Ray's dashboard agent (pip install 'ray[default]')")
+    sys.exit("the cluster accepts no jobs: none of its nodes runs Ray's dashboard agent (pip install 'ray[default]')")
 
 
 async def follow(client: JobSubmissionClient, job: str) -> JobStatus:
-    """Print a job's output until it ends, and return how it ended."""
+    """Print a job's output until it ends, and return its final status."""
     async for lines in client.tail_job_logs(job):
         print(lines, end="", flush=True)
     while not (status := client.get_job_status(job)).is_terminal():
@@ -52,10 +52,10 @@ def main() -> None:
     folder.add_argument("--run-dir", type=Path)
     run_dir = folder.parse_known_args()[0].run_dir
     if run_dir is None or not run_dir.is_absolute() or {"-h", "--help"} & set(sys.argv):
-        sys.exit(f"{__doc__}\n--run-dir is needed: an absolute path")
+        sys.exit(f"{__doc__}\n--run-dir is required: an absolute path")
     if any(re.search(r"://\S*:\S*@", argument) for argument in sys.argv):
         sys.exit(
-            "a URL on this command line holds a password, which Ray's dashboard would show: give it in the environment"
+            "a URL on this command line contains a password, which Ray's dashboard would show: use the environment"
         )
     command = ["python", "-m", "ist", "train", *sys.argv[1:], "--pool", "ray", "--address", "auto", "--auto-resume"]
     client = JobSubmissionClient(os.environ.get("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:8265"))
@@ -65,7 +65,7 @@ def main() -> None:
         status = asyncio.run(follow(client, job))
     except KeyboardInterrupt:
         client.stop_job(job)
-        sys.exit(f"job {job}: stopped; submit it again to go on")
+        sys.exit(f"job {job}: stopped; submit it again to resume")
     sys.exit(0 if status == JobStatus.SUCCEEDED else f"job {job}: {status}")
 
 

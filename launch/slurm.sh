@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train on a Slurm cluster, one process a task:
+# Train on a Slurm cluster, one process per task:
 #
 #   sbatch --ntasks 5 launch/slurm.sh configs/quickstart.yaml [ist train options]
 #

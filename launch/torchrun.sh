@@ -3,12 +3,12 @@
 #
 #   HEAD=10.0.0.1:29500 NODES=2 PER_NODE=2 launch/torchrun.sh configs/quickstart.yaml --set pool.coordinator=trains
 #
-# What follows the script are the arguments of `ist train`. All machines need this package, your own modules and the data.
-# NODES may be a range such as 1:4 for machines that come and go (with train.workers={min: ..., max: ...}), and RESTARTS how
-# often the processes are started anew after one has died: add --run-dir DIR --auto-resume, DIR on a shared disk.
-# IST_SECRET_FILE names the run's secret, the same on all machines; by default ~/.ist/secret, made on first use.
-# LOCAL_ADDR is the address under which the others reach this machine, if its host name does not say so.
-# GLOO_SOCKET_IFNAME (or NCCL_SOCKET_IFNAME) is the interface to use, if there are several.
+# All arguments are passed to `ist train`. All machines need this package, your own modules and the data.
+# NODES may be a range such as 1:4 if machines join and leave (with train.workers={min: ..., max: ...}). RESTARTS is the number
+# of restarts after a process has died: add --run-dir DIR --auto-resume, with DIR on a shared disk.
+# IST_SECRET_FILE names the run's secret, the same on all machines; default: ~/.ist/secret, created on first use.
+# LOCAL_ADDR is the address by which other machines reach this one, if its host name does not resolve to it.
+# GLOO_SOCKET_IFNAME (or NCCL_SOCKET_IFNAME) is the network interface to use, if there are several.
 # train.workers must be NODES * PER_NODE (one less with pool.coordinator=dedicated).
 set -euo pipefail
 : "${HEAD:?set HEAD to host:port of the first machine}" "${NODES:?set NODES}" "${PER_NODE:?set PER_NODE}"
@@ -18,11 +18,11 @@ if [ -n "${LOCAL_ADDR:-}" ]; then
     [ "$LOCAL_ADDR" = "${HEAD%:*}" ] && host=1
     where=(--local-addr "$LOCAL_ADDR" --rdzv-conf "is_host=$host")
 fi
-# Strangers who only connect must not use up the descriptors of torchrun's store.
+# Strangers who connect must not use up the file descriptors of torchrun's store.
 ulimit -n "$(ulimit -Hn)"
-# Otherwise torch 2.13 does not tell a node that joins later where rank 0 is.
+# Otherwise torch 2.13 does not send rank 0's address to a node that joins later.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
-# torchrun ends at SIGHUP or SIGINT even where they are ignored, as under nohup, unless it is told not to.
+# Without this option, torchrun ends at SIGHUP or SIGINT even if they are ignored, as under nohup.
 ignored=$((16#$(sed -n 's/^SigIgn:[[:space:]]*//p' /proc/self/status 2>/dev/null || true)0 / 16))
 signals=()
 if [ $((ignored & 7)) != 0 ]; then
