@@ -24,7 +24,7 @@ from ist.pools.ray_pool import RayPool
 from ist.runs.execute import execute
 from ist.runs.open import check_method
 from ist.storage.run_folder import create_run_folder
-from tests.conftest import ROOT, Run, assert_same, config_tree, data, run_group, small_config, wait_for
+from tests.conftest import ROOT, Run, assert_same, config_tree, data, naming, run_group, small_config, wait_for
 from tests.networks import NETWORKS, seeded
 from tests.pools.scenario import SCENARIOS, job, run
 from tests.pools.test_conformance import message_bytes, outcome
@@ -185,7 +185,7 @@ def test_a_client_without_the_clusters_token_is_refused_and_told_what_is_missing
 
 
 def test_other_methods_do_not_run_on_ray() -> None:
-    with pytest.raises(ConfigError, match="pool.kind must be 'torchrun', not 'ray'"):
+    with pytest.raises(ConfigError, match=naming("'ddp'", "pool.kind 'torchrun'", "'ray'")):
         check_method(small_config(method="ddp", pool={"kind": "ray"}))
 
 

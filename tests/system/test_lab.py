@@ -19,7 +19,7 @@ import yaml
 from ist.config.link_rate import Link
 from ist.errors import LabError
 from ist.launch.lab_hosts import Host, hosts, why_not
-from tests.conftest import ROOT, Run, config_tree, run_group, wait_for
+from tests.conftest import ROOT, Run, config_tree, naming, run_group, wait_for
 
 pytestmark = [
     pytest.mark.system,
@@ -144,7 +144,7 @@ def test_the_wire_carries_every_frames_headers_and_counters_are_the_interfaces_o
 
 
 def test_a_host_without_a_rate_counts_no_wire_bytes() -> None:
-    with hosts(1) as (host,), pytest.raises(LabError, match="host 0 has a link of no rate"):
+    with hosts(1) as (host,), pytest.raises(LabError, match=naming("host 0", "without a rate")):
         host.wire_bytes()
 
 
