@@ -30,7 +30,7 @@ from ist.rng import Indices, Purpose, seeded
 from ist.subnet.assignments import Assignments
 from ist.subnet.cut import Cut, cut_specs, extract, positions
 from ist.subnet.job import Job, assignments
-from ist.subnet.module import NarrowPlan, along, bind, leave_out
+from ist.subnet.module import SubmodelPlan, along, bind, leave_out
 from ist.subnet.residual_blocks import scaled_blocks
 from ist.subnet.split_model import SplitModel
 from ist.tensors import TensorSpec, named_tensors
@@ -123,7 +123,7 @@ def verify_cut(split: SplitModel, whole: nn.Module, example: object, neurons: Se
 
 def _compared(
     split: SplitModel,
-    plan: NarrowPlan,
+    plan: SubmodelPlan,
     cut: Cut,
     masked: nn.Module,
     runs: Sequence[Callable[[], dict[str, Tensor]]],
@@ -270,7 +270,7 @@ def _disturb(module: nn.Module) -> None:
                 parameter.copy_(torch.where(usual, moved, parameter))
 
 
-def _masked(split: SplitModel, whole: nn.Module, plan: NarrowPlan, cut: Cut, neurons: Sequence[Indices]) -> nn.Module:
+def _masked(split: SplitModel, whole: nn.Module, plan: SubmodelPlan, cut: Cut, neurons: Sequence[Indices]) -> nn.Module:
     """The whole network with the outgoing weights of all other neurons set to zero: the oracle of a subnet."""
     masked = copied(whole)
     for path in plan.absent:
@@ -349,7 +349,7 @@ def _repeatable_results(module: nn.Module, example: object, detour: Detour | Non
             child._buffers.update(buffers)
 
 
-def _restricted(split: SplitModel, plan: NarrowPlan, cut: Cut, results: dict[str, Tensor]) -> dict[str, Tensor]:
+def _restricted(split: SplitModel, plan: SubmodelPlan, cut: Cut, results: dict[str, Tensor]) -> dict[str, Tensor]:
     """Restrict the gradients of the masked whole network to the part that a narrow one has."""
     restricted = {}
     for what, tensor in results.items():

@@ -30,7 +30,7 @@ Scale = float | tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class NarrowPlan:
+class SubmodelPlan:
     """What a narrow network looks like.
 
     Attributes:
@@ -62,8 +62,8 @@ def leave_out(module: nn.Module, path: str) -> None:
     setattr(module.get_submodule(parent), name, Skip())
 
 
-def narrow_module(
-    template: nn.Module, plan: NarrowPlan, device: torch.device, constants: Mapping[str, Tensor] | None = None
+def make_submodel(
+    template: nn.Module, plan: SubmodelPlan, device: torch.device, constants: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
     """Return a copy of `template` with narrow tensors, in the same modes.
 
@@ -80,12 +80,12 @@ def narrow_module(
     module = copied(template)
     for path in plan.absent:
         leave_out(module, path)
-    _narrow_tensors(module, plan, device, constants or {})
+    _replace_tensors(module, plan, device, constants or {})
     for origin, value in plan.sizes.items():
         if not _is_absent(origin.path, plan):
             set_integer(module, origin, value)
     for child in module.modules():
-        _narrow_attributes(child)
+        _set_size_attributes(child)
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
             child.reset_running_stats()
     for path, resizes in plan.calls.items():
@@ -97,7 +97,7 @@ def narrow_module(
     return module
 
 
-def _is_absent(path: str, plan: NarrowPlan) -> bool:
+def _is_absent(path: str, plan: SubmodelPlan) -> bool:
     return path in plan.absent or path.startswith(tuple(f"{absent}." for absent in plan.absent))
 
 
@@ -105,7 +105,7 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Let a narrow module's parameters and buffers be the given tensors, without copying.
 
     Args:
-        module: A module from `narrow_module`.
+        module: A module from `make_submodel`.
         tensors: Name to tensor of the module's shape, on its device; may leave buffers out.
     """
     for name, parameter in module.named_parameters():
@@ -253,11 +253,13 @@ def _owner(template: nn.Module, tensor: str) -> nn.Module:
     return template.get_submodule(tensor.rpartition(".")[0])
 
 
-def _narrow_tensors(module: nn.Module, plan: NarrowPlan, device: torch.device, constants: Mapping[str, Tensor]) -> None:
+def _replace_tensors(
+    module: nn.Module, plan: SubmodelPlan, device: torch.device, constants: Mapping[str, Tensor]
+) -> None:
     """Replace every tensor by a narrow one; a tied one by one and the same."""
     made: dict[int, Tensor] = {}
 
-    def narrow(name: str, tensor: Tensor) -> Tensor:
+    def resized(name: str, tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
             shape = plan.specs[name].shape if name in plan.specs else tuple(tensor.shape)
             if name in constants:
@@ -270,13 +272,13 @@ def _narrow_tensors(module: nn.Module, plan: NarrowPlan, device: torch.device, c
     for prefix, child in module.named_modules():
         for name, parameter in list(child._parameters.items()):
             if parameter is not None:
-                setattr(child, name, narrow(_join(prefix, name), parameter))  # recurrent layers note the new one
+                setattr(child, name, resized(_join(prefix, name), parameter))  # recurrent layers note the new one
         for name, buffer in list(child._buffers.items()):
             if buffer is not None:
-                child._buffers[name] = narrow(_join(prefix, name), buffer)
+                child._buffers[name] = resized(_join(prefix, name), buffer)
         for name, value in list(vars(child).items()):
             if isinstance(value, Tensor):
-                vars(child)[name] = narrow(_join(prefix, name), value)
+                vars(child)[name] = resized(_join(prefix, name), value)
 
 
 def along(scale: Scale, dim: int, like: Tensor) -> float | Tensor:
@@ -302,7 +304,7 @@ def _scale(module: nn.Module, name: str, dim: int, scale: Scale) -> None:
     module.__class__ = type(f"Scaled{base.__name__}", (base,), {name: property(scaled)})
 
 
-def _narrow_attributes(module: nn.Module) -> None:
+def _set_size_attributes(module: nn.Module) -> None:
     # The forward of most of these does not read them, but a narrow module should describe itself rightly.
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape

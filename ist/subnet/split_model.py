@@ -22,7 +22,7 @@ from ist.neurons.trial import SubnetTrial
 from ist.optimization.optimizers import StateSlot
 from ist.rng import Indices
 from ist.subnet.cut import Cut, absent_modules, cut_specs, exclusive_names, extract, positions
-from ist.subnet.module import NarrowPlan, Scale, declared_sizes, input_scales, narrow_module
+from ist.subnet.module import Scale, SubmodelPlan, declared_sizes, input_scales, make_submodel
 from ist.tensors import TensorSpec, constant_tensors, named_tensors, tensor_specs
 
 
@@ -82,7 +82,7 @@ class SplitModel:
         """Return the positions of a worker's part of every frozen parameter."""
         return positions(self.groups, self.frozen_specs, neurons) if self.frozen_specs else {}
 
-    def plan(self, neurons: Sequence[Indices]) -> NarrowPlan:
+    def plan(self, neurons: Sequence[Indices]) -> SubmodelPlan:
         """Return what the module of a worker looks like: shapes, sizes in attributes, scales, absent modules.
 
         Raises:
@@ -90,11 +90,11 @@ class SplitModel:
         """
         return self._plan(neurons, positions(self.groups, self.everything, neurons))
 
-    def _plan(self, neurons: Sequence[Indices], cut: Cut) -> NarrowPlan:
+    def _plan(self, neurons: Sequence[Indices], cut: Cut) -> SubmodelPlan:
         held = {group.name: numbers for group, numbers in zip(self.groups, neurons, strict=True)}
         specs = cut_specs(self.everything, cut)
         declared = declared_sizes(self.template, self.declared, self.everything, specs)
-        return NarrowPlan(
+        return SubmodelPlan(
             specs,
             submodel_sizes([size for size in self.found.sizes if size.origin not in declared], held) | declared,
             self._scales(neurons) if self.activation_scale == "width" else {},
@@ -111,7 +111,7 @@ class SplitModel:
             held = {name: whole for name, whole in self.constants.items() if name in cut}
             constants = {name: torch.empty(plan.specs[name].shape, dtype=whole.dtype) for name, whole in held.items()}
             extract(held, cut, into=constants)
-        return narrow_module(self.template, plan, device, constants)
+        return make_submodel(self.template, plan, device, constants)
 
     def folded_scales(self, neurons: Sequence[Indices]) -> dict[str, tuple[int, Scale]]:
         """Return by what a worker multiplies its part of a parameter while it trains it; see `input_scales`."""
