@@ -143,9 +143,9 @@ class Worker:
             steps=steps, samples=samples, loss_sum=total, compute_s=elapsed, cpu_s=cpu_s, gauge=self.gauge
         )
         if is_spoilt:
-            self._end.taken = {}
+            self._end.residuals = {}
         else:
-            self._keeper.keep(optimizer, named, self._end.taken, round_number)
+            self._keeper.keep(optimizer, named, self._end.residuals, round_number)
         if is_due(job, round_number):
             with located(f"round {round_number}, worker {self.number}"):
                 self._operators = check_forward(job, module, neurons, self._operators, self.device)
@@ -155,7 +155,7 @@ class Worker:
     def _recover(self, round_number: int) -> None:
         """Take up what was kept where this worker's first round follows a checkpoint."""
         taken = self._keeper.recover(round_number)
-        self._end.taken = {name: tensor.to(self.device) for name, tensor in taken.items()}
+        self._end.residuals = {name: tensor.to(self.device) for name, tensor in taken.items()}
         self._is_new = False
 
     def _is_spoilt(self, round_number: int, loss_sum: float, trained: Message) -> bool:

@@ -137,7 +137,7 @@ class WorkerEnd:
         self._device = device
         self._settings = exchange
         self._plain: Message | None = None
-        self.taken: dict[str, Tensor] = {}
+        self.residuals: dict[str, Tensor] = {}
 
     def open(self, buffers: MessageBuffers) -> Message:
         """Return the subnet that the buffers hold, to be trained in place."""
@@ -176,14 +176,14 @@ class WorkerEnd:
     ) -> None:
         split, plain, coding = self._split, buffers.layouts.plain.specs, self._settings.up
         rounded = {name: spec for name, spec in split.specs.items() if _is_rounded(name, spec, coding)}
-        if not self.taken:
-            self.taken = {
+        if not self.residuals:
+            self.residuals = {
                 name: torch.zeros(spec.shape, dtype=torch.float32, device=self._device)
                 for name, spec in rounded.items()
             }
         cut = positions(split.groups, rounded, neurons)
         parts = {name: torch.empty(plain[name].shape, device=self._device) for name in cut}
-        extract(self.taken, cut, into=parts)
+        extract(self.residuals, cut, into=parts)
         # In float32, whatever the network's dtype: what was taken is small beside the change.
         for name, part in parts.items():
             part.add_(tensors[name])
@@ -191,7 +191,7 @@ class WorkerEnd:
         for name, value in decode(buffers.up.tensors, plain, coding):
             if name in parts:
                 parts[name].sub_(value)
-        reassemble(self.taken, [cut], [(0, parts)], frozenset(parts))
+        reassemble(self.residuals, [cut], [(0, parts)], frozenset(parts))
 
 
 def _is_rounded(name: str, spec: TensorSpec, coding: Coding) -> bool:

@@ -194,7 +194,7 @@ def test_what_rounding_took_is_sent_later() -> None:
         one_round(round_number)
 
     name = "linear_1.weight" if "linear_1.weight" in state else next(n for n, t in state.items() if t.ndim == 2)
-    kept = end.taken[name]
+    kept = end.residuals[name]
     # 1e-4: sums of three rounds in float32. Sent so far + still kept = all that was trained.
     assert torch.allclose(state[name] - before[name] + kept, true_change[name], atol=1e-4)
     assert kept.abs().max() > 0.1
