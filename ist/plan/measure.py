@@ -32,7 +32,7 @@ from ist.subnet.store import LocalStore
 from ist.training.local_loop import TaskLoop, local_steps
 from ist.training.worker import Worker
 from ist.transport.codec import MessageBuffers
-from ist.transport.endpoints import Outgoing, WorkerEnd, message_layouts, read_trained
+from ist.transport.endpoints import SubnetWriter, WorkerEndpoint, message_layouts, read_trained
 from ist.transport.frozen_parameters import FrozenSender
 from ist.transport.interfaces import BufferCache
 
@@ -127,8 +127,8 @@ def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
         neurons, main = held.of(0)[number], held.of(job.schedule.main_round)[number]
         buffers = MessageBuffers(message_layouts(job.split, job.config.exchange, job.split.cut(main)), device)
         whole, exchange = _state(job, device), job.config.exchange
-        outgoing, cut = Outgoing(job.split, exchange), job.split.cut(neurons)
-        outgoing.write(LocalStore(whole), cut, 1, buffers)
+        writer, cut = SubnetWriter(job.split, exchange), job.split.cut(neurons)
+        writer.write(LocalStore(whole), cut, 1, buffers)
         fresh = buffers.flat.clone()
 
         def train(job: Job) -> None:
@@ -138,7 +138,7 @@ def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
 
         frozen, _ = FrozenSender(job.split, exchange, whole, device).write("", number, 0, job.split.frozen_cut(neurons))
         fixed = worker.frozen.update(neurons, number, 0, frozen, device)
-        bind(worker.module, {**WorkerEnd(job.split, exchange, device).open(buffers).tensors, **fixed})
+        bind(worker.module, {**WorkerEndpoint(job.split, exchange, device).open(buffers).tensors, **fixed})
         _try_smallest(job, number, worker.loop.shard, worker.module, device)
         step_s = _step_s(train, job, device)
         batch = fetch(worker.loop.shard, job.schedule.sampler.batch(number, 0), device)
@@ -152,16 +152,16 @@ def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
 
 def measure_coordinator(job: Job, device: torch.device) -> CoordinatorCost:
     """Measure the coordinator's own work in a round: partition, cut, check and merge."""
-    state, cache, outgoing = _state(job, device), BufferCache(device), Outgoing(job.split, job.config.exchange)
+    state, cache, writer = _state(job, device), BufferCache(device), SubnetWriter(job.split, job.config.exchange)
     held = assignments(job)
     rounds = iter(range(10**9))  # every round has its own partition, as in a run
 
     def cut() -> tuple[list[Cut], list[MessageBuffers]]:
         round_number = next(rounds)
         cuts = [job.split.cut(neurons) for neurons in held.of(round_number)]
-        messages = [cache.buffers(worker, outgoing.layouts(part)) for worker, part in enumerate(cuts)]
+        messages = [cache.buffers(worker, writer.layouts(part)) for worker, part in enumerate(cuts)]
         for part, buffers in zip(cuts, messages, strict=True):
-            outgoing.write(LocalStore(state), part, 1, buffers)
+            writer.write(LocalStore(state), part, 1, buffers)
         return cuts, messages
 
     cuts, messages = cut()

@@ -29,7 +29,7 @@ from ist.training.outer_optimizer import OuterStep
 from ist.training.rounds import RoundReport
 from ist.training.speed_balance import SpeedBalance
 from ist.transport.codec import SCALE
-from ist.transport.endpoints import Outgoing, read_trained
+from ist.transport.endpoints import SubnetWriter, read_trained
 from ist.transport.frozen_parameters import FrozenSender
 from ist.transport.interfaces import Lost, Subnet, WorkerPool
 from ist.transport.message import Header
@@ -64,7 +64,7 @@ class Coordinator:
         self._min_returned = min_returned(job.config)
         self._balance = SpeedBalance() if job.config.partition.balance == "speed" else None
         self._held = assignments(job)
-        self._outgoing = Outgoing(job.split, job.config.exchange)
+        self._writer = SubnetWriter(job.split, job.config.exchange)
         self._device = device = next(model.parameters()).device
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.data = tensor.data.contiguous()
@@ -180,8 +180,8 @@ class Coordinator:
     def _cut(self, round_number: int, slot: WorkerSlot, cut: Cut) -> Subnet:
         """Cut a worker's subnet into the memory that the pool gives for it, with what it lacks of frozen parameters."""
         worker = slot.worker
-        buffers = self._pool.buffers(worker, self._outgoing.layouts(cut))
-        sent = self._outgoing.write(self._store, cut, round_number, buffers)
+        buffers = self._pool.buffers(worker, self._writer.layouts(cut))
+        sent = self._writer.write(self._store, cut, round_number, buffers)
         neurons = self._held.of(round_number, slot.team)[worker]
         frozen, relies = self._frozen.write(
             self._pool.process(worker), worker, round_number, self.job.split.frozen_cut(neurons)

@@ -25,7 +25,7 @@ from ist.tensors import is_finite
 from ist.training.local_loop import TaskLoop, local_steps
 from ist.training.worker_state import Keeper, Site
 from ist.transport.codec import MessageBuffers
-from ist.transport.endpoints import WorkerEnd
+from ist.transport.endpoints import WorkerEndpoint
 from ist.transport.frozen_parameters import FrozenParts, check_frozen, checksums
 from ist.transport.message import Header, Message
 
@@ -62,7 +62,7 @@ class Worker:
         self.module = job.split.module(self.neurons(0), device)
         self._keeper = Keeper(job, slot, held, site)
         self._is_new = True
-        self._end = WorkerEnd(job.split, job.config.exchange, device)
+        self._end = WorkerEndpoint(job.split, job.config.exchange, device)
         self.frozen = frozen or FrozenParts(job.split, job.config.exchange)
         self._buffers = {name for name, _ in job.split.template.named_buffers()}
         self._operators: Operators | None = None

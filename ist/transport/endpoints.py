@@ -52,7 +52,7 @@ def down_bytes(split: SplitModel, layouts: MessageLayouts, round_number: int) ->
     return sent_bytes(layouts, sent_names(split, layouts.plain, round_number))
 
 
-class Outgoing:
+class SubnetWriter:
     """The coordinator's end of the way down."""
 
     def __init__(self, split: SplitModel, exchange: Exchange) -> None:
@@ -116,7 +116,7 @@ class _Trained(Mapping[str, Tensor]):
         return len(self._specs)
 
 
-class WorkerEnd:
+class WorkerEndpoint:
     """A worker's end of both ways.
 
     Holds memory for the subnet where what travels is not what is trained, and what rounding took where it is fed back.

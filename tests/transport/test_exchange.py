@@ -14,7 +14,7 @@ from ist.subnet.cut import reassemble
 from ist.subnet.job import Job, assignments
 from ist.subnet.store import LocalStore
 from ist.transport.codec import MessageBuffers
-from ist.transport.endpoints import Outgoing, WorkerEnd, message_layouts, read_trained
+from ist.transport.endpoints import SubnetWriter, WorkerEndpoint, message_layouts, read_trained
 from ist.transport.quantize import dequantize, packed_columns, quantize
 from tests.conftest import assert_same, clone, job_for, whole_state
 from tests.networks import NETWORKS, seeded
@@ -56,16 +56,16 @@ def test_a_row_of_zeros_stays_and_a_row_that_is_not_finite_becomes_nan_alone() -
 
 def there_and_back(job: Job, state: dict[str, Tensor], round_number: int, change: float = 0.0) -> list[MessageBuffers]:
     """A round in which every worker adds `change` to all it gets; returns what crossed the network."""
-    outgoing, cuts, messages, trained = (
-        Outgoing(job.split, job.config.exchange),
+    writer, cuts, messages, trained = (
+        SubnetWriter(job.split, job.config.exchange),
         assignments(job).cuts(round_number),
         [],
         [],
     )
     for worker, (cut, neurons) in enumerate(zip(cuts, assignments(job).of(round_number), strict=True)):
-        buffers = MessageBuffers(outgoing.layouts(cut))
-        outgoing.write(LocalStore(state), cut, round_number, buffers)
-        end = WorkerEnd(job.split, job.config.exchange, torch.device("cpu"))
+        buffers = MessageBuffers(writer.layouts(cut))
+        writer.write(LocalStore(state), cut, round_number, buffers)
+        end = WorkerEndpoint(job.split, job.config.exchange, torch.device("cpu"))
         message = end.open(buffers)
         for tensor in message.tensors.values():
             tensor.add_(change)
@@ -102,7 +102,7 @@ def test_exact_weights_are_trained_where_they_arrive() -> None:
     job = job_for(seeded(BUILD))
     buffers = MessageBuffers(message_layouts(job.split, job.config.exchange, assignments(job).cuts(0)[0]))
 
-    message = WorkerEnd(job.split, job.config.exchange, torch.device("cpu")).open(buffers)
+    message = WorkerEndpoint(job.split, job.config.exchange, torch.device("cpu")).open(buffers)
 
     assert message.flat.data_ptr() == buffers.flat.data_ptr()
 
@@ -165,18 +165,18 @@ def test_what_rounding_took_is_sent_later() -> None:
     model = seeded(BUILD)
     exchange = {"up": "int2", "values": "deltas", "error_feedback": True}
     job = job_for(model, train__workers=1, exchange=exchange)
-    outgoing, state = Outgoing(job.split, job.config.exchange), whole_state(job, model)
+    writer, state = SubnetWriter(job.split, job.config.exchange), whole_state(job, model)
     before, end, generator = (
         clone(state),
-        WorkerEnd(job.split, job.config.exchange, torch.device("cpu")),
+        WorkerEndpoint(job.split, job.config.exchange, torch.device("cpu")),
         torch.Generator().manual_seed(0),
     )
     true_change = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
 
     def one_round(round_number: int) -> None:
         (cut,), (neurons,) = assignments(job).cuts(round_number), assignments(job).of(round_number)
-        buffers = MessageBuffers(outgoing.layouts(cut))
-        outgoing.write(LocalStore(state), cut, round_number, buffers)
+        buffers = MessageBuffers(writer.layouts(cut))
+        writer.write(LocalStore(state), cut, round_number, buffers)
         message = end.open(buffers)
         for name, tensor in message.tensors.items():
             change = torch.randn(tensor.shape, generator=generator)
