@@ -32,7 +32,7 @@ from ist.config.load import validate
 from ist.launch.lab_hosts import hosts, run_ranks, why_not
 from ist.models.mlp import MLP
 from ist.runs.build import make_job
-from ist.subnet.cut import cut_specs, extract, placed, reassemble
+from ist.subnet.cut import cut_specs, extract, on_device, reassemble
 from ist.subnet.job import Job, assignments, slot_of
 from ist.training.worker import Worker
 from ist.transport.codec import MessageBuffers
@@ -132,11 +132,11 @@ def cut_and_merge(device: torch.device, repeats: int, width: int) -> dict[str, f
     tensors = model.state_dict()
     state = {name: tensors[name] for name in job.split.specs}
     computed = assignments(job).cuts(0)
-    cuts = placed(computed, device)
+    cuts = on_device(computed, device)
     messages = [Message(layout_of(cut_specs(job.split.specs, cut)), device) for cut in cuts]
 
     def cut_all() -> None:
-        for cut, message in zip(placed(computed, device), messages, strict=True):
+        for cut, message in zip(on_device(computed, device), messages, strict=True):
             extract(state, cut, message.tensors)
 
     def merge_all() -> None:

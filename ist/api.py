@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from typing_extensions import Unpack
 
-from ist.checks.gradient_reach import check_held
+from ist.checks.gradient_reach import check_captured_network
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
 from ist.config.schema import Checkpoint, Evaluate, Optimizer, Pool, Schedule, Watch
@@ -202,7 +202,7 @@ def train(
     """
     config = train_config(locals())
     check_watch(config)
-    check_held(loss, model)
+    check_captured_network(loss, model)
     function = loss_function(loss) if isinstance(loss, str) else loss
     with uncompiled(model) as plain, preserve_modes(plain):
         check_network(plain, is_split=True)

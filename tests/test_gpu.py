@@ -15,7 +15,7 @@ from ist.distributed.memory_limit import limited_memory
 from ist.errors import MemoryLimitError
 from ist.storage.checkpoint import read_tensors
 from ist.storage.run_folder import create_run_folder
-from ist.subnet.cut import cut_specs, extract, placed, reassemble
+from ist.subnet.cut import cut_specs, extract, on_device, reassemble
 from ist.subnet.job import assignments
 from tests.baselines.program import RESUMED, RUNS
 from tests.baselines.program import WORKERS as RANKS
@@ -44,7 +44,7 @@ def test_cutting_and_merging_on_the_gpu_gives_the_bits_of_the_cpu(network: str) 
     cuts = assignments(job).cuts(1)
     trained: dict[str, list[Any]] = {"cpu": [], "cuda": []}
     for device, state in (("cpu", on_cpu), ("cuda", on_gpu)):
-        there = placed(cuts, torch.device(device))
+        there = on_device(cuts, torch.device(device))
         for worker, cut in enumerate(there):
             specs = cut_specs(job.split.specs, cut)
             part = {name: torch.empty(s.shape, dtype=s.dtype, device=device) for name, s in specs.items()}

@@ -51,21 +51,21 @@ def check_start(job: Job, network: nn.Module) -> None:
             )
 
 
-def not_finite_sample(job: Job, num_workers: int, worker: int, round_number: int) -> str | None:
+def find_non_finite_sample(job: Job, num_workers: int, worker: int, round_number: int) -> str | None:
     """Return what is not finite in the data of a worker's round, and in which sample; None: nothing."""
     cpu, sampler = torch.device("cpu"), job.schedule.sampler_for(num_workers)
     try:
         with seeded(cpu, job.config.seed, Purpose.TRAINING, round_number, worker):
             for step in job.schedule.steps(round_number):
                 for number in sampler.shard(worker)[sampler.batch(worker, step)].tolist():
-                    if bad := what_is_not_finite(*fetch(job.task.train_data, np.array([number]), cpu)):
+                    if bad := non_finite_values(*fetch(job.task.train_data, np.array([number]), cpu)):
                         return f"sample {number} of the training data holds {bad}"
     except (ISTError, RuntimeError, ValueError, TypeError, IndexError):
         return None  # the question was asked about another error, which is told
     return None
 
 
-def what_is_not_finite(inputs: Any, targets: Any) -> str | None:
+def non_finite_values(inputs: Any, targets: Any) -> str | None:
     """Say what is not finite in a batch: 'nan in its inputs'."""
     for where, values in (("inputs", inputs), ("targets", targets)):
         for tensor in tensors_in(values):

@@ -22,7 +22,7 @@ Leaves = dict[int, Tensor]
 """Tensors by id."""
 
 
-def check_held(loss: Any, network: nn.Module) -> None:
+def check_captured_network(loss: Any, network: nn.Module) -> None:
     """Refuse a loss that reads the network which is passed in: it would not see what workers train.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ist.checks.drift import warn_of_counters
-from ist.checks.finite_values import check_start, what_is_not_finite
+from ist.checks.finite_values import check_start, non_finite_values
 from ist.checks.gradient_reach import check_reach
 from ist.checks.optimizer_trial import check_optimizer
 from ist.checks.verify import verify_cuts
@@ -110,7 +110,7 @@ def _one_step(job: Job, device: torch.device) -> None:
     check_reach(
         loss, lambda: job.task.loss(outputs, targets), worker.module, (inputs, targets), outputs, job.task.build
     )
-    if not torch.isfinite(loss.detach()).all() and (bad := what_is_not_finite(inputs, targets)):
+    if not torch.isfinite(loss.detach()).all() and (bad := non_finite_values(inputs, targets)):
         raise DataError(
             f"the loss is not finite: a batch of the training data ({len(batch)} samples from {int(numbers()[0])} on) "
             f"holds {bad}. Leave such samples out, or mend them"

@@ -109,6 +109,6 @@ class Assignments:
             path: len(held) / group.size for group, held in zip(groups, shares, strict=True) for path in group.modules
         }
 
-    def held_block_scales(self, round_number: int, team: Team | None = None) -> dict[str, float]:
+    def training_block_scales(self, round_number: int, team: Team | None = None) -> dict[str, float]:
         """Return by what a worker scales residual blocks in a round: nothing, unless it trains all of them."""
         return self.block_scales(team) if holds_everything(self.partition(round_number, team)) else {}

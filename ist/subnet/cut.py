@@ -21,7 +21,7 @@ from ist.rng import Indices
 from ist.tensors import TensorSpec, is_finite
 
 TensorCut = tuple[Indices | Tensor | None, ...]
-"""For every dim of a tensor, the sorted positions that a worker holds; None: all of them. Tensors where `placed`."""
+"""For every dim of a tensor, the sorted positions that a worker holds; None: all of them. Tensors where `on_device`."""
 
 Cut = Mapping[str, TensorCut]
 """A worker's part of every tensor, by name."""
@@ -52,7 +52,7 @@ def positions(groups: Sequence[Group], specs: Mapping[str, TensorSpec], neurons:
     return {name: tuple(dims) for name, dims in cuts.items() if not _within(name, absent)}
 
 
-def placed(cuts: Sequence[Cut], device: torch.device) -> Sequence[Cut]:
+def on_device(cuts: Sequence[Cut], device: torch.device) -> Sequence[Cut]:
     """Return cuts whose positions lie where the tensors do: on a GPU after one transfer, on the CPU as they are."""
     if device.type == "cpu":
         return cuts
@@ -177,7 +177,7 @@ class Merge:
             _merge_mean(self._state[name], [self._cuts[worker][name] for worker in workers], parts)
 
 
-def write_cut(whole: Tensor, cut: TensorCut, value: bool) -> None:
+def fill_part(whole: Tensor, cut: TensorCut, value: bool) -> None:
     """Write one value into a worker's part of a whole tensor."""
     whole[_mesh(cut, whole)] = value
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ist.checks.finite_values import not_finite_sample
+from ist.checks.finite_values import find_non_finite_sample
 from ist.config.schema import Config, min_returned
 from ist.errors import DivergedError, ISTError, PoolError, WorkerLostError
 from ist.measurements import combined
@@ -19,7 +19,7 @@ from ist.monitoring.meter import Meter, Stopwatch
 from ist.optimization import optimizers
 from ist.storage.checkpoint import check_tensors
 from ist.subnet.assignments import Team, WorkerSlot
-from ist.subnet.cut import Cut, placed
+from ist.subnet.cut import Cut, on_device
 from ist.subnet.job import Job, assignments
 from ist.subnet.partition import holds_everything
 from ist.subnet.store import LocalStore, ParameterStore
@@ -116,7 +116,7 @@ class Coordinator:
             arrivals, watch = _Arrivals(team.num_workers, self._min_returned), Stopwatch()
             self._frozen.begin(map(self._pool.process, range(team.num_workers)))
             with watch.phase("cut"):
-                cuts = placed(self._held.cuts(round_number, team), self._device)
+                cuts = on_device(self._held.cuts(round_number, team), self._device)
             for worker, cut in enumerate(cuts):
                 with watch.phase("cut"):
                     subnet = self._cut(round_number, WorkerSlot(worker, team), cut)
@@ -268,7 +268,7 @@ def attempts(config: Config) -> int:
 
 def diverged(job: Job, num_workers: int, worker: int, what: str, round_number: int) -> DivergedError:
     """Return the error about a worker that returned something that is not finite: its data, or divergence."""
-    if bad := not_finite_sample(job, num_workers, worker, round_number):
+    if bad := find_non_finite_sample(job, num_workers, worker, round_number):
         return DivergedError(
             f"worker {worker} returned {what} in round {round_number}: {bad}. Leave it out, or mend it"
         )

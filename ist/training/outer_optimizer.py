@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ist.config.recipe import Outer
-from ist.subnet.cut import Cut, write_cut
+from ist.subnet.cut import Cut, fill_part
 
 PREFIX = "outer/"
 """How the names of its tensors begin in a checkpoint."""
@@ -56,7 +56,7 @@ class OuterStep:
             trained = change != 0  # also what came back of an attempt at the round that lost too many workers
             for worker in returned:
                 if name in cuts[worker]:
-                    write_cut(trained, cuts[worker][name], True)
+                    fill_part(trained, cuts[worker][name], True)
             momentum = self._momentum[name]
             momentum.copy_(torch.where(trained, settings.momentum * momentum + change, momentum))
             moved = self._before[name] + settings.lr * (change + settings.momentum * momentum)

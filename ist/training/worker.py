@@ -125,7 +125,7 @@ class Worker:
         optimizer = self._keeper.optimizer(named, round_number)
         if job.split.state_slots and round_number > 0:
             optimizers.load_state(optimizer, named, job.split.state_slots, message.tensors)
-        with scaled_blocks(module, self._held.held_block_scales(round_number, self.slot.team)):
+        with scaled_blocks(module, self._held.training_block_scales(round_number, self.slot.team)):
             total, samples = local_steps(self.loop, round_number, module, named, optimizer, is_over)
         optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the subnet travels
         collect(module, message.tensors)

@@ -24,7 +24,7 @@ from ist.errors import ModelError, PoolError
 from ist.optimization.schedule import Schedule
 from ist.rng import Indices
 from ist.subnet.assignments import Assignments
-from ist.subnet.cut import Cut, cut_specs, placed
+from ist.subnet.cut import Cut, cut_specs, on_device
 from ist.subnet.split_model import SplitModel
 from ist.subnet.store import LocalStore
 from ist.tensors import TensorSpec
@@ -45,7 +45,7 @@ def marks_of(cut: Cut) -> Marks:
 
 
 def _hash(positions: Indices | Tensor) -> bytes:
-    assert isinstance(positions, np.ndarray)  # not `placed` yet
+    assert isinstance(positions, np.ndarray)  # not `on_device` yet
     return hashlib.sha256(positions.tobytes()).digest()
 
 
@@ -150,7 +150,7 @@ class FrozenSender:
             return None, held is not None
         message = Message(frozen_layout(self._exchange, specs), self._device)
         message.write_header(Header(round_number, worker))
-        [there] = placed([cut], self._device)
+        [there] = on_device([cut], self._device)
         for name, spec in specs.items():
             part = {name: torch.empty(spec.shape, dtype=spec.dtype, device=self._device)}
             self._store.extract(there, into=part)

@@ -166,8 +166,8 @@ def test_blocks_have_the_same_scale_in_a_full_width_phase_as_in_evaluation() -> 
     report = made.train_round(0)
 
     assert report.numbers["loss"] == pytest.approx(total / report.numbers["samples"], rel=1e-5)
-    assert set(assignments(job).held_block_scales(0).values()) == {3 / 5}
-    assert assignments(job).held_block_scales(1) == {}
+    assert set(assignments(job).training_block_scales(0).values()) == {3 / 5}
+    assert assignments(job).training_block_scales(1) == {}
     assert not any(module._forward_hooks for module in model.modules())
     before = clone(model.state_dict())
     made.train_round(1)
