@@ -48,14 +48,14 @@ from tests.pools.test_ranks import Ranks, by_ranks
 # What is in a message's header, 8 bytes each, from its beginning. Another order is another format.
 HEADER = (
     "fingerprint", "round_number", "worker", "steps", "samples", "loss_sum", "compute_s", "cpu_s", "memory_bytes",
-    "aside_s", "relies",
+    "aside_s", "reuses_frozen",
 )  # fmt: skip
 
 
 def test_every_number_has_a_name_and_a_slot_of_its_own_that_the_header_has_room_for() -> None:
     names = [measured.name for measured in MEASUREMENTS]
     slots = [slot for slot, _ in worker_slots()]
-    taken = [HEADER.index(name) for name in ("fingerprint", "round_number", "worker", "relies")]
+    taken = [HEADER.index(name) for name in ("fingerprint", "round_number", "worker", "reuses_frozen")]
 
     assert len(set(names)) == len(names)
     assert len({*slots, *taken}) == len(slots) + len(taken)
@@ -74,13 +74,13 @@ def test_a_header_has_the_bytes_that_it_always_had() -> None:
     message = Message(layout)
     message.flat.fill_(255)  # of another message that lay here
 
-    message.write_header(Header(7, 2, told, relies=True))
+    message.write_header(Header(7, 2, told, reuses_frozen=True))
 
     values = (layout.fingerprint, 7, 2, 4, 10, 0.1, 2.5, 1 / 3, 2**40 + 1, 0.25, 1)
     assert len(values) == len(HEADER)
     assert bytes(message.flat[:HEADER_BYTES].tolist()) == struct.pack("<11d", *values) + bytes(HEADER_BYTES - 88)
     back = message.read_header(7, 2)
-    assert back == Header(7, 2, told, relies=True)
+    assert back == Header(7, 2, told, reuses_frozen=True)
     assert {name: type(value) for name, value in back.numbers.items()} == {m.name: m.kind for _, m in worker_slots()}
 
 

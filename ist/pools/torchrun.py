@@ -216,7 +216,7 @@ class RankWorker:
         _wait(self._channel.receive([(0, self._number, incoming)]), gone)
         self._channel.finish(self._number, incoming)
         header = buffers.down.read_header(round_number, self._number)
-        layout = self._worker.frozen.layout(neurons, header.relies)
+        layout = self._worker.frozen.layout(neurons, header.reuses_frozen)
         frozen = Message(layout, self._carrier) if layout is not None else None
         if frozen is not None:
             _wait(self._channel.receive([(0, self._number, frozen.flat)]), gone)

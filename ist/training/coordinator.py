@@ -183,10 +183,10 @@ class Coordinator:
         buffers = self._pool.buffers(worker, self._writer.layouts(cut))
         sent = self._writer.write(self._store, cut, round_number, buffers)
         neurons = self._held.of(round_number, slot.team)[worker]
-        frozen, relies = self._frozen.write(
+        frozen, reuses_frozen = self._frozen.write(
             self._pool.process(worker), worker, round_number, self.job.split.frozen_cut(neurons)
         )
-        buffers.down.write_header(Header(round_number, worker, relies=relies))
+        buffers.down.write_header(Header(round_number, worker, reuses_frozen=reuses_frozen))
         return Subnet(slot, buffers, sent, frozen)
 
     def _take(

@@ -26,7 +26,7 @@ from ist.training.local_loop import TaskLoop, local_steps
 from ist.training.worker_state import Keeper, Site
 from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import WorkerEndpoint
-from ist.transport.frozen_parameters import FrozenParts, check_frozen, checksums
+from ist.transport.frozen_parameters import FrozenCache, check_frozen, checksums
 from ist.transport.message import Header, Message
 
 
@@ -49,7 +49,7 @@ class Worker:
         device: torch.device,
         held: Assignments,
         site: Site | None = None,
-        frozen: FrozenParts | None = None,
+        frozen: FrozenCache | None = None,
     ) -> None:
         self.job = job
         self.slot = slot
@@ -63,7 +63,7 @@ class Worker:
         self._keeper = Keeper(job, slot, held, site)
         self._is_new = True
         self._end = WorkerEndpoint(job.split, job.config.exchange, device)
-        self.frozen = frozen or FrozenParts(job.split, job.config.exchange)
+        self.frozen = frozen or FrozenCache(job.split, job.config.exchange)
         self._buffers = {name for name, _ in job.split.template.named_buffers()}
         self._operators: Operators | None = None
 
@@ -185,7 +185,7 @@ class Seat:
         self._held = held
         self._site = site
         self._device = device
-        self._frozen = FrozenParts(job.split, job.config.exchange)
+        self._frozen = FrozenCache(job.split, job.config.exchange)
         self._worker: Worker | None = None
 
     def worker(self, slot: WorkerSlot) -> Worker:

@@ -8,7 +8,7 @@ Both ends derive that message from the partition. The coordinator says in a subn
 the worker holds: only where the last subnet that it sent to this very process came back well. In all other cases
 everything is sent. A worker checks what it has against what it needs: a mistake is an error and never an old value.
 
-Where it sits: the coordinator writes (`FrozenSender`), pools carry, a worker holds (`FrozenParts`).
+Where it sits: the coordinator writes (`FrozenSender`), pools carry, a worker holds (`FrozenCache`).
 Not here: moving bytes (`ist/pools/`), rounding them (`codec.py`).
 """
 
@@ -32,14 +32,14 @@ from ist.transport.codec import coded_specs, decoded, encode
 from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.message import Header, Layout, Message, layout_of
 
-Mark = tuple[bytes | None, ...]
+PartKey = tuple[bytes | None, ...]
 """What identifies a part of a tensor: for every dim a hash of the positions; None: all of them."""
 
-Marks = Mapping[str, Mark]
+PartKeys = Mapping[str, PartKey]
 """The parts of a worker, by name of the tensor."""
 
 
-def marks_of(cut: Cut) -> Marks:
+def part_keys(cut: Cut) -> PartKeys:
     """Return what identifies each part of a cut."""
     return {name: tuple(_hash(held) if held is not None else None for held in dims) for name, dims in cut.items()}
 
@@ -49,13 +49,13 @@ def _hash(positions: Indices | Tensor) -> bytes:
     return hashlib.sha256(positions.tobytes()).digest()
 
 
-def lacking(split: SplitModel, cut: Cut, needed: Marks, held: Marks) -> dict[str, TensorSpec]:
+def missing_specs(split: SplitModel, cut: Cut, needed: PartKeys, held: PartKeys) -> dict[str, TensorSpec]:
     """Return the narrow specs of the frozen parameters that a worker needs and does not hold.
 
     Args:
         split: The network.
         cut: What the worker needs: `split.frozen_cut`.
-        needed: The marks of that.
+        needed: The keys of that.
         held: Those of what it holds.
     """
     return {name: spec for name, spec in cut_specs(split.frozen_specs, cut).items() if held.get(name) != needed[name]}
@@ -77,9 +77,9 @@ def frozen_bytes(
         neurons: For each group, those that the worker holds.
         before: The same in its last round; None: it holds nothing.
     """
-    held = marks_of(split.frozen_cut(before)) if before is not None else {}
+    held = part_keys(split.frozen_cut(before)) if before is not None else {}
     cut = split.frozen_cut(neurons)
-    specs = lacking(split, cut, marks_of(cut), held)
+    specs = missing_specs(split, cut, part_keys(cut), held)
     return frozen_layout(exchange, specs).nbytes if specs else 0
 
 
@@ -122,13 +122,13 @@ class FrozenSender:
         self._exchange = exchange
         self._store = LocalStore({name: tensors[name] for name in split.frozen_specs})
         self._device = device
-        self._held: dict[str, Marks] = {}
-        self._sent: dict[str, Marks] = {}
+        self._held: dict[str, PartKeys] = {}
+        self._sent: dict[str, PartKeys] = {}
 
     def begin(self, processes: Iterable[str]) -> None:
         """Forget processes that are not there in a round."""
         there = set(processes)
-        self._held = {process: marks for process, marks in self._held.items() if process in there}
+        self._held = {process: keys for process, keys in self._held.items() if process in there}
         self._sent.clear()
 
     def write(self, process: str, worker: int, round_number: int, cut: Cut) -> tuple[Message | None, bool]:
@@ -144,8 +144,8 @@ class FrozenSender:
             The message, None where it lacks nothing; and whether that relies on what the process holds.
         """
         held = self._held.pop(process, None)
-        needed = self._sent[process] = marks_of(cut)
-        specs = lacking(self._split, cut, needed, held or {})
+        needed = self._sent[process] = part_keys(cut)
+        specs = missing_specs(self._split, cut, needed, held or {})
         if not specs:
             return None, held is not None
         message = Message(frozen_layout(self._exchange, specs), self._device)
@@ -162,7 +162,7 @@ class FrozenSender:
         self._held[process] = self._sent[process]
 
 
-class FrozenParts:
+class FrozenCache:
     """A worker's end: its parts of frozen parameters, which stay from round to round.
 
     Args:
@@ -177,17 +177,17 @@ class FrozenParts:
         self._split = split
         self._exchange = exchange
         self.tensors: dict[str, Tensor] = {}
-        self._marks: Marks = {}
+        self._keys: PartKeys = {}
 
-    def layout(self, neurons: Sequence[Indices], relies: bool) -> Layout | None:
+    def layout(self, neurons: Sequence[Indices], reuses_frozen: bool) -> Layout | None:
         """Return the layout of the message that comes beside a subnet; None: there is none.
 
         Args:
             neurons: For each group, those that the worker holds in the round.
-            relies: Whether the coordinator relies on what is held here.
+            reuses_frozen: Whether the coordinator relies on what is held here.
         """
         cut = self._split.frozen_cut(neurons)
-        specs = lacking(self._split, cut, marks_of(cut), self._marks if relies else {})
+        specs = missing_specs(self._split, cut, part_keys(cut), self._keys if reuses_frozen else {})
         return frozen_layout(self._exchange, specs) if specs else None
 
     def update(
@@ -211,7 +211,7 @@ class FrozenParts:
             PoolError: The message is of another round or worker, or something is neither there nor received.
         """
         cut = self._split.frozen_cut(neurons)
-        now, specs = marks_of(cut), cut_specs(self._split.frozen_specs, cut)
+        now, specs = part_keys(cut), cut_specs(self._split.frozen_specs, cut)
         if received is not None:
             received.read_header(round_number, worker)
         came = received.tensors if received is not None else {}
@@ -220,14 +220,14 @@ class FrozenParts:
             if name in came:
                 value = decoded(came, name, spec, self._exchange.down)
                 held[name] = value.to(device, copy=True)  # the message's memory is not kept
-            elif self._marks.get(name) == now[name]:
+            elif self._keys.get(name) == now[name]:
                 held[name] = self.tensors[name]
             else:
                 raise PoolError(
                     f"worker {worker} does not have its part of '{name}' (frozen) and was not sent it for round "
                     f"{round_number}: are all processes running the same version with the same configuration?"
                 )
-        self.tensors, self._marks = held, now
+        self.tensors, self._keys = held, now
         return held
 
 

@@ -21,7 +21,7 @@ from ist.measurements import Numbers, check_worker, nothing_measured, worker_slo
 from ist.tensors import TensorSpec
 
 HEADER_BYTES = 128
-_FINGERPRINT, _ROUND, _WORKER, _RELIES = 0, 1, 2, 10
+_FINGERPRINT, _ROUND, _WORKER, _REUSES_FROZEN = 0, 1, 2, 10
 """Slots of a header, of 8 bytes each; `ist/measurements.py` names those of what a worker measures."""
 ALIGNMENT = 64  # a cache line, and what torch's own allocator guarantees its kernels
 
@@ -34,13 +34,13 @@ class Header:
         round_number: The round, from 0.
         worker: Which worker the message goes to or comes from.
         numbers: What the worker has measured; all 0 on the way to it.
-        relies: On the way to a worker, whether it is to keep the frozen parameters that it holds.
+        reuses_frozen: On the way to a worker, whether it is to keep the frozen parameters that it holds.
     """
 
     round_number: int
     worker: int
     numbers: Numbers = field(default_factory=nothing_measured)
-    relies: bool = False
+    reuses_frozen: bool = False
 
     def __post_init__(self) -> None:
         check_worker(self.numbers)
@@ -99,7 +99,11 @@ class Message:
         """Write the header, with the layout's fingerprint."""
         values = torch.zeros(HEADER_BYTES // 8, dtype=torch.float64)
         values[_FINGERPRINT] = self.layout.fingerprint
-        values[_ROUND], values[_WORKER], values[_RELIES] = header.round_number, header.worker, header.relies
+        values[_ROUND], values[_WORKER], values[_REUSES_FROZEN] = (
+            header.round_number,
+            header.worker,
+            header.reuses_frozen,
+        )
         for slot, measured in worker_slots():
             values[slot] = header.numbers[measured.name]
         self._header().copy_(values)
@@ -113,7 +117,7 @@ class Message:
         values = self._header().tolist()
         found = values[_FINGERPRINT]
         numbers = {measured.name: measured.kind(values[slot]) for slot, measured in worker_slots()}
-        header = Header(int(values[_ROUND]), int(values[_WORKER]), numbers, bool(values[_RELIES]))
+        header = Header(int(values[_ROUND]), int(values[_WORKER]), numbers, bool(values[_REUSES_FROZEN]))
         expected = (self.layout.fingerprint, round_number, worker)
         if (found, header.round_number, header.worker) != expected:
             raise PoolError(

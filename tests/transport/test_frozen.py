@@ -20,7 +20,7 @@ from ist.runs.split import split_of
 from ist.subnet.job import Job, assignments
 from ist.training.coordinator import Coordinator
 from ist.transport.endpoints import down_bytes, message_layouts
-from ist.transport.frozen_parameters import FrozenParts, FrozenSender, frozen_bytes
+from ist.transport.frozen_parameters import FrozenCache, FrozenSender, frozen_bytes
 from ist.transport.message import HEADER_BYTES, Message
 from tests.conftest import assert_same, clone, data, job_for, plain_loop
 from tests.networks import NETWORKS, frozen_first, seeded
@@ -151,9 +151,9 @@ def test_shared_frozen_parameters_stay_where_the_number_of_workers_changes() -> 
     relied, write = [], made._frozen.write
 
     def noted(process: str, worker: int, round_number: int, cut: Any) -> Any:
-        message, relies = write(process, worker, round_number, cut)
+        message, reuses_frozen = write(process, worker, round_number, cut)
         relied.append((round_number, worker, message.nbytes if message else 0))
-        return message, relies
+        return message, reuses_frozen
 
     made._frozen.write = noted  # type: ignore[method-assign]
     for round_number in range(4):
@@ -176,11 +176,11 @@ def test_what_a_worker_lacks_and_is_not_sent_is_an_error() -> None:
     job = job_for(model, train__workers=2)
     sender, worker = (
         FrozenSender(job.split, job.config.exchange, model.state_dict(), torch.device("cpu")),
-        FrozenParts(job.split, job.config.exchange),
+        FrozenCache(job.split, job.config.exchange),
     )
-    message, relies = sender.write("a", 0, 0, job.split.frozen_cut(assignments(job).of(0)[0]))
+    message, reuses_frozen = sender.write("a", 0, 0, job.split.frozen_cut(assignments(job).of(0)[0]))
     assert message is not None
-    assert not relies
+    assert not reuses_frozen
 
     worker.update(assignments(job).of(0)[0], 0, 0, message, torch.device("cpu"))
 
@@ -195,15 +195,17 @@ def test_both_ends_derive_the_same_message() -> None:
     job = job_for(model, train__workers=2, train__rounds=6, partition__exclude=["0"])
     sender, worker, device = (
         FrozenSender(job.split, job.config.exchange, model.state_dict(), torch.device("cpu")),
-        FrozenParts(job.split, job.config.exchange),
+        FrozenCache(job.split, job.config.exchange),
         torch.device("cpu"),
     )
     whole = dict(model.named_parameters())
     for round_number in range(6):
         sender.begin(["a"])
-        message, relies = sender.write("a", 1, round_number, job.split.frozen_cut(assignments(job).of(round_number)[1]))
-        layout = worker.layout(assignments(job).of(round_number)[1], relies)
-        assert relies == (round_number not in (0, 4))
+        message, reuses_frozen = sender.write(
+            "a", 1, round_number, job.split.frozen_cut(assignments(job).of(round_number)[1])
+        )
+        layout = worker.layout(assignments(job).of(round_number)[1], reuses_frozen)
+        assert reuses_frozen == (round_number not in (0, 4))
         assert (message.layout if message else None) == layout
         received = Message(layout, flat=message.flat.clone()) if layout and message else None
 
