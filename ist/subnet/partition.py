@@ -150,12 +150,12 @@ def assign(
     assert partition.capacities is None or len(partition.capacities) == num_workers
     if holds_everything(partition):
         return (tuple(np.arange(group.size) for group in groups),) * num_workers
-    deal = _STRATEGIES[partition.strategy]
-    dealt = [
-        deal(_Deck(group.name, group.size, num_workers, partition, seed, round_number, number))
+    split = _STRATEGIES[partition.strategy]
+    shares_by_group = [
+        split(_GroupInRound(group.name, group.size, num_workers, partition, seed, round_number, number))
         for number, group in enumerate(groups)
     ]
-    return tuple(tuple(_sorted(shares[worker]) for shares in dealt) for worker in range(num_workers))
+    return tuple(tuple(_sorted(shares[worker]) for shares in shares_by_group) for worker in range(num_workers))
 
 
 def coverage(
@@ -181,7 +181,7 @@ def coverage(
 
 
 @dataclass(frozen=True)
-class _Deck:
+class _GroupInRound:
     """One group that is to be dealt in one round; `number` is its place among the groups."""
 
     name: str
@@ -193,129 +193,130 @@ class _Deck:
     number: int
 
 
-def _disjoint(deck: _Deck) -> list[Indices]:
+def _disjoint(group: _GroupInRound) -> list[Indices]:
     """A random order, dealt in turn to the workers whose share is not yet full; with `keep`, filled up at random.
 
     Reference: filling up after everything has a holder: TwIST, arXiv 2511.03983.
     """
-    if deck.partition.coverage == "balanced":
-        shares = _balanced(deck)
+    if group.partition.coverage == "balanced":
+        shares = _balanced(group)
     else:
-        shares = _shares(deck, permutation(deck.size, deck.seed, Purpose.PARTITION, deck.round_number, deck.number))
-    if deck.partition.keep is None:
+        order = permutation(group.size, group.seed, Purpose.PARTITION, group.round_number, group.number)
+        shares = _shares(group, order)
+    if group.partition.keep is None:
         return shares
-    return [_filled_up(deck, worker, share) for worker, share in enumerate(shares)]
+    return [_filled_up(group, worker, share) for worker, share in enumerate(shares)]
 
 
-def _shares(deck: _Deck, order: Indices) -> list[Indices]:
-    sizes = share_sizes(deck.size, deck.num_workers, deck.partition.capacities)
+def _shares(group: _GroupInRound, order: Indices) -> list[Indices]:
+    sizes = share_sizes(group.size, group.num_workers, group.partition.capacities)
     turns = np.concatenate([np.arange(size) for size in sizes])
-    owners = np.repeat(np.arange(deck.num_workers), sizes)[np.argsort(turns, kind="stable")]
-    return [order[owners == worker] for worker in range(deck.num_workers)]
+    owners = np.repeat(np.arange(group.num_workers), sizes)[np.argsort(turns, kind="stable")]
+    return [order[owners == worker] for worker in range(group.num_workers)]
 
 
-def _balanced(deck: _Deck) -> list[Indices]:
+def _balanced(group: _GroupInRound) -> list[Indices]:
     """Shares that last for n rounds, in which those of group g move on by g workers a round.
 
     So a worker's shares of two neighbouring groups are another pair every round, and every pair comes once: an entry of
     the matrix between them is trained once in n rounds, instead of so often on average.
     """
-    cycle, turn = divmod(deck.round_number, deck.num_workers)
-    shares = _shares(deck, permutation(deck.size, deck.seed, Purpose.PARTITION, cycle, deck.number))
-    return [shares[(worker + turn * deck.number) % deck.num_workers] for worker in range(deck.num_workers)]
+    cycle, turn = divmod(group.round_number, group.num_workers)
+    shares = _shares(group, permutation(group.size, group.seed, Purpose.PARTITION, cycle, group.number))
+    return [shares[(worker + turn * group.number) % group.num_workers] for worker in range(group.num_workers)]
 
 
-def _filled_up(deck: _Deck, worker: int, share: Indices) -> Indices:
+def _filled_up(group: _GroupInRound, worker: int, share: Indices) -> Indices:
     """A share and as many other neurons, drawn at random, as make it `keep` of the group."""
-    more = _counts(deck)[worker] - len(share)
+    more = _counts(group)[worker] - len(share)
     if more <= 0:
         return share
-    order = permutation(deck.size, deck.seed, Purpose.PARTITION, deck.round_number, deck.number, worker)
+    order = permutation(group.size, group.seed, Purpose.PARTITION, group.round_number, group.number, worker)
     others = order[~np.isin(order, share)]
     return np.concatenate([share, others[:more]])
 
 
-def _categorical(deck: _Deck) -> list[Indices]:
+def _categorical(group: _GroupInRound) -> list[Indices]:
     """One worker for each neuron, drawn alone.
 
     Reference: Liao & Kyrillidis, arXiv 2112.02668, categorical masks.
     """
     # A running sum adds in the same order on every machine, so all of them draw the same owners.
-    ends = np.cumsum(_fractions(deck.num_workers, deck.partition))
-    workers = np.arange(deck.num_workers)
+    ends = np.cumsum(_fractions(group.num_workers, group.partition))
+    workers = np.arange(group.num_workers)
 
     def draw(numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
         owners = np.searchsorted(ends[:-1], numbers * ends[-1], side="right")
         mask: NDArray[np.bool_] = np.equal.outer(workers, owners)
         return mask
 
-    return _drawn(deck, deck.size, draw)
+    return _drawn(group, group.size, draw)
 
 
-def _bernoulli(deck: _Deck) -> list[Indices]:
+def _bernoulli(group: _GroupInRound) -> list[Indices]:
     """A coin for each worker and neuron.
 
     Reference: Liao & Kyrillidis, arXiv 2112.02668, Bernoulli masks.
     """
-    chances = np.array(_fractions(deck.num_workers, deck.partition))[:, None]
+    chances = np.array(_fractions(group.num_workers, group.partition))[:, None]
 
     def draw(numbers: NDArray[np.float64]) -> NDArray[np.bool_]:
-        return numbers.reshape(deck.num_workers, deck.size) < chances
+        return numbers.reshape(group.num_workers, group.size) < chances
 
-    return _drawn(deck, deck.num_workers * deck.size, draw)
+    return _drawn(group, group.num_workers * group.size, draw)
 
 
-def _drawn(deck: _Deck, count: int, draw: Callable[[NDArray[np.float64]], NDArray[np.bool_]]) -> list[Indices]:
+def _drawn(group: _GroupInRound, count: int, draw: Callable[[NDArray[np.float64]], NDArray[np.bool_]]) -> list[Indices]:
     """Draw masks of shape (n, K) from `count` uniform numbers until no worker is without a neuron."""
     for attempt in range(MAX_DRAWS):
-        mask = draw(uniform(count, deck.seed, Purpose.PARTITION, deck.round_number, deck.number, attempt))
+        mask = draw(uniform(count, group.seed, Purpose.PARTITION, group.round_number, group.number, attempt))
         if mask.any(axis=1).all():
             return [np.flatnonzero(held) for held in mask]
-    keys = {"keep": deck.partition.keep, "capacities": deck.partition.capacities}
+    keys = {"keep": group.partition.keep, "capacities": group.partition.capacities}
     given = "".join(f", 'partition.{key}' {value}" for key, value in keys.items() if value is not None)
-    remedy = "raise 'partition.keep', " if deck.partition.keep is not None else ""
+    remedy = "raise 'partition.keep', " if group.partition.keep is not None else ""
     raise ModelError(
-        f"group '{deck.name}' with {deck.size} neurons is too small for {deck.num_workers} workers (train.workers) and "
-        f"strategy '{deck.partition.strategy}'{given}: each of {MAX_DRAWS} draws left a worker without a neuron. "
+        f"group '{group.name}' with {group.size} neurons is too small for {group.num_workers} workers (train.workers) "
+        f"and strategy '{group.partition.strategy}'{given}: each of {MAX_DRAWS} draws left a worker without a neuron. "
         f"{remedy}widen the group, use fewer workers, or name it in 'partition.exclude'"
     )
 
 
-def _rolling(deck: _Deck) -> list[Indices]:
+def _rolling(group: _GroupInRound) -> list[Indices]:
     """A window that begins one neuron further each round, the same for all workers but for its length.
 
     Reference: Alam et al. (FedRolex), arXiv 2212.01548.
     """
-    return [(deck.round_number + np.arange(count)) % deck.size for count in _counts(deck)]
+    return [(group.round_number + np.arange(count)) % group.size for count in _counts(group)]
 
 
-def _nested(deck: _Deck) -> list[Indices]:
+def _nested(group: _GroupInRound) -> list[Indices]:
     """The first neurons, always.
 
     Reference: Diao et al. (HeteroFL), arXiv 2010.01264; Horvath et al. (FjORD), arXiv 2102.13451.
     """
-    return [np.arange(count) for count in _counts(deck)]
+    return [np.arange(count) for count in _counts(group)]
 
 
-def _blocks(deck: _Deck) -> list[Indices]:
+def _blocks(group: _GroupInRound) -> list[Indices]:
     """To each worker in turn, those that have the fewest holders so far, ties at random.
 
     So the numbers of holders never differ by more than one, and no block is without a holder at the end.
 
     Reference: Dun et al. (ResIST), arXiv 2107.00961.
     """
-    count = max(math.ceil(deck.size / deck.num_workers), min(deck.partition.min_depth, deck.size))
-    holders = np.zeros(deck.size, np.int64)
+    count = max(math.ceil(group.size / group.num_workers), min(group.partition.min_depth, group.size))
+    holders = np.zeros(group.size, np.int64)
     shares = []
-    for worker in range(deck.num_workers):
-        order = permutation(deck.size, deck.seed, Purpose.PARTITION, deck.round_number, deck.number, worker)
+    for worker in range(group.num_workers):
+        order = permutation(group.size, group.seed, Purpose.PARTITION, group.round_number, group.number, worker)
         share = order[np.argsort(holders[order], kind="stable")][:count]
         holders[share] += 1
         shares.append(share)
     return shares
 
 
-_STRATEGIES: dict[str, Callable[[_Deck], list[Indices]]] = {
+_STRATEGIES: dict[str, Callable[[_GroupInRound], list[Indices]]] = {
     "disjoint": _disjoint,
     "categorical": _categorical,
     "bernoulli": _bernoulli,
@@ -332,10 +333,10 @@ def _fractions(num_workers: int, partition: Partition) -> list[float]:
     return [keep * (capacity / max(capacities)) for capacity in capacities]
 
 
-def _counts(deck: _Deck) -> list[int]:
+def _counts(group: _GroupInRound) -> list[int]:
     # Rounded down, but not by a rounding error of the product: 0.29 of 100 neurons are 29.
-    fractions = _fractions(deck.num_workers, deck.partition)
-    return [max(1, math.floor(fraction * deck.size + 1e-9)) for fraction in fractions]
+    fractions = _fractions(group.num_workers, group.partition)
+    return [max(1, math.floor(fraction * group.size + 1e-9)) for fraction in fractions]
 
 
 def _sorted(neurons: Indices) -> Indices:

@@ -61,12 +61,12 @@ FAULTS = (
     ),
     Fault(
         "every round has the partition of the first", "ist/subnet/partition.py",
-        "permutation(deck.size, deck.seed, Purpose.PARTITION, deck.round_number, deck.number))\n    if",
-        "permutation(deck.size, deck.seed, Purpose.PARTITION, 0, deck.number))\n    if", ("tests/subnet/test_partition.py",),
+        "Purpose.PARTITION, group.round_number, group.number)\n",
+        "Purpose.PARTITION, 0, group.number)\n", ("tests/subnet/test_partition.py",),
     ),
     Fault(
         "balanced shares of all groups move on together", "ist/subnet/partition.py",
-        "shares[(worker + turn * deck.number) % deck.num_workers]", "shares[(worker + turn) % deck.num_workers]",
+        "shares[(worker + turn * group.number) % group.num_workers]", "shares[(worker + turn) % group.num_workers]",
         ("tests/subnet/test_partition.py", "tests/subnet/test_coverage.py"),
     ),
     # Local steps
