@@ -23,7 +23,7 @@ from ist.subnet.residual_blocks import scaled_blocks
 from ist.subnet.split_model import ShapeKeys
 from ist.tensors import is_finite
 from ist.training.local_loop import TaskLoop, local_steps
-from ist.training.worker_state import Keeper, Site
+from ist.training.worker_state import Site, WorkerState
 from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import WorkerEndpoint
 from ist.transport.frozen_parameters import FrozenCache, check_frozen, checksums
@@ -38,7 +38,7 @@ class Worker:
         slot: Which worker this is, of which team.
         device: Where it computes.
         held: Who holds which neurons; the workers of a process share it.
-        site: Where this worker saves what it keeps; None: nowhere.
+        site: Where this worker saves what it is_used; None: nowhere.
         frozen: What its process holds of frozen parameters; None: nothing yet.
     """
 
@@ -60,7 +60,7 @@ class Worker:
         self._shape_keys = ShapeKeys(job.split)
         self._shape_key = self._shape_keys.of(self.neurons(0))
         self.module = job.split.module(self.neurons(0), device)
-        self._keeper = Keeper(job, slot, held, site)
+        self._state = WorkerState(job, slot, held, site)
         self._is_new = True
         self._end = WorkerEndpoint(job.split, job.config.exchange, device)
         self.frozen = frozen or FrozenCache(job.split, job.config.exchange)
@@ -102,7 +102,7 @@ class Worker:
         started, cpu_started = time.perf_counter(), time.thread_time()
         job = self.job
         if self._is_new:
-            self._recover(round_number)
+            self._restore(round_number)
         message = self._end.open(buffers)
         neurons = self.neurons(round_number)
         if self._shape_key != (key := self._shape_keys.of(neurons)):
@@ -117,12 +117,12 @@ class Worker:
         sums = checksums(fixed)
         bind(module, {**message.tensors, **fixed})
         multiply(message.tensors, folded)
-        look_started, look_cpu_started = time.perf_counter(), time.thread_time()
+        trace_started, trace_cpu_started = time.perf_counter(), time.thread_time()
         if self._operators is None:
             self._operators = operators(job, module, self.device)
-        look_s, look_cpu_s = time.perf_counter() - look_started, time.thread_time() - look_cpu_started
+        trace_s, trace_cpu_s = time.perf_counter() - trace_started, time.thread_time() - trace_cpu_started
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        optimizer = self._keeper.optimizer(named, round_number)
+        optimizer = self._state.optimizer(named, round_number)
         if job.split.state_slots and round_number > 0:
             optimizers.load_state(optimizer, named, job.split.state_slots, message.tensors)
         with scaled_blocks(module, self._held.training_block_scales(round_number, self.slot.team)):
@@ -133,41 +133,41 @@ class Worker:
         multiply(message.tensors, folded, inverse=True)
         if job.split.state_slots:
             optimizers.store_state(optimizer, named, job.split.state_slots, message.tensors)
-        is_spoilt = self._is_spoilt(round_number, total, message)
+        is_invalid = self._is_invalid(round_number, total, message)
         self._end.close(buffers, message, neurons)
-        elapsed = time.perf_counter() - started - look_s
+        elapsed = time.perf_counter() - started - trace_s
         # A GPU is nobody else's.
-        cpu_s = time.thread_time() - cpu_started - look_cpu_s if self.device.type == "cpu" else elapsed
+        cpu_s = time.thread_time() - cpu_started - trace_cpu_s if self.device.type == "cpu" else elapsed
         steps = len(job.schedule.steps(round_number))
         numbers = worker_numbers(
             steps=steps, samples=samples, loss_sum=total, compute_s=elapsed, cpu_s=cpu_s, gauge=self.gauge
         )
-        if is_spoilt:
+        if is_invalid:
             self._end.residuals = {}
         else:
-            self._keeper.keep(optimizer, named, self._end.residuals, round_number)
+            self._state.store(optimizer, named, self._end.residuals, round_number)
         if is_due(job, round_number):
             with located(f"round {round_number}, worker {self.number}"):
                 self._operators = check_forward(job, module, neurons, self._operators, self.device)
         numbers["aside_s"] = time.perf_counter() - started - elapsed
         buffers.up.write_header(Header(round_number, self.number, numbers))
 
-    def _recover(self, round_number: int) -> None:
+    def _restore(self, round_number: int) -> None:
         """Take up what was kept where this worker's first round follows a checkpoint."""
-        taken = self._keeper.recover(round_number)
-        self._end.residuals = {name: tensor.to(self.device) for name, tensor in taken.items()}
+        residuals = self._state.restore(round_number)
+        self._end.residuals = {name: tensor.to(self.device) for name, tensor in residuals.items()}
         self._is_new = False
 
-    def _is_spoilt(self, round_number: int, loss_sum: float, trained: Message) -> bool:
+    def _is_invalid(self, round_number: int, loss_sum: float, trained: Message) -> bool:
         """Return whether the coordinator will refuse a round of which something would be kept.
 
         It would spoil the rounds to come.
         """
-        keeps = self._keeper.keeps(round_number)
+        is_used = self._state.is_used_after(round_number)
         values = (
             tensor for name, tensor in trained.tensors.items() if name not in self._buffers
         )  # masks hold infinities
-        return keeps and not (math.isfinite(loss_sum) and is_finite(values))
+        return is_used and not (math.isfinite(loss_sum) and is_finite(values))
 
 
 class Seat:

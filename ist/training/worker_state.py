@@ -34,7 +34,7 @@ from ist.subnet.job import Job
 
 _log = logging.getLogger(__name__)
 
-_TAKEN = "taken/"
+_RESIDUAL = "taken/"
 _A_URL = "url"
 
 
@@ -78,14 +78,14 @@ class Site:
 
 
 @dataclass(frozen=True)
-class _Last:
+class _LastRound:
     """The last round's optimiser, and the neurons whose it is."""
 
     optimizer: torch.optim.Optimizer
     neurons: Sequence[Indices]
 
 
-class Keeper:
+class WorkerState:
     """Keeps for one worker.
 
     Args:
@@ -101,17 +101,17 @@ class Keeper:
         self._assignments = held
         self._worker = slot.worker
         self._site = site
-        self._last: _Last | None = None
-        self._state: dict[str, Tensor] | None = None
-        self._cannot_save = False
+        self._last: _LastRound | None = None
+        self._restored: dict[str, Tensor] | None = None
+        self._warned_of_failure = False
 
-    def recover(self, round_number: int) -> dict[str, Tensor]:
+    def restore(self, round_number: int) -> dict[str, Tensor]:
         """Look for what the worker kept when the run was saved before this round: to be called once, at its first.
 
         Returns:
             What rounding took, by name; empty where nothing is fed back, or found.
         """
-        if self._site is None or round_number == 0 or not self.keeps(round_number - 1):
+        if self._site is None or round_number == 0 or not self.is_used_after(round_number - 1):
             return {}
         checkpoint = self._site.checkpoint
         of = self._fingerprint(self._held(round_number - 1), self._site.saved_by(round_number))
@@ -129,13 +129,16 @@ class Keeper:
                     self._worker, round_number + 1, redacted(checkpoint.storage or self._site.folder), why,
                 )  # fmt: skip
             return {}
-        if self._goes_on(round_number - 1):
-            self._state = {name: tensor for name, tensor in found.items() if not name.startswith(_TAKEN)}
-        return {name.removeprefix(_TAKEN): tensor for name, tensor in found.items() if name.startswith(_TAKEN)}
+        if self._optimizer_is_used_after(round_number - 1):
+            self._restored = {name: tensor for name, tensor in found.items() if not name.startswith(_RESIDUAL)}
+        return {name.removeprefix(_RESIDUAL): tensor for name, tensor in found.items() if name.startswith(_RESIDUAL)}
 
     def optimizer(self, named: Mapping[str, nn.Parameter], round_number: int) -> torch.optim.Optimizer:
         """Return a round's optimiser: a new one, or the last round's where its state is kept and still fits."""
-        (last, self._last), (state, self._state) = (self._last, None), (self._state, None)  # not after a failed round
+        (last, self._last), (state, self._restored) = (
+            (self._last, None),
+            (self._restored, None),
+        )  # not after a failed round
         if last is not None and _same(last.neurons, self._held(round_number)):
             return last.optimizer  # the network is the same too
         made = optimizers.build_optimizer(self._job.config.train.optimizer, list(named.values()))
@@ -143,36 +146,36 @@ class Keeper:
             optimizers.restore_named_state(made, named, state)
         return made
 
-    def keeps(self, round_number: int) -> bool:
+    def is_used_after(self, round_number: int) -> bool:
         """Return whether anything of a round is of use to this worker afterwards."""
-        return self._job.config.exchange.error_feedback or self._goes_on(round_number)
+        return self._job.config.exchange.error_feedback or self._optimizer_is_used_after(round_number)
 
-    def keep(
+    def store(
         self,
         optimizer: torch.optim.Optimizer,
         named: Mapping[str, nn.Parameter],
-        taken: Mapping[str, Tensor],
+        residuals: Mapping[str, Tensor],
         round_number: int,
     ) -> None:
         """Keep what is to be kept of a round that is done, and save it where the run will be."""
         job, held, rounds_done = self._job, self._held(round_number), round_number + 1
-        goes_on = self._goes_on(round_number)
-        if goes_on:  # else its state would be held in vain while the subnet travels
-            self._last = _Last(optimizer, held)
-        if self._site is None or not self.keeps(round_number):
+        is_used = self._optimizer_is_used_after(round_number)
+        if is_used:  # else its state would be held in vain while the subnet travels
+            self._last = _LastRound(optimizer, held)
+        if self._site is None or not self.is_used_after(round_number):
             return
         checkpoint = self._site.checkpoint
         if rounds_done == job.schedule.num_rounds or not checkpoint.is_due(rounds_done):
             return
-        state = optimizers.named_state(optimizer, named) if goes_on else {}
-        tensors = {**state, **{_TAKEN + name: tensor for name, tensor in taken.items()}}
+        state = optimizers.named_state(optimizer, named) if is_used else {}
+        tensors = {**state, **{_RESIDUAL + name: tensor for name, tensor in residuals.items()}}
         try:
             of = self._fingerprint(held, self._site.start)
             save_kept(self._storage, self._worker, rounds_done, tensors, of, checkpoint.keep)
         except (ConfigError, RunFolderError) as error:
-            if not self._cannot_save:
+            if not self._warned_of_failure:
                 _log.warning("worker %d cannot save what it keeps, and would go on without: %s", self._worker, error)
-            self._cannot_save = True
+            self._warned_of_failure = True
 
     @cached_property
     def _storage(self) -> Storage:
@@ -182,7 +185,7 @@ class Keeper:
     def _held(self, round_number: int) -> Sequence[Indices]:
         return self._assignments.of(round_number, self._slot.team)[self._worker]
 
-    def _goes_on(self, round_number: int) -> bool:
+    def _optimizer_is_used_after(self, round_number: int) -> bool:
         """Whether the optimiser will be of use in the round after this one."""
         job = self._job
         if job.config.train.optimizer_state != "kept" or round_number + 1 >= job.schedule.num_rounds:

@@ -26,7 +26,7 @@ from ist.subnet.job import Job, assignments, slot_of
 from ist.tensors import TensorSpec
 from ist.training.coordinator import Coordinator
 from ist.training.rounds import run_rounds
-from ist.training.worker_state import Keeper
+from ist.training.worker_state import WorkerState
 from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.message import HEADER_BYTES, Header, Message, layout_of
 from tests.conftest import assert_same, clone, data, job_for, small_config
@@ -223,13 +223,13 @@ def test_every_worker_and_round_draws_random_numbers_of_its_own() -> None:
 def test_an_optimiser_is_kept_for_the_same_neurons_alone() -> None:
     stages = [{}, {"rounds": 2, "keep": 1}]
     job = job_for(seeded(NETWORKS["no batch norm"]), train__workers=2, train__rounds=4, recipe__stages=stages)
-    keeper = Keeper(job, slot_of(job, 0), assignments(job), None)
+    state = WorkerState(job, slot_of(job, 0), assignments(job), None)
     made = []
     for round_number in range(4):
         narrow = job.split.module(assignments(job).of(round_number)[0], CPU)
         named = dict(narrow.named_parameters())
-        made.append(keeper.optimizer(named, round_number))
-        keeper.keep(made[-1], named, {}, round_number)
+        made.append(state.optimizer(named, round_number))
+        state.store(made[-1], named, {}, round_number)
 
     assert made[3] is made[2]
     assert len({id(optimizer) for optimizer in made}) == 3

@@ -24,7 +24,7 @@ from ist.storage.backend import LocalStorage
 from ist.storage.checkpoint import load_checkpoint, read_tensors, save_checkpoint, save_kept
 from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.subnet.job import Job, assignments, slot_of, with_workers
-from ist.training.worker_state import Keeper, Site
+from ist.training.worker_state import Site, WorkerState
 from tests.conftest import assert_same, data, job_for, small_config
 from tests.networks import NETWORKS, seeded
 
@@ -211,12 +211,12 @@ def test_a_worker_takes_what_it_kept_of_the_same_neurons_among_as_many(tmp_path:
     job, named = kept_job()
     site = Site(str(tmp_path), Checkpoint(), start="a")
     optimizer = stepped(job, named)
-    Keeper(job, slot_of(job, 0), assignments(job), site).keep(optimizer, named, {}, 0)
+    WorkerState(job, slot_of(job, 0), assignments(job), site).store(optimizer, named, {}, 0)
 
     def taken_by(other: Job, worker: int = 0, round_number: int = 1, site: Site = site) -> dict[str, Tensor]:
-        keeper = Keeper(other, slot_of(other, worker), assignments(other), site)
-        keeper.recover(round_number)
-        return named_state(keeper.optimizer(named, round_number), named)
+        state = WorkerState(other, slot_of(other, worker), assignments(other), site)
+        state.restore(round_number)
+        return named_state(state.optimizer(named, round_number), named)
 
     assert_same(taken_by(job), named_state(optimizer, named))
     # Of the start whose checkpoint is gone on from, and of no other.
@@ -231,15 +231,15 @@ def test_a_worker_takes_what_it_kept_of_the_same_neurons_among_as_many(tmp_path:
 
 def test_a_place_that_cannot_be_reached_is_told_and_costs_what_was_kept_alone(caplog: pytest.LogCaptureFixture) -> None:
     job, named = kept_job()
-    keeper = Keeper(
+    state = WorkerState(
         job,
         slot_of(job, 0),
         assignments(job),
         Site("/nowhere", Checkpoint(storage="nosuch://bucket")),
     )
 
-    assert keeper.recover(1) == {}
-    keeper.keep(stepped(job, named), named, {}, 1)
+    assert state.restore(1) == {}
+    state.store(stepped(job, named), named, {}, 1)
 
     assert "worker 0 goes on without what it kept before round 2, which should be in nosuch://bucket" in caplog.text
     assert "worker 0 cannot save what it keeps" in caplog.text
