@@ -19,7 +19,7 @@ from ist.report.page import write_report
 from ist.storage.backend import open_storage
 from ist.storage.run_folder import RunFolder, create_run_folder, open_or_create
 from ist.subnet.job import assignments, slot_of
-from ist.training.worker_state import Site, WorkerState
+from ist.training.worker_state import CheckpointLocation, WorkerState
 from tests.conftest import Run, config_tree, job_for, small_config
 from tests.networks import NETWORKS, seeded
 from tests.runs.test_resume import KEPT, run
@@ -139,7 +139,9 @@ def test_a_configuration_without_a_password_has_the_usual_file_mode(tmp_path: Pa
 def test_a_worker_that_finds_nothing_shows_no_password(caplog: pytest.LogCaptureFixture) -> None:
     job = job_for(seeded(NETWORKS["no batch norm"]), **KEPT, train__rounds=5)
 
-    WorkerState(job, slot_of(job, 0), assignments(job), Site("/nowhere", Checkpoint(storage=URL))).restore(1)
+    WorkerState(
+        job, slot_of(job, 0), assignments(job), CheckpointLocation("/nowhere", Checkpoint(storage=URL))
+    ).restore(1)
 
     assert "guarded://***@bucket/runs" in caplog.text
     assert PASSWORD not in caplog.text

@@ -11,7 +11,7 @@ import torch
 from ist.monitoring.meter import Meter
 from ist.subnet.job import Job, assignments, remote_workers
 from ist.training.worker import Seat
-from ist.training.worker_state import Site
+from ist.training.worker_state import CheckpointLocation
 from ist.transport.codec import MessageBuffers, MessageLayouts
 from ist.transport.interfaces import BufferCache, Lost, Subnet
 
@@ -21,10 +21,12 @@ class InlinePool:
 
     parallel = False
 
-    def __init__(self, job: Job, device: torch.device, meter: Meter, site: Site | None = None) -> None:
+    def __init__(
+        self, job: Job, device: torch.device, meter: Meter, location: CheckpointLocation | None = None
+    ) -> None:
         self._names = tuple(f"worker {number}" for number in range(job.config.train.workers))
         held = assignments(job)
-        self._seats = [Seat(job, device, held, site) for _ in self._names]
+        self._seats = [Seat(job, device, held, location) for _ in self._names]
         self._cache = BufferCache(device)
         self._meter = meter
         self._submitted: deque[tuple[int, Subnet]] = deque()

@@ -16,7 +16,7 @@ from ist.optimization import optimizers
 from ist.subnet.assignments import WorkerSlot
 from ist.subnet.job import Job, assignments
 from ist.training.worker import Seat
-from ist.training.worker_state import Site
+from ist.training.worker_state import CheckpointLocation
 from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.message import Message
@@ -30,15 +30,15 @@ class RayWorker:
     Args:
         job: The run, for as many workers as there may be.
         name: What the actor is called.
-        site: Where workers save what they keep; None: nowhere.
+        location: Where workers save what they keep; None: nowhere.
     """
 
-    def __init__(self, job: Job, name: str, site: Site | None = None) -> None:
+    def __init__(self, job: Job, name: str, location: CheckpointLocation | None = None) -> None:
         torch.set_num_threads(job.config.pool.threads)
         self._threads = job.config.pool.threads
         # Ray does not hide the GPUs that this actor did not reserve.
         self._device = compute_device(job.config.pool) if ray.get_gpu_ids() else torch.device("cpu")
-        self._seat = Seat(job, self._device, assignments(job), site)
+        self._seat = Seat(job, self._device, assignments(job), location)
         # The first optimiser imports much of torch: neither the first round's time nor the subnet's memory.
         optimizers.build_optimizer(job.config.train.optimizer, [torch.nn.Parameter(torch.zeros(2, 3))])
         self._buffers: MessageBuffers | None = None

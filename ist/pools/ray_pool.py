@@ -30,7 +30,7 @@ from ist.errors import PoolError, WorkerLostError, first_line
 from ist.monitoring.meter import Meter
 from ist.pools.ray_actor import RayWorker, as_tensor
 from ist.subnet.job import Job, for_workers
-from ist.training.worker_state import Site
+from ist.training.worker_state import CheckpointLocation
 from ist.transport.codec import MessageBuffers, MessageLayouts
 from ist.transport.interfaces import Lost, Subnet
 
@@ -78,7 +78,7 @@ class RayPool:
         meter: Counts payload bytes.
         label: What actors are named after; must be this run's own in the cluster.
         worker_class: The class of the actors.
-        site: Where workers save what they keep; None: nowhere.
+        location: Where workers save what they keep; None: nowhere.
 
     Raises:
         PoolError: The job cannot be sent to actors.
@@ -87,12 +87,17 @@ class RayPool:
     parallel = True
 
     def __init__(
-        self, job: Job, meter: Meter, label: str, worker_class: type = RayWorker, site: Site | None = None
+        self,
+        job: Job,
+        meter: Meter,
+        label: str,
+        worker_class: type = RayWorker,
+        location: CheckpointLocation | None = None,
     ) -> None:
         config = job.config
         self._meter = meter
         self._label = label
-        self._site = site
+        self._location = location
         self._settings = config.pool.ray
         self._round_s = config.pool.round_deadline_s or config.pool.timeout_s
         self._has_deadline = config.pool.round_deadline_s is not None
@@ -283,7 +288,7 @@ class RayPool:
                 scheduling_strategy=strategy,
                 max_restarts=0,
                 max_task_retries=0,
-            ).remote(self._job, name, self._site)
+            ).remote(self._job, name, self._location)
             self._members[slot] = _Member(slot, name, actor, actor.where.remote())
 
     def _dismiss_the_dead(self) -> int:

@@ -21,7 +21,7 @@ from ist.rng import Indices
 from ist.subnet.job import Job, assignments, slot_of, with_workers
 from ist.subnet.split_model import ShapeKeys
 from ist.training.worker import Worker
-from ist.training.worker_state import Site
+from ist.training.worker_state import CheckpointLocation
 from ist.transport.codec import MessageBuffers, MessageLayouts
 from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.interfaces import BufferCache, Lost, Subnet
@@ -98,12 +98,14 @@ class TorchrunPool:
 
     parallel = True
 
-    def __init__(self, job: Job, membership: Membership, meter: Meter, site: Site | None = None) -> None:
+    def __init__(
+        self, job: Job, membership: Membership, meter: Meter, location: CheckpointLocation | None = None
+    ) -> None:
         self._channel = Channel(membership, meter)
         self._early = membership.backend == "gloo"
         self._carrier = membership.carrier
         self._first_rank = membership.world_size - job.config.train.workers
-        self._local = _worker(job, 0, membership, site) if self._first_rank == 0 else None
+        self._local = _worker(job, 0, membership, location) if self._first_rank == 0 else None
         self._names = tuple(f"rank {self._rank(worker)}" for worker in range(job.config.train.workers))
         self._cache = BufferCache(membership.device)
         self._round_number = 0
@@ -189,13 +191,13 @@ class RankWorker:
     Args:
         job: The run.
         membership: This rank.
-        site: Where workers save what they keep; None: nowhere.
+        location: Where workers save what they keep; None: nowhere.
     """
 
-    def __init__(self, job: Job, membership: Membership, site: Site | None = None) -> None:
+    def __init__(self, job: Job, membership: Membership, location: CheckpointLocation | None = None) -> None:
         self._job = job
         self._number = membership.rank - (membership.world_size - job.config.train.workers)
-        self._worker = _worker(job, self._number, membership, site)
+        self._worker = _worker(job, self._number, membership, location)
         self._channel = Channel(membership, Meter())
         self._carrier = membership.carrier
         self._keys = ShapeKeys(job.split)
@@ -239,9 +241,9 @@ class RankWorker:
         """Nothing to let go: the process group outlives the run."""
 
 
-def _worker(job: Job, number: int, membership: Membership, site: Site | None) -> Worker:
+def _worker(job: Job, number: int, membership: Membership, location: CheckpointLocation | None) -> Worker:
     """Make the worker that a rank is for the whole run."""
-    return Worker(job, slot_of(job, number), membership.device, assignments(job), site)
+    return Worker(job, slot_of(job, number), membership.device, assignments(job), location)
 
 
 def _begin(operations: list[dist.P2POp]) -> list[dist.Work]:

@@ -43,7 +43,7 @@ from ist.subnet.job import Job
 from ist.training.average import PREFIX as AVERAGE
 from ist.training.average import Averaged
 from ist.training.rounds import Follower, Method
-from ist.training.worker_state import Site
+from ist.training.worker_state import CheckpointLocation
 from ist.transport.interfaces import WorkerPool
 
 
@@ -77,7 +77,7 @@ class _Process:
         membership: This rank of the process group; None: there is none.
         meter: Counts bytes.
         device: Where it computes.
-        site: Where its workers save their state; None: nowhere.
+        location: Where its workers save their state; None: nowhere.
         stack: What is let go when the run ends.
     """
 
@@ -86,7 +86,7 @@ class _Process:
     membership: Membership | None
     meter: Meter
     device: torch.device
-    site: Site | None
+    location: CheckpointLocation | None
     stack: ExitStack
 
 
@@ -207,12 +207,12 @@ def _opened(job: Job, folder: RunFolder | None, resume: bool, progress: bool) ->
             )
         if membership:
             first_round = agree_on_start(membership, first_round, _fingerprint(config), job.task.contents)
-        start = secrets.token_hex(4)
-        site = _site(config, folder, membership, start, before) if config.workers_keep else None
+        run_id = secrets.token_hex(4)
+        location = _location(config, folder, membership, run_id, before) if config.workers_keep else None
         device = membership.device if membership else torch.device("cpu")
         if config.pool.spec.in_process:
             device = compute_device(config.pool)
-        process = _Process(job, folder, membership, Meter(), device, site, stack)
+        process = _Process(job, folder, membership, Meter(), device, location, stack)
         if not (leads and num_processes(config) > config.train.workers):  # a dedicated coordinator is no worker
             stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))
         if membership and not leads:
@@ -223,7 +223,7 @@ def _opened(job: Job, folder: RunFolder | None, resume: bool, progress: bool) ->
         watchers = open_watchers(config, folder, job.schedule.num_rounds, first_round, progress)
         for watcher in watchers:
             stack.callback(watcher.close)
-        recorder = RunRecorder(job, folder, watchers, before, process.meter, gauge, start)
+        recorder = RunRecorder(job, folder, watchers, before, process.meter, gauge, run_id)
         yield Leading(job, method, recorder, first_round, device)
 
 
@@ -254,42 +254,42 @@ def _method(process: _Process, saved: Mapping[str, Tensor] | None) -> Method:
 
 def _pool(process: _Process) -> WorkerPool:
     """Make the pool; what it needs for as long as the run lasts goes on the stack."""
-    job, folder, meter, site = process.job, process.folder, process.meter, process.site
+    job, folder, meter, location = process.job, process.folder, process.meter, process.location
     if process.membership:
-        return TorchrunPool(job, process.membership, meter, site)
+        return TorchrunPool(job, process.membership, meter, location)
     if job.config.pool.spec.in_process:
-        return InlinePool(job, process.device, meter, site)
+        return InlinePool(job, process.device, meter, location)
     from ist.pools.ray_cluster import connected
     from ist.pools.ray_pool import RayPool
 
     go_on = f"Go on from the last checkpoint with: {resume_command(folder.path)}" if folder else ""
     process.stack.enter_context(connected(job.config, go_on))
     name = folder.path.name if folder else job.config.name
-    pool = RayPool(job, meter, f"{name}-{secrets.token_hex(3)}", site=site)
+    pool = RayPool(job, meter, f"{name}-{secrets.token_hex(3)}", location=location)
     process.stack.callback(pool.close)
     pool.gather(0)  # starting actors is no part of the first round
     return pool
 
 
-def _site(
-    config: Config, folder: RunFolder | None, membership: Membership | None, start: str, before: Progress
-) -> Site | None:
+def _location(
+    config: Config, folder: RunFolder | None, membership: Membership | None, run_id: str, before: Progress
+) -> CheckpointLocation | None:
     """Return where this process's workers may save what they keep: where rank 0 saves the run, if it does."""
-    site = None
+    location = None
     if folder:
         checkpoint = folder.load_config().checkpoint
-        site = Site(str(folder.path.resolve()), checkpoint, start, before.rounds_done, before.start)
+        location = CheckpointLocation(str(folder.path.resolve()), checkpoint, run_id, before.rounds_done, before.start)
     if membership is None:
-        return site
-    told = tell(membership, site.to_text() if site else "")
-    return Site.from_text(told, config.checkpoint) if told else None
+        return location
+    told = tell(membership, location.to_text() if location else "")
+    return CheckpointLocation.from_text(told, config.checkpoint) if told else None
 
 
 def _follower(process: _Process, membership: Membership) -> Follower:
     job = process.job
     follower: Follower
     if job.config.method_spec.has_coordinator:
-        follower = RankWorker(job, membership, process.site)
+        follower = RankWorker(job, membership, process.location)
     else:
         follower = implementation(job.config)(job, membership, job.task.build(), {}, process.meter)
     process.stack.callback(follower.close)

@@ -31,7 +31,7 @@ class RunRecorder:
         before: Where a resumed run stood.
         meter: Counts the bytes of this process.
         gauge: Measures the memory of this process.
-        start: A name for this start of the run's processes.
+        run_id: A name for this start of the run's processes.
 
     Attributes:
         history: One record a round, in order; counters (samples, bytes, seconds) run from the run's beginning. The
@@ -46,7 +46,7 @@ class RunRecorder:
         before: Progress,
         meter: Meter,
         gauge: MemoryGauge,
-        start: str = "",
+        run_id: str = "",
     ) -> None:
         self._job = job
         self._metric = job.task.metric
@@ -54,7 +54,7 @@ class RunRecorder:
         self._watchers = watchers
         self._meter = meter
         self._gauge = gauge
-        self._start = start
+        self._run_id = run_id
         self._seen = [[0] * job.config.train.workers for _ in range(2)]
         self._totals = {name: before.totals.get(name, 0) for name in over_rounds("total")}
         self._faults = {str(kind): before.totals.get(kind, 0) for kind in FAULTS}
@@ -138,7 +138,7 @@ class RunRecorder:
             RunFolderError: It cannot be written.
         """
         if self._folder:
-            progress = Progress(rounds_done, {**self._totals, **self._faults}, dict(self._numbers), self._start)
+            progress = Progress(rounds_done, {**self._totals, **self._faults}, dict(self._numbers), self._run_id)
             self._folder.save_checkpoint(state, progress, self._job.config.checkpoint.keep)
             for watcher in self._watchers:
                 watcher.saved(rounds_done)

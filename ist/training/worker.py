@@ -23,7 +23,7 @@ from ist.subnet.residual_blocks import scaled_blocks
 from ist.subnet.split_model import ShapeKeys
 from ist.tensors import is_finite
 from ist.training.local_loop import TaskLoop, local_steps
-from ist.training.worker_state import Site, WorkerState
+from ist.training.worker_state import CheckpointLocation, WorkerState
 from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import WorkerEndpoint
 from ist.transport.frozen_parameters import FrozenCache, check_frozen, checksums
@@ -38,7 +38,7 @@ class Worker:
         slot: Which worker this is, of which team.
         device: Where it computes.
         held: Who holds which neurons; the workers of a process share it.
-        site: Where this worker saves what it is_used; None: nowhere.
+        location: Where this worker saves what it is_used; None: nowhere.
         frozen: What its process holds of frozen parameters; None: nothing yet.
     """
 
@@ -48,7 +48,7 @@ class Worker:
         slot: WorkerSlot,
         device: torch.device,
         held: Assignments,
-        site: Site | None = None,
+        location: CheckpointLocation | None = None,
         frozen: FrozenCache | None = None,
     ) -> None:
         self.job = job
@@ -60,7 +60,7 @@ class Worker:
         self._shape_keys = ShapeKeys(job.split)
         self._shape_key = self._shape_keys.of(self.neurons(0))
         self.module = job.split.module(self.neurons(0), device)
-        self._state = WorkerState(job, slot, held, site)
+        self._state = WorkerState(job, slot, held, location)
         self._is_new = True
         self._end = WorkerEndpoint(job.split, job.config.exchange, device)
         self.frozen = frozen or FrozenCache(job.split, job.config.exchange)
@@ -177,13 +177,15 @@ class Seat:
         job: The run, for as many workers as there may be.
         device: Where it computes.
         held: Who holds which neurons.
-        site: Where workers save what they keep; None: nowhere.
+        location: Where workers save what they keep; None: nowhere.
     """
 
-    def __init__(self, job: Job, device: torch.device, held: Assignments, site: Site | None = None) -> None:
+    def __init__(
+        self, job: Job, device: torch.device, held: Assignments, location: CheckpointLocation | None = None
+    ) -> None:
         self._job = job
         self._held = held
-        self._site = site
+        self._location = location
         self._device = device
         self._frozen = FrozenCache(job.split, job.config.exchange)
         self._worker: Worker | None = None
@@ -191,5 +193,5 @@ class Seat:
     def worker(self, slot: WorkerSlot) -> Worker:
         """Return the worker of a slot: the same as before, while the slot is."""
         if self._worker is None or self._worker.slot != slot:
-            self._worker = Worker(self._job, slot, self._device, self._held, self._site, self._frozen)
+            self._worker = Worker(self._job, slot, self._device, self._held, self._location, self._frozen)
         return self._worker

@@ -39,7 +39,7 @@ _A_URL = "url"
 
 
 @dataclass(frozen=True)
-class Site:
+class CheckpointLocation:
     """Where and when a run is saved, as workers on any machine need to know it.
 
     Attributes:
@@ -52,13 +52,13 @@ class Site:
 
     folder: str
     checkpoint: Checkpoint
-    start: str = ""
+    run_id: str = ""
     first_round: int = 0
-    before: str = ""
+    previous_run_id: str = ""
 
     def saved_by(self, round_number: int) -> str:
         """Return the start in which the run was saved before a round: what others left there is of another course."""
-        return self.before if round_number == self.first_round else self.start
+        return self.previous_run_id if round_number == self.first_round else self.run_id
 
     def to_text(self) -> str:
         """Return what may be sent in clear: not a URL, which may hold a password."""
@@ -68,7 +68,7 @@ class Site:
         return json.dumps({**asdict(self), "checkpoint": checkpoint.model_dump()})
 
     @classmethod
-    def from_text(cls, text: str, own: Checkpoint) -> "Site":
+    def from_text(cls, text: str, own: Checkpoint) -> "CheckpointLocation":
         """Undo `to_text` on a rank whose own settings have the URL."""
         told = json.loads(text)
         checkpoint = Checkpoint(**told["checkpoint"])
@@ -92,15 +92,15 @@ class WorkerState:
         job: The run.
         slot: Which worker, of which team.
         held: Who holds which neurons.
-        site: Where to save; None: nowhere.
+        location: Where to save; None: nowhere.
     """
 
-    def __init__(self, job: Job, slot: WorkerSlot, held: Assignments, site: Site | None) -> None:
+    def __init__(self, job: Job, slot: WorkerSlot, held: Assignments, location: CheckpointLocation | None) -> None:
         self._job = job
         self._slot = slot
         self._assignments = held
         self._worker = slot.worker
-        self._site = site
+        self._location = location
         self._last: _LastRound | None = None
         self._restored: dict[str, Tensor] | None = None
         self._warned_of_failure = False
@@ -111,10 +111,10 @@ class WorkerState:
         Returns:
             What rounding took, by name; empty where nothing is fed back, or found.
         """
-        if self._site is None or round_number == 0 or not self.is_used_after(round_number - 1):
+        if self._location is None or round_number == 0 or not self.is_used_after(round_number - 1):
             return {}
-        checkpoint = self._site.checkpoint
-        of = self._fingerprint(self._held(round_number - 1), self._site.saved_by(round_number))
+        checkpoint = self._location.checkpoint
+        of = self._fingerprint(self._held(round_number - 1), self._location.saved_by(round_number))
         why, damaged = "nothing that fits is there", False
         found = None
         try:
@@ -126,7 +126,7 @@ class WorkerState:
             if damaged or checkpoint.is_due(round_number):
                 _log.warning(
                     "worker %d goes on without what it kept before round %d, which should be in %s: %s",
-                    self._worker, round_number + 1, redacted(checkpoint.storage or self._site.folder), why,
+                    self._worker, round_number + 1, redacted(checkpoint.storage or self._location.folder), why,
                 )  # fmt: skip
             return {}
         if self._optimizer_is_used_after(round_number - 1):
@@ -162,15 +162,15 @@ class WorkerState:
         is_used = self._optimizer_is_used_after(round_number)
         if is_used:  # else its state would be held in vain while the subnet travels
             self._last = _LastRound(optimizer, held)
-        if self._site is None or not self.is_used_after(round_number):
+        if self._location is None or not self.is_used_after(round_number):
             return
-        checkpoint = self._site.checkpoint
+        checkpoint = self._location.checkpoint
         if rounds_done == job.schedule.num_rounds or not checkpoint.is_due(rounds_done):
             return
         state = optimizers.named_state(optimizer, named) if is_used else {}
         tensors = {**state, **{_RESIDUAL + name: tensor for name, tensor in residuals.items()}}
         try:
-            of = self._fingerprint(held, self._site.start)
+            of = self._fingerprint(held, self._location.run_id)
             save_kept(self._storage, self._worker, rounds_done, tensors, of, checkpoint.keep)
         except (ConfigError, RunFolderError) as error:
             if not self._warned_of_failure:
@@ -179,8 +179,8 @@ class WorkerState:
 
     @cached_property
     def _storage(self) -> Storage:
-        assert self._site is not None
-        return run_storage(self._site.checkpoint.storage, Path(self._site.folder))
+        assert self._location is not None
+        return run_storage(self._location.checkpoint.storage, Path(self._location.folder))
 
     def _held(self, round_number: int) -> Sequence[Indices]:
         return self._assignments.of(round_number, self._slot.team)[self._worker]
@@ -192,13 +192,13 @@ class WorkerState:
             return False
         return _same(self._held(round_number), self._held(round_number + 1))
 
-    def _fingerprint(self, neurons: Sequence[Indices], start: str) -> str:
+    def _fingerprint(self, neurons: Sequence[Indices], run_id: str) -> str:
         """Name what a worker holds, of how much: another number of workers, or other shares, deal other data too."""
         capacities = self._slot.team.capacities
         code = zlib.crc32(repr(list(capacities) if capacities else self._job.config.partition.capacities).encode())
         for held in neurons:
             code = zlib.crc32(held.tobytes(), zlib.crc32(str(len(held)).encode(), code))
-        return f"{code:08x} of {self._slot.team.num_workers} by {start}"
+        return f"{code:08x} of {self._slot.team.num_workers} by {run_id}"
 
 
 def _same(neurons: Sequence[Indices], others: Sequence[Indices]) -> bool:

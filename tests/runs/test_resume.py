@@ -24,7 +24,7 @@ from ist.storage.backend import LocalStorage
 from ist.storage.checkpoint import load_checkpoint, read_tensors, save_checkpoint, save_kept
 from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.subnet.job import Job, assignments, slot_of, with_workers
-from ist.training.worker_state import Site, WorkerState
+from ist.training.worker_state import CheckpointLocation, WorkerState
 from tests.conftest import assert_same, data, job_for, small_config
 from tests.networks import NETWORKS, seeded
 
@@ -209,20 +209,25 @@ def stepped(job: Job, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimize
 
 def test_a_worker_takes_what_it_kept_of_the_same_neurons_among_as_many(tmp_path: Path) -> None:
     job, named = kept_job()
-    site = Site(str(tmp_path), Checkpoint(), start="a")
+    location = CheckpointLocation(str(tmp_path), Checkpoint(), run_id="a")
     optimizer = stepped(job, named)
-    WorkerState(job, slot_of(job, 0), assignments(job), site).store(optimizer, named, {}, 0)
+    WorkerState(job, slot_of(job, 0), assignments(job), location).store(optimizer, named, {}, 0)
 
-    def taken_by(other: Job, worker: int = 0, round_number: int = 1, site: Site = site) -> dict[str, Tensor]:
-        state = WorkerState(other, slot_of(other, worker), assignments(other), site)
+    def taken_by(
+        other: Job, worker: int = 0, round_number: int = 1, location: CheckpointLocation = location
+    ) -> dict[str, Tensor]:
+        state = WorkerState(other, slot_of(other, worker), assignments(other), location)
         state.restore(round_number)
         return named_state(state.optimizer(named, round_number), named)
 
     assert_same(taken_by(job), named_state(optimizer, named))
     # Of the start whose checkpoint is gone on from, and of no other.
-    assert_same(taken_by(job, site=replace(site, start="b", first_round=1, before="a")), named_state(optimizer, named))
-    assert taken_by(job, site=replace(site, start="b", first_round=1, before="c")) == {}
-    assert taken_by(job, site=replace(site, start="b")) == {}
+    assert_same(
+        taken_by(job, location=replace(location, run_id="b", first_round=1, previous_run_id="a")),
+        named_state(optimizer, named),
+    )
+    assert taken_by(job, location=replace(location, run_id="b", first_round=1, previous_run_id="c")) == {}
+    assert taken_by(job, location=replace(location, run_id="b")) == {}
     assert taken_by(job, worker=1) == {}
     assert taken_by(job, round_number=2) == {}
     assert taken_by(with_workers(job, 3)) == {}
@@ -235,7 +240,7 @@ def test_a_place_that_cannot_be_reached_is_told_and_costs_what_was_kept_alone(ca
         job,
         slot_of(job, 0),
         assignments(job),
-        Site("/nowhere", Checkpoint(storage="nosuch://bucket")),
+        CheckpointLocation("/nowhere", Checkpoint(storage="nosuch://bucket")),
     )
 
     assert state.restore(1) == {}
@@ -246,12 +251,12 @@ def test_a_place_that_cannot_be_reached_is_told_and_costs_what_was_kept_alone(ca
 
 
 def test_a_password_in_a_url_stays_with_who_was_configured_with_it() -> None:
-    site = Site("/runs/first", Checkpoint(storage="s3://me:secret@bucket/runs"), "b", 7, "a")
+    location = CheckpointLocation("/runs/first", Checkpoint(storage="s3://me:secret@bucket/runs"), "b", 7, "a")
 
-    assert "secret" not in site.to_text()
-    assert Site.from_text(site.to_text(), site.checkpoint) == site
-    folder = Site("/runs/first", Checkpoint(storage="/checkpoints", every=3))
-    assert Site.from_text(folder.to_text(), Checkpoint()) == folder
+    assert "secret" not in location.to_text()
+    assert CheckpointLocation.from_text(location.to_text(), location.checkpoint) == location
+    folder = CheckpointLocation("/runs/first", Checkpoint(storage="/checkpoints", every=3))
+    assert CheckpointLocation.from_text(folder.to_text(), Checkpoint()) == folder
 
 
 def test_files_of_checkpoints_stay_and_those_of_a_broken_off_run_go(tmp_path: Path) -> None:
