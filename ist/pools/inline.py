@@ -10,7 +10,7 @@ import torch
 
 from ist.monitoring.meter import Meter
 from ist.subnet.job import Job, assignments, remote_workers
-from ist.training.worker import Seat
+from ist.training.worker import WorkerHost
 from ist.training.worker_state import CheckpointLocation
 from ist.transport.codec import MessageBuffers, MessageLayouts
 from ist.transport.interfaces import BufferCache, Lost, Subnet
@@ -26,7 +26,7 @@ class InlinePool:
     ) -> None:
         self._names = tuple(f"worker {number}" for number in range(job.config.train.workers))
         held = assignments(job)
-        self._seats = [Seat(job, device, held, location) for _ in self._names]
+        self._hosts = [WorkerHost(job, device, held, location) for _ in self._names]
         self._cache = BufferCache(device)
         self._meter = meter
         self._submitted: deque[tuple[int, Subnet]] = deque()
@@ -55,7 +55,7 @@ class InlinePool:
         try:
             while self._submitted:
                 round_number, subnet = self._submitted.popleft()
-                self._seats[subnet.worker].worker(subnet.slot).train(round_number, subnet.buffers, subnet.frozen)
+                self._hosts[subnet.worker].worker(subnet.slot).train(round_number, subnet.buffers, subnet.frozen)
                 if subnet.worker in self._remote:
                     self._meter.received[subnet.worker] += subnet.buffers.up.nbytes
                 yield subnet

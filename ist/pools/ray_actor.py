@@ -15,7 +15,7 @@ from ist.errors import PoolError
 from ist.optimization import optimizers
 from ist.subnet.assignments import WorkerSlot
 from ist.subnet.job import Job, assignments
-from ist.training.worker import Seat
+from ist.training.worker import WorkerHost
 from ist.training.worker_state import CheckpointLocation
 from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import down_bytes, message_layouts
@@ -38,7 +38,7 @@ class RayWorker:
         self._threads = job.config.pool.threads
         # Ray does not hide the GPUs that this actor did not reserve.
         self._device = compute_device(job.config.pool) if ray.get_gpu_ids() else torch.device("cpu")
-        self._seat = Seat(job, self._device, assignments(job), location)
+        self._host = WorkerHost(job, self._device, assignments(job), location)
         # The first optimiser imports much of torch: neither the first round's time nor the subnet's memory.
         optimizers.build_optimizer(job.config.train.optimizer, [torch.nn.Parameter(torch.zeros(2, 3))])
         self._buffers: MessageBuffers | None = None
@@ -72,7 +72,7 @@ class RayWorker:
             AbandonedRoundError: The round went on without this worker.
         """
         torch.set_num_threads(self._threads)  # actors run on a thread of their own
-        worker = self._seat.worker(slot)
+        worker = self._host.worker(slot)
         split, neurons = worker.job.split, worker.neurons(round_number)
         layouts = message_layouts(split, worker.job.config.exchange, split.cut(neurons))
         if self._buffers is None or self._buffers.layouts != layouts:

@@ -170,7 +170,7 @@ class Worker:
         return is_used and not (math.isfinite(loss_sum) and is_finite(values))
 
 
-class Seat:
+class WorkerHost:
     """Where a worker sits whose number and share may change from round to round.
 
     Args:

@@ -72,7 +72,7 @@ def test_shares_stay_what_they_were_where_all_hold_everything() -> None:
 
     for round_number in range(3, 6):
         made.train_round(round_number)
-        workers.add(tuple(id(seat._worker) for seat in pool._seats))
+        workers.add(tuple(id(host._worker) for host in pool._hosts))
 
     assert measured
     assert measured[0] < measured[1]
