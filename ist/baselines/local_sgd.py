@@ -42,7 +42,7 @@ class LocalTraining:
         model: The whole network with its start values; rank 0's are broadcast.
         state: Optimiser states of a checkpoint; empty at the start. Only rank 0's are used.
         meter: Counts the all-reduce.
-        has_outer_step: Whether an outer optimiser moves the common network (DiLoCo); else it is the mean (local SGD).
+        has_outer_optimizer: Whether an outer optimiser moves the common network (DiLoCo); else it is the mean (local SGD).
         bits: In how many bits a number of the change travels; None: as it is.
 
     Reference: Stich, "Local SGD Converges Fast and Communicates Little", arXiv 1805.09767; Douillard et al., "DiLoCo",
@@ -56,7 +56,7 @@ class LocalTraining:
         model: nn.Module,
         state: Mapping[str, Tensor],
         meter: Meter,
-        has_outer_step: bool = False,
+        has_outer_optimizer: bool = False,
         bits: int | None = None,
     ) -> None:
         self.job = job
@@ -71,7 +71,7 @@ class LocalTraining:
             self._model.load_state_dict(spread(membership, self._model.state_dict()))
             state = spread(membership, state)
         ranks = [_RANK.format(rank) for rank in range(membership.world_size)]
-        prefixes = (*ranks, _OUTER) if has_outer_step else tuple(ranks)
+        prefixes = (*ranks, _OUTER) if has_outer_optimizer else tuple(ranks)
         if foreign := [name for name in state if not name.startswith(prefixes)]:
             raise CheckpointError(
                 f"the checkpoint holds '{foreign[0]}', for which method '{job.config.method}' has no use"
@@ -84,7 +84,7 @@ class LocalTraining:
         # The network on which all ranks agreed last, and the optimiser that moves it.
         self._common: dict[str, nn.Parameter] = {}
         self._outer: torch.optim.Optimizer | None = None
-        if has_outer_step:
+        if has_outer_optimizer:
             outer = job.config.baseline.outer
             self._common = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in trained.items()}
             self._outer = torch.optim.SGD(

@@ -256,15 +256,15 @@ METHODS: dict[str, MethodSpec] = {
             keys=("baseline.powersgd_rank", "baseline.powersgd_start"),
         ),
         MethodSpec(
-            "local_sgd", "local training of whole networks, averaged every round", _LOCAL, {"has_outer_step": False},
+            "local_sgd", "local training of whole networks, averaged every round", _LOCAL, {"has_outer_optimizer": False},
             collective=Collective("round", _vector_bytes, _vector_bytes, passes=4),
         ),
         MethodSpec(
-            "diloco", "local SGD with an outer Nesterov step", _LOCAL, {"has_outer_step": True},
+            "diloco", "local SGD with an outer Nesterov step", _LOCAL, {"has_outer_optimizer": True},
             collective=Collective("round", _vector_bytes, _outer_state, passes=7), keys=_OUTER,
         ),
         MethodSpec(
-            "diloco_int8", "DiLoCo with changes in int8", _LOCAL, {"has_outer_step": True, "bits": 8},
+            "diloco_int8", "DiLoCo with changes in int8", _LOCAL, {"has_outer_optimizer": True, "bits": 8},
             # An all-to-all of shards and an all-gather of their means send what a ring would.
             collective=Collective("round", int8_bytes, _int8_state, passes=12), keys=_OUTER,
         ),

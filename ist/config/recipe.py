@@ -117,7 +117,7 @@ class Recipe(Section):
         return stage.outer or self.outer
 
     @property
-    def has_outer_step(self) -> bool:
+    def has_outer_optimizer(self) -> bool:
         """Whether any stage uses the outer optimizer."""
         return any(not self.outer_of(stage).is_plain for stage in self.stages or [Stage()])
 

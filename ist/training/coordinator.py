@@ -25,7 +25,7 @@ from ist.subnet.partition import holds_everything
 from ist.subnet.store import LocalStore, ParameterStore
 from ist.tensors import is_finite
 from ist.training.outer_optimizer import PREFIX as OUTER
-from ist.training.outer_optimizer import OuterStep
+from ist.training.outer_optimizer import OuterOptimizer
 from ist.training.rounds import RoundReport
 from ist.training.speed_balance import SpeedBalance
 from ist.transport.codec import SCALE
@@ -73,7 +73,9 @@ class Coordinator:
         self._store: ParameterStore = LocalStore({name: tensors[name] for name in job.split.model_specs} | fresh)
         trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         momentum = (
-            {f"{OUTER}{name}": tensor for name, tensor in trained.items()} if job.config.recipe.has_outer_step else {}
+            {f"{OUTER}{name}": tensor for name, tensor in trained.items()}
+            if job.config.recipe.has_outer_optimizer
+            else {}
         )
         if carried is not None:
             check_tensors(carried, {**fresh, **momentum})
@@ -81,9 +83,11 @@ class Coordinator:
         # Masks hold infinities from the start.
         self._never_finite = {name for name in job.split.model_specs if not is_finite([tensors[name]])}
         saved = dict(carried or {})
-        self._outer: OuterStep | None = None
-        if job.config.recipe.has_outer_step:
-            self._outer = OuterStep(trained, {name: saved.pop(name) for name in list(saved) if name.startswith(OUTER)})
+        self._outer: OuterOptimizer | None = None
+        if job.config.recipe.has_outer_optimizer:
+            self._outer = OuterOptimizer(
+                trained, {name: saved.pop(name) for name in list(saved) if name.startswith(OUTER)}
+            )
         for name, tensor in saved.items():
             self._store.tensors()[name].copy_(tensor)
 

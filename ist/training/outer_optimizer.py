@@ -22,7 +22,7 @@ PREFIX = "outer/"
 """How the names of its tensors begin in a checkpoint."""
 
 
-class OuterStep:
+class OuterOptimizer:
     """Momentum of the merged change.
 
     Args:

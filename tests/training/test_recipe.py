@@ -25,7 +25,7 @@ from ist.subnet.cut import Cut
 from ist.subnet.job import Job, assignments
 from ist.training.average import Averaged
 from ist.training.coordinator import Coordinator
-from ist.training.outer_optimizer import OuterStep
+from ist.training.outer_optimizer import OuterOptimizer
 from ist.training.rounds import RoundReport
 from tests.conftest import assert_same, clone, data, job_for, round_numbers, small_config, worker_numbers
 from tests.networks import NETWORKS, seeded
@@ -202,7 +202,7 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
 def test_an_outer_step_is_the_loop_over_entries_and_leaves_what_nobody_trained(returned: list[int]) -> None:
     model = seeded(NETWORKS["no batch norm"])
     job, parameters = job_for(model, train__workers=3), trained_parameters(model)
-    step = OuterStep(parameters, {})
+    step = OuterOptimizer(parameters, {})
     momentum = {name: torch.zeros_like(tensor) for name, tensor in parameters.items()}
     generator = torch.Generator().manual_seed(0)
 
@@ -232,7 +232,7 @@ def test_where_all_weights_are_trained_the_outer_step_is_diloco_s() -> None:
     job, parameters = job_for(model, train__workers=1), trained_parameters(model)
     theirs = {name: nn.Parameter(tensor.clone()) for name, tensor in parameters.items()}
     sgd = torch.optim.SGD(theirs.values(), lr=SETTINGS.lr, momentum=SETTINGS.momentum, nesterov=True)
-    step = OuterStep(parameters, {})
+    step = OuterOptimizer(parameters, {})
     generator = torch.Generator().manual_seed(0)
 
     for round_number in range(3):
