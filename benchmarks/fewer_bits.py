@@ -22,7 +22,7 @@ from ist.config.load import load_config
 from ist.monitoring.display import format_bytes
 from ist.runs.build import build_job
 from ist.runs.execute import execute
-from ist.runs.open import Leading
+from ist.runs.open import CoordinatorPart
 
 CONFIG = ROOT / "configs" / "fashion_mnist_mlp.yaml"
 SEEDS = (0, 1, 2)
@@ -61,7 +61,7 @@ def run(settings: Settings, seed: int, quick: bool) -> dict[str, Any]:
         ],
     )  # fmt: skip
     part = execute(build_job(config), progress=False)
-    assert isinstance(part, Leading)
+    assert isinstance(part, CoordinatorPart)
     return part.recorder.result()
 
 

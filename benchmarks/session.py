@@ -115,7 +115,7 @@ def main() -> None:
 
     from ist.distributed.environment import is_rank_zero
     from ist.runs.build import build_job, load_data
-    from ist.runs.open import Following
+    from ist.runs.open import FollowerPart
 
     torch.set_num_threads(1)
 
@@ -135,7 +135,7 @@ def main() -> None:
         started = time.perf_counter()
         part = execute(job, progress=False)
         if is_rank_zero():
-            assert not isinstance(part, Following)
+            assert not isinstance(part, FollowerPart)
             result: Mapping[str, Any] = part.recorder.result()
             reported = {key: result[key] for key in REPORTED}
             others = part.recorder.history[-1]["memory_bytes_by_worker"][1:]

@@ -25,7 +25,7 @@ from rich.table import Table
 from benchmarks.common import write_result
 from ist.config.load import validate
 from ist.runs.build import build_job
-from ist.runs.open import Leading, open_run
+from ist.runs.open import CoordinatorPart, open_run
 from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.training.rounds import run_rounds
 
@@ -122,7 +122,7 @@ def soak(minutes: float, every_s: float) -> dict[str, Any]:
         killer = Killer(every_s)
         try:
             with open_run(build_job(config), folder, resume=False) as part:
-                assert isinstance(part, Leading)
+                assert isinstance(part, CoordinatorPart)
                 killer.start()
                 end = time.monotonic() + minutes * 60
                 part.recorder.round_done = until(end, part.recorder.round_done)  # type: ignore[method-assign]

@@ -31,7 +31,7 @@ from ist.runs.arguments import Keywords, TrainKeys, split_config, train_config
 from ist.runs.build import loss_function, make_job, split_network
 from ist.runs.execute import execute
 from ist.runs.inspection import inspect_split
-from ist.runs.open import Following
+from ist.runs.open import FollowerPart
 from ist.runs.rehearsal import rehearse
 from ist.runs.split import Split, values_of
 from ist.storage.run_folder import RunFolder, create_run_folder, reopen
@@ -284,7 +284,7 @@ def _train(job: Job, model: nn.Module, run_dir: str | Path | None, resume: bool,
     if run_dir is not None and is_rank_zero():
         folder = (reopen if resume else create_run_folder)(config, Path(run_dir))
     part = execute(job, folder, resume, progress)
-    if isinstance(part, Following):
+    if isinstance(part, FollowerPart):
         return TrainResult(model, [], is_coordinator=False)
     if part.method.model is not model:  # an average of it
         model.load_state_dict(part.method.model.state_dict())

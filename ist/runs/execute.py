@@ -6,7 +6,7 @@ part, `ist/training/rounds.py` has the loop.
 
 from collections.abc import Callable
 
-from ist.runs.open import Following, Leading, open_run
+from ist.runs.open import CoordinatorPart, FollowerPart, open_run
 from ist.storage.run_folder import RunFolder
 from ist.subnet.job import Job
 from ist.training.rounds import follow_rounds, run_rounds
@@ -17,8 +17,8 @@ def execute(
     folder: RunFolder | None = None,
     resume: bool = False,
     progress: bool = True,
-    opened: Callable[[Leading], object] | None = None,
-) -> Leading | Following:
+    opened: Callable[[CoordinatorPart], object] | None = None,
+) -> CoordinatorPart | FollowerPart:
     """Run a job to its end in this process: lead the rounds, or take part in them as another rank.
 
     Args:
@@ -36,7 +36,7 @@ def execute(
         ISTError: See `ist.runs.open.open_run` and `ist.training.rounds.run_rounds`.
     """
     with open_run(job, folder, resume, progress) as part:
-        if isinstance(part, Following):
+        if isinstance(part, FollowerPart):
             follow_rounds(part.job, part.follower, part.first_round)
             return part
         if opened is not None:

@@ -48,7 +48,7 @@ from ist.transport.interfaces import WorkerPool
 
 
 @dataclass(frozen=True)
-class Leading:
+class CoordinatorPart:
     """A run as the process sees it that evaluates and records."""
 
     job: Job
@@ -59,7 +59,7 @@ class Leading:
 
 
 @dataclass(frozen=True)
-class Following:
+class FollowerPart:
     """A run as any other rank sees it."""
 
     job: Job
@@ -153,7 +153,9 @@ def _check_arguments(config: Config) -> None:
 
 
 @contextmanager
-def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = True) -> Iterator[Leading | Following]:
+def open_run(
+    job: Job, folder: RunFolder | None, resume: bool, progress: bool = True
+) -> Iterator[CoordinatorPart | FollowerPart]:
     """Build this process's part of a run, and take it down afterwards.
 
     Args:
@@ -180,7 +182,9 @@ def open_run(job: Job, folder: RunFolder | None, resume: bool, progress: bool = 
 
 
 @contextmanager
-def _opened(job: Job, folder: RunFolder | None, resume: bool, progress: bool) -> Iterator[Leading | Following]:
+def _opened(
+    job: Job, folder: RunFolder | None, resume: bool, progress: bool
+) -> Iterator[CoordinatorPart | FollowerPart]:
     """Do what `open_run` does, where nobody else writes into the folder."""
     config = job.config
     check_method(config)
@@ -216,7 +220,7 @@ def _opened(job: Job, folder: RunFolder | None, resume: bool, progress: bool) ->
         if not (leads and num_processes(config) > config.train.workers):  # a dedicated coordinator is no worker
             stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))
         if membership and not leads:
-            yield Following(job, _follower(process, membership), first_round)
+            yield FollowerPart(job, _follower(process, membership), first_round)
             return
         gauge = MemoryGauge(device)
         method = _method(process, tensors if before.rounds_done else None)
@@ -224,7 +228,7 @@ def _opened(job: Job, folder: RunFolder | None, resume: bool, progress: bool) ->
         for watcher in watchers:
             stack.callback(watcher.close)
         recorder = RunRecorder(job, folder, watchers, before, process.meter, gauge, run_id)
-        yield Leading(job, method, recorder, first_round, device)
+        yield CoordinatorPart(job, method, recorder, first_round, device)
 
 
 def _method(process: _Process, saved: Mapping[str, Tensor] | None) -> Method:

@@ -24,7 +24,7 @@ from ist.rng import Purpose
 from ist.rng import seeded as seeded_generators
 from ist.runs.build import make_job
 from ist.runs.execute import execute
-from ist.runs.open import Following, open_run
+from ist.runs.open import FollowerPart, open_run
 from ist.storage.checkpoint import write_tensors
 from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.subnet.job import Job
@@ -153,7 +153,7 @@ def run(made: Job, folder: RunFolder | None, resume: bool, stop: bool = False) -
     if not stop:
         return execute(made, folder, resume, progress=False)
     with open_run(made, folder, resume, progress=False) as part:
-        if isinstance(part, Following):
+        if isinstance(part, FollowerPart):
             for round_number in range(STOPPED_AFTER + 1):
                 part.follower.train_round(round_number)
             return part
@@ -192,7 +192,7 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     for name in [*RUNS, *OTHER_NETWORKS]:
         part = run(job(name), None, resume=False)
-        if not isinstance(part, Following):
+        if not isinstance(part, FollowerPart):
             write_tensors(out / f"{name}.safetensors", part.method.model.state_dict(), {})
             (out / f"{name}.json").write_text(json.dumps(part.recorder.history))
     for name in RESUMED:
@@ -201,7 +201,7 @@ def main(out: Path) -> None:
         with contextlib.suppress(PowerCutError):
             run(made, folder, resume=False, stop=True)
         part = run(job(name), folder, resume=True)
-        if not isinstance(part, Following):
+        if not isinstance(part, FollowerPart):
             write_tensors(out / f"{name}, resumed.safetensors", part.method.model.state_dict(), {})
     if DEVICE is None:
         trained = plain_powersgd(job("powersgd"))

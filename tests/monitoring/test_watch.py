@@ -29,7 +29,7 @@ from ist.monitoring.exporters import Prometheus, TensorBoard, families, scalars
 from ist.monitoring.meter import MemoryGauge, Meter
 from ist.monitoring.observers import Watcher, check_watch, open_watchers
 from ist.runs.build import build_job
-from ist.runs.open import Leading, open_run
+from ist.runs.open import CoordinatorPart, open_run
 from ist.runs.recorder import RunRecorder
 from ist.storage.checkpoint import Progress
 from ist.storage.run_folder import create_run_folder
@@ -321,7 +321,7 @@ def collected(exporter: Prometheus) -> Samples:
 def test_a_run_serves_its_metrics_until_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = create_run_folder(small_config(watch={"metrics_port": 0}), tmp_path / "run")
     with open_run(build_job(folder.load_config()), folder, resume=False, progress=False) as part:
-        assert isinstance(part, Leading)
+        assert isinstance(part, CoordinatorPart)
         found = re.search(r"metrics: (http://127.0.0.1:\d+/metrics)", capsys.readouterr().err)
         assert found
         before = scraped(found[1])

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ist.runs.execute import execute
-from ist.runs.open import Leading
+from ist.runs.open import CoordinatorPart
 from ist.storage.checkpoint import write_tensors
 from ist.subnet.job import Job
 from tests.augmented import Augmented
@@ -125,7 +125,7 @@ def job(name: str, **changes: Any) -> tuple[Job, nn.Module]:
 def run(name: str, out: Path, **changes: Any) -> None:
     made, _ = job(name, **changes)
     part = execute(made, progress=False)
-    if isinstance(part, Leading):
+    if isinstance(part, CoordinatorPart):
         slug = name.replace(" ", "-").replace(",", "")
         write_tensors(out / f"{slug}.safetensors", part.method.model.state_dict(), {})
         (out / f"{slug}.json").write_text(json.dumps(part.recorder.history))

@@ -19,7 +19,7 @@ from ist.errors import CheckpointError, RunFolderError
 from ist.optimization.optimizers import build_optimizer, named_state
 from ist.runs.build import build_job
 from ist.runs.execute import execute
-from ist.runs.open import Leading
+from ist.runs.open import CoordinatorPart
 from ist.storage.backend import LocalStorage
 from ist.storage.checkpoint import load_checkpoint, read_tensors, save_checkpoint, save_kept
 from ist.storage.run_folder import RunFolder, create_run_folder
@@ -38,7 +38,7 @@ def run(
 ) -> dict[str, torch.Tensor]:
     """Run what a folder holds; raise after the training of a round, or copy the folder there in every round."""
 
-    def opened(part: Leading) -> None:
+    def opened(part: CoordinatorPart) -> None:
         note = part.recorder.round_done
 
         def trained(round_number: int, *rest: Any) -> None:

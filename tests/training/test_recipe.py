@@ -18,7 +18,7 @@ from ist.monitoring.meter import Meter
 from ist.pools.inline import InlinePool
 from ist.runs.build import build_job
 from ist.runs.execute import execute
-from ist.runs.open import Leading
+from ist.runs.open import CoordinatorPart
 from ist.storage.checkpoint import read_tensors
 from ist.storage.run_folder import create_run_folder
 from ist.subnet.cut import Cut
@@ -110,12 +110,12 @@ def test_an_average_that_is_resumed_is_the_same_average(settings: dict[str, Any]
     assert_same(second.checkpoint_state(), whole.checkpoint_state())
 
 
-def run(folder: Path, **changes: Any) -> tuple[list[dict[str, Tensor]], Leading]:
+def run(folder: Path, **changes: Any) -> tuple[list[dict[str, Tensor]], CoordinatorPart]:
     """Run, and return what the network that was trained was after each round."""
     seen: list[dict[str, Tensor]] = []
     made = create_run_folder(small_config(**changes), folder)
 
-    def opened(part: Leading) -> None:
+    def opened(part: CoordinatorPart) -> None:
         note = part.recorder.round_done
 
         def spy(*arguments: Any) -> None:
