@@ -120,7 +120,7 @@ class RayPool:
         if not config.train.is_elastic:
             self._group = placement_group([_bundle(self._settings)] * self._most, self._settings.placement)
         self._members: dict[int, _Member] = {}
-        self._crew: list[_Member | None] = []  # None: one that the round begins without
+        self._round_members: list[_Member | None] = []  # None: one that the round begins without
         self._generation = 0
         self._ticket = -1
         self._began = 0.0
@@ -152,7 +152,7 @@ class RayPool:
                     enough = len(free) >= self._least
                     slots = [member.slot for member in free] if enough else list(range(self._most))
                     there = {member.slot: member for member in free}
-                    self._crew = [there.get(slot) for slot in slots]
+                    self._round_members = [there.get(slot) for slot in slots]
                     return tuple(f"worker-{slot}" for slot in slots)
                 deaths += died
                 continue
@@ -168,7 +168,7 @@ class RayPool:
 
     def process(self, worker: int) -> str:
         """Return the name of an actor; who takes its place has another one."""
-        member = self._crew[worker]
+        member = self._round_members[worker]
         return member.name if member else f"nobody for worker {worker}"
 
     def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:  # noqa: ARG002
@@ -182,7 +182,7 @@ class RayPool:
         if not self._submitted:  # the first of a round
             self._began, self._ticket = time.monotonic(), self._ticket + 1
         self._submitted.append(subnet)
-        if self._crew[subnet.worker] is None:
+        if self._round_members[subnet.worker] is None:
             return
         try:
             sent = ray.put(subnet.buffers.flat[: subnet.sent_bytes].numpy())
@@ -202,7 +202,7 @@ class RayPool:
         pending, self._pending = self._pending, {}
         try:
             for subnet in submitted:
-                if self._crew[subnet.worker] is None:
+                if self._round_members[subnet.worker] is None:
                     yield Lost(subnet.worker, "it died, and others keep dying while its replacement starts")
             while pending:
                 left = self._began + self._round_s - time.monotonic()
@@ -228,10 +228,10 @@ class RayPool:
                 remove_placement_group(self._group)
             self._group = None
         self._members.clear()
-        self._crew.clear()
+        self._round_members.clear()
 
     def _member(self, subnet: Subnet) -> _Member:
-        member = self._crew[subnet.worker]
+        member = self._round_members[subnet.worker]
         assert member is not None
         return member
 

@@ -136,5 +136,5 @@ class FaultyPool(RayPool):
         """Kill the workers whom a fault of this round and phase names."""
         for fault in self._faults:
             if (fault.round, fault.phase) == (self._round, phase) and worker in (None, fault.worker):
-                pid = ray.get(self._crew[fault.worker].actor.pid.remote())
+                pid = ray.get(self._round_members[fault.worker].actor.pid.remote())
                 os.kill(pid, signal.SIGKILL)
