@@ -317,7 +317,7 @@ def broadcast_bytes(membership: Membership, data: Tensor) -> Tensor:
     return data
 
 
-def tell(membership: Membership, text: str) -> str:
+def broadcast_text(membership: Membership, text: str) -> str:
     """Return rank 0's text on every rank; other ranks' text is ignored."""
     with peer_errors("starting together"):
         data = broadcast_bytes(membership, torch.tensor(list(text.encode()), dtype=torch.uint8))
@@ -344,7 +344,7 @@ def peer_errors(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def causes_told(membership: Membership) -> Iterator[None]:
+def causes_shared(membership: Membership) -> Iterator[None]:
     """Publish the error of a rank that fails, so that ranks that only lose a peer can report the cause.
 
     Strangers may write to torchrun's store, so each published error carries a proof; others are ignored.

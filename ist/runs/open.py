@@ -27,7 +27,7 @@ from ist.config.schema import Config, num_processes
 from ist.distributed.device import compute_device
 from ist.distributed.environment import PRIVATE_STORE, is_launched, is_rank_zero
 from ist.distributed.memory_limit import limited_memory
-from ist.distributed.process_group import Membership, agree_on_start, causes_told, join, tell
+from ist.distributed.process_group import Membership, agree_on_start, broadcast_text, causes_shared, join
 from ist.errors import CheckpointError, ConfigError
 from ist.launch.signals import resume_command
 from ist.monitoring.meter import MemoryGauge, Meter
@@ -202,7 +202,7 @@ def _opened(
                 )
             job = for_world_size(job)
             membership = join(config.pool)
-            stack.enter_context(causes_told(membership))
+            stack.enter_context(causes_shared(membership))
         first_round = before.rounds_done
         if first_round > job.schedule.num_rounds:
             raise CheckpointError(
@@ -285,7 +285,7 @@ def _location(
         location = CheckpointLocation(str(folder.path.resolve()), checkpoint, run_id, before.rounds_done, before.start)
     if membership is None:
         return location
-    told = tell(membership, location.to_text() if location else "")
+    told = broadcast_text(membership, location.to_text() if location else "")
     return CheckpointLocation.from_text(told, config.checkpoint) if told else None
 
 
