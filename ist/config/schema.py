@@ -412,7 +412,7 @@ class Config(Section):
         return self
 
     @property
-    def workers_keep(self) -> bool:
+    def workers_have_state(self) -> bool:
         """Whether workers keep state of their own between rounds (optimizer state, error-feedback residuals)."""
         keeps = self.train.optimizer_state == "kept" or self.exchange.error_feedback
         return self.method_spec.has_coordinator and keeps

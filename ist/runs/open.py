@@ -212,7 +212,7 @@ def _opened(
         if membership:
             first_round = agree_on_start(membership, first_round, _fingerprint(config), job.task.contents)
         run_id = secrets.token_hex(4)
-        location = _location(config, folder, membership, run_id, before) if config.workers_keep else None
+        location = _location(config, folder, membership, run_id, before) if config.workers_have_state else None
         device = membership.device if membership else torch.device("cpu")
         if config.pool.spec.in_process:
             device = compute_device(config.pool)

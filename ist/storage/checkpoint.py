@@ -201,7 +201,7 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
             )
 
 
-def save_kept(
+def save_worker_state(
     storage: Storage, worker: int, rounds_done: int, tensors: Mapping[str, Tensor], of: str, keep: int
 ) -> None:
     """Write a worker's state beside the run's checkpoints, and delete all but its newest `keep` files.
@@ -229,8 +229,8 @@ def save_kept(
             storage.delete(old)
 
 
-def load_kept(storage: Storage, worker: int, rounds_done: int, of: str) -> dict[str, Tensor] | None:
-    """Load a file of `save_kept`; None if there is none, or if its key differs from `of`.
+def load_worker_state(storage: Storage, worker: int, rounds_done: int, of: str) -> dict[str, Tensor] | None:
+    """Load a file of `save_worker_state`; None if there is none, or if its key differs from `of`.
 
     Raises:
         CheckpointError: The file is truncated or altered.
@@ -243,7 +243,7 @@ def load_kept(storage: Storage, worker: int, rounds_done: int, of: str) -> dict[
     return tensors if metadata.get("of") == of else None
 
 
-def forget_kept(storage: Storage, after: int = 0) -> None:
+def delete_worker_states(storage: Storage, after: int = 0) -> None:
     """Delete the state of all workers after more rounds than `after`.
 
     Raises:

@@ -35,7 +35,14 @@ from ist.config.yaml_text import parse_yaml
 from ist.errors import CheckpointError, RunFolderError
 from ist.redact import holds_secret, redacted
 from ist.storage.backend import LocalStorage, Storage, is_url, refuse_link, run_storage, sweep, write_atomically
-from ist.storage.checkpoint import Progress, forget_kept, latest_checkpoint, load_newest, save_checkpoint, write_tensors
+from ist.storage.checkpoint import (
+    Progress,
+    delete_worker_states,
+    latest_checkpoint,
+    load_newest,
+    save_checkpoint,
+    write_tensors,
+)
 from ist.storage.run_files import Lines, parse_records, parse_result
 from ist.storage.run_lock import LOCK, sole_writer
 from ist.storage.same_run import Change, allowed_changes, run_changes
@@ -177,7 +184,7 @@ class RunFolder:
         earlier = [text for text, record in numbered if record["round"] < progress.rounds_done]
         self._write("metrics.jsonl", b"".join(text + b"\n" for text in earlier))
         with suppress(RunFolderError):  # these files are no longer needed, and harmless
-            forget_kept(self.storage, after=progress.rounds_done)
+            delete_worker_states(self.storage, after=progress.rounds_done)
         return tensors, progress
 
     def has_checkpoint(self) -> bool:
@@ -274,7 +281,7 @@ class RunFolder:
             raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
         self._write("result.json", json.dumps(result, indent=2).encode())
         with suppress(RunFolderError):  # these files are no longer needed, and harmless
-            forget_kept(self.storage)
+            delete_worker_states(self.storage)
 
     def result(self) -> dict[str, Any]:
         """Return the final numbers.

@@ -28,7 +28,7 @@ from ist.optimization import optimizers
 from ist.redact import redacted
 from ist.rng import Indices
 from ist.storage.backend import Storage, is_url, run_storage
-from ist.storage.checkpoint import load_kept, save_kept
+from ist.storage.checkpoint import load_worker_state, save_worker_state
 from ist.subnet.assignments import Assignments, WorkerSlot
 from ist.subnet.job import Job
 
@@ -118,7 +118,7 @@ class WorkerState:
         why, damaged = "nothing that fits is there", False
         found = None
         try:
-            found = load_kept(self._storage, self._worker, round_number, of)
+            found = load_worker_state(self._storage, self._worker, round_number, of)
         except (ConfigError, RunFolderError) as error:
             why = str(error)
             damaged = isinstance(error, CheckpointError)
@@ -171,7 +171,7 @@ class WorkerState:
         tensors = {**state, **{_RESIDUAL + name: tensor for name, tensor in residuals.items()}}
         try:
             of = self._fingerprint(held, self._location.run_id)
-            save_kept(self._storage, self._worker, rounds_done, tensors, of, checkpoint.keep)
+            save_worker_state(self._storage, self._worker, rounds_done, tensors, of, checkpoint.keep)
         except (ConfigError, RunFolderError) as error:
             if not self._warned_of_failure:
                 _log.warning("worker %d cannot save what it keeps, and would go on without: %s", self._worker, error)

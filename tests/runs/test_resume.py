@@ -21,7 +21,7 @@ from ist.runs.build import build_job
 from ist.runs.execute import execute
 from ist.runs.open import CoordinatorPart
 from ist.storage.backend import LocalStorage
-from ist.storage.checkpoint import load_checkpoint, read_tensors, save_checkpoint, save_kept
+from ist.storage.checkpoint import load_checkpoint, read_tensors, save_checkpoint, save_worker_state
 from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.subnet.job import Job, assignments, slot_of, with_workers
 from ist.training.worker_state import CheckpointLocation, WorkerState
@@ -265,14 +265,14 @@ def test_files_of_checkpoints_stay_and_those_of_a_broken_off_run_go(tmp_path: Pa
         (tmp_path / f"worker-0000.round-{rounds_done:08d}.safetensors").touch()
     (tmp_path / "worker-0001.round-00000001.safetensors").touch()
 
-    save_kept(storage, 0, 4, tensors, "all", keep=2)
+    save_worker_state(storage, 0, 4, tensors, "all", keep=2)
 
     left = {"worker-0001.round-00000001"} | {f"worker-0000.round-0000000{n}" for n in (2, 3, 4)}
     assert {path.stem for path in tmp_path.iterdir()} == left
 
 
 def test_saving_what_is_kept_counts_as_no_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ist.training.worker_state.save_kept", lambda *_: time.sleep(0.2))
+    monkeypatch.setattr("ist.training.worker_state.save_worker_state", lambda *_: time.sleep(0.2))
     folder = create_run_folder(small_config(**KEPT, train__rounds=2, checkpoint={"every": 1}), tmp_path / "run")
 
     run(folder, resume=False)
@@ -288,7 +288,7 @@ def test_a_worker_that_cannot_save_what_it_keeps_says_so_once(
     def refuse(*_: Any) -> None:
         raise RunFolderError("no room")
 
-    monkeypatch.setattr("ist.training.worker_state.save_kept", refuse)
+    monkeypatch.setattr("ist.training.worker_state.save_worker_state", refuse)
     folder = create_run_folder(small_config(**KEPT, checkpoint={"every": 1}), tmp_path / "run")
 
     run(folder, resume=False)

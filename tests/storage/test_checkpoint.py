@@ -8,7 +8,14 @@ import torch
 
 from ist.errors import CheckpointError, RunFolderError
 from ist.storage.backend import LocalStorage, write_atomically
-from ist.storage.checkpoint import Progress, latest_checkpoint, load_checkpoint, load_kept, save_checkpoint, save_kept
+from ist.storage.checkpoint import (
+    Progress,
+    latest_checkpoint,
+    load_checkpoint,
+    load_worker_state,
+    save_checkpoint,
+    save_worker_state,
+)
 from tests.conftest import assert_same, naming
 
 TENSORS = {
@@ -72,15 +79,15 @@ def test_a_truncated_file_is_found(tmp_path: Path, size: int) -> None:
 
 def test_a_workers_state_is_loaded_only_for_the_same_neurons_and_incarnation(tmp_path: Path) -> None:
     storage = LocalStorage(tmp_path)
-    save_kept(storage, 1, 3, TENSORS, "these neurons, this incarnation", keep=2)
+    save_worker_state(storage, 1, 3, TENSORS, "these neurons, this incarnation", keep=2)
 
-    found = load_kept(storage, 1, 3, "these neurons, this incarnation")
+    found = load_worker_state(storage, 1, 3, "these neurons, this incarnation")
 
     assert found is not None
     assert_same(found, TENSORS)
-    assert load_kept(storage, 1, 3, "other neurons, this incarnation") is None
-    assert load_kept(storage, 1, 3, "these neurons, another incarnation") is None
-    assert load_kept(storage, 0, 3, "these neurons, this incarnation") is None
+    assert load_worker_state(storage, 1, 3, "other neurons, this incarnation") is None
+    assert load_worker_state(storage, 1, 3, "these neurons, another incarnation") is None
+    assert load_worker_state(storage, 0, 3, "these neurons, this incarnation") is None
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

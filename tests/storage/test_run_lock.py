@@ -22,7 +22,7 @@ import ist
 from ist.errors import RunFolderError
 from ist.storage import run_lock
 from ist.storage.backend import LocalStorage, open_storage, write_atomically
-from ist.storage.checkpoint import Progress, load_newest, save_checkpoint, save_kept
+from ist.storage.checkpoint import Progress, load_newest, save_checkpoint, save_worker_state
 from ist.storage.run_folder import RunFolder, create_run_folder, open_or_create
 from ist.storage.run_lock import sole_writer
 from tests.conftest import ROOT, Run, config_tree, data, naming, small_config, wait_for
@@ -191,7 +191,7 @@ def test_a_worker_deletes_its_own_temporary_files(tmp_path: Path) -> None:
     for worker in (0, 1):
         (tmp_path / f".worker-000{worker}.round-00000007.safetensors.99.tmp").touch()
 
-    save_kept(LocalStorage(tmp_path), 0, 8, TENSORS, "all", keep=1)
+    save_worker_state(LocalStorage(tmp_path), 0, 8, TENSORS, "all", keep=1)
 
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".worker-0001.round-00000007.safetensors.99.tmp", "worker-0000.round-00000008.safetensors",
