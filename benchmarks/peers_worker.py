@@ -36,7 +36,7 @@ from ist.optimization.step_settings import apply_settings, matching_groups
 from ist.runs.build import build_job
 from ist.subnet.job import Job, slot_of
 from ist.training.local_loop import TaskLoop, local_steps
-from ist.training.rounds import evaluate_whole
+from ist.training.rounds import evaluate_full_network
 
 TIMEOUT = timedelta(seconds=120)
 LIGHTHOUSE_PORT = 29512
@@ -247,7 +247,7 @@ def main() -> None:
     train = {"torchft": train_with_torchft, "hivemind": train_with_hivemind}[system]
     train(job, model, place, notes)
     if place.rank == 0:
-        notes.accuracy = evaluate_whole(job, model, CPU).values["accuracy"]
+        notes.accuracy = evaluate_full_network(job, model, CPU).values["accuracy"]
     notes.write(Path(folder), place.rank)
     place.leave()
 

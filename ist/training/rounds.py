@@ -130,7 +130,7 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
         metrics = None
         with located(f"evaluating the whole network after round {round_number}"):
             if job.task.test_data is not None and (last or rounds_done % config.evaluate.every == 0):
-                metrics = evaluate_whole(job, method.model, device)
+                metrics = evaluate_full_network(job, method.model, device)
             elif last:
                 refresh_statistics(job, method.model, device)
         seconds = Seconds(trained - started - report.numbers["aside_s"], time.perf_counter() - trained)
@@ -156,7 +156,7 @@ def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None
             reestimate_statistics(model, batches)
 
 
-def evaluate_whole(job: Job, model: nn.Module, device: torch.device) -> Metrics:
+def evaluate_full_network(job: Job, model: nn.Module, device: torch.device) -> Metrics:
     """Evaluate the whole network on the test data, with fresh batch norm statistics if they do not travel."""
     config = job.config
     assert job.task.test_data is not None

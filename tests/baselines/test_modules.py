@@ -13,7 +13,7 @@ from ist.errors import ModelError
 from ist.monitoring.meter import Meter
 from ist.network.modes import modes_of
 from ist.runs.open import implementation
-from ist.training.rounds import evaluate_whole
+from ist.training.rounds import evaluate_full_network
 from tests.conftest import data, job_for
 from tests.networks import Router, seeded
 
@@ -62,7 +62,7 @@ def test_a_baseline_trains_modules_as_the_user_has_set_them(method: str, alone: 
 
     for round_number in range(2):
         trained.train_round(round_number)
-        evaluate_whole(job, trained.model, alone.device)
+        evaluate_full_network(job, trained.model, alone.device)
 
     after = trained.checkpoint_state()
     assert torch.equal(after["norm.running_mean"], before["norm.running_mean"])
