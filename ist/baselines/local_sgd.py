@@ -42,7 +42,8 @@ class LocalTraining:
         model: The whole network with its start values; rank 0's are broadcast.
         state: Optimiser states of a checkpoint; empty at the start. Only rank 0's are used.
         meter: Counts the all-reduce.
-        has_outer_optimizer: Whether an outer optimiser moves the common network (DiLoCo); else it is the mean (local SGD).
+        has_outer_optimizer: Whether an outer optimizer updates the common network (DiLoCo); otherwise the common
+            network is the mean (local SGD).
         bits: In how many bits a number of the change travels; None: as it is.
 
     Reference: Stich, "Local SGD Converges Fast and Communicates Little", arXiv 1805.09767; Douillard et al., "DiLoCo",

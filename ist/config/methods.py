@@ -256,7 +256,8 @@ METHODS: dict[str, MethodSpec] = {
             keys=("baseline.powersgd_rank", "baseline.powersgd_start"),
         ),
         MethodSpec(
-            "local_sgd", "local training of whole networks, averaged every round", _LOCAL, {"has_outer_optimizer": False},
+            "local_sgd", "local training of full networks, averaged every round", _LOCAL,
+            {"has_outer_optimizer": False},
             collective=Collective("round", _vector_bytes, _vector_bytes, passes=4),
         ),
         MethodSpec(
