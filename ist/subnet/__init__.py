@@ -1,1 +1,1 @@
-"""Which neurons each worker holds in a round, and the slices and modules that follow from it."""
+"""Which neurons each worker holds in a round, and the tensor slices and modules that follow from that."""

@@ -1,7 +1,9 @@
-"""Who holds which neurons in each round of a run, for the workers that are there.
+"""Who holds which neurons in each round of a run, for the workers that take part in it.
 
-Where it sits: between the run's values and `ist/subnet/partition.py`, which assigns neurons for one round. The
-coordinator and every worker ask it with the same arguments and get the same answer, so no assignment ever travels.
+Where it sits: between the values of a run (`ist/subnet/job.py`) and `ist/subnet/partition.py`, which assigns neurons
+for one round. The coordinator and every worker call it with the same arguments and get the same result, so no
+assignment is ever sent.
+Not here: how neurons are drawn (`ist/subnet/partition.py`), tensors (`ist/subnet/cut.py`).
 """
 
 from collections.abc import Sequence
@@ -20,8 +22,8 @@ class Team:
     """The workers of a round.
 
     Attributes:
-        num_workers: How many they are.
-        capacities: One positive number for each, to which its share is proportional; None: as configured.
+        num_workers: How many workers there are.
+        capacities: A positive number for each worker; its share is proportional to it. None: as configured.
     """
 
     num_workers: int
@@ -30,11 +32,11 @@ class Team:
 
 @dataclass(frozen=True)
 class WorkerSlot:
-    """A worker's place in a round: with seed and round, all that its share of network and data depends on.
+    """A worker's rank in a round; with the seed and the round it determines the worker's neurons and samples.
 
     Attributes:
-        worker: Which worker it is in this round, from 0.
-        team: Those of the round.
+        worker: The worker's number in this round, from 0.
+        team: All workers of the round.
     """
 
     worker: int
@@ -42,12 +44,12 @@ class WorkerSlot:
 
 
 class Assignments:
-    """The neurons of every worker in every round; a pure function with a small cache.
+    """The neurons of every worker in every round: a pure function with a small cache.
 
     Args:
-        split: The network.
-        schedule: The rounds, and the seed.
-        partition: How neurons are assigned where a stage does not say otherwise.
+        split: The split network.
+        schedule: The rounds and the seed.
+        partition: How neurons are assigned where no stage changes it.
     """
 
     def __init__(self, split: SplitModel, schedule: Schedule, partition: Partition) -> None:
@@ -58,7 +60,7 @@ class Assignments:
         self._known: dict[tuple[int, Team], Assignment] = {}
 
     def partition(self, round_number: int, team: Team | None = None) -> Partition:
-        """Return how neurons are assigned in a round; `team` as in `of`."""
+        """Return how neurons are assigned in a round; for `team` see `of`."""
         partition = self._partition
         if team is not None and team.capacities:
             partition = partition.model_copy(update={"capacities": list(team.capacities)})
@@ -69,11 +71,11 @@ class Assignments:
 
         Args:
             round_number: The round, from 0.
-            team: The workers of the round; None: as many as configured.
+            team: The workers of the round; None: as many as are configured.
         """
         key = (round_number, team or self._team)
         if key not in self._known:
-            while len(self._known) > 1:  # all workers of a process ask for the same round, and for the next one
+            while len(self._known) > 1:  # the workers of a process ask for a round and for the next one
                 self._known.pop(next(iter(self._known)))
             self._known[key] = assign(
                 self._split.groups,
@@ -85,17 +87,17 @@ class Assignments:
         return self._known[key]
 
     def cuts(self, round_number: int, team: Team | None = None) -> list[Cut]:
-        """Return every worker's positions in every tensor that travels both ways; arguments as in `of`."""
+        """Return each worker's positions in every tensor that is sent and returned; for the arguments see `of`."""
         return [self._split.cut(neurons) for neurons in self.of(round_number, team)]
 
     def exclusive(self, round_number: int) -> frozenset[str]:
-        """Return the tensors of which no entry has two holders in a round."""
+        """Return the tensors in which no entry has two holders in a round."""
         return self._split.exclusive if is_disjoint(self.partition(round_number)) else frozenset()
 
     def block_scales(self, team: Team | None = None) -> dict[str, float]:
-        """Return, for each residual block that is assigned as a neuron, the part of all blocks that a worker holds.
+        """Return, for each residual block that is assigned like a neuron, which part of its blocks a worker holds.
 
-        The full network is used with these scales (`ist/subnet/residual_blocks.py`).
+        Outside training, the full network runs with these scales (`ist/subnet/residual_blocks.py`).
         """
         groups = self._split.groups
         if not any(group.modules for group in groups):
@@ -106,9 +108,9 @@ class Assignments:
             partition = partition.model_copy(update={"capacities": list(team.capacities)})
         shares: Sequence[Indices] = assign(groups, team.num_workers, self._schedule.sampler.seed, 0, partition)[0]
         return {
-            path: len(held) / group.size for group, held in zip(groups, shares, strict=True) for path in group.modules
+            path: len(share) / group.size for group, share in zip(groups, shares, strict=True) for path in group.modules
         }
 
     def training_block_scales(self, round_number: int, team: Team | None = None) -> dict[str, float]:
-        """Return by what a worker scales residual blocks in a round: nothing, unless it trains all of them."""
+        """Return a worker's scales of residual blocks in a round; there are none unless it trains all blocks."""
         return self.block_scales(team) if holds_everything(self.partition(round_number, team)) else {}

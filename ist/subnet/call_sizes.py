@@ -22,7 +22,7 @@ from ist.neurons.tracing.code_location import users_line
 
 
 def resize_calls(module: nn.Module, resizes: Resizes) -> None:
-    """Make a module replace the sizes in some calls of its forward; the module is changed in place.
+    """Make a module replace the sizes in some calls of its forward, in place.
 
     Args:
         module: A module of a submodel, whose integer attributes are those of the full network.

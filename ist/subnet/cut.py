@@ -1,12 +1,9 @@
-"""Cut one worker's subnet out of the whole model, and put trained subnets back.
+"""Extract one worker's subnet from the full model, and merge trained subnets back into it.
 
-Where it sits: partition.py decides who owns which neurons; this file turns that into tensors and
-back; `ist/training/coordinator.py` calls it once a round.
-Law: reassemble(state, cuts, [extract(state, cut) for cut in cuts]) leaves state as it was, bit for bit.
-Not here: choosing neurons (`partition.py`), training (`ist/training/worker.py`), moving bytes (`ist/pools/`).
-
-Shape letters: N neurons of a group, n neurons one worker owns, O/I rows and columns of a weight,
-o/i the same in a subnet.
+Where it sits: `partition.py` assigns neurons; this file translates them into positions of tensors, copies the values
+out, and merges trained ones. `ist/training/coordinator.py` uses it in every round.
+Law: extracting every worker's part and reassembling the parts leaves the state as it was, bit for bit.
+Not here: assigning neurons (`partition.py`), training (`ist/training/worker.py`), sending bytes (`ist/pools/`).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,10 +18,10 @@ from ist.rng import Indices
 from ist.tensors import TensorSpec, is_finite
 
 TensorCut = tuple[Indices | Tensor | None, ...]
-"""For every dim of a tensor, the sorted positions that a worker holds; None: all of them. Tensors where `on_device`."""
+"""For each dim of a tensor, the sorted positions that a worker holds; None: all. `on_device` makes them tensors."""
 
 Cut = Mapping[str, TensorCut]
-"""A worker's part of every tensor, by name."""
+"""A worker's positions in each tensor, by name."""
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -34,11 +31,11 @@ def positions(groups: Sequence[Group], specs: Mapping[str, TensorSpec], neurons:
 
     Args:
         groups: The network's neuron groups.
-        specs: Every tensor that is trained.
+        specs: The spec of every tensor, by name.
         neurons: For each group, the sorted neuron numbers that the worker holds.
 
     Returns:
-        For every name in `specs` of which the worker has a part, the positions of it.
+        The positions in each tensor of `specs`, except tensors of modules that the worker does not hold.
     """
     cuts: dict[str, list[Indices | None]] = {name: [None] * len(spec.shape) for name, spec in specs.items()}
     for (name, dim), slots in _slots_by_dim(groups, specs).items():
@@ -46,36 +43,36 @@ def positions(groups: Sequence[Group], specs: Mapping[str, TensorSpec], neurons:
         shared = _uncovered([(slot, groups[number].size) for number, slot in slots], specs[name].shape[dim])
         parts = [*pieces, *([shared] if len(shared) else [])]
         ordered = len(parts) == 1 and slots[0][1].order is None
-        held = parts[0] if ordered else np.sort(np.concatenate(parts))
-        cuts[name][dim] = held if len(held) < specs[name].shape[dim] else None
+        indices = parts[0] if ordered else np.sort(np.concatenate(parts))
+        cuts[name][dim] = indices if len(indices) < specs[name].shape[dim] else None
     absent = absent_modules(groups, neurons)
     return {name: tuple(dims) for name, dims in cuts.items() if not _within(name, absent)}
 
 
 def on_device(cuts: Sequence[Cut], device: torch.device) -> Sequence[Cut]:
-    """Return cuts whose positions lie where the tensors do: on a GPU after one transfer, on the CPU as they are."""
+    """Return cuts whose positions are on the device of the tensors: on a GPU after one transfer, on a CPU unchanged."""
     if device.type == "cpu":
         return cuts
-    held = {id(dim): dim for cut in cuts for dims in cut.values() for dim in dims if isinstance(dim, np.ndarray)}
-    if not held:
+    arrays = {id(dim): dim for cut in cuts for dims in cut.values() for dim in dims if isinstance(dim, np.ndarray)}
+    if not arrays:
         return cuts
-    joined = torch.from_numpy(np.concatenate(list(held.values()))).to(device)
-    there = dict(zip(held, torch.split(joined, [len(dim) for dim in held.values()]), strict=True))
-    return [{name: tuple(there.get(id(dim), dim) for dim in dims) for name, dims in cut.items()} for cut in cuts]
+    joined = torch.from_numpy(np.concatenate(list(arrays.values()))).to(device)
+    moved = dict(zip(arrays, torch.split(joined, [len(dim) for dim in arrays.values()]), strict=True))
+    return [{name: tuple(moved.get(id(dim), dim) for dim in dims) for name, dims in cut.items()} for cut in cuts]
 
 
 def absent_modules(groups: Sequence[Group], neurons: Sequence[Indices]) -> list[str]:
-    """Return the paths of the modules that a worker does without, where whole modules are dealt."""
+    """Return the paths of the modules that a worker does not hold, if whole modules are assigned."""
     return [
         path
-        for group, held in zip(groups, neurons, strict=True)
+        for group, indices in zip(groups, neurons, strict=True)
         for number, path in enumerate(group.modules)
-        if number not in set(held.tolist())
+        if number not in set(indices.tolist())
     ]
 
 
 def _within(name: str, paths: Sequence[str]) -> bool:
-    parameter = name.rpartition("@")[2]  # optimiser state is named after its parameter
+    parameter = name.rpartition("@")[2]  # optimizer state is named after its parameter
     return any(parameter.startswith(f"{path}.") for path in paths)
 
 
@@ -83,7 +80,7 @@ def cut_specs(specs: Mapping[str, TensorSpec], cut: Cut) -> dict[str, TensorSpec
     """Return the specs of a worker's part of every tensor."""
     return {
         name: TensorSpec(
-            tuple(size if held is None else len(held) for size, held in zip(spec.shape, cut[name], strict=True)),
+            tuple(size if dim is None else len(dim) for size, dim in zip(spec.shape, cut[name], strict=True)),
             spec.dtype,
         )
         for name, spec in specs.items()
@@ -92,9 +89,9 @@ def cut_specs(specs: Mapping[str, TensorSpec], cut: Cut) -> dict[str, TensorSpec
 
 
 def exclusive_names(groups: Sequence[Group], specs: Mapping[str, TensorSpec]) -> frozenset[str]:
-    """Return the tensors of which no entry has two holders, when every neuron has one owner.
+    """Return the tensors in which no entry has two holders if every neuron has one owner.
 
-    Those are the tensors with a dim that slots cover wholly.
+    These are the tensors with a dim that slots cover completely.
     """
     covered = {
         name
@@ -105,12 +102,12 @@ def exclusive_names(groups: Sequence[Group], specs: Mapping[str, TensorSpec]) ->
 
 
 def extract(state: Mapping[str, Tensor], cut: Cut, into: Mapping[str, Tensor]) -> None:
-    """Copy a worker's part of every tensor of `into` out of the whole model.
+    """Copy a worker's part of each tensor from the full model into the tensor of that name in `into`.
 
     Args:
-        state: Whole tensors, contiguous.
+        state: Full tensors, contiguous.
         cut: The worker's positions.
-        into: Contiguous tensors of the cut shapes, which are overwritten; may leave tensors out.
+        into: Contiguous tensors of the parts' shapes, overwritten; it need not hold every tensor.
     """
     for name, part in into.items():
         _take(state[name], cut[name], part)
@@ -122,20 +119,20 @@ def reassemble(
     trained: Iterable[tuple[int, Mapping[str, Tensor]]],
     exclusive: frozenset[str],
 ) -> None:
-    """Write trained subnets into the whole model, in place.
+    """Merge trained subnets into the full model, in place.
 
-    An entry that one worker returned takes its value; one that several returned takes their mean; one
-    that nobody returned keeps its value.
+    An entry that one worker returned gets that value. An entry that several workers returned gets their mean. An entry
+    that no worker returned does not change.
 
     Args:
-        state: Whole tensors, contiguous, overwritten.
+        state: Full tensors, contiguous, overwritten.
         cuts: Every worker's positions.
-        trained: (worker, tensors), in any order; an iterator is consumed as subnets arrive. The tensors must
-            stay as they are until this returns; each is read once, before its part of `state` is written.
-        exclusive: Tensors of which no entry has two holders; they are written at once.
+        trained: (worker, tensors), in any order; an iterator is consumed as subnets arrive. The tensors must not change
+            until this returns; each is read once, before its part of `state` is written.
+        exclusive: Tensors in which no entry has two holders; they are written immediately.
 
-    Reference: Yuan et al., arXiv 1910.02120, section 3 (disjoint parts); Liao and Kyrillidis,
-    arXiv 2112.02668, Algorithm 1 (mean over those that trained an entry).
+    Reference: Yuan et al., arXiv 1910.02120, section 3 (disjoint parts); Liao and Kyrillidis, arXiv 2112.02668,
+    Algorithm 1 (mean over the workers that trained an entry).
     """
     merge = Merge(state, cuts, exclusive)
     for worker, tensors in trained:
@@ -147,9 +144,9 @@ class Merge:
     """The merge of a round, subnet by subnet as they arrive; see `reassemble`.
 
     Args:
-        state: Whole tensors, contiguous, overwritten.
+        state: Full tensors, contiguous, overwritten.
         cuts: Every worker's positions.
-        exclusive: Tensors of which no entry has two holders; `add` writes them at once.
+        exclusive: Tensors in which no entry has two holders; `add` writes them immediately.
     """
 
     def __init__(self, state: Mapping[str, Tensor], cuts: Sequence[Cut], exclusive: frozenset[str]) -> None:
@@ -160,7 +157,7 @@ class Merge:
         self._holders: dict[str, list[int]] = {}
 
     def add(self, worker: int, tensors: Mapping[str, Tensor]) -> None:
-        """Merge what a worker trained; `tensors` must stay as they are until `finish` returns."""
+        """Merge a worker's trained tensors; they must not change until `finish` returns."""
         self._returned[worker] = tensors
         for name in tensors:
             if name in self._exclusive:
@@ -169,17 +166,17 @@ class Merge:
                 self._holders.setdefault(name, []).append(worker)
 
     def finish(self) -> None:
-        """Merge the tensors that several workers hold: each entry becomes their mean."""
+        """Merge the tensors that may have several holders: each entry becomes the mean of its holders."""
         for name, workers in self._holders.items():
-            # In the order of workers, not of arrival: a sum of floats depends on its order.
+            # Add in the order of workers, not of arrival: a sum of floats depends on the order.
             workers.sort()
             parts = (self._returned[worker][name] for worker in workers)
             _merge_mean(self._state[name], [self._cuts[worker][name] for worker in workers], parts)
 
 
-def fill_part(whole: Tensor, cut: TensorCut, value: bool) -> None:
-    """Write one value into a worker's part of a whole tensor."""
-    whole[_mesh(cut, whole)] = value
+def fill_part(full: Tensor, cut: TensorCut, value: bool) -> None:
+    """Write one value into a worker's part of a full tensor."""
+    full[_mesh(cut, full)] = value
 
 
 def _slots_by_dim(
@@ -201,8 +198,8 @@ def _uncovered(slots: Sequence[tuple[Slot, int]], size: int) -> Indices:
 
 
 def _as_integers(tensor: Tensor) -> NDArray[np.int64]:
-    # NumPy's row-wise take is 2 to 3 times faster here than torch's indexing, but it knows no bfloat16:
-    # copying needs only the width of an element.
+    # NumPy's row-wise take is 2 to 3 times faster here than torch's indexing. It does not support bfloat16, but a copy
+    # needs only the width of an element.
     array: NDArray[np.int64] = tensor.detach().view(_INTEGER_OF_SIZE[tensor.element_size()]).numpy()
     return array
 
@@ -211,17 +208,17 @@ def _has_integers(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.element_size() in _INTEGER_OF_SIZE
 
 
-def _take(whole: Tensor, cut: TensorCut, part: Tensor) -> None:
-    dims = [dim for dim, held in enumerate(cut) if held is not None]
+def _take(full: Tensor, cut: TensorCut, part: Tensor) -> None:
+    dims = [dim for dim, indices in enumerate(cut) if indices is not None]
     if not dims:
-        part.copy_(whole)
-    elif not _has_integers(whole):
+        part.copy_(full)
+    elif not _has_integers(full):
         if len(dims) == 1:
-            torch.index_select(whole, dims[0], _index(cut, dims[0], whole), out=part)
+            torch.index_select(full, dims[0], _index(cut, dims[0], full), out=part)
         else:
-            part.copy_(whole[_mesh(cut, whole)])
+            part.copy_(full[_mesh(cut, full)])
     else:
-        source, target = _as_integers(whole), _as_integers(part)
+        source, target = _as_integers(full), _as_integers(part)
         last = cut[dims[-1]]
         assert isinstance(last, np.ndarray)
         if len(dims) == 1:
@@ -231,20 +228,20 @@ def _take(whole: Tensor, cut: TensorCut, part: Tensor) -> None:
             for row, target_row in zip(cut[0].tolist(), target, strict=True):
                 np.take(source[row], last, axis=dims[1] - 1, out=target_row, mode="clip")
         else:
-            part.copy_(whole[_mesh(cut, whole)])
+            part.copy_(full[_mesh(cut, full)])
 
 
-def _put(whole: Tensor, cut: TensorCut, part: Tensor) -> None:
-    dims = [dim for dim, held in enumerate(cut) if held is not None]
+def _put(full: Tensor, cut: TensorCut, part: Tensor) -> None:
+    dims = [dim for dim, indices in enumerate(cut) if indices is not None]
     if not dims:
-        whole.copy_(part)
-    elif not _has_integers(whole):
+        full.copy_(part)
+    elif not _has_integers(full):
         if len(dims) == 1:
-            whole.index_copy_(dims[0], _index(cut, dims[0], whole), part)
+            full.index_copy_(dims[0], _index(cut, dims[0], full), part)
         else:
-            whole[_mesh(cut, whole)] = part
+            full[_mesh(cut, full)] = part
     else:
-        target, source = _as_integers(whole), _as_integers(part)
+        target, source = _as_integers(full), _as_integers(part)
         last = cut[dims[-1]]
         assert isinstance(last, np.ndarray)
         if len(dims) == 1:
@@ -255,47 +252,47 @@ def _put(whole: Tensor, cut: TensorCut, part: Tensor) -> None:
             for row, source_row in zip(cut[0].tolist(), source, strict=True):
                 target[row][index] = source_row
         else:
-            whole[_mesh(cut, whole)] = part
+            full[_mesh(cut, full)] = part
 
 
-def _index(cut: TensorCut, dim: int, whole: Tensor) -> Tensor:
-    held = cut[dim]
-    if held is None:
-        return torch.arange(whole.shape[dim], device=whole.device)
-    return held if isinstance(held, Tensor) else torch.from_numpy(held).to(whole.device)
+def _index(cut: TensorCut, dim: int, full: Tensor) -> Tensor:
+    indices = cut[dim]
+    if indices is None:
+        return torch.arange(full.shape[dim], device=full.device)
+    return indices if isinstance(indices, Tensor) else torch.from_numpy(indices).to(full.device)
 
 
-def _mesh(cut: TensorCut, whole: Tensor) -> tuple[Tensor, ...]:
-    """Index tensors that broadcast against each other and select the cut."""
-    return tuple(_index(cut, dim, whole).view(-1, *([1] * (whole.ndim - dim - 1))) for dim in range(whole.ndim))
+def _mesh(cut: TensorCut, full: Tensor) -> tuple[Tensor, ...]:
+    """Return index tensors that broadcast against each other and select the worker's part."""
+    return tuple(_index(cut, dim, full).view(-1, *([1] * (full.ndim - dim - 1))) for dim in range(full.ndim))
 
 
-def _merge_mean(whole: Tensor, cuts: Sequence[TensorCut], parts: Iterable[Tensor]) -> None:
-    """Mean over holders, as old value + mean change: exact when nothing changed, unlike sum / count.
+def _merge_mean(full: Tensor, cuts: Sequence[TensorCut], parts: Iterable[Tensor]) -> None:
+    """Write the mean over holders as old value + mean change: unlike sum / count, this is exact if nothing changed.
 
-    `parts` may read `whole` while they are made, so that is written last.
+    `parts` may read `full` as they are produced, so `full` is written last.
     """
-    if len(cuts) == 1 or whole.dtype == torch.bool:  # there is no mean of truth values: the first holder's counts
+    if len(cuts) == 1 or full.dtype == torch.bool:  # truth values have no mean: the first holder's value is written
         for cut, part in reversed(list(zip(cuts, parts, strict=True))):
-            _put(whole, cut, part)
+            _put(full, cut, part)
         return
-    has_infinities = not is_finite([whole])  # a mask: the difference of two infinities is not a number
+    has_infinities = not is_finite([full])  # as in a mask: the difference of two infinities is NaN
 
     def moved(part: Tensor, before: Tensor) -> Tensor:
         return torch.where(part == before, 0, part - before) if has_infinities else part - before
 
-    change = torch.zeros_like(whole, dtype=torch.promote_types(whole.dtype, torch.float32))
-    if all(held is None for cut in cuts for held in cut):
+    change = torch.zeros_like(full, dtype=torch.promote_types(full.dtype, torch.float32))
+    if all(indices is None for cut in cuts for indices in cut):
         for part in parts:
-            change += moved(part, whole)
-        whole += change.div_(len(cuts)).to(whole.dtype)
+            change += moved(part, full)
+        full += change.div_(len(cuts)).to(full.dtype)
         return
-    merged = whole.clone()
-    count = torch.zeros_like(whole, dtype=torch.int32)
+    merged = full.clone()
+    count = torch.zeros_like(full, dtype=torch.int32)
     for cut, part in zip(cuts, parts, strict=True):
-        index = _mesh(cut, whole)
-        change[index] += moved(part, whole[index])
+        index = _mesh(cut, full)
+        change[index] += moved(part, full[index])
         count[index] += 1
         merged[index] = part
-    mean = change.div_(count.clamp(min=1)).to(whole.dtype).add_(whole)
-    whole.copy_(torch.where(count > 1, mean, merged))
+    mean = change.div_(count.clamp(min=1)).to(full.dtype).add_(full)
+    full.copy_(torch.where(count > 1, mean, merged))

@@ -1,7 +1,7 @@
-"""A run in four values that all its processes know: configuration, task, split network, schedule.
+"""A run as four values that all its processes have: configuration, task, split network, schedule.
 
-Where it sits: `ist/runs/build.py` builds it once in each process. It has no methods: each of the four answers for
-itself, and what needs one of them should ask for that one.
+Where it sits: `ist/runs/build.py` builds it once in each process.
+Not here: methods. Each of the four has its own; code that needs one of the values takes that value as its argument.
 """
 
 from dataclasses import dataclass, replace
@@ -15,13 +15,13 @@ from ist.subnet.split_model import SplitModel
 
 @dataclass(frozen=True)
 class Job:
-    """The same in every process.
+    """The values of a run; the same in every process.
 
     Attributes:
-        config: Every key of the validated configuration.
-        task: What is trained, on what, and how it is measured.
+        config: The validated configuration.
+        task: The network, its data, its loss and its metrics.
         split: The network's neuron groups and tensors.
-        schedule: Rounds, stages, the settings and samples of each step.
+        schedule: Rounds, stages, and the settings and samples of each step.
     """
 
     config: Config
@@ -36,12 +36,12 @@ def assignments(job: Job) -> Assignments:
 
 
 def slot_of(job: Job, worker: int) -> WorkerSlot:
-    """Return the slot of a worker in a round with as many workers as are configured."""
+    """Return a worker's slot in a round with the configured number of workers."""
     return WorkerSlot(worker, Team(job.config.train.workers))
 
 
 def with_workers(job: Job, num_workers: int) -> Job:
-    """Return the run for another number of workers, at most as many as are configured."""
+    """Return the run for another number of workers, at most the configured one."""
     if num_workers == job.config.train.workers:
         return job
     config = job.config
@@ -51,15 +51,15 @@ def with_workers(job: Job, num_workers: int) -> Job:
 
 
 def for_workers(job: Job) -> Job:
-    """Return what a worker needs of a run: neither the initial weights nor the test data."""
+    """Return the part of a run that a worker needs: without initial weights and test data."""
     return replace(job, task=job.task.for_workers())
 
 
 def remote_workers(config: Config) -> range:
-    """Return the workers whose messages cross a link, whose bytes are what IST sends, measured and foretold.
+    """Return the workers whose messages cross a link; measured and predicted bytes count these messages.
 
-    Where rank 0 is a worker too (`pool.coordinator` trains), its own subnet crosses none. Workers that are all in one
-    process count as they would in processes of their own. Ray's driver is no worker.
+    If rank 0 is also a worker (`pool.coordinator` is `trains`), its own subnet crosses no link. Workers that share one
+    process count as if each had its own. Ray's driver is not a worker.
     """
     pool = config.pool
     trains = pool.coordinator == "trains" and pool.spec.coordinator_may_train

@@ -1,7 +1,7 @@
-"""Make the narrow network that a worker trains: an ordinary module of small, contiguous tensors.
+"""Make the submodel that a worker trains: an ordinary module with small, contiguous tensors.
 
-Where it sits: `cut.py` cuts values; this file makes the module that holds them; `ist/training/worker.py` trains it.
-Not here: masks. The masked full model is the check of a narrow one (`ist/checks/verify.py`), not an implementation.
+Where it sits: `cut.py` extracts values; this file makes the module that holds them; `ist/training/worker.py` trains it.
+Not here: masks. The masked full model only checks a submodel (`ist/checks/verify.py`); it is not an implementation.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,19 +26,19 @@ from ist.tensors import TensorSpec, named_tensors
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 Scale = float | tuple[float, ...]
-"""A factor for all positions of a dim, or one for each."""
+"""One factor for all positions of a dim, or one factor for each position."""
 
 
 @dataclass(frozen=True)
 class SubmodelPlan:
-    """What a narrow network looks like.
+    """How a submodel differs from the full network.
 
     Attributes:
-        specs: The narrow spec of every parameter and buffer that it has.
-        sizes: Integer attributes with another value than in the whole network.
-        scales: For a parameter, a dim of it and the factor of what is summed over it.
-        absent: Paths of modules that are left out; what goes in comes out.
-        calls: For the path of a module, what becomes of the sizes that its forward computes.
+        specs: The spec of each of its parameters and buffers.
+        sizes: Integer attributes whose value differs from that in the full network.
+        scales: For a parameter, the dim over which its layer sums, and the factor of the terms.
+        absent: Paths of modules that are left out; each is replaced by the identity.
+        calls: For the path of a module, the replacements of the sizes that its forward computes.
     """
 
     specs: Mapping[str, TensorSpec]
@@ -49,7 +49,7 @@ class SubmodelPlan:
 
 
 class Skip(nn.Module):
-    """What stands in for a residual block that a worker does not hold: the first input comes out."""
+    """Replaces a residual block that a worker does not hold; returns its first input."""
 
     def forward(self, first: Any, *others: Any, **named: Any) -> Any:  # noqa: ARG002 (the block's arguments)
         """Return the first argument."""
@@ -57,7 +57,7 @@ class Skip(nn.Module):
 
 
 def leave_out(module: nn.Module, path: str) -> None:
-    """Put a `Skip` in the place of a network's block."""
+    """Replace a block of a network by a `Skip`."""
     parent, _, name = path.rpartition(".")
     setattr(module.get_submodule(parent), name, Skip())
 
@@ -65,17 +65,17 @@ def leave_out(module: nn.Module, path: str) -> None:
 def make_submodel(
     template: nn.Module, plan: SubmodelPlan, device: torch.device, constants: Mapping[str, Tensor] | None = None
 ) -> nn.Module:
-    """Return a copy of `template` with narrow tensors, in the same modes.
+    """Return a copy of `template` with the tensors of a submodel, in the same modes.
 
     Args:
-        template: The whole network on the `meta` device: it costs no memory.
-        plan: What the narrow network looks like.
-        device: Where it lives.
-        constants: Values, narrow, of tensors that are neither sent nor initialised here, such as buffers that are not
-            persistent.
+        template: The full network on the `meta` device, where it needs no memory.
+        plan: How the submodel differs from it.
+        device: The submodel's device.
+        constants: The submodel's part of tensors that are neither sent nor initialized here, such as buffers that are
+            not persistent.
 
     Returns:
-        The module; parameters have no values yet (`bind` gives them), buffers are as at the start.
+        The module. Its parameters have no values until `bind`; its buffers have their initial values.
     """
     module = copied(template)
     for path in plan.absent:
@@ -102,11 +102,11 @@ def _is_absent(path: str, plan: SubmodelPlan) -> bool:
 
 
 def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Let a narrow module's parameters and buffers be the given tensors, without copying.
+    """Make the given tensors the parameters and buffers of a submodel, without copying.
 
     Args:
         module: A module from `make_submodel`.
-        tensors: Name to tensor of the module's shape, on its device; may leave buffers out.
+        tensors: Name to tensor of the module's shape, on its device; buffers may be missing.
     """
     for name, parameter in module.named_parameters():
         parameter.data = tensors[name]
@@ -115,18 +115,19 @@ def bind(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for name in list(child._buffers):
             path = _join(prefix, name)
             if path in tensors:
-                # .data: views of one message share a version counter, and updating one buffer in the forward
-                # would make autograd believe that all the others were changed.
+                # Views of one message share a version counter. Without .data, autograd would take an update of one
+                # buffer in the forward for a change of all the others.
                 child._buffers[name] = tensors[path].data
 
 
 def collect(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Write what a forward has replaced, instead of written to, back into the bound tensors: the inverse of `bind`.
+    """Copy tensors that a forward has replaced back into the bound tensors: the inverse of `bind`.
 
-    A forward may give a module another buffer, or a parameter other `data`, in another dtype too.
+    Instead of writing to a tensor, a forward may assign a new buffer, or new `data` to a parameter, also of another
+    dtype.
 
     Raises:
-        ModelError: What it put there has another shape.
+        ModelError: A new tensor has another shape.
     """
     for name, tensor in named_tensors(module).items():
         bound = tensors.get(name)
@@ -135,13 +136,13 @@ def collect(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         if tensor.shape != bound.shape:
             raise ModelError(
                 f"the forward replaces '{name}', of shape {tuple(bound.shape)}, by a tensor of shape "
-                f"{tuple(tensor.shape)}: what is trained must keep its shape"
+                f"{tuple(tensor.shape)}: trained tensors must keep their shape"
             )
-        bound.copy_(tensor.detach().clone())  # it may lie in the same memory in another order
+        bound.copy_(tensor.detach().clone())  # it may be another view of the same memory
 
 
 def multiply(tensors: Mapping[str, Tensor], scales: Mapping[str, tuple[int, Scale]], inverse: bool = False) -> None:
-    """Multiply narrow tensors by the scales that `input_scales` gives, or divide them by these, in place."""
+    """Multiply a submodel's tensors by the scales of `input_scales`, or divide them by these, in place."""
     with torch.no_grad():
         for name, (dim, scale) in scales.items():
             factor = along(scale, dim, tensors[name])
@@ -154,25 +155,25 @@ def input_scales(
     template: nn.Module,
     specs: Mapping[str, TensorSpec],
 ) -> dict[str, tuple[int, Scale]]:
-    """Return, for every parameter that sums over hidden neurons, full width / narrow width.
+    """Return full width / submodel width for every parameter whose layer sums over hidden neurons.
 
-    Multiplying a subnet's hidden activations by it keeps the scale of what the next layer sees, as
-    inverted dropout does. Recurrent layers are left as they are: their states are bounded.
+    A submodel's hidden activations are multiplied by it, so that the next layer's inputs keep their scale, as in
+    inverted dropout. Recurrent layers are not scaled, because their states are bounded.
 
     Args:
         groups: The network's neuron groups.
         neurons: For each group, the neurons that the worker holds.
-        template: The whole network.
-        specs: The spec of every tensor of the whole network.
+        template: The full network.
+        specs: The spec of every tensor of the full network.
 
     Returns:
-        For a parameter's name, the dim that is summed over and the factor; none where it would be 1.
+        For a parameter's name, the dim of the sum and the factor; parameters with factor 1 are left out.
 
     Reference: Srivastava et al., JMLR 15 (2014), section 10 (scaling at training time).
     """
     factors: dict[tuple[str, int], list[tuple[Indices, float]]] = {}
     for group, held in zip(groups, neurons, strict=True):
-        # A group holds slots of optimiser state too; only the network's own are among `scaled`.
+        # A group also has slots in optimizer state; `scaled` holds only slots of the network.
         for slot in group.slots:
             key = (slot.tensor, slot.dim)
             recurrent = key in group.scaled and isinstance(_owner(template, slot.tensor), _RECURRENT)
@@ -183,8 +184,8 @@ def input_scales(
         covered = sum(len(places) for places, _ in pieces)
         if all(factor == 1 for _, factor in pieces) or tensor not in specs:
             continue
-        narrow = covered + specs[tensor].shape[dim] - _slot_width(groups, tensor, dim)
-        if len({factor for _, factor in pieces}) == 1 and narrow == covered:
+        width = covered + specs[tensor].shape[dim] - _slot_width(groups, tensor, dim)
+        if len({factor for _, factor in pieces}) == 1 and width == covered:
             scales[tensor] = (dim, pieces[0][1])
         else:
             scales[tensor] = (dim, _by_position(pieces, groups, tensor, dim, specs[tensor].shape[dim]))
@@ -194,20 +195,20 @@ def input_scales(
 def declared_sizes(
     template: nn.Module,
     declared: Mapping[str, Mapping[str, str]],
-    whole: Mapping[str, TensorSpec],
-    narrow: Mapping[str, TensorSpec],
+    full: Mapping[str, TensorSpec],
+    submodel: Mapping[str, TensorSpec],
 ) -> dict[Origin, int]:
-    """Return the values of the attributes that a configuration declares (partition.sizes).
+    """Return a submodel's values of the attributes that a configuration declares (partition.sizes).
 
     Args:
-        template: The whole network.
-        declared: Pattern of module paths to attribute to the module's tensor in proportion to which it shrinks.
-        whole: The specs of the whole network's tensors.
-        narrow: Those of the narrow one.
+        template: The full network.
+        declared: Pattern of module paths to attribute to tensor: the attribute shrinks in proportion to that tensor.
+        full: The specs of the full network's tensors.
+        submodel: The specs of the submodel's tensors.
 
     Raises:
         ConfigError: A pattern matches nothing, or a module has no such attribute or tensor.
-        ModelError: The proportion is no integer.
+        ModelError: The attribute's value would not be an integer.
     """
     values: dict[Origin, int] = {}
     for pattern, sizes in declared.items():
@@ -217,15 +218,15 @@ def declared_sizes(
         for path, child in modules.items():
             for attribute, tensor in sizes.items():
                 size, name = getattr(child, attribute, None), _join(path, tensor)
-                if not isinstance(size, int) or name not in whole:
+                if not isinstance(size, int) or name not in full:
                     missing = f"integer attribute '{attribute}'" if not isinstance(size, int) else f"tensor '{tensor}'"
                     raise ConfigError(f"'partition.sizes': '{path}' has no {missing}")
-                if name in narrow:
-                    value, rest = divmod(size * narrow[name].nbytes, whole[name].nbytes)
+                if name in submodel:
+                    value, rest = divmod(size * submodel[name].nbytes, full[name].nbytes)
                     if rest:
                         raise ModelError(
                             f"'partition.sizes': {attribute} of '{path}' is {size} and '{tensor}' shrinks from "
-                            f"{whole[name].shape} to {narrow[name].shape}, which makes no integer"
+                            f"{full[name].shape} to {submodel[name].shape}: the result would not be an integer"
                         )
                     values[Origin(path, attribute)] = value
     return values
@@ -256,7 +257,7 @@ def _owner(template: nn.Module, tensor: str) -> nn.Module:
 def _replace_tensors(
     module: nn.Module, plan: SubmodelPlan, device: torch.device, constants: Mapping[str, Tensor]
 ) -> None:
-    """Replace every tensor by a narrow one; a tied one by one and the same."""
+    """Replace every tensor by one of the submodel's shape; tied tensors stay tied."""
     made: dict[int, Tensor] = {}
 
     def resized(name: str, tensor: Tensor) -> Tensor:
@@ -272,7 +273,7 @@ def _replace_tensors(
     for prefix, child in module.named_modules():
         for name, parameter in list(child._parameters.items()):
             if parameter is not None:
-                setattr(child, name, resized(_join(prefix, name), parameter))  # recurrent layers note the new one
+                setattr(child, name, resized(_join(prefix, name), parameter))  # recurrent layers record it
         for name, buffer in list(child._buffers.items()):
             if buffer is not None:
                 child._buffers[name] = resized(_join(prefix, name), buffer)
@@ -282,7 +283,7 @@ def _replace_tensors(
 
 
 def along(scale: Scale, dim: int, like: Tensor) -> float | Tensor:
-    """Return a scale in a form that multiplies a tensor like `like` along `dim`."""
+    """Return a scale in a form that can multiply a tensor like `like` along `dim`."""
     if isinstance(scale, float):
         return scale
     shape = [-1 if axis == dim else 1 for axis in range(like.ndim)]
@@ -290,10 +291,10 @@ def along(scale: Scale, dim: int, like: Tensor) -> float | Tensor:
 
 
 def _scale(module: nn.Module, name: str, dim: int, scale: Scale) -> None:
-    """Let a module read its parameter `name` multiplied along `dim`; the parameter itself stays as it is."""
+    """Make a module read its parameter `name` multiplied along `dim`; the parameter itself does not change."""
     parameter = module._parameters[name]
     assert parameter is not None
-    factor = along(scale, dim, parameter.detach().double())  # the network's precision may be changed later
+    factor = along(scale, dim, parameter.detach().double())  # the network's precision may change later
 
     def scaled(self: nn.Module) -> Tensor:
         value = self._parameters[name]
@@ -305,7 +306,7 @@ def _scale(module: nn.Module, name: str, dim: int, scale: Scale) -> None:
 
 
 def _set_size_attributes(module: nn.Module) -> None:
-    # The forward of most of these does not read them, but a narrow module should describe itself rightly.
+    # Most of these modules do not read them in the forward, but a submodel should describe itself correctly.
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.modules.batchnorm._NormBase):

@@ -1,17 +1,17 @@
-"""Who gets which neurons in a round.
+"""Assign the neurons of each group to the workers of a round.
 
-A pure function of (groups, number of workers, seed, round, strategy), so that every process computes it
-and no list of neurons ever crosses the network.
-Where it sits: `ist/config/schema.py` holds the keys (`Partition`); `ist/subnet/cut.py` cuts tensors by what is assigned
-here.
-Not here: tensors. Of a group, only its name and its size matter: with strategy 'blocks' the "neurons" are whole
-residual blocks.
+The assignment is a pure function of (groups, number of workers, seed, round, strategy). So every process computes it,
+and no list of neurons crosses the network.
+Where it sits: `ist/config/partition.py` holds the keys (`Partition`); `ist/subnet/assignments.py` calls `assign` for
+the rounds of a run; `ist/subnet/cut.py` translates neurons into positions of tensors.
+Not here: tensors. Only the name and the size of a group matter: with strategy 'blocks' its "neurons" are residual
+blocks.
 
-`disjoint` is IST proper and the default; `categorical` and `bernoulli` are the theory's masks; `rolling`, `nested`
-and `blocks` are other papers' choices, in which a neuron may have several holders.
+`disjoint` is the IST algorithm and the default. `categorical` and `bernoulli` are the masks of the theory. `rolling`,
+`nested` and `blocks` come from other papers; with them a neuron may have several holders.
 
-Reference: Yuan et al., arXiv 1910.02120, section 3: a random partition without replacement,
-drawn anew each round and independently for each hidden layer.
+Reference: Yuan et al., arXiv 1910.02120, section 3: a random partition without replacement, drawn again in each round
+and independently for each hidden layer.
 
 Shape letters: K neurons in a group, n workers.
 """
@@ -35,7 +35,7 @@ DISJOINT = Partition()
 """The default: every neuron has one owner, in equal shares."""
 
 MAX_DRAWS = 1000
-"""How often a group is drawn, until every worker holds one of its neurons."""
+"""How many times a group is drawn at most, until every worker holds at least one of its neurons."""
 
 
 def is_disjoint(partition: Partition) -> bool:
@@ -44,21 +44,26 @@ def is_disjoint(partition: Partition) -> bool:
 
 
 def at_stage(partition: Partition, keep: float | None) -> Partition:
-    """Return what applies in a stage of the run that says which part of every group a worker holds; None: no change."""
+    """Return the partition of a stage of the run.
+
+    Args:
+        partition: How neurons are assigned where no stage changes it.
+        keep: The stage's keep fraction: the part of every group that a worker holds; None: unchanged.
+    """
     if keep is None:
         return partition
-    # The whole network is all of it, whatever the capacities.
+    # With a keep fraction of 1 every worker holds the full network, whatever the capacities.
     return partition.model_copy(update={"keep": keep} | ({"capacities": None} if keep == 1 else {}))
 
 
 def holds_everything(partition: Partition) -> bool:
-    """Return whether every worker holds the whole network, as in a warm-up or a finish."""
-    whole = partition.keep == 1 and len(set(partition.capacities or [1.0])) == 1
-    return whole and partition.strategy != "bernoulli"  # whose coins of probability 1 are the same, drawn
+    """Return whether every worker holds the full network, as in a warm-up or a full-width phase."""
+    is_full = partition.keep == 1 and len(set(partition.capacities or [1.0])) == 1
+    return is_full and partition.strategy != "bernoulli"  # it draws as in every round, with probability 1
 
 
 def sizes_vary(partition: Partition) -> bool:
-    """Return whether a worker's share of a group may change its size from round to round."""
+    """Return whether the size of a worker's share of a group may change from round to round."""
     return partition.strategy in ("categorical", "bernoulli") or partition.coverage == "balanced"
 
 
@@ -70,17 +75,17 @@ def check_workers(
     Args:
         groups: The groups that are split.
         num_workers: Workers of a round.
-        partition: How neurons are dealt.
-        causes: What keeps neurons whole, for the message.
+        partition: How neurons are assigned.
+        causes: Which operators prevent neurons from being split, for the message.
 
     Raises:
-        ModelError: A group has fewer neurons than there are workers although none may have two holders, or no
-            group exists although there is more than one worker.
+        ModelError: There is more than one worker but no group; or a group has fewer neurons than there are workers,
+            and no neuron may have two holders.
     """
     if num_workers > 1 and not groups:
         raise ModelError(
-            "the network has no hidden neurons to split among workers: use train.workers 1. Inputs, outputs and what "
-            f"an operator mixes stay whole (docs/groups.md){_causes(causes)}"
+            "the network has no hidden neurons to split among workers: use train.workers 1. Inputs, outputs and "
+            f"neurons that an operator mixes are not split (docs/groups.md){_causes(causes)}"
         )
     for group in groups:
         if is_disjoint(partition) and group.size < num_workers:
@@ -91,13 +96,13 @@ def check_workers(
 
 
 def _causes(causes: Sequence[str]) -> str:
-    """Return the end of a message: which operators keep neurons whole, and where."""
+    """Return the end of a message: which operators prevent a split, and where."""
     further = f"; and {len(causes) - 6} more" if len(causes) > 6 else ""
-    return f". Kept whole by: {'; '.join(causes[:6])}{further}" if causes else ""
+    return f". Not split because of: {'; '.join(causes[:6])}{further}" if causes else ""
 
 
 def share_sizes(size: int, num_workers: int, capacities: Sequence[float] | None = None) -> list[int]:
-    """Return how many of `size` neurons each worker gets where they are dealt in fixed, disjoint shares.
+    """Return how many of `size` neurons each worker gets in fixed, disjoint shares.
 
     Args:
         size: Number of neurons.
@@ -105,9 +110,9 @@ def share_sizes(size: int, num_workers: int, capacities: Sequence[float] | None 
         capacities: One positive number for each worker; None: equal.
 
     Returns:
-        Numbers that add up to `size` and are proportional to the capacities, rounded by largest remainder (where
-        remainders are equal, the first worker goes first); a worker that would get none gets one, where there are
-        enough. With equal capacities they are equal up to one, and the first workers get the extra ones.
+        Sizes that add up to `size` and are proportional to the capacities, rounded by largest remainder; among equal
+        remainders the first worker comes first. If there are enough neurons, every worker gets at least one. With
+        equal capacities the sizes differ by at most one, and the first workers get the larger ones.
     """
     if capacities is None:
         return [len(range(worker, size, num_workers)) for worker in range(num_workers)]
@@ -126,11 +131,11 @@ def share_sizes(size: int, num_workers: int, capacities: Sequence[float] | None 
 def assign(
     groups: Sequence[Group], num_workers: int, seed: int, round_number: int, partition: Partition = DISJOINT
 ) -> Assignment:
-    """Deal every group's neurons to the workers.
+    """Assign every group's neurons to the workers.
 
-    Every worker holds at least one neuron of every group. Strategies 'categorical' and 'bernoulli' see to that by
-    drawing a group anew until it is so: their distribution is the published one conditioned on it. For groups
-    much larger than the number of workers that is no difference; for small ones it is.
+    Every worker holds at least one neuron of every group. Strategies 'categorical' and 'bernoulli' draw a group again
+    until this is true, so their distribution is the published one conditioned on it. The difference matters only for
+    groups that are not much larger than the number of workers.
 
     Args:
         groups: The neuron groups of the network; see `check_workers`.
@@ -140,12 +145,12 @@ def assign(
         partition: The strategy and its numbers; `capacities`, if any, one for each worker.
 
     Returns:
-        For each worker, for each group, the sorted numbers of its neurons. Where `is_disjoint(partition)`, they
-        are disjoint and complete over the workers. Unless `sizes_vary(partition)`, a worker's share has the same
-        size in every round.
+        For each worker, for each group, the sorted numbers of its neurons. If `is_disjoint(partition)`, the shares of
+        a group are disjoint and together hold all of its neurons. Unless `sizes_vary(partition)`, a worker's share has
+        the same size in every round.
 
     Raises:
-        ModelError: A group is so small that `MAX_DRAWS` draws left a worker without a neuron each time.
+        ModelError: The group is too small: each of `MAX_DRAWS` draws left a worker without a neuron.
     """
     assert partition.capacities is None or len(partition.capacities) == num_workers
     if holds_everything(partition):
@@ -161,28 +166,38 @@ def assign(
 def coverage(
     groups: Sequence[Group], num_workers: int, seed: int, partitions: Sequence[Partition]
 ) -> tuple[Indices, ...]:
-    """Return how often each neuron is held: it shows which are trained more than others, or never.
+    """Return how often each neuron is held, which shows neurons that are trained more often than others, or never.
 
     Args:
         groups: The neuron groups of the network.
         num_workers: Number of workers, at least 1.
         seed: The run's seed.
-        partitions: The strategy and its numbers in every round to count over, from round 0.
+        partitions: The strategy and its numbers for each round to count, from round 0.
 
     Returns:
         For each group an int64 array of shape (K,): in how many pairs (worker, round) the neuron is held.
     """
-    held = tuple(np.zeros(group.size, np.int64) for group in groups)
+    times_held = tuple(np.zeros(group.size, np.int64) for group in groups)
     for round_number, partition in enumerate(partitions):
         for share in assign(groups, num_workers, seed, round_number, partition):
-            for counts, neurons in zip(held, share, strict=True):
+            for counts, neurons in zip(times_held, share, strict=True):
                 counts[neurons] += 1
-    return held
+    return times_held
 
 
 @dataclass(frozen=True)
 class _GroupInRound:
-    """One group that is to be dealt in one round; `number` is its place among the groups."""
+    """A group whose neurons are assigned in a round.
+
+    Attributes:
+        name: The group's name.
+        size: How many neurons it has.
+        num_workers: Workers of the round.
+        partition: The strategy and its numbers.
+        seed: The run's seed.
+        round_number: The round, from 0.
+        number: The group's index among the groups.
+    """
 
     name: str
     size: int
@@ -194,9 +209,9 @@ class _GroupInRound:
 
 
 def _disjoint(group: _GroupInRound) -> list[Indices]:
-    """A random order, dealt in turn to the workers whose share is not yet full; with `keep`, filled up at random.
+    """Assign neurons in random order, in turn, to the workers whose share is not full; with `keep`, enlarge shares.
 
-    Reference: filling up after everything has a holder: TwIST, arXiv 2511.03983.
+    Reference: enlarging shares after every neuron has a holder: TwIST, arXiv 2511.03983.
     """
     if group.partition.coverage == "balanced":
         shares = _balanced(group)
@@ -216,10 +231,10 @@ def _shares(group: _GroupInRound, order: Indices) -> list[Indices]:
 
 
 def _balanced(group: _GroupInRound) -> list[Indices]:
-    """Shares that last for n rounds, in which those of group g move on by g workers a round.
+    """Draw shares once for n rounds; in each round the shares of group g move by g workers.
 
-    So a worker's shares of two neighbouring groups are another pair every round, and every pair comes once: an entry of
-    the matrix between them is trained once in n rounds, instead of so often on average.
+    So a worker's shares of two neighbouring groups form a different pair in each of the n rounds, and every pair occurs
+    once. Each entry of the matrix between the groups is trained exactly once in n rounds, not once on average.
     """
     cycle, turn = divmod(group.round_number, group.num_workers)
     shares = _shares(group, permutation(group.size, group.seed, Purpose.PARTITION, cycle, group.number))
@@ -227,7 +242,7 @@ def _balanced(group: _GroupInRound) -> list[Indices]:
 
 
 def _filled_up(group: _GroupInRound, worker: int, share: Indices) -> Indices:
-    """A share and as many other neurons, drawn at random, as make it `keep` of the group."""
+    """Enlarge a share to the keep fraction of the group with other neurons, drawn at random."""
     more = _counts(group)[worker] - len(share)
     if more <= 0:
         return share
@@ -237,11 +252,11 @@ def _filled_up(group: _GroupInRound, worker: int, share: Indices) -> Indices:
 
 
 def _categorical(group: _GroupInRound) -> list[Indices]:
-    """One worker for each neuron, drawn alone.
+    """Draw one worker for each neuron, independently.
 
     Reference: Liao & Kyrillidis, arXiv 2112.02668, categorical masks.
     """
-    # A running sum adds in the same order on every machine, so all of them draw the same owners.
+    # A running sum adds in the same order on every machine, so all machines draw the same owners.
     ends = np.cumsum(_fractions(group.num_workers, group.partition))
     workers = np.arange(group.num_workers)
 
@@ -254,7 +269,7 @@ def _categorical(group: _GroupInRound) -> list[Indices]:
 
 
 def _bernoulli(group: _GroupInRound) -> list[Indices]:
-    """A coin for each worker and neuron.
+    """Draw for each worker and neuron, independently, whether the worker holds the neuron.
 
     Reference: Liao & Kyrillidis, arXiv 2112.02668, Bernoulli masks.
     """
@@ -267,11 +282,11 @@ def _bernoulli(group: _GroupInRound) -> list[Indices]:
 
 
 def _drawn(group: _GroupInRound, count: int, draw: Callable[[NDArray[np.float64]], NDArray[np.bool_]]) -> list[Indices]:
-    """Draw masks of shape (n, K) from `count` uniform numbers until no worker is without a neuron."""
+    """Draw masks of shape (n, K) from `count` uniform numbers until every worker holds a neuron."""
     for attempt in range(MAX_DRAWS):
         mask = draw(uniform(count, group.seed, Purpose.PARTITION, group.round_number, group.number, attempt))
         if mask.any(axis=1).all():
-            return [np.flatnonzero(held) for held in mask]
+            return [np.flatnonzero(row) for row in mask]
     keys = {"keep": group.partition.keep, "capacities": group.partition.capacities}
     given = "".join(f", 'partition.{key}' {value}" for key, value in keys.items() if value is not None)
     remedy = "raise 'partition.keep', " if group.partition.keep is not None else ""
@@ -283,7 +298,7 @@ def _drawn(group: _GroupInRound, count: int, draw: Callable[[NDArray[np.float64]
 
 
 def _rolling(group: _GroupInRound) -> list[Indices]:
-    """A window that begins one neuron further each round, the same for all workers but for its length.
+    """Give every worker a window that starts one neuron later in each round; only its length depends on the worker.
 
     Reference: Alam et al. (FedRolex), arXiv 2212.01548.
     """
@@ -291,7 +306,7 @@ def _rolling(group: _GroupInRound) -> list[Indices]:
 
 
 def _nested(group: _GroupInRound) -> list[Indices]:
-    """The first neurons, always.
+    """Give every worker the first neurons of the group, in every round.
 
     Reference: Diao et al. (HeteroFL), arXiv 2010.01264; Horvath et al. (FjORD), arXiv 2102.13451.
     """
@@ -299,9 +314,9 @@ def _nested(group: _GroupInRound) -> list[Indices]:
 
 
 def _blocks(group: _GroupInRound) -> list[Indices]:
-    """To each worker in turn, those that have the fewest holders so far, ties at random.
+    """Give each worker in turn the blocks that have the fewest holders so far; ties are drawn at random.
 
-    So the numbers of holders never differ by more than one, and no block is without a holder at the end.
+    So the numbers of holders never differ by more than one, and in the end every block has a holder.
 
     Reference: Dun et al. (ResIST), arXiv 2107.00961.
     """
@@ -327,18 +342,18 @@ _STRATEGIES: dict[str, Callable[[_GroupInRound], list[Indices]]] = {
 
 
 def _fractions(num_workers: int, partition: Partition) -> list[float]:
-    """Each worker's part of a group: `keep` for those of the largest capacity, less in proportion for others."""
+    """Return each worker's part of a group: `keep` for the largest capacity, proportionally less for others."""
     keep = partition.keep or (1 / num_workers if partition.strategy == "rolling" else 1.0)
     capacities = partition.capacities or [1.0] * num_workers
     return [keep * (capacity / max(capacities)) for capacity in capacities]
 
 
 def _counts(group: _GroupInRound) -> list[int]:
-    # Rounded down, but not by a rounding error of the product: 0.29 of 100 neurons are 29.
+    # Round down, but not because of a rounding error of the product: 0.29 of 100 neurons are 29.
     fractions = _fractions(group.num_workers, group.partition)
     return [max(1, math.floor(fraction * group.size + 1e-9)) for fraction in fractions]
 
 
 def _sorted(neurons: Indices) -> Indices:
-    # Ascending neurons keep memory access in order when a tensor is cut.
+    # With ascending neurons, cutting a tensor reads memory in order.
     return np.sort(neurons)

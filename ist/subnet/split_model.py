@@ -1,9 +1,9 @@
-"""A network as it is split: its neuron groups, its tensors, and what follows for a worker that holds some neurons.
+"""A split network: its neuron groups and tensors, and the cut and module of a worker that holds some neurons.
 
-Where it sits: `ist/runs/build.py` makes it once in each process. `ist/subnet/assignments.py` says which neurons a
-worker holds in a round; with these the coordinator asks here for cuts, a worker for its module, and checks for both.
+Where it sits: `ist/runs/build.py` makes it once in each process. `ist/subnet/assignments.py` returns the neurons that a
+worker holds in a round. With these, the coordinator gets cuts from here, a worker gets its module, checks get both.
 Nothing here depends on the round, the worker or the pool.
-Not here: values of tensors that are trained, messages (`ist/transport/endpoints.py`).
+Not here: values of trained tensors (`ist/subnet/store.py`), messages (`ist/transport/endpoints.py`).
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -31,16 +31,16 @@ class SplitModel:
     """A network and its neuron groups; the same in every process.
 
     Attributes:
-        template: The full network on the `meta` device, in the modes (`ist/network/modes.py`) in which it is trained.
-        found: What is known of it: all its neuron groups, and attributes that are sizes.
-        groups: The groups that are split, optimizer state included where it is carried.
-        model_specs: Tensors of the network that travel both ways and merge.
-        frozen_specs: Parameters that are not trained: they go to a worker that lacks them, and never back.
+        template: The full network on the `meta` device, in its modes for training (`ist/network/modes.py`).
+        found: The result of tracing: all neuron groups, and attributes that are sizes.
+        groups: The groups that are split; with carried optimizer state they include its tensors.
+        model_specs: Tensors of the network that are sent, returned and merged.
+        frozen_specs: Parameters that are not trained: they are sent to a worker that lacks them, and never returned.
         state_slots: Tensors of an optimizer's state that are carried.
-        state_specs: The same for every parameter, by name.
+        state_specs: The specs of these tensors for every parameter, by name.
         constants: Values of tensors that are neither trained nor in the network's `state_dict`.
         declared: Sizes that the user declares (`partition.sizes`): pattern of module paths to attribute to tensor.
-        activation_scale: Whether inputs of a worker's layers are scaled for the neurons that it lacks, and how.
+        activation_scale: Whether and how inputs of a worker's layers are scaled for the neurons that it lacks.
     """
 
     template: nn.Module
@@ -56,37 +56,37 @@ class SplitModel:
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
-        """Every tensor that travels both ways: the network's first, carried optimizer state behind."""
+        """Every tensor that is sent and returned: first the network's, then carried optimizer state."""
         return {**self.model_specs, **self.state_specs}
 
     @cached_property
     def everything(self) -> dict[str, TensorSpec]:
-        """Every tensor of the network that has a name: those that travel, statistics, and constants."""
+        """Every named tensor of the network: parameters, buffers, statistics and constants."""
         constants = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in constant_tensors(self.template).items()}
         return tensor_specs(self.template, with_statistics=True) | constants
 
     @cached_property
     def exclusive(self) -> frozenset[str]:
-        """The tensors of which no entry has two holders where no neuron has."""
+        """The tensors in which no entry has two holders if no neuron has two."""
         return exclusive_names(self.groups, self.specs)
 
     def cut(self, neurons: Sequence[Indices]) -> Cut:
-        """Return the positions of a worker's part of every tensor that travels both ways.
+        """Return a worker's positions in every tensor that is sent and returned.
 
         Args:
-            neurons: For each group, the numbers that the worker holds: int64, sorted.
+            neurons: For each group, the neuron numbers that the worker holds: int64, sorted.
         """
         return positions(self.groups, self.specs, neurons)
 
     def frozen_cut(self, neurons: Sequence[Indices]) -> Cut:
-        """Return the positions of a worker's part of every frozen parameter."""
+        """Return a worker's positions in every frozen parameter."""
         return positions(self.groups, self.frozen_specs, neurons) if self.frozen_specs else {}
 
     def plan(self, neurons: Sequence[Indices]) -> SubmodelPlan:
-        """Return what the module of a worker looks like: shapes, sizes in attributes, scales, absent modules.
+        """Return the plan of a worker's module: shapes, sizes in attributes, scales, absent modules.
 
         Raises:
-            ModelError: An integer attribute would need two values.
+            ModelError: An integer attribute would need two different values.
         """
         return self._plan(neurons, positions(self.groups, self.everything, neurons))
 
@@ -103,18 +103,18 @@ class SplitModel:
         )
 
     def module(self, neurons: Sequence[Indices], device: torch.device) -> nn.Module:
-        """Return the module of a worker, without trained values; see `plan`."""
+        """Return a worker's module, without trained values; see `plan`."""
         cut = positions(self.groups, self.everything, neurons)
         plan = self._plan(neurons, cut)
         constants: dict[str, Tensor] = {}
         if device.type != "meta":
-            held = {name: whole for name, whole in self.constants.items() if name in cut}
-            constants = {name: torch.empty(plan.specs[name].shape, dtype=whole.dtype) for name, whole in held.items()}
-            extract(held, cut, into=constants)
+            full = {name: tensor for name, tensor in self.constants.items() if name in cut}
+            constants = {name: torch.empty(plan.specs[name].shape, dtype=t.dtype) for name, t in full.items()}
+            extract(full, cut, into=constants)
         return make_submodel(self.template, plan, device, constants)
 
     def folded_scales(self, neurons: Sequence[Indices]) -> dict[str, tuple[int, Scale]]:
-        """Return by what a worker multiplies its part of a parameter while it trains it; see `input_scales`."""
+        """Return the factors by which a worker multiplies its parameters while it trains them; see `input_scales`."""
         return self._scales(neurons) if self.activation_scale == "folded" else {}
 
     def _scales(self, neurons: Sequence[Indices]) -> dict[str, tuple[int, Scale]]:
@@ -122,14 +122,14 @@ class SplitModel:
 
     @cached_property
     def depends_on_which_neurons(self) -> bool:
-        """Whether it matters for a worker's module which neurons it holds, and not only how many."""
+        """Whether a worker's module depends on which neurons it holds, not only on how many."""
         sliced = {slot.tensor for group in self.groups for slot in group.slots}
         has_modules = any(group.modules for group in self.groups)
         return has_modules or bool(sliced & set(constant_tensors(self.template))) or self._is_counted_in_part
 
     @property
     def _is_counted_in_part(self) -> bool:
-        """Whether a number in a module says how many it holds of certain neurons of a group."""
+        """Whether a size in a module counts only some neurons of a group."""
         sizes = {group.name: group.size for group in self.groups}
         sizes_in_calls = [call.size for calls in self.found.resized.values() for call in calls]
         counts = [*(s.counted for s in self.found.sizes), *(s.counted for s in sizes_in_calls)]
@@ -141,10 +141,10 @@ class SplitModel:
 
 
 class ShapeKeys:
-    """Tells when a worker's module can be used again: it is the same module while its key does not change.
+    """Keys that show whether a worker's module can be reused: with the same key it is the same module.
 
     Args:
-        split: The network.
+        split: The split network.
     """
 
     def __init__(self, split: SplitModel) -> None:
@@ -158,7 +158,7 @@ class ShapeKeys:
             scales = self._split.plan(neurons).scales.values()
             self._by_position[sizes] = any(isinstance(scale, tuple) for _, scale in scales)
         if self._by_position[sizes] or self._split.depends_on_which_neurons:
-            return tuple(tuple(held.tolist()) for held in neurons)
+            return tuple(tuple(numbers.tolist()) for numbers in neurons)
         return sizes
 
 
@@ -171,26 +171,26 @@ def try_submodel(
     found: Neurons,
     trial: SubnetTrial | None = None,
 ) -> None:
-    """Run a worker's module on an example, without values where that is possible.
+    """Run a worker's module on an example: without values on the `meta` device, if the network runs there.
 
     Args:
-        split: The network.
+        split: The split network.
         build: Makes a full network with initial weights, on the CPU.
         example: Inputs of a batch.
         groups: The groups that are split.
-        neurons: For each of them, the neurons that are held.
-        found: What is known of the network.
-        trial: Watches the module.
+        neurons: For each of them, the neurons that the worker holds.
+        found: The result of tracing the network.
+        trial: Observes the run.
     """
     on_meta = split.found.on_meta
     split = replace(split, groups=tuple(groups), found=found)
     held = {group.name: numbers for group, numbers in zip(groups, neurons, strict=True)}
     if trial is not None:
         trial.note_conflicts(held, declared_sizes(split.template, split.declared, split.everything, split.everything))
-    where = torch.device("meta" if on_meta else "cpu")
-    module = split.module(neurons, where)
-    if where.type == "cpu":
+    device = torch.device("meta" if on_meta else "cpu")
+    module = split.module(neurons, device)
+    if device.type == "cpu":
         cut = positions(split.groups, split.everything, neurons)
-        whole = {name: t.detach().contiguous() for name, t in named_tensors(build()).items() if name in cut}
-        extract(whole, cut, into={n: t.data for n, t in named_tensors(module).items() if n in whole})
+        full = {name: t.detach().contiguous() for name, t in named_tensors(build()).items() if name in cut}
+        extract(full, cut, into={n: t.data for n, t in named_tensors(module).items() if n in full})
     dry_run(module, example, trial.watching(module, held) if trial is not None else None)

@@ -1,9 +1,9 @@
-"""Where the full network's tensors are stored while they are trained, and how trained parts are merged into them.
+"""Store the full network's tensors during training, extract subnets and merge trained ones.
 
-Where it sits: the coordinator extracts subnets from a store and merges what comes back. `LocalStore` keeps whole
-tensors in this process; a store whose tensors are spread over processes has the same three methods.
-Law: extracting every worker's part and merging it back untouched leaves the store as it was, bit for bit.
-Not here: which positions are whose (`ist/subnet/cut.py`), messages (`ist/transport/`).
+Where it sits: the coordinator extracts subnets from a store and merges the returned ones into it. `LocalStore` holds
+full tensors in this process; a store that shards tensors over processes would have the same three methods.
+Law: if every worker's part is extracted and merged back unchanged, the store stays the same, bit for bit.
+Not here: which positions a worker holds (`ist/subnet/cut.py`), messages (`ist/transport/`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,26 +15,26 @@ from ist.subnet.cut import Cut, Merge, extract
 
 
 class ParameterStore(Protocol):
-    """The tensors that travel both ways, by name."""
+    """The tensors that are sent and returned, by name."""
 
     def extract(self, cut: Cut, into: Mapping[str, Tensor]) -> None:
-        """Copy a worker's part of every tensor of `into`, which holds contiguous tensors of the cut shapes."""
+        """Copy a worker's part of each tensor into the one of that name in `into`: contiguous, of the part's shape."""
         ...
 
     def merge(self, cuts: Sequence[Cut], exclusive: frozenset[str]) -> Merge:
-        """Begin to merge the trained parts of a round; see `ist.subnet.cut.Merge`."""
+        """Start the merge of a round; see `ist.subnet.cut.Merge`."""
         ...
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Return whole tensors by name."""
+        """Return the full tensors by name."""
         ...
 
 
 class LocalStore:
-    """A store of whole tensors in this process; a `ParameterStore`.
+    """A `ParameterStore` that holds full tensors in this process.
 
     Args:
-        tensors: Contiguous, by name; merging writes into them.
+        tensors: Contiguous tensors by name; `merge` writes into them.
 
     >>> import torch
     >>> store = LocalStore({"w": torch.arange(6.0)})
@@ -48,13 +48,13 @@ class LocalStore:
         self._tensors = tensors
 
     def extract(self, cut: Cut, into: Mapping[str, Tensor]) -> None:
-        """Copy a worker's part of every tensor of `into`, which holds contiguous tensors of the cut shapes."""
+        """Copy a worker's part of each tensor into the one of that name in `into`: contiguous, of the part's shape."""
         extract(self._tensors, cut, into)
 
     def merge(self, cuts: Sequence[Cut], exclusive: frozenset[str]) -> Merge:
-        """Begin to merge the trained parts of a round; see `ist.subnet.cut.Merge`."""
+        """Start the merge of a round; see `ist.subnet.cut.Merge`."""
         return Merge(self._tensors, cuts, exclusive)
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """Return whole tensors by name."""
+        """Return the full tensors by name."""
         return self._tensors

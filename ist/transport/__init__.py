@@ -1,1 +1,1 @@
-"""A subnet as messages: its layout, its coding in few bits, and both ends of the way."""
+"""A subnet as messages: their layouts, their coding in few bits, and the code that writes and reads them."""

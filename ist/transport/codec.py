@@ -1,10 +1,10 @@
-"""How a subnet is written for the way: as it is, or its matrices in fewer bits; and what comes back.
+"""Encode a subnet's tensors for a message, and decode them: unchanged, or matrices in fewer bits.
 
-Where it sits: the coordinator writes what a worker reads, and reads what the worker writes; pools carry the bytes.
-Matrices (tensors of the network with two or more dims, floating point) are rounded; everything else travels as it is:
-vectors are few bytes and sensitive, optimiser state and integers are not ours to round.
-Law: with 'exact' and 'weights' nothing is copied: the worker trains the very bytes that travel.
-Not here: rounding (`ist/transport/quantize.py`), moving bytes, who owns what.
+Where it sits: `ist/transport/endpoints.py` uses it on both ends, `frozen_parameters.py` for frozen parameters.
+Only matrices are rounded: floating-point tensors of the network with two or more dims. All other tensors are sent
+unchanged: vectors are small and sensitive to rounding; optimizer state and integers must not be rounded.
+Law: with 'exact' coding and 'weights' as values nothing is copied: the worker trains the received bytes themselves.
+Not here: rounding (`ist/transport/quantize.py`), sending bytes (`ist/pools/`), who holds which neurons.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,19 +21,19 @@ from ist.transport.message import Layout, Message, layout_of
 from ist.transport.quantize import dequantize, packed_columns, quantize
 
 SCALE = "#scale"
-"""Marks the scales of a rounded matrix: `linear_1.weight#scale`."""
+"""Suffix of the scales of a rounded matrix: `linear_1.weight#scale`."""
 
 _HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class MessageLayouts:
-    """A subnet's messages.
+    """The layouts of a subnet's two messages.
 
     Attributes:
-        plain: What the worker trains.
-        down: What travels to it; the same object as `plain` where nothing is rounded or subtracted.
-        up: What it returns; likewise.
+        plain: The layout of the tensors that the worker trains.
+        down: The layout of the message to the worker; the same object as `plain` if nothing is rounded or subtracted.
+        up: The layout of the message that it returns; like `down`.
     """
 
     plain: Layout
@@ -42,40 +42,40 @@ class MessageLayouts:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the worker trains the very bytes that travel."""
+        """Whether the worker trains the received bytes themselves."""
         return self.down is self.plain and self.up is self.plain
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory for either message."""
+        """Bytes of memory that hold either message."""
         return max(self.down.nbytes, self.up.nbytes)
 
 
 def coded_layouts(plain: Layout, settings: Exchange) -> MessageLayouts:
-    """Return the layouts of a subnet."""
+    """Return the layouts of a subnet's messages from the layout of its tensors."""
     if settings.down == settings.up == "exact" and settings.values == "weights":
         return MessageLayouts(plain, plain, plain)
     return MessageLayouts(plain, _coded(plain, settings.down), _coded(plain, settings.up))
 
 
 def sent_bytes(layouts: MessageLayouts, names: Sequence[str]) -> int:
-    """Return the length of the part of the message down that holds the header and `names`, the plain layout's first."""
+    """Return the bytes of the message down up to the end of `names`, which are the first tensors of `plain`."""
     sent = set(names)
     return layouts.down.end_of([name for name in layouts.down.specs if name.removesuffix(SCALE) in sent])
 
 
 class MessageBuffers:
-    """Memory of a subnet's messages: of the one that goes to a worker and, over it, of the one that comes back.
+    """The memory of a subnet's messages: the returned message overwrites the one that was sent.
 
     Args:
-        layouts: What the messages look like.
-        device: Where to allocate.
-        flat: uint8, memory that is already there, as long as the message that will be used.
+        layouts: The layouts of the messages.
+        device: The device of the memory.
+        flat: Existing memory, uint8, at least as long as each message that is used; None: allocate it.
     """
 
     def __init__(self, layouts: MessageLayouts, device: torch.device | str = "cpu", flat: Tensor | None = None) -> None:
         self.layouts = layouts
-        # Zeros, once: padding must not leak old memory into the network.
+        # Zeros: the padding between tensors must not send old memory.
         self.flat = torch.zeros(layouts.nbytes, dtype=torch.uint8, device=device) if flat is None else flat
 
     @cached_property
@@ -85,19 +85,19 @@ class MessageBuffers:
 
     @cached_property
     def up(self) -> Message:
-        """The message that comes back."""
+        """The message that the worker returns."""
         if self.layouts.up is self.layouts.down:
             return self.down
         return Message(self.layouts.up, flat=self.flat[: self.layouts.up.nbytes])
 
 
 def encode(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor], coding: Coding) -> None:
-    """Write tensors into a message's.
+    """Encode tensors into the tensors of a message.
 
     Args:
         tensors: Plain tensors, by name.
-        into: The message's tensors, overwritten; of `coded_specs` shape.
-        coding: How matrices are written.
+        into: The message's tensors, overwritten; their shapes are those of `coded_specs`.
+        coding: How matrices are encoded.
     """
     bits = _bits(coding)
     for name, tensor in tensors.items():
@@ -112,19 +112,19 @@ def encode(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor], coding: Co
 def decode(
     coded: Mapping[str, Tensor], specs: Mapping[str, TensorSpec], coding: Coding
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the plain tensors of a message, one after the other; see `decoded`."""
+    """Yield the plain tensors of a message one by one; see `decoded`."""
     for name, spec in specs.items():
         yield name, decoded(coded, name, spec, coding)
 
 
 def decoded(coded: Mapping[str, Tensor], name: str, spec: TensorSpec, coding: Coding) -> Tensor:
-    """Return a plain tensor of a message: a new one, or the message's own where it is plain.
+    """Return a plain tensor of a message: a new tensor, or the message's own if it is not encoded.
 
     Args:
         coded: The message's tensors.
-        name: Which.
-        spec: Its shape and dtype.
-        coding: How matrices were written.
+        name: The tensor's name.
+        spec: Its plain shape and dtype.
+        coding: How matrices are encoded.
     """
     if name + SCALE not in coded:
         return coded[name].to(spec.dtype)
@@ -133,7 +133,7 @@ def decoded(coded: Mapping[str, Tensor], name: str, spec: TensorSpec, coding: Co
 
 
 def travels_as_delta(name: str, spec: TensorSpec) -> bool:
-    """Return whether a tensor's change is sent where changes are: the network's own floating-point tensors."""
+    """Return whether 'deltas' sends this tensor's change: true for floating-point tensors of the network."""
     return "@" not in name and spec.dtype.is_floating_point
 
 
@@ -162,5 +162,5 @@ def _is_matrix(name: str, spec: TensorSpec) -> bool:
 
 
 def _bits(coding: Coding) -> int:
-    """Bits of a number with a scale for its row; 0 for any other coding."""
+    """Return the bits of a number in a coding with a scale for each row; 0 for all other codings."""
     return int(coding.removeprefix("int")) if coding.startswith("int") else 0

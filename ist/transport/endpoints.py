@@ -1,9 +1,9 @@
-"""Write subnets for the way and read them, on both ends: the coordinator's and the worker's.
+"""Write and read subnets as messages, for the coordinator and for a worker.
 
-Where it sits: between cutting and merging (`ist/subnet/cut.py`) on one end and training (`ist/training/worker.py`) on
-the other; a pool carries what is written.
-Law: a worker that reads a subnet and writes it back untouched changes nothing, where nothing is rounded ('exact').
-Not here: how matrices are rounded (`ist/transport/codec.py`).
+Where it sits: on the coordinator's side between the parameter store (`ist/subnet/store.py`) and a pool, on the worker's
+side between a pool and training (`ist/training/worker.py`).
+Law: without rounding ('exact'), a worker that reads a subnet and writes it back unchanged does not change the network.
+Not here: how matrices are encoded (`ist/transport/codec.py`), sending messages (`ist/pools/`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,44 +32,49 @@ from ist.transport.message import Layout, Message, layout_of
 
 
 def message_layouts(split: SplitModel, exchange: Exchange, cut: Cut) -> MessageLayouts:
-    """Return what a worker's messages look like.
+    """Return the layouts of a worker's messages.
 
     Args:
-        split: The network.
-        exchange: How values are coded on the way.
+        split: The split network.
+        exchange: How messages are encoded.
         cut: The worker's positions: `split.cut`.
     """
     return coded_layouts(layout_of(cut_specs(split.specs, cut)), exchange)
 
 
 def sent_names(split: SplitModel, layout: Layout, round_number: int) -> list[str]:
-    """Return the tensors that go to a worker: carried optimizer state does not exist before the first round."""
+    """Return the tensors that are sent to a worker: before the first round there is no carried optimizer state."""
     return [name for name in layout.specs if round_number > 0 or name in split.model_specs]
 
 
 def down_bytes(split: SplitModel, layouts: MessageLayouts, round_number: int) -> int:
-    """Return how much of the message to a worker is sent; see `sent_names`."""
+    """Return how many bytes of the message to a worker are sent; see `sent_names`."""
     return sent_bytes(layouts, sent_names(split, layouts.plain, round_number))
 
 
 class SubnetWriter:
-    """The coordinator's end of the way down."""
+    """Writes the messages from the coordinator to workers.
+
+    Args:
+        split: The split network.
+        exchange: How messages are encoded.
+    """
 
     def __init__(self, split: SplitModel, exchange: Exchange) -> None:
         self._split = split
         self._exchange = exchange
 
     def layouts(self, cut: Cut) -> MessageLayouts:
-        """Return what the messages of a cut look like."""
+        """Return the layouts of the messages of a cut."""
         return message_layouts(self._split, self._exchange, cut)
 
     def write(self, store: ParameterStore, cut: Cut, round_number: int, buffers: MessageBuffers) -> int:
-        """Cut a subnet into its buffers; return how many bytes of it are to be sent."""
+        """Extract a subnet into its message down; return how many of its bytes are to be sent."""
         layouts, into = buffers.layouts, buffers.down.tensors
         for name in sent_names(self._split, layouts.plain, round_number):
             if layouts.is_plain:
                 store.extract(cut, into={name: into[name]})
-            else:  # one tensor after the other: a subnet more would be the memory of a whole network in a finish
+            else:  # tensor by tensor: in a full-width phase a second subnet would need the memory of a full network
                 spec = layouts.plain.specs[name]
                 part = {name: torch.empty(spec.shape, dtype=spec.dtype, device=buffers.flat.device)}
                 store.extract(cut, into=part)
@@ -78,20 +83,20 @@ class SubnetWriter:
 
 
 def read_trained(exchange: Exchange, store: ParameterStore, cut: Cut, buffers: MessageBuffers) -> Mapping[str, Tensor]:
-    """Return what a worker trained, by name: the coordinator's end of the way up.
+    """Return the tensors that a worker trained, by name, from its message up.
 
     Args:
-        exchange: How values are coded on the way.
-        store: The full network. A tensor, when it is read, must be as it was when the subnet was cut, but for what
-            other workers alone hold.
+        exchange: How messages are encoded.
+        store: The full network. When a tensor is read, the entries that the worker holds must have the values that they
+            had when the subnet was extracted.
         cut: The worker's positions.
-        buffers: Its messages; the one up is read.
+        buffers: The worker's messages; the message up is read.
     """
     return buffers.up.tensors if buffers.layouts.is_plain else _Trained(exchange, store, cut, buffers)
 
 
 class _Trained(Mapping[str, Tensor]):
-    """Tensors that are made of what has travelled when they are read, so that not all of all workers are in memory."""
+    """Decodes each tensor when it is read, so that the decoded subnets of all workers are never in memory together."""
 
     def __init__(self, settings: Exchange, store: ParameterStore, cut: Cut, buffers: MessageBuffers) -> None:
         self._settings = settings
@@ -117,17 +122,18 @@ class _Trained(Mapping[str, Tensor]):
 
 
 class WorkerEndpoint:
-    """A worker's end of both ways.
+    """Reads and writes the messages of a worker.
 
-    Holds memory for the subnet where what travels is not what is trained, and what rounding took where it is fed back.
+    It has memory for the decoded subnet, if messages are encoded, and the residuals of error feedback.
 
     Args:
-        split: The network.
-        exchange: How values are coded on the way.
-        device: Where it computes.
+        split: The split network.
+        exchange: How messages are encoded.
+        device: The device on which the worker trains.
 
     Attributes:
-        taken: What rounding took from this worker's changes and was not made up for yet, whole tensors by name.
+        residuals: The error-feedback buffer: rounding errors of this worker that are not sent yet, by name, in full
+            shape.
 
     Reference: Seide et al., Interspeech 2014, and Karimireddy et al., arXiv 1901.09847 (error feedback).
     """
@@ -140,7 +146,7 @@ class WorkerEndpoint:
         self.residuals: dict[str, Tensor] = {}
 
     def open(self, buffers: MessageBuffers) -> Message:
-        """Return the subnet that the buffers hold, to be trained in place."""
+        """Read the message down: return the subnet, which is trained in place."""
         layouts = buffers.layouts
         if layouts.is_plain:
             return buffers.down
@@ -151,12 +157,12 @@ class WorkerEndpoint:
         return self._plain
 
     def close(self, buffers: MessageBuffers, trained: Message, neurons: Sequence[Indices]) -> None:
-        """Write the trained subnet into the buffers.
+        """Write the message up from the trained subnet.
 
         Args:
-            buffers: The messages of the round; the one up is written.
+            buffers: The messages of the round; the message up is written.
             trained: The subnet; it is overwritten.
-            neurons: For each group, those that the worker holds.
+            neurons: For each group, the neurons that the worker holds.
         """
         layouts, settings = buffers.layouts, self._settings
         if layouts.is_plain:
@@ -184,7 +190,7 @@ class WorkerEndpoint:
         cut = positions(split.groups, rounded, neurons)
         parts = {name: torch.empty(plain[name].shape, device=self._device) for name in cut}
         extract(self.residuals, cut, into=parts)
-        # In float32, whatever the network's dtype: what was taken is small beside the change.
+        # Add in float32 for every dtype of the network: residuals are small compared with the change.
         for name, part in parts.items():
             part.add_(tensors[name])
         encode({**tensors, **parts}, buffers.up.tensors, coding)

@@ -1,15 +1,16 @@
-"""Frozen parameters: which of them a worker lacks, how they travel, and how a worker holds them.
+"""Frozen parameters: which of them a worker lacks, their message, and the worker's cache.
 
-A parameter that is not trained (`requires_grad` is False) has one value in the whole run. A worker is sent its part of
-it when it does not have it: in its first round, and when its part is another one than in its last round. That travels
-beside the subnet, in a message of its own, and never comes back.
+A parameter that is not trained (`requires_grad` is False) does not change in a run. The coordinator sends a worker its
+part of it if the worker does not have that part: in the worker's first round, and when the part differs from that of
+its last round. Frozen parameters are sent in a message of their own, beside the subnet, and are never returned.
 
-Both ends derive that message from the partition. The coordinator says in a subnet's header whether it relies on what
-the worker holds: only where the last subnet that it sent to this very process came back well. In all other cases
-everything is sent. A worker checks what it has against what it needs: a mistake is an error and never an old value.
+Both ends derive the layout of that message from the partition. The header of the subnet's message says whether the
+worker must reuse its cache. The coordinator allows this only if the last subnet that it sent to the same process was
+returned without an error; otherwise it sends all frozen parameters. A worker compares its cache with what it needs, so
+a mistake raises an error and an old value is never used.
 
-Where it sits: the coordinator writes (`FrozenSender`), pools carry, a worker holds (`FrozenCache`).
-Not here: moving bytes (`ist/pools/`), rounding them (`codec.py`).
+Where it sits: the coordinator writes the message (`FrozenSender`), pools send it, a worker reads it (`FrozenCache`).
+Not here: sending bytes (`ist/pools/`), rounding (`codec.py`).
 """
 
 import hashlib
@@ -33,36 +34,36 @@ from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.message import Header, Layout, Message, layout_of
 
 PartKey = tuple[bytes | None, ...]
-"""What identifies a part of a tensor: for every dim a hash of the positions; None: all of them."""
+"""Identifies a part of a tensor: for every dim a hash of its positions; None: all positions."""
 
 PartKeys = Mapping[str, PartKey]
-"""The parts of a worker, by name of the tensor."""
+"""The keys of a worker's parts, by name of the tensor."""
 
 
 def part_keys(cut: Cut) -> PartKeys:
-    """Return what identifies each part of a cut."""
-    return {name: tuple(_hash(held) if held is not None else None for held in dims) for name, dims in cut.items()}
+    """Return the key of each part of a cut."""
+    return {name: tuple(None if dim is None else _hash(dim) for dim in dims) for name, dims in cut.items()}
 
 
 def _hash(positions: Indices | Tensor) -> bytes:
-    assert isinstance(positions, np.ndarray)  # not `on_device` yet
+    assert isinstance(positions, np.ndarray)  # before `on_device`
     return hashlib.sha256(positions.tobytes()).digest()
 
 
 def missing_specs(split: SplitModel, cut: Cut, needed: PartKeys, held: PartKeys) -> dict[str, TensorSpec]:
-    """Return the narrow specs of the frozen parameters that a worker needs and does not hold.
+    """Return the specs of the parts of frozen parameters that a worker needs and does not have.
 
     Args:
-        split: The network.
-        cut: What the worker needs: `split.frozen_cut`.
-        needed: The keys of that.
-        held: Those of what it holds.
+        split: The split network.
+        cut: The positions that the worker needs: `split.frozen_cut`.
+        needed: The keys of these parts.
+        held: The keys of the parts that the worker has.
     """
     return {name: spec for name, spec in cut_specs(split.frozen_specs, cut).items() if held.get(name) != needed[name]}
 
 
 def frozen_layout(exchange: Exchange, specs: Mapping[str, TensorSpec]) -> Layout:
-    """Return the layout of a message with frozen parameters of the given narrow specs."""
+    """Return the layout of a message with parts of frozen parameters of the given specs."""
     return layout_of(coded_specs(specs, exchange.down))
 
 
@@ -72,10 +73,10 @@ def frozen_bytes(
     """Return the length of the message with the frozen parameters that a worker lacks in a round.
 
     Args:
-        split: The network.
-        exchange: How values are coded on the way.
-        neurons: For each group, those that the worker holds.
-        before: The same in its last round; None: it holds nothing.
+        split: The split network.
+        exchange: How messages are encoded.
+        neurons: For each group, the neurons that the worker holds.
+        before: The same in its last round; None: it has no frozen parameters yet.
     """
     held = part_keys(split.frozen_cut(before)) if before is not None else {}
     cut = split.frozen_cut(neurons)
@@ -84,35 +85,35 @@ def frozen_bytes(
 
 
 def message_bytes(
-    split: SplitModel, schedule: Schedule, exchange: Exchange, held: Assignments, worker: int
+    split: SplitModel, schedule: Schedule, exchange: Exchange, assignments: Assignments, worker: int
 ) -> tuple[int, int]:
     """Return (bytes to a worker, bytes from it) of all messages in a full round after the first.
 
     Args:
-        split: The network.
+        split: The split network.
         schedule: The rounds of the run.
-        exchange: How values are coded on the way.
-        held: Who holds which neurons.
+        exchange: How messages are encoded.
+        assignments: The neurons of every worker in every round.
         worker: Which worker.
     """
     main = schedule.main_round
-    layouts = message_layouts(split, exchange, split.cut(held.of(main)[worker]))
-    goes_on = main + 1 < schedule.num_rounds and schedule.spans[main + 1].stage == schedule.spans[main].stage
-    earlier, later = (main, main + 1) if goes_on else (max(0, main - 1), main)
+    layouts = message_layouts(split, exchange, split.cut(assignments.of(main)[worker]))
+    continues = main + 1 < schedule.num_rounds and schedule.spans[main + 1].stage == schedule.spans[main].stage
+    earlier, later = (main, main + 1) if continues else (max(0, main - 1), main)
     frozen = 0
     if split.frozen_specs:
-        frozen = frozen_bytes(split, exchange, held.of(later)[worker], held.of(earlier)[worker])
+        frozen = frozen_bytes(split, exchange, assignments.of(later)[worker], assignments.of(earlier)[worker])
     return down_bytes(split, layouts, 1) + frozen, layouts.up.nbytes
 
 
 class FrozenSender:
-    """The coordinator's end.
+    """Writes the messages with frozen parameters, on the coordinator.
 
     Args:
-        split: The network.
-        exchange: How values are coded on the way.
-        tensors: Whole tensors by name, contiguous; those of `split.frozen_specs` are read.
-        device: Where they are.
+        split: The split network.
+        exchange: How messages are encoded.
+        tensors: Full tensors by name, contiguous; those of `split.frozen_specs` are read.
+        device: The device of the tensors.
     """
 
     def __init__(
@@ -126,22 +127,22 @@ class FrozenSender:
         self._sent: dict[str, PartKeys] = {}
 
     def begin(self, processes: Iterable[str]) -> None:
-        """Forget processes that are not there in a round."""
-        there = set(processes)
-        self._held = {process: keys for process, keys in self._held.items() if process in there}
+        """Start a round: forget processes that do not take part in it."""
+        present = set(processes)
+        self._held = {process: keys for process, keys in self._held.items() if process in present}
         self._sent.clear()
 
     def write(self, process: str, worker: int, round_number: int, cut: Cut) -> tuple[Message | None, bool]:
-        """Write what a process lacks in a round.
+        """Write the frozen parameters that a process lacks in a round.
 
         Args:
-            process: The process that plays the worker; what it holds is unknown until `returned`.
+            process: The process that runs the worker; until `returned`, the content of its cache is unknown.
             worker: Which worker of the round.
             round_number: The round.
-            cut: What it needs.
+            cut: The positions that the worker needs.
 
         Returns:
-            The message, None where it lacks nothing; and whether that relies on what the process holds.
+            The message, or None if the process lacks nothing; and whether the process must reuse its cache.
         """
         held = self._held.pop(process, None)
         needed = self._sent[process] = part_keys(cut)
@@ -150,27 +151,27 @@ class FrozenSender:
             return None, held is not None
         message = Message(frozen_layout(self._exchange, specs), self._device)
         message.write_header(Header(round_number, worker))
-        [there] = on_device([cut], self._device)
+        [placed] = on_device([cut], self._device)
         for name, spec in specs.items():
             part = {name: torch.empty(spec.shape, dtype=spec.dtype, device=self._device)}
-            self._store.extract(there, into=part)
+            self._store.extract(placed, into=part)
             encode(part, message.tensors, self._exchange.down)
         return message, held is not None
 
     def returned(self, process: str) -> None:
-        """Note that a process has brought back, well, the subnet that it was sent in this round."""
+        """Record that a process has returned its subnet of this round without an error."""
         self._held[process] = self._sent[process]
 
 
 class FrozenCache:
-    """A worker's end: its parts of frozen parameters, which stay from round to round.
+    """A worker's parts of frozen parameters, which it reuses from round to round.
 
     Args:
-        split: The network.
-        exchange: How values are coded on the way.
+        split: The split network.
+        exchange: How messages are encoded.
 
     Attributes:
-        tensors: Name to narrow tensor; nobody writes to them.
+        tensors: Name to the worker's part of the tensor; these tensors are never written.
     """
 
     def __init__(self, split: SplitModel, exchange: Exchange) -> None:
@@ -180,11 +181,11 @@ class FrozenCache:
         self._keys: PartKeys = {}
 
     def layout(self, neurons: Sequence[Indices], reuses_frozen: bool) -> Layout | None:
-        """Return the layout of the message that comes beside a subnet; None: there is none.
+        """Return the layout of the message with frozen parameters that is sent beside a subnet; None: none is sent.
 
         Args:
-            neurons: For each group, those that the worker holds in the round.
-            reuses_frozen: Whether the coordinator relies on what is held here.
+            neurons: For each group, the neurons that the worker holds in the round.
+            reuses_frozen: Whether the worker must reuse this cache, as the subnet's header says.
         """
         cut = self._split.frozen_cut(neurons)
         specs = missing_specs(self._split, cut, part_keys(cut), self._keys if reuses_frozen else {})
@@ -198,41 +199,41 @@ class FrozenCache:
         received: Message | None,
         device: torch.device,
     ) -> Mapping[str, Tensor]:
-        """Take what was received, let go what is not needed any more, and return the parts of a round.
+        """Store the received parts, drop those that are no longer needed, and return the parts of a round.
 
         Args:
-            neurons: For each group, those that the worker holds in the round.
+            neurons: For each group, the neurons that the worker holds in the round.
             worker: Which worker of the round.
             round_number: The round.
-            received: The message that came beside the subnet, if one did.
-            device: Where the worker computes.
+            received: The message that was sent beside the subnet; None: none was sent.
+            device: The device on which the worker trains.
 
         Raises:
-            PoolError: The message is of another round or worker, or something is neither there nor received.
+            PoolError: The message belongs to another round or worker, or a part is neither cached nor received.
         """
         cut = self._split.frozen_cut(neurons)
-        now, specs = part_keys(cut), cut_specs(self._split.frozen_specs, cut)
+        needed, specs = part_keys(cut), cut_specs(self._split.frozen_specs, cut)
         if received is not None:
             received.read_header(round_number, worker)
-        came = received.tensors if received is not None else {}
-        held: dict[str, Tensor] = {}
+        sent = received.tensors if received is not None else {}
+        parts: dict[str, Tensor] = {}
         for name, spec in specs.items():
-            if name in came:
-                value = decoded(came, name, spec, self._exchange.down)
-                held[name] = value.to(device, copy=True)  # the message's memory is not kept
-            elif self._keys.get(name) == now[name]:
-                held[name] = self.tensors[name]
+            if name in sent:
+                value = decoded(sent, name, spec, self._exchange.down)
+                parts[name] = value.to(device, copy=True)  # the message's memory is reused
+            elif self._keys.get(name) == needed[name]:
+                parts[name] = self.tensors[name]
             else:
                 raise PoolError(
                     f"worker {worker} does not have its part of '{name}' (frozen) and was not sent it for round "
                     f"{round_number}: are all processes running the same version with the same configuration?"
                 )
-        self.tensors, self._keys = held, now
-        return held
+        self.tensors, self._keys = parts, needed
+        return parts
 
 
 def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return a number for each tensor that is another one, in all likelihood, when the values are."""
+    """Return a checksum of each tensor's values; see `checksum`."""
     return {name: checksum(tensor) for name, tensor in tensors.items()}
 
 
@@ -240,33 +241,34 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(tensor: Tensor) -> int:
-    """Return a number that is another one, in all likelihood, when the tensor's values are."""
+    """Return a checksum of a tensor's values; different values very probably have different checksums."""
     flat = tensor.detach().contiguous().flatten()
     return int(flat.view(_INTEGERS[min(8, flat.element_size())]).sum(dtype=torch.int64)) if flat.numel() else 0
 
 
 def check_frozen(module: nn.Module, bound: Mapping[str, Tensor], sums: Mapping[str, int]) -> None:
-    """Check that training has left frozen parameters as they were.
+    """Check that training did not change frozen parameters.
 
     Args:
         module: The network.
-        bound: What its frozen parameters were before, by name.
-        sums: The checksums of that.
+        bound: Its frozen parameters before training, by name.
+        sums: Their checksums.
 
     Raises:
-        ModelError: The forward or the optimiser has changed one.
+        ModelError: The forward or the optimizer has changed one.
     """
     for name, parameter in module.named_parameters():
         if name not in bound:
             continue
         before = bound[name]
         same = checksum(before) == sums[name] and (
-            # A forward may put a copy in another precision in its place.
+            # A forward may replace it by a copy in another precision.
             parameter.data_ptr() == before.data_ptr()
             or (parameter.shape == before.shape and bool(torch.equal(parameter.detach(), before.to(parameter.dtype))))
         )
         if not same:
             raise ModelError(
-                f"'{name}' is frozen (requires_grad is False) but training changes it, and what is frozen does not "
-                "come back from workers. Make it a buffer (register_buffer), which is merged, or let it be trained"
+                f"'{name}' is frozen (requires_grad is False) but training changes it, and workers do not return "
+                "frozen parameters. Make it a buffer (register_buffer), which is merged, or train it "
+                "(requires_grad_(True))"
             )

@@ -1,8 +1,9 @@
-"""Pools: who carries a subnet to a worker and back.
+"""The interface of a worker pool: it sends subnets to workers and returns trained ones.
 
-The algorithm exists once, in `ist/training/coordinator.py`; a pool only sends subnets out and gets subnets
-back. `ist/pools/inline.py` is the oracle, the debugger and the single-device mode; `ist/pools/torchrun.py` uses
-torch.distributed; the workers of `ist/pools/ray_pool.py` are Ray actors, which may come and go.
+The algorithm of a round is in `ist/training/coordinator.py` only. `ist/pools/inline.py` runs all workers in this
+process: it is the reference for the others, and serves for debugging and for a single device. `ist/pools/torchrun.py`
+uses torch.distributed. The workers of `ist/pools/ray_pool.py` are Ray actors, which may join and leave.
+Where it sits: between the coordinator and the pools, which implement `WorkerPool`.
 Not here: loss, data, partition.
 """
 
@@ -20,13 +21,13 @@ from ist.transport.message import Message
 
 @dataclass(frozen=True)
 class Subnet:
-    """A worker's part of the network in a round.
+    """A worker's subnet in a round.
 
     Attributes:
-        slot: Whose it is.
-        buffers: Its messages: the one to the worker is written before it leaves, the other when it is back.
-        sent_bytes: How much of the message down, from its beginning, goes to the worker; all of the other comes back.
-        frozen: A message that goes to the worker beside it, with frozen parameters that it lacks; None: it has them.
+        slot: The worker.
+        buffers: Its messages: the message down is written before it is sent, the message up when it is returned.
+        sent_bytes: How many bytes of the message down are sent, from its start; the message up is returned completely.
+        frozen: A second message to the worker with frozen parameters that it lacks; None: it lacks none.
     """
 
     slot: WorkerSlot
@@ -36,7 +37,7 @@ class Subnet:
 
     @property
     def down_bytes(self) -> int:
-        """Bytes that go to the worker, in all."""
+        """Bytes that are sent to the worker in total."""
         return self.sent_bytes + (self.frozen.nbytes if self.frozen else 0)
 
     @property
@@ -47,13 +48,13 @@ class Subnet:
 
 @dataclass(frozen=True)
 class Lost:
-    """A worker whose subnet is left out of this round: its neurons keep their values.
+    """A worker whose subnet is missing from this round: its neurons do not change.
 
     Attributes:
         worker: Which worker, from 0.
-        reason: What happened, for people.
-        kind: 'lost': it died, failed or cannot be reached; 'late': it missed the round's deadline; 'rejected': what it
-            returned is of another shape or round, or not finite.
+        reason: What happened, as text.
+        kind: 'lost': the worker died, failed or cannot be reached; 'late': it missed the round's deadline; 'rejected':
+            its result has another shape or round, or is not finite.
     """
 
     worker: int
@@ -62,53 +63,53 @@ class Lost:
 
 
 class WorkerPool(Protocol):
-    """What the coordinator needs of a pool."""
+    """What the coordinator needs from a pool."""
 
     parallel: bool
     """Whether workers compute at the same time."""
 
     def gather(self, round_number: int) -> tuple[str, ...]:
-        """Return the names of the workers that are there for a round; worker k of the round is the k-th of them.
+        """Return the names of the workers that take part in a round; worker k of the round is the k-th name.
 
         Raises:
-            WorkerLostError: There are fewer than the run needs.
+            WorkerLostError: There are fewer workers than the run needs.
         """
         ...
 
     def process(self, worker: int) -> str:
-        """Return a name of the process that is a worker of the round; who takes its place has another name."""
+        """Return the name of the process that runs a worker of the round; a replacement process has another name."""
         ...
 
     def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:
-        """Return memory for a worker's messages; in use until the next is asked for, or longer."""
+        """Return memory for a worker's messages; it is valid at least until the next call."""
         ...
 
     def submit(self, round_number: int, subnet: Subnet) -> None:
-        """Have a subnet trained for a round: begin to send it, and return; its buffers stay in use until it is back.
+        """Start to send a subnet to its worker, which trains it; its buffers stay in use until it is returned.
 
         Args:
             round_number: The round, from 0.
-            subnet: Of a worker that has none outstanding.
+            subnet: The subnet of a worker that has no outstanding one.
 
         Raises:
-            PoolError: It cannot be sent.
+            PoolError: The subnet cannot be sent.
         """
         ...
 
     def results(self) -> Generator[Subnet | Lost]:
-        """Yield each submitted subnet as it comes back, or `Lost`, until none is outstanding.
+        """Yield each submitted subnet when it is returned, or `Lost`, until none is outstanding.
 
-        Closed early, it gives up the subnets that are outstanding: the round goes on without them.
+        If the generator is closed early, the pool drops the outstanding subnets and the round continues without them.
         """
         ...
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Release the workers."""
         ...
 
 
 class BufferCache:
-    """The buffers of each worker; they are replaced only when its layouts change."""
+    """The buffers of each worker; a worker's buffers are replaced only when its layouts change."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

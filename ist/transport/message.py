@@ -1,12 +1,13 @@
-"""A subnet as one flat buffer: what crosses the network, and how many bytes that is.
+"""A message: a header and tensors in one flat buffer.
 
-A message is a header of 128 bytes and then every tensor, each beginning at a multiple of 64 bytes, so
-that a worker trains on the received buffer itself: nothing is unpacked, and the trained buffer goes
-back as it is. Both ends derive the layout from the partition; only values are sent, and a fingerprint
-of the layout in the header proves that both derived the same.
+A message is a header of 128 bytes, followed by the tensors; each starts at a multiple of 64 bytes. So a worker can
+train on the received buffer itself, without unpacking, and return the trained buffer. Both ends derive the layout from
+the partition, so only values are sent. The header contains a fingerprint of the layout, which the receiver compares
+with its own.
 
-Law: Message.tensors are views; writing them is packing, reading them is unpacking.
-Not here: sending (`ist/pools/`), loss, data, who owns what.
+Where it sits: `ist/transport/codec.py` and `frozen_parameters.py` derive layouts; pools send `Message.flat`.
+Law: `Message.tensors` are views; writing them packs the message, reading them unpacks it.
+Not here: sending (`ist/pools/`), which tensors a message holds, what the measured numbers mean (`ist/measurements.py`).
 """
 
 import zlib
@@ -22,19 +23,19 @@ from ist.tensors import TensorSpec
 
 HEADER_BYTES = 128
 _FINGERPRINT, _ROUND, _WORKER, _REUSES_FROZEN = 0, 1, 2, 10
-"""Slots of a header, of 8 bytes each; `ist/measurements.py` names those of what a worker measures."""
-ALIGNMENT = 64  # a cache line, and what torch's own allocator guarantees its kernels
+"""Slots of a header, of 8 bytes each; `ist/measurements.py` names the slots of measured numbers."""
+ALIGNMENT = 64  # a cache line; torch's allocator guarantees the same to its kernels
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a message says beside its tensors; travels as float64 values.
+    """The header of a message; it is sent as float64 values.
 
     Attributes:
         round_number: The round, from 0.
-        worker: Which worker the message goes to or comes from.
-        numbers: What the worker has measured; all 0 on the way to it.
-        reuses_frozen: On the way to a worker, whether it is to keep the frozen parameters that it holds.
+        worker: The worker that receives or returns the message.
+        numbers: The numbers that the worker has measured; all are 0 in a message to it.
+        reuses_frozen: In a message to a worker: whether it must reuse the frozen parameters that it already has.
     """
 
     round_number: int
@@ -48,7 +49,14 @@ class Header:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each tensor of a message lies."""
+    """The positions of the tensors in a message.
+
+    Attributes:
+        specs: The tensors, by name, in order.
+        offsets: The first byte of each tensor.
+        nbytes: Bytes of the message.
+        fingerprint: A checksum of names, shapes and dtypes.
+    """
 
     specs: Mapping[str, TensorSpec]
     offsets: Mapping[str, int]
@@ -56,7 +64,7 @@ class Layout:
     fingerprint: int
 
     def end_of(self, names: Sequence[str]) -> int:
-        """Return the length in bytes of the part that holds the header and `names`, the layout's first tensors."""
+        """Return the bytes of the header and of `names`, which are the first tensors of the layout."""
         assert list(self.specs)[: len(names)] == list(names)
         after = list(self.offsets.values())[len(names) :]
         return after[0] if after else self.nbytes
@@ -76,14 +84,14 @@ class Message:
     """A flat byte buffer, and views of the tensors in it.
 
     Attributes:
-        layout: Where each tensor lies.
-        flat: uint8, shape (layout.nbytes,): what is sent.
+        layout: The positions of the tensors.
+        flat: uint8, shape (layout.nbytes,): the bytes that are sent.
         tensors: Name to a view into `flat`.
     """
 
     def __init__(self, layout: Layout, device: torch.device | str = "cpu", flat: Tensor | None = None) -> None:
         self.layout = layout
-        # Zeros, once: padding must not leak old memory into the network.
+        # Zeros: the padding between tensors must not send old memory.
         self.flat = torch.zeros(layout.nbytes, dtype=torch.uint8, device=device) if flat is None else flat
         self.tensors: dict[str, Tensor] = {
             name: self.flat[offset : offset + spec.nbytes].view(spec.dtype).view(spec.shape)
@@ -92,7 +100,7 @@ class Message:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that cross the network."""
+        """Bytes of the whole message."""
         return self.layout.nbytes
 
     def write_header(self, header: Header) -> None:
@@ -109,10 +117,10 @@ class Message:
         self._header().copy_(values)
 
     def read_header(self, round_number: int, worker: int) -> Header:
-        """Return the header after checking that it is of this round, worker and layout.
+        """Return the header, after a check that it belongs to this round, worker and layout.
 
         Raises:
-            PoolError: The message belongs to something else.
+            PoolError: The message belongs to another round, worker or layout.
         """
         values = self._header().tolist()
         found = values[_FINGERPRINT]

@@ -1,11 +1,12 @@
-"""Write a matrix in a few bits a number, and read it again.
+"""Quantize a matrix to a few bits for each number, and dequantize it.
 
-Symmetric rounding to the nearest of 2^bits - 1 evenly spaced levels, with one scale for each row: the row's largest
-magnitude is a level, so a number is off by at most half of (largest magnitude) / (2^(bits-1) - 1).
-Law: dequantize(*quantize(x)) is a fixed point: quantised again it gives the same codes.
-Where it sits: `ist/transport/codec.py` writes IST's slices with it, `ist/baselines/quantized_mean.py` DiLoCo's outer
-gradients.
-Not here: which tensors, what becomes of the error.
+Each number is rounded to the nearest of 2^bits - 1 evenly spaced levels. Levels are symmetric around 0, and each row
+has its own scale: its largest magnitude is a level. So the error of a number is at most half of
+(largest magnitude of its row) / (2^(bits-1) - 1).
+Law: a dequantized matrix that is quantized again gives the same codes.
+Where it sits: `ist/transport/codec.py` encodes IST's messages with it, `ist/baselines/quantized_mean.py` the outer
+gradients of DiLoCo.
+Not here: which tensors are quantized, and error feedback (`ist/transport/endpoints.py`).
 
 Shape letters: R rows, C columns, P bytes of a packed row, ceil(C * bits / 8).
 """
@@ -17,43 +18,42 @@ MIN_BITS, MAX_BITS = 2, 8
 
 
 def packed_columns(columns: int, bits: int) -> int:
-    """Return the bytes of a packed row of so many numbers."""
+    """Return the bytes of a packed row of `columns` numbers."""
     return -(-columns * bits // 8)
 
 
 def quantize(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Round a matrix to `bits` bits a number.
+    """Quantize a matrix to `bits` bits for each number.
 
     Args:
-        matrix: Floating point, shape (R, C). Where a row holds something that is not finite, all of it comes back as
-            NaN.
+        matrix: Floating point, shape (R, C). A row that contains a non-finite value is dequantized to NaN as a whole.
         bits: 2 to 8.
 
     Returns:
         Codes, uint8, shape (R, P), and scales, float32, shape (R,).
 
-    Reference: Seide et al., Interspeech 2014, and Dettmers, arXiv 1511.04561 (few bits for exchange); Dun et al.,
-    ResIST, arXiv 2107.00961 (how few IST bears).
+    Reference: Seide et al., Interspeech 2014, and Dettmers, arXiv 1511.04561 (exchange in few bits); Dun et al.,
+    ResIST, arXiv 2107.00961 (how few bits IST tolerates).
     """
     assert MIN_BITS <= bits <= MAX_BITS
     levels = 2 ** (bits - 1) - 1
     matrix = matrix.float()
     scale = matrix.abs().amax(dim=1) / levels if matrix.shape[1] else matrix.new_zeros(len(matrix))
     scale = torch.where(torch.isfinite(scale), scale, torch.nan)
-    divisor = torch.where(scale > 0, scale, 1.0)  # a row of zeros: any divisor does
+    divisor = torch.where(scale > 0, scale, 1.0)  # for a row of zeros any divisor is right
     codes = (matrix / divisor[:, None]).round_().clamp_(-levels, levels).add_(levels)
     return _pack(codes.nan_to_num_(0.0).to(torch.uint8), bits), scale
 
 
 def dequantize(codes: Tensor, scale: Tensor, columns: int, bits: int) -> Tensor:
-    """Return the rounded matrix, float32, shape (R, `columns`); see `quantize`."""
+    """Return the dequantized matrix, float32, shape (R, `columns`); see `quantize`."""
     levels = 2 ** (bits - 1) - 1
     numbers: Tensor = _unpack(codes, columns, bits).float()
     return numbers.sub_(levels).mul_(scale[:, None])
 
 
 def _pack(codes: Tensor, bits: int) -> Tensor:
-    """Drop the upper bits of every byte: (R, C) to (R, P)."""
+    """Keep only the lower `bits` bits of every byte: (R, C) to (R, P)."""
     if bits == 8:
         return codes
     rows, columns = codes.shape
