@@ -83,7 +83,7 @@ def test_a_checkpoint_has_the_configuration_from_the_start_of_the_run_not_a_late
 
     folder.save_checkpoint({"weight": torch.ones(2)}, Progress(1), keep=1)
 
-    with pytest.raises(RunFolderError, match="'seed' was 3, is 4"):
+    with pytest.raises(RunFolderError, match=naming("'seed'", "3", "4")):
         RunFolder(folder.path).rewind()
 
 

