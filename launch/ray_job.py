@@ -21,7 +21,7 @@ from pathlib import Path
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 ROOT = Path(__file__).resolve().parent.parent
-EXCLUDED = [".git", ".venv", ".*cache", "runs", "docs", "tests", "benchmarks", "*.egg-info"]
+EXCLUDED = [".git", ".venv", ".*cache", "/runs", "/docs", "/tests", "/benchmarks", "*.egg-info"]
 
 
 def submit(client: JobSubmissionClient, command: str) -> str:

@@ -1,5 +1,6 @@
 """Starting and ending ranks, and which of several ranks' errors is reported as the cause."""
 
+import ast
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +245,13 @@ def test_a_rank_belongs_to_ist_only_if_its_parent_process_launched_it(monkeypatc
     assert is_started_by_ist()
     monkeypatch.setenv(LAUNCHER, "1")
     assert not is_started_by_ist()
+
+
+def test_a_job_for_ray_takes_the_whole_package_along() -> None:
+    """A pattern without a slash at its beginning also leaves out folders of that name inside `ist`."""
+    (line,) = re.findall("^EXCLUDED = (.*)$", (ROOT / "launch" / "ray_job.py").read_text(), re.MULTILINE)
+    anywhere = [pattern for pattern in ast.literal_eval(line) if not pattern.startswith("/")]
+    names = {part for path in (ROOT / "ist").rglob("*.py") for part in path.relative_to(ROOT).parts}
+
+    assert len(anywhere) > 2
+    assert not [name for name in names if any(fnmatch(name, pattern) for pattern in anywhere)]
