@@ -1,10 +1,10 @@
-"""Tensors of a network without their values, by name; and whether values are finite.
+"""Tensors of a network without their values, by name; whether values are finite, and their checksums.
 
 Where it sits: on the ground. Groups, cuts, messages and checkpoints all name the same tensors.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -91,3 +91,17 @@ def _holds_finite(tensor: Tensor) -> bool:
     # aminmax carries NaN along and needs one pass and no temporary, unlike isfinite().all().
     low, high = tensor.detach().aminmax()
     return math.isfinite(low.item()) and math.isfinite(high.item())
+
+
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return a checksum of each tensor's values; see `checksum`."""
+    return {name: checksum(tensor) for name, tensor in tensors.items()}
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def checksum(tensor: Tensor) -> int:
+    """Return a checksum of a tensor's values; different values very probably have different checksums."""
+    flat = tensor.detach().contiguous().flatten()
+    return int(flat.view(_INTEGERS[min(8, flat.element_size())]).sum(dtype=torch.int64)) if flat.numel() else 0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ist.errors import ConfigError
 from ist.optimization import optimizers
 from ist.subnet.job import Job, assignments
-from ist.transport.frozen_parameters import checksum
+from ist.tensors import checksum
 
 _MOST_STEPS = 256
 _DEEPEST = 4

@@ -264,7 +264,7 @@ def plan(
     found = make_plan(config, asked)
     print_plan(found, PlainConsole(), as_json)
     if page is not None:
-        from ist.report.plan_page import write_plan_page
+        from ist.plan.page import write_plan_page
 
         _say(f"report: {write_plan_page(found, page)}", err=True)
 

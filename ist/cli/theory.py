@@ -40,8 +40,8 @@ def theory(
 
     check_installed("scipy")
 
-    from ist.report.theory_page import write_theory_page
     from ist.theory import runner
+    from ist.theory.page import write_theory_page
 
     if experiment == "all" and overrides:
         raise ConfigError("--set sets the knobs of one experiment: name the experiment")

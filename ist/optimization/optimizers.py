@@ -12,7 +12,7 @@ Not here: schedules (`step_settings.py`), cutting state (`ist/subnet/cut.py`), s
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ist.config.base import Component
 from ist.config.registry import call, resolve
 from ist.errors import CheckpointError, ConfigError, said_at
-from ist.neurons.group import Group
 from ist.tensors import TensorSpec
 
 _SAMPLE_SHAPE = (2, 3)
@@ -166,26 +165,6 @@ def carried_specs(slots: Sequence[StateSlot], parameters: Mapping[str, TensorSpe
         for name, spec in parameters.items()
         for slot in slots
     }
-
-
-def carried_groups(
-    slots: Sequence[StateSlot], groups: Sequence[Group], parameters: Mapping[str, TensorSpec]
-) -> tuple[Group, ...]:
-    """Return the groups with slots for the optimizer state of their neurons, so that it is cut with them."""
-    return tuple(
-        replace(
-            group,
-            slots=group.slots
-            + tuple(
-                replace(slot, tensor=state_name(state.key, slot.tensor))
-                for slot in group.slots
-                if slot.tensor in parameters
-                for state in slots
-                if state.like_parameter
-            ),
-        )
-        for group in groups
-    )
 
 
 def initial_state(

@@ -1,7 +1,7 @@
 """Print a plan on the terminal.
 
 Where it sits: `ist plan` calls `print_plan`; the HTML page shares its texts.
-Not here: computing the plan (`predict.py`), the HTML page (`ist/report/plan_page.py`).
+Not here: computing the plan (`predict.py`), the HTML page (`ist/plan/page.py`).
 """
 
 import json

@@ -44,7 +44,7 @@ from ist.optimization.step_settings import groups_by_name, schedule_settings, st
 from ist.rng import Purpose, seeded
 from ist.subnet.job import Job
 from ist.subnet.partition import check_workers
-from ist.subnet.split_model import SplitModel, try_submodel
+from ist.subnet.split_model import SplitModel, carried_groups, try_submodel
 from ist.tensors import constant_tensors, tensor_specs
 
 
@@ -216,7 +216,7 @@ def _split_model(
     else:
         found = replace(found, calls=(), sites={})
     check_workers(groups, train.workers, config.partition, found.causes)
-    return replace(split, found=found, groups=optimizers.carried_groups(slots, groups, parameters))
+    return replace(split, found=found, groups=carried_groups(slots, groups, parameters))
 
 
 def _schedule(config: Config, template: nn.Module, sampler: ShardedSampler) -> Schedule:

@@ -29,9 +29,9 @@ from ist.rng import Indices, Purpose, seeded
 from ist.subnet.cut import cut_specs
 from ist.subnet.job import Job, assignments, slot_of
 from ist.subnet.module import bind, collect
-from ist.tensors import TensorSpec, named_tensors
+from ist.tensors import TensorSpec, checksums, named_tensors
 from ist.training.worker import Worker
-from ist.transport.frozen_parameters import check_frozen, checksums
+from ist.transport.frozen_parameters import check_frozen
 from ist.transport.message import Message, layout_of
 
 

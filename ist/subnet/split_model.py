@@ -19,7 +19,7 @@ from ist.neurons.find import Neurons, submodel_calls, submodel_sizes
 from ist.neurons.group import Group
 from ist.neurons.trace import dry_run
 from ist.neurons.trial import SubnetTrial
-from ist.optimization.optimizers import StateSlot
+from ist.optimization.optimizers import StateSlot, state_name
 from ist.rng import Indices
 from ist.subnet.cut import Cut, absent_modules, cut_specs, exclusive_names, extract, positions
 from ist.subnet.module import Scale, SubmodelPlan, declared_sizes, input_scales, make_submodel
@@ -194,3 +194,23 @@ def try_submodel(
         full = {name: t.detach().contiguous() for name, t in named_tensors(build()).items() if name in cut}
         extract(full, cut, into={n: t.data for n, t in named_tensors(module).items() if n in full})
     dry_run(module, example, trial.watching(module, held) if trial is not None else None)
+
+
+def carried_groups(
+    slots: Sequence[StateSlot], groups: Sequence[Group], parameters: Mapping[str, TensorSpec]
+) -> tuple[Group, ...]:
+    """Return the groups with slots for the optimizer state of their neurons, so that it is cut with them."""
+    return tuple(
+        replace(
+            group,
+            slots=group.slots
+            + tuple(
+                replace(slot, tensor=state_name(state.key, slot.tensor))
+                for slot in group.slots
+                if slot.tensor in parameters
+                for state in slots
+                if state.like_parameter
+            ),
+        )
+        for group in groups
+    )

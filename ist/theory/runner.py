@@ -4,7 +4,7 @@ OUT/<experiment>.jsonl has a first line with the settings, and then a line for e
 run continues with the missing points. CSV files and figures are made from it at the end.
 
 Where it sits: `ist/cli/theory.py` calls it.
-Not here: the experiments (`experiments/`), the page (`ist/report/theory_page.py`).
+Not here: the experiments (`experiments/`), the page (`ist/theory/page.py`).
 """
 
 import csv

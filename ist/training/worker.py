@@ -21,12 +21,12 @@ from ist.subnet.job import Job
 from ist.subnet.module import bind, collect, multiply
 from ist.subnet.residual_blocks import scaled_blocks
 from ist.subnet.split_model import ShapeKeys
-from ist.tensors import is_finite
+from ist.tensors import checksums, is_finite
 from ist.training.local_loop import TaskLoop, local_steps
 from ist.training.worker_state import CheckpointLocation, WorkerState
 from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import WorkerEndpoint
-from ist.transport.frozen_parameters import FrozenCache, check_frozen, checksums
+from ist.transport.frozen_parameters import FrozenCache, check_frozen
 from ist.transport.message import Header, Message
 
 

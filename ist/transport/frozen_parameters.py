@@ -28,7 +28,7 @@ from ist.subnet.assignments import Assignments
 from ist.subnet.cut import Cut, cut_specs, on_device
 from ist.subnet.split_model import SplitModel
 from ist.subnet.store import LocalStore
-from ist.tensors import TensorSpec
+from ist.tensors import TensorSpec, checksum
 from ist.transport.codec import coded_specs, decoded, encode
 from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.message import Header, Layout, Message, layout_of
@@ -230,20 +230,6 @@ class FrozenCache:
                 )
         self.tensors, self._keys = parts, needed
         return parts
-
-
-def checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return a checksum of each tensor's values; see `checksum`."""
-    return {name: checksum(tensor) for name, tensor in tensors.items()}
-
-
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def checksum(tensor: Tensor) -> int:
-    """Return a checksum of a tensor's values; different values very probably have different checksums."""
-    flat = tensor.detach().contiguous().flatten()
-    return int(flat.view(_INTEGERS[min(8, flat.element_size())]).sum(dtype=torch.int64)) if flat.numel() else 0
 
 
 def check_frozen(module: nn.Module, bound: Mapping[str, Tensor], sums: Mapping[str, int]) -> None:

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from ist.cli.main import app
 from ist.errors import ConfigError, DataError, DivergedError
-from ist.report.theory_page import write_theory_page
 from ist.theory import EXPERIMENTS, runner
 from ist.theory.algorithm import Run, train
 from ist.theory.experiments import figure2b, figure2c
 from ist.theory.masks import Law
+from ist.theory.page import write_theory_page
 from ist.theory.practice import system_masks, train_with_system
 from ist.theory.problem import sphere
 from tests.conftest import ROOT, wait_for
