@@ -27,8 +27,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.common import write_result
-from ist.config.link_rate import Link
 from ist.config.load import validate
+from ist.config.runtime import Link
 from ist.launch.lab_hosts import hosts, run_ranks, why_not
 from ist.models.mlp import MLP
 from ist.runs.build import make_job

@@ -35,8 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, write_result
-from ist.config.link_rate import Link
 from ist.config.load import config_for_method, dump_config, load_config
+from ist.config.runtime import Link
 from ist.config.schema import Config, num_processes
 from ist.launch.lab_hosts import hosts, run_ranks, why_not
 from ist.monitoring.display import format_bytes

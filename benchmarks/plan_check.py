@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import write_result
-from ist.config.link_rate import Link
 from ist.config.load import load_config
 from ist.config.methods import METHODS
+from ist.config.runtime import Link
 from ist.distributed.environment import is_rank_zero
 from ist.launch.lab_hosts import hosts, run_ranks, why_not
 from ist.plan.predict import make_plan

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from ist.api import TrainResult, split, train
     from ist.config.partition import Exchange, Partition
     from ist.config.recipe import Average, Outer, Recipe, Stage
-    from ist.config.schema import Checkpoint, Evaluate, Optimizer, Pool, Ray, Schedule, Watch
+    from ist.config.runtime import Checkpoint, Pool, Ray, Watch
+    from ist.config.schema import Evaluate, Optimizer, Schedule
     from ist.data.batched import BatchedDataset
     from ist.evaluation.metrics import Metric
     from ist.runs.split import Split
@@ -72,7 +73,8 @@ _LATER = {
     "ist.api": ("TrainResult", "split", "train"),
     "ist.config.partition": ("Exchange", "Partition"),
     "ist.config.recipe": ("Average", "Outer", "Recipe", "Stage"),
-    "ist.config.schema": ("Checkpoint", "Evaluate", "Optimizer", "Pool", "Ray", "Schedule", "Watch"),
+    "ist.config.runtime": ("Checkpoint", "Pool", "Ray", "Watch"),
+    "ist.config.schema": ("Evaluate", "Optimizer", "Schedule"),
     "ist.data.batched": ("BatchedDataset",),
     "ist.evaluation.metrics": ("Metric",),
     "ist.runs.split": ("Split",),

@@ -18,7 +18,8 @@ from typing_extensions import Unpack
 from ist.checks.gradient_reach import check_captured_network
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
-from ist.config.schema import Checkpoint, Evaluate, Optimizer, Pool, Schedule, Watch
+from ist.config.runtime import Checkpoint, Pool, Watch
+from ist.config.schema import Evaluate, Optimizer, Schedule
 from ist.distributed.environment import is_rank_zero
 from ist.errors import ConfigError
 from ist.monitoring.observers import check_watch

@@ -12,7 +12,7 @@ import yaml
 from fsspec.implementations.memory import MemoryFileSystem
 
 from ist.config.load import load_config, validate
-from ist.config.schema import Checkpoint
+from ist.config.runtime import Checkpoint
 from ist.errors import ISTError
 from ist.redact import redacted
 from ist.report.page import write_report

@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from ist.config.schema import Pool
+from ist.config.runtime import Pool
 from ist.errors import ConfigError
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
-from ist.config.schema import Pool
+from ist.config.runtime import Pool
 from ist.data.fingerprint import DataFingerprint
 from ist.distributed.device import compute_device
 from ist.distributed.environment import PRIVATE_STORE, end_with_launcher

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ist.config.link_rate import Link
+from ist.config.runtime import Link
 from ist.errors import LabError
 
 INTERFACE = "veth0"

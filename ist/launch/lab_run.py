@@ -4,7 +4,7 @@ Where it sits: `ist/cli/main.py` calls `launch_on_hosts` if `pool.link` is set; 
 Not here: the hosts themselves (`ist/launch/lab_hosts.py`).
 """
 
-from ist.config.link_rate import parse_link
+from ist.config.runtime import parse_link
 from ist.config.schema import Config, num_processes
 from ist.errors import ConfigError
 from ist.launch.lab_hosts import hosts, why_not

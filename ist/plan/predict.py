@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from ist.config.link_rate import Link
 from ist.config.load import config_for_method
 from ist.config.methods import Baseline, Collective, Sizes, ring_bytes
+from ist.config.runtime import Link
 from ist.config.schema import Config
 from ist.distributed.device import compute_device
 from ist.errors import ConfigError, ISTError, first_line

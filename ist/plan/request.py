@@ -8,8 +8,8 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ist.config.link_rate import Link, parse_link
 from ist.config.methods import planned_methods
+from ist.config.runtime import Link, parse_link
 from ist.errors import ConfigError
 
 LEAST_MBIT = 0.001

@@ -12,7 +12,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from ist.config.link_rate import Link
+from ist.config.runtime import Link
 from ist.monitoring.display import format_bytes
 
 COLUMNS = ("method", "sent", "busiest link", "memory", "compute s", "exchange s", "round s", "epoch s")

@@ -25,7 +25,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ist.config.schema import Ray, min_returned
+from ist.config.runtime import Ray
+from ist.config.schema import min_returned
 from ist.errors import PoolError, WorkerLostError, first_line
 from ist.monitoring.meter import Meter
 from ist.pools.ray_actor import RayWorker, as_tensor

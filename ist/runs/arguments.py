@@ -17,7 +17,8 @@ from ist.config.base import Section, python_numbers
 from ist.config.load import validate
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
-from ist.config.schema import FROM_PYTHON, Checkpoint, Config, Evaluate, Optimizer, Pool, Schedule, Watch
+from ist.config.runtime import Checkpoint, Pool, Watch
+from ist.config.schema import FROM_PYTHON, Config, Evaluate, Optimizer, Schedule
 from ist.data.batched import BatchedDataset
 from ist.data.batches import length
 from ist.data.nested import tensors_in

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ist.config.schema import Checkpoint
+from ist.config.runtime import Checkpoint
 from ist.errors import CheckpointError, ConfigError, RunFolderError
 from ist.optimization import optimizers
 from ist.redact import redacted

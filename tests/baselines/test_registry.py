@@ -27,7 +27,8 @@ from ist.config.methods import (
     parameter_bytes,
 )
 from ist.config.registry import resolve
-from ist.config.schema import Config, Pool
+from ist.config.runtime import Pool
+from ist.config.schema import Config
 from ist.errors import ConfigError
 from ist.measurements import nothing_measured
 from ist.monitoring.meter import Meter

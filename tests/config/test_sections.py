@@ -10,7 +10,7 @@ import pytest
 from ist.config.base import Component, Section, describe_keys
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe, Stage
-from ist.config.schema import Pool
+from ist.config.runtime import Pool
 from ist.errors import ConfigError
 from tests.conftest import ROOT
 

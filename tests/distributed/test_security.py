@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ist.config.schema import Pool
+from ist.config.runtime import Pool
 from ist.distributed import ports
 from ist.distributed import process_group as group
 from ist.distributed.ports import addresses, closed_afterwards, is_public, listeners, refuse_public

@@ -13,7 +13,6 @@ import yaml
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import _should_compress
 
 from ist.cli import main as cli
-from ist.config.link_rate import Link
 from ist.config.methods import (
     METHODS,
     Baseline,
@@ -24,6 +23,7 @@ from ist.config.methods import (
     ring_bytes,
     trained_sizes,
 )  # fmt: skip
+from ist.config.runtime import Link
 from ist.errors import ConfigError
 from ist.plan import measure
 from ist.plan.buckets import buckets

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import ist
 from ist.config.load import dump_config
-from ist.config.schema import Checkpoint
+from ist.config.runtime import Checkpoint
 from ist.errors import CheckpointError, RunFolderError
 from ist.optimization.optimizers import build_optimizer, named_state
 from ist.runs.build import build_job

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from ist.config.link_rate import Link
+from ist.config.runtime import Link
 from ist.errors import LabError
 from ist.launch.lab_hosts import Host, hosts, why_not
 from tests.conftest import ROOT, Run, config_tree, naming, run_group, wait_for
@@ -52,7 +52,7 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2]))) as connection:
 MAKER = """
 import json, os, subprocess, sys, time
 from ist.launch.lab_hosts import hosts
-from ist.config.link_rate import Link
+from ist.config.runtime import Link
 with hosts(2, Link(10, 10)) as where:
     sleep = subprocess.Popen(where[0].command(["sleep", "1000"]))
     time.sleep(0.5)

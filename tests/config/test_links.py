@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ist.cli import main as cli
-from ist.config.link_rate import Link, parse_link
+from ist.config.runtime import Link, parse_link
 from ist.errors import ConfigError
 from ist.launch import lab_hosts as lab
 from ist.report.table import link_text, table_columns, table_rows
