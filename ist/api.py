@@ -22,7 +22,7 @@ from ist.config.runtime import Checkpoint, Pool, Watch
 from ist.config.schema import Evaluate, Optimizer, Schedule
 from ist.distributed.environment import is_rank_zero
 from ist.errors import ConfigError
-from ist.monitoring.observers import check_watch
+from ist.monitoring.observers import check_observers
 from ist.network.compiled import uncompiled
 from ist.network.copies import on_meta
 from ist.network.modes import preserve_modes
@@ -202,7 +202,7 @@ def train(
         arXiv 1910.02120.
     """
     config = train_config(locals())
-    check_watch(config)
+    check_observers(config)
     check_captured_network(loss, model)
     function = loss_function(loss) if isinstance(loss, str) else loss
     with uncompiled(model) as plain, preserve_modes(plain):

@@ -31,7 +31,7 @@ class PlainConsole(Console):
 
 
 class Display:
-    """Shows every record; a `Watcher` (`ist/monitoring/observers.py`).
+    """Shows every record; an `Observer` (`ist/monitoring/observers.py`).
 
     Args:
         label: Name of the run.

@@ -38,7 +38,7 @@ def scalars(record: Record) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Writes event files; a `Watcher`. A step is a round, from 0 as in metrics.jsonl.
+    """Writes event files; an `Observer`. A step is a round, from 0 as in metrics.jsonl.
 
     Args:
         folder: Folder of the event files.
@@ -163,7 +163,7 @@ def add_record(values: Values, record: Record, method: str) -> Values:
 
 
 class Prometheus:
-    """Serves a run's metrics over HTTP during the run; a `Watcher`, and a collector of prometheus_client.
+    """Serves a run's metrics over HTTP during the run; an `Observer`, and a collector of prometheus_client.
 
     Args:
         config: The configuration of the run.

@@ -21,7 +21,7 @@ from ist.monitoring.display import Display
 from ist.storage.run_folder import RunFolder
 
 
-class Watcher(Protocol):
+class Observer(Protocol):
     """An observer of a run."""
 
     def show(self, record: Mapping[str, Any]) -> None:
@@ -37,7 +37,7 @@ class Watcher(Protocol):
         ...
 
 
-def check_watch(config: Config) -> None:
+def check_observers(config: Config) -> None:
     """Check, before anything starts, that the configured observers can be used.
 
     Raises:
@@ -55,9 +55,9 @@ def check_watch(config: Config) -> None:
         _check_port(watch.metrics_host, watch.metrics_port)
 
 
-def open_watchers(
+def open_observers(
     config: Config, folder: RunFolder | None, num_rounds: int, first_round: int, progress: bool
-) -> list[Watcher]:
+) -> list[Observer]:
     """Open the observers of a run; only in the process that records the run.
 
     Args:
@@ -77,25 +77,25 @@ def open_watchers(
     """
     watch = config.watch
     with ExitStack() as opened:
-        watchers: list[Watcher] = []
+        observers: list[Observer] = []
         if watch.tensorboard:
             if folder is None:
                 raise ConfigError("'watch.tensorboard' is true, but the run has no folder to write to: give run_dir")
             from ist.monitoring.exporters import TensorBoard
 
-            watchers.append(TensorBoard(folder.path / "tensorboard", first_round))
-            opened.callback(watchers[-1].close)
+            observers.append(TensorBoard(folder.path / "tensorboard", first_round))
+            opened.callback(observers[-1].close)
         if watch.metrics_port is not None:
-            watchers.append(_serve_metrics(config, folder, num_rounds, first_round, progress))
-            opened.callback(watchers[-1].close)
-        watchers.append(Display(config.method, num_rounds, first_round, progress, config.train.workers))
+            observers.append(_serve_metrics(config, folder, num_rounds, first_round, progress))
+            opened.callback(observers[-1].close)
+        observers.append(Display(config.method, num_rounds, first_round, progress, config.train.workers))
         opened.pop_all()
-    return watchers
+    return observers
 
 
 def _serve_metrics(
     config: Config, folder: RunFolder | None, num_rounds: int, first_round: int, progress: bool
-) -> Watcher:
+) -> Observer:
     from ist.monitoring.exporters import Prometheus
 
     host, port = config.watch.metrics_host, config.watch.metrics_port

@@ -31,7 +31,7 @@ from ist.distributed.process_group import Membership, agree_on_start, broadcast_
 from ist.errors import CheckpointError, ConfigError
 from ist.launch.signals import resume_command
 from ist.monitoring.meter import MemoryGauge, Meter
-from ist.monitoring.observers import open_watchers
+from ist.monitoring.observers import open_observers
 from ist.network.compiled import plain_name
 from ist.pools.inline import InlinePool
 from ist.pools.torchrun import RankWorker, TorchrunPool, for_world_size
@@ -224,10 +224,10 @@ def _opened(
             return
         gauge = MemoryGauge(device)
         method = _method(process, tensors if before.rounds_done else None)
-        watchers = open_watchers(config, folder, job.schedule.num_rounds, first_round, progress)
-        for watcher in watchers:
-            stack.callback(watcher.close)
-        recorder = RunRecorder(job, folder, watchers, before, process.meter, gauge, run_id)
+        observers = open_observers(config, folder, job.schedule.num_rounds, first_round, progress)
+        for observer in observers:
+            stack.callback(observer.close)
+        recorder = RunRecorder(job, folder, observers, before, process.meter, gauge, run_id)
         yield CoordinatorPart(job, method, recorder, first_round, device)
 
 

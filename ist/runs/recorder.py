@@ -14,7 +14,7 @@ from ist.errors import CheckpointError
 from ist.evaluation.evaluate import Metrics
 from ist.measurements import FAULTS, MEASUREMENTS, over_rounds
 from ist.monitoring.meter import MemoryGauge, Meter
-from ist.monitoring.observers import Watcher
+from ist.monitoring.observers import Observer
 from ist.storage.checkpoint import Progress
 from ist.storage.run_folder import RunFolder
 from ist.subnet.job import Job, assignments, remote_workers
@@ -27,7 +27,7 @@ class RunRecorder:
     Args:
         job: The run.
         folder: Where to write them, if anywhere.
-        watchers: Who is told of them.
+        observers: They receive every record.
         before: Where a resumed run stood.
         meter: Counts the bytes of this process.
         gauge: Measures the memory of this process.
@@ -42,7 +42,7 @@ class RunRecorder:
         self,
         job: Job,
         folder: RunFolder | None,
-        watchers: Sequence[Watcher],
+        observers: Sequence[Observer],
         before: Progress,
         meter: Meter,
         gauge: MemoryGauge,
@@ -51,7 +51,7 @@ class RunRecorder:
         self._job = job
         self._metric = job.task.metric
         self._folder = folder
-        self._watchers = watchers
+        self._observers = observers
         self._meter = meter
         self._gauge = gauge
         self._run_id = run_id
@@ -110,8 +110,8 @@ class RunRecorder:
         self.history.append(record)
         if self._folder:
             self._folder.append_record(record)
-        for watcher in self._watchers:
-            watcher.show(record)
+        for observer in self._observers:
+            observer.show(record)
 
     def _note_numbers(self, record: Mapping[str, Any]) -> None:
         numbers = self._numbers
@@ -140,8 +140,8 @@ class RunRecorder:
         if self._folder:
             progress = Progress(rounds_done, {**self._totals, **self._faults}, dict(self._numbers), self._run_id)
             self._folder.save_checkpoint(state, progress, self._job.config.checkpoint.keep)
-            for watcher in self._watchers:
-                watcher.saved(rounds_done)
+            for observer in self._observers:
+                observer.saved(rounds_done)
 
     def finish(self, model: nn.Module) -> None:
         """Write the trained network and the final numbers, if there is a run folder.

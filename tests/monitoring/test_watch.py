@@ -27,7 +27,7 @@ from ist.monitoring import metrics_server
 from ist.monitoring.display import Display
 from ist.monitoring.exporters import Prometheus, TensorBoard, families, scalars
 from ist.monitoring.meter import MemoryGauge, Meter
-from ist.monitoring.observers import Watcher, check_watch, open_watchers
+from ist.monitoring.observers import Observer, check_observers, open_observers
 from ist.runs.build import build_job
 from ist.runs.open import CoordinatorPart, open_run
 from ist.runs.recorder import RunRecorder
@@ -53,8 +53,8 @@ def job() -> Job:
     return job_for(seeded(NETWORKS["no batch norm"]))
 
 
-def recorder_for(job: Job, *watchers: Watcher, before: Progress | None = None, folder: Any = None) -> RunRecorder:
-    return RunRecorder(job, folder, watchers, before or Progress(), Meter(), MemoryGauge(torch.device("cpu")))
+def recorder_for(job: Job, *observers: Observer, before: Progress | None = None, folder: Any = None) -> RunRecorder:
+    return RunRecorder(job, folder, observers, before or Progress(), Meter(), MemoryGauge(torch.device("cpu")))
 
 
 def a_record(*lost: Lost, round_number: int = 0, **changes: Any) -> dict[str, Any]:
@@ -190,9 +190,9 @@ def test_a_missing_package_ends_the_run_before_it_starts(
     monkeypatch.setattr(ist.monitoring.observers, "find_spec", lambda name: None if name == package else object())
 
     with pytest.raises(ConfigError, match=naming(key, package, "pip install 'ist[watch]'")):
-        check_watch(small_config(watch=watch))
+        check_observers(small_config(watch=watch))
 
-    check_watch(small_config())
+    check_observers(small_config())
 
 
 def test_a_package_that_cannot_be_imported_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_package_that_cannot_be_imported_is_an_error(monkeypatch: pytest.Monke
 
 def test_event_files_need_a_folder() -> None:
     with pytest.raises(ConfigError, match=naming("'watch.tensorboard' is true", "run_dir")):
-        open_watchers(small_config(watch={"tensorboard": True}), None, 4, 0, progress=False)
+        open_observers(small_config(watch={"tensorboard": True}), None, 4, 0, progress=False)
 
 
 @pytest.fixture
@@ -223,9 +223,9 @@ def test_a_port_in_use_is_named_with_its_key(taken: int) -> None:
     message = naming(f"'watch.metrics_port' is {taken}", "0 for a free one")
 
     with pytest.raises(PoolError, match=message):
-        check_watch(config)
+        check_observers(config)
     with pytest.raises(PoolError, match=message):
-        open_watchers(config, None, 4, 0, progress=False)
+        open_observers(config, None, 4, 0, progress=False)
 
 
 def test_a_rank_that_does_not_record_does_not_check_the_port(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,12 +234,12 @@ def test_a_rank_that_does_not_record_does_not_check_the_port(taken: int, monkeyp
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
 
-    check_watch(small_config(watch={"metrics_port": taken}))
+    check_observers(small_config(watch={"metrics_port": taken}))
 
 
 def test_an_address_of_another_machine_is_named_with_its_key() -> None:
     with pytest.raises(ConfigError, match=naming("'watch.metrics_host' is '192.0.2.1'", "0.0.0.0")):
-        check_watch(small_config(watch={"metrics_port": 0, "metrics_host": "192.0.2.1"}))
+        check_observers(small_config(watch={"metrics_port": 0, "metrics_host": "192.0.2.1"}))
 
 
 def test_only_the_exporters_import_their_packages_and_are_imported_only_if_configured() -> None:
@@ -428,12 +428,12 @@ def test_event_files_get_every_number_and_continue_where_the_run_does(
     )
     folder = create_run_folder(small_config(watch={"tensorboard": True}), tmp_path / "run")
 
-    board, display = open_watchers(folder.load_config(), folder, 9, 5, progress=False)
+    board, display = open_observers(folder.load_config(), folder, 9, 5, progress=False)
     board.show(a_record(LATE, round_number=5))
     with pytest.raises(RunFolderError, match=naming("run/tensorboard: ", "No space left on device")):
         board.saved(6)
-    for watcher in (board, display):
-        watcher.close()
+    for observer in (board, display):
+        observer.close()
 
     made = FakeWriter.made
     assert made["folder"] == str(folder.path / "tensorboard")
