@@ -160,7 +160,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def said_at(error: BaseException) -> str:
+def error_with_line(error: BaseException) -> str:
     """Return an error's class, its first line, and the line of user code (not torch's, not ours) that raised it."""
     own = Path(__file__).parent
     lines = [

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from ist.errors import ConfigError, ISTError, is_out_of_memory, said_at
+from ist.errors import ConfigError, ISTError, error_with_line, is_out_of_memory
 
 
 def resolve(
@@ -75,7 +75,7 @@ def call(function: Any, args: Mapping[str, Any], key: str) -> Any:
         if isinstance(error, TypeError | ValueError | RuntimeError):
             raise ConfigError(f"'{key}' was refused: {error}") from error
         name = getattr(function, "__name__", str(function))
-        raise ConfigError(f"'{key}': {name} raises {said_at(error)}") from error
+        raise ConfigError(f"'{key}': {name} raises {error_with_line(error)}") from error
 
 
 def _import(path: str, what: str) -> Any:
@@ -87,10 +87,10 @@ def _import(path: str, what: str) -> Any:
     except ImportError as error:
         raise ConfigError(f"{what}, but the import fails: {error}") from error
     except (Exception, SystemExit) as error:  # user code may raise anything
-        raise ConfigError(f"{what}, but the import fails: {said_at(error)}") from error
+        raise ConfigError(f"{what}, but the import fails: {error_with_line(error)}") from error
     try:
         return getattr(module, attribute)
     except AttributeError as error:
         raise ConfigError(f"{what}: module '{module_name}' has no '{attribute}'") from error
     except Exception as error:  # a module may define __getattr__
-        raise ConfigError(f"{what}: '{attribute}' of module '{module_name}' raises {said_at(error)}") from error
+        raise ConfigError(f"{what}: '{attribute}' of module '{module_name}' raises {error_with_line(error)}") from error

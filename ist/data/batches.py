@@ -21,7 +21,7 @@ from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, de
 
 from ist.data.batched import BatchedDataset
 from ist.data.nested import moved
-from ist.errors import DataError, ISTError, is_out_of_memory, said_at
+from ist.errors import DataError, ISTError, error_with_line, is_out_of_memory
 from ist.rng import Indices, Purpose, permutation
 
 
@@ -164,7 +164,7 @@ def fetch(
                 raise
             raise DataError(
                 f"{named_samples(numbers())} of {_class_name(dataset)} do not make a batch of (inputs, targets): "
-                f"{said_at(error)}"
+                f"{error_with_line(error)}"
             ) from error
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         found = f"has {len(batch)} parts" if isinstance(batch, tuple | list) else f"is a {type(batch).__name__}"
@@ -204,7 +204,7 @@ def item_at(dataset: Dataset[Any], index: int, numbers: Callable[[], Indices] | 
         if is_out_of_memory(error):
             raise
         number = numbers()[place] if numbers else index
-        raise DataError(f"sample {number} of {_class_name(dataset)}: {said_at(error)}") from error
+        raise DataError(f"sample {number} of {_class_name(dataset)}: {error_with_line(error)}") from error
 
 
 def _collated(dataset: Dataset[Any], indices: Indices, numbers: Callable[[], Indices]) -> Any:
@@ -217,7 +217,8 @@ def _collated(dataset: Dataset[Any], indices: Indices, numbers: Callable[[], Ind
                 default_collate([items[0], items[place]])
             except Exception as single:
                 pair = named_samples(numbers()[[0, place]])
-                raise DataError(f"{pair} of {_class_name(dataset)} do not make a batch: {said_at(single)}") from error
+                said = error_with_line(single)
+                raise DataError(f"{pair} of {_class_name(dataset)} do not make a batch: {said}") from error
         raise
 
 

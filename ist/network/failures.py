@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ist.data.batches import named_samples
 from ist.data.nested import mapped, scores, tensors_in
-from ist.errors import ConfigError, DataError, ISTError, ModelError, is_out_of_memory, said_at
+from ist.errors import ConfigError, DataError, ISTError, ModelError, error_with_line, is_out_of_memory
 from ist.rng import Indices
 
 _MOST_SHOWN = 8
@@ -56,7 +56,7 @@ def network_errors(network: nn.Module, what: str = "the network") -> Iterator[No
     except Exception as error:
         if _passes(error):
             raise
-        raise ModelError(f"{what} fails{_in_module(error, network)}: {said_at(error)}") from error
+        raise ModelError(f"{what} fails{_in_module(error, network)}: {error_with_line(error)}") from error
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def loss_errors(numbers: Callable[[], Indices], metric: str | None = None) -> It
         if _passes(error):
             raise
         what, kind = (f"metric '{metric}'", ConfigError) if metric else ("the loss", DataError)
-        raise kind(f"{what} of {named_samples(numbers())} fails: {said_at(error)}") from error
+        raise kind(f"{what} of {named_samples(numbers())} fails: {error_with_line(error)}") from error
 
 
 def loss_of(loss: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, numbers: Callable[[], Indices]) -> Tensor:
@@ -101,7 +101,7 @@ def loss_of(loss: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, numb
         if bad is None:
             raise
         sample, target = named_samples(numbers()[[bad]]), _target_text(_part(targets, bad), outputs)
-        raise DataError(f"the loss of {sample} fails{target}: {said_at(error)}") from error
+        raise DataError(f"the loss of {sample} fails{target}: {error_with_line(error)}") from error
 
 
 def _passes(error: Exception) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ist.errors import ModelError, first_line, said_at
+from ist.errors import ModelError, error_with_line, first_line
 from ist.neurons.find import Neurons
 from ist.neurons.group import Group
 from ist.neurons.trial import SubnetTrial, related_modules
@@ -129,5 +129,5 @@ def _failure(
         try:
             run_submodel(groups, held, neurons, trial)
         except FAILURES as error:
-            return first_line(error) if isinstance(error, ModelError) else said_at(error)
+            return first_line(error) if isinstance(error, ModelError) else error_with_line(error)
     return None

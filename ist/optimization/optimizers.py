@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ist.config.base import Component
 from ist.config.registry import call, resolve
-from ist.errors import CheckpointError, ConfigError, said_at
+from ist.errors import CheckpointError, ConfigError, error_with_line
 from ist.tensors import TensorSpec
 
 _SAMPLE_SHAPE = (2, 3)
@@ -103,7 +103,9 @@ def _stepped(spec: Component, parameters: Sequence[nn.Parameter], gradient: floa
             for parameter in parameters:
                 parameter.grad = None
     assert first is not None
-    raise ConfigError(f"'train.optimizer.args' {spec.args}: a step of {spec.name} raises {said_at(first)}") from first
+    raise ConfigError(
+        f"'train.optimizer.args' {spec.args}: a step of {spec.name} raises {error_with_line(first)}"
+    ) from first
 
 
 def state_slots(spec: Component, dims: Iterable[int] = (2,)) -> tuple[StateSlot, ...]:

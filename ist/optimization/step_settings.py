@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ist.config.base import Component
 from ist.config.registry import call, resolve
 from ist.config.schema import TOTAL_STEPS
-from ist.errors import ConfigError, ModelError, said_at
+from ist.errors import ConfigError, ModelError, error_with_line
 from ist.optimization.optimizers import build_optimizer
 from ist.optimization.stages import Span
 
@@ -161,7 +161,8 @@ def schedule_settings(
                 raise ConfigError(f"'train.schedule.args': {error} (the run has {total_steps} local steps)") from error
             except Exception as error:  # a user's class may raise anything, and some arguments are checked late
                 raise ConfigError(
-                    f"'train.schedule.args' {schedule.args}: step {step + 1} of {schedule.name} raises {said_at(error)}"
+                    f"'train.schedule.args' {schedule.args}: step {step + 1} of {schedule.name} raises "
+                    f"{error_with_line(error)}"
                 ) from error
     # A setting that changes at any step is set at every step, also where it equals the optimizer's own value.
     base = [
