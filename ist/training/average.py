@@ -1,9 +1,9 @@
-"""The average of the whole network over rounds, around any method.
+"""The average of the full network over rounds, for any method.
 
-Where it sits: `ist/runs/open.py` puts it around a method where a configuration asks for it; the round loop then
-evaluates and keeps the average, while training goes on from the network itself. It costs memory where the whole network
-is, no bytes.
-Not here: batch norm's running statistics, which are re-estimated for it as for any network.
+Where it sits: `ist/runs/open.py` wraps a method in it if the configuration sets `recipe.average`. The round loop then
+evaluates and saves the average, while training continues from the network itself. The average needs memory on the
+device of the full network, and sends no bytes.
+Not here: batch norm's running statistics. The round loop re-estimates them for the average as for any network.
 
 Reference: Izmailov et al., arXiv 1803.05407 (SWA); torch.optim.swa_utils.
 """
@@ -21,20 +21,20 @@ from ist.storage.checkpoint import check_tensors
 from ist.training.rounds import Method, RoundReport
 
 PREFIX = "average/"
-"""How the names of its tensors begin in a checkpoint."""
+"""Prefix of the average's tensors in a checkpoint."""
 
 
 class Averaged:
-    """A method whose network is the average over the rounds of another's; a `Method`.
+    """A `Method` whose model is the average, over rounds, of another method's model.
 
     Args:
-        method: How to train.
+        method: The method that trains.
         settings: The kind of average; not 'none'.
-        num_rounds: Rounds of the run.
-        state: What a checkpoint holds of the average, by name; None: the run begins.
+        num_rounds: The number of rounds of the run.
+        state: The average's tensors from a checkpoint, by name; None for a new run.
 
     Raises:
-        CheckpointError: `state` is not of such an average.
+        CheckpointError: `state` does not match this average.
     """
 
     def __init__(
@@ -52,12 +52,15 @@ class Averaged:
 
     @property
     def model(self) -> nn.Module:
-        """The average."""
+        """The averaged network."""
         module: nn.Module = self._averaged.module
         return module
 
     def train_round(self, round_number: int) -> RoundReport:
-        """Train for a round, and note the network; one before the average begins replaces what was noted."""
+        """Train for a round, and add the network to the average.
+
+        Before the round in which averaging starts, the network replaces the average.
+        """
         report = self._method.train_round(round_number)
         if round_number <= self._first_round:
             self._averaged.n_averaged.zero_()
@@ -68,15 +71,15 @@ class Averaged:
         return report
 
     def checkpoint_state(self) -> dict[str, Tensor]:
-        """Return every tensor that the method and the average need to go on."""
+        """Return every tensor that the method and the average need to resume."""
         return {**self._method.checkpoint_state(), **self._own_state()}
 
     def bytes_sent(self) -> int:
-        """Return what the method has sent."""
+        """Return the payload bytes that the method has sent."""
         return self._method.bytes_sent()
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Release the workers."""
         self._method.close()
 
     def _own_state(self) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""What the coordinator does in a round of Independent Subnet Training: cut, exchange, merge.
+"""The coordinator of Independent Subnet Training: in each round it cuts subnets, exchanges them and merges the results.
 
-Where it sits: one of the methods that `ist/training/rounds.py` runs.
-Not here: the round loop; gloo, nccl, ray; files; printing.
+Where it sits: `ist/training/rounds.py` runs it as a `Method`; a pool (`ist/pools/`) carries the subnets to workers.
+Not here: the round loop (`ist/training/rounds.py`), the transport (`ist/pools/`), files, printing.
 """
 
 import math
@@ -36,17 +36,17 @@ from ist.transport.message import Header
 
 
 class Coordinator:
-    """Independent Subnet Training, as the coordinator sees it; a `Method`.
+    """Independent Subnet Training on the coordinator; a `Method`.
 
     Args:
         job: The run.
         pool: Carries subnets to workers and back.
-        model: The whole network, trained in place.
+        model: The full network, trained in place.
         meter: Counts what the pool sends.
-        carried: Of a run that is resumed: optimiser state, where it is carried, and the outer step's. None: it begins.
+        carried: Carried optimizer state and the outer optimizer's momentum from a checkpoint; None for a new run.
 
     Raises:
-        CheckpointError: `carried` lacks something, or holds what the configuration has no use for.
+        CheckpointError: A tensor is missing in `carried`, or the configuration does not use one of its tensors.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class Coordinator:
         if carried is not None:
             check_tensors(carried, {**fresh, **momentum})
         self._frozen = FrozenSender(job.split, job.config.exchange, tensors, device)
-        # Masks hold infinities from the start.
+        # Masks contain infinities from the start.
         self._never_finite = {name for name in job.split.model_specs if not is_finite([tensors[name]])}
         saved = dict(carried or {})
         self._outer: OuterOptimizer | None = None
@@ -93,19 +93,20 @@ class Coordinator:
 
     @property
     def model(self) -> nn.Module:
-        """The whole network; merging writes into it."""
+        """The full network; merging writes into it."""
         return self._model
 
     def train_round(self, round_number: int) -> RoundReport:
-        """Cut subnets for the workers that are there, have them trained, and merge what comes back.
+        """Cut a subnet for each available worker, let the workers train them, and merge the results.
 
-        A worker that does not come back, or comes back with nonsense, is left out: its neurons keep their values. Where
-        too few come back and others may take their places, the round is begun anew; what did come back stays merged.
+        The merge leaves out lost workers and invalid results: the neurons of those workers keep their values. If too
+        few results are valid and the pool can replace workers, the round is repeated; merged results stay merged.
 
         Raises:
-            DivergedError: Too few came back well, nobody was lost, and the first had something that is not finite.
-            PoolError: Too few came back well, nobody was lost, and the first had a message of another round or shape.
-            WorkerLostError: Too few came back, or too few are there to begin with.
+            DivergedError: Too few results are valid, no worker was lost, and the first invalid result is non-finite.
+            PoolError: Too few results are valid, no worker was lost, and the first invalid result has the wrong round
+                or layout.
+            WorkerLostError: Too few workers returned a result, or too few are available at the start.
 
         Reference: Yuan et al., arXiv 1910.02120, Algorithm 1.
         """
@@ -135,7 +136,7 @@ class Coordinator:
                         if result is None:
                             break
                         with watch.phase("merge"):
-                            tensors = self._take(round_number, result, cuts, arrivals)
+                            tensors = self._accept(round_number, result, cuts, arrivals)
                             if tensors is not None:
                                 merge.add(result.worker, tensors)
                 with watch.phase("merge"):
@@ -152,37 +153,37 @@ class Coordinator:
         return replace(report, lost=(*failed, *report.lost))
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
-        """Return the whole network's tensors, carried optimiser state, and the outer step's momentum."""
+        """Return the full network's tensors, carried optimizer state, and the outer optimizer's momentum."""
         outer = self._outer.checkpoint_state() if self._outer else {}
         stored = self._store.tensors()
         return {**self._model.state_dict(), **{name: stored[name] for name in self.job.split.state_specs}, **outer}
 
     def bytes_sent(self) -> int:
-        """Return the bytes of all messages so far, both ways."""
+        """Return the bytes of all messages so far, in both directions."""
         return self._meter.total_bytes
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Release the workers."""
         self._pool.close()
 
     def _team(self, names: Sequence[str], round_number: int) -> Team:
-        """Return the workers of a round, with shares that follow their speed where that is configured."""
+        """Return the workers of a round; with `partition.balance: speed`, their shares follow their speed."""
         balance = self._balance_of(round_number)
         return Team(len(names), balance.capacities(names) if balance else None)
 
     def _balance_of(self, round_number: int) -> SpeedBalance | None:
-        """Return what shares follow in a round: nothing where all hold everything, and time says nothing of shares."""
+        """Return the speed balance for a round; None in a full-width round, whose times do not depend on shares."""
         return None if holds_everything(self._held.partition(round_number)) else self._balance
 
     def _note_speed(self, round_number: int, names: Sequence[str], arrivals: "_Arrivals", watch: Stopwatch) -> None:
-        """Note how long each worker of a round took, for the shares of the next."""
+        """Record how long each worker of a round took, for the shares of the next round."""
         if balance := self._balance_of(round_number):
             took = {header.worker: header.numbers["compute_s"] for header in arrivals.headers}
             took |= {late.worker: watch.seconds["exchange"] for late in arrivals.lost if late.kind == "late"}
             balance.note({names[worker]: seconds for worker, seconds in took.items()})
 
     def _cut(self, round_number: int, slot: WorkerSlot, cut: Cut) -> Subnet:
-        """Cut a worker's subnet into the memory that the pool gives for it, with what it lacks of frozen parameters."""
+        """Cut a worker's subnet into the pool's buffers, with the frozen parameters that the worker does not have."""
         worker = slot.worker
         buffers = self._pool.buffers(worker, self._writer.layouts(cut))
         sent = self._writer.write(self._store, cut, round_number, buffers)
@@ -193,13 +194,13 @@ class Coordinator:
         buffers.down.write_header(Header(round_number, worker, reuses_frozen=reuses_frozen))
         return Subnet(slot, buffers, sent, frozen)
 
-    def _take(
+    def _accept(
         self, round_number: int, result: Subnet | Lost, cuts: Sequence[Cut], arrivals: "_Arrivals"
     ) -> Mapping[str, Tensor] | None:
-        """Return what a worker trained, checked; None: it is left out of the merge.
+        """Check a worker's result, and return its tensors; None if the merge leaves the worker out.
 
         Raises:
-            ISTError: Too many are left out; see `train_round`.
+            ISTError: Too few workers are left; see `train_round`.
         """
         worker = result.worker
         if isinstance(result, Lost):
@@ -224,20 +225,20 @@ class Coordinator:
             bad = next((name for name in checked if not is_finite([tensors[name]])), None)
             if bad is None:
                 return
-            what = f"values in '{bad.removesuffix(SCALE)}' that are not finite"
+            what = f"non-finite values in '{bad.removesuffix(SCALE)}'"
         raise diverged(self.job, num_workers, header.worker, what, header.round_number)
 
 
 class _Arrivals:
-    """What has come back in an attempt at a round.
+    """The results and losses in one attempt at a round.
 
     Args:
         num_workers: Workers of the round.
-        min_returned: The fewest whose part must come back well.
+        min_returned: The minimum number of valid results.
 
     Attributes:
-        headers: Of those whose part is merged, in the order of arrival.
-        lost: Those that are left out.
+        headers: The headers of the merged results, in the order of arrival.
+        lost: Workers that the merge leaves out.
     """
 
     def __init__(self, num_workers: int, min_returned: int) -> None:
@@ -248,7 +249,7 @@ class _Arrivals:
         self._causes: list[ISTError] = []
 
     def lost_error(self, lost: Lost, round_number: int) -> WorkerLostError:
-        """Return the error of a round that fails for a lost worker."""
+        """Return the error of a round that fails because of a lost worker."""
         text = f"worker {lost.worker} was {lost.kind} in round {round_number} ({lost.reason})"
         return WorkerLostError(f"{text}; {self._needed} of {self.num_workers} workers are needed")
 
@@ -256,7 +257,7 @@ class _Arrivals:
         """Leave a worker out of the merge.
 
         Raises:
-            ISTError: Too few are left: the first cause, that of a lost worker before others.
+            ISTError: Too few workers are left: the first cause; causes of lost workers come before others.
         """
         self.lost.append(lost)
         self._causes.append(cause)
@@ -266,29 +267,29 @@ class _Arrivals:
 
 
 def attempts(config: Config) -> int:
-    """Return how often a round may be begun: once, unless the pool replaces workers while a run goes on."""
+    """Return the maximum number of attempts at a round: one, unless the pool replaces lost workers."""
     return config.pool.round_attempts if config.pool.spec.replaces_workers else 1
 
 
 def diverged(job: Job, num_workers: int, worker: int, what: str, round_number: int) -> DivergedError:
-    """Return the error about a worker that returned something that is not finite: its data, or divergence."""
+    """Return the error for a non-finite result; it names a non-finite sample of the worker, if there is one."""
     if bad := find_non_finite_sample(job, num_workers, worker, round_number):
         return DivergedError(
-            f"worker {worker} returned {what} in round {round_number}: {bad}. Leave it out, or mend it"
+            f"worker {worker} returned {what} in round {round_number}: {bad}. Remove or correct this sample"
         )
     return DivergedError(
         f"worker {worker} returned {what} in round {round_number}: training has diverged. "
-        "Lower the learning rate (train.optimizer.args.lr); checkpoints of earlier rounds are as they were"
+        "Lower the learning rate (train.optimizer.args.lr). Checkpoints of earlier rounds are unchanged"
     )
 
 
 def _report(headers: Sequence[Header], lost: Sequence[Lost], spent: Mapping[str, float], parallel: bool) -> RoundReport:
-    """Return the report of a round, of what its workers measured and how long each phase of its last attempt took."""
+    """Return the report of a round, from its workers' numbers and the seconds of each phase of its last attempt."""
     measured = [header.numbers for header in headers]
     numbers = combined(measured, parallel)
     computes = [of_worker["compute_s"] for of_worker in measured]
     critical = max(computes) if parallel else sum(computes)
-    # While the coordinator waits for results, workers compute.
+    # The wait for results includes the time in which workers compute.
     exchange = max(0.0, spent["exchange"] - critical - numbers["aside_s"])
     numbers |= {
         "workers": len(headers) + len(lost),

@@ -1,9 +1,9 @@
 """Local steps, one at a time: the innermost loop of the system.
 
 Where it sits: a worker, and every rank of a baseline, runs a `LocalLoop` for a round through `local_steps`. The
-built-in loop, `TaskLoop`, takes batches from the task's data and makes one optimizer step for each; another loop, such
-as a user's own, takes its place by yielding after each of its steps.
-Not here: how weights came here and where they go (`ist/training/worker.py`, `ist/baselines/`).
+built-in loop, `TaskLoop`, takes batches from the task's data and makes one optimizer step for each. Another loop can
+replace it if it yields after each of its steps.
+Not here: receiving and returning weights (`ist/training/worker.py`, `ist/baselines/`).
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -27,11 +27,11 @@ from ist.subnet.job import Job
 
 @dataclass(frozen=True)
 class StepDone:
-    """An optimizer step that was made.
+    """The result of one optimizer step.
 
     Attributes:
-        loss: Mean loss over its samples, shape (), detached.
-        samples: Their number.
+        loss: Mean loss over the samples of the step, shape (), detached.
+        samples: Number of samples.
     """
 
     loss: Tensor
@@ -48,13 +48,13 @@ class LocalLoop(Protocol):
     def steps(
         self, round_number: int, module: nn.Module, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> Generator[StepDone]:
-        """Make the steps of a round, and yield after each; closed early, no further step is made.
+        """Run the steps of a round, and yield after each; if the generator is closed, no further step runs.
 
         Args:
             round_number: The round, from 0.
-            module: What to train: a subnet's module, or a full network that averages its gradients.
-            named: Its parameters that are trained, by their names in the full network.
-            optimizer: Over them.
+            module: The module to train: a subnet module, or a full network that averages its gradients.
+            named: The module's trained parameters, by their names in the full network.
+            optimizer: An optimizer of these parameters.
         """
         ...
 
@@ -64,12 +64,12 @@ class TaskLoop:
 
     Args:
         job: The run.
-        slot: Which worker's data and random numbers to use.
-        device: Where the module is.
+        slot: The worker whose data and random numbers are used.
+        device: The device of the module.
 
     Attributes:
-        schedule: Which steps a round has, and their settings.
-        sampler: Which samples each step uses.
+        schedule: The steps of each round, and their settings.
+        sampler: The samples of each step.
         shard: The worker's data.
     """
 
@@ -85,7 +85,7 @@ class TaskLoop:
     def steps(
         self, round_number: int, module: nn.Module, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> Generator[StepDone]:
-        """Make the steps of a round; see `LocalLoop`.
+        """Run the steps of a round; see `LocalLoop`.
 
         Raises:
             DataError: A sample cannot be read, or its loss fails; the message names it, the round and the worker.
@@ -102,7 +102,7 @@ class TaskLoop:
             yield StepDone(loss, len(batch))
 
     def _step(self, module: nn.Module, optimizer: torch.optim.Optimizer, batch: Indices) -> Tensor:
-        """Make one optimizer step on a batch, and return its loss."""
+        """Run one optimizer step on a batch, and return its loss."""
 
         def numbers() -> Indices:
             return self.sampler.shard(self.slot.worker)[batch]
@@ -128,21 +128,21 @@ def local_steps(
     optimizer: torch.optim.Optimizer,
     is_over: Callable[[], bool] | None = None,
 ) -> tuple[float, int]:
-    """Run a loop for a round, with random numbers that depend on seed, round and worker alone.
+    """Run a loop for a round, with random numbers that depend only on seed, round and worker.
 
     Args:
-        loop: Makes the steps.
+        loop: The loop that runs the steps.
         round_number: The round, from 0.
-        module: What to train; see `LocalLoop.steps`, also for `named` and `optimizer`.
-        named: Its parameters that are trained.
-        optimizer: Over them.
-        is_over: Asked before each step whether the round has gone on without this worker; None: it never does.
+        module: The module to train; see `LocalLoop.steps`, also for `named` and `optimizer`.
+        named: The module's trained parameters.
+        optimizer: An optimizer of these parameters.
+        is_over: Called before each step: whether the coordinator has continued without this worker. None: never.
 
     Returns:
-        The sum of the samples' losses, and the number of samples. The device is done when it returns.
+        The sum of the losses of all samples, and the number of samples. The device has finished its work.
 
     Raises:
-        AbandonedRoundError: The round has gone on without this worker.
+        AbandonedRoundError: The coordinator has continued without this worker.
         DataError: A sample cannot be read, or its loss fails.
         ModelError: The network fails.
     """
@@ -153,7 +153,9 @@ def local_steps(
     ):
         while True:
             if is_over is not None and is_over():
-                raise AbandonedRoundError(f"round {round_number} went on without worker {worker}")
+                raise AbandonedRoundError(
+                    f"worker {worker}: the coordinator has continued round {round_number} without it"
+                )
             done = next(steps, None)
             if done is None:
                 break

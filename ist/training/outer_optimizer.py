@@ -1,11 +1,12 @@
-"""The coordinator's own step with what a round has changed: Nesterov momentum, for each weight by its own rounds.
+"""Outer optimizer: Nesterov momentum on the merged update; a weight's momentum advances only in rounds that trained it.
 
-Where it sits: the coordinator notes the network before a round's merge and lets this move it afterwards.
-In IST a weight between two hidden layers is trained in one round of n on average. Its momentum neither decays nor moves
-it in the others: an entry's outer step is taken when the entry was trained.
-Law: where every entry is trained in every round, it is the step of `torch.optim.SGD(..., nesterov=True)`, with which
-DiLoCo (`ist/baselines/local_sgd.py`) moves whole networks, up to rounding: PyTorch multiplies and adds at once, so that
-one code for both would change the last bits of one of them.
+Where it sits: the coordinator calls `begin` before it merges a round, and `step` after the merge.
+With n workers, IST trains a weight between two hidden layers in one of n rounds on average. In the other rounds its
+momentum does not decay, and the weight does not move.
+Law: if every round trains every entry, this is the step of `torch.optim.SGD(..., nesterov=True)`, up to rounding.
+DiLoCo (`ist/baselines/local_sgd.py`) uses that class for full networks. PyTorch fuses multiplication and addition, so
+that shared code would change the last bits of one of the two.
+Not here: the optimizers of the local steps (`ist/optimization/optimizers.py`).
 
 Reference: Douillard et al., arXiv 2311.08105 (DiLoCo's outer Nesterov step), here entry by entry.
 """
@@ -19,15 +20,15 @@ from ist.config.recipe import Outer
 from ist.subnet.cut import Cut, fill_part
 
 PREFIX = "outer/"
-"""How the names of its tensors begin in a checkpoint."""
+"""Prefix of the momentum's tensors in a checkpoint."""
 
 
 class OuterOptimizer:
-    """Momentum of the merged change.
+    """Nesterov momentum on the change that a merge makes.
 
     Args:
-        parameters: The whole network's trained parameters by name, which are moved in place.
-        state: What a checkpoint holds of it, by name; empty at the beginning.
+        parameters: The full network's trained parameters by name; updated in place.
+        state: The momentum from a checkpoint, by name; empty for a new run.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -38,22 +39,22 @@ class OuterOptimizer:
             self._momentum[name.removeprefix(PREFIX)].copy_(tensor)
 
     def begin(self) -> None:
-        """Note the network before a round is merged."""
+        """Save the parameters before a round is merged."""
         for name, tensor in self._parameters.items():
             self._before[name].copy_(tensor)
 
     def step(self, settings: Outer, cuts: Sequence[Cut], returned: Iterable[int]) -> None:
-        """Move the network on from where a round's merge has left it.
+        """Update the network after the merge of a round.
 
         Args:
             settings: Learning rate and momentum.
-            cuts: Every worker's positions.
-            returned: The workers whose part was merged; what no other held stays as it is.
+            cuts: The positions of every worker's subnet.
+            returned: The workers whose results were merged; entries that only other workers hold do not change.
         """
         returned = tuple(returned)
         for name, tensor in self._parameters.items():
             change = tensor - self._before[name]
-            trained = change != 0  # also what came back of an attempt at the round that lost too many workers
+            trained = change != 0  # includes results of an earlier attempt at the round that lost too many workers
             for worker in returned:
                 if name in cuts[worker]:
                     fill_part(trained, cuts[worker][name], True)
@@ -63,5 +64,5 @@ class OuterOptimizer:
             tensor.copy_(torch.where(trained, moved, tensor))
 
     def checkpoint_state(self) -> dict[str, Tensor]:
-        """Return the momentum by name."""
+        """Return the momentum by name, for a checkpoint."""
         return {f"{PREFIX}{name}": tensor for name, tensor in self._momentum.items()}

@@ -1,8 +1,9 @@
-"""The round loop, and what it needs of a method.
+"""The round loop, and the interfaces that it uses: `Method`, `Follower` and `Recorder`.
 
-Where it sits: `ist/runs/open.py` builds what is needed, `run_rounds` runs it; a `Method` is what differs between IST
-(`ist/training/coordinator.py`) and the methods that it is compared with (`ist/baselines/`).
-Not here: how a round is trained; files; printing.
+Where it sits: `ist/runs/open.py` builds the objects, and `ist/runs/execute.py` calls `run_rounds`, or `follow_rounds`
+on ranks that do not coordinate. IST (`ist/training/coordinator.py`) is one `Method`; the methods that it is compared
+with (`ist/baselines/`) are others.
+Not here: training of a round, files, printing.
 """
 
 import time
@@ -24,12 +25,12 @@ from ist.transport.interfaces import Lost
 
 @dataclass(frozen=True)
 class RoundReport:
-    """What a round did.
+    """The measurements and the lost workers of a round.
 
     Attributes:
-        numbers: Every number of `ist/measurements.py` that a method measures of a round, by name.
-        by_worker: What each worker that came back measured, in the order of workers.
-        lost: Workers that were left out of the merge.
+        numbers: Every number of `ist/measurements.py` that a method measures in a round, by name.
+        by_worker: The numbers of each worker whose result was merged, ordered by worker.
+        lost: Workers whose results are not in the merge.
     """
 
     numbers: Numbers
@@ -41,11 +42,11 @@ class RoundReport:
 
 
 class Method(Protocol):
-    """A way to train the whole network, a round at a time."""
+    """A way to train the full network, one round at a time."""
 
     @property
     def model(self) -> nn.Module:
-        """The whole network as it is now."""
+        """The full network with its current values."""
         ...
 
     def train_round(self, round_number: int) -> RoundReport:
@@ -53,7 +54,7 @@ class Method(Protocol):
         ...
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
-        """Return every tensor that the method needs to go on: the network's, and optimiser state."""
+        """Return every tensor that the method needs to resume: the network's tensors and optimizer state."""
         ...
 
     def bytes_sent(self) -> int:
@@ -61,32 +62,32 @@ class Method(Protocol):
         ...
 
     def close(self) -> None:
-        """Let the workers go."""
+        """Release the workers."""
         ...
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Wall-clock seconds of a round: `train` is the method's own; evaluation is a measuring instrument, kept apart."""
+    """Wall-clock seconds of a round: of the method's training, and of the evaluation, which is not part of training."""
 
     train: float
     evaluate: float
 
 
 class Follower(Protocol):
-    """A rank's part in a `Method` that another rank coordinates."""
+    """The part of a rank in a `Method` that another rank coordinates."""
 
     def train_round(self, round_number: int) -> object:
         """Take part in a round."""
         ...
 
     def close(self) -> None:
-        """Leave."""
+        """Release what this rank holds."""
         ...
 
 
 class Recorder(Protocol):
-    """Who is told what happened: the run folder, the progress display, or a list."""
+    """Receives the report of every round, and saves checkpoints; see `ist/runs/recorder.py`."""
 
     def round_done(
         self,
@@ -96,7 +97,7 @@ class Recorder(Protocol):
         seconds: Seconds,
         sent_bytes: int,
     ) -> None:
-        """Take note of a round; `metrics` where it was evaluated."""
+        """Record a round; `metrics` is None if the network was not evaluated after it."""
         ...
 
     def save(self, rounds_done: int, state: Mapping[str, Tensor]) -> None:
@@ -105,19 +106,19 @@ class Recorder(Protocol):
 
 
 def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, device: torch.device) -> None:
-    """Train for the rounds of a run that are left: the one round loop.
+    """Run the remaining rounds of a run: the one round loop of all methods.
 
     Args:
         job: The run.
-        method: How to train.
-        recorder: Who is told.
-        first_round: Rounds that were done before.
-        device: Where the method's whole network is.
+        method: The method that trains.
+        recorder: Receives the report of every round.
+        first_round: The first round to run, from 0; the rounds before it are done.
+        device: The device of the method's full network.
 
     Raises:
-        DivergedError: A worker returned a loss or a weight that is not finite; nothing is saved after it.
-        WorkerLostError: Too few workers came back.
-        DataError: A sample of the data cannot be read, or its loss or metric fails.
+        DivergedError: A worker returned a non-finite loss or weight; nothing is saved after that.
+        WorkerLostError: Too few workers returned a result.
+        DataError: A sample cannot be read, or its loss or metric fails.
         ModelError: The network fails.
     """
     config = job.config
@@ -128,7 +129,7 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
         rounds_done = round_number + 1
         last = rounds_done == job.schedule.num_rounds
         metrics = None
-        with located(f"evaluating the whole network after round {round_number}"):
+        with located(f"evaluating the full network after round {round_number}"):
             if job.task.test_data is not None and (last or rounds_done % config.evaluate.every == 0):
                 metrics = evaluate_full_network(job, method.model, device)
             elif last:
@@ -140,13 +141,13 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
 
 
 def follow_rounds(job: Job, follower: Follower, first_round: int) -> None:
-    """Take part in every round that is left, on a rank that does not coordinate."""
+    """Take part in the remaining rounds, on a rank that does not coordinate."""
     for round_number in range(first_round, job.schedule.num_rounds):
         follower.train_round(round_number)
 
 
 def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None:
-    """Re-estimate batch norm's running statistics, where they do not travel with their neurons."""
+    """Re-estimate batch norm's running statistics, unless workers exchange them (`train.running_statistics`)."""
     config = job.config
     if config.train.running_statistics == "reestimate":
         batches = statistics_batches(
@@ -157,10 +158,10 @@ def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None
 
 
 def evaluate_full_network(job: Job, model: nn.Module, device: torch.device) -> Metrics:
-    """Evaluate the whole network on the test data, with fresh batch norm statistics if they do not travel."""
+    """Evaluate the full network on the test data, with re-estimated batch norm statistics unless they are exchanged."""
     config = job.config
     assert job.task.test_data is not None
     refresh_statistics(job, model, device)
-    # The same draws at every evaluation: where test data are random, rounds can be compared.
+    # Every evaluation draws the same random numbers, so that rounds are comparable if test data are random.
     with scaled_blocks(model, assignments(job).block_scales()), seeded(device, config.seed, Purpose.EVALUATION):
         return evaluate(model, job.task.test_data, job.task.loss, config.evaluate.batch_size, device, job.task.metric)

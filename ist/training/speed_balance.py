@@ -1,32 +1,32 @@
-"""Shares that follow the speed of workers, so that those of a round finish together.
+"""Shares that follow the speed of the workers, so that all workers of a round finish at the same time.
 
-Where it sits: the coordinator notes how long each worker's local steps took, and asks for the shares of the
-next round, which become the `capacities` of its team.
+Where it sits: the coordinator reports how long each worker's local steps took, and reads the shares of the next round,
+which become the `capacities` of its team.
 Not here: turning shares into neurons (`ist/subnet/partition.py`).
 
-Reference: AdapTrain (unequal shares so that rounds finish together); the rule below is our own.
+Reference: AdapTrain (unequal shares, so that workers finish together); the rule below is our own.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 
 TOLERANCE = 0.1
-"""Shares stay as they are while none would change by more than this part of itself: timings are noisy."""
+"""Shares change only if at least one would change by more than this fraction of itself, because timings are noisy."""
 
 SMALLEST = 0.02
-"""No share falls below this part of the largest: a worker that was slow once can then show that it is no longer."""
+"""Minimum share, as a fraction of the largest: a worker that was slow once can then show that it is fast again."""
 
 
 class SpeedBalance:
-    """The shares of workers that are known by name; equal until something else is measured."""
+    """The shares of workers, by name; equal until measurements differ."""
 
     def __init__(self) -> None:
         self._shares: dict[str, float] = {}
 
     def capacities(self, names: Sequence[str]) -> tuple[float, ...] | None:
-        """Return a positive number for each worker, to which its share is to be proportional.
+        """Return a positive number for each worker; its share is proportional to it. None if no worker was measured.
 
-        A worker that has not been measured gets the mean of those that have. None: nobody has been.
+        A worker without a measurement gets the mean of the others.
         """
         known = [self._shares[name] for name in names if name in self._shares]
         if not known:
@@ -35,7 +35,7 @@ class SpeedBalance:
         return tuple(self._shares.get(name, mean) for name in names)
 
     def note(self, seconds: Mapping[str, float]) -> None:
-        """Take note of how long the local steps of a round took, by name of the worker."""
+        """Update the shares from the seconds that each worker's local steps took in a round, by worker name."""
         mean = math.fsum(self._shares.values()) / len(self._shares) if self._shares else 1.0
         before = {name: self._shares.get(name, mean) for name in seconds}
         after = rebalanced(before, seconds)
@@ -44,15 +44,15 @@ class SpeedBalance:
 
 
 def rebalanced(shares: Mapping[str, float], seconds: Mapping[str, float]) -> dict[str, float]:
-    """Return shares with which the given workers would take more nearly the same time.
+    """Return shares with which the times of the given workers differ less.
 
-    A share s that took t becomes s * sqrt(mean t / t), scaled so that the shares' sum stays. The time of a narrow
-    network grows with s (first and last layers) to s squared (inner ones): of the exponents that converge for both, a
-    half is the fastest, exact in one step for the square, while 1 would swing for ever.
+    A share s that took t becomes s * sqrt(mean t / t), scaled so that the sum of the shares stays the same. The time of
+    a submodel grows like s (first and last layers) up to s squared (inner layers). The exponent 1/2 is the fastest
+    one that converges for both: it is exact in one step for the square, while the exponent 1 would oscillate forever.
 
     Args:
         shares: By worker, positive.
-        seconds: By worker; what its local steps took with that share.
+        seconds: By worker: the time of its local steps with that share.
     """
     mean = math.fsum(seconds.values()) / len(seconds)
     wanted = {name: shares[name] * math.sqrt(mean / max(took, 1e-9)) for name, took in seconds.items()}

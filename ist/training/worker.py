@@ -1,8 +1,8 @@
-"""Local steps on a narrow network: the innermost loop of the system.
+"""A worker: it trains the submodel in a message for a round, in place, and writes the result into the reply.
 
-Where it sits: a pool hands a message in; this file trains the tensors in it, in place; the pool takes
-it back.
-Not here: how the message got here, whose neurons they are, what happens to them next.
+Where it sits: a pool (`ist/pools/`) calls `Worker.train` with the buffers of a round's messages, and sends the reply.
+Not here: the local steps (`ist/training/local_loop.py`), state between rounds (`ist/training/worker_state.py`), the
+assignment of neurons (`ist/subnet/assignments.py`), merging (`ist/training/coordinator.py`).
 """
 
 import math
@@ -31,15 +31,15 @@ from ist.transport.message import Header, Message
 
 
 class Worker:
-    """One worker: its shard of the data, its narrow network, and the loop that trains it.
+    """One worker: its shard of the data, its subnet module, and the loop that trains it.
 
     Args:
         job: The run.
-        slot: Which worker this is, of which team.
-        device: Where it computes.
-        held: Who holds which neurons; the workers of a process share it.
-        location: Where this worker saves what it is_used; None: nowhere.
-        frozen: What its process holds of frozen parameters; None: nothing yet.
+        slot: The worker's number and its team.
+        device: The device on which it computes.
+        held: The neurons of each worker in each round; all workers of a process share this object.
+        location: Where the worker saves its state; None: nowhere.
+        frozen: The process's cache of frozen parameters; None: a new, empty one.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Worker:
 
     @property
     def number(self) -> int:
-        """Which worker of its team this is, from 0."""
+        """The worker's number in its team, from 0."""
         return self.slot.worker
 
     def neurons(self, round_number: int) -> Sequence[Indices]:
@@ -83,21 +83,21 @@ class Worker:
         frozen: Message | None = None,
         is_over: Callable[[], bool] | None = None,
     ) -> None:
-        """Make a round's local steps on the subnet in `buffers`, and write what goes back into it.
+        """Train the subnet in `buffers` for a round, and write the reply into `buffers`.
 
         Args:
             round_number: The round, from 0.
-            buffers: On this worker's device; where nothing is rounded on the way, the parameters are its tensors while
-                this runs.
-            frozen: What came beside it: frozen parameters that this worker lacks; None: it has them all.
-            is_over: Asked before each step whether the round has gone on without this worker; None: it never does.
+            buffers: The messages of the round, on this worker's device. Without quantization, the module's parameters
+                are views of them during this call.
+            frozen: The message with frozen parameters that this worker does not have; None if it has all.
+            is_over: Called before each step: whether the coordinator has continued without this worker. None: never.
 
         Raises:
-            AbandonedRoundError: It has.
+            AbandonedRoundError: The coordinator has continued without this worker.
             DataError: A sample cannot be read, or its loss fails.
             ModelError: The network fails, training changes a frozen parameter, or the network has changed so that its
-                neurons cannot be split any more.
-            PoolError: This worker was not sent what it lacks.
+                neurons can no longer be split.
+            PoolError: Frozen parameters are missing.
         """
         started, cpu_started = time.perf_counter(), time.thread_time()
         job = self.job
@@ -111,7 +111,7 @@ class Worker:
         fixed = dict(self.frozen.update(neurons, self.number, round_number, frozen, self.device))
         scales = job.split.folded_scales(neurons)
         folded = {name: scale for name, scale in scales.items() if name in message.tensors}
-        # What is frozen is held as it came: to multiply it and divide it again would move it.
+        # Scale a copy: multiplying a frozen parameter and dividing it again would change its bits.
         fixed |= {name: fixed[name].clone() for name in scales if name in fixed}
         multiply(fixed, {name: scale for name, scale in scales.items() if name in fixed})
         sums = checksums(fixed)
@@ -127,7 +127,7 @@ class Worker:
             optimizers.load_state(optimizer, named, job.split.state_slots, message.tensors)
         with scaled_blocks(module, self._held.training_block_scales(round_number, self.slot.team)):
             total, samples = local_steps(self.loop, round_number, module, named, optimizer, is_over)
-        optimizer.zero_grad(set_to_none=True)  # gradients need no memory while the subnet travels
+        optimizer.zero_grad(set_to_none=True)  # free the gradients' memory until the next round
         collect(module, message.tensors)
         check_frozen(module, fixed, sums)
         multiply(message.tensors, folded, inverse=True)
@@ -136,7 +136,7 @@ class Worker:
         is_invalid = self._is_invalid(round_number, total, message)
         self._end.close(buffers, message, neurons)
         elapsed = time.perf_counter() - started - trace_s
-        # A GPU is nobody else's.
+        # A GPU serves one process only, so its elapsed time is its compute time.
         cpu_s = time.thread_time() - cpu_started - trace_cpu_s if self.device.type == "cpu" else elapsed
         steps = len(job.schedule.steps(round_number))
         numbers = worker_numbers(
@@ -153,31 +153,31 @@ class Worker:
         buffers.up.write_header(Header(round_number, self.number, numbers))
 
     def _restore(self, round_number: int) -> None:
-        """Take up what was kept where this worker's first round follows a checkpoint."""
+        """Load this worker's saved state if its first round follows a checkpoint."""
         residuals = self._state.restore(round_number)
         self._end.residuals = {name: tensor.to(self.device) for name, tensor in residuals.items()}
         self._is_new = False
 
     def _is_invalid(self, round_number: int, loss_sum: float, trained: Message) -> bool:
-        """Return whether the coordinator will refuse a round of which something would be kept.
+        """Return whether the coordinator will reject this result while a later round would use the worker's state.
 
-        It would spoil the rounds to come.
+        Such state must not be stored: it would make later rounds non-finite.
         """
         is_used = self._state.is_used_after(round_number)
         values = (
             tensor for name, tensor in trained.tensors.items() if name not in self._buffers
-        )  # masks hold infinities
+        )  # buffers are skipped: masks contain infinities
         return is_used and not (math.isfinite(loss_sum) and is_finite(values))
 
 
 class WorkerHost:
-    """Where a worker sits whose number and share may change from round to round.
+    """Provides a process's `Worker` in each round, as its number, team and share may change from round to round.
 
     Args:
-        job: The run, for as many workers as there may be.
-        device: Where it computes.
-        held: Who holds which neurons.
-        location: Where workers save what they keep; None: nowhere.
+        job: The run, with the maximum number of workers.
+        device: The device on which the worker computes.
+        held: The neurons of each worker in each round.
+        location: Where workers save their state; None: nowhere.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class WorkerHost:
         self._worker: Worker | None = None
 
     def worker(self, slot: WorkerSlot) -> Worker:
-        """Return the worker of a slot: the same as before, while the slot is."""
+        """Return the worker for a slot; the previous worker if the slot has not changed."""
         if self._worker is None or self._worker.slot != slot:
             self._worker = Worker(self._job, slot, self._device, self._held, self._location, self._frozen)
         return self._worker

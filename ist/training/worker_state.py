@@ -1,13 +1,14 @@
-"""What a worker keeps for itself from one round to the next, and how that outlives its process.
+"""The state that a worker carries from one round to the next, and its checkpoints.
 
-An optimiser goes on where the worker's neurons are those of the round before; what rounding took from its changes is
-added to the next ones. Neither is anybody else's: when the run is saved, the worker writes a file of its own where the
-checkpoint will be (on its own machine, unless that is a place that all see), and sends nobody a byte of it.
+The state is the optimizer, which continues if the worker's neurons are those of the round before, and the residuals of
+quantization (the error-feedback buffer), which are added to the next update. No other process needs it: when the run
+is saved, each worker writes a file of its own to the checkpoint location (on its own machine, unless the location is
+shared storage), and sends nothing.
 
-Where it sits: `ist/training/worker.py` asks for it when a round begins and hands it over when the round is done.
-Law: a worker that is made anew from what was saved trains on as the one before it would have. One that cannot save, or
-finds nothing, says so and trains on without: what it keeps is worth something, and never the run.
-Not here: writing files (`ist/storage/checkpoint.py`), rounding (`ist/transport/endpoints.py`).
+Where it sits: `ist/training/worker.py` reads the state at the start of a round and stores it at the end.
+Law: a worker that restores saved state trains exactly as the worker that saved it would have. If saving or restoring
+fails, the worker warns and continues with fresh state: losing this state never ends the run.
+Not here: writing files (`ist/storage/checkpoint.py`), quantization (`ist/transport/endpoints.py`).
 """
 
 import json
@@ -40,14 +41,14 @@ _A_URL = "url"
 
 @dataclass(frozen=True)
 class CheckpointLocation:
-    """Where and when a run is saved, as workers on any machine need to know it.
+    """Where and when a run is saved; workers on every machine get it from rank 0.
 
     Attributes:
         folder: The run folder on rank 0's machine, an absolute path.
-        checkpoint: Rank 0's settings.
-        start: A name for this start of the run's processes.
-        first_round: The round that they begin with.
-        before: The start whose checkpoint they go on from; empty at the beginning of a run.
+        checkpoint: Rank 0's checkpoint settings.
+        run_id: The id of this incarnation of the run (one start of its processes).
+        first_round: The first round of this incarnation.
+        previous_run_id: The id of the incarnation whose checkpoint this one resumes; empty for a new run.
     """
 
     folder: str
@@ -57,11 +58,11 @@ class CheckpointLocation:
     previous_run_id: str = ""
 
     def saved_by(self, round_number: int) -> str:
-        """Return the start in which the run was saved before a round: what others left there is of another course."""
+        """Return the id of the incarnation that saved the run before a round; files with other ids are stale."""
         return self.previous_run_id if round_number == self.first_round else self.run_id
 
     def to_text(self) -> str:
-        """Return what may be sent in clear: not a URL, which may hold a password."""
+        """Return the location as text that may be sent unencrypted: without the storage URL and its password."""
         checkpoint = self.checkpoint
         if checkpoint.storage and is_url(checkpoint.storage):
             checkpoint = checkpoint.model_copy(update={"storage": _A_URL})
@@ -69,30 +70,30 @@ class CheckpointLocation:
 
     @classmethod
     def from_text(cls, text: str, own: Checkpoint) -> "CheckpointLocation":
-        """Undo `to_text` on a rank whose own settings have the URL."""
-        told = json.loads(text)
-        checkpoint = Checkpoint(**told["checkpoint"])
+        """Undo `to_text`, with the storage URL from this rank's own settings."""
+        received = json.loads(text)
+        checkpoint = Checkpoint(**received["checkpoint"])
         if checkpoint.storage == _A_URL:
             checkpoint = checkpoint.model_copy(update={"storage": own.storage})
-        return cls(**{**told, "checkpoint": checkpoint})
+        return cls(**{**received, "checkpoint": checkpoint})
 
 
 @dataclass(frozen=True)
 class _LastRound:
-    """The last round's optimiser, and the neurons whose it is."""
+    """The last round's optimizer, and the neurons that it trained."""
 
     optimizer: torch.optim.Optimizer
     neurons: Sequence[Indices]
 
 
 class WorkerState:
-    """Keeps for one worker.
+    """The state of one worker between rounds.
 
     Args:
         job: The run.
-        slot: Which worker, of which team.
-        held: Who holds which neurons.
-        location: Where to save; None: nowhere.
+        slot: The worker's number and its team.
+        held: The neurons of each worker in each round.
+        location: Where to save the state; None: nowhere.
     """
 
     def __init__(self, job: Job, slot: WorkerSlot, held: Assignments, location: CheckpointLocation | None) -> None:
@@ -106,16 +107,16 @@ class WorkerState:
         self._warned_of_failure = False
 
     def restore(self, round_number: int) -> dict[str, Tensor]:
-        """Look for what the worker kept when the run was saved before this round: to be called once, at its first.
+        """Load the state that was saved before this round; to be called once, in the worker's first round.
 
         Returns:
-            What rounding took, by name; empty where nothing is fed back, or found.
+            The residuals by name; empty without error feedback, or if no state was found.
         """
         if self._location is None or round_number == 0 or not self.is_used_after(round_number - 1):
             return {}
         checkpoint = self._location.checkpoint
         of = self._fingerprint(self._held(round_number - 1), self._location.saved_by(round_number))
-        why, damaged = "nothing that fits is there", False
+        why, damaged = "no file with matching neurons and run id", False
         found = None
         try:
             found = load_worker_state(self._storage, self._worker, round_number, of)
@@ -125,7 +126,7 @@ class WorkerState:
         if found is None:
             if damaged or checkpoint.is_due(round_number):
                 _log.warning(
-                    "worker %d goes on without what it kept before round %d, which should be in %s: %s",
+                    "worker %d: no saved state from before round %d in %s (%s); starting with fresh state",
                     self._worker, round_number + 1, redacted(checkpoint.storage or self._location.folder), why,
                 )  # fmt: skip
             return {}
@@ -134,20 +135,18 @@ class WorkerState:
         return {name.removeprefix(_RESIDUAL): tensor for name, tensor in found.items() if name.startswith(_RESIDUAL)}
 
     def optimizer(self, named: Mapping[str, nn.Parameter], round_number: int) -> torch.optim.Optimizer:
-        """Return a round's optimiser: a new one, or the last round's where its state is kept and still fits."""
-        (last, self._last), (state, self._restored) = (
-            (self._last, None),
-            (self._restored, None),
-        )  # not after a failed round
+        """Return the optimizer of a round: the last round's if its state and neurons are the same, or a new one."""
+        last, self._last = self._last, None  # a failed round must not leave its optimizer to the next
+        state, self._restored = self._restored, None
         if last is not None and _same(last.neurons, self._held(round_number)):
-            return last.optimizer  # the network is the same too
+            return last.optimizer  # the same neurons, so the same module
         made = optimizers.build_optimizer(self._job.config.train.optimizer, list(named.values()))
         if state is not None:
             optimizers.restore_named_state(made, named, state)
         return made
 
     def is_used_after(self, round_number: int) -> bool:
-        """Return whether anything of a round is of use to this worker afterwards."""
+        """Return whether a later round uses this worker's state of a round."""
         return self._job.config.exchange.error_feedback or self._optimizer_is_used_after(round_number)
 
     def store(
@@ -157,10 +156,10 @@ class WorkerState:
         residuals: Mapping[str, Tensor],
         round_number: int,
     ) -> None:
-        """Keep what is to be kept of a round that is done, and save it where the run will be."""
+        """Store the state of a finished round for the next one, and save it if the run is saved after this round."""
         job, held, rounds_done = self._job, self._held(round_number), round_number + 1
         is_used = self._optimizer_is_used_after(round_number)
-        if is_used:  # else its state would be held in vain while the subnet travels
+        if is_used:  # otherwise its state would waste memory until the next round
             self._last = _LastRound(optimizer, held)
         if self._location is None or not self.is_used_after(round_number):
             return
@@ -174,7 +173,10 @@ class WorkerState:
             save_worker_state(self._storage, self._worker, rounds_done, tensors, of, checkpoint.keep)
         except (ConfigError, RunFolderError) as error:
             if not self._warned_of_failure:
-                _log.warning("worker %d cannot save what it keeps, and would go on without: %s", self._worker, error)
+                _log.warning(
+                    "worker %d cannot save its state: %s. If the run is resumed, it starts with fresh state",
+                    self._worker, error,
+                )  # fmt: skip
             self._warned_of_failure = True
 
     @cached_property
@@ -186,14 +188,14 @@ class WorkerState:
         return self._assignments.of(round_number, self._slot.team)[self._worker]
 
     def _optimizer_is_used_after(self, round_number: int) -> bool:
-        """Whether the optimiser will be of use in the round after this one."""
+        """Return whether the next round continues with the optimizer of this round."""
         job = self._job
         if job.config.train.optimizer_state != "kept" or round_number + 1 >= job.schedule.num_rounds:
             return False
         return _same(self._held(round_number), self._held(round_number + 1))
 
     def _fingerprint(self, neurons: Sequence[Indices], run_id: str) -> str:
-        """Name what a worker holds, of how much: another number of workers, or other shares, deal other data too."""
+        """Return a key of the worker's neurons, the number of workers and their shares, which decide its data too."""
         capacities = self._slot.team.capacities
         code = zlib.crc32(repr(list(capacities) if capacities else self._job.config.partition.capacities).encode())
         for held in neurons:

@@ -1,6 +1,7 @@
-"""Identity 7: a resumed run is the same run."""
+"""Identity 7: a resumed run is the same run; also checkpoints of worker state."""
 
 import functools
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -25,7 +26,7 @@ from ist.storage.checkpoint import load_checkpoint, read_tensors, save_checkpoin
 from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.subnet.job import Job, assignments, slot_of, with_workers
 from ist.training.worker_state import CheckpointLocation, WorkerState
-from tests.conftest import assert_same, data, job_for, small_config
+from tests.conftest import assert_same, data, job_for, naming, small_config
 from tests.networks import NETWORKS, seeded
 
 
@@ -36,7 +37,7 @@ class PowerCutError(Exception):
 def run(
     folder: RunFolder, resume: bool, stop_after: int | None = None, copies: Path | None = None
 ) -> dict[str, torch.Tensor]:
-    """Run what a folder holds; raise after the training of a round, or copy the folder there in every round."""
+    """Run the configuration of a folder; raise after the training of a round, or copy the folder in every round."""
 
     def opened(part: CoordinatorPart) -> None:
         note = part.recorder.round_done
@@ -106,7 +107,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], RunFolder]:
-    """A variant's whole run, made once; beside it is what a power cut in each of its rounds would leave of it."""
+    """Return a function that runs a variant once, and copies the run folder as a power cut in each round leaves it."""
 
     @functools.cache
     def made(variant: str) -> RunFolder:
@@ -139,7 +140,7 @@ def test_a_run_stopped_anywhere_and_resumed_ends_in_the_same_weights(
 KEPT: dict[str, Any] = {"train__optimizer_state": "kept", "recipe": {"stages": [{"keep": 1}]}}
 
 
-def test_what_workers_keep_is_beside_the_checkpoints_until_the_run_is_done(tmp_path: Path) -> None:
+def test_worker_state_is_stored_beside_the_checkpoints_until_the_run_is_done(tmp_path: Path) -> None:
     folder = create_run_folder(
         small_config(**KEPT, train__rounds=6, checkpoint={"every": 1, "keep": 2}), tmp_path / "run"
     )
@@ -147,11 +148,11 @@ def test_what_workers_keep_is_beside_the_checkpoints_until_the_run_is_done(tmp_p
         run(folder, resume=False, stop_after=4)
 
     names = {path.name for path in (folder.path / "checkpoints").glob("worker-*")}
-    # Of the checkpoint that was not written any more, and of both that are there.
+    # Files for the checkpoint that the power cut prevented, and for both existing checkpoints.
     assert names == {f"worker-{w:04d}.round-{done:08d}.safetensors" for w in range(4) for done in (3, 4, 5)}
 
     _, progress = folder.rewind()
-    # Also of workers that are not there in the next round: one that comes back later must not find them.
+    # Files of workers that are absent in the next round go too: such a worker must not load them later.
     names = {path.name for path in (folder.path / "checkpoints").glob("worker-*")}
     assert progress.rounds_done == 4
     assert names == {f"worker-{w:04d}.round-{done:08d}.safetensors" for w in range(4) for done in (3, 4)}
@@ -163,9 +164,7 @@ def test_what_workers_keep_is_beside_the_checkpoints_until_the_run_is_done(tmp_p
     ]
 
 
-def test_a_worker_that_does_not_find_what_it_kept_says_so_and_goes_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_worker_without_its_saved_state_warns_and_continues(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = small_config(**KEPT, train__rounds=5, checkpoint={"every": 1})
     whole, broken = (create_run_folder(config, tmp_path / name) for name in ("whole", "broken"))
     expected = run(whole, resume=False)
@@ -175,12 +174,12 @@ def test_a_worker_that_does_not_find_what_it_kept_says_so_and_goes_on(
 
     found = run(broken, resume=True)
 
-    assert "worker 2 goes on without what it kept before round 4, which should be in" in caplog.text
-    assert caplog.text.count("goes on without") == 1
+    (message,) = (text for text in caplog.messages if "no saved state" in text)
+    assert re.search(naming("worker 2", "before round 4", str(broken.path), "fresh state"), message)
     assert any(not torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_what_was_kept_is_found_where_the_run_is_saved_at_other_rounds_from_now_on(tmp_path: Path) -> None:
+def test_worker_state_is_restored_after_a_change_of_checkpoint_every(tmp_path: Path) -> None:
     config = small_config(**KEPT, train__rounds=5, checkpoint={"every": 2})
     whole, broken = (create_run_folder(config, tmp_path / name) for name in ("whole", "broken"))
     expected = run(whole, resume=False)
@@ -192,14 +191,14 @@ def test_what_was_kept_is_found_where_the_run_is_saved_at_other_rounds_from_now_
 
 
 def kept_job(**changes: Any) -> tuple[Job, Mapping[str, nn.Parameter]]:
-    """A job whose workers hold the whole network, and the network's parameters."""
+    """A job whose workers hold the full network, and the network's parameters."""
     model = seeded(NETWORKS["no batch norm"])
     job = job_for(model, **{**KEPT, "train__rounds": 5, **changes})
     return job, dict(model.named_parameters())
 
 
 def stepped(job: Job, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """An optimiser that has made a step."""
+    """An optimizer after one step."""
     optimizer = build_optimizer(job.config.train.optimizer, list(named.values()))
     for parameter in named.values():
         parameter.grad = torch.ones_like(parameter)
@@ -207,7 +206,7 @@ def stepped(job: Job, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimize
     return optimizer
 
 
-def test_a_worker_takes_what_it_kept_of_the_same_neurons_among_as_many(tmp_path: Path) -> None:
+def test_a_worker_restores_only_state_of_the_same_neurons_and_number_of_workers(tmp_path: Path) -> None:
     job, named = kept_job()
     location = CheckpointLocation(str(tmp_path), Checkpoint(), run_id="a")
     optimizer = stepped(job, named)
@@ -221,7 +220,7 @@ def test_a_worker_takes_what_it_kept_of_the_same_neurons_among_as_many(tmp_path:
         return named_state(state.optimizer(named, round_number), named)
 
     assert_same(taken_by(job), named_state(optimizer, named))
-    # Of the start whose checkpoint is gone on from, and of no other.
+    # State is restored only from the incarnation whose checkpoint the run resumes.
     assert_same(
         taken_by(job, location=replace(location, run_id="b", first_round=1, previous_run_id="a")),
         named_state(optimizer, named),
@@ -231,10 +230,12 @@ def test_a_worker_takes_what_it_kept_of_the_same_neurons_among_as_many(tmp_path:
     assert taken_by(job, worker=1) == {}
     assert taken_by(job, round_number=2) == {}
     assert taken_by(with_workers(job, 3)) == {}
-    assert taken_by(kept_job(recipe={})[0]) == {}  # who draws neurons anew has no use for it
+    assert taken_by(kept_job(recipe={})[0]) == {}  # with a new partition every round, no round uses earlier state
 
 
-def test_a_place_that_cannot_be_reached_is_told_and_costs_what_was_kept_alone(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreachable_checkpoint_location_is_a_warning_that_costs_only_the_worker_state(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     job, named = kept_job()
     state = WorkerState(
         job,
@@ -246,11 +247,11 @@ def test_a_place_that_cannot_be_reached_is_told_and_costs_what_was_kept_alone(ca
     assert state.restore(1) == {}
     state.store(stepped(job, named), named, {}, 1)
 
-    assert "worker 0 goes on without what it kept before round 2, which should be in nosuch://bucket" in caplog.text
-    assert "worker 0 cannot save what it keeps" in caplog.text
+    assert re.search(naming("worker 0", "before round 2", "nosuch://bucket", "fresh state"), caplog.text)
+    assert "worker 0 cannot save its state" in caplog.text
 
 
-def test_a_password_in_a_url_stays_with_who_was_configured_with_it() -> None:
+def test_a_location_is_sent_without_the_password_in_its_url() -> None:
     location = CheckpointLocation("/runs/first", Checkpoint(storage="s3://me:secret@bucket/runs"), "b", 7, "a")
 
     assert "secret" not in location.to_text()
@@ -259,7 +260,7 @@ def test_a_password_in_a_url_stays_with_who_was_configured_with_it() -> None:
     assert CheckpointLocation.from_text(folder.to_text(), Checkpoint()) == folder
 
 
-def test_files_of_checkpoints_stay_and_those_of_a_broken_off_run_go(tmp_path: Path) -> None:
+def test_saving_worker_state_deletes_only_files_of_older_and_abandoned_rounds(tmp_path: Path) -> None:
     storage, tensors = LocalStorage(tmp_path), {"weight": torch.ones(2)}
     for rounds_done in (1, 2, 3, 97, 98, 99):
         (tmp_path / f"worker-0000.round-{rounds_done:08d}.safetensors").touch()
@@ -271,7 +272,7 @@ def test_files_of_checkpoints_stay_and_those_of_a_broken_off_run_go(tmp_path: Pa
     assert {path.stem for path in tmp_path.iterdir()} == left
 
 
-def test_saving_what_is_kept_counts_as_no_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saving_worker_state_does_not_count_as_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ist.training.worker_state.save_worker_state", lambda *_: time.sleep(0.2))
     folder = create_run_folder(small_config(**KEPT, train__rounds=2, checkpoint={"every": 1}), tmp_path / "run")
 
@@ -282,7 +283,7 @@ def test_saving_what_is_kept_counts_as_no_exchange(tmp_path: Path, monkeypatch: 
     assert first["train_s"] < 0.8  # four workers, one after the other
 
 
-def test_a_worker_that_cannot_save_what_it_keeps_says_so_once(
+def test_a_worker_that_cannot_save_its_state_warns_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any) -> None:
@@ -293,7 +294,7 @@ def test_a_worker_that_cannot_save_what_it_keeps_says_so_once(
 
     run(folder, resume=False)
 
-    assert caplog.text.count("worker 1 cannot save what it keeps, and would go on without: no room") == 1
+    assert len([text for text in caplog.messages if "worker 1" in text and "no room" in text]) == 1
 
 
 def test_half_a_line_that_a_crash_left_does_not_hurt(tmp_path: Path) -> None:
@@ -328,7 +329,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     save_checkpoint(folder.storage, tensors, replace(progress, config=""), keep=1)  # as an earlier version saved it
     folder.config_path.write_text(dump_config(other))
 
-    with pytest.raises(CheckpointError, match="checkpoint does not match .*linear_"):
+    with pytest.raises(CheckpointError, match=naming("checkpoint", "'linear_")):
         run(folder, resume=True)
 
 
@@ -346,7 +347,7 @@ def test_the_result_loads_into_the_plain_network(tmp_path: Path) -> None:
     assert all(bool(torch.isfinite(tensor).all()) for tensor in model.state_dict().values())
 
 
-def test_a_program_that_resumes_another_run_is_told_what_differs(tmp_path: Path) -> None:
+def test_resuming_with_other_arguments_is_refused_with_the_differing_keys(tmp_path: Path) -> None:
     def trained(**changes: Any) -> int:
         settings = {"optimizer_args": {"lr": 0.1, "betas": (0.8, 0.9)}, "resume": True, **changes}
         model = seeded(NETWORKS["no batch norm"])
@@ -358,7 +359,7 @@ def test_a_program_that_resumes_another_run_is_told_what_differs(tmp_path: Path)
 
     assert trained(resume=False) == 2
     assert trained() == 2  # it is done, and the same run, tuples and all
-    with pytest.raises(RunFolderError, match=r"run: .*'seed' is 0, not 5"):
+    with pytest.raises(RunFolderError, match=naming("run: ", "'seed' is 0", "5")):
         trained(seed=5)
-    with pytest.raises(RunFolderError, match=r"'recipe.outer.momentum' is 0.0, not 0.5"):
+    with pytest.raises(RunFolderError, match=naming("'recipe.outer.momentum' is 0.0", "0.5")):
         trained(recipe={"outer": {"momentum": 0.5}})

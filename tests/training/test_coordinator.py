@@ -1,4 +1,4 @@
-"""What the coordinator does with workers that do not come back, or come back with nonsense."""
+"""The coordinator's handling of lost workers and invalid results."""
 
 import math
 from collections.abc import Generator, Sequence
@@ -22,7 +22,7 @@ from tests.networks import NETWORKS, seeded
 
 
 class FaultyPool:
-    """The inline pool, with faults: who is lost, and what is done to whose message."""
+    """The inline pool with injected faults: workers that are lost, and a worker whose result is made invalid."""
 
     parallel = False
 
@@ -85,19 +85,19 @@ def test_a_lost_worker_leaves_its_neurons_untouched() -> None:
 
 
 def test_by_default_one_lost_worker_ends_the_run_and_names_the_cause() -> None:
-    with pytest.raises(WorkerLostError, match=r"worker 1 was lost in round 0 \(it burnt down\); 4 of 4 workers"):
+    with pytest.raises(WorkerLostError, match=naming("worker 1", "round 0", "it burnt down", "4 of 4 workers")):
         coordinator(lost=[1]).train_round(0)
 
 
-def test_where_some_are_lost_and_one_returns_nonsense_it_is_the_loss_that_counts() -> None:
-    with pytest.raises(WorkerLostError, match=r"worker 2 was lost in round 0 \(it burnt down\); 2 of 4 workers"):
+def test_lost_workers_are_reported_before_invalid_results() -> None:
+    with pytest.raises(WorkerLostError, match=naming("worker 2", "round 0", "it burnt down", "2 of 4 workers")):
         coordinator(min_returned=2, spoil=0, how="loss", lost=[2, 3]).train_round(0)
 
 
-class SpoiltOnce(nn.Module):
-    """A network in which one step of one round's one worker gives infinite weights."""
+class InfiniteOnce(nn.Module):
+    """A network that gives infinite outputs, and so infinite weights, to one worker in one round."""
 
-    spoils = False
+    is_infinite = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class SpoiltOnce(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         outputs: torch.Tensor = self.linear_2(self.linear_1(inputs).relu())
-        return outputs * (math.inf if SpoiltOnce.spoils else 1.0)
+        return outputs * (math.inf if InfiniteOnce.is_infinite else 1.0)
 
 
 @pytest.mark.parametrize(
@@ -114,28 +114,28 @@ class SpoiltOnce(nn.Module):
         {"train__optimizer_state": "kept", "recipe__stages": [{"keep": 1}]},
         {"exchange": {"down": "int8", "up": "int4", "values": "deltas", "error_feedback": True}},
     ],
-    ids=["state that is kept", "rounding that is fed back"],
+    ids=["optimizer state", "residuals"],
 )
-def test_a_worker_that_has_once_trained_nonsense_keeps_none_of_it(
+def test_a_worker_does_not_carry_non_finite_state_into_later_rounds(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = SpoiltOnce()
+    model = InfiniteOnce()
     job, meter = job_for(model, pool__min_returned=3, train__rounds=6, **settings), Meter()
     made = Coordinator(job, InlinePool(job, torch.device("cpu"), meter), model, meter)
     train = Worker.train
 
-    def spoilt(self: Worker, round_number: int, *rest: Any) -> None:
-        monkeypatch.setattr(SpoiltOnce, "spoils", (round_number, self.number) == (2, 1))
+    def train_infinite(self: Worker, round_number: int, *rest: Any) -> None:
+        monkeypatch.setattr(InfiniteOnce, "is_infinite", (round_number, self.number) == (2, 1))
         train(self, round_number, *rest)
 
-    monkeypatch.setattr(Worker, "train", spoilt)
+    monkeypatch.setattr(Worker, "train", train_infinite)
 
     lost = [(r, left.worker, left.kind) for r in range(6) for left in made.train_round(r).lost]
 
     assert lost == [(2, 1, "rejected")]
 
 
-def test_what_a_checkpoint_holds_and_nobody_wants_is_named() -> None:
+def test_a_checkpoint_with_a_tensor_that_the_configuration_does_not_use_is_refused() -> None:
     model = seeded(NETWORKS["no batch norm"])
     job, meter = job_for(model), Meter()
     pool = InlinePool(job, torch.device("cpu"), meter)
@@ -144,13 +144,13 @@ def test_what_a_checkpoint_holds_and_nobody_wants_is_named() -> None:
         Coordinator(job, pool, model, meter, {"outer/linear_1.bias": torch.zeros(24)})
 
 
-def test_a_round_that_trained_nothing_is_an_error_whatever_the_floor() -> None:
-    with pytest.raises(WorkerLostError, match=r"worker 0 was lost in round 0 \(it burnt down\); 1 of 4 workers"):
+def test_a_round_without_results_is_an_error_for_every_min_returned() -> None:
+    with pytest.raises(WorkerLostError, match=naming("worker 0", "round 0", "it burnt down", "1 of 4 workers")):
         coordinator(min_returned=1, lost=range(4)).train_round(0)
 
 
 @pytest.mark.parametrize("how", ["weight", "loss", "stale"])
-def test_a_worker_that_returns_nonsense_is_left_out_by_name_where_others_suffice(how: str) -> None:
+def test_the_merge_leaves_out_an_invalid_result_if_enough_others_are_valid(how: str) -> None:
     made = coordinator(min_returned=3, spoil=2, how=how)
     before = clone(made.model.state_dict())
 
@@ -166,19 +166,16 @@ def test_a_worker_that_returns_nonsense_is_left_out_by_name_where_others_suffice
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("weight", "worker 2 returned values in 'linear_2.weight' that are not finite in round 0"),
-        ("loss", "a loss of nan"),
-    ],
+    ("how", "value"),
+    [("weight", "'linear_2.weight'"), ("loss", "a loss of nan")],
 )
-def test_a_worker_that_returns_nonsense_stops_the_run_at_the_merge(how: str, message: str) -> None:
-    with pytest.raises(DivergedError, match=message):
+def test_an_invalid_result_ends_the_run_if_all_workers_are_needed(how: str, value: str) -> None:
+    with pytest.raises(DivergedError, match=naming("worker 2", "round 0", value, "train.optimizer.args.lr")):
         coordinator(spoil=2, how=how).train_round(0)
 
 
 def test_a_message_of_another_round_is_refused() -> None:
-    with pytest.raises(PoolError, match=r"expected a message of \(layout, round, worker\)"):
+    with pytest.raises(PoolError, match=naming("(layout, round, worker)")):
         coordinator(spoil=2, how="stale").train_round(1)
 
 
@@ -191,7 +188,7 @@ def test_a_report_counts_every_step_and_sample() -> None:
     assert report.numbers["merge_s"] >= 0
 
 
-def test_rounds_reuse_their_buffers_without_mixing_them_up() -> None:
+def test_rounds_with_reused_buffers_give_the_same_weights_as_with_new_buffers() -> None:
     one, other = coordinator(), coordinator()
     for round_number in range(3):
         one.train_round(round_number)

@@ -1,4 +1,4 @@
-"""Workers that come and go, and workers that are slower than others."""
+"""Rounds with a varying number of workers, and workers of different speeds."""
 
 import math
 from collections.abc import Generator, Mapping
@@ -19,12 +19,12 @@ from ist.training.coordinator import Coordinator
 from ist.training.speed_balance import SMALLEST, SpeedBalance, rebalanced
 from ist.training.worker import Worker
 from ist.transport.interfaces import Lost, Subnet
-from tests.conftest import assert_same, clone, job_for, small_config
+from tests.conftest import assert_same, clone, job_for, naming, small_config
 from tests.networks import NETWORKS, seeded
 
 
 class ChangingPool(InlinePool):
-    """The inline pool with as many workers a round as a list says, and clocks of the test's own."""
+    """The inline pool with a given number of workers in each round, and with simulated compute times."""
 
     def __init__(self, job: object, meter: Meter, crew: Mapping[int, int], seconds: Mapping[str, float] = {}) -> None:
         super().__init__(job, torch.device("cpu"), meter)  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ def changing(
     return Coordinator(job, pool, model, meter), pool
 
 
-def test_shares_stay_what_they_were_where_all_hold_everything() -> None:
+def test_full_width_rounds_do_not_change_shares() -> None:
     stages = [{}, {"rounds": 3, "keep": 1}]
     made, pool = changing({}, {"worker 0": 9.0}, partition__balance="speed", recipe__stages=stages, train__rounds=6)
     for round_number in range(3):
@@ -79,10 +79,10 @@ def test_shares_stay_what_they_were_where_all_hold_everything() -> None:
     assert made._balance.capacities(names) == measured
     whole = tuple(made.model.state_dict()["linear_1.bias"].shape)
     assert all(shapes == [whole] * 4 for shapes in pool.shapes[3:])
-    assert len(workers) == 1  # and so their optimisers go on
+    assert len(workers) == 1  # so their optimizers continue
 
 
-def test_the_next_partition_uses_who_is_there() -> None:
+def test_the_next_partition_uses_the_available_workers() -> None:
     made, pool = changing({0: 4, 1: 2, 2: 3}, train__workers={"min": 2, "max": 4})
 
     reports = [made.train_round(round_number) for round_number in range(3)]
@@ -93,7 +93,7 @@ def test_the_next_partition_uses_who_is_there() -> None:
     assert [report.numbers["samples"] for report in reports] == [100 + 4 * 13, 2 * 38 - 0, 100]
 
 
-def test_a_round_of_fewer_workers_is_the_round_of_a_run_with_so_many() -> None:
+def test_a_round_with_fewer_workers_is_the_round_of_a_run_with_that_many() -> None:
     elastic, _ = changing({0: 2}, train__workers={"min": 2, "max": 4})
     fixed, _ = changing({}, train__workers=2)
 
@@ -103,7 +103,7 @@ def test_a_round_of_fewer_workers_is_the_round_of_a_run_with_so_many() -> None:
     assert_same(clone(elastic.model.state_dict()), clone(fixed.model.state_dict()))
 
 
-def test_shares_follow_the_measured_speed_until_rounds_finish_together() -> None:
+def test_shares_follow_the_measured_speed_until_workers_finish_together() -> None:
     made, pool = changing({}, {"worker 0": 9.0}, partition__balance="speed")
 
     for round_number in range(4):
@@ -117,7 +117,7 @@ def test_shares_follow_the_measured_speed_until_rounds_finish_together() -> None
 
 
 @pytest.mark.parametrize("power", [1, 2])
-def test_balanced_shares_settle_whether_time_grows_with_the_share_or_its_square(power: int) -> None:
+def test_balanced_shares_converge_if_time_grows_with_the_share_or_with_its_square(power: int) -> None:
     speeds = {"a": 1.0, "b": 3.0, "c": 10.0}
     shares = dict.fromkeys(speeds, 1.0)
 
@@ -129,7 +129,7 @@ def test_balanced_shares_settle_whether_time_grows_with_the_share_or_its_square(
     assert math.isclose(sum(shares.values()), 3.0)
 
 
-def test_a_worker_that_stood_still_keeps_a_share_and_can_earn_more() -> None:
+def test_a_stalled_worker_retains_a_minimum_share_and_can_regain_more() -> None:
     shares = {"a": 1.0, "b": 1.0}
     for _ in range(20):
         shares = rebalanced(shares, {"a": 1.0, "b": 1e9})
@@ -140,7 +140,7 @@ def test_a_worker_that_stood_still_keeps_a_share_and_can_earn_more() -> None:
     assert np.isclose(shares["b"] / shares["a"], 1.0, rtol=0.01)
 
 
-def test_noise_in_the_clock_changes_no_share_and_a_newcomer_gets_the_mean() -> None:
+def test_timing_noise_changes_no_share_and_a_new_worker_gets_the_mean() -> None:
     balance = SpeedBalance()
     assert balance.capacities(["a", "b"]) is None
 
@@ -160,14 +160,14 @@ def test_a_range_of_workers_is_written_as_two_keys_and_reads_back() -> None:
     assert validate(parse_yaml(dump_config(config), "again"), "again") == config
 
 
-def test_how_many_must_come_back_depends_on_who_may_leave() -> None:
+def test_the_default_of_min_returned_depends_on_the_pool_and_the_worker_range() -> None:
     assert min_returned(small_config()) == 4
     assert min_returned(small_config(train__workers={"min": 2, "max": 4})) == 2
     assert min_returned(small_config(train__workers=5, pool={"kind": "ray"})) == 3
     assert min_returned(small_config(pool={"kind": "ray", "min_returned": 1})) == 1
 
 
-def test_processes_of_a_range_are_as_many_workers_as_were_started(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_worker_range_the_number_of_started_processes_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     job = job_for(seeded(NETWORKS["no batch norm"]), pool={"kind": "torchrun"}, train__workers={"min": 2, "max": 4})
 
     for started in (2, 3, 4):
@@ -175,7 +175,7 @@ def test_processes_of_a_range_are_as_many_workers_as_were_started(monkeypatch: p
         assert for_world_size(job).config.train.workers == started
     for started in (1, 5):
         monkeypatch.setenv("WORLD_SIZE", str(started))
-        with pytest.raises(ConfigError, match=f"{started} processes were started"):
+        with pytest.raises(ConfigError, match=naming(f"{started} processes", "train.workers", "WORLD_SIZE")):
             for_world_size(job)
 
 

@@ -1,4 +1,4 @@
-"""Identity 3: one worker is plain training, bit for bit, for every optimiser, schedule and way with its state."""
+"""Identity 3: one worker is plain training, bit for bit, for every optimizer, schedule and `train.optimizer_state`."""
 
 from typing import Any
 
@@ -139,12 +139,12 @@ def test_a_regression_by_several_workers_has_the_right_scale(batch_norm: bool) -
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ((torch.zeros(4, 2), torch.zeros(4)), "data is a tuple: pass a data set"),
-        (DataLoader(data()), "data is a DataLoader: pass its data set"),
-        (TensorDataset(torch.zeros(4, 12)), "an item of TensorDataset is a tuple, not a pair"),
+        ((torch.zeros(4, 2), torch.zeros(4)), "data is a tuple.*TensorDataset"),
+        (DataLoader(data()), "data is a DataLoader.*data ?set"),
+        (TensorDataset(torch.zeros(4, 12)), "TensorDataset.*tuple.*pair"),
     ],
 )
-def test_what_is_no_data_set_of_pairs_is_refused(wrong: Any, message: str) -> None:
+def test_data_other_than_a_data_set_of_pairs_are_refused(wrong: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         train(seeded(NETWORKS["no batch norm"]), wrong, workers=2, rounds=1)
     with pytest.raises(DataError, match=message.replace("data is", "test_data is")):
@@ -154,22 +154,19 @@ def test_what_is_no_data_set_of_pairs_is_refused(wrong: Any, message: str) -> No
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"exchange": "int8"}, r"exchange is 'int8' \(a str\): give ist.Exchange\(...\) or a mapping"),
-        ({"pool_options": ["cpu"]}, r"pool_options is \['cpu'\] \(a list\): give a mapping"),
-        ({"data_options": {"shufle": "global"}}, "unknown key 'data.shufle'. Did you mean 'shuffle'"),
-        ({"optimizer": torch.optim.Adam}, r"optimizer is the class Adam: .*ist.Optimizer\(name='Adam'"),
-        (
-            {"loss": nn.CrossEntropyLoss},
-            r"loss is the class CrossEntropyLoss: give a function, such as CrossEntropyLoss\(\)",
-        ),
+        ({"exchange": "int8"}, ["exchange is 'int8'", "ist.Exchange(...)", "mapping"]),
+        ({"pool_options": ["cpu"]}, ["pool_options is ['cpu']", "mapping"]),
+        ({"data_options": {"shufle": "global"}}, ["'data.shufle'", "'shuffle'"]),
+        ({"optimizer": torch.optim.Adam}, ["optimizer is the class Adam", "ist.Optimizer(name='Adam'"]),
+        ({"loss": nn.CrossEntropyLoss}, ["loss is the class CrossEntropyLoss", "CrossEntropyLoss()"]),
     ],
 )
-def test_arguments_of_another_kind_are_named(wrong: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+def test_arguments_of_the_wrong_type_are_refused_by_name(wrong: Any, message: list[str]) -> None:
+    with pytest.raises(ConfigError, match=naming(*message)):
         train(seeded(NETWORKS["no batch norm"]), data(), workers=2, rounds=1, **wrong)
 
 
-def test_outputs_and_targets_that_would_be_spread_over_each_other_are_refused() -> None:
+def test_outputs_and_targets_of_shapes_that_torch_would_broadcast_are_refused() -> None:
     inputs = torch.randn(60, 12)
     model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 1))
 
@@ -178,7 +175,7 @@ def test_outputs_and_targets_that_would_be_spread_over_each_other_are_refused() 
     train(model, TensorDataset(inputs, inputs[:, :1]), loss="mse_loss", workers=2, rounds=1, progress=False)
 
 
-def test_accuracy_of_what_are_no_class_numbers_is_refused() -> None:
+def test_accuracy_of_targets_that_are_not_class_numbers_is_refused() -> None:
     inputs = torch.randn(60, 12)
     data, model = TensorDataset(inputs, inputs[:, :1]), nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 1))
 
@@ -190,7 +187,7 @@ def test_accuracy_of_what_are_no_class_numbers_is_refused() -> None:
         )
 
 
-def test_frozen_parameters_stay_as_they_are_with_carried_state_too() -> None:
+def test_frozen_parameters_do_not_change_with_carried_state() -> None:
     model = seeded(NETWORKS["no batch norm"])
     model.linear_1.requires_grad_(requires_grad=False)
     before = clone(model.state_dict())
@@ -201,7 +198,7 @@ def test_frozen_parameters_stay_as_they_are_with_carried_state_too() -> None:
     assert not torch.equal(model.linear_2.weight, before["linear_2.weight"])
 
 
-def test_the_callers_threads_are_left_alone() -> None:
+def test_training_does_not_change_the_callers_number_of_threads() -> None:
     torch.set_num_threads(2)
 
     train(seeded(NETWORKS["no batch norm"]), data(), workers=2, local_steps=1, rounds=1, progress=False)

@@ -1,4 +1,4 @@
-"""The process's own generators: what users' code draws from them is a function of the seed, and they are put back."""
+"""The process's generators: what user code draws from them depends only on the seed, and they are restored."""
 
 import random
 from typing import Any
@@ -23,7 +23,7 @@ def drawn() -> tuple[Any, ...]:
 
 
 def trained(start: int) -> tuple[dict[str, Any], list[dict[str, Any]], tuple[Any, ...]]:
-    """Train on data that are drawn, in a process whose generators stand somewhere; and what is drawn afterwards."""
+    """Train on random data in a process whose generators have a given state; also return the draws afterwards."""
     model = built(NETWORKS["two hidden layers, batch norm"])
     torch.manual_seed(start)
     random.seed(start)
@@ -35,7 +35,7 @@ def trained(start: int) -> tuple[dict[str, Any], list[dict[str, Any]], tuple[Any
     return clone(model.state_dict()), result.history, drawn()
 
 
-def test_one_seed_gives_one_result_wherever_the_process_generators_stand() -> None:
+def test_one_seed_gives_one_result_for_every_state_of_the_process_generators() -> None:
     one, history, _ = trained(1)
     other, other_history, _ = trained(2)
 
@@ -62,7 +62,7 @@ def test_draws_are_a_function_of_the_key() -> None:
     assert all(a != b for a, b in zip(within(3, 1), within(3, 2), strict=True))
 
 
-def test_a_numpy_generator_of_another_kind_is_put_back_too() -> None:
+def test_a_numpy_generator_of_another_kind_is_restored() -> None:
     before = np.random.mtrand.get_bit_generator()
     state = np.random.get_state(legacy=False)
     try:

@@ -1,4 +1,4 @@
-"""What is done with merged networks: their average, and the coordinator's own step."""
+"""The average over rounds and the outer optimizer."""
 
 import copy
 import math
@@ -40,7 +40,7 @@ AVERAGES = {
 
 
 class Trajectory:
-    """A method whose network takes given values, one a round."""
+    """A method whose network has given values after each round."""
 
     def __init__(self, values: list[Tensor]) -> None:
         self.model = nn.BatchNorm1d(3)
@@ -75,7 +75,7 @@ def by_hand(settings: Average, values: list[Tensor], num_rounds: int) -> Tensor:
 
 
 @pytest.mark.parametrize("settings", AVERAGES.values(), ids=AVERAGES.keys())
-def test_the_average_is_that_of_its_formula_after_every_round(settings: dict[str, Any]) -> None:
+def test_the_average_matches_its_formula_after_every_round(settings: dict[str, Any]) -> None:
     average = Average(**settings)
     values = [torch.randn(3, generator=torch.Generator().manual_seed(number)) for number in range(6)]
     method = Trajectory(values)
@@ -86,14 +86,14 @@ def test_the_average_is_that_of_its_formula_after_every_round(settings: dict[str
 
         expected = by_hand(average, values[: number + 1], 6).float()
         torch.testing.assert_close(averaged.model.get_parameter("weight").detach(), expected, rtol=0, atol=1e-6)
-        assert torch.equal(method.model.weight, values[number])  # training goes on from the network itself
+        assert torch.equal(method.model.weight, values[number])  # training continues from the network itself
         assert torch.equal(averaged.model.get_buffer("running_mean"), torch.full((3,), float(number)))
     assert averaged.bytes_sent() == 7
 
 
 @pytest.mark.parametrize("settings", AVERAGES.values(), ids=AVERAGES.keys())
 @pytest.mark.parametrize("stop", [1, 3, 5])
-def test_an_average_that_is_resumed_is_the_same_average(settings: dict[str, Any], stop: int) -> None:
+def test_a_resumed_average_continues_exactly(settings: dict[str, Any], stop: int) -> None:
     values = [torch.randn(3, generator=torch.Generator().manual_seed(number)) for number in range(6)]
     whole = Averaged(Trajectory(values), Average(**settings), 6)
     for number in range(6):
@@ -111,7 +111,7 @@ def test_an_average_that_is_resumed_is_the_same_average(settings: dict[str, Any]
 
 
 def run(folder: Path, **changes: Any) -> tuple[list[dict[str, Tensor]], CoordinatorPart]:
-    """Run, and return what the network that was trained was after each round."""
+    """Run, and return the trained network's tensors after each round."""
     seen: list[dict[str, Tensor]] = []
     made = create_run_folder(small_config(**changes), folder)
 
@@ -128,7 +128,7 @@ def run(folder: Path, **changes: Any) -> tuple[list[dict[str, Tensor]], Coordina
 
 
 @pytest.mark.parametrize("settings", AVERAGES.values(), ids=AVERAGES.keys())
-def test_what_is_evaluated_and_kept_is_the_average(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_the_average_is_evaluated_and_saved(tmp_path: Path, settings: dict[str, Any]) -> None:
     network = {"model__args": {"widths": [64, 24, 20, 10], "batch_norm": False}}
     plain, _ = run(tmp_path / "plain", **network)
 
@@ -166,7 +166,7 @@ def test_training_from_python_leaves_the_average_in_the_users_network() -> None:
     assert not torch.equal(network.state_dict()["output.weight"], other.state_dict()["output.weight"])
 
 
-# The outer step
+# The outer optimizer
 
 SETTINGS = Outer(lr=0.7, momentum=0.6)
 
@@ -174,7 +174,7 @@ SETTINGS = Outer(lr=0.7, momentum=0.6)
 def entry_by_entry(
     settings: Outer, before: Tensor, merged: Tensor, momentum: Tensor, trained: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the weights after the step, and the momentum: a loop over single numbers."""
+    """Return the weights and the momentum after the step, computed in a loop over single numbers."""
     moved, kept = merged.clone(), momentum.clone()
     for place in np.ndindex(*before.shape):
         if trained[place]:
@@ -185,7 +185,7 @@ def entry_by_entry(
 
 
 def held(parameters: Mapping[str, Tensor], cuts: list[Cut], workers: list[int]) -> dict[str, Tensor]:
-    """Return which entries any of the workers holds."""
+    """Return masks of the entries that at least one of the workers holds."""
     masks = {name: np.zeros(tuple(tensor.shape), bool) for name, tensor in parameters.items()}
     for name, mask in masks.items():
         for worker in workers:
@@ -199,7 +199,7 @@ def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("returned", [[0, 1, 2], [2, 0]])
-def test_an_outer_step_is_the_loop_over_entries_and_leaves_what_nobody_trained(returned: list[int]) -> None:
+def test_the_outer_optimizer_matches_a_loop_over_entries_and_skips_untrained_ones(returned: list[int]) -> None:
     model = seeded(NETWORKS["no batch norm"])
     job, parameters = job_for(model, train__workers=3), trained_parameters(model)
     step = OuterOptimizer(parameters, {})
@@ -223,10 +223,10 @@ def test_an_outer_step_is_the_loop_over_entries_and_leaves_what_nobody_trained(r
             torch.testing.assert_close(found, momentum[name], rtol=0, atol=1e-5)
             assert torch.equal(tensor[~masks[name]], before[name][~masks[name]])
             assert torch.equal(momentum[name][~masks[name]], momentum_before[name][~masks[name]])
-        assert not masks["linear_2.weight"].all()  # between hidden layers there is what nobody holds
+        assert not masks["linear_2.weight"].all()  # between hidden layers, some entries belong to no worker
 
 
-def test_where_all_weights_are_trained_the_outer_step_is_diloco_s() -> None:
+def test_if_all_weights_are_trained_the_outer_optimizer_is_that_of_diloco() -> None:
     """Nesterov momentum as in PyTorch's SGD, which rounds once where this rounds twice: a tolerance of two ulp of 1."""
     model = seeded(NETWORKS["no batch norm"])
     job, parameters = job_for(model, train__workers=1), trained_parameters(model)
@@ -256,7 +256,7 @@ def coordinator(job: Job, model: nn.Module, carried: Mapping[str, Tensor] | None
     return Coordinator(job, InlinePool(job, torch.device("cpu"), meter), model, meter, carried)
 
 
-def test_the_coordinator_steps_from_what_the_merge_alone_would_have_left() -> None:
+def test_the_coordinator_applies_the_outer_optimizer_to_the_merged_network() -> None:
     model, reference = seeded(NETWORKS["no batch norm"]), seeded(NETWORKS["no batch norm"])
     shares = {"strategy": "bernoulli", "keep": 0.4}
     made = coordinator(job_for(model, partition=shares, recipe__outer=SETTINGS.model_dump()), model)
@@ -275,11 +275,11 @@ def test_the_coordinator_steps_from_what_the_merge_alone_would_have_left() -> No
             torch.testing.assert_close(model.state_dict()[name], moved, rtol=0, atol=1e-5)
 
 
-def test_a_stage_has_an_outer_step_of_its_own() -> None:
+def test_a_stage_can_set_its_own_outer_optimizer() -> None:
     model, reference = seeded(NETWORKS["no batch norm"]), seeded(NETWORKS["no batch norm"])
-    finish = {"rounds": 2, "keep": 1}
-    made = coordinator(job_for(model, recipe__stages=[{}, {**finish, "outer": SETTINGS.model_dump()}]), model)
-    plain = coordinator(job_for(reference, recipe__stages=[{}, finish]), reference)
+    full_width = {"rounds": 2, "keep": 1}
+    made = coordinator(job_for(model, recipe__stages=[{}, {**full_width, "outer": SETTINGS.model_dump()}]), model)
+    plain = coordinator(job_for(reference, recipe__stages=[{}, full_width]), reference)
     momentum = {name: torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
 
     for round_number in range(made.job.schedule.num_rounds):
@@ -297,7 +297,7 @@ def test_a_stage_has_an_outer_step_of_its_own() -> None:
             torch.testing.assert_close(model.state_dict()[name], moved, rtol=0, atol=1e-5)
 
 
-def test_a_stage_may_do_without_the_outer_step_of_the_run() -> None:
+def test_a_stage_can_switch_off_the_outer_optimizer_of_the_run() -> None:
     plain, stages = {"lr": 1.0, "momentum": 0.0}, [{"rounds": 2}, {}]
     networks = [seeded(NETWORKS["no batch norm"]) for _ in range(2)]
     with_step = coordinator(
@@ -319,7 +319,7 @@ def test_a_stage_may_do_without_the_outer_step_of_the_run() -> None:
     assert any(n.startswith("outer/") and bool(t.any()) for n, t in without.checkpoint_state().items())
 
 
-def test_an_outer_step_that_is_resumed_is_the_same_step() -> None:
+def test_a_resumed_outer_optimizer_continues_exactly() -> None:
     outer = {"recipe__outer": SETTINGS.model_dump()}
     model = seeded(NETWORKS["no batch norm"])
     made = coordinator(job_for(model, **outer), model)
@@ -337,7 +337,7 @@ def test_an_outer_step_that_is_resumed_is_the_same_step() -> None:
     assert_same(clone(resumed.checkpoint_state()), clone(made.checkpoint_state()))
 
 
-def test_without_momentum_at_rate_one_merged_weights_are_taken_as_they_are() -> None:
+def test_without_momentum_and_at_learning_rate_one_there_is_no_outer_optimizer() -> None:
     model = seeded(NETWORKS["no batch norm"])
     made = coordinator(job_for(model, recipe__outer={"lr": 1.0, "momentum": 0.0}), model)
 

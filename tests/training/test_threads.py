@@ -1,4 +1,4 @@
-"""One `ist.train` at a time in a process; from whichever thread."""
+"""One `ist.train` or `ist.split` at a time in a process, in any thread."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +10,12 @@ from torch.utils.data import Dataset
 
 import ist
 from ist.errors import ConfigError
-from tests.conftest import assert_same, clone, data
+from tests.conftest import assert_same, clone, data, naming
 from tests.networks import NETWORKS, seeded
 
 
 class Waiting(Dataset[Any]):
-    """Data that can be held back."""
+    """A data set whose reads block until the test releases them."""
 
     def __init__(self) -> None:
         self.inner = data()
@@ -40,23 +40,23 @@ def split(dataset: Dataset[Any]) -> None:
     ist.split(seeded(NETWORKS["no batch norm"]), dataset[0][0].expand(2, 12), workers=2)
 
 
-def test_a_second_run_in_the_same_process_is_refused_and_leaves_the_first_as_it_would_be_alone() -> None:
+def test_a_second_run_in_the_same_process_is_refused_and_does_not_change_the_first() -> None:
     dataset = Waiting()
     with ThreadPoolExecutor(1) as executor:
         first = executor.submit(trained, dataset)
         assert dataset.asked.wait(30)
         for other in (trained, split):
-            with pytest.raises(ConfigError, match=r"another ist\.train .* runs in this process .* one after the other"):
+            with pytest.raises(ConfigError, match=naming("ist.train", "ist.split", "process of its own")):
                 other(data())
         dataset.go_on.set()
         found = first.result(60)
 
     dataset = Waiting()
     dataset.go_on.set()
-    assert_same(found, trained(dataset))  # and the next run goes ahead
+    assert_same(found, trained(dataset))  # the next run is accepted
 
 
-def test_a_run_that_was_refused_or_failed_stands_in_no_ones_way() -> None:
+def test_a_refused_or_failed_run_does_not_block_the_next() -> None:
     with pytest.raises(ConfigError, match="optimizer"):
         trained(data(), optimizer="NoSuchOptimizer")
 
@@ -71,5 +71,5 @@ def test_a_run_within_a_run_is_refused() -> None:
         def __getitem__(self, index: int) -> Any:
             trained(data())
 
-    with pytest.raises(ConfigError, match=r"another ist\.train .* runs in this process \(in another thread, or around"):
+    with pytest.raises(ConfigError, match=naming("ist.train", "ist.split", "process of its own")):
         trained(Nested())
