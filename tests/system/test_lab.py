@@ -379,5 +379,5 @@ def test_a_kernel_that_permits_no_user_namespaces_is_named_with_the_setting(nobo
 
     done = run_group(["unshare", "--user", "--map-root-user", "sh", "-c", script], Path("/"), environment, 100)
 
-    assert done.stdout.startswith("network namespaces need root (CAP_SYS_ADMIN and CAP_NET_ADMIN), or a user namespace")
+    assert "CAP_SYS_ADMIN and CAP_NET_ADMIN" in done.stdout
     assert "user.max_user_namespaces is 0" in done.stdout
