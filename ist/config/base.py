@@ -8,7 +8,9 @@ Not here: the keys themselves.
 import difflib
 import functools
 import inspect
+import json
 import textwrap
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -96,6 +98,26 @@ def plain(value: Any) -> Any:
             return kind(value)
     named = value if isinstance(getattr(value, "__qualname__", None), str) else type(value)
     return f"{getattr(named, '__module__', None)}:{named.__qualname__}"
+
+
+def run_fingerprint(config: BaseModel) -> int:
+    """Return a number that differs, in all likelihood, when two processes would not train the same thing the same way.
+
+    Args:
+        config: The whole configuration, `ist.config.schema.Config`. What may differ between the processes of a run is
+            left out: paths, names, monitoring.
+    """
+    local: dict[str, Any] = {
+        "output": True,
+        "name": True,
+        "compare": True,
+        "checkpoint": True,
+        "watch": True,
+        "data": {"root"},
+        "pool": {"allow_insecure"},
+    }
+    tree = plain(config.model_dump(exclude=local))
+    return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
 
 
 def describe_keys(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:

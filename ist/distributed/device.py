@@ -1,6 +1,6 @@
 """The device on which a process computes.
 
-Where it sits: `ist/runs/open.py` and `ist/distributed/process_group.py` choose the device here.
+Where it sits: `ist/runs/open.py` and the Ray actors choose the device here.
 Not here: how much of its memory a process may allocate (`ist/distributed/memory_limit.py`).
 """
 

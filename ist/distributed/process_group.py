@@ -25,7 +25,6 @@ from torch.distributed.rendezvous import rendezvous
 
 from ist.config.runtime import Pool
 from ist.data.fingerprint import DataFingerprint
-from ist.distributed.device import compute_device
 from ist.distributed.environment import PRIVATE_STORE, end_with_launcher
 from ist.distributed.ports import closed_afterwards, refuse_public, store_socket
 from ist.distributed.secret import FILE_VARIABLE, is_proven, new_challenge, prove, run_secret, seal, unseal
@@ -57,16 +56,19 @@ class Membership:
         return self.device if self.backend == "nccl" else torch.device("cpu")
 
 
-def join(settings: Pool) -> Membership:
+def join(settings: Pool, device: torch.device) -> Membership:
     """Join the process group that the launcher's environment describes, or use an existing one.
 
     When this returns, all ranks have proven to each other that they hold the run's secret.
+
+    Args:
+        settings: The configured pool.
+        device: Where this process computes: `compute_device`.
 
     Raises:
         ConfigError: The backend does not support the devices, there is no secret, or a public interface would be used.
         PoolError: The group could not be formed: the port is in use, a peer is missing, or a peer has another secret.
     """
-    device = compute_device(settings)
     own_gpu = device.type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= torch.cuda.device_count()
     # A single visible GPU may belong to this process alone (Slurm assigns them so): NCCL fails if it does not.
     if settings.backend == "nccl" and not own_gpu and torch.cuda.device_count() > 1:

@@ -7,10 +7,8 @@ Not here: starting processes (`ist/launch/start.py`), the loop itself (`ist/trai
 import difflib
 import functools
 import inspect
-import json
 import os
 import secrets
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ist.config.base import plain
+from ist.config.base import run_fingerprint
 from ist.config.methods import METHODS
 from ist.config.registry import resolve
 from ist.config.schema import Config, num_processes
@@ -194,6 +192,8 @@ def _opened(
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.pool.threads)
+        computes = config.pool.spec.is_launched or config.pool.spec.in_process
+        device = compute_device(config.pool) if computes else torch.device("cpu")
         membership = None
         if config.pool.spec.is_launched:
             if not is_launched():
@@ -201,7 +201,7 @@ def _opened(
                     f"pool.kind is '{config.pool.kind}', but no launcher started this process: run it with torchrun"
                 )
             job = for_world_size(job)
-            membership = join(config.pool)
+            membership = join(config.pool, device)
             stack.enter_context(causes_shared(membership))
         first_round = before.rounds_done
         if first_round > job.schedule.num_rounds:
@@ -210,12 +210,9 @@ def _opened(
                 f"{job.schedule.num_rounds}: configure what it was"
             )
         if membership:
-            first_round = agree_on_start(membership, first_round, _fingerprint(config), job.task.contents)
+            first_round = agree_on_start(membership, first_round, run_fingerprint(config), job.task.contents)
         run_id = secrets.token_hex(4)
         location = _location(config, folder, membership, run_id, before) if config.workers_have_state else None
-        device = membership.device if membership else torch.device("cpu")
-        if config.pool.spec.in_process:
-            device = compute_device(config.pool)
         process = _Process(job, folder, membership, Meter(), device, location, stack)
         if not (leads and num_processes(config) > config.train.workers):  # a dedicated coordinator is no worker
             stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))
@@ -311,18 +308,3 @@ def _restored(job: Job, saved: Mapping[str, Tensor] | None) -> tuple[torch.nn.Mo
     check_tensors(of_network, state)
     model.load_state_dict(of_network)
     return model, {name: tensor for name, tensor in saved.items() if name not in state}
-
-
-def _fingerprint(config: Config) -> int:
-    """A number that differs when two processes would not train the same thing the same way."""
-    local: dict[str, Any] = {
-        "output": True,
-        "name": True,
-        "compare": True,
-        "checkpoint": True,
-        "watch": True,
-        "data": {"root"},
-        "pool": {"allow_insecure"},
-    }
-    tree = plain(config.model_dump(exclude=local))
-    return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
