@@ -73,7 +73,7 @@ def residual() -> Figure:
         axes.add_patch(Rectangle((x, 2), 6, 3, facecolor="white", edgecolor=INK))
         axes.text(x + 3, 3.5, name, ha="center", va="center", color=INK, fontsize=9)
     axes.plot([16, 24], [3.5, 3.5], color=HELD, linewidth=5, solid_capstyle="butt")
-    axes.text(20, 1, "hidden channels: dealt", ha="center", color=INK, fontsize=9)
+    axes.text(20, 1, "hidden channels: assigned to workers", ha="center", color=INK, fontsize=9)
     arrow(axes, 7, 9, 10, 4)
     arrow(axes, 30, 4, 34, 9)
     axes.text(34, 10.3, "+", ha="center", va="center", color=INK, fontsize=14)
