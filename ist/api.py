@@ -264,7 +264,7 @@ def split(
         >>> split.shares[0].parameters, split.shares[0].returned_bytes < split.shares[0].sent_bytes
         (90, True)
         >>> print(split)
-        Sequential: 354 parameters, 1.4 kB; 4 workers, 50 local steps a round, 1 rounds
+        Sequential: 354 parameters, 1.4 kB; 4 workers, 50 local steps a round, 1 round
         Neuron groups...
     """
     config = split_config(locals())

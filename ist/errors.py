@@ -81,8 +81,8 @@ class WorkerLostError(PoolError):
         >>> try:
         ...     raise ist.WorkerLostError("round 7: 1 of 4 workers came back, and pool.min_returned is 2")
         ... except ist.PoolError as error:
-        ...     print("go on with resume=True:", error)
-        go on with resume=True: round 7: 1 of 4 workers came back, and pool.min_returned is 2
+        ...     print("resume with resume=True:", error)
+        resume with resume=True: round 7: 1 of 4 workers came back, and pool.min_returned is 2
     """
 
 

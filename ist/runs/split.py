@@ -146,20 +146,21 @@ def print_inspection(found: Inspection, console: Console) -> None:
     """Print the numbers of a split for a person."""
     some_frozen = found.trained_parameters < found.parameters
     frozen = f" ({found.trained_parameters:,} of them trained)" if some_frozen else ""
-    epoch = f", {found.steps_per_epoch} steps an epoch" if found.steps_per_epoch is not None else ""
+    epoch = f", {_counted(found.steps_per_epoch, 'step')} an epoch" if found.steps_per_epoch is not None else ""
     console.print(
         f"{found.model}: {found.parameters:,} parameters, {format_bytes(found.parameter_bytes)}{frozen}; "
-        f"{found.workers} workers, {found.local_steps} local steps a round, {found.rounds} rounds{epoch}"
+        f"{_counted(found.workers, 'worker')}, {_counted(found.local_steps, 'local step')} a round, "
+        f"{_counted(found.rounds, 'round')}{epoch}"
     )
     console.print(_group_table(found))
     for group in found.left_whole:
-        console.print(f"Left whole{' (a residual stream)' if group.residual else ''}: {group.title}")
+        console.print(f"Not split{' (a residual stream)' if group.residual else ''}: {group.title}")
     for operator, where in found.unknown_operators.items():
-        console.print(f"No rule for operator {operator} in {where}: what reaches it is not split")
+        console.print(f"No rule for operator {operator} in {where}: its inputs are not split")
     for cause in found.kept_whole_by:
-        console.print(f"Neurons are kept whole by {cause}")
+        console.print(f"Neurons are not split because of {cause}")
     for name in found.unreached:
-        console.print(f"Not reached by the example, so whole: {name}")
+        console.print(f"Not reached by the example, so not split: {name}")
     console.print(_tensor_table(found))
     shares = Table("worker", "parameters", "sent to it", "sent back", title="A round, by worker", title_justify="left")
     for share in found.shares:
@@ -181,10 +182,10 @@ def print_inspection(found: Inspection, console: Console) -> None:
     if len(found.stages) > 1:
         for number, stage in enumerate(found.stages, start=1):
             part = stage.steps / sum(other.steps for other in found.stages)
-            held = "the whole network" if stage.whole else "its share"
-            length = f"{stage.rounds} rounds of {stage.local_steps} steps, {part:.0%} of all"
+            held = "the full network" if stage.whole else "its share"
+            length = f"{_counted(stage.rounds, 'round')} of {_counted(stage.local_steps, 'step')}, {part:.0%} of all"
             console.print(f"Stage {number}: {length}; a worker holds {held}.")
-    console.print(f"The run sends {format_bytes(found.bytes_of_run)} in {found.rounds} rounds.")
+    console.print(f"The run sends {format_bytes(found.bytes_of_run)} in {_counted(found.rounds, 'round')}.")
 
 
 def _group_table(found: Inspection) -> Table:
@@ -193,7 +194,8 @@ def _group_table(found: Inspection) -> Table:
         places = dict.fromkeys(f"{s.tensor}[{':, ' * s.dim}*]" for s in group.slots)
         counts = _span([group.trained_in.fewest, group.trained_in.most])
         shown = ", ".join(places or group.modules)
-        groups.add_row(group.title, _span(group.neurons_per_worker), f"{counts} subnets", shown)
+        noun = "subnet" if counts == "1" else "subnets"
+        groups.add_row(group.title, _span(group.neurons_per_worker), f"{counts} {noun}", shown)
     return groups
 
 
@@ -206,6 +208,10 @@ def _tensor_table(found: Inspection) -> Table:
         merged = "frozen" if tensor.frozen else merged
         tensors.add_row(tensor.name, _shape(whole), "none" if share is None else _shape(share), f"{part:.2%}", merged)
     return tensors
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _span(sizes: Sequence[int]) -> str:
