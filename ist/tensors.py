@@ -1,6 +1,7 @@
-"""Tensors of a network without their values, by name; whether values are finite, and their checksums.
+"""The tensors of a network by name: shapes and dtypes, whether values are finite, and checksums.
 
-Where it sits: on the ground. Groups, cuts, messages and checkpoints all name the same tensors.
+Where it sits: below all rooms that work with tensors. Groups, cuts, messages and checkpoints use these names.
+Not here: how tensors are split (`ist/subnet/`) or sent (`ist/transport/`).
 """
 
 import math
@@ -27,15 +28,15 @@ class TensorSpec:
 
 
 def tensor_specs(module: nn.Module, with_statistics: bool) -> dict[str, TensorSpec]:
-    """Return the specs of the tensors that are trained: parameters, and buffers that hold state.
+    """Return the specs of the tensors in a network's `state_dict`: parameters and persistent buffers.
 
     Args:
-        module: The whole network; may be on the `meta` device.
-        with_statistics: Whether batch norm's running statistics are among them. They mean nothing after
-            a merge (the subnets that made them are gone), so normally they neither travel nor merge.
+        module: The full network; it may be on the `meta` device.
+        with_statistics: Whether to include batch norm's running statistics. After a merge they no longer fit the
+            network, because they were computed in subnets. So usually they are neither sent nor merged.
 
     Returns:
-        Name to spec, in the order of the module's `state_dict`; a tied tensor under its first name only.
+        Name to spec, in the order of the `state_dict`; a tied tensor has its first name only.
     """
     skipped = set() if with_statistics else set(statistics_names(module))
     first: dict[int, str] = {}
@@ -47,14 +48,14 @@ def tensor_specs(module: nn.Module, with_statistics: bool) -> dict[str, TensorSp
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers by name; a tied one under its first name only."""
+    """Return parameters and buffers by name; a tied tensor has its first name only."""
     return dict(module.named_parameters()) | dict(module.named_buffers())
 
 
 def constant_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors that a network needs and `state_dict` leaves out.
+    """Return the tensors of a network that are not in its `state_dict`.
 
-    They are buffers that are not persistent, and tensors that are plain attributes of modules.
+    These are non-persistent buffers, and tensors that are plain attributes of modules.
     """
     saved = set(module.state_dict())
     constants = {name: buffer for name, buffer in module.named_buffers() if name not in saved}
@@ -65,12 +66,12 @@ def constant_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def statistics_names(module: nn.Module) -> list[str]:
-    """Return the names of batch norm's running statistics, of norms that train.
+    """Return the names of the running statistics of batch norms in training mode.
 
-    A norm that its network keeps in evaluation mode normalises by its statistics: they are like weights.
+    A norm that the network keeps in evaluation mode normalizes with its statistics: they are used like weights.
 
     Args:
-        module: A network in the modes in which it is trained.
+        module: A network in its modes for training.
     """
     return [
         f"{name}.{buffer}" if name else buffer
@@ -82,13 +83,13 @@ def statistics_names(module: nn.Module) -> list[str]:
 
 
 def is_finite(tensors: Iterable[Tensor]) -> bool:
-    """Return whether no tensor holds a NaN or an infinity; those of whole numbers never do."""
+    """Return whether no tensor holds a NaN or an infinity; integer tensors never do."""
     real = (torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor for tensor in tensors)
     return all(_holds_finite(tensor) for tensor in real if tensor.is_floating_point() and tensor.numel())
 
 
 def _holds_finite(tensor: Tensor) -> bool:
-    # aminmax carries NaN along and needs one pass and no temporary, unlike isfinite().all().
+    # aminmax propagates NaN, and needs one pass and no temporary, unlike isfinite().all().
     low, high = tensor.detach().aminmax()
     return math.isfinite(low.item()) and math.isfinite(high.item())
 

@@ -1,1 +1,1 @@
-"""Checks of a network and its data that end a run before it starts, or stop it before it computes something else."""
+"""Checks that refuse a network, loss, optimizer or data before the run starts, or stop a run that would be wrong."""

@@ -1,14 +1,14 @@
-"""Notice a network whose forward computes something else later than when its neurons were found.
+"""Detect a network whose forward changes during training.
 
-Neurons are found, and cuts checked, by runs of the network as it is at the start. A forward that counts its runs and
-then changes (a norm that is switched on after a warm-up) can make a narrow network compute something else than the
-masked whole one. So each worker runs its narrow network on the example at the start and again after some rounds, fewer
-and fewer of them, and compares which operators its modules call. Where one is new, the neurons are found again, with
-the modules' attributes as they are by then.
+The neurons are found, and cuts are checked, before the run starts. A forward that changes later (for example one that
+counts its runs and switches on a norm after a warm-up) can make a submodel compute other values than the masked full
+network. So each worker runs its submodel on the example at the start and again after some rounds, at growing
+intervals, and compares which operators its modules call. If an operator is new, the neurons are found again, with the
+current attributes of the modules.
 
-Where it sits: `ist/training/worker.py` asks after a round.
-Not here: what data alone change; a branch that the example does not take; what has changed before a worker's first
-round in another place or share.
+Where it sits: `ist/training/worker.py` calls it after a round.
+Not here: changes that depend on the data; branches that the example does not take; changes before the first round that
+a worker trains in another slot.
 """
 
 import warnings
@@ -30,30 +30,30 @@ from ist.rng import Indices, Purpose, seeded
 from ist.subnet.job import Job
 
 Operators = frozenset[tuple[str, str]]
-"""Paths of modules, and the names of the torch functions that they call."""
+"""Pairs: the path of a module, and the name of a torch function that it calls."""
 
 _Attributes = Mapping[tuple[str, str], Any]
-"""Paths of modules and the names of their attributes, to the values."""
+"""(path of a module, name of its attribute) to the attribute's value."""
 
 
 def operators(job: Job, module: nn.Module, device: torch.device) -> Operators:
-    """Return what a network's modules call for the example; the network is left as it is.
+    """Return the torch functions that a network's modules call on the example; the network does not change.
 
     Raises:
-        ModelError: It fails.
+        ModelError: The network fails.
     """
     module = copied(module)
-    watch = _Watch()
+    recorder = _OperatorRecorder()
     for path, child in module.named_modules():
-        child.register_forward_pre_hook(lambda *_, path=path: watch.path.append(path), prepend=True)
-        child.register_forward_hook(lambda *_: watch.leave(), always_call=True)
+        child.register_forward_pre_hook(lambda *_, path=path: recorder.path.append(path), prepend=True)
+        child.register_forward_hook(lambda *_: recorder.leave(), always_call=True)
     with seeded(device, job.config.seed, Purpose.REHEARSAL), network_errors(module):
-        dry_run(module, moved(job.task.example, device), watch)
-    return frozenset(watch.seen)
+        dry_run(module, moved(job.task.example, device), recorder)
+    return frozenset(recorder.seen)
 
 
 def is_due(job: Job, round_number: int) -> bool:
-    """Return whether to look again after a round: the 2nd, 4th, 8th, ..., the first of a later stage, and the last."""
+    """Return whether to check after a round: the 2nd, 4th, 8th, ..., the first of each later stage, and the last."""
     number = round_number + 1
     stages = [span.stage for span in job.schedule.spans[max(0, round_number - 1) : number]]
     is_doubled = number > 1 and number & round_number == 0
@@ -63,28 +63,29 @@ def is_due(job: Job, round_number: int) -> bool:
 def check_forward(
     job: Job, module: nn.Module, neurons: Sequence[Indices], known: Operators, device: torch.device
 ) -> Operators:
-    """Check that a narrow network may still be cut as it is, after some training.
+    """Check after some training that the network can still be split in the same way.
 
     Args:
         job: The run.
-        module: The narrow network.
-        neurons: Those of each group that it holds.
-        known: What its modules called before.
-        device: Where it is.
+        module: The submodel.
+        neurons: For each group, the neurons that it holds.
+        known: The operators that its modules have called so far.
+        device: The submodel's device.
 
     Returns:
-        What they have called so far.
+        `known` and the new operators.
 
     Raises:
-        ModelError: Neurons can no longer be told apart: a narrow network computes something else than the whole one.
+        ModelError: A group can no longer be split: a submodel would compute other values than the full network.
     """
     if all(len(held) == group.size for group, held in zip(job.split.groups, neurons, strict=True)):
-        return known  # it is the whole network
+        return known  # the module is the full network
     try:
         copy = copied(module)
-    except ModelError as error:  # it holds something that a forward has made
+    except ModelError as error:  # it holds an object that the forward has made
         warnings.warn(
-            f"whether the network still computes as at the start cannot be looked at: {first_line(error)}", stacklevel=2
+            f"cannot check whether the network still computes the same as at the start: {first_line(error)}",
+            stacklevel=2,
         )
         return known
     seen = operators(job, copy, device)
@@ -93,7 +94,7 @@ def check_forward(
     changed = _changed(module, job.split.module(neurons, torch.device("meta")))
     news = _news(module, seen - known, changed)
     joined: Sequence[str] = ()
-    why = ": a run of the whole network does not come there"
+    why = ": a run of the full network does not reach this call"
     try:
         joined, reached = _joined(job, module, changed)
         is_checked = seen - known <= reached
@@ -101,23 +102,23 @@ def check_forward(
         is_checked, why = False, f": {first_line(error)}"
     if joined:
         raise ModelError(
-            f"{news}: neurons of '{joined[0]}' can no longer be split. A network must compute the same from its first "
-            "step on; or leave these neurons whole (partition.exclude)"
+            f"{news}: neurons of '{joined[0]}' can no longer be split. Make the network compute the same from its "
+            "first step on, or do not split these neurons (partition.exclude)"
         )
     if not is_checked:
         warnings.warn(
-            f"{news}. Whether neurons may be split as before could not be checked again{why}",
+            f"{news}. Cannot check whether its neurons can still be split{why}",
             stacklevel=2,
         )
     return known | seen
 
 
 def warn_of_counters(module: nn.Module, fresh: nn.Module) -> None:
-    """Warn of numbers that modules hold and that have changed since a network was made.
+    """Warn of numbers in attributes of modules that training changes.
 
     Args:
-        module: The narrow network, after a step.
-        fresh: The same, as it was made.
+        module: The submodel, after a step.
+        fresh: The same submodel, before it was run.
     """
     before = _attributes(fresh)
     for (path, name), value in _attributes(module).items():
@@ -125,14 +126,14 @@ def warn_of_counters(module: nn.Module, fresh: nn.Module) -> None:
         if name != "training" and type(value) is type(old) and isinstance(value, int | float) and value != old:
             warnings.warn(
                 f"attribute '{path + '.' if path else ''}{name}' of the network changes as it runs ({old} -> {value}): "
-                "every worker has its own, which is neither merged nor saved, and begins again with a new narrow "
-                "network and where a run is resumed. Make it a buffer if what the network computes depends on it",
+                "every worker has its own value, which is neither merged nor saved, and starts again with each new "
+                "submodel and when the run is resumed. Make it a buffer if the network's results depend on it",
                 stacklevel=2,
             )
 
 
-class _Watch(TorchFunctionMode):
-    """Sees which torch functions are called, and by which module."""
+class _OperatorRecorder(TorchFunctionMode):
+    """Records which torch functions are called, and by which module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,11 +141,11 @@ class _Watch(TorchFunctionMode):
         self.seen: set[tuple[str, str]] = set()
 
     def leave(self) -> None:
-        """Note that the innermost module is done."""
+        """Record that the innermost module has returned."""
         self.path.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run a function, and note it; how attributes of tensors are read is no operator."""
+        """Run a function and record it, unless it only reads an attribute of a tensor."""
         name = getattr(func, "__name__", str(func))
         if name != "__get__":
             self.seen.add((self.path[-1] if self.path else "", name))
@@ -152,10 +153,10 @@ class _Watch(TorchFunctionMode):
 
 
 def _joined(job: Job, module: nn.Module, changed: _Attributes) -> tuple[tuple[str, ...], Operators]:
-    """Find the neurons of the network again, with what has changed in a narrow one.
+    """Find the neurons of the network again, with the attributes that changed in a submodel.
 
     Returns:
-        The split groups that are none any more, and what the changed network calls.
+        The split groups that are no longer found, and the operators that the changed network calls.
     """
 
     def build() -> nn.Module:
@@ -173,11 +174,11 @@ def _joined(job: Job, module: nn.Module, changed: _Attributes) -> tuple[tuple[st
     return tuple(name for name in split if before[name] not in after), operators(job, network, cpu)
 
 
-def _with(network: nn.Module, narrow: nn.Module, changed: _Attributes) -> nn.Module:
-    """Give a whole network what has changed in a narrow one: attributes, and buffers of which no part is cut."""
+def _with(network: nn.Module, submodel: nn.Module, changed: _Attributes) -> nn.Module:
+    """Copy a submodel's changed attributes, and its buffers that are not split, to a full network."""
     for (path, name), value in changed.items():
         vars(network.get_submodule(path))[name] = value
-    theirs = dict(narrow.named_buffers())
+    theirs = dict(submodel.named_buffers())
     with torch.no_grad():
         for name, buffer in network.named_buffers():
             if name in theirs and buffer.shape == theirs[name].shape and not buffer.is_meta:
@@ -191,7 +192,7 @@ def _changed(module: nn.Module, fresh: nn.Module) -> dict[tuple[str, str], Any]:
 
 
 def _attributes(network: nn.Module) -> dict[tuple[str, str], Any]:
-    """Return the plain Python values that modules hold."""
+    """Return the attributes of modules that are plain Python values."""
     return {
         (path, name): value
         for path, module in network.named_modules()
@@ -207,7 +208,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _news(module: nn.Module, new: Operators, changed: _Attributes) -> str:
-    """Say which module calls what is new, and what has changed in it."""
+    """Describe a new operator: the module that calls it, and the attributes that changed."""
     path, operator = min(new)
     where = f"'{path}' ({type(module.get_submodule(path)).__name__})" if path else "its forward"
     values = [f"'{'.'.join(filter(None, key))}' is now {value!r}" for key, value in list(changed.items())[:3]]

@@ -1,8 +1,7 @@
-"""What is not finite before anything is trained: in a network's values, and in data.
+"""Find non-finite values: in a network before training, and in data.
 
-Where it sits: `ist/training/worker.py` asks when a run is rehearsed, the coordinator and the baselines when a loss is
-not finite.
-Not here: whether what comes back from workers is finite (`ist/training/coordinator.py`).
+Where it sits: `ist/runs/rehearsal.py` calls it before a run; the coordinator calls it when a loss is not finite.
+Not here: whether the results of workers are finite (`ist/training/coordinator.py`).
 """
 
 from typing import Any
@@ -20,24 +19,24 @@ from ist.tensors import is_finite
 
 
 def check_start(job: Job, network: nn.Module) -> None:
-    """Check that what is trained, or rounded on its way, is finite at the start.
+    """Check that the first samples, trained parameters, and buffers that are rounded or subtracted are finite.
 
     Args:
         job: The run.
-        network: The whole network with its initial weights; left as it is.
+        network: The full network with its initial weights; it does not change.
 
     Raises:
-        DataError: The first samples are not numbers.
-        ModelError: A parameter is not, or a buffer that cannot travel as it is configured.
+        DataError: The first samples contain NaN.
+        ModelError: A trained parameter is not finite, or a buffer that the configured exchange rounds or subtracts.
     """
     if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors_in(job.task.example)):
-        raise DataError("the first samples of the training data hold nan in their inputs: leave them out, or mend them")
+        raise DataError("the first samples of the training data hold nan in their inputs: remove or correct them")
     if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
-        return  # it has no values yet, which is told where they are needed
+        return  # it has no values yet; code that needs them raises the error
     for name, parameter in network.named_parameters():
         if parameter.requires_grad and not is_finite([parameter]):
             raise ModelError(
-                f"'{name}' holds {_what(parameter)} before anything is trained: give it values, or freeze it "
+                f"'{name}' holds {_what(parameter)} before training: give it finite values, or freeze it "
                 "(requires_grad_(False)) if it is a mask"
             )
     exchange = job.config.exchange
@@ -47,12 +46,12 @@ def check_start(job: Job, network: nn.Module) -> None:
         if name in job.split.model_specs and not is_finite([buffer]):
             raise ModelError(
                 f"buffer '{name}' holds {_what(buffer)}, which can neither be rounded nor subtracted (exchange): leave "
-                "it out of the state_dict (register_buffer(..., persistent=False)), or exchange weights exactly"
+                "it out of the state_dict (register_buffer(..., persistent=False)), or send exact weights"
             )
 
 
 def find_non_finite_sample(job: Job, num_workers: int, worker: int, round_number: int) -> str | None:
-    """Return what is not finite in the data of a worker's round, and in which sample; None: nothing."""
+    """Describe a non-finite value in a worker's samples of a round, with the number of the sample; None: all finite."""
     cpu, sampler = torch.device("cpu"), job.schedule.sampler_for(num_workers)
     try:
         with seeded(cpu, job.config.seed, Purpose.TRAINING, round_number, worker):
@@ -61,12 +60,12 @@ def find_non_finite_sample(job: Job, num_workers: int, worker: int, round_number
                     if bad := non_finite_values(*fetch(job.task.train_data, np.array([number]), cpu)):
                         return f"sample {number} of the training data holds {bad}"
     except (ISTError, RuntimeError, ValueError, TypeError, IndexError):
-        return None  # the question was asked about another error, which is told
+        return None  # the caller reports the error for which it called this function
     return None
 
 
 def non_finite_values(inputs: Any, targets: Any) -> str | None:
-    """Say what is not finite in a batch: 'nan in its inputs'."""
+    """Describe a non-finite value in a batch, such as 'nan in its inputs'; None: all values are finite."""
     for where, values in (("inputs", inputs), ("targets", targets)):
         for tensor in tensors_in(values):
             if not is_finite([tensor]):

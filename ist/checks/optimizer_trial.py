@@ -1,7 +1,8 @@
-"""Try an optimiser out: does it keep anything outside its per-parameter state, and does every step move the parameters?
+"""Try an optimizer: does it have state outside its per-parameter state, and does every step change parameters?
 
-Where it sits: `ist/training/worker.py` asks when a run is rehearsed. Subnets change from round to round, and with them
-the optimiser object: what a class counts or accumulates in itself would be lost in silence.
+A worker creates a new optimizer for new neurons. Anything that the optimizer's class counts or accumulates in the
+object itself would be lost without a message.
+Where it sits: `ist/runs/rehearsal.py` calls it before a run.
 Not here: per-parameter state (`ist/optimization/optimizers.py`), which is reset, kept or carried as configured.
 """
 
@@ -26,12 +27,12 @@ _OWN = ("state", "param_groups", "defaults")
 
 @dataclass(frozen=True)
 class Trial:
-    """What some steps have shown.
+    """The result of some steps.
 
     Attributes:
-        outside: What a step changes of the optimiser beside per-parameter state, such as "its attribute 'count'"; and
-            whether it is a number or a tensor, which is saved with the state.
-        period: Steps until parameters moved for the first time; None: they did not.
+        outside: State outside the per-parameter state that a step changes, such as "its attribute 'count'"; and whether
+            it is saved with the per-parameter state, which numbers and tensors are.
+        period: Steps until parameters changed for the first time; None: they did not.
     """
 
     outside: Mapping[str, bool]
@@ -39,14 +40,14 @@ class Trial:
 
 
 def check_optimizer(job: Job, named: Mapping[str, nn.Parameter]) -> None:
-    """Refuse, or warn of, an optimiser class of which something would be lost between rounds.
+    """Refuse, or warn of, an optimizer class that would lose state between rounds.
 
     Args:
         job: The run.
-        named: A subnet's parameters with gradients of a step; left as they are.
+        named: A subnet's parameters with the gradients of a step; they do not change.
 
     Raises:
-        ConfigError: It keeps what cannot be carried, or would never make a step.
+        ConfigError: It has state that cannot be carried, or would never change a parameter.
     """
     found = try_steps(job, named)
     if not found.outside and found.period == 1:
@@ -59,46 +60,47 @@ def check_optimizer(job: Job, named: Mapping[str, nn.Parameter]) -> None:
         if unsaved and any(config.checkpoint.is_due(number) for number in range(1, job.schedule.num_rounds)):
             warnings.warn(
                 f"'train.optimizer.name': {name} keeps {' and '.join(unsaved)} outside its per-parameter state, which "
-                "is not saved: a resumed run begins it afresh",
+                "is not saved: it starts again when the run is resumed",
                 stacklevel=2,
             )
         return
     if found.outside and train.optimizer_state == "carried":
         raise ConfigError(
-            f"'train.optimizer_state' is 'carried', but {keeps} outside its per-parameter state, which cannot be cut "
-            "along with a parameter: use 'reset', which begins it afresh every round"
+            f"'train.optimizer_state' is 'carried', but {keeps} outside its per-parameter state, which cannot be split "
+            "with a parameter: use 'reset', which creates a new optimizer in every round"
         )
     lengths = {len(span.steps) for span in job.schedule.spans[:-1] or job.schedule.spans}
     if found.period is None and max(lengths) <= _MOST_STEPS:
         raise ConfigError(
-            f"'train.optimizer.name': {name} moves no parameter in a round's {max(lengths)} local steps, and every "
-            "round has a new one: nothing would be trained. Raise train.local_steps"
+            f"'train.optimizer.name': {name} changes no parameter in a round's {max(lengths)} local steps, and every "
+            "round has a new optimizer: nothing would be trained. Raise train.local_steps"
         )
-    said = [f"{keeps} outside its per-parameter state, which every round begins afresh"] if found.outside else []
+    said = [f"{keeps} outside its per-parameter state, which starts again in every round"] if found.outside else []
     if found.period is not None and any(length % found.period for length in lengths):
         said.append(
-            f"{name} moves parameters once in {found.period} steps, and gradients that wait for it when a round ends "
-            f"are lost: make train.local_steps ({train.local_steps}) a multiple of {found.period}"
+            f"{name} changes parameters once in {found.period} steps, and gradients that it has not used at the end of "
+            f"a round are lost: make train.local_steps ({train.local_steps}) a multiple of {found.period}"
         )
     if said:
         warnings.warn(
-            f"'train.optimizer.name': {'; '.join(said)} (a new optimiser is made for new neurons)", stacklevel=2
+            f"'train.optimizer.name': {'; '.join(said)} (each worker creates a new optimizer for new neurons)",
+            stacklevel=2,
         )
 
 
 def _same_neurons(job: Job) -> bool:
-    """Whether every worker holds the same neurons in all rounds."""
-    held = assignments(job)
-    first = held.of(0)
+    """Return whether every worker holds the same neurons in all rounds."""
+    by_round = assignments(job)
+    first = by_round.of(0)
     return all(
         all(map(np.array_equal, mine, before))
         for round_number in range(1, job.schedule.num_rounds)
-        for mine, before in zip(held.of(round_number), first, strict=True)
+        for mine, before in zip(by_round.of(round_number), first, strict=True)
     )
 
 
 def try_steps(job: Job, named: Mapping[str, nn.Parameter]) -> Trial:
-    """Make steps with a new optimiser, on copies, until parameters have moved; see `Trial`."""
+    """Make steps with a new optimizer on copies of parameters until one of them changes; see `Trial`."""
     with_gradients = {name: parameter for name, parameter in named.items() if parameter.grad is not None}
     copies = {name: nn.Parameter(_zeros_and_ones(parameter)) for name, parameter in named.items()}
     optimizer = optimizers.build_optimizer(job.config.train.optimizer, list(copies.values()))
@@ -114,7 +116,9 @@ def try_steps(job: Job, named: Mapping[str, nn.Parameter]) -> Trial:
             assert parameter.grad is not None
             given = gradient.to_sparse(1) if parameter.grad.is_sparse else gradient
             mine = copies[name]
-            mine.grad = given if mine.grad is None else mine.grad + given  # a class may keep gradients
+            mine.grad = (
+                given if mine.grad is None else mine.grad + given
+            )  # the optimizer may leave gradients for its next step
         optimizer.step()
         if is_still or any(not torch.equal(start[name], copies[name]) for name in with_gradients):
             period = period or step
@@ -129,14 +133,14 @@ _ABSENT = object()
 
 
 def _zeros_and_ones(parameter: Tensor) -> Tensor:
-    """Values of which some move, however small a step is, or however large it must be to be seen beside a value."""
+    """Return values of which some change for a step of any size: a small step changes a 0, a relative one a 1."""
     values = torch.zeros(parameter.numel(), dtype=parameter.dtype)
     values[::2] = 1
     return values.view(parameter.shape)
 
 
 def _outside(optimizer: torch.optim.Optimizer, own: Mapping[int, str]) -> dict[tuple[str, int | None], Any]:
-    """Return, comparably, attributes of an optimiser and settings of its groups: (name, number of the group)."""
+    """Return an optimizer's attributes and parameter-group settings in comparable form, by (name, group or None)."""
     found: dict[tuple[str, int | None], Any] = {
         (name, None): _comparable(value, own) for name, value in vars(optimizer).items() if name not in _OWN
     }
@@ -146,7 +150,7 @@ def _outside(optimizer: torch.optim.Optimizer, own: Mapping[int, str]) -> dict[t
 
 
 def _comparable(value: Any, own: Mapping[int, str], depth: int = 0) -> Any:
-    """Return what is equal for two values if nothing in them that can be seen has changed."""
+    """Return a comparable form of a value: two values with equal visible content give equal forms."""
     if id(value) in own:
         return own[id(value)]
     if isinstance(value, Tensor):

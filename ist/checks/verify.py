@@ -1,11 +1,12 @@
-"""Check, before anything is trained, that a narrow network computes what the masked whole one does.
+"""Check before training that a submodel computes the same as the masked full network.
 
-Identity 2 of the method: a subnet's outputs, and its gradients, are those of the whole network with every
-other neuron's outgoing weights set to zero. Groups are inferred from a run of the network, and narrow
-networks are made by changing attributes of modules, so this is checked on the example for the shares of the
-first round and for the smallest cut; a network for which it does not hold is refused.
+Identity 2 of the method: the outputs and gradients of a subnet are those of the full network with the outgoing weights
+of all other neurons set to zero. Groups are inferred from a run of the network, and submodels are made by changing
+attributes of modules. So the identity is checked on the example, for the largest and the smallest share of a round and
+for one neuron of each group. A network for which it does not hold is refused.
 
-Where it sits: `ist/training/worker.py` calls it when a run is rehearsed.
+Where it sits: `ist/runs/rehearsal.py` calls it before a run.
+Not here: changes of the forward during training (`ist/checks/drift.py`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,78 +37,78 @@ from ist.subnet.split_model import SplitModel
 from ist.tensors import TensorSpec, named_tensors
 
 MOST_FOR_DOUBLE = 100_000_000
-"""Networks with more parameters are compared in their own precision: in float64 they would take much memory."""
+"""Networks with more parameters are compared in their own precision: float64 would need too much memory."""
 
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}
-"""Largest difference, relative to the largest value. Some networks compute in float32 whatever they are given; a
-wrong cut is wrong by the order of the values themselves."""
+"""Largest difference, relative to the largest value. Some networks compute in float32 for inputs of any precision. A
+wrong cut gives differences as large as the values themselves."""
 
 
 MOST_SEEDS = 4
-"""Networks that draw random numbers are compared for so many draws, until all of their parameters have a gradient."""
+"""Networks that draw random numbers are compared for at most this many seeds, until each parameter has a gradient."""
 
 
 def verify_cuts(job: Job, original: nn.Module | None = None) -> None:
-    """Check the first round's largest and smallest share, and the smallest cut of all.
+    """Check the cuts of the first and the last worker in a round, and the cut with one neuron of each group.
 
-    Costs the memory of two whole networks for a moment; changes nothing.
+    It needs the memory of two full networks for a short time, and changes nothing.
 
     Args:
         job: The run.
-        original: The whole network with its initial weights, where it is at hand; None: it is built.
+        original: The full network with its initial weights; None: it is built.
 
     Raises:
-        ModelError: A narrow network fails, or computes something else than the masked whole network.
+        ModelError: A submodel fails, or computes other values than the masked full network.
     """
     with seeded(torch.device("cpu"), job.config.seed, Purpose.TRAINING):
         original = job.task.build() if original is None else original
         _check_copies(original, job.task.example)
-        whole, example = _in_double(job.task)
-        held = assignments(job)
-        if scales := held.block_scales():
-            _verify_blocks(list(scales), whole, example)
-        for neurons in _shares(job, held):
-            verify_cut(job.split, whole, example, neurons)
+        full, example = _in_double(job.task)
+        by_round = assignments(job)
+        if scales := by_round.block_scales():
+            _verify_blocks(list(scales), full, example)
+        for neurons in _shares(job, by_round):
+            verify_cut(job.split, full, example, neurons)
 
 
-def verify_cut(split: SplitModel, whole: nn.Module, example: object, neurons: Sequence[Indices]) -> None:
-    """Check one cut of a whole network with values; see `verify_cuts`.
+def verify_cut(split: SplitModel, full: nn.Module, example: object, neurons: Sequence[Indices]) -> None:
+    """Check one cut of a full network with values; see `verify_cuts`.
 
     Args:
-        split: The network and its groups.
-        whole: The whole network with the values to compare with, on the CPU; left as it was.
+        split: The split network.
+        full: The full network with the values for the comparison, on the CPU; it does not change.
         example: Inputs of a batch, of the network's precision.
-        neurons: For each group, the neurons that are held.
+        neurons: For each group, the neurons that the submodel holds.
 
     Raises:
-        ModelError: They differ.
+        ModelError: The submodel fails, or computes other values than the masked full network.
     """
-    precision = next(p.dtype for p in whole.parameters() if p.is_floating_point())
-    narrow = split.module(neurons, torch.device("cpu"))
+    precision = next(p.dtype for p in full.parameters() if p.is_floating_point())
+    submodel = split.module(neurons, torch.device("cpu"))
     if precision == torch.float64:
-        narrow = narrow.double()  # unlike `to`, this leaves complex numbers complex
+        submodel = submodel.double()  # unlike `to`, it does not convert complex numbers
     cut = positions(split.groups, split.everything, neurons)
-    state = {name: tensor.detach().contiguous() for name, tensor in named_tensors(whole).items() if name in cut}
+    state = {name: tensor.detach().contiguous() for name, tensor in named_tensors(full).items() if name in cut}
     part = {
         name: torch.empty(spec.shape, dtype=state[name].dtype) for name, spec in _part_specs(split, cut, state).items()
     }
     extract(state, cut, into=part)
-    # What a worker is not sent must be right by itself.
-    bind(narrow, {name: tensor for name, tensor in part.items() if name in split.specs or name in split.frozen_specs})
+    # Bind only tensors that a worker is sent: the module itself must provide all others.
+    bind(submodel, {name: tensor for name, tensor in part.items() if name in split.specs or name in split.frozen_specs})
     plan = split.plan(neurons)
-    masked = _masked(split, whole, plan, cut, neurons)
+    masked = _masked(split, full, plan, cut, neurons)
     tolerance = TOLERANCE.get(precision, 1e-2)
 
-    def run_narrow(detour: Detour | None) -> dict[str, Tensor]:
+    def run_submodel(detour: Detour | None) -> dict[str, Tensor]:
         try:
-            return _repeatable_results(narrow, example, detour)
+            return _repeatable_results(submodel, example, detour)
         except FAILURES as error:
             raise ModelError(
-                f"{_held(split.groups, neurons)}: a narrow network of this class fails: {first_line(error)}. {_ADVICE}"
+                f"{_shares_text(split.groups, neurons)}: a submodel of this class fails: {first_line(error)}. {_ADVICE}"
             ) from error
 
     for detour in (None, *split.found.detours):
-        runs = [partial(run_narrow, detour), partial(_repeatable_results, masked, example, detour)]
+        runs = [partial(run_submodel, detour), partial(_repeatable_results, masked, example, detour)]
         run = partial(_repeatable_results, example=example, detour=detour)
         expected, found, differing = _compared(split, plan, cut, masked, runs, run, tolerance)
         if differing:
@@ -115,8 +116,8 @@ def verify_cut(split: SplitModel, whole: nn.Module, example: object, neurons: Se
     if differing:
         name = differing[0]
         raise ModelError(
-            f"{_held(split.groups, neurons)}: a narrow network of this class computes something else than the masked "
-            f"whole one: {name} differs by {_distance(expected[name], found.get(name)):.2g}, where values are up to "
+            f"{_shares_text(split.groups, neurons)}: a submodel of this class computes other values than the masked "
+            f"full network: {name} differs by {_distance(expected[name], found.get(name)):.2g}, where values are up to "
             f"{_size(expected[name]):.2g}. {_ADVICE}"
         )
 
@@ -130,7 +131,7 @@ def _compared(
     run: Callable[[nn.Module], dict[str, Tensor]],
     tolerance: float,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """Return the results of the masked whole network, of the narrow one, and the names of those that differ."""
+    """Return the results of the masked full network, of the submodel, and the names of results that differ."""
 
     def restricted(results: dict[str, Tensor]) -> dict[str, Tensor]:
         return _restricted(split, plan, cut, results)
@@ -146,7 +147,7 @@ def _compared(
         if differing or not is_random or wanted <= gradients:
             break
     if differing:
-        # Batch norm of few samples magnifies rounding errors: measure how much, and allow for that.
+        # Batch norm of few samples magnifies rounding errors: measure by how much, and add that to the tolerance.
         rounded = copied(masked)
         _round_differently(rounded)
         three: list[Callable[[], dict[str, Tensor]]] = [*runs, partial(run, rounded)]
@@ -159,16 +160,16 @@ def _compared(
 _GRADIENT = "the gradient of "
 
 _ADVICE = (
-    "Its forward depends on a number that could not be narrowed. Name the attribute that holds it (partition.sizes), "
-    "or share these neurons (partition.exclude); docs/groups.md tells how"
+    "Its forward depends on a number that could not be changed to the submodel's size. Name the attribute that holds it "
+    "(partition.sizes), or do not split these neurons (partition.exclude); docs/groups.md says how"
 )
 
 
 def _check_copies(original: nn.Module, example: object) -> None:
-    """Check that a copy of the network runs, and uses its own parameters only.
+    """Check that a copy of the network runs and uses only its own parameters.
 
     Raises:
-        ModelError: It fails, or its forward reaches the original's parameters, as through a function that holds `self`.
+        ModelError: It fails, or its forward uses parameters of the original, as through a function that holds `self`.
     """
     gradients = [(parameter, parameter.grad) for parameter in original.parameters()]
     for parameter, _ in gradients:
@@ -188,13 +189,13 @@ def _check_copies(original: nn.Module, example: object) -> None:
         )
 
 
-def _verify_blocks(paths: Sequence[str], whole: nn.Module, example: object) -> None:
-    """Check that the blocks which are dealt add to their input: without weights, they must return it.
+def _verify_blocks(paths: Sequence[str], full: nn.Module, example: object) -> None:
+    """Check that assigned blocks are residual: with all weights 0 they must return their input.
 
     Raises:
-        ModelError: They do something else.
+        ModelError: They do not, or the network fails without them.
     """
-    empty, skipping = copied(whole), copied(whole)
+    empty, skipping = copied(full), copied(full)
     for path in paths:
         for parameter in empty.get_submodule(path).parameters():
             nn.init.zeros_(parameter)
@@ -215,44 +216,44 @@ def _verify_blocks(paths: Sequence[str], whole: nn.Module, example: object) -> N
 
 
 def _in_double(task: Task) -> tuple[nn.Module, object]:
-    """Return a whole network to compare with and its inputs.
+    """Return a full network for the comparison, and its inputs.
 
-    They are in float64 if the network is not too large, can compute so, and then has no more values that are not
-    finite: a mask of -3e38 may mean minus infinity in float32 only.
+    They are in float64 if the network is not too large, runs in float64, and then has no additional non-finite values:
+    a mask of -3e38 may mean minus infinity in float32 only.
 
     Raises:
-        ModelError: An output, or the gradient of a parameter, is not finite anywhere.
+        ModelError: All values of an output, or of the gradient of a parameter, are non-finite.
     """
-    whole = task.build_copy()
-    _disturb(whole)
-    found = whole, task.example
+    full = task.build_copy()
+    _disturb(full)
+    found = full, task.example
     bad: dict[str, bool] | None = None
-    if sum(p.numel() for p in whole.parameters()) <= MOST_FOR_DOUBLE:
-        double = copied(whole).double(), mapped(task.example, lambda t: t.double() if t.is_floating_point() else t)
+    if sum(p.numel() for p in full.parameters()) <= MOST_FOR_DOUBLE:
+        double = copied(full).double(), mapped(task.example, lambda t: t.double() if t.is_floating_point() else t)
         with suppress(RuntimeError, ValueError, TypeError):
             bad = _not_finite(copied(double[0]), double[1])
             found = double
     if bad is None or bad:
-        plain = _not_finite(copied(whole), task.example)
+        plain = _not_finite(copied(full), task.example)
         if bad is None or len(plain) < len(bad):
-            found, bad = (whole, task.example), plain
+            found, bad = (full, task.example), plain
     if True in bad.values():
         name = next(name for name, everywhere in bad.items() if everywhere)
         raise ModelError(
-            f"{name} is not finite on an example of the data (with parameters moved a little from their values): "
-            "a narrow network cannot be compared with the whole one"
+            f"{name} is not finite on an example of the data (with slightly changed parameters): "
+            "a submodel cannot be compared with the full network"
         )
     return found
 
 
 def _not_finite(module: nn.Module, example: object) -> dict[str, bool]:
-    """Return the outputs and gradients that hold values that are not finite, and whether all of them are so."""
+    """Return the names of outputs and gradients with non-finite values, and whether all their values are non-finite."""
     finite = {name: tensor.isfinite() for name, tensor in _named_results(module, example).items() if tensor.numel()}
     return {name: not bool(where.any()) for name, where in finite.items() if not bool(where.all())}
 
 
-def _shares(job: Job, held: Assignments) -> Iterator[Sequence[Indices]]:
-    shares = held.of(job.schedule.main_round)
+def _shares(job: Job, by_round: Assignments) -> Iterator[Sequence[Indices]]:
+    shares = by_round.of(job.schedule.main_round)
     yield shares[0]
     if len(shares) > 1:
         yield shares[-1]
@@ -260,19 +261,19 @@ def _shares(job: Job, held: Assignments) -> Iterator[Sequence[Indices]]:
 
 
 def _disturb(module: nn.Module) -> None:
-    """Move every parameter away from special values: a scale that starts at 0 would hide what is behind it."""
+    """Move every parameter away from special values: a scale that starts at 0 would hide errors behind it."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.is_floating_point():
-                usual = parameter.abs() < 1e30  # neither infinite nor what stands for it, as in masks
+                usual = parameter.abs() < 1e30  # not infinite, and not a large number instead of infinity, as in masks
                 size = parameter[usual].square().mean().sqrt()
                 moved = parameter + torch.randn_like(parameter) * torch.where(size > 0, size / 4, 0.1)
                 parameter.copy_(torch.where(usual, moved, parameter))
 
 
-def _masked(split: SplitModel, whole: nn.Module, plan: SubmodelPlan, cut: Cut, neurons: Sequence[Indices]) -> nn.Module:
-    """The whole network with the outgoing weights of all other neurons set to zero: the oracle of a subnet."""
-    masked = copied(whole)
+def _masked(split: SplitModel, full: nn.Module, plan: SubmodelPlan, cut: Cut, neurons: Sequence[Indices]) -> nn.Module:
+    """Return the full network with the outgoing weights of all other neurons set to zero: the reference of a subnet."""
+    masked = copied(full)
     for path in plan.absent:
         leave_out(masked, path)
     tensors = dict(masked.named_parameters())
@@ -281,11 +282,11 @@ def _masked(split: SplitModel, whole: nn.Module, plan: SubmodelPlan, cut: Cut, n
             others = np.setdiff1d(np.arange(group.size), held)
             for slot in group.slots:
                 if (slot.tensor, slot.dim) in group.outgoing and slot.tensor in tensors:
-                    places = torch.from_numpy(np.sort(slot.positions(others)))
-                    tensors[slot.tensor].index_fill_(slot.dim, places, dict(group.masked_by).get(slot.tensor, 0.0))
+                    indices = torch.from_numpy(np.sort(slot.positions(others)))
+                    tensors[slot.tensor].index_fill_(slot.dim, indices, dict(group.masked_by).get(slot.tensor, 0.0))
         for tensor, (dim, scale) in plan.scales.items():
-            kept = cut[tensor][dim]
-            index = torch.from_numpy(kept) if kept is not None else torch.arange(tensors[tensor].shape[dim])
+            own = cut[tensor][dim]
+            index = torch.from_numpy(own) if own is not None else torch.arange(tensors[tensor].shape[dim])
             part = tensors[tensor].index_select(dim, index)
             tensors[tensor].index_copy_(dim, index, part * along(scale, dim, part))
     return masked
@@ -316,8 +317,8 @@ def _outputs_and_gradients(module: nn.Module, example: object) -> tuple[list[Ten
 def _differentiate(total: Tensor) -> None:
     """Compute the gradients of all parameters.
 
-    `total.backward()` is a torch function, inside which the mode that switches dropout off would not be active: what
-    is computed anew there (checkpointing) would have it.
+    `total.backward()` is a torch function, and the mode that switches dropout off is not active inside torch functions.
+    Activations that are recomputed there (checkpointing) would have dropout.
     """
     engine: Any = torch.autograd.Variable._execution_engine
     engine.run_backward((total,), (torch.ones_like(total),), False, False, (), True, True)
@@ -330,12 +331,12 @@ def _named_results(module: nn.Module, example: object) -> dict[str, Tensor]:
 
 
 def _repeatable_results(module: nn.Module, example: object, detour: Detour | None) -> dict[str, Tensor]:
-    """Return the results of a run that leaves the buffers as they were, so that another run gives the same.
+    """Run a network and restore its buffers, so that another run gives the same results.
 
     Args:
         module: The network.
         example: Inputs of a batch.
-        detour: How the way of the forward is changed.
+        detour: Forces branches that the forward does not take on the example; None: it runs as usual.
     """
     before = [
         (child, {name: None if buffer is None else buffer.clone() for name, buffer in child._buffers.items()})
@@ -350,7 +351,7 @@ def _repeatable_results(module: nn.Module, example: object, detour: Detour | Non
 
 
 def _restricted(split: SplitModel, plan: SubmodelPlan, cut: Cut, results: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Restrict the gradients of the masked whole network to the part that a narrow one has."""
+    """Restrict the gradients of the masked full network to the submodel's part."""
     restricted = {}
     for what, tensor in results.items():
         name = what.removeprefix(_GRADIENT)
@@ -370,9 +371,9 @@ def _restricted(split: SplitModel, plan: SubmodelPlan, cut: Cut, results: dict[s
 def _agree(
     expected: dict[str, Tensor], found: dict[str, Tensor], what: str, tolerance: float, noise: float = 0.0
 ) -> bool:
-    """Whether two results agree, up to rounding errors; never if they differ by more than a twentieth of their size."""
+    """Return whether two results agree up to rounding errors, and differ by at most a twentieth of their size."""
     size = _size(expected[what])
-    if what.startswith(_GRADIENT):  # gradients that vanish are rounding errors of those that do not
+    if what.startswith(_GRADIENT):  # a vanishing gradient has the rounding errors of others
         size = max(size, max(_size(tensor) for name, tensor in expected.items() if name.startswith(_GRADIENT)) / 10)
     allowed = max(tolerance * size, min(1000 * noise, size / 20))
     return _distance(expected[what], found.get(what)) <= allowed + 1e-12
@@ -381,7 +382,7 @@ def _agree(
 def _distance(expected: Tensor, found: Tensor | None) -> float:
     if found is None or expected.shape != found.shape:
         return float("inf")
-    # Two infinities, and two values that are not numbers, are the same.
+    # Two equal infinities agree, and so do two NaNs.
     same = (expected == found) | (expected.isnan() & found.isnan())
     return float((expected - found).masked_fill(same, 0).abs().max()) if expected.numel() else 0.0
 
@@ -391,14 +392,14 @@ def _size(tensor: Tensor) -> float:
 
 
 def _round_differently(module: nn.Module) -> None:
-    """Move every parameter by the smallest relative amount that it can be moved by."""
+    """Change every parameter by about the smallest possible relative amount."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 parameter.mul_(1 + torch.randn_like(parameter) * torch.finfo(parameter.dtype).eps)
 
 
-def _held(groups: Sequence[Group], neurons: Sequence[Indices]) -> str:
-    """Name what was held in a cut."""
+def _shares_text(groups: Sequence[Group], neurons: Sequence[Indices]) -> str:
+    """Describe how many neurons of each group a submodel holds."""
     shares = [f"{len(held)} of {group.size} in '{group.name}'" for group, held in zip(groups, neurons, strict=True)]
     return "neurons " + ", ".join(shares[:3]) + (", ..." if len(shares) > 3 else "")

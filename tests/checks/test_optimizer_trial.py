@@ -1,4 +1,4 @@
-"""What an optimiser class keeps in itself, and loses with every new object, is said before a run."""
+"""State that an optimizer class has in the object itself is lost with the object: the user is told before a run."""
 
 import warnings
 from pathlib import Path
@@ -13,7 +13,7 @@ from ist.config.base import Component
 from ist.errors import ConfigError
 from ist.optimization.optimizers import build_optimizer, named_state, restore_named_state
 from ist.runs.recorder import RunRecorder
-from tests.conftest import assert_same, clone, data
+from tests.conftest import assert_same, clone, data, naming
 from tests.networks import NETWORKS, seeded
 from tests.runs.test_resume import PowerCutError
 
@@ -25,43 +25,43 @@ def trained(model: nn.Module | None = None, **options: Any) -> nn.Module:
     return train(model or seeded(NETWORKS["no batch norm"]), data(), **{**settings, **options}).model
 
 
-def test_gradients_that_wait_when_a_round_ends_are_told() -> None:
-    expected = r"keeps its attribute 'calls' .*moves parameters once in 3 steps.*\(4\) a multiple of 3"
+def test_gradients_that_are_unused_when_a_round_ends_are_warned_of() -> None:
+    expected = naming("'calls'", "once in 3 steps", "train.local_steps (4) a multiple of 3")
     with pytest.warns(UserWarning, match=expected):
         trained(**THREE, local_steps=4)
 
 
-def test_a_count_that_starts_anew_is_told_where_nothing_else_is_lost() -> None:
-    with pytest.warns(UserWarning, match="keeps its attribute 'calls' outside") as said:
+def test_a_count_that_starts_again_is_warned_of_alone_if_nothing_else_is_lost() -> None:
+    with pytest.warns(UserWarning, match=naming("'train.optimizer.name'", "attribute 'calls'")) as said:
         trained(**THREE, local_steps=6)
 
     assert "multiple" not in str(said[0].message)
 
 
-def test_a_setting_of_a_group_that_a_step_changes_is_told() -> None:
-    with pytest.warns(UserWarning, match="OwnRate keeps 'lr' of parameter group 0 outside"):
+def test_a_setting_of_a_parameter_group_that_a_step_changes_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match=naming("OwnRate", "'lr' of parameter group 0")):
         trained(optimizer="tests.optimizers:OwnRate", optimizer_args={"lr": 0.1}, local_steps=3)
 
 
-def test_an_optimiser_that_never_steps_within_a_round_is_refused() -> None:
-    with pytest.raises(ConfigError, match="moves no parameter in a round's 2 local steps"):
+def test_an_optimizer_that_never_steps_within_a_round_is_refused() -> None:
+    with pytest.raises(ConfigError, match=naming("'train.optimizer.name'", "2 local steps", "train.local_steps")):
         trained(**THREE, local_steps=2)
 
 
-def test_state_outside_parameters_is_not_carried() -> None:
-    with pytest.raises(ConfigError, match="'carried', but .*Accumulating keeps its attribute 'calls'"):
+def test_state_outside_the_per_parameter_state_is_not_carried() -> None:
+    with pytest.raises(ConfigError, match=naming("'carried'", "Accumulating", "'calls'", "'reset'")):
         trained(**THREE, local_steps=6, train_options={"optimizer_state": "carried"})
 
 
 @pytest.mark.parametrize("name", ["Accumulating", "OwnRate"])
-def test_one_worker_that_keeps_its_optimiser_goes_on_with_it_and_after_a_resume_too(tmp_path: Path, name: str) -> None:
+def test_one_worker_that_keeps_its_optimizer_continues_with_it_also_after_a_resume(tmp_path: Path, name: str) -> None:
     args = {"lr": 0.1, "every": 3} if name == "Accumulating" else {"lr": 0.1}
     options: dict[str, Any] = {
         "workers": 1, "local_steps": 4, "optimizer": f"tests.optimizers:{name}", "optimizer_args": args,
         "train_options": {"optimizer_state": "kept"}, "checkpoint_options": {"every": 1}, "run_dir": tmp_path / "run",
         "rounds": 4,
     }  # fmt: skip
-    whole = trained(**{**options, "run_dir": None})
+    uninterrupted = trained(**{**options, "run_dir": None})
     save = RunRecorder.save
 
     def stop_after_two(self: Any, rounds_done: int, state: Any) -> None:
@@ -75,20 +75,20 @@ def test_one_worker_that_keeps_its_optimiser_goes_on_with_it_and_after_a_resume_
             trained(**options)
     resumed = trained(**options, resume=True)
 
-    assert_same(clone(resumed.state_dict()), clone(whole.state_dict()))
+    assert_same(clone(resumed.state_dict()), clone(uninterrupted.state_dict()))
 
 
-def test_what_cannot_be_saved_of_a_kept_optimiser_is_told() -> None:
+def test_state_of_a_kept_optimizer_that_cannot_be_saved_is_warned_of() -> None:
     options: dict[str, Any] = {
         "workers": 1, "local_steps": 4, "optimizer": "tests.optimizers:History", "optimizer_args": {"lr": 0.1},
         "train_options": {"optimizer_state": "kept"},
     }  # fmt: skip
-    with pytest.warns(UserWarning, match="keeps its attribute 'seen' outside .* not saved"):
+    with pytest.warns(UserWarning, match=naming("attribute 'seen'", "not saved")):
         trained(**options, checkpoint_options={"every": 1})
     trained(**options, checkpoint_options={"every": 9})
 
 
-def test_numbers_of_the_object_and_of_groups_are_part_of_its_named_state() -> None:
+def test_numbers_of_the_optimizer_and_of_its_groups_are_part_of_its_named_state() -> None:
     spec = Component(name="tests.optimizers:Accumulating", args={"lr": 0.1, "every": 3})
     named = {"w": nn.Parameter(torch.zeros(3))}
     first, second = (build_optimizer(spec, list(named.values())) for _ in range(2))
@@ -101,7 +101,7 @@ def test_numbers_of_the_object_and_of_groups_are_part_of_its_named_state() -> No
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "Adagrad", "RMSprop", "NAdam", "Rprop", "Adafactor", "ASGD"])
-def test_torchs_own_optimisers_keep_nothing_outside(name: str) -> None:
+def test_torchs_own_optimizers_have_no_other_state(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trained(optimizer=name, local_steps=2, optimizer_args={"lr": 1e-3}, rounds=1)

@@ -1,4 +1,4 @@
-"""Factors that are in the weights of a subnet while they are trained (train.activation_scale: folded)."""
+"""Scale factors folded into the weights of a subnet while it is trained (train.activation_scale: folded)."""
 
 import copy
 
@@ -25,7 +25,7 @@ def coordinator(job: Job, model: nn.Module) -> Coordinator:
 
 
 @pytest.mark.parametrize("network", ["no batch norm", "uneven widths"])
-def test_one_worker_trains_the_whole_network_bit_for_bit(network: str) -> None:
+def test_one_worker_trains_the_full_network_bit_for_bit(network: str) -> None:
     results = []
     for scale in ("none", "folded"):
         model = seeded(NETWORKS[network])
@@ -38,7 +38,7 @@ def test_one_worker_trains_the_whole_network_bit_for_bit(network: str) -> None:
 
 
 @pytest.mark.parametrize("overlapping", [False, True])
-def test_a_workers_step_is_a_plain_step_of_the_narrow_network_with_multiplied_weights(overlapping: bool) -> None:
+def test_a_workers_step_is_a_plain_step_of_the_submodel_with_multiplied_weights(overlapping: bool) -> None:
     model = seeded(NETWORKS["no batch norm"])
     job = job_for(
         model, train__workers=3, train__local_steps=2, train__activation_scale="folded",
@@ -49,30 +49,30 @@ def test_a_workers_step_is_a_plain_step_of_the_narrow_network_with_multiplied_we
     count = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
     for worker, (first, second) in enumerate(assignments(job).of(0)):
         factors = {"linear_2.weight": 16 / len(first), "output.weight": 8 / len(second)}
-        places = {
+        indices = {
             name: torch.meshgrid(
                 *[
-                    torch.arange(size) if held is None else torch.from_numpy(held)
-                    for size, held in zip(tensor.shape, cuts[worker][name], strict=True)
+                    torch.arange(size) if own is None else torch.from_numpy(own)
+                    for size, own in zip(tensor.shape, cuts[worker][name], strict=True)
                 ],
                 indexing="ij",
             )
             for name, tensor in before.state_dict().items()
         }
-        narrow = MLP([12, len(first), len(second), 5], batch_norm=False)
-        narrow.load_state_dict(
-            {name: factors.get(name, 1) * tensor[places[name]] for name, tensor in before.state_dict().items()}
+        submodel = MLP([12, len(first), len(second), 5], batch_norm=False)
+        submodel.load_state_dict(
+            {name: factors.get(name, 1) * tensor[indices[name]] for name, tensor in before.state_dict().items()}
         )
-        optimizer = torch.optim.SGD(narrow.parameters(), lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(submodel.parameters(), lr=0.1, momentum=0.9)
         shard = take_shard(job.task.train_data, job.schedule.sampler.shard(worker))
         for step in range(2):
             inputs, targets = fetch(shard, job.schedule.sampler.batch(worker, step), CPU)
             optimizer.zero_grad()
-            functional.cross_entropy(narrow(inputs), targets).backward()
+            functional.cross_entropy(submodel(inputs), targets).backward()
             optimizer.step()
-        for name, tensor in narrow.state_dict().items():
-            total[name][places[name]] += tensor / factors.get(name, 1)
-            count[name][places[name]] += 1
+        for name, tensor in submodel.state_dict().items():
+            total[name][indices[name]] += tensor / factors.get(name, 1)
+            count[name][indices[name]] += 1
 
     coordinator(job, model).train_round(0)
 
@@ -83,7 +83,9 @@ def test_a_workers_step_is_a_plain_step_of_the_narrow_network_with_multiplied_we
 
 @pytest.mark.parametrize(("workers", "is_exact"), [(4, True), (3, False)])
 @pytest.mark.parametrize("exchange", ["weights", "deltas"])
-def test_a_round_that_learns_nothing_changes_nothing_but_rounding(workers: int, is_exact: bool, exchange: str) -> None:
+def test_a_round_with_learning_rate_zero_changes_values_by_rounding_only(
+    workers: int, is_exact: bool, exchange: str
+) -> None:
     model = seeded(NETWORKS["no batch norm"])
     before = clone(model.state_dict())
     optimizer = {"name": "SGD", "args": {"lr": 0.0}}

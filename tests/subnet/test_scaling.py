@@ -1,4 +1,4 @@
-"""How bytes fall with the number of workers: the law of the IST paper, against what crosses the network."""
+"""How bytes decrease with the number of workers: the IST paper's formula, compared with the bytes that are sent."""
 
 import pytest
 import torch
@@ -12,7 +12,10 @@ WIDTHS = (784, 1024, 1024, 10)
 
 
 def law(workers: int) -> float:
-    """Bytes that one worker gets in a round: inner matrices over n^2, all else of a neuron over n, the rest whole."""
+    """Return the bytes that a worker is sent in a round.
+
+    Matrices between hidden layers are divided by n^2, other tensors of hidden neurons by n, the rest is not divided.
+    """
     inputs, first, second, outputs = WIDTHS
     divided = inputs * first + second * outputs + 3 * (first + second)  # with bias, and scale and shift of batch norm
     return 4 * (first * second / workers**2 + divided / workers + outputs)
@@ -35,6 +38,6 @@ def test_a_workers_bytes_follow_the_law_to_a_percent(workers: int) -> None:
         assert all(law(workers) <= nbytes <= 1.01 * law(workers) for nbytes in counted)
 
 
-def test_bytes_fall_faster_than_the_number_of_workers_rises_and_slower_than_its_square() -> None:
+def test_bytes_decrease_faster_than_with_the_number_of_workers_and_slower_than_with_its_square() -> None:
     for workers in (2, 4, 8):
         assert 2 < law(workers) / law(2 * workers) < 4

@@ -1,4 +1,4 @@
-"""Training with every way to deal neurons, and with whole blocks."""
+"""Training with every strategy that assigns neurons, and with whole blocks."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from ist.errors import ConfigError, ModelError
 from ist.models.mlp import MLP
 from ist.subnet.job import assignments
 from ist.subnet.residual_blocks import scaled_blocks
-from tests.conftest import clone, data
+from tests.conftest import clone, data, naming
 from tests.networks import seeded
 from tests.neurons.networks import rand, stack
 from tests.neurons.test_neurons import job_of
@@ -52,7 +52,7 @@ def test_unequal_capacities_send_unequal_bytes() -> None:
     assert sent[0] < sent[1] < sent[2]
 
 
-def test_whole_blocks_are_dealt_and_scaled_when_the_whole_network_is_used() -> None:
+def test_whole_blocks_are_assigned_and_scaled_when_the_full_network_is_evaluated() -> None:
     model = seeded(stack)
     before = clone(dict(model.named_parameters()))
 
@@ -62,18 +62,18 @@ def test_whole_blocks_are_dealt_and_scaled_when_the_whole_network_is_used() -> N
 
     assert history[-1]["accuracy"] > max(0.55, history[0]["accuracy"])
     assert all(not torch.equal(before[name], tensor) for name, tensor in model.named_parameters())
-    whole = sum(p.numel() for p in model.parameters()) * 4
-    assert 0 < history[0]["bytes_to_worker"][0] < whole
+    full = sum(p.numel() for p in model.parameters()) * 4
+    assert 0 < history[0]["bytes_to_worker"][0] < full
     inputs, targets = data(100, seed=1).tensors
     with scaled_blocks(model.eval(), {f"1.{block}": 3 / 5 for block in range(5)}), torch.no_grad():
         accuracy = float((model(inputs).argmax(1) == targets).float().mean())
     assert accuracy == pytest.approx(history[-1]["accuracy"])
 
 
-def test_what_is_no_residual_block_is_not_dealt_as_one() -> None:
+def test_a_module_that_is_not_a_residual_block_is_refused_as_one() -> None:
     model = seeded(lambda: nn.Sequential(*[nn.Sequential(nn.Linear(12, 12), nn.Tanh()) for _ in range(3)]))
 
-    with pytest.raises(ModelError, match="do not return their input"):
+    with pytest.raises(ModelError, match=naming("'partition.blocks'", "residual blocks")):
         train(model, {"strategy": "blocks", "blocks": ["?"]})
 
 
@@ -97,7 +97,7 @@ def test_a_pattern_that_matches_nothing_is_an_error(partition: dict[str, Any], p
     assert all(part in str(caught.value) for part in parts)
 
 
-def test_what_is_excluded_is_shared() -> None:
+def test_an_excluded_group_is_shared() -> None:
     model = seeded(lambda: MLP([12, 24, 20, 5]))
     job = job_of(model, rand(2, 12), partition__exclude=["linear_1"])
 
@@ -106,7 +106,7 @@ def test_what_is_excluded_is_shared() -> None:
 
 
 class Declared(nn.Module):
-    """Goes through its hidden units in a Python loop, whose length no call of torch tells."""
+    """Computes its hidden units in a Python loop, whose length cannot be seen in any call of torch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_a_size_that_is_not_found_can_be_declared() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.loop(x)
 
-    with pytest.raises(ModelError, match="fails"):
+    with pytest.raises(ModelError, match=naming("'loop'", "docs/groups.md")):
         job_of(seeded(Model), rand(2, 5, 20))
     sizes = {"loop": {"width": "up.weight"}}
     job = job_of(seeded(Model), rand(2, 5, 20), partition__sizes=sizes)

@@ -1,4 +1,4 @@
-"""Identities 1, 2 and 4: round trip, a subnet is the masked full model, disjoint and complete."""
+"""Identities 1, 2 and 4: the round trip, a subnet as the masked full model, disjoint and complete shares."""
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +37,7 @@ def cut_all(job: Job, state: dict[str, Tensor], round_number: int) -> list[dict[
 @by_network
 @by_dtype
 @pytest.mark.parametrize("workers", [1, 3])
-def test_cutting_and_writing_back_untouched_gives_the_same_model(
+def test_subnets_that_are_extracted_and_merged_unchanged_give_the_same_model(
     build: Callable[[], nn.Module], dtype: torch.dtype, workers: int
 ) -> None:
     model = seeded(build).to(dtype)
@@ -54,7 +54,7 @@ def test_cutting_and_writing_back_untouched_gives_the_same_model(
 
 
 def mask_others(model: nn.Module, job: Job, worker: int, round_number: int) -> None:
-    """Zero the outgoing weights of every neuron that the worker does not hold: the oracle of a subnet."""
+    """Set the outgoing weights of all neurons that the worker does not hold to 0: the reference for a subnet."""
     neurons = assign(job.split.groups, job.config.train.workers, job.config.seed, round_number)[worker]
     tensors = dict(model.named_parameters())
     with torch.no_grad():
@@ -78,36 +78,35 @@ def test_a_subnet_is_the_masked_full_model_in_outputs_and_gradients(
     for worker, (cut, part) in enumerate(zip(assignments(job).cuts(2), cut_all(job, state, 2), strict=True)):
         plan = job.split.plan(assignments(job).of(2)[worker])
         assert bool(plan.scales) == scaled
-        narrow = job.split.module(assignments(job).of(2)[worker], torch.device("cpu")).double()
-        bind(narrow, part)
+        submodel = job.split.module(assignments(job).of(2)[worker], torch.device("cpu")).double()
+        bind(submodel, part)
         model.load_state_dict(state, strict=False)
         mask_others(model, job, worker, 2)
-        for name, (
-            _,
-            scale,
-        ) in plan.scales.items():  # the oracle of scaled activations: scaled weights of the next layer
+        for name, (_, scale) in plan.scales.items():  # the reference: scale the weights instead of the activations
             model.get_parameter(name).data.mul_(scale)
         model.zero_grad()
         model.train()
 
         expected = model(inputs)
-        found = narrow(inputs)
+        found = submodel(inputs)
         nn.functional.cross_entropy(expected, targets).backward()
         nn.functional.cross_entropy(found, targets).backward()
 
         # float64: sums of the same numbers in another order
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-        whole = {name: parameter.grad for name, parameter in model.named_parameters()}
-        for name, parameter in narrow.named_parameters():
+        full = {name: parameter.grad for name, parameter in model.named_parameters()}
+        for name, parameter in submodel.named_parameters():
             expected_gradient = torch.empty_like(parameter)
-            extract({name: whole[name]}, cut, {name: expected_gradient})
+            extract({name: full[name]}, cut, {name: expected_gradient})
             if name in plan.scales:
                 expected_gradient *= plan.scales[name][1]  # d/dw of w * scale
             torch.testing.assert_close(parameter.grad, expected_gradient, rtol=1e-10, atol=1e-12)
 
 
 @by_network
-def test_every_entry_has_the_holders_that_its_kind_says(build: Callable[[], nn.Module]) -> None:
+def test_entries_of_exclusive_tensors_have_one_holder_and_shared_ones_all_workers(
+    build: Callable[[], nn.Module],
+) -> None:
     model = seeded(build)
     job = job_for(model)
     counts = {name: torch.zeros(spec.shape, dtype=torch.int64) for name, spec in job.split.specs.items()}
@@ -128,7 +127,7 @@ def test_every_entry_has_the_holders_that_its_kind_says(build: Callable[[], nn.M
             assert bool((count == 0).any()) == inner
 
 
-def test_an_entry_that_nobody_returned_keeps_its_value() -> None:
+def test_an_entry_that_no_worker_returned_does_not_change() -> None:
     model = seeded(NETWORKS["no batch norm"])
     job = job_for(model)
     state = whole_state(job, model)
@@ -153,7 +152,7 @@ ORDERS = ([0, 1, 2, 3], [3, 1, 0, 2], [2, 3, 1, 0])
 
 
 def wide(shape: tuple[int, ...], worker: int) -> Tensor:
-    """Random numbers of many magnitudes, of which a sum in another order is another sum."""
+    """Return random numbers of many magnitudes: another order of addition gives another sum."""
     generator = torch.Generator().manual_seed(worker)
     return torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-12, 12, shape, generator=generator)
 
@@ -179,7 +178,7 @@ def test_a_shared_entry_becomes_the_mean_whatever_the_order_of_arrival() -> None
 
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])
-    # One tensor that all hold whole, and one of which each holds some rows.
+    # A tensor that all workers hold completely, and one of which each worker holds some rows.
     expected = torch.stack([part["output.bias"].double() for part in parts]).mean(dim=0)
     sums, counts = torch.zeros(16, dtype=torch.float64), torch.zeros(16)
     for cut, part in zip(assignments(job).cuts(0), parts, strict=True):
@@ -187,13 +186,13 @@ def test_a_shared_entry_becomes_the_mean_whatever_the_order_of_arrival() -> None
         assert rows is not None
         sums[rows] += part["linear_1.bias"].double()
         counts[rows] += 1
-    # float32 rounding of numbers up to some thousands
+    # float32 rounding of numbers up to a few thousand
     torch.testing.assert_close(results[0]["output.bias"].double(), expected, rtol=1e-6, atol=1e-3)
     some = counts > 0
     torch.testing.assert_close(results[0]["linear_1.bias"][some].double(), (sums / counts)[some], rtol=1e-6, atol=1e-3)
 
 
-def test_the_numbers_that_orders_are_told_apart_by_do_tell_them_apart() -> None:
+def test_sums_of_these_numbers_depend_on_the_order() -> None:
     changes = [wide((5,), worker) for worker in range(4)]
     sums = [sum((changes[worker] for worker in order), torch.zeros(5)) for order in ORDERS]
 
@@ -238,7 +237,7 @@ def test_slots_with_blocks_offsets_and_gaps_round_trip(draw: st.DataObject) -> N
     assert held == width + (workers - 1) * (lead + gap + tail)
 
 
-def test_a_dim_that_is_held_wholly_is_not_indexed() -> None:
+def test_a_dim_that_is_held_completely_is_not_indexed() -> None:
     group = Group("g", 4, (Slot("w", 0), Slot("v", 1)))
     specs = {"w": TensorSpec((4, 3), torch.float32), "v": TensorSpec((2, 4), torch.float32)}
 
@@ -246,7 +245,7 @@ def test_a_dim_that_is_held_wholly_is_not_indexed() -> None:
 
 
 class MadeWhenRead(Mapping[str, Tensor]):
-    """What a worker changed, added to the whole when it is read; knows how many tensors are alive at a time."""
+    """A worker's changes, added to the full tensors when they are read; counts the tensors in memory at a time."""
 
     alive: ClassVar[list[weakref.ref[Tensor]]] = []
     most = 0
@@ -270,7 +269,7 @@ class MadeWhenRead(Mapping[str, Tensor]):
 
 
 @pytest.mark.parametrize("held", [(0, 1, 2, 3), (0, 1, 2), (1, 2, 3)])
-def test_parts_may_be_made_of_the_whole_when_they_are_read(held: tuple[int, ...]) -> None:
+def test_parts_may_be_computed_from_the_full_tensors_when_they_are_read(held: tuple[int, ...]) -> None:
     group = Group("g", 4, (Slot("w", 0), Slot("v", 1)))
     specs = {"w": TensorSpec((4, 3), torch.float32), "v": TensorSpec((2, 4), torch.float32)}
     state = {name: torch.zeros(spec.shape) for name, spec in specs.items()}
@@ -288,7 +287,7 @@ def test_parts_may_be_made_of_the_whole_when_they_are_read(held: tuple[int, ...]
     assert MadeWhenRead.most <= 2
 
 
-def test_two_dims_that_are_not_the_first_are_cut_too() -> None:
+def test_two_dims_other_than_the_first_are_cut() -> None:
     group = Group("g", 4, (Slot("w", 1), Slot("w", 2)))
     specs = {"w": TensorSpec((3, 4, 4), torch.float32)}
     state = {"w": torch.randn(3, 4, 4)}
@@ -312,7 +311,7 @@ def test_the_groups_of_the_shipped_network_are_its_hidden_layers() -> None:
     assert Slot("norm_1.weight", 0) in groups[0].slots
 
 
-def test_a_tensor_of_which_slots_cover_a_part_is_not_exclusive() -> None:
+def test_a_tensor_that_slots_cover_partly_is_not_exclusive() -> None:
     specs = {name: TensorSpec((10, 4), torch.float32) for name in ("covered", "in part", "by two", "whole")}
     groups = (
         Group("a", 5, (Slot("covered", 0, block=2), Slot("in part", 0), Slot("by two", 0))),

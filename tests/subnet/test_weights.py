@@ -1,4 +1,4 @@
-"""A run may begin with given weights: fine-tuning."""
+"""A run can start from given weights: fine-tuning."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from ist.errors import ConfigError
 from ist.models.mlp import MLP
 from ist.runs.build import build_job
-from tests.conftest import small_config
+from tests.conftest import naming, small_config
 
 WIDTHS = [64, 16, 10]
 
@@ -20,7 +20,7 @@ def config(weights: Path) -> object:
     )
 
 
-def test_a_run_begins_with_the_given_weights(tmp_path: Path) -> None:
+def test_a_run_starts_from_the_given_weights(tmp_path: Path) -> None:
     given = MLP(WIDTHS)
     save_file(given.state_dict(), tmp_path / "model.safetensors")
 
@@ -31,15 +31,15 @@ def test_a_run_begins_with_the_given_weights(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_network_are_an_error_that_names_the_file(tmp_path: Path) -> None:
-    save_file(MLP([64, 8, 10]).state_dict(), tmp_path / "narrow.safetensors")
+    save_file(MLP([64, 8, 10]).state_dict(), tmp_path / "small.safetensors")
 
-    with pytest.raises(ConfigError, match=r"'model.weights' is '.*narrow.safetensors', which does not fit"):
-        build_job(config(tmp_path / "narrow.safetensors")).task.build()  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=naming("'model.weights'", "small.safetensors'", "does not fit")):
+        build_job(config(tmp_path / "small.safetensors")).task.build()  # type: ignore[arg-type]
 
 
 def test_weights_that_cannot_be_read_are_an_error_that_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
 
     for name in ("broken.safetensors", "missing.safetensors"):
-        with pytest.raises(ConfigError, match=rf"'model.weights' is '.*{name}', which cannot be read"):
+        with pytest.raises(ConfigError, match=naming("'model.weights'", f"{name}'", "cannot be read")):
             build_job(config(tmp_path / name)).task.build()  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What travels in fewer bits: how exactly, how many bytes, and that nothing else changes."""
+"""Messages in fewer bits: how exact they are, how many bytes they have, and that nothing else changes."""
 
 import math
 from typing import Any
@@ -29,7 +29,9 @@ def rounded(matrix: Tensor, bits: int) -> Tensor:
 
 @given(st.integers(2, 8), st.integers(1, 5), st.integers(1, 33), st.integers(0, 1000))
 @settings(max_examples=60, deadline=None)
-def test_a_number_is_off_by_at_most_half_a_level_of_its_row(bits: int, rows: int, columns: int, seed: int) -> None:
+def test_the_error_of_a_number_is_at_most_half_a_level_of_its_row(
+    bits: int, rows: int, columns: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     matrix = torch.randn(rows, columns, generator=generator) * 10.0 ** torch.randint(
         -4, 4, (rows, 1), generator=generator
@@ -44,7 +46,7 @@ def test_a_number_is_off_by_at_most_half_a_level_of_its_row(bits: int, rows: int
     assert torch.equal(quantize(found, bits)[0], codes)
 
 
-def test_a_row_of_zeros_stays_and_a_row_that_is_not_finite_becomes_nan_alone() -> None:
+def test_a_row_of_zeros_stays_and_only_rows_with_non_finite_values_become_nan() -> None:
     matrix = torch.ones(4, 5)
     matrix[1], matrix[2, 3], matrix[3, 0] = 0.0, math.inf, math.nan
 
@@ -55,7 +57,7 @@ def test_a_row_of_zeros_stays_and_a_row_that_is_not_finite_becomes_nan_alone() -
 
 
 def there_and_back(job: Job, state: dict[str, Tensor], round_number: int, change: float = 0.0) -> list[MessageBuffers]:
-    """A round in which every worker adds `change` to all it gets; returns what crossed the network."""
+    """Run a round in which every worker adds `change` to all its tensors; return the messages."""
     writer, cuts, messages, trained = (
         SubnetWriter(job.split, job.config.exchange),
         assignments(job).cuts(round_number),
@@ -86,7 +88,7 @@ def there_and_back(job: Job, state: dict[str, Tensor], round_number: int, change
     ],
     ids=str,
 )
-def test_a_subnet_that_comes_back_untouched_changes_nothing(exchange: dict[str, Any]) -> None:
+def test_a_subnet_that_is_returned_unchanged_changes_nothing(exchange: dict[str, Any]) -> None:
     model = seeded(BUILD)
     job = job_for(model, exchange=exchange)
     state = whole_state(job, model)
@@ -98,7 +100,7 @@ def test_a_subnet_that_comes_back_untouched_changes_nothing(exchange: dict[str, 
     assert_same(state, before)
 
 
-def test_exact_weights_are_trained_where_they_arrive() -> None:
+def test_exact_weights_are_trained_in_the_received_buffer() -> None:
     job = job_for(seeded(BUILD))
     buffers = MessageBuffers(message_layouts(job.split, job.config.exchange, assignments(job).cuts(0)[0]))
 
@@ -108,7 +110,9 @@ def test_exact_weights_are_trained_where_they_arrive() -> None:
 
 
 @pytest.mark.parametrize(("coding", "tolerance"), [("float16", 1e-3), ("bfloat16", 8e-3), ("int8", 4e-3)])
-def test_rounded_weights_come_back_to_their_precision_and_vectors_bit_for_bit(coding: str, tolerance: float) -> None:
+def test_rounded_weights_return_with_the_precision_of_their_coding_and_vectors_bit_for_bit(
+    coding: str, tolerance: float
+) -> None:
     model = seeded(BUILD)
     job = job_for(model, exchange={"down": "exact", "up": coding})
     state = whole_state(job, model)
@@ -120,13 +124,13 @@ def test_rounded_weights_come_back_to_their_precision_and_vectors_bit_for_bit(co
         if tensor.ndim < 2:
             assert torch.equal(tensor, before[name])
         else:
-            # relative to the largest of a row: half a level of int8, half a unit of the last place of the others
+            # relative to the row's largest magnitude: half a level of int8, half a unit in the last place of the others
             largest = before[name].abs().amax(dim=1, keepdim=True)
             assert (tensor - before[name]).abs().max() > 0
             assert ((tensor - before[name]).abs() <= tolerance * largest).all()
 
 
-def test_the_change_is_merged_whatever_rounding_did_on_the_way_down() -> None:
+def test_the_change_is_merged_into_exact_weights_if_the_message_down_is_rounded() -> None:
     model = seeded(BUILD)
     job = job_for(model, exchange={"down": "int2", "up": "exact", "values": "deltas"})
     state = whole_state(job, model)
@@ -134,10 +138,10 @@ def test_the_change_is_merged_whatever_rounding_did_on_the_way_down() -> None:
 
     there_and_back(job, state, 0, change=0.25)
 
-    held_by_all = [name for name in state if name not in assignments(job).exclusive(0)]
-    assert held_by_all  # the output's bias
+    shared = [name for name in state if name not in assignments(job).exclusive(0)]
+    assert shared  # the output's bias
     changes = torch.cat([(state[name] - before[name]).flatten() for name in state])
-    # 1e-6: a weight plus a quarter minus the weight in float32. What nobody held did not change.
+    # 1e-6: a weight plus a quarter minus the weight in float32. Entries without a holder do not change.
     assert (((changes - 0.25).abs() < 1e-6) | (changes == 0)).all()
     assert (changes != 0).float().mean() > 0.5
 
@@ -161,7 +165,7 @@ def test_a_rounded_message_has_the_bytes_of_the_formula(coding: str, bits: int) 
     )
 
 
-def test_what_rounding_took_is_sent_later() -> None:
+def test_residuals_of_rounding_are_sent_later() -> None:
     model = seeded(BUILD)
     exchange = {"up": "int2", "values": "deltas", "error_feedback": True}
     job = job_for(model, train__workers=1, exchange=exchange)
@@ -194,13 +198,13 @@ def test_what_rounding_took_is_sent_later() -> None:
         one_round(round_number)
 
     name = "linear_1.weight" if "linear_1.weight" in state else next(n for n, t in state.items() if t.ndim == 2)
-    kept = end.residuals[name]
-    # 1e-4: sums of three rounds in float32. Sent so far + still kept = all that was trained.
-    assert torch.allclose(state[name] - before[name] + kept, true_change[name], atol=1e-4)
-    assert kept.abs().max() > 0.1
+    residual = end.residuals[name]
+    # 1e-4: sums of three rounds in float32. Merged changes + residual = all changes.
+    assert torch.allclose(state[name] - before[name] + residual, true_change[name], atol=1e-4)
+    assert residual.abs().max() > 0.1
 
 
-def test_what_rounding_took_is_kept_for_blocks_that_another_round_brings() -> None:
+def test_residuals_of_blocks_are_kept_until_a_worker_holds_them_again() -> None:
     exchange = {"up": "int4", "values": "deltas", "error_feedback": True}
     blocks = {"strategy": "blocks", "blocks": ["1.*"], "min_depth": 2}
     job = job_for(stack(), train__workers=2, train__rounds=5, exchange=exchange, partition=blocks)
@@ -211,7 +215,7 @@ def test_what_rounding_took_is_kept_for_blocks_that_another_round_brings() -> No
     assert part.recorder.history[-1]["loss"] < part.recorder.history[0]["loss"]
 
 
-def test_a_rounded_run_learns_and_one_of_two_bits_learns_less() -> None:
+def test_a_run_with_eight_bits_learns_and_one_with_two_bits_learns_less() -> None:
     losses = {}
     for coding in ("exact", "int8", "int2"):
         job = job_for(
