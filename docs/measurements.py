@@ -1,4 +1,4 @@
-"""Write docs/measurements.md, and dashboard panels, from the table of measured numbers in `ist/measurements.py`.
+"""Write docs/measurements.md and panels of the dashboard from the table of measured numbers in `ist/measurements.py`.
 
 python docs/measurements.py
 """
@@ -18,40 +18,41 @@ DASHBOARD = HERE.parent / "docker" / "grafana-dashboard.json"
 START = """\
 # What a run measures
 
-Every number of a run, from the table in `ist/measurements.py`; `python docs/measurements.py` writes this page.
+This page lists every number that a run measures. `python docs/measurements.py` writes it from the table in
+`ist/measurements.py`.
 
 ## metrics.jsonl
 
-A line for each round. `round` counts from 0. A total is the sum from the beginning of the run to the end of the round;
-every other number is of the round alone, or of what its meaning says.
+The file has a line for each round. `round` counts from 0. A total is the sum from the start of the run to the end of
+the round. Every other number is that of the round, unless its meaning says otherwise.
 
 """
 
 END = """
-A round that was evaluated also has `metric`, the name of what `evaluate.metric` reports first, and each value of that
-metric under its own name. A round that left workers out has `lost`: for each of them its `worker`, the `kind` (`lost`,
-`late` or `rejected`) and the `reason`.
+A round with an evaluation also has `metric`, the name of the first value that `evaluate.metric` reports, and each value
+of that metric under its own name. A round that lost workers has `lost`: for each of them its `worker`, the `kind`
+(`lost`, `late` or `rejected`) and the `reason`.
 
-result.json has the totals, the peaks (the greatest of all rounds) and the latest of what is marked so.
+result.json has the numbers that are marked `total`, `peak` (the maximum of all rounds) or `latest`.
 
 ## Between processes
 
-A worker sends these numbers with its subnet, in the header of the message: each is a float64, in the slot of 8 bytes
-that is named here. Ranks that train the whole network tell each other the same numbers.
+A worker sends these numbers with its subnet, in the header of the message: each is a float64 in the given slot of 8
+bytes. Ranks that train the full network exchange the same numbers.
 
 """
 
 WATCHED = """
 ## TensorBoard and Prometheus
 
-What else Prometheus is told, about the run itself, is in `ist/monitoring/exporters.py`.
+Prometheus also gets metrics of the run itself; they are in `ist/monitoring/exporters.py`.
 
 """
 
 KINDS = {"total": "total", "peak": "peak", "latest": "latest", None: ""}
 WAYS = {
-    "sum": "their sum", "mean": "their mean", "max": "the greatest",
-    "elapsed": "the greatest; their sum where workers take turns", None: "enters formulas",
+    "sum": "sum", "mean": "mean", "max": "maximum",
+    "elapsed": "maximum; the sum if workers take turns", None: "used in formulas",
 }  # fmt: skip
 
 
@@ -70,9 +71,9 @@ def page() -> str:
     return "".join(
         (
             START,
-            table(("key", "unit", "over the run", "meaning"), recorded),
+            table(("key", "unit", "in result.json", "meaning"), recorded),
             END,
-            table(("slot", "number", "unit", "the round's number", "meaning, if not above"), travel),
+            table(("slot", "number", "unit", "in the round", "meaning, if not above"), travel),
             WATCHED,
             table(("number", "TensorBoard", "Prometheus"), watched),
         )
@@ -80,17 +81,17 @@ def page() -> str:
 
 
 def rows_of(measured: Measurement) -> list[tuple[str, ...]]:
-    """Return the rows of a number's keys in metrics.jsonl."""
+    """Return a row for each key that a number has in metrics.jsonl."""
     unit = f"{measured.unit}, a list" if measured.is_list else measured.unit
     rows: list[tuple[str, ...]] = [(f"`{measured.name}`", unit, KINDS[measured.over_rounds], measured.meaning)]
     if measured.by_worker:
-        meaning = f"`{measured.name}` of each worker that came back, in the order of workers."
+        meaning = f"`{measured.name}` of each worker that was not lost, in the order of workers."
         rows.append((f"`{measured.name}_by_worker`", f"{measured.unit}, a list", "", meaning))
     return rows
 
 
 def prometheus(measured: Measurement) -> str:
-    """Return a number's sample in Prometheus as a query names it."""
+    """Return the name of a number's sample in a query of Prometheus."""
     if measured.prometheus is None:
         return ""
     family, label = measured.prometheus.family, measured.prometheus.label
@@ -105,7 +106,7 @@ def table(titles: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def dashboard(before: dict[str, Any]) -> dict[str, Any]:
-    """Return the dashboard with a panel for each metric that none shows, made like the last panel and below it."""
+    """Return the dashboard with a new panel for each metric that no panel shows, copied from and below the last one."""
     after = copy.deepcopy(before)
     panels = after["panels"]
     shown = " ".join(target["expr"] for panel in panels for target in panel["targets"])

@@ -1,12 +1,13 @@
-"""Every number that a run measures, in one table: how it travels, is combined, recorded and shown.
+"""All numbers that a run measures, in one table: how each is sent, combined, recorded and shown.
 
-Where it sits: on the ground. `MEASUREMENTS` is read by the message header (`ist/transport/message.py`), the report of a
-round (`ist/training/rounds.py`, `ist/baselines/ranks.py`), the record (`ist/runs/recorder.py`), the check of records
-(`ist/storage/run_files.py`), TensorBoard and Prometheus (`ist/monitoring/exporters.py`), reports (`ist/report/`) and
-`docs/measurements.md`. A new number is an entry here and the line that measures it: for a worker's number that is in
-`worker_numbers` of `ist/monitoring/meter.py`. Then `python docs/measurements.py` brings the documentation up to date.
-Law: where a number needs more than its workers' values of the same name, the formula is written out where the number
-is made; here it has no `combine`.
+Where it sits: below all rooms that measure, send or show numbers. These read `MEASUREMENTS`: the message header
+(`ist/transport/message.py`), the report of a round (`ist/training/rounds.py`, `ist/baselines/ranks.py`), the record
+(`ist/runs/recorder.py`), the check of records (`ist/storage/run_files.py`), TensorBoard and Prometheus
+(`ist/monitoring/exporters.py`), reports (`ist/report/`) and
+`docs/measurements.md`. To add a number, add an entry here and the line that measures it: for a worker's number that is
+in `worker_numbers` of `ist/monitoring/meter.py`. Then run `python docs/measurements.py` to update the documentation.
+Law: a round's number with `combine` depends only on the workers' numbers of the same name. The formula of any other
+number of a round is where the round's report is made.
 Not here: measuring.
 """
 
@@ -22,19 +23,19 @@ Numbers = Mapping[str, float]
 """Name of a measurement to its value."""
 
 Combine = Literal["sum", "mean", "max", "elapsed"]
-"""How the numbers of workers make the number of a round; `elapsed` is for seconds on the round's own clock: those of
-the slowest worker where workers run in parallel, else their sum."""
+"""How the workers' numbers give the round's number. `elapsed` is for seconds by the round's own clock: the maximum if
+workers run in parallel, otherwise the sum."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A metric as Prometheus knows it.
+    """A metric family of Prometheus.
 
     Attributes:
-        name: Its name; the samples of a counter have `_total` behind it.
-        kind: A counter only grows over a run.
-        help: What it says, as a sentence.
-        label: The label by which its samples differ, if there are several.
+        name: Its name; Prometheus appends `_total` to a counter's name.
+        kind: A counter never decreases in a run; a gauge may.
+        help: Its description, a sentence.
+        label: The label that distinguishes its samples, if there are several.
     """
 
     name: str
@@ -45,7 +46,7 @@ class Family:
 
 @dataclass(frozen=True)
 class Sample:
-    """Where a measurement appears in Prometheus: a metric, and the value of the metric's label."""
+    """A measurement's sample in Prometheus: its metric family, and the value of the family's label."""
 
     family: Family
     label: str = ""
@@ -53,7 +54,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Axis:
-    """A plot of the test metric against a measurement: what its axis says, and how it is spaced."""
+    """The axis of a plot of the test metric against a measurement: its title and its scale."""
 
     title: str
     scale: Literal["linear", "log"]
@@ -65,26 +66,26 @@ class Measurement:
 
     Attributes:
         name: Its key in metrics.jsonl, and in `Numbers`.
-        unit: Its unit: `s`, `bytes`, or what is counted; empty where it has none.
-        meaning: What it is, as a sentence.
+        unit: Its unit: `s`, `bytes`, or what it counts; empty if it has none.
+        meaning: What it means, as a sentence.
         kind: int or float.
-        source: Who measures it: each `worker`; the `method`, of a round as a whole; the `recorder`, about the run and
-            its own process; or the `evaluation`, in rounds that have one.
-        slot: Which 8 bytes of a message's header carry it from a worker, counted from 0; None for other sources. The
-            slots 0, 1, 2 and 10 are taken by what says whose message it is.
-        combine: How the workers' values make the round's; None: they only enter formulas.
+        source: What measures it: each `worker`; the `method`, for a round; the `recorder`, for the run and its own
+            process; or the `evaluation`, in rounds that have one.
+        slot: The slot of 8 bytes in a message's header in which a worker sends it, from 0; None for other sources. The
+            slots 0, 1, 2 and 10 hold other fields of the header (`ist/transport/message.py`).
+        combine: How the workers' values give the round's value; None: the round has none, formulas use the values.
         recorded: Whether metrics.jsonl has it.
-        by_worker: Whether metrics.jsonl also has the workers' own values, as the list `NAME_by_worker`.
-        is_list: Whether it is a list itself, with an entry for each worker.
+        by_worker: Whether metrics.jsonl also has the value of each worker, as the list `NAME_by_worker`.
+        is_list: Whether its value is a list with an entry for each worker.
         required: Whether every version has written it in every record, so that a record without it is damaged.
-        over_rounds: How the run's own number comes about, which result.json has: `total`, the sum of the rounds (in
-            metrics.jsonl it is the sum so far); `peak`, the greatest; `latest`, the last one. None: it has none.
-        tensorboard: Its tag in TensorBoard; empty: it is not there.
-        prometheus: Its place in Prometheus; None: it is not there.
-        phase: Its name in the plot of where the seconds went; empty: it is no phase of a round.
-        axis: The plot of the test metric against it, in a report; None: there is none.
-        column: Its title in the table that compares runs; empty: it is not there, or it has a column with a format of
-            its own (`sent_bytes`, and what is evaluated).
+        over_rounds: How the run's value in result.json is computed: `total`, the sum of all rounds (in metrics.jsonl it
+            is the sum so far); `peak`, the maximum; `latest`, the last value. None: result.json does not have it.
+        tensorboard: Its tag in TensorBoard; empty: it is not written there.
+        prometheus: Its sample in Prometheus; None: it is not exported.
+        phase: Its name in the plot of the phases of a round; empty: it is not a phase.
+        axis: The axis of the plot of the test metric against it, in a report; None: there is no plot.
+        column: Its title in the table that compares runs; empty: it has no column, or a column with its own format
+            (`sent_bytes`, and the test metrics).
     """
 
     name: str
@@ -106,13 +107,13 @@ class Measurement:
     column: str = ""
 
 
-_PHASES = Family("ist_phase_seconds", "counter", "Seconds by phase; those of workers are their mean.", "phase")
-_MEMORY = Family("ist_memory_peak_bytes", "gauge", "Peak memory, of workers that of the largest.", "process")
+_PHASES = Family("ist_phase_seconds", "counter", "Seconds by phase; for workers the mean.", "phase")
+_MEMORY = Family("ist_memory_peak_bytes", "gauge", "Peak memory; for workers the maximum.", "process")
 
 MEASUREMENTS: tuple[Measurement, ...] = (
     Measurement(
         name="workers", unit="workers", kind=int, source="method",
-        meaning="Workers of the round, including those that were left out of the merge.",
+        meaning="Workers of the round, including those that were lost.",
         tensorboard="workers/in_round",
         prometheus=Sample(Family("ist_workers", "gauge", "Workers of the last round.")),
     ),
@@ -122,7 +123,7 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     ),
     Measurement(
         name="epoch", unit="epochs", kind=float, source="recorder",
-        meaning="How often the workers together have been through the training data so far.",
+        meaning="Passes of all workers together over the training data so far.",
     ),
     Measurement(
         name="loss", unit="", kind=float, source="method", required=True, over_rounds="latest",
@@ -136,28 +137,28 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     ),
     Measurement(
         name="sent_bytes", unit="bytes", kind=int, source="recorder", required=True, over_rounds="total",
-        meaning="Payload bytes that all processes have sent.",
+        meaning="Payload bytes sent by all processes.",
         tensorboard="bytes/sent", axis=Axis("bytes sent by all processes", "log"),
     ),
     Measurement(
         name="train_s", unit="s", kind=float, source="recorder", required=True, over_rounds="total",
-        meaning="Wall-clock seconds of training, without evaluation and without saving.",
+        meaning="Wall-clock seconds of training, without evaluation and saving.",
         axis=Axis("seconds of training", "log"), column="seconds",
     ),
     Measurement(
         name="virtual_s", unit="s", kind=float, source="method", over_rounds="total",
         meaning=(
-            "Compute-normalized seconds, as if every worker had a core of its own: the longest CPU time of a worker's "
-            "local steps, and the seconds of the round in which no worker computed."
+            "Normalized compute time, as if every worker had its own core: the longest CPU time of a worker's local "
+            "steps, plus the seconds of the round in which no worker computed."
         ),
-        axis=Axis("seconds of training, every worker on a core of its own", "log"), column="on own cores",
+        axis=Axis("seconds of training, normalized compute time", "log"), column="on own cores",
     ),
     Measurement(
         name="samples", unit="samples", kind=int, source="worker", slot=4, combine="sum", required=True,
         over_rounds="total",
-        meaning="Training samples that all workers together have seen.",
+        meaning="Training samples that all workers together have used.",
         prometheus=Sample(Family("ist_samples", "counter", "Samples of all workers together.")),
-        axis=Axis("samples seen by all workers", "linear"),
+        axis=Axis("samples used by all workers", "linear"),
     ),
     Measurement(
         name="evaluate_s", unit="s", kind=float, source="recorder", over_rounds="total",
@@ -172,49 +173,48 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     Measurement(
         name="cpu_s", unit="s", kind=float, source="worker", slot=7, recorded=False,
         meaning=(
-            "Seconds that a worker's local steps take on a core of their own: CPU time of the thread that trains; on a "
-            "GPU the same as `compute_s`."
+            "CPU seconds of a worker's local steps: those of the thread that trains; on a GPU the same as `compute_s`."
         ),
     ),
     Measurement(
         name="exchange_s", unit="s", kind=float, source="method", required=True,
         meaning=(
-            "Seconds of the round in which subnets or gradients were on their way; with IST those in which no worker "
+            "Seconds of the round in which subnets or gradients were sent; with IST the seconds in which no worker "
             "computed."
         ),
         tensorboard="seconds/exchange", prometheus=Sample(_PHASES, "exchange"), phase="exchange",
     ),
     Measurement(
         name="cut_s", unit="s", kind=float, source="method", required=True,
-        meaning="Seconds of the round that cutting subnets out of the network took.",
+        meaning="Seconds of the round in which subnets were extracted from the network.",
         tensorboard="seconds/cut", prometheus=Sample(_PHASES, "cut"), phase="cut",
     ),
     Measurement(
         name="merge_s", unit="s", kind=float, source="method", required=True,
-        meaning="Seconds of the round that merging subnets into the network took.",
+        meaning="Seconds of the round in which subnets were merged into the network.",
         tensorboard="seconds/merge", prometheus=Sample(_PHASES, "merge"), phase="merge",
     ),
     Measurement(
         name="idle_s", unit="s", kind=float, source="method", required=True,
-        meaning="Seconds of the round that a worker waited for slower ones, mean of the workers.",
+        meaning="Seconds of the round in which a worker waited for slower workers, mean of the workers.",
         tensorboard="seconds/idle", prometheus=Sample(_PHASES, "idle"), phase="waiting for slower workers",
     ),
     Measurement(
         name="aside_s", unit="s", kind=float, source="worker", slot=9, combine="elapsed", recorded=False,
-        meaning="Wall-clock seconds of the round without training: saving a worker's state, checking its network.",
+        meaning="Wall-clock seconds of a worker outside training: saving its state, checking its network.",
     ),
     Measurement(
         name="bytes_to_worker", unit="bytes", kind=int, source="recorder", is_list=True,
-        meaning="Bytes that each worker was sent in the round; where ranks all-reduce, bytes that each rank sent.",
+        meaning="Bytes sent to each worker in the round; with all-reduce, bytes sent by each rank.",
     ),
     Measurement(
         name="bytes_from_worker", unit="bytes", kind=int, source="recorder", is_list=True,
-        meaning="Bytes that each worker sent back in the round.",
+        meaning="Bytes that each worker returned in the round.",
     ),
     Measurement(
         name="memory_bytes", unit="bytes", kind=int, source="worker", slot=8, combine="max", by_worker=True,
         required=True, over_rounds="peak",
-        meaning="Peak memory of a worker so far, of the worker that needs most.",
+        meaning="Peak memory of a worker so far, maximum of the workers.",
         tensorboard="memory/worker_bytes", prometheus=Sample(_MEMORY, "worker"), column="memory a worker",
     ),
     Measurement(
@@ -224,52 +224,52 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     ),
     Measurement(
         name="test_loss", unit="", kind=float, source="evaluation", over_rounds="latest",
-        meaning="Mean loss of the whole network over the test data.",
+        meaning="Mean loss of the full network on the test data.",
         tensorboard="loss/test",
-        prometheus=Sample(Family("ist_test_loss", "gauge", "Loss of the whole network on the test data.")),
+        prometheus=Sample(Family("ist_test_loss", "gauge", "Loss of the full network on the test data.")),
     ),
     Measurement(
         name="accuracy", unit="", kind=float, source="evaluation", over_rounds="latest",
-        meaning="Accuracy of the whole network on the test data, from 0 to 1, where that is the metric.",
+        meaning="Accuracy of the full network on the test data, from 0 to 1, if it is the metric.",
         prometheus=Sample(
-            Family("ist_test_accuracy", "gauge", "Accuracy of the whole network on the test data, from 0 to 1.")
+            Family("ist_test_accuracy", "gauge", "Accuracy of the full network on the test data, from 0 to 1.")
         ),
     ),
 )  # fmt: skip
 
 
 def worker_slots() -> list[tuple[int, Measurement]]:
-    """Return what each worker measures, with the slot of a message's header that carries it."""
+    """Return each number that workers measure, with its slot in a message's header."""
     return [(measured.slot, measured) for measured in MEASUREMENTS if measured.slot is not None]
 
 
 def over_rounds(how: Literal["total", "peak", "latest"]) -> list[str]:
-    """Return the names of what is combined so over the rounds of a run."""
+    """Return the names of the numbers whose value for the run is computed in this way."""
     return [measured.name for measured in MEASUREMENTS if measured.over_rounds == how]
 
 
 def nothing_measured() -> dict[str, float]:
-    """Return a worker's numbers before it has measured any: all are 0."""
+    """Return a worker's numbers before it has measured anything: all are 0."""
     return {measured.name: measured.kind(0) for _, measured in worker_slots()}
 
 
 def check_worker(numbers: Numbers) -> None:
-    """Assert that these are all numbers that a worker measures, and no other."""
+    """Assert that these are exactly the numbers that a worker measures."""
     _check(numbers, {measured.name for _, measured in worker_slots()}, "worker")
 
 
 def check_round(numbers: Numbers) -> None:
-    """Assert that these are all numbers of a round that its method knows, and no other."""
+    """Assert that these are exactly the numbers that a method reports for a round."""
     names = {m.name for m in MEASUREMENTS if m.source == "method" or (m.source == "worker" and m.combine)}
     _check(numbers, names, "round")
 
 
 def combined(workers: Sequence[Numbers], parallel: bool) -> dict[str, float]:
-    """Return the numbers of a round that are made of its workers' numbers alone.
+    """Return the round's numbers that depend only on its workers' numbers of the same names.
 
     Args:
-        workers: What each worker measured; at least one.
-        parallel: Whether they worked at the same time.
+        workers: The numbers of each worker; at least one.
+        parallel: Whether the workers computed at the same time.
     """
     ways: dict[Combine, Callable[[Sequence[float]], float]] = {
         "sum": sum,
@@ -286,5 +286,5 @@ def combined(workers: Sequence[Numbers], parallel: bool) -> dict[str, float]:
 
 def _check(numbers: Numbers, expected: set[str], whose: str) -> None:
     missing, unknown = sorted(expected - numbers.keys()), sorted(numbers.keys() - expected)
-    assert not missing, f"nobody has measured {missing} of a {whose}: see ist/measurements.py"
-    assert not unknown, f"{unknown} of a {whose} is not in the table of ist/measurements.py"
+    assert not missing, f"{missing} of a {whose} are missing: measure them, see ist/measurements.py"
+    assert not unknown, f"{unknown} of a {whose} are not in the table: add them to ist/measurements.py"

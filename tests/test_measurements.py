@@ -1,4 +1,4 @@
-"""The table of measured numbers, and that what is in it reaches everyone who writes or shows numbers."""
+"""The table of measured numbers; each entry is sent, recorded, exported and shown."""
 
 import json
 import runpy
@@ -41,24 +41,24 @@ from ist.runs.execute import execute
 from ist.storage.run_folder import create_run_folder
 from ist.tensors import TensorSpec
 from ist.transport.message import HEADER_BYTES, Header, Message, layout_of
-from tests.conftest import ROOT, a_record, job_for, round_numbers, small_config, worker_numbers
+from tests.conftest import ROOT, a_record, job_for, naming, round_numbers, small_config, worker_numbers
 from tests.networks import NETWORKS, seeded
 from tests.pools.test_ranks import Ranks, by_ranks
 
-# What is in a message's header, 8 bytes each, from its beginning. Another order is another format.
+# The fields of a message's header in order, 8 bytes each. Another order would be another format.
 HEADER = (
     "fingerprint", "round_number", "worker", "steps", "samples", "loss_sum", "compute_s", "cpu_s", "memory_bytes",
     "aside_s", "reuses_frozen",
 )  # fmt: skip
 
 
-def test_every_number_has_a_name_and_a_slot_of_its_own_that_the_header_has_room_for() -> None:
+def test_every_number_has_its_own_name_and_its_own_slot_within_the_header() -> None:
     names = [measured.name for measured in MEASUREMENTS]
     slots = [slot for slot, _ in worker_slots()]
-    taken = [HEADER.index(name) for name in ("fingerprint", "round_number", "worker", "reuses_frozen")]
+    reserved = [HEADER.index(name) for name in ("fingerprint", "round_number", "worker", "reuses_frozen")]
 
     assert len(set(names)) == len(names)
-    assert len({*slots, *taken}) == len(slots) + len(taken)
+    assert len({*slots, *reserved}) == len(slots) + len(reserved)
     assert max(slots) < HEADER_BYTES // 8
     for measured in MEASUREMENTS:
         assert (measured.slot is not None) == (measured.source == "worker"), measured.name
@@ -66,26 +66,26 @@ def test_every_number_has_a_name_and_a_slot_of_its_own_that_the_header_has_room_
         assert measured.meaning.endswith("."), measured.name
 
 
-def test_a_header_has_the_bytes_that_it_always_had() -> None:
+def test_the_bytes_of_a_header_are_frozen() -> None:
     layout = layout_of({"a": TensorSpec((3,), torch.float32)})
-    told = worker_numbers(
+    numbers = worker_numbers(
         steps=4, samples=10, loss_sum=0.1, compute_s=2.5, cpu_s=1 / 3, memory_bytes=2**40 + 1, aside_s=0.25
     )
     message = Message(layout)
-    message.flat.fill_(255)  # of another message that lay here
+    message.flat.fill_(255)  # bytes of an earlier message in the same buffer
 
-    message.write_header(Header(7, 2, told, reuses_frozen=True))
+    message.write_header(Header(7, 2, numbers, reuses_frozen=True))
 
     values = (layout.fingerprint, 7, 2, 4, 10, 0.1, 2.5, 1 / 3, 2**40 + 1, 0.25, 1)
     assert len(values) == len(HEADER)
     assert bytes(message.flat[:HEADER_BYTES].tolist()) == struct.pack("<11d", *values) + bytes(HEADER_BYTES - 88)
     back = message.read_header(7, 2)
-    assert back == Header(7, 2, told, reuses_frozen=True)
+    assert back == Header(7, 2, numbers, reuses_frozen=True)
     assert {name: type(value) for name, value in back.numbers.items()} == {m.name: m.kind for _, m in worker_slots()}
 
 
 @pytest.mark.parametrize("parallel", [True, False])
-def test_the_numbers_of_workers_make_those_of_the_round(parallel: bool) -> None:
+def test_the_numbers_of_workers_are_combined_to_those_of_the_round(parallel: bool) -> None:
     one = worker_numbers(steps=2, samples=5, compute_s=1.0, memory_bytes=70, aside_s=0.5)
     other = worker_numbers(steps=3, samples=6, compute_s=4.0, memory_bytes=40, aside_s=1.0)
 
@@ -94,15 +94,15 @@ def test_the_numbers_of_workers_make_those_of_the_round(parallel: bool) -> None:
     }  # fmt: skip
 
 
-def test_a_number_that_nobody_measured_or_that_is_not_in_the_table_is_an_error_that_names_it() -> None:
-    whole = worker_numbers()
+def test_a_number_that_is_missing_or_not_in_the_table_is_an_error_that_names_it() -> None:
+    numbers = worker_numbers()
 
-    with pytest.raises(AssertionError, match=r"\['cpu_s'\] of a worker"):
-        check_worker({name: value for name, value in whole.items() if name != "cpu_s"})
-    with pytest.raises(AssertionError, match=r"\['volts'\] of a worker"):
-        Header(0, 0, {**whole, "volts": 3.0})
-    with pytest.raises(AssertionError, match=r"\['volts'\] of a round"):
-        check_round(round_numbers([whole], volts=3.0))
+    with pytest.raises(AssertionError, match=naming("['cpu_s'] of a worker", "ist/measurements.py")):
+        check_worker({name: value for name, value in numbers.items() if name != "cpu_s"})
+    with pytest.raises(AssertionError, match=naming("['volts'] of a worker", "ist/measurements.py")):
+        Header(0, 0, {**numbers, "volts": 3.0})
+    with pytest.raises(AssertionError, match=naming("['volts'] of a round", "ist/measurements.py")):
+        check_round(round_numbers([numbers], volts=3.0))
 
 
 ENERGY = Measurement(
@@ -126,7 +126,7 @@ STUCK = Measurement(
 
 @pytest.fixture
 def energy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three numbers more: their entries in the table, and the line that measures each."""
+    """Add three numbers: their entries in the table, and the line that measures them."""
     table, rounds = (*MEASUREMENTS, ENERGY, HEAT, STUCK), iter(range(10**6))
 
     def measure(**others: Any) -> dict[str, float]:
@@ -159,7 +159,7 @@ def test_a_new_number_is_recorded_and_shown_everywhere_by_one_entry_in_the_table
 
 
 @pytest.mark.usefixtures("energy")
-def test_a_new_number_is_checked_where_a_run_is_read_and_missing_in_older_ones(tmp_path: Path) -> None:
+def test_a_new_number_is_checked_when_a_run_is_read_and_may_be_missing_in_older_runs(tmp_path: Path) -> None:
     folder = create_run_folder(small_config(), tmp_path / "run")
     metrics = folder.path / "metrics.jsonl"
 
@@ -167,12 +167,12 @@ def test_a_new_number_is_checked_where_a_run_is_read_and_missing_in_older_ones(t
     assert "energy_j" not in folder.records()[0]
     Prometheus(small_config(), "run", 4, 1, folder.records())
     metrics.write_text(json.dumps(a_record(0, energy_j="much")) + "\n")
-    with pytest.raises(RunFolderError, match="line 1 is damaged: 'energy_j'"):
+    with pytest.raises(RunFolderError, match=naming("line 1", "'energy_j'")):
         folder.records()
 
 
 @pytest.mark.usefixtures("energy")
-def test_a_new_number_crosses_from_ranks_that_train_subnets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_number_is_sent_by_ranks_that_train_subnets(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks, model = Ranks(), seeded(NETWORKS["no batch norm"])
     monkeypatch.setattr(torchrun, "dist", ranks)
     job = job_for(model, train__workers=3, pool__kind="torchrun")
@@ -185,7 +185,7 @@ def test_a_new_number_crosses_from_ranks_that_train_subnets(monkeypatch: pytest.
 
 
 @pytest.mark.usefixtures("energy")
-def test_a_new_number_crosses_between_ranks_that_train_the_whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_number_is_exchanged_by_ranks_that_train_the_full_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def gather(slots: list[Tensor], own: Tensor) -> None:
         rows.append(own)
         for slot, row in zip(slots, rows if len(rows) == 2 else [own, own], strict=True):
@@ -207,7 +207,7 @@ def test_a_new_number_crosses_between_ranks_that_train_the_whole_network(monkeyp
 
 
 @pytest.mark.usefixtures("energy")
-def test_the_documentation_lists_what_is_measured_and_the_dashboard_shows_it() -> None:
+def test_the_documentation_lists_a_new_number_and_the_dashboard_shows_it() -> None:
     written = runpy.run_path(str(ROOT / "docs" / "measurements.py"))
     assert "| `energy_j` | J | total | Energy that all workers together have used. |" in written["page"]()
     before = json.loads((ROOT / "docker" / "grafana-dashboard.json").read_text())

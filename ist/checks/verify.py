@@ -160,8 +160,8 @@ def _compared(
 _GRADIENT = "the gradient of "
 
 _ADVICE = (
-    "Its forward depends on a number that could not be changed to the submodel's size. Name the attribute that holds it "
-    "(partition.sizes), or do not split these neurons (partition.exclude); docs/groups.md says how"
+    "Its forward depends on a number that could not be changed to the submodel's size. Name the attribute that holds "
+    "it (partition.sizes), or do not split these neurons (partition.exclude); docs/groups.md says how"
 )
 
 
