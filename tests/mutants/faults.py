@@ -202,7 +202,7 @@ FAULTS = (
         ("tests/pools/test_ranks.py", "tests/data/test_fingerprint.py"),
     ),
     Fault(
-        "all configurations have the same fingerprint", "ist/runs/open.py",
+        "all configurations have the same fingerprint", "ist/config/base.py",
         "return zlib.crc32(json.dumps(tree, sort_keys=True).encode())", "return 0", ("tests/pools/test_ranks.py",),
     ),
     # Methods and their keys

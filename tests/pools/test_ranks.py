@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ist.config.base import run_fingerprint
 from ist.data.fingerprint import data_fingerprint
 from ist.distributed import process_group as group
 from ist.distributed.process_group import Membership, agree_on_start
@@ -20,7 +21,6 @@ from ist.monitoring.meter import Meter
 from ist.pools import torchrun
 from ist.pools.inline import InlinePool
 from ist.pools.torchrun import RankWorker, TorchrunPool
-from ist.runs.open import _fingerprint
 from ist.storage.checkpoint import read_tensors, write_tensors
 from ist.subnet.job import Job, assignments, slot_of
 from ist.tensors import TensorSpec
@@ -191,8 +191,8 @@ def test_the_fingerprint_of_a_configuration_is_of_what_is_trained() -> None:
     same = [{}, {"name": "other"}, {"output": "elsewhere"}, {"data__root": "/mnt"}, {"checkpoint__every": 1}]
     others = [{"seed": 4}, {"train__batch_size": 8}, {"model__args": {"widths": [64, 10]}}, {"exchange__down": "int8"}]
 
-    assert len({_fingerprint(small_config(**changes)) for changes in same}) == 1
-    assert len({_fingerprint(small_config(**changes)) for changes in [{}, *others]}) == 1 + len(others)
+    assert len({run_fingerprint(small_config(**changes)) for changes in same}) == 1
+    assert len({run_fingerprint(small_config(**changes)) for changes in [{}, *others]}) == 1 + len(others)
 
 
 def test_every_worker_and_round_draws_random_numbers_of_its_own() -> None:
