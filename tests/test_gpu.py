@@ -103,7 +103,9 @@ def test_processes_and_inline_end_with_identical_weights(inline: dict[str, Path]
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_address")
 # Actors take their time to start; how shares are cut and merged is the same for all pools.
-@pytest.mark.parametrize("name", ["batch norm, reset", "rounded, fed back", "kept in a finish, dealt anew"])
+@pytest.mark.parametrize(
+    "name", ["batch norm, reset", "quantized, error feedback", "kept state, full width, global shuffle"]
+)
 def test_actors_that_share_a_gpu_end_with_weights_of_inline(inline: dict[str, Path], tmp_path: Path, name: str) -> None:
     run(name, tmp_path, pool={"kind": "ray", "device": "cuda", "ray": {"num_gpus": 0.25}})
 

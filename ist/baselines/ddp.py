@@ -136,7 +136,7 @@ class DataParallel:
         return self._meter.sent.total()
 
     def close(self) -> None:
-        """Nothing to let go: the process group outlives the run."""
+        """Do nothing: the process group outlives the run."""
 
     def _settle_order(self) -> None:
         """Have gradients become ready once, without sending them.

@@ -142,7 +142,7 @@ class LocalTraining:
         return self._meter.sent.total()
 
     def close(self) -> None:
-        """Nothing to let go: the process group outlives the run."""
+        """Do nothing: the process group outlives the run."""
 
     def _average(self) -> None:
         """Make the network the same on all ranks again."""

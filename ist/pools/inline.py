@@ -1,6 +1,8 @@
-"""All workers in this process, one after the other: the reference for every other pool.
+"""The inline pool: all workers in this process, one after the other; the reference for every other pool.
 
-Bytes are counted as if workers were processes: of those whose messages would cross a link (`remote_workers`).
+Where it sits: `ist/runs/open.py` creates it for `pool.kind: inline`.
+It counts the bytes that the same run would send with a process for each worker (`remote_workers`).
+Not here: the workers' training (`ist/training/worker.py`).
 """
 
 from collections import deque
@@ -17,7 +19,7 @@ from ist.transport.interfaces import BufferCache, Lost, Subnet
 
 
 class InlinePool:
-    """Workers as plain objects."""
+    """A `WorkerPool` whose workers are objects in this process."""
 
     parallel = False
 
@@ -33,7 +35,7 @@ class InlinePool:
         self._remote = remote_workers(job.config)
 
     def gather(self, round_number: int) -> tuple[str, ...]:  # noqa: ARG002
-        """All workers are always there."""
+        """Return the names of all workers, which are always available."""
         return self._names
 
     def process(self, worker: int) -> str:
@@ -45,7 +47,7 @@ class InlinePool:
         return self._cache.buffers(worker, layouts)
 
     def submit(self, round_number: int, subnet: Subnet) -> None:
-        """Note a subnet; it is trained when its result is asked for."""
+        """Queue a subnet; `results` trains it."""
         if subnet.worker in self._remote:
             self._meter.sent[subnet.worker] += subnet.down_bytes
         self._submitted.append((round_number, subnet))
@@ -63,4 +65,4 @@ class InlinePool:
             self._submitted.clear()
 
     def close(self) -> None:
-        """Nothing to let go."""
+        """Do nothing: this pool holds no resources."""

@@ -1,6 +1,7 @@
-"""A worker of the Ray pool: the actor.
+"""The Ray actor that runs a worker.
 
-Not here: who calls it (`ist/pools/ray_pool.py`), the local steps (`ist/training/worker.py`).
+Where it sits: `ist/pools/ray_pool.py` starts the actors and calls `train`.
+Not here: the local steps (`ist/training/local_loop.py`).
 """
 
 import warnings
@@ -28,9 +29,9 @@ class RayWorker:
     """The actor: one worker of the run.
 
     Args:
-        job: The run, for as many workers as there may be.
-        name: What the actor is called.
-        location: Where workers save what they keep; None: nowhere.
+        job: The run, with the maximum number of workers.
+        name: The actor's name.
+        location: Where workers save their state; None: nowhere.
     """
 
     def __init__(self, job: Job, name: str, location: CheckpointLocation | None = None) -> None:
@@ -39,7 +40,7 @@ class RayWorker:
         # Ray does not hide the GPUs that this actor did not reserve.
         self._device = compute_device(job.config.pool) if ray.get_gpu_ids() else torch.device("cpu")
         self._host = WorkerHost(job, self._device, assignments(job), location)
-        # The first optimiser imports much of torch: neither the first round's time nor the subnet's memory.
+        # The first optimizer imports much of torch: do that before the first round's time and memory are measured.
         optimizers.build_optimizer(job.config.train.optimizer, [torch.nn.Parameter(torch.zeros(2, 3))])
         self._buffers: MessageBuffers | None = None
         self._over = -1
@@ -47,10 +48,10 @@ class RayWorker:
 
     @ray.method(concurrency_group="control", enable_task_events=False)
     def where(self) -> str:
-        """Return the address of the node that this worker runs on: a sign of life."""
+        """Return the address of this worker's node; an answer also shows that the actor is alive."""
         return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
-    # Ray's record of every call would have the cluster's memory grow with the number of rounds.
+    # With task events, Ray would record every call, and the cluster's memory would grow with the number of rounds.
     @ray.method(enable_task_events=False)
     def train(
         self, ticket: int, round_number: int, slot: WorkerSlot, received: Flat, beside: Flat | None = None
@@ -58,20 +59,20 @@ class RayWorker:
         """Train a subnet for a round.
 
         Args:
-            ticket: What `abandon` calls this attempt; later attempts have larger ones.
+            ticket: The number of this attempt, for `abandon`; it grows with every attempt.
             round_number: The round, from 0.
-            slot: Which worker of which team this is in the round.
-            received: The part of the message that was sent; read-only, as it lies in the object store.
-            beside: Frozen parameters that this worker lacks, likewise.
+            slot: The worker's number in the round, and its team.
+            received: The message to the worker; a read-only view of the object store.
+            beside: The message with frozen parameters that the worker does not have, also read-only.
 
         Returns:
             The trained message.
 
         Raises:
-            PoolError: What was received is not this round's subnet of this worker.
-            AbandonedRoundError: The round went on without this worker.
+            PoolError: The message is not this worker's subnet of this round.
+            AbandonedRoundError: The coordinator has continued the round without this worker.
         """
-        torch.set_num_threads(self._threads)  # actors run on a thread of their own
+        torch.set_num_threads(self._threads)  # Ray calls actors on another thread than their constructor
         worker = self._host.worker(slot)
         split, neurons = worker.job.split, worker.neurons(round_number)
         layouts = message_layouts(split, worker.job.config.exchange, split.cut(neurons))
@@ -96,12 +97,12 @@ class RayWorker:
 
     @ray.method(concurrency_group="control", enable_task_events=False)
     def abandon(self, ticket: int) -> None:
-        """Be told that a round goes on without this worker: its next local step will not be made."""
+        """Stop training before the next local step, because the coordinator continues without this worker."""
         self._over = max(self._over, ticket)
 
 
 def as_tensor(array: Flat) -> torch.Tensor:
-    """View an array of the object store as a tensor; nobody writes to it."""
+    """View a read-only array of the object store as a tensor, which must not be written to."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         return torch.from_numpy(array)

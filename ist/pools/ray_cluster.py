@@ -1,7 +1,8 @@
-"""Find the Ray cluster that a run is to use, or start one on this machine for the run.
+"""Connect to the Ray cluster of a run, or start one on this machine for the run.
 
-Ray's token authentication guards the clusters started here: whoever cannot read the token file cannot connect.
-Not here: what runs on the cluster (`ist/pools/ray_pool.py`).
+Where it sits: `ist/runs/open.py` connects before it creates the pool.
+Ray's token authentication protects clusters started here: only users who can read the token file can connect.
+Not here: the actors on the cluster (`ist/pools/ray_pool.py`).
 """
 
 import contextlib
@@ -30,17 +31,17 @@ TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 @contextlib.contextmanager
 def connected(config: Config, go_on: str = "") -> Iterator[None]:
-    """Be connected to a Ray cluster: `pool.ray.address`, or one that lasts as long as this block.
+    """Connect to the Ray cluster at `pool.ray.address`, or to a new one that ends with this block.
 
-    A connection that this process has already is used as it is, and left open. Beside one that is made here, a guard
-    says so if the process is ended without a Python exception, which Ray does when the cluster is lost.
+    If the process is already connected, that connection is used and stays open. For a new connection, a guard process
+    prints a message if this process ends without a Python exception, as it does when Ray loses the cluster.
 
     Args:
         config: The run's configuration.
-        go_on: How the run is resumed, for the guard's message.
+        go_on: How to resume the run, for the guard's message.
 
     Raises:
-        PoolError: The cluster cannot be reached, refuses this process, or could not be started.
+        PoolError: The cluster cannot be reached, refuses the connection, or cannot be started.
     """
     if ray.is_initialized():
         yield
@@ -53,17 +54,17 @@ def connected(config: Config, go_on: str = "") -> Iterator[None]:
             _join(address)
     try:
         session = _session_folder() if address is None else ""
-        # Ray reports lost workers on stdout, which is for results.
+        # Ray reports lost workers on stdout, but ist prints only results there.
         with guarded(session, _last_words(address, go_on)), contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
         ray.shutdown()
-    if session:  # logs of a cluster that nobody else used, of a run that went well
+    if session:  # the logs of the run's own cluster; kept if the run fails
         shutil.rmtree(session, ignore_errors=True)
 
 
 def _session_folder() -> str:
-    """Return the folder of the cluster of one node that this process has started."""
+    """Return the session folder of the one-node cluster that this process has started."""
     (node,) = ray.nodes()  # type: ignore[no-untyped-call]
     return str(Path(node["ObjectStoreSocketName"]).parent.parent)
 
@@ -78,18 +79,18 @@ def _last_words(address: str | None, go_on: str) -> str:
 
 @contextlib.contextmanager
 def _own_signal_handling() -> Iterator[None]:
-    """Put back the handler of SIGTERM that Ray replaces: by one that prints a C++ stack and exits with code 15."""
+    """Restore the SIGTERM handler that Ray replaces with one that prints a C++ stack and exits with code 15."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        if in_main_thread and before is not None:  # None: not Python's, and cannot be set from here
+        if in_main_thread and before is not None:  # None: installed by C code, and Python cannot restore it
             signal.signal(signal.SIGTERM, before)
 
 
 def _start(config: Config) -> None:
-    """Start a cluster on this machine, with room for all workers whatever the machine has."""
+    """Start a cluster on this machine, with resources for all workers, also if the machine has fewer."""
     wanted, workers = config.pool.ray, config.train.workers
     try:
         if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not any(map(os.environ.get, TOKEN_VARIABLES)):
@@ -111,29 +112,29 @@ def _join(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (RuntimeError, ConnectionError, ValueError, RayError) as error:
-        # Ray does not say whether it was refused or met something else.
+        # Ray's error is the same for a wrong token and for other causes, so name all remedies.
         raise PoolError(
-            f"the Ray cluster at {address} (pool.ray.address) does not take this process: set RAY_AUTH_MODE=token and "
-            f"RAY_AUTH_TOKEN_PATH to a copy of the cluster's token file, and see that a cluster of Ray "
-            f"{ray.__version__} is there ({first_line(error)})"
+            f"could not join the Ray cluster at {address} (pool.ray.address): {first_line(error)}. Set "
+            "RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH to a copy of the cluster's token file, and check that the "
+            f"cluster runs Ray {ray.__version__}"
         ) from error
 
 
 def _check_reachable(address: str) -> None:
-    """Knock before Ray does, which would go on trying for minutes."""
+    """Open and close a connection to the cluster first, because Ray would retry an unreachable address for minutes."""
     host, _, port = address.rpartition(":")
-    if not host:  # 'auto': Ray looks on this machine
+    if not host:  # 'auto': Ray searches for a cluster on this machine
         return
     try:
         socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
     except OSError as error:
-        raise PoolError(f"no Ray cluster can be reached at {address} (pool.ray.address): {error}") from error
+        raise PoolError(f"could not reach a Ray cluster at {address} (pool.ray.address): {error}") from error
 
 
 def make_token(path: Path) -> None:
-    """Make a token file that only its owner can read, unless there is one.
+    """Create a token file that only its owner can read, unless the file exists.
 
-    Ray would make it too, readable by everybody.
+    Ray would create it too, but readable by all users.
     """
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):

@@ -1,9 +1,11 @@
-"""A small process that outlives a Ray driver which ends without a word, and says so.
+"""The guard: a small process that prints an error message if the Ray driver ends without a Python exception.
 
-Ray ends a driver from C++ (no exception, no exit handler) when its cluster is lost, and a driver may be killed; then
-the agents of a cluster of its own go on for minutes. Where it sits: `ist/pools/ray_cluster.py` starts it beside every
-connection that it makes. It runs by its path and imports nothing but the standard library, so that it costs 10 MB.
-Not here: anything while the driver is well; the guard waits on a pipe, and ends when it is told that all is done.
+When a Ray cluster is lost, Ray ends the driver from C++, without an exception or exit handler; a driver may also be
+killed. The processes of the driver's own cluster would then run for minutes, so the guard also ends them.
+Where it sits: `ist/pools/ray_cluster.py` starts a guard for every connection that it makes. The guard runs this file as
+a script and imports only the standard library, so it needs only 10 MB. While the driver runs, the guard waits on a
+pipe; it exits when the driver reports a normal end.
+Not here: starting and stopping a cluster normally (`ist/pools/ray_cluster.py`).
 """
 
 import contextlib
@@ -21,12 +23,12 @@ _GRACE_S = 5.0
 
 @contextlib.contextmanager
 def guarded(session: str, last_words: str) -> Iterator[None]:
-    """Have a guard for as long as this block lasts.
+    """Run a guard process during this block.
 
     Args:
-        session: Session folder of the cluster that ends with the driver, all of whose processes have files open there;
-            empty: there is none.
-        last_words: What the guard prints on stderr if this process ends without leaving the block.
+        session: Session folder of the driver's own cluster, whose processes all have files open there; empty if the
+            driver has no cluster of its own.
+        last_words: The message that the guard prints on stderr if this process ends inside the block.
     """
     command = [sys.executable, "-I", __file__, session, last_words]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as guard:
@@ -34,7 +36,7 @@ def guarded(session: str, last_words: str) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(BrokenPipeError):  # somebody has killed it: nothing is lost
+            with contextlib.suppress(BrokenPipeError):  # the guard was killed, which does no harm
                 guard.stdin.write(_DONE)
                 guard.stdin.close()
 
@@ -45,16 +47,16 @@ def _main(session: str, last_words: str) -> None:
     if sys.stdin.buffer.read() == _DONE:
         return
     print(last_words, file=sys.stderr, flush=True)
-    os.close(2)  # whoever reads it to its end waits no longer
+    os.close(2)  # a reader of stderr gets its end now
     if session:
-        time.sleep(_GRACE_S)  # most end by themselves
+        time.sleep(_GRACE_S)  # most processes end without help
         for pid in _processes_of(session):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
 def _processes_of(session: str) -> Iterator[int]:
-    """Yield the processes that have a file of a session open, where the system tells (Linux)."""
+    """Yield the ids of processes that have a file of a session open; on Linux only."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if any(str(file.readlink()).startswith(f"{session}/") for file in (folder / "fd").iterdir()):

@@ -1,15 +1,17 @@
-"""Workers as Ray actors, which may die, be slow, come and go: the driver coordinates.
+"""The Ray pool: workers are Ray actors, which may die, be slow, join and leave; the driver coordinates.
 
-A round's subnets travel through Ray's object store: the driver cuts one after the other into the same memory and
-puts each into the store (one copy); an actor copies it into the message it trains on; the trained message is put
-into the store (one copy), where the driver merges from it without copying.
+Subnets travel through Ray's object store. The driver cuts one subnet after the other into the same memory and puts
+each into the store (one copy). An actor copies it into its buffers and trains it. The result goes into the store (one
+copy), and the driver merges from there without a copy.
 
-Whoever is lost in a round is replaced before the next. A fixed number of actors shares a placement group, so that they
-are placed together or not at all; where their number may vary, each is placed as soon as there is room for it. A round
-begins only after every worker has just answered. Where workers of a fixed number keep dying while others start, it
-begins with those that are there, if they are enough (`pool.min_returned`); the others are lost in that round.
-Not here: starting or finding a cluster (`ist/pools/ray_cluster.py`), what a lost worker means
-(`ist/training/coordinator.py`).
+Lost workers are replaced before the next round. A fixed number of actors shares a placement group, so that Ray places
+all of them or none. With a range of workers, Ray places each as soon as there is room. Every worker must answer a ping
+before a round starts. If workers of a fixed number repeatedly die while replacements start, the round starts with the
+available workers if they are enough (`pool.min_returned`); the missing ones count as lost in that round.
+
+Where it sits: `ist/runs/open.py` creates it; `ist/training/coordinator.py` uses it through `WorkerPool`.
+Not here: connecting to a cluster (`ist/pools/ray_cluster.py`), the actor (`ist/pools/ray_actor.py`), what a round does
+about a lost worker (`ist/training/coordinator.py`).
 """
 
 import time
@@ -36,11 +38,11 @@ from ist.transport.codec import MessageBuffers, MessageLayouts
 from ist.transport.interfaces import Lost, Subnet
 
 _START_ATTEMPTS = 3
-"""Errors in a row in an actor's constructor after which its slot is given up: the next would fail as well."""
+"""Consecutive errors in an actor's constructor after which its slot is given up, because the next would fail too."""
 _START_DEATHS = 20
-"""The same for processes that die while they start, of which the next may live."""
+"""Consecutive deaths of starting processes after which a slot is given up; more, because the next may survive."""
 _DEATHS_WHILE_WAITING = 2
-"""After so many, waiting for a full crew may never end."""
+"""Deaths while waiting for all workers after which a round starts with fewer, because the wait may never end."""
 _POLL_S = 0.2
 _NOWHERE = "?"
 _SIGN_OF_LIFE_S = 5.0
@@ -48,13 +50,17 @@ _SIGN_OF_LIFE_S = 5.0
 
 @dataclass
 class _Member:
-    """An actor, and what it is doing for us.
+    """An actor and its status.
 
     Attributes:
-        slot: Which of the run's workers it stands for; an actor that takes over after a loss has the same.
-        starting: Answers when the actor runs, for the first time or still; None afterwards.
-        busy: A round that goes on without it, but that it may still be training; since when.
-        failures: How many rounds in a row its code has failed in.
+        slot: The worker slot of the run that the actor fills; its replacement fills the same slot.
+        name: The actor's name.
+        actor: Ray's handle of the actor.
+        starting: A reference that Ray fulfils when the actor answers; None after that.
+        where: The address of its node.
+        busy: The result of a round that has continued without the actor, and that it may still be training.
+        busy_since: The time of `busy`.
+        failures: The number of consecutive rounds in which its code has failed.
     """
 
     slot: int
@@ -72,14 +78,14 @@ class _Member:
 
 
 class RayPool:
-    """The driver's side.
+    """The driver's side of the pool; a `WorkerPool`.
 
     Args:
-        job: The run; its configuration says how many workers there may be and what each needs.
+        job: The run; its configuration has the number of workers and the resources of each.
         meter: Counts payload bytes.
-        label: What actors are named after; must be this run's own in the cluster.
+        label: Prefix of the actors' names; must be unique in the cluster.
         worker_class: The class of the actors.
-        location: Where workers save what they keep; None: nowhere.
+        location: Where workers save their state; None: nowhere.
 
     Raises:
         PoolError: The job cannot be sent to actors.
@@ -105,12 +111,14 @@ class RayPool:
         self._most = config.train.workers
         self._least = config.train.min_workers or self._most
         self._fewest = self._least if config.train.is_elastic else min_returned(config)
-        remote: Any = ray.remote  # its annotations leave concurrency groups out
+        remote: Any = ray.remote  # its annotations lack concurrency groups
         self._class = remote(concurrency_groups={"control": 1})(worker_class)
         try:
             self._job = ray.put(for_workers(job))
         except RayError as error:
-            raise PoolError(f"network and data do not fit into Ray's object store: {first_line(error)}") from error
+            raise PoolError(
+                f"could not put the network and the data into Ray's object store: {first_line(error)}"
+            ) from error
         except (TypeError, AttributeError) as error:
             raise PoolError(
                 f"network, data or loss cannot be sent to Ray workers: {first_line(error)}. Define them in a module, "
@@ -121,26 +129,26 @@ class RayPool:
         if not config.train.is_elastic:
             self._group = placement_group([_bundle(self._settings)] * self._most, self._settings.placement)
         self._members: dict[int, _Member] = {}
-        self._round_members: list[_Member | None] = []  # None: one that the round begins without
+        self._round_members: list[_Member | None] = []  # None: the round starts without this worker
         self._generation = 0
         self._ticket = -1
         self._began = 0.0
-        self._submitted: list[Subnet] = []  # in this round
-        self._pending: dict[Any, Subnet] = {}  # by the reference of their result
+        self._submitted: list[Subnet] = []  # of this round
+        self._pending: dict[Any, Subnet] = {}  # by Ray's reference to the result
         self._failed_starts: dict[int, int] = {}
         self._hopeless: set[int] = set()
         self._retry_at: dict[int, float] = {}
         self._last_cause = ""
 
     def gather(self, round_number: int) -> tuple[str, ...]:
-        """Let new workers take the place of lost ones, and wait until enough are there.
+        """Start replacements for lost workers, and wait until enough workers are ready.
 
         Raises:
-            WorkerLostError: There are too few after `pool.ray.start_timeout_s`, or they fail as they start.
+            WorkerLostError: Too few workers are ready after `pool.ray.start_timeout_s`, or they fail as they start.
         """
         deadline = time.monotonic() + self._settings.start_timeout_s
         if any(member.busy is not None for member in self._members.values()):
-            deadline += self._round_s  # for those who may be replaced only after that
+            deadline += self._round_s  # busy workers may be replaced only after that time
         self._dismiss_the_dead()
         has_waited, deaths = False, 0
         while True:
@@ -168,18 +176,18 @@ class RayPool:
                 time.sleep(_POLL_S)
 
     def process(self, worker: int) -> str:
-        """Return the name of an actor; who takes its place has another one."""
+        """Return the name of a worker's actor; its replacement has another name."""
         member = self._round_members[worker]
-        return member.name if member else f"nobody for worker {worker}"
+        return member.name if member else f"no actor for worker {worker}"
 
     def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:  # noqa: ARG002
-        """Return memory for a message, the same for all workers: what is sent is a copy in the object store."""
+        """Return buffers for a subnet, the same memory for all workers: the object store holds a copy of each."""
         if self._scratch.nbytes < layouts.nbytes:
             self._scratch = torch.zeros(layouts.nbytes, dtype=torch.uint8)
         return MessageBuffers(layouts, flat=self._scratch)
 
     def submit(self, round_number: int, subnet: Subnet) -> None:
-        """Put a subnet into the object store, and have its actor train it."""
+        """Put a subnet into the object store, and call its actor to train it."""
         if not self._submitted:  # the first of a round
             self._began, self._ticket = time.monotonic(), self._ticket + 1
         self._submitted.append(subnet)
@@ -190,21 +198,21 @@ class RayPool:
             beside = [ray.put(subnet.frozen.flat.numpy())] if subnet.frozen is not None else []
         except RayError as error:
             raise PoolError(
-                f"a subnet of {subnet.down_bytes} bytes does not fit into the object store ({first_line(error)}): "
-                "give nodes a larger one (ray start --object-store-memory; shm_size in containers)"
+                f"could not put a subnet of {subnet.down_bytes} bytes into Ray's object store ({first_line(error)}): "
+                "enlarge the store (ray start --object-store-memory; shm_size in containers)"
             ) from error
         actor = self._member(subnet).actor
         self._pending[actor.train.remote(self._ticket, round_number, subnet.slot, sent, *beside)] = subnet
         self._meter.sent[subnet.worker] += subnet.down_bytes
 
     def results(self) -> Generator[Subnet | Lost]:
-        """Yield each subnet as it comes back; a worker that is not back in time is told so."""
+        """Yield each result when it arrives; at the deadline, call `abandon` on workers that have not answered."""
         submitted, self._submitted = self._submitted, []
         pending, self._pending = self._pending, {}
         try:
             for subnet in submitted:
                 if self._round_members[subnet.worker] is None:
-                    yield Lost(subnet.worker, "it died, and others keep dying while its replacement starts")
+                    yield Lost(subnet.worker, "it died, and more workers died while its replacement was starting")
             while pending:
                 left = self._began + self._round_s - time.monotonic()
                 done, _ = ray.wait(list(pending), timeout=max(0.0, left))
@@ -215,14 +223,14 @@ class RayPool:
                 del done
             for ref in list(pending):
                 yield self._late(ref, pending.pop(ref))
-        finally:  # also where the round ends early
+        finally:  # also if the round ends early
             for ref, subnet in pending.items():
                 self._abandon(self._member(subnet), ref)
 
     def close(self) -> None:
-        """Let the actors and their resources go."""
+        """Kill the actors and release their resources."""
         for member in self._members.values():
-            with suppress(RayError):  # the cluster itself may be gone
+            with suppress(RayError):  # the cluster may be lost
                 ray.kill(member.actor)
         if self._group:
             with suppress(RayError):
@@ -239,9 +247,9 @@ class RayPool:
     def _result(self, ref: Any, subnet: Subnet) -> Subnet | Lost:
         member = self._member(subnet)
         try:
-            # Its bytes may be on a node that is gone; then they never come.
+            # The result may be on a lost node: without a timeout, this would wait forever.
             trained = ray.get(ref, timeout=self._round_s)
-        except RayTaskError as error:  # the actor is well, its code failed: once may be chance
+        except RayTaskError as error:  # the actor is alive, but its code failed; replace it after a second failure
             member.failures += 1
             if member.failures > 1:
                 self._dismiss(member)
@@ -260,20 +268,20 @@ class RayPool:
 
     def _late(self, ref: Any, subnet: Subnet) -> Lost:
         member = self._member(subnet)
-        waited = f"{member.name} on {member.where} was not back after {self._round_s:g} s"
-        if not self._has_deadline:  # pool.timeout_s: it is given up
+        waited = f"{member.name} on {member.where} did not answer within {self._round_s:g} s"
+        if not self._has_deadline:  # after pool.timeout_s, the actor is replaced
             self._dismiss(member)
             return Lost(subnet.worker, waited)
         self._abandon(member, ref)
         return Lost(subnet.worker, waited, "late")
 
     def _abandon(self, member: _Member, ref: Any) -> None:
-        """Tell a worker that its round goes on without it; it is free again when it has answered."""
+        """Notify an actor that the round continues without it; it is free again when it has answered."""
         member.busy, member.busy_since = ref, time.monotonic()
         member.actor.abandon.remote(self._ticket)
 
     def _fill_slots(self) -> None:
-        """Start an actor for every slot that has none, the failing ones after a pause that grows."""
+        """Start an actor for every empty slot; after failures, wait for a growing time first."""
         now = time.monotonic()
         for slot in range(self._most):
             if slot in self._members or now < self._retry_at.get(slot, 0.0):
@@ -293,7 +301,7 @@ class RayPool:
             self._members[slot] = _Member(slot, name, actor, actor.where.remote())
 
     def _dismiss_the_dead(self) -> int:
-        """Dismiss actors that have died: whoever is replaced now costs no round its part; return how many."""
+        """Dismiss dead actors, so that they are replaced before the round; return how many there were."""
         dead = 0
         answers = {member.actor.where.remote(): member for member in self._members.values() if member.is_free}
         if answers:
@@ -301,7 +309,7 @@ class RayPool:
         for answer, member in answers.items():
             done, _ = ray.wait([answer], timeout=0, fetch_local=False)
             try:
-                if done:  # who does not answer in time may yet: the round will tell
+                if done:  # an actor without an answer may still be alive: the round finds out
                     ray.get(answer)
             except RayError:
                 dead += 1
@@ -309,10 +317,10 @@ class RayPool:
         return dead
 
     def _poll(self) -> int:
-        """See which actors have started, which are done with a round they were left out of, and which have failed.
+        """Update the status of actors that are starting, or busy with a round that has continued without them.
 
         Returns:
-            How many have died.
+            The number of actors that have died.
         """
         dead = 0
         for member in list(self._members.values()):
@@ -321,11 +329,11 @@ class RayPool:
                 continue
             done, _ = ray.wait([ref], timeout=0, fetch_local=False)
             if not done:
-                # Told to stop and still not back: as good as dead.
+                # An abandoned actor that does not answer for a whole round is replaced.
                 if member.busy is not None and time.monotonic() - member.busy_since > self._round_s:
                     self._dismiss(member)
                 continue
-            if member.busy is not None:  # what it made of the round is not wanted, but does it live?
+            if member.busy is not None:  # ignore the late result, and ping the actor
                 member.busy, member.starting = None, member.actor.where.remote()
                 continue
             member.starting = None
@@ -348,35 +356,35 @@ class RayPool:
         self._last_cause = f"{member.name}: {_why_gone(cause)}"
         failed = self._failed_starts.get(member.slot, 0) + 1
         self._failed_starts[member.slot] = failed
-        # An error in the constructor comes again, and its node may need a pause; a process that was killed may not be.
+        # An error in the constructor will recur, so wait longer; a process that was killed may start the next time.
         comes_again = isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)
         if failed >= (_START_ATTEMPTS if comes_again else _START_DEATHS):
             self._hopeless.add(member.slot)
         self._retry_at[member.slot] = time.monotonic() + (min(60.0, 2.0**failed) if comes_again else _POLL_S)
 
     def _dismiss(self, member: _Member) -> None:
-        """Give an actor up; its slot is filled before the next round."""
+        """Kill an actor; its slot is filled before the next round."""
         ray.kill(member.actor)
         if self._members.get(member.slot) is member:
             del self._members[member.slot]
 
     def _too_few(self, round_number: int, found: int, failing: bool) -> str:
-        there = f"{found} of {self._least} Ray workers are there for round {round_number}"
+        ready = f"{found} of {self._least} Ray workers are ready for round {round_number}"
         if failing:
-            return f"{there}: they fail as they start. {self._last_cause}"
+            return f"{ready}: workers fail as they start. {self._last_cause}"
         cause = f" Last failure: {self._last_cause}" if self._last_cause else ""
         cluster: Any = ray
         has, free = _plain(cluster.cluster_resources()), _plain(cluster.available_resources())
         return (
-            f"{there} after {self._settings.start_timeout_s:g} s (pool.ray.start_timeout_s). Each needs "
-            f"{_bundle(self._settings)}; of {has} in the cluster, {free} are free. Add nodes, ask for less (pool.ray), "
-            f"or let the number of workers vary (train.workers: {{min: 1, max: {self._most}}}).{cause}"
+            f"{ready} after {self._settings.start_timeout_s:g} s (pool.ray.start_timeout_s). Each needs "
+            f"{_bundle(self._settings)}; the cluster has {has}, of which {free} are free. Add nodes, request fewer "
+            f"resources (pool.ray), or allow fewer workers (train.workers: {{min: 1, max: {self._most}}}).{cause}"
         )
 
 
 def _bundle(settings: Ray) -> dict[str, float]:
     wanted = {"CPU": settings.num_cpus, "GPU": settings.num_gpus, **settings.resources}
-    return {name: amount for name, amount in wanted.items() if amount} or {"CPU": 0.001}  # Ray wants some resource
+    return {name: amount for name, amount in wanted.items() if amount} or {"CPU": 0.001}  # a bundle must not be empty
 
 
 def _plain(resources: dict[str, float]) -> dict[str, float]:
@@ -389,7 +397,7 @@ def _cause(error: RayTaskError) -> BaseException:
 
 def _why_gone(error: BaseException) -> str:
     if isinstance(error, GetTimeoutError):
-        return "its result could not be fetched"
+        return "its result could not be fetched in time"
     lines: Sequence[str] = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Ray's text begins with generalities; what killed the actor stands last.
+    # Ray's message starts with general text; the cause of death is its last line.
     return lines[-1] if lines else type(error).__name__

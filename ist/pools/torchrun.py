@@ -1,8 +1,9 @@
-"""Workers as the ranks of a torch.distributed job, however it was started.
+"""The torchrun pool: workers are the ranks of a torch.distributed process group.
 
-Rank 0 coordinates. It is worker 0 as well, unless the coordinator is dedicated: then rank r is worker
-r - 1. In a round every worker gets one message and gives one back.
-Not here: starting processes (`ist/launch/start.py`, or torchrun itself), and making a group of them
+Rank 0 coordinates. It is also worker 0, unless the coordinator is dedicated: then rank r is worker r - 1. In a round
+every worker receives one message (and, if it lacks frozen parameters, a second one) and returns one.
+Where it sits: `ist/runs/open.py` creates `TorchrunPool` on rank 0, and `RankWorker` on every other rank.
+Not here: starting processes (`ist/launch/start.py`, or torchrun itself), forming the process group
 (`ist/distributed/process_group.py`).
 """
 
@@ -29,10 +30,10 @@ from ist.transport.message import Message
 
 
 def for_world_size(job: Job) -> Job:
-    """Return the job for as many workers as processes were started.
+    """Return the job with the number of workers that the number of started processes gives.
 
     Raises:
-        ConfigError: They are not as many as the configuration calls for; the message names both numbers.
+        ConfigError: The configuration needs another number of processes; the message names both numbers.
     """
     world_size, needed = int(os.environ["WORLD_SIZE"]), num_processes(job.config)
     spare = needed - job.config.train.workers
@@ -50,9 +51,9 @@ def for_world_size(job: Job) -> Job:
 
 
 class Channel:
-    """Sends and receives flat buffers, and counts them.
+    """Sends and receives flat buffers, and counts their bytes.
 
-    Gloo carries CPU memory only, so CUDA buffers are staged through pinned memory for it.
+    Gloo can send only CPU memory, so CUDA buffers are staged through pinned memory.
     """
 
     def __init__(self, membership: Membership, meter: Meter) -> None:
@@ -61,7 +62,7 @@ class Channel:
         self._stages: dict[int, Tensor] = {}
 
     def send(self, flats: Sequence[tuple[int, int, Tensor]]) -> list[dist.Work]:
-        """Begin to send (rank, worker, flat) buffers; they must not change until the works are waited for."""
+        """Start sending (rank, worker, flat) buffers; they must not change before the returned works are done."""
         operations = []
         for rank, worker, flat in flats:
             staged = self._staged(flat)
@@ -72,12 +73,12 @@ class Channel:
         return _begin(operations)
 
     def receive(self, flats: Sequence[tuple[int, int, Tensor]]) -> list[dist.Work]:
-        """Begin to receive (rank, worker, flat) buffers; `finish` each after waiting for its work."""
+        """Start receiving (rank, worker, flat) buffers; call `finish` for each when its work is done."""
         operations = [dist.P2POp(dist.irecv, self._staged(flat), rank) for rank, _, flat in flats]
         return _begin(operations)
 
     def finish(self, worker: int, flat: Tensor) -> None:
-        """Count a received buffer, and bring it to the GPU if it was staged."""
+        """Count a received buffer, and copy it to the GPU if it was staged."""
         staged = self._staged(flat)
         if staged is not flat:
             flat.copy_(staged)
@@ -94,7 +95,14 @@ class Channel:
 
 
 class TorchrunPool:
-    """The coordinator's side: rank 0."""
+    """The coordinator's side of the pool, on rank 0; a `WorkerPool`.
+
+    Args:
+        job: The run.
+        membership: This rank.
+        meter: Counts payload bytes.
+        location: Where workers save their state; None: nowhere.
+    """
 
     parallel = True
 
@@ -109,17 +117,17 @@ class TorchrunPool:
         self._names = tuple(f"rank {self._rank(worker)}" for worker in range(job.config.train.workers))
         self._cache = BufferCache(membership.device)
         self._round_number = 0
-        self._own: Subnet | None = None  # of worker 0, where rank 0 is a worker
+        self._own: Subnet | None = None  # worker 0's subnet, if rank 0 is a worker
         self._outstanding: list[Subnet] = []
         self._sends: list[dist.Work] = []
         self._receives: list[dist.Work] = []
 
     def gather(self, round_number: int) -> tuple[str, ...]:  # noqa: ARG002
-        """All ranks are there, or torch.distributed ends the run."""
+        """Return the names of all ranks, which are always available: torch.distributed ends the run if one is lost."""
         return self._names
 
     def process(self, worker: int) -> str:
-        """Return the name of a rank, which stands for one process as long as the run lasts."""
+        """Return the name of a worker's rank, which is the same process during the whole run."""
         return self._names[worker]
 
     def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:
@@ -127,7 +135,7 @@ class TorchrunPool:
         return self._cache.buffers(worker, layouts)
 
     def submit(self, round_number: int, subnet: Subnet) -> None:
-        """Begin to send a subnet, with gloo; NCCL's are sent together when the first result is asked for."""
+        """Start sending a subnet with gloo; with NCCL, `results` sends all subnets together."""
         self._round_number = round_number
         if self._rank(subnet.worker) == 0:
             self._own = subnet
@@ -135,12 +143,12 @@ class TorchrunPool:
         self._outstanding.append(subnet)
         if self._early:
             self._send([subnet])
-            # With gloo the receives are posted now, so that data flow while this rank trains. A trained subnet is
-            # received over the one that was sent: it cannot come before the other has arrived.
+            # With gloo, post the receives now, so that results arrive while this rank trains. A result overwrites the
+            # memory of the subnet that was sent, which is safe: it cannot arrive before the worker has the subnet.
             self._receives += self._channel.receive([self._back(subnet)])
 
     def results(self) -> Generator[Subnet | Lost]:
-        """Train worker 0's subnet here if rank 0 is a worker, and yield each of the others as it comes back."""
+        """Train worker 0's subnet in this process if rank 0 is a worker, and yield the results of all workers."""
         remote, receives = self._outstanding, self._receives
         if not self._early:
             self._send(remote)
@@ -150,7 +158,7 @@ class TorchrunPool:
             assert self._local is not None
             self._local.train(self._round_number, own.buffers, own.frozen)
             yield own
-        if not self._early:  # a waiting NCCL receive would take the GPU's time
+        if not self._early:  # a pending NCCL receive would use the GPU while this rank trains
             receives = self._channel.receive([self._back(subnet) for subnet in remote])
         # NCCL coalesces a batch into one work.
         works = [[work] for work in receives]
@@ -166,32 +174,32 @@ class TorchrunPool:
         _wait(sends, "sending subnets")
 
     def _send(self, subnets: Sequence[Subnet]) -> None:
-        """Begin to send subnets, and in a batch of its own what goes beside them.
+        """Start sending subnets, and in a second batch the messages with frozen parameters.
 
-        A worker reads in the first message how long the second is.
+        The header of the first message gives the size of the second.
         """
         first = [(self._rank(s.worker), s.worker, s.buffers.flat[: s.sent_bytes]) for s in subnets]
         beside = [(self._rank(s.worker), s.worker, s.frozen.flat.to(self._carrier)) for s in subnets if s.frozen]
         self._sends += self._channel.send(first) + self._channel.send(beside)
 
     def _back(self, subnet: Subnet) -> tuple[int, int, Tensor]:
-        """Return from which rank a subnet comes back, and where to."""
+        """Return the rank, the worker and the buffer of a result."""
         return self._rank(subnet.worker), subnet.worker, subnet.buffers.up.flat
 
     def close(self) -> None:
-        """Nothing to let go: the process group outlives the run."""
+        """Do nothing: the process group outlives the run."""
 
     def _rank(self, worker: int) -> int:
         return worker + self._first_rank
 
 
 class RankWorker:
-    """The worker's side: every rank that does not coordinate.
+    """The worker's side of the pool, on every rank that does not coordinate; a `Follower`.
 
     Args:
         job: The run.
         membership: This rank.
-        location: Where workers save what they keep; None: nowhere.
+        location: Where workers save their state; None: nowhere.
     """
 
     def __init__(self, job: Job, membership: Membership, location: CheckpointLocation | None = None) -> None:
@@ -206,10 +214,10 @@ class RankWorker:
         self._device = membership.device
 
     def train_round(self, round_number: int) -> None:
-        """Receive a subnet, train it, send it back.
+        """Receive a subnet, train it, and send the result.
 
         Raises:
-            PoolError: The coordinator is gone, or sent something else than this round's subnet.
+            PoolError: The coordinator is lost, or its message is not this round's subnet.
         """
         neurons = self._worker.neurons(round_number)
         buffers = self._buffers_for(neurons)
@@ -227,7 +235,7 @@ class RankWorker:
         _wait(self._channel.send([(0, self._number, buffers.up.flat)]), gone)
 
     def _buffers_for(self, neurons: Sequence[Indices]) -> MessageBuffers:
-        """Return memory for the messages of a round: the last round's, while their layout is the same."""
+        """Return the buffers for the messages of a round; the previous ones if the layouts are the same."""
         key = self._keys.of(neurons)
         if self._buffers is None or self._key != key:
             self._key = key
@@ -238,11 +246,11 @@ class RankWorker:
         return self._buffers
 
     def close(self) -> None:
-        """Nothing to let go: the process group outlives the run."""
+        """Do nothing: the process group outlives the run."""
 
 
 def _worker(job: Job, number: int, membership: Membership, location: CheckpointLocation | None) -> Worker:
-    """Make the worker that a rank is for the whole run."""
+    """Create the worker of a rank for the whole run."""
     return Worker(job, slot_of(job, number), membership.device, assignments(job), location)
 
 

@@ -1,4 +1,4 @@
-"""Runs that every pool must agree on; this file is the program of the torchrun pool's ranks as well.
+"""Runs with the same results on every pool; this file is also the program of the torchrun pool's ranks.
 
 python -m tests.forked_ranks N tests/pools/scenario.py OUT COORDINATOR [DEVICE [SCENARIO ...]]   (or under torchrun)
 """
@@ -44,25 +44,25 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "network": "no batch norm", "train__schedule": {"name": "LambdaLR", "args": {"lr_lambda": lambda step: 0.8**step}},
     },
     "dropout": {"network": "dropout"},
-    "items that are drawn": {"network": "two hidden layers, batch norm", "items": Augmented},
+    "random items": {"network": "two hidden layers, batch norm", "items": Augmented},
     "attention, carried": {"network": "attention", "train__optimizer_state": "carried"},
-    "shares that vary": {"network": "uneven widths", "partition__strategy": "categorical"},
+    "varying shares": {"network": "uneven widths", "partition__strategy": "categorical"},
     "overlapping shares": {
         "network": "no batch norm", "partition__strategy": "bernoulli", "partition__keep": 0.6,
         "train__optimizer_state": "carried",
     },
-    "rounded, fed back": {
+    "quantized, error feedback": {
         "network": "uneven widths", "exchange__down": "int8", "exchange__up": "int3", "exchange__values": "deltas",
         "exchange__error_feedback": True, "checkpoint__every": 2, "train__optimizer_state": "carried",
     },
-    "halved, shares that vary": {
+    "half precision, varying shares": {
         "network": "attention", "partition__strategy": "categorical", "exchange__down": "float16",
         "exchange__up": "bfloat16",
     },
     "whole blocks": {
         "network": "blocks", "partition__strategy": "blocks", "partition__blocks": ["1.*"], "partition__min_depth": 2,
     },
-    "kept in a finish, dealt anew": {
+    "kept state, full width, global shuffle": {
         "network": "uneven widths", "train__optimizer_state": "kept", "checkpoint__every": 100,
         "recipe__stages": [{}, {"rounds": 2, "keep": 1}], "data__shuffle": "global",
     },
@@ -76,11 +76,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "train__activation_scale": "folded", "recipe__stages": [{}, {"rounds": 1, "keep": 1}],
     },
     "frozen, some of it shared": {"network": "frozen", "partition__exclude": ["0"], "train__activation_scale": "folded"},
-    "frozen, rounded": {
+    "frozen, quantized": {
         "network": "frozen", "exchange__down": "int8", "exchange__up": "int8", "exchange__values": "deltas",
         "partition__strategy": "categorical",
     },
-    "blocks, the whole network at the end": {
+    "blocks, full width at the end": {
         "network": "blocks", "partition__strategy": "blocks", "partition__blocks": ["1.*"],
         "recipe__stages": [{}, {"rounds": 2, "keep": 1}],
     },
@@ -88,7 +88,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 
 
 class FailsElsewhere(nn.Module):
-    """Runs in the process that made it only."""
+    """A network that fails in every process but the one that created it."""
 
     def __init__(self) -> None:
         super().__init__()

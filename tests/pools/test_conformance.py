@@ -1,4 +1,4 @@
-"""Identities 5 and 6 on every pool: the same weights, and the bytes that the formula says."""
+"""Identities 5 and 6 on every pool: the same weights, and the bytes of the formula."""
 
 import json
 from itertools import pairwise
@@ -34,10 +34,10 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 QUICK_DEDICATED = (
-    "batch norm, reset", "carried Adam, uneven", "shares that vary", "rounded, fed back", "kept in a finish, dealt anew",
-    "frozen, rounded",
+    "batch norm, reset", "carried Adam, uneven", "varying shares", "quantized, error feedback", "kept state, full width, global shuffle",
+    "frozen, quantized",
 )  # fmt: skip
-"""Of every kind of message one: with a dedicated coordinator, ranks have other numbers, and messages are as they were."""
+"""One scenario for every kind of message: a dedicated coordinator changes the numbers of ranks, but no message."""
 
 BY_RANKS = [("trains", name) for name in SCENARIOS] + [
     pytest.param("dedicated", name, marks=[] if name in QUICK_DEDICATED else pytest.mark.system) for name in SCENARIOS
@@ -46,7 +46,7 @@ BY_RANKS = [("trains", name) for name in SCENARIOS] + [
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What ranks have done, in a folder for each kind of coordinator."""
+    """The results of ranks, in a folder for each kind of coordinator."""
     folder, program = tmp_path_factory.mktemp("ranks"), "tests/pools/scenario.py"
     for coordinator in ("trains", "dedicated"):
         (folder / coordinator).mkdir()
@@ -65,7 +65,7 @@ def others_dedicated(ranks: Path) -> None:
 
 @pytest.fixture
 def torchrun(request: pytest.FixtureRequest, ranks: Path, coordinator: str, name: str) -> Outcome:
-    """What ranks have made of a scenario."""
+    """The outcome of a scenario on ranks."""
     if coordinator == "dedicated" and name not in QUICK_DEDICATED:
         request.getfixturevalue("others_dedicated")
     return outcome(ranks / coordinator, name)
@@ -94,7 +94,7 @@ def test_the_bytes_counted_are_the_bytes_of_the_formula(torchrun: Outcome, coord
     partition = made.config.partition
     varies = sizes_vary(partition) or partition.strategy == "blocks" or bool(made.config.recipe.stages)
 
-    first = 1 if coordinator == "trains" else 0  # worker 0 is then rank 0: its subnet crosses nothing
+    first = 1 if coordinator == "trains" else 0  # worker 0 is then rank 0: its subnet crosses no link
     for record in history:
         expected = message_bytes(made, record["round"])
         assert record["bytes_to_worker"][first:] == [sent for sent, _ in expected[first:]]
@@ -107,7 +107,7 @@ def test_the_bytes_counted_are_the_bytes_of_the_formula(torchrun: Outcome, coord
 
 
 def message_bytes(made: Job, round_number: int) -> list[tuple[int, int]]:
-    """What goes to each worker in a round, and what comes back."""
+    """The bytes to and from each worker in a round."""
     split, exchange, held = made.split, made.config.exchange, assignments(made)
     all_layouts = [message_layouts(split, exchange, cut) for cut in held.cuts(round_number)]
     before = held.of(round_number - 1) if round_number else [None] * WORKERS
@@ -123,12 +123,12 @@ def test_inline_counts_what_the_same_job_would_send_as_processes(inline: Path, n
     _, history = outcome(inline, name)
     made, _ = job(name)
 
-    # Worker 0 would be rank 0: its subnet crosses nothing.
+    # Worker 0 would be rank 0: its subnet crosses no link.
     assert history[1]["sent_bytes"] - history[0]["sent_bytes"] == sum(map(sum, message_bytes(made, 1)[1:]))
     assert history[1]["bytes_to_worker"] == [0, *(sent for sent, _ in message_bytes(made, 1)[1:])]
 
 
-def test_inline_counts_every_worker_where_the_coordinator_is_none(tmp_path: Path) -> None:
+def test_inline_counts_every_worker_if_the_coordinator_is_dedicated(tmp_path: Path) -> None:
     name = "batch norm, reset"
     run(name, tmp_path, pool__coordinator="dedicated")
     _, history = outcome(tmp_path, name)

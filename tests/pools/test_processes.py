@@ -1,4 +1,4 @@
-"""Real processes: torchrun, ist's own launcher, ports, deaths and resumption."""
+"""Runs with real processes: torchrun, ist's own launcher, ports, killed processes and resumption."""
 
 import json
 import os
@@ -103,7 +103,7 @@ def test_a_killed_process_ends_the_run_in_seconds_by_name_and_the_run_can_be_res
 
 
 @many_processes
-def test_an_interrupt_ends_all_processes_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_an_interrupt_ends_all_processes_and_reports_how_to_resume(tmp_path: Path) -> None:
     config = written(tmp_path, train__rounds=5000)
     run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     command = [sys.executable, "-m", "ist", "train", str(config), "--run-dir", str(run)]
@@ -213,10 +213,10 @@ def test_a_file_of_the_current_folder_is_found_by_the_command(tmp_path: Path) ->
 
 @many_processes
 @pytest.mark.parametrize("damaged", ["train", "test"])
-def test_every_rank_and_the_launcher_tell_the_cause_of_a_failure(
+def test_every_rank_and_the_launcher_report_the_cause_of_a_failure(
     tmp_path: Path, ist_command: Run, damaged: str
 ) -> None:
-    """A bad sample that one worker meets, or the coordinator where it evaluates: the other rank only loses a peer."""
+    """One worker reads a bad sample, or the coordinator does when it evaluates; the other rank only loses a peer."""
     loader = {"name": "tests.network.test_failures:load", "args": {"damaged": damaged}}
     config = written(tmp_path, data=loader, model={"name": "mlp", "args": {"widths": [12, 9, 8, 5]}}, train__rounds=40)
 

@@ -1,4 +1,4 @@
-"""What ranks owe each other: ranks take turns in this process, over mailboxes in place of the network."""
+"""The exchange between ranks, with all ranks in this process: they run in turns, over mailboxes instead of a network."""
 
 from collections import defaultdict, deque
 from collections.abc import Iterator
@@ -29,7 +29,7 @@ from ist.training.rounds import run_rounds
 from ist.training.worker_state import WorkerState
 from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.message import HEADER_BYTES, Header, Message, layout_of
-from tests.conftest import assert_same, clone, data, job_for, small_config
+from tests.conftest import assert_same, clone, data, job_for, naming, small_config
 from tests.networks import NETWORKS, seeded
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 
 @dataclass
 class Ranks:
-    """Stands in for `torch.distributed`: rank 0 runs, and whoever it waits for takes a turn."""
+    """A replacement of `torch.distributed`: rank 0 runs, and each rank that it waits for runs until it has sent."""
 
     followers: dict[int, RankWorker] = field(default_factory=dict)
     mail: defaultdict[tuple[int, int], deque[Tensor]] = field(default_factory=lambda: defaultdict(deque))
@@ -74,7 +74,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
     made = Ranks()
     monkeypatch.setattr(torchrun, "dist", made)
     yield made
-    assert not any(made.mail.values()), "something was sent that nobody took"
+    assert not any(made.mail.values()), "a message was sent and not received"
 
 
 def membership(rank: int, world_size: int) -> Membership:
@@ -82,7 +82,7 @@ def membership(rank: int, world_size: int) -> Membership:
 
 
 def by_ranks(ranks: Ranks, job: Job, model: nn.Module, spare: int) -> tuple[Coordinator, Meter]:
-    """A coordinator whose workers are ranks; `spare` is 1 where rank 0 is none."""
+    """A coordinator whose workers are ranks; `spare` is 1 if the coordinator is dedicated."""
     size, meter = job.config.train.workers + spare, Meter()
     ranks.followers = {rank: RankWorker(job, membership(rank, size)) for rank in range(1, size)}
     return Coordinator(job, TorchrunPool(job, membership(0, size), meter), model, meter), meter
@@ -126,7 +126,7 @@ def test_a_rank_with_another_network_refuses_the_subnet(ranks: Ranks) -> None:
     ranks.followers = {1: RankWorker(job_for(other, train__workers=2, pool__kind="torchrun"), membership(1, 2))}
     ranks._take = lambda me, flat, peer: _take_what_fits(ranks, me, flat, peer)  # type: ignore[method-assign]
 
-    with pytest.raises(PoolError, match="expected a message of"):
+    with pytest.raises(PoolError, match=naming("(layout, round, worker)")):
         coordinator.train_round(0)
     ranks.mail.clear()
 
@@ -150,7 +150,7 @@ def _take_what_fits(ranks: Ranks, me: int, flat: Tensor, peer: int) -> None:
     ],
     ids=["another name", "another shape", "another dtype", "another order"],
 )
-def test_a_message_of_another_layout_is_refused_though_it_is_as_long(theirs: dict[str, TensorSpec]) -> None:
+def test_a_message_with_another_layout_of_the_same_length_is_refused(theirs: dict[str, TensorSpec]) -> None:
     ours = {"a": TensorSpec((4, 8), torch.float32), "b": TensorSpec((8,), torch.float32)}
     received = Message(layout_of(ours))
     received.write_header(Header(3, 1))
@@ -159,15 +159,15 @@ def test_a_message_of_another_layout_is_refused_though_it_is_as_long(theirs: dic
 
     assert received.read_header(3, 1) == Header(3, 1)
     assert received.nbytes == as_theirs.nbytes == HEADER_BYTES + 4 * 32 + 64
-    with pytest.raises(PoolError, match="expected a message of"):
+    with pytest.raises(PoolError, match=naming("(layout, round, worker)")):
         as_theirs.read_header(3, 1)
     for other in ((2, 1), (3, 0)):
-        with pytest.raises(PoolError, match="expected a message of"):
+        with pytest.raises(PoolError, match=naming("(layout, round, worker)")):
             received.read_header(*other)
 
 
 def agreed(monkeypatch: pytest.MonkeyPatch, rank: int, starts: list[tuple[int, int]]) -> int:
-    """What a rank makes of a start where ranks have these (first round, fingerprint)."""
+    """Return the first round that a rank agrees on, if ranks have these (first round, fingerprint)."""
     contents = data_fingerprint(data(), 3), data_fingerprint(data(40, seed=4), 3)
 
     def gather(said: list[Tensor], own: Tensor) -> None:
@@ -179,15 +179,15 @@ def agreed(monkeypatch: pytest.MonkeyPatch, rank: int, starts: list[tuple[int, i
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_every_rank_begins_where_rank_0_does_and_refuses_another_configuration(
+def test_every_rank_starts_at_the_first_round_of_rank_0_and_refuses_another_configuration(
     monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
     assert agreed(monkeypatch, rank, [(5, 17), (0, 17), (9, 17)]) == 5
-    with pytest.raises(PoolError, match="rank 2 .*configuration"):
+    with pytest.raises(PoolError, match=naming("rank 2", "configuration")):
         agreed(monkeypatch, rank, [(5, 17), (5, 17), (5, 18)])
 
 
-def test_the_fingerprint_of_a_configuration_is_of_what_is_trained() -> None:
+def test_the_fingerprint_of_a_configuration_covers_only_keys_that_affect_training() -> None:
     same = [{}, {"name": "other"}, {"output": "elsewhere"}, {"data__root": "/mnt"}, {"checkpoint__every": 1}]
     others = [{"seed": 4}, {"train__batch_size": 8}, {"model__args": {"widths": [64, 10]}}, {"exchange__down": "int8"}]
 
@@ -195,7 +195,7 @@ def test_the_fingerprint_of_a_configuration_is_of_what_is_trained() -> None:
     assert len({run_fingerprint(small_config(**changes)) for changes in [{}, *others]}) == 1 + len(others)
 
 
-def test_every_worker_and_round_draws_random_numbers_of_its_own() -> None:
+def test_random_numbers_differ_between_workers_and_rounds_but_not_between_processes() -> None:
     model = seeded(NETWORKS["no batch norm"])
 
     def drawn(process_seed: int) -> list[float]:
@@ -220,14 +220,14 @@ def test_every_worker_and_round_draws_random_numbers_of_its_own() -> None:
     assert drawn(2) == first
 
 
-def test_an_optimiser_is_kept_for_the_same_neurons_alone() -> None:
+def test_an_optimizer_continues_only_with_the_same_neurons() -> None:
     stages = [{}, {"rounds": 2, "keep": 1}]
     job = job_for(seeded(NETWORKS["no batch norm"]), train__workers=2, train__rounds=4, recipe__stages=stages)
     state = WorkerState(job, slot_of(job, 0), assignments(job), None)
     made = []
     for round_number in range(4):
-        narrow = job.split.module(assignments(job).of(round_number)[0], CPU)
-        named = dict(narrow.named_parameters())
+        module = job.split.module(assignments(job).of(round_number)[0], CPU)
+        named = dict(module.named_parameters())
         made.append(state.optimizer(named, round_number))
         state.store(made[-1], named, {}, round_number)
 
@@ -235,7 +235,7 @@ def test_an_optimiser_is_kept_for_the_same_neurons_alone() -> None:
     assert len({id(optimizer) for optimizer in made}) == 3
 
 
-def test_where_neurons_change_keeping_is_starting_anew() -> None:
+def test_if_neurons_change_every_round_kept_state_is_the_same_as_reset_state() -> None:
     def trained(optimizer_state: str) -> dict[str, Tensor]:
         model = seeded(NETWORKS["no batch norm"])
         job = job_for(model, train__workers=2, train__optimizer_state=optimizer_state)
@@ -254,7 +254,7 @@ def test_a_checkpoint_without_a_checksum_is_refused(tmp_path: Path) -> None:
 
     save_file({"a": torch.ones(3)}, path, {"round": "1"})
 
-    with pytest.raises(CheckpointError, match="do not match its checksum"):
+    with pytest.raises(CheckpointError, match=naming("some.safetensors", "checksum")):
         read_tensors(path)
 
 
