@@ -87,7 +87,7 @@ def verify_cut(split: SplitModel, full: nn.Module, example: object, neurons: Seq
     submodel = split.module(neurons, torch.device("cpu"))
     if precision == torch.float64:
         submodel = submodel.double()  # unlike `to`, it does not convert complex numbers
-    cut = positions(split.groups, split.everything, neurons)
+    cut = positions(split.groups, split.all_specs, neurons)
     state = {name: tensor.detach().contiguous() for name, tensor in named_tensors(full).items() if name in cut}
     part = {
         name: torch.empty(spec.shape, dtype=state[name].dtype) for name, spec in _part_specs(split, cut, state).items()
@@ -95,7 +95,7 @@ def verify_cut(split: SplitModel, full: nn.Module, example: object, neurons: Seq
     extract(state, cut, into=part)
     # Bind only tensors that a worker is sent: the module itself must provide all others.
     bind(submodel, {name: tensor for name, tensor in part.items() if name in split.specs or name in split.frozen_specs})
-    plan = split.plan(neurons)
+    plan = split.submodel_plan(neurons)
     masked = _masked(split, full, plan, cut, neurons)
     tolerance = TOLERANCE.get(precision, 1e-2)
 
@@ -293,7 +293,7 @@ def _masked(split: SplitModel, full: nn.Module, plan: SubmodelPlan, cut: Cut, ne
 
 
 def _part_specs(split: SplitModel, cut: Cut, state: dict[str, Tensor]) -> dict[str, TensorSpec]:
-    return cut_specs({name: split.everything[name] for name in state}, cut)
+    return cut_specs({name: split.all_specs[name] for name in state}, cut)
 
 
 def _outputs_and_gradients(module: nn.Module, example: object) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -358,7 +358,7 @@ def _restricted(split: SplitModel, plan: SubmodelPlan, cut: Cut, results: dict[s
         if name == what:
             restricted[what] = tensor
         elif name in cut:
-            spec = cut_specs({name: split.everything[name]}, cut)[name]
+            spec = cut_specs({name: split.all_specs[name]}, cut)[name]
             part = torch.empty(spec.shape, dtype=tensor.dtype)
             extract({name: tensor.contiguous()}, {name: cut[name]}, into={name: part})
             if name in plan.scales:  # the derivative of w * scale

@@ -15,7 +15,7 @@ from ist.neurons.group import Group, Slot
 from ist.optimization.schedule import Schedule
 from ist.subnet.assignments import Assignments
 from ist.subnet.job import remote_workers
-from ist.subnet.partition import coverage, holds_everything
+from ist.subnet.partition import coverage, is_full_width
 from ist.subnet.split_model import ShapeKeys, SplitModel
 from ist.tensors import TensorSpec, tensor_specs
 from ist.transport.endpoints import down_bytes, message_layouts
@@ -211,7 +211,7 @@ def inspect_split(
     whole = tensor_specs(split.template, with_statistics=True)
     parameters = {name: parameter.numel() for name, parameter in split.template.named_parameters()}
     trained = [name for name, parameter in split.template.named_parameters() if parameter.requires_grad]
-    plans = [split.plan(neurons).specs for neurons in held.of(main)]
+    plans = [split.submodel_plan(neurons).specs for neurons in held.of(main)]
     exclusive = held.exclusive(main)
     shares = tuple(
         _share(config, split, schedule, held, worker, [*parameters], trained, plan) for worker, plan in enumerate(plans)
@@ -300,7 +300,7 @@ def _stages(schedule: Schedule, held: Assignments) -> tuple[StageLength, ...]:
     for _, rounds in groupby(range(schedule.num_rounds), key=lambda number: schedule.spans[number].stage):
         numbers = list(rounds)
         steps = [len(schedule.steps(number)) for number in numbers]
-        whole = holds_everything(held.partition(numbers[0]))
+        whole = is_full_width(held.partition(numbers[0]))
         described.append(StageLength(len(steps), max(steps), sum(steps), whole))
     return tuple(described)
 
@@ -318,7 +318,7 @@ def _groups(config: Config, split: SplitModel, schedule: Schedule, held: Assignm
             group.kind,
             neurons_per_worker=tuple(len(share[number]) for share in shares),
             trained_in=TrainedIn(int(count.min()), int(count.max())),
-            slots=tuple(slot for slot in group.slots if slot.tensor in split.everything),
+            slots=tuple(slot for slot in group.slots if slot.tensor in split.all_specs),
             modules=tuple(group.modules),
         )
         for number, (group, count) in enumerate(zip(split.groups, counts, strict=True))

@@ -96,7 +96,7 @@ class Split:
         """
         neurons = self._held(worker, round_number)
         module = self.network.module(neurons, torch.device("cpu"))
-        cut = positions(self.network.groups, self.network.everything, neurons)
+        cut = positions(self.network.groups, self.network.all_specs, neurons)
         whole = {name: tensor for name, tensor in self.values().items() if name in cut}
         extract(whole, cut, into={name: t.data for name, t in named_tensors(module).items() if name in whole})
         return module

@@ -13,7 +13,7 @@ from ist.config.partition import Partition
 from ist.optimization.schedule import Schedule
 from ist.rng import Indices
 from ist.subnet.cut import Cut
-from ist.subnet.partition import Assignment, assign, at_stage, holds_everything, is_disjoint
+from ist.subnet.partition import Assignment, assign, at_stage, is_disjoint, is_full_width
 from ist.subnet.split_model import SplitModel
 
 
@@ -113,4 +113,4 @@ class Assignments:
 
     def training_block_scales(self, round_number: int, team: Team | None = None) -> dict[str, float]:
         """Return a worker's scales of residual blocks in a round; there are none unless it trains all blocks."""
-        return self.block_scales(team) if holds_everything(self.partition(round_number, team)) else {}
+        return self.block_scales(team) if is_full_width(self.partition(round_number, team)) else {}

@@ -56,7 +56,7 @@ def at_stage(partition: Partition, keep: float | None) -> Partition:
     return partition.model_copy(update={"keep": keep} | ({"capacities": None} if keep == 1 else {}))
 
 
-def holds_everything(partition: Partition) -> bool:
+def is_full_width(partition: Partition) -> bool:
     """Return whether every worker holds the full network, as in a warm-up or a full-width phase."""
     is_full = partition.keep == 1 and len(set(partition.capacities or [1.0])) == 1
     return is_full and partition.strategy != "bernoulli"  # it draws as in every round, with probability 1
@@ -153,7 +153,7 @@ def assign(
         ModelError: The group is too small: each of `MAX_DRAWS` draws left a worker without a neuron.
     """
     assert partition.capacities is None or len(partition.capacities) == num_workers
-    if holds_everything(partition):
+    if is_full_width(partition):
         return (tuple(np.arange(group.size) for group in groups),) * num_workers
     split = _STRATEGIES[partition.strategy]
     shares_by_group = [

@@ -60,7 +60,7 @@ class SplitModel:
         return {**self.model_specs, **self.state_specs}
 
     @cached_property
-    def everything(self) -> dict[str, TensorSpec]:
+    def all_specs(self) -> dict[str, TensorSpec]:
         """Every named tensor of the network: parameters, buffers, statistics and constants."""
         constants = {name: TensorSpec(tuple(t.shape), t.dtype) for name, t in constant_tensors(self.template).items()}
         return tensor_specs(self.template, with_statistics=True) | constants
@@ -82,18 +82,18 @@ class SplitModel:
         """Return a worker's positions in every frozen parameter."""
         return positions(self.groups, self.frozen_specs, neurons) if self.frozen_specs else {}
 
-    def plan(self, neurons: Sequence[Indices]) -> SubmodelPlan:
+    def submodel_plan(self, neurons: Sequence[Indices]) -> SubmodelPlan:
         """Return the plan of a worker's module: shapes, sizes in attributes, scales, absent modules.
 
         Raises:
             ModelError: An integer attribute would need two different values.
         """
-        return self._plan(neurons, positions(self.groups, self.everything, neurons))
+        return self._plan(neurons, positions(self.groups, self.all_specs, neurons))
 
     def _plan(self, neurons: Sequence[Indices], cut: Cut) -> SubmodelPlan:
         held = {group.name: numbers for group, numbers in zip(self.groups, neurons, strict=True)}
-        specs = cut_specs(self.everything, cut)
-        declared = declared_sizes(self.template, self.declared, self.everything, specs)
+        specs = cut_specs(self.all_specs, cut)
+        declared = declared_sizes(self.template, self.declared, self.all_specs, specs)
         return SubmodelPlan(
             specs,
             submodel_sizes([size for size in self.found.sizes if size.origin not in declared], held) | declared,
@@ -103,8 +103,8 @@ class SplitModel:
         )
 
     def module(self, neurons: Sequence[Indices], device: torch.device) -> nn.Module:
-        """Return a worker's module, without trained values; see `plan`."""
-        cut = positions(self.groups, self.everything, neurons)
+        """Return a worker's module, without trained values; see `submodel_plan`."""
+        cut = positions(self.groups, self.all_specs, neurons)
         plan = self._plan(neurons, cut)
         constants: dict[str, Tensor] = {}
         if device.type != "meta":
@@ -118,7 +118,7 @@ class SplitModel:
         return self._scales(neurons) if self.activation_scale == "folded" else {}
 
     def _scales(self, neurons: Sequence[Indices]) -> dict[str, tuple[int, Scale]]:
-        return input_scales(self.groups, neurons, self.template, self.everything)
+        return input_scales(self.groups, neurons, self.template, self.all_specs)
 
     @cached_property
     def depends_on_which_neurons(self) -> bool:
@@ -155,7 +155,7 @@ class ShapeKeys:
         """Return a key; while it does not change, the worker's module can be reused."""
         sizes = tuple(map(len, neurons))
         if sizes not in self._by_position:
-            scales = self._split.plan(neurons).scales.values()
+            scales = self._split.submodel_plan(neurons).scales.values()
             self._by_position[sizes] = any(isinstance(scale, tuple) for _, scale in scales)
         if self._by_position[sizes] or self._split.depends_on_which_neurons:
             return tuple(tuple(numbers.tolist()) for numbers in neurons)
@@ -186,11 +186,11 @@ def try_submodel(
     split = replace(split, groups=tuple(groups), found=found)
     held = {group.name: numbers for group, numbers in zip(groups, neurons, strict=True)}
     if trial is not None:
-        trial.note_conflicts(held, declared_sizes(split.template, split.declared, split.everything, split.everything))
+        trial.note_conflicts(held, declared_sizes(split.template, split.declared, split.all_specs, split.all_specs))
     device = torch.device("meta" if on_meta else "cpu")
     module = split.module(neurons, device)
     if device.type == "cpu":
-        cut = positions(split.groups, split.everything, neurons)
+        cut = positions(split.groups, split.all_specs, neurons)
         full = {name: t.detach().contiguous() for name, t in named_tensors(build()).items() if name in cut}
         extract(full, cut, into={n: t.data for n, t in named_tensors(module).items() if n in full})
     dry_run(module, example, trial.watching(module, held) if trial is not None else None)

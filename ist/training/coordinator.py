@@ -21,7 +21,7 @@ from ist.storage.checkpoint import check_tensors
 from ist.subnet.assignments import Team, WorkerSlot
 from ist.subnet.cut import Cut, on_device
 from ist.subnet.job import Job, assignments
-from ist.subnet.partition import holds_everything
+from ist.subnet.partition import is_full_width
 from ist.subnet.store import LocalStore, ParameterStore
 from ist.tensors import is_finite
 from ist.training.outer_optimizer import PREFIX as OUTER
@@ -173,7 +173,7 @@ class Coordinator:
 
     def _balance_of(self, round_number: int) -> SpeedBalance | None:
         """Return the speed balance for a round; None in a full-width round, whose times do not depend on shares."""
-        return None if holds_everything(self._held.partition(round_number)) else self._balance
+        return None if is_full_width(self._held.partition(round_number)) else self._balance
 
     def _note_speed(self, round_number: int, names: Sequence[str], arrivals: "_Arrivals", watch: Stopwatch) -> None:
         """Record how long each worker of a round took, for the shares of the next round."""

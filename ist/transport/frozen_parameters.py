@@ -50,16 +50,16 @@ def _hash(positions: Indices | Tensor) -> bytes:
     return hashlib.sha256(positions.tobytes()).digest()
 
 
-def missing_specs(split: SplitModel, cut: Cut, needed: PartKeys, held: PartKeys) -> dict[str, TensorSpec]:
+def missing_specs(split: SplitModel, cut: Cut, needed: PartKeys, cached: PartKeys) -> dict[str, TensorSpec]:
     """Return the specs of the parts of frozen parameters that a worker needs and does not have.
 
     Args:
         split: The split network.
         cut: The positions that the worker needs: `split.frozen_cut`.
         needed: The keys of these parts.
-        held: The keys of the parts that the worker has.
+        cached: The keys of the parts that the worker has.
     """
-    return {name: spec for name, spec in cut_specs(split.frozen_specs, cut).items() if held.get(name) != needed[name]}
+    return {name: spec for name, spec in cut_specs(split.frozen_specs, cut).items() if cached.get(name) != needed[name]}
 
 
 def frozen_layout(exchange: Exchange, specs: Mapping[str, TensorSpec]) -> Layout:
@@ -78,9 +78,9 @@ def frozen_bytes(
         neurons: For each group, the neurons that the worker holds.
         before: The same in its last round; None: it has no frozen parameters yet.
     """
-    held = part_keys(split.frozen_cut(before)) if before is not None else {}
+    cached = part_keys(split.frozen_cut(before)) if before is not None else {}
     cut = split.frozen_cut(neurons)
-    specs = missing_specs(split, cut, part_keys(cut), held)
+    specs = missing_specs(split, cut, part_keys(cut), cached)
     return frozen_layout(exchange, specs).nbytes if specs else 0
 
 
@@ -123,13 +123,13 @@ class FrozenSender:
         self._exchange = exchange
         self._store = LocalStore({name: tensors[name] for name in split.frozen_specs})
         self._device = device
-        self._held: dict[str, PartKeys] = {}
+        self._cached: dict[str, PartKeys] = {}
         self._sent: dict[str, PartKeys] = {}
 
     def begin(self, processes: Iterable[str]) -> None:
         """Start a round: forget processes that do not take part in it."""
         present = set(processes)
-        self._held = {process: keys for process, keys in self._held.items() if process in present}
+        self._cached = {process: keys for process, keys in self._cached.items() if process in present}
         self._sent.clear()
 
     def write(self, process: str, worker: int, round_number: int, cut: Cut) -> tuple[Message | None, bool]:
@@ -144,11 +144,11 @@ class FrozenSender:
         Returns:
             The message, or None if the process lacks nothing; and whether the process must reuse its cache.
         """
-        held = self._held.pop(process, None)
+        cached = self._cached.pop(process, None)
         needed = self._sent[process] = part_keys(cut)
-        specs = missing_specs(self._split, cut, needed, held or {})
+        specs = missing_specs(self._split, cut, needed, cached or {})
         if not specs:
-            return None, held is not None
+            return None, cached is not None
         message = Message(frozen_layout(self._exchange, specs), self._device)
         message.write_header(Header(round_number, worker))
         [placed] = on_device([cut], self._device)
@@ -156,11 +156,11 @@ class FrozenSender:
             part = {name: torch.empty(spec.shape, dtype=spec.dtype, device=self._device)}
             self._store.extract(placed, into=part)
             encode(part, message.tensors, self._exchange.down)
-        return message, held is not None
+        return message, cached is not None
 
     def returned(self, process: str) -> None:
         """Record that a process has returned its subnet of this round without an error."""
-        self._held[process] = self._sent[process]
+        self._cached[process] = self._sent[process]
 
 
 class FrozenCache:

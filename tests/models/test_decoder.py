@@ -73,7 +73,7 @@ def test_only_heads_and_feed_forward_units_are_split(tied: bool) -> None:
         "blocks.1.feed_forward": 24,
     }
     assert job.split.groups == job.split.found.groups
-    assert job.split.plan(assignments(job).of(0)[0]).specs["tokens.weight"].shape == (20, 16)
+    assert job.split.submodel_plan(assignments(job).of(0)[0]).specs["tokens.weight"].shape == (20, 16)
 
 
 @pytest.mark.parametrize("workers", [2, 3, 4])

@@ -67,7 +67,7 @@ def test_only_hidden_features_are_split_not_input_features_or_classes(kind: str,
     linear = "lin" if kind == "GCN" else "lin_l"
     assert not job.split.found.unknown
     assert {g.name: g.size for g in job.split.groups} == {f"convs.{layer}.{linear}": HIDDEN for layer in (0, 1)}
-    specs = job.split.plan(assignments(job).of(0)[0]).specs
+    specs = job.split.submodel_plan(assignments(job).of(0)[0]).specs
     shapes = [specs[f"convs.{layer}.{linear}.weight"].shape for layer in range(3)]
     assert shapes == [(HIDDEN // 2, FEATURES), (HIDDEN // 2, HIDDEN // 2), (CLASSES, HIDDEN // 2)]
 

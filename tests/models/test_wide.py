@@ -82,7 +82,7 @@ def test_each_worker_gets_its_share_of_both_layers(norm: bool) -> None:
 
     assert not job.split.found.unknown
     assert [(group.name, group.size) for group in job.split.groups] == [("words", 12)]
-    specs = job.split.plan(assignments(job).of(0)[0]).specs
+    specs = job.split.submodel_plan(assignments(job).of(0)[0]).specs
     assert specs["words.weight"].shape == (WORDS + 1, 4)
     assert specs["bias"].shape == (4,)
     assert specs["output.weight"].shape == (LABELS, 4)

@@ -125,11 +125,14 @@ def test_the_sizes_of_calls_survive_pickling_for_other_processes() -> None:
     job = job_of(seeded(lambda: Inside(ViTAttention())), STATES)
     sent = pickle.loads(pickle.dumps(job.split.found))
 
-    plan, received = job.split.plan(assignments(job).of(0)[0]), job.split.plan(assignments(job).of(0)[1])
+    plan, received = (
+        job.split.submodel_plan(assignments(job).of(0)[0]),
+        job.split.submodel_plan(assignments(job).of(0)[1]),
+    )
     object.__setattr__(job, "found", sent)
 
-    assert job.split.plan(assignments(job).of(0)[0]).calls == plan.calls
-    assert job.split.plan(assignments(job).of(0)[1]).calls == received.calls
+    assert job.split.submodel_plan(assignments(job).of(0)[0]).calls == plan.calls
+    assert job.split.submodel_plan(assignments(job).of(0)[1]).calls == received.calls
 
 
 class Branching(ViTAttention):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ist.config.partition import Partition
 from ist.errors import ConfigError
 from ist.neurons.group import Group
-from ist.subnet.partition import assign, at_stage, holds_everything, is_disjoint, share_sizes, sizes_vary
+from ist.subnet.partition import assign, at_stage, is_disjoint, is_full_width, share_sizes, sizes_vary
 from tests.conftest import config_tree, naming, small_config, validate
 from tests.subnet.test_partition import held, plain
 
@@ -149,6 +149,6 @@ def test_a_stage_with_a_keep_fraction_of_one_gives_every_worker_the_full_network
 
     assert held(full, 12, 3, rounds=3).all()
     assert not is_disjoint(full)
-    assert holds_everything(full) == (partition.strategy != "bernoulli")
+    assert is_full_width(full) == (partition.strategy != "bernoulli")
     assert at_stage(partition, None) == partition
-    assert not holds_everything(partition)
+    assert not is_full_width(partition)

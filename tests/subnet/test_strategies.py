@@ -102,7 +102,7 @@ def test_an_excluded_group_is_shared() -> None:
     job = job_of(model, rand(2, 12), partition__exclude=["linear_1"])
 
     assert [group.name for group in job.split.groups] == ["linear_2"]
-    assert job.split.plan(assignments(job).of(0)[0]).specs["linear_1.weight"].shape == (24, 12)
+    assert job.split.submodel_plan(assignments(job).of(0)[0]).specs["linear_1.weight"].shape == (24, 12)
 
 
 class Declared(nn.Module):

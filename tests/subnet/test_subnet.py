@@ -76,7 +76,7 @@ def test_a_subnet_is_the_masked_full_model_in_outputs_and_gradients(
     targets = torch.arange(6) % 5
 
     for worker, (cut, part) in enumerate(zip(assignments(job).cuts(2), cut_all(job, state, 2), strict=True)):
-        plan = job.split.plan(assignments(job).of(2)[worker])
+        plan = job.split.submodel_plan(assignments(job).of(2)[worker])
         assert bool(plan.scales) == scaled
         submodel = job.split.module(assignments(job).of(2)[worker], torch.device("cpu")).double()
         bind(submodel, part)
