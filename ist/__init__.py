@@ -3,7 +3,7 @@
     import ist
     result = ist.train(model, data, workers=4, local_steps=50, epochs=20)
 
-The command line is `ist` (see `ist --help`); how a run goes is told in README.md.
+The command line is `ist` (see `ist --help`); README.md describes a run.
 """
 
 from importlib import import_module

@@ -148,12 +148,12 @@ def train(
             `ist.Optimizer(name="AdamW", args={"lr": 3e-4})`, with exactly those arguments.
         schedule: Class of torch.optim.lr_scheduler by its name, or `ist.Schedule` with its arguments; advanced every
             local step. Default: the learning rate stays.
-        shuffle: 'local': a worker owns a fixed part of the data; 'global': parts are assigned anew every epoch.
+        shuffle: 'local': a worker owns a fixed part of the data; 'global': parts are assigned again every epoch.
         test_data: Evaluated every round, if given; accuracy is reported where targets are class numbers.
         partition: How neurons are assigned to workers. Default: each to one worker, at random every round.
         exchange: In how many bits slices travel. Default: as they are.
-        recipe: Stages of the run, outer step, average over rounds. Default: none of them.
-        evaluate: How often the whole network is evaluated, and by which metric.
+        recipe: Stages of the run, outer optimizer, average over rounds. Default: none of them.
+        evaluate: How often the full network is evaluated, and by which metric.
         checkpoint: How often the run is saved in `run_dir`, and where else. Default: every round.
         pool: Which processes train: 'inline', 'torchrun', 'ray', or `ist.Pool` with further keys; 'auto', and a pool
             without a kind, is 'torchrun' under torchrun and 'inline' otherwise. 'ray' trains on the cluster that this

@@ -1,4 +1,4 @@
-"""Data sets whose items are drawn anew each time, from each of the process's own generators."""
+"""Data sets whose items are drawn again each time, from each of the generators of the process."""
 
 import random
 from pathlib import Path

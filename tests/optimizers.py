@@ -1,4 +1,4 @@
-"""Optimiser classes as a user writes them, for the tests; a configuration names them `tests.optimizers:NAME`."""
+"""Optimizer classes as a user writes them, for the tests; a configuration names them `tests.optimizers:NAME`."""
 
 from collections.abc import Iterable
 from typing import Any

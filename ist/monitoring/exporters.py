@@ -106,7 +106,7 @@ class TensorBoard:
 _ABOUT_THE_RUN = (
     Family("ist_rounds", "counter", "Rounds done, since the beginning of the run."),
     Family("ist_rounds_planned", "gauge", "Rounds of the whole run."),
-    Family("ist_test_metric", "gauge", "What is reported of the whole network on the test data, by name.", "name"),
+    Family("ist_test_metric", "gauge", "What is reported of the full network on the test data, by name.", "name"),
     Family("ist_bytes", "counter", "Payload bytes: to_workers, from_workers, or of an all_reduce.", "direction"),
     Family("ist_workers_alive", "gauge", "Workers of the last round that were not lost in it; late ones are alive."),
     Family("ist_workers_configured", "gauge", "Workers that are configured."),

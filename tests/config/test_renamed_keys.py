@@ -1,4 +1,4 @@
-"""A key that was renamed is read under its old name too; who can rename it is told."""
+"""A key that was renamed is read under its old name too; a warning names the new one."""
 
 from pathlib import Path
 from typing import Any

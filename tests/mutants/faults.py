@@ -53,7 +53,7 @@ FAULTS = (
         "for number, slot in slots) == specs[name].shape[dim]", "for number, slot in slots) <= specs[name].shape[dim]",
         ("tests/subnet/test_subnet.py",),
     ),
-    # Dealing neurons
+    # Assigning neurons
     Fault(
         "neurons that are left over have no owner", "ist/subnet/partition.py",
         "return [len(range(worker, size, num_workers)) for worker in range(num_workers)]",
@@ -94,7 +94,7 @@ FAULTS = (
     ),
     # What workers keep
     Fault(
-        "a kept optimiser is used for other neurons", "ist/training/worker_state.py", "    return all(map(np.array_equal, neurons, others))",
+        "a kept optimizer is used for other neurons", "ist/training/worker_state.py", "    return all(map(np.array_equal, neurons, others))",
         "    return True", ("tests/pools/test_ranks.py",),
     ),
     # Messages
@@ -219,7 +219,7 @@ FAULTS = (
         ("tests/config/test_renamed_keys.py",),
     ),
     Fault(
-        "the outer step is no Nesterov step", "ist/training/outer_optimizer.py", "(change + settings.momentum * momentum)",
+        "the outer optimizer makes no Nesterov step", "ist/training/outer_optimizer.py", "(change + settings.momentum * momentum)",
         "momentum", ("tests/training/test_recipe.py",),
     ),
     # What Python is given

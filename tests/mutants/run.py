@@ -26,7 +26,7 @@ import torch.distributed.launcher
 from tests.mutants.faults import FAULTS, Fault
 
 ROOT = Path(__file__).parents[2]
-torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1).step()  # the first optimiser imports half of torch
+torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1).step()  # the first optimizer imports half of torch
 COPIED = ("ist", "tests", "configs", "pyproject.toml", "README.md", "CONTRIBUTING.md")
 
 

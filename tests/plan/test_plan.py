@@ -258,7 +258,7 @@ def test_a_workers_part_is_measured_as_small_as_it_is() -> None:
     assert min(found.step_s, coordinator.cut_s, coordinator.merge_s) > 0
 
 
-def test_carried_optimiser_state_lies_in_the_message() -> None:
+def test_carried_optimizer_state_is_part_of_the_message() -> None:
     job = build_job(small_config(train__optimizer_state="carried"))
 
     assert measure_subnet(job, 0, CPU).optimizer_bytes == 0

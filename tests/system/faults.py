@@ -1,6 +1,6 @@
 """Faults as data: what goes wrong with which worker, in which round, at which phase.
 
-The actor and the pool below do to themselves what a fault says, for real: SIGKILL, SIGSTOP, spoilt bytes.
+The actor and the pool below do to themselves what a fault says, for real: SIGKILL, SIGSTOP, damaged bytes.
 """
 
 import os
@@ -86,9 +86,9 @@ class FaultyWorker(RayWorker):
             case None:
                 return trained
             case "nan":
-                spoilt = torch.from_numpy(trained.copy())
-                spoilt[HEADER_BYTES : HEADER_BYTES + 4].view(torch.float32)[0] = float("nan")
-                return spoilt.numpy()
+                damaged = torch.from_numpy(trained.copy())
+                damaged[HEADER_BYTES : HEADER_BYTES + 4].view(torch.float32)[0] = float("nan")
+                return damaged.numpy()
             case "shape":
                 return trained[:-64].copy()
             case "stale":

@@ -119,7 +119,7 @@ def test_a_worker_killed_when_its_part_is_home_loses_nothing(phase: str) -> None
 
 
 @pytest.mark.parametrize("what", ["nan", "shape", "stale"])
-def test_a_worker_that_returns_nonsense_is_left_out_of_that_round(what: str) -> None:
+def test_a_worker_that_returns_invalid_results_is_left_out_of_that_round(what: str) -> None:
     assert_only_that_is_missing(on_ray([Fault(3, 2, "while sending back", what)]), {(3, 2): "rejected"})
 
 
