@@ -29,18 +29,18 @@ class NodeClassifier(nn.Module):
         self.first, self.second = GCNConv(features.shape[1], hidden), GCNConv(hidden, classes)
 
     def forward(self, nodes: Tensor) -> Tensor:
-        """Return the scores of some nodes, which depend on their neighbours' neighbours."""
+        """Return the scores of some nodes, which depend on their neighbors' neighbors."""
         hidden = self.first(self.features, self.edges).relu()
         scores: Tensor = self.second(hidden, self.edges)
         return scores[nodes]
 
 
-def digits_graph(neighbours: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+def digits_graph(neighbors: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """Return features (1797, 64), edges (2, E) in both directions, and classes (1797,)."""
     data = load_digits()
     features = torch.from_numpy(data.data).float() / 16
-    nearest = torch.cdist(features, features).topk(neighbours + 1, largest=False).indices[:, 1:]
-    targets = torch.arange(len(features)).repeat_interleave(neighbours)
+    nearest = torch.cdist(features, features).topk(neighbors + 1, largest=False).indices[:, 1:]
+    targets = torch.arange(len(features)).repeat_interleave(neighbors)
     one_way = torch.stack([nearest.flatten(), targets])
     edges = torch.unique(torch.cat([one_way, one_way.flip(0)], dim=1), dim=1)
     return features, edges, torch.from_numpy(data.target).long()

@@ -16,7 +16,7 @@ from ist.errors import printable
 from ist.measurements import MEASUREMENTS
 from ist.monitoring.display import format_metric, metric_title
 
-_COLOURS = 10
+_COLORS = 10
 """Number of colors in matplotlib's cycle; further lines are dashed."""
 
 Curves = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -46,7 +46,7 @@ def curve_plot(curves: Curves, x: str, x_label: str, x_scale: str) -> str:
     axes = figure.subplots()
     for number, records in enumerate(seen.values()):
         points = [(record[x], record[y]) for record in records if record.get(y) is not None]
-        style = "solid" if number < _COLOURS else "dashed"
+        style = "solid" if number < _COLORS else "dashed"
         places = [p[0] for p in points], [p[1] for p in points]
         axes.plot(*places, label=f"run {number}", linewidth=1.4, linestyle=style, marker=".")
     axes.set_xscale(x_scale)

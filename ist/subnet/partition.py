@@ -233,7 +233,7 @@ def _shares(group: _GroupInRound, order: Indices) -> list[Indices]:
 def _balanced(group: _GroupInRound) -> list[Indices]:
     """Draw shares once for n rounds; in each round the shares of group g move by g workers.
 
-    So a worker's shares of two neighbouring groups form a different pair in each of the n rounds, and every pair occurs
+    So a worker's shares of two neighboring groups form a different pair in each of the n rounds, and every pair occurs
     once. Each entry of the matrix between the groups is trained exactly once in n rounds, not once on average.
     """
     cycle, turn = divmod(group.round_number, group.num_workers)

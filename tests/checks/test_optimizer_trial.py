@@ -1,4 +1,4 @@
-"""State that an optimizer class has in the object itself is lost with the object: the user is told before a run."""
+"""State that an optimizer class has in the object itself is lost with the object: a warning comes before a run."""
 
 import warnings
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is told of the workloads is what was measured, at the rates that the configurations have."""
+"""The text about the workloads agrees with what was measured, at the learning rates of the configurations."""
 
 import json
 import re

@@ -31,7 +31,7 @@ def masks(
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("cycle", [0, 1, 5])
-def test_in_a_cycle_every_pair_of_neighbouring_neurons_has_one_common_holder_once(workers: int, cycle: int) -> None:
+def test_in_a_cycle_every_pair_of_neighboring_neurons_has_one_common_holder_once(workers: int, cycle: int) -> None:
     groups = [Group(str(number), size, ()) for number, size in enumerate([7, 16, 12, 29, 8])]
     rounds = [masks(groups, workers, 3, cycle * workers + turn, BALANCED) for turn in range(workers)]
 

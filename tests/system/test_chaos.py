@@ -146,7 +146,7 @@ def test_several_workers_may_go_in_one_round_and_one_more_than_once() -> None:
     assert_only_that_is_missing(on_ray(faults), {(1, 0): "lost", (3, 0): "lost", (5, 2): "lost"})
 
 
-def test_a_round_that_loses_all_workers_is_begun_anew_with_new_ones() -> None:
+def test_a_round_that_loses_all_workers_is_repeated_with_new_ones() -> None:
     weights, history = on_ray([Fault(2, worker, "while training") for worker in range(WORKERS)])
 
     # Two lost workers of three are too few; the third may be told to stop before it dies.

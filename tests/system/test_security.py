@@ -190,7 +190,7 @@ def test_strangers_at_ranks_without_torchrun_change_nothing_and_the_store_is_at_
 
 
 @namespaces
-def test_a_stranger_that_takes_a_ranks_place_gets_nothing_and_the_group_is_formed_anew(tmp_path: Path) -> None:
+def test_a_stranger_that_takes_a_ranks_place_gets_nothing_and_the_group_forms_again(tmp_path: Path) -> None:
     config = written(tmp_path)
     arguments = ["train", str(config), "--run-dir", str(tmp_path / "run")]
 

@@ -61,7 +61,7 @@ def rounds(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def test_a_killed_rank_is_started_anew_and_the_run_ends_in_the_same_weights(tmp_path: Path, ist_command: Run) -> None:
+def test_a_killed_rank_is_restarted_and_the_run_ends_in_the_same_weights(tmp_path: Path, ist_command: Run) -> None:
     path, folder = written(tmp_path, train__workers=2, train__rounds=120, checkpoint={"every": 5}), tmp_path / "run"
     arguments = ["-m", "ist", "train", path, "--run-dir", folder, "--auto-resume"]
 

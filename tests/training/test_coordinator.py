@@ -26,8 +26,8 @@ class FaultyPool:
 
     parallel = False
 
-    def __init__(self, inner: InlinePool, lost: Sequence[int] = (), spoil: int | None = None, how: str = "") -> None:
-        self.inner, self.lost, self.spoil, self.how = inner, lost, spoil, how
+    def __init__(self, inner: InlinePool, lost: Sequence[int] = (), invalid: int | None = None, how: str = "") -> None:
+        self.inner, self.lost, self.invalid, self.how = inner, lost, invalid, how
 
     def gather(self, round_number: int) -> tuple[str, ...]:
         return self.inner.gather(round_number)
@@ -49,7 +49,7 @@ class FaultyPool:
             if result.worker in self.lost:
                 yield Lost(result.worker, "it burnt down")
                 continue
-            if result.worker == self.spoil:
+            if result.worker == self.invalid:
                 if self.how == "weight":
                     result.buffers.up.tensors["linear_2.weight"][0, 0] = math.inf
                 elif self.how == "loss":
@@ -91,7 +91,7 @@ def test_by_default_one_lost_worker_ends_the_run_and_names_the_cause() -> None:
 
 def test_lost_workers_are_reported_before_invalid_results() -> None:
     with pytest.raises(WorkerLostError, match=naming("worker 2", "round 0", "it burnt down", "2 of 4 workers")):
-        coordinator(min_returned=2, spoil=0, how="loss", lost=[2, 3]).train_round(0)
+        coordinator(min_returned=2, invalid=0, how="loss", lost=[2, 3]).train_round(0)
 
 
 class InfiniteOnce(nn.Module):
@@ -151,7 +151,7 @@ def test_a_round_without_results_is_an_error_for_every_min_returned() -> None:
 
 @pytest.mark.parametrize("how", ["weight", "loss", "stale"])
 def test_the_merge_leaves_out_an_invalid_result_if_enough_others_are_valid(how: str) -> None:
-    made = coordinator(min_returned=3, spoil=2, how=how)
+    made = coordinator(min_returned=3, invalid=2, how=how)
     before = clone(made.model.state_dict())
 
     report = made.train_round(1)
@@ -171,12 +171,12 @@ def test_the_merge_leaves_out_an_invalid_result_if_enough_others_are_valid(how: 
 )
 def test_an_invalid_result_ends_the_run_if_all_workers_are_needed(how: str, value: str) -> None:
     with pytest.raises(DivergedError, match=naming("worker 2", "round 0", value, "train.optimizer.args.lr")):
-        coordinator(spoil=2, how=how).train_round(0)
+        coordinator(invalid=2, how=how).train_round(0)
 
 
 def test_a_message_of_another_round_is_refused() -> None:
     with pytest.raises(PoolError, match=naming("(layout, round, worker)")):
-        coordinator(spoil=2, how="stale").train_round(1)
+        coordinator(invalid=2, how="stale").train_round(1)
 
 
 def test_a_report_counts_every_step_and_sample() -> None:
