@@ -1,6 +1,8 @@
-"""The Python entry points: `ist.train` on a user's own network and data, and `ist.split`, which looks at one.
+"""The Python entry points: `ist.train` trains a user's network on the user's data; `ist.split` shows how it is split.
 
-Not here: the command line (`ist/cli/main.py`), which builds the same job from a file.
+Where it sits: `ist/__init__.py` exports them; they build a job (`ist/runs/build.py`) and execute it
+(`ist/runs/execute.py`).
+Not here: the command line (`ist/cli/`), which builds the same job from a file.
 """
 
 import os
@@ -42,12 +44,12 @@ from ist.subnet.job import Job
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training gave.
+    """The result of `ist.train`.
 
     Attributes:
-        model: The network that was passed in, trained; on a rank that does not coordinate, left as it was.
+        model: The given network, trained; on a rank that does not coordinate, unchanged.
         history: One record a round, as in metrics.jsonl; empty on a rank that does not coordinate.
-        is_coordinator: Whether this process holds the trained network.
+        is_coordinator: Whether this process has the trained network.
 
     Example:
         >>> import torch
@@ -64,25 +66,25 @@ class TrainResult:
 
 
 _training: dict[int, object] = {}
-"""By process id, what stands for the `train` that runs: a forked child inherits its parent's entry, not its own."""
+"""By process id, a token of the running `train` or `split`. The id matters after a fork: a child inherits its parent's
+entry, which must not block the child."""
 
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Refuse a second `train` in this process while one runs.
+    """Refuse a second `train` or `split` in this process while one is running.
 
-    They would seed and draw from the same generators in turns, and share the number of threads: both would differ from
-    what each gives alone.
+    Both would use the process's random generators and number of threads, so both would give other results than alone.
 
     Raises:
-        ConfigError: One runs, in another thread or around this one.
+        ConfigError: Another call is running, in another thread or as the caller of this one.
     """
     me = object()
     if _training.setdefault(os.getpid(), me) is not me:
         raise ConfigError(
-            "another ist.train or ist.split runs in this process (in another thread, or around this one), and both "
-            "would use the process's random generators and number of threads: run them one after the other, or each in "
-            "a process of its own"
+            "another ist.train or ist.split is running in this process (in another thread, or as the caller of this "
+            "one), and both would use the process's random generators and number of threads: run them one after the "
+            "other, or each in a process of its own"
         )
     try:
         yield
@@ -91,7 +93,7 @@ def _alone() -> Iterator[None]:
 
 
 @_alone()
-@seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # looking at data must not move the caller's generators
+@seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # reading data must not change the state of the caller's generators
 def train(
     model: nn.Module,
     data: Dataset[Any],
@@ -119,53 +121,52 @@ def train(
     progress: bool = True,
     **keywords: Unpack[Keywords],
 ) -> TrainResult:
-    """Train a network by independent subnets.
+    """Train a network with Independent Subnet Training.
 
-    Run as a plain script, all workers train in this process, one after the other. Run under torchrun,
-    every process calls this function and is one of the workers; rank 0 ends up with the network.
+    In a plain script, all workers train in this process, one after the other. Under torchrun, every process calls this
+    function and is one of the workers; rank 0 has the trained network at the end.
 
-    One run at a time in a process: while it lasts, the generators of torch, `random` and `numpy.random` are seeded for
-    each round, and are put back afterwards. Other threads should not draw from them meanwhile.
+    A process can run one `train` at a time. During the run, IST seeds the generators of torch, `random` and
+    `numpy.random` for each round, and restores them at the end. Other threads should not draw from them meanwhile.
 
-    Sections of a configuration are objects, such as `ist.Partition(strategy="rolling")`, whose types an editor and a
-    type checker know, or mappings of the same keys. `ist keys` explains every key.
+    Configuration sections are objects such as `ist.Partition(strategy="rolling")`, which editors and type checkers
+    understand, or mappings of the same keys. `ist keys` explains every key.
 
     Args:
-        model: Any network; trained in place, and in the modes that it has: a module in evaluation mode (a frozen
-            batch norm) stays so; one that is compiled is trained uncompiled. Its neuron groups are found by running it
-            once on two inputs of `data`.
-        data: Pairs (input, target); assigned to the workers. An input that is a tuple gives positional arguments, one
-            that is a mapping gives keyword arguments. Items that do not stack: see `ist.BatchedDataset`.
-        workers: How many subnets a round; where neurons are assigned disjointly, at most the size of the smallest
-            group. A range {"min": 2, "max": 16} is for workers that come and go.
+        model: Any network. It is trained in place, and its modules stay in their modes: a module in evaluation mode
+            (such as a frozen batch norm) stays in it. A compiled network is trained uncompiled. IST runs the network
+            on two inputs of `data` to find its neuron groups.
+        data: Pairs (input, target), which are assigned to the workers. A tuple as input gives positional arguments, a
+            mapping gives keyword arguments. For items that do not stack, see `ist.BatchedDataset`.
+        workers: Number of subnets in a round. If neurons are assigned disjointly, at most the size of the smallest
+            group. A range {"min": 2, "max": 16} allows workers to join and leave.
         local_steps: Optimizer steps of a worker in a round.
         rounds: Length of the run in rounds; give this or `epochs`.
         epochs: Length of the run in passes over the data.
-        batch_size: Samples of one worker's step.
+        batch_size: Samples in one step of one worker.
         loss: Name of a function of torch.nn.functional, applied to the outputs or to their `logits`; or any mean loss
-            of (outputs, targets). It must not hold `model`, of which workers train narrow copies, nor own weights.
-        optimizer: Class of torch.optim by its name, with torch's own arguments but lr 0.1 for SGD; or
+            of (outputs, targets). It must not hold `model`, because workers train submodels of it, nor own weights.
+        optimizer: Name of a class of torch.optim, with torch's default arguments (but lr 0.1 for SGD); or
             `ist.Optimizer(name="AdamW", args={"lr": 3e-4})`, with exactly those arguments.
-        schedule: Class of torch.optim.lr_scheduler by its name, or `ist.Schedule` with its arguments; advanced every
-            local step. Default: the learning rate stays.
-        shuffle: 'local': a worker owns a fixed part of the data; 'global': parts are assigned again every epoch.
-        test_data: Evaluated every round, if given; accuracy is reported where targets are class numbers.
-        partition: How neurons are assigned to workers. Default: each to one worker, at random every round.
-        exchange: In how many bits slices travel. Default: as they are.
+        schedule: Name of a class of torch.optim.lr_scheduler, or `ist.Schedule` with its arguments; it advances with
+            every local step. Default: the learning rate is constant.
+        shuffle: 'local': a worker has a fixed part of the data; 'global': the data are reassigned every epoch.
+        test_data: Evaluated every round, if given; accuracy is reported if the targets are class numbers.
+        partition: How neurons are assigned to workers. Default: each neuron to one worker, at random every round.
+        exchange: The number of bits of exchanged weights. Default: the bits of the network's dtypes.
         recipe: Stages of the run, outer optimizer, average over rounds. Default: none of them.
-        evaluate: How often the full network is evaluated, and by which metric.
+        evaluate: How often the full network is evaluated, and with which metric.
         checkpoint: How often the run is saved in `run_dir`, and where else. Default: every round.
-        pool: Which processes train: 'inline', 'torchrun', 'ray', or `ist.Pool` with further keys; 'auto', and a pool
-            without a kind, is 'torchrun' under torchrun and 'inline' otherwise. 'ray' trains on the cluster that this
-            process is connected to, else on that of `ist.Pool(kind="ray", ray=ist.Ray(address=...))`, else on one of
-            its own.
+        pool: Which processes train: 'inline', 'torchrun', 'ray', or `ist.Pool` with further keys. 'auto', and a pool
+            without a kind, is 'torchrun' under torchrun and 'inline' otherwise. 'ray' uses the cluster to which this
+            process is connected, or the one at `ist.Pool(kind="ray", ray=ist.Ray(address=...))`, or starts one.
         watch: TensorBoard and Prometheus. Default: neither.
-        run_dir: Where to write metrics, checkpoints and the trained network; default: nowhere.
-        resume: Go on from the newest checkpoint in `run_dir`, with the same arguments as before.
-        seed: Seed of everything random but the network's initial weights, which are `model`'s; >= 0.
+        run_dir: Folder for metrics, checkpoints and the trained network; default: nothing is written.
+        resume: Whether to resume from the newest checkpoint in `run_dir`, with the same arguments as before.
+        seed: Seed of everything random except the network's initial weights, which are those of `model`; >= 0.
         progress: Whether to show progress on stderr.
         **keywords: Further keys of the section `train`: `min_workers`, `schedule_unit`, `optimizer_state`,
-            `activation_scale`, `running_statistics`. Keywords of earlier versions are accepted too: mappings with the
+            `activation_scale`, `running_statistics`. Keywords of earlier versions are also accepted: mappings with the
             keys of a section (`data_options`, `train_options`, `evaluate_options`, `pool_options`,
             `checkpoint_options`, `watch_options`) or with arguments (`optimizer_args`, `schedule_args`).
 
@@ -173,13 +174,13 @@ def train(
         The trained network and the history.
 
     Raises:
-        ConfigError: An argument is wrong, or another `train` runs in this process.
+        ConfigError: An argument is invalid, or another `train` or `split` is running in this process.
         DataError: The data cannot be assigned to the workers.
         ModelError: The network cannot be split among that many workers.
-        DivergedError: A worker returned a loss or weight that is not finite.
-        RunFolderError: `run_dir` cannot be written, or (with `resume`) holds no run, or another one.
+        DivergedError: A worker returned a non-finite loss or weight.
+        RunFolderError: `run_dir` cannot be written, or, with `resume`, contains no run or another run.
         PoolError: Processes or actors could not be started or joined, or too many were lost.
-        TypeError: There is no argument of that name.
+        TypeError: An argument of that name does not exist.
 
     Example:
         >>> import torch
@@ -229,20 +230,20 @@ def split(
     seed: int = 0,
     **keywords: Unpack[TrainKeys],
 ) -> Split:
-    """Split a network as `train` does, and look at it: groups, shares, modules, bytes. Nothing is trained.
+    """Split a network as `train` does, and return its groups, shares, modules and bytes. Nothing is trained.
 
     Args:
-        model: Any network; left as it is.
-        example: Inputs of a batch of two, as the network takes them: a tensor, a tuple of positional arguments, or a
-            mapping of keyword arguments.
-        workers: How many subnets a round.
-        local_steps: Optimizer steps of a worker in a round; data-parallel training sends as many gradients.
+        model: Any network; it is not changed.
+        example: Inputs of a batch of two samples, as the network accepts them: a tensor, a tuple of positional
+            arguments, or a mapping of keyword arguments.
+        workers: Number of subnets in a round.
+        local_steps: Optimizer steps of a worker in a round; data-parallel training sends a gradient for each.
         rounds: Length of the run in rounds.
-        optimizer: As in `train`; it matters where its state is carried.
+        optimizer: As in `train`; it affects the split if its state is carried.
         partition: How neurons are assigned to workers, as in `train`.
-        exchange: In how many bits slices travel, as in `train`.
+        exchange: The number of bits of exchanged weights, as in `train`.
         recipe: Stages of the run, as in `train`.
-        pool: Which processes would train: it decides whose messages cross a link.
+        pool: Which processes would train; this decides which messages cross a link.
         seed: Seed of the assignments; >= 0.
         **keywords: Further keys of the section `train`, as in `train`.
 
@@ -250,10 +251,10 @@ def split(
         The split. Its groups, bytes and modules are those of `train` with the same arguments; `print` shows them.
 
     Raises:
-        ConfigError: An argument is wrong, or a `train` runs in this process.
-        DataError: `example` holds no tensor.
+        ConfigError: An argument is invalid, or a `train` or `split` is running in this process.
+        DataError: `example` contains no tensor.
         ModelError: The network cannot be split among that many workers.
-        TypeError: There is no argument of that name.
+        TypeError: An argument of that name does not exist.
 
     Example:
         >>> from torch import nn, randn

@@ -1,9 +1,8 @@
-"""What `ist.train` and `ist.split` are given, checked and as a configuration.
+"""The arguments of `ist.train` and `ist.split`: check them, and turn them into a configuration.
 
-Where it sits: `ist/api.py` asks before it looks at the network.
-Law: a section gives the same configuration as an object, as a mapping of its keys, and as the keywords of earlier
-versions.
-Not here: what a key means (`ist/config/schema.py`), whether the network can be split.
+Where it sits: `ist/api.py` calls this before it uses the network.
+Law: a section gives the same configuration as an object, as a mapping of its keys, and as keywords of earlier versions.
+Not here: the meaning of keys (`ist/config/schema.py`), whether the network can be split (`ist/runs/build.py`).
 """
 
 import difflib
@@ -40,7 +39,7 @@ SECTIONS: dict[str, type[Section]] = {
 """Arguments that are sections of a configuration, and their classes."""
 
 _SHORT = {"optimizer": "name", "schedule": "name", "pool": "kind"}
-"""Sections for which a string may stand, and the key that it sets."""
+"""Sections that may be given as a string, and the key that the string sets."""
 
 _EARLIER = {
     "optimizer": "optimizer_args",
@@ -50,7 +49,7 @@ _EARLIER = {
     "pool": "pool_options",
     "watch": "watch_options",
 }
-"""By section, the keyword of earlier versions with the keys that are not in its own argument."""
+"""By section, the keyword of earlier versions that holds its other keys."""
 
 
 class TrainKeys(TypedDict, total=False):
@@ -64,7 +63,7 @@ class TrainKeys(TypedDict, total=False):
 
 
 class Keywords(TrainKeys, total=False):
-    """All further keywords: those keys, and mappings of earlier versions, for which there are sections now."""
+    """All further keywords: keys of `train`, and mappings of earlier versions, which sections have replaced."""
 
     optimizer_args: Mapping[str, Any] | None
     schedule_args: Mapping[str, Any] | None
@@ -83,9 +82,9 @@ def train_config(given: Mapping[str, Any]) -> Config:
         given: All arguments by name; those of `Keywords` in a mapping under "keywords".
 
     Raises:
-        ConfigError: An argument is wrong.
-        DataError: `data` or `test_data` is no data set.
-        TypeError: There is no argument of that name.
+        ConfigError: An argument is invalid.
+        DataError: `data` or `test_data` is not a data set.
+        TypeError: An argument of that name does not exist.
     """
     _check_keywords("train", given, tuple(Keywords.__annotations__))
     _check_classes(given)
@@ -105,7 +104,7 @@ _NO_DATA = {
     "checkpoint": None,
     "watch": None,
 }
-"""Arguments of `ist.train` on which no split depends."""
+"""Arguments of `ist.train` that do not affect the split, with fixed values."""
 
 
 def split_config(given: Mapping[str, Any]) -> Config:
@@ -115,9 +114,9 @@ def split_config(given: Mapping[str, Any]) -> Config:
         given: All arguments by name; those of `TrainKeys` in a mapping under "keywords".
 
     Raises:
-        ConfigError: An argument is wrong.
-        DataError: `example` holds no tensor.
-        TypeError: There is no argument of that name.
+        ConfigError: An argument is invalid.
+        DataError: `example` contains no tensor.
+        TypeError: An argument of that name does not exist.
     """
     _check_keywords("split", given, tuple(TrainKeys.__annotations__))
     given = {**_NO_DATA, **given}
@@ -125,14 +124,14 @@ def split_config(given: Mapping[str, Any]) -> Config:
     example = given["example"]
     if next(tensors_in(example), None) is None:
         raise DataError(
-            f"example is a {type(example).__name__} without a tensor: give the inputs of a batch of two, as the "
-            "network takes them"
+            f"example is a {type(example).__name__} without a tensor: give the inputs of a batch of two samples, as "
+            "the network accepts them"
         )
     return _config(given, "example", "none", "ist.split")
 
 
 def _config(given: Mapping[str, Any], data_name: str, metric: str, source: str) -> Config:
-    """Put arguments that are of the right kind together; `source` names them in messages.
+    """Combine arguments of the right types into a configuration; `source` names the function in messages.
 
     Raises:
         ConfigError: A value is not allowed.
@@ -167,10 +166,10 @@ def _config(given: Mapping[str, Any], data_name: str, metric: str, source: str) 
 
 
 def _section(name: str, value: Any, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of a section that are set, in its own argument or in the keyword of earlier versions.
+    """Return the keys of a section that are given, in its own argument or in the keyword of earlier versions.
 
     Raises:
-        ConfigError: It is no such section, or both have keys.
+        ConfigError: The argument has another type, or both arguments have keys.
     """
     kind, short, earlier = SECTIONS[name], _SHORT.get(name), _EARLIER.get(name, "")
     if value is None or (name == "pool" and value == "auto"):
@@ -191,21 +190,23 @@ def _section(name: str, value: Any, keywords: Mapping[str, Any]) -> dict[str, An
     if not more:
         return found
     if not isinstance(value, str | None):
-        raise ConfigError(f"{name} and {earlier} are one section: put everything into {name}, and leave {earlier} out")
+        raise ConfigError(
+            f"{name} and {earlier} both set keys of one section: move all keys to {name}, remove {earlier}"
+        )
     return {**found, "args": dict(more)} if earlier.endswith("_args") else {**found, **more}
 
 
 def _check_keywords(function: str, given: Mapping[str, Any], further: Sequence[str]) -> None:
-    """Refuse keywords that do not exist, and what is no mapping where earlier versions take one.
+    """Check that keywords exist, and that those of earlier versions are mappings.
 
     Args:
-        function: Which function was called.
+        function: The name of the called function.
         given: Its arguments.
-        further: The names that it takes as `keywords`.
+        further: The names that it accepts as `keywords`.
 
     Raises:
-        ConfigError: It is no mapping.
-        TypeError: There is no such keyword, as Python says it.
+        ConfigError: A keyword of earlier versions is not a mapping.
+        TypeError: A keyword does not exist; the message is like Python's own.
     """
     known = [*(name for name in given if name != "keywords"), *further]
     for name, value in given["keywords"].items():
@@ -218,10 +219,10 @@ def _check_keywords(function: str, given: Mapping[str, Any], further: Sequence[s
 
 
 def _check_classes(given: Mapping[str, Any]) -> None:
-    """Refuse a class where its name is wanted, or what it makes.
+    """Check that model, optimizer and loss are not classes.
 
     Raises:
-        ConfigError: There is one.
+        ConfigError: One of them is a class, or `model` is not a module.
     """
     if not isinstance(given["model"], nn.Module):
         raise ConfigError(f"model is {given['model']!r}: give a torch.nn.Module")
@@ -234,13 +235,15 @@ def _check_classes(given: Mapping[str, Any]) -> None:
 
 
 def _check_data(data: Any, name: str) -> None:
-    """Refuse what looks like a data set and is none.
+    """Check that an argument is a data set of pairs.
 
     Raises:
-        DataError: It is a DataLoader, bare tensors, or its items are not pairs.
+        DataError: It is a DataLoader or a sequence of tensors, is empty, or its items are not pairs.
     """
     if isinstance(data, DataLoader):
-        raise DataError(f"{name} is a DataLoader: pass its data set; batches are made for each worker")
+        raise DataError(
+            f"{name} is a DataLoader: pass its data set (loader.dataset); ist makes batches for each worker"
+        )
     if isinstance(data, tuple | list | Tensor):
         raise DataError(f"{name} is a {type(data).__name__}: pass a data set, such as TensorDataset(inputs, targets)")
     if length(data) == 0:
@@ -251,7 +254,7 @@ def _check_data(data: Any, name: str) -> None:
         item = data[0]
     except ISTError:
         raise
-    except Exception as error:  # whatever a data set raises
+    except Exception as error:  # a data set may raise anything
         raise DataError(
             f"item 0 of {type(data).__name__} cannot be read: {type(error).__name__}: {first_line(error)}"
         ) from error
@@ -260,11 +263,11 @@ def _check_data(data: Any, name: str) -> None:
 
 
 def _metric(test_data: Dataset[Any] | None) -> str:
-    """Accuracy where the targets are class numbers."""
+    """Return the default metric: accuracy if the targets are class numbers."""
     if test_data is None:
         return "none"
     if isinstance(test_data, BatchedDataset):
-        return "none"  # what a batch's targets are is for evaluate_options to say
+        return "none"  # the targets of a batch are unknown: the caller names a metric in `evaluate`
     target = test_data[0][1]
     is_class = isinstance(target, int) or (
         isinstance(target, Tensor) and target.ndim == 0 and not target.is_floating_point()

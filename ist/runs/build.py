@@ -1,8 +1,7 @@
-"""Build a job: from a configuration, or around a network and data that are at hand.
+"""Build a `Job`, from a configuration or from a network and data in memory.
 
-Where it sits: `ist/runs/preflight.py`, `ist/runs/open.py` and `ist/api.py` come here; what they get is
-`ist/subnet/job.py`'s.
-Not here: what a job can be asked (`ist/subnet/job.py`), running it.
+Where it sits: `ist/runs/preflight.py` (the command line) and `ist/api.py` build the job here.
+Not here: the class `Job` (`ist/subnet/job.py`), running it (`ist/runs/execute.py`).
 """
 
 import warnings
@@ -53,10 +52,10 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
 
     Args:
         config: The configuration.
-        splits: Its data, where they are loaded already (`load_data`).
+        splits: The data, if they are already loaded (`load_data`).
 
     Raises:
-        ConfigError: A name or an argument in it is wrong.
+        ConfigError: A name or an argument in the configuration is wrong.
         DataError: The data set is missing, malformed or too small.
         ModelError: The network cannot be split among that many workers.
     """
@@ -66,7 +65,9 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
         with seeded(torch.device("cpu"), config.seed, Purpose.MODEL):
             model = _make(model_class, config.model.args)
         if not isinstance(model, nn.Module):
-            raise ConfigError(f"'model.name' is '{config.model.name}', which makes no torch.nn.Module")
+            raise ConfigError(
+                f"'model.name' is '{config.model.name}', which returns a {type(model).__name__}, not a torch.nn.Module"
+            )
         model = without_compilation(model)
         check_network(model, is_split=config.method_spec.needs_groups)
         return model
@@ -83,7 +84,7 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
     return make_job(config, template, build, splits.train, splits.test, loss_function(config.train.loss))
 
 
-@seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # what is found of a network is the same in every process
+@seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # every process must find the same groups
 def make_job(
     config: Config,
     template: nn.Module,
@@ -93,12 +94,19 @@ def make_job(
     loss: LossFunction,
     example: Any = None,
 ) -> Job:
-    """Build a job around objects that are already at hand; see `build_job` and `ist.train`.
+    """Build a job from a network and data in memory; see `build_job` and `ist.train`.
 
-    Args are as in `Task`; `template` may be on any device, and `example` is by default made of `train_data`.
+    Args:
+        config: The configuration.
+        template: The network, on any device; its values are not used.
+        build: Builds the network with its initial weights.
+        train_data: A map-style data set of pairs (input, target).
+        test_data: A map-style data set for evaluation; None: the network is not evaluated.
+        loss: Mean loss of (outputs, targets).
+        example: The inputs of a batch; None: they come from `train_data`.
 
     Raises:
-        ConfigError: The optimiser or the schedule is wrong.
+        ConfigError: The optimizer or the schedule is wrong.
         DataError: The data cannot be assigned to the workers.
         ModelError: The network cannot be split among that many workers.
     """
@@ -116,13 +124,13 @@ def make_job(
 def split_network(
     config: Config, template: nn.Module, build: Callable[[], nn.Module], example: Any
 ) -> tuple[SplitModel, Schedule]:
-    """Return how a network is split, and the rounds of a run of it, without data; see `ist.split`.
+    """Return the split of a network and the schedule of a run, without data; see `ist.split`.
 
     Args:
-        config: Every key of the configuration; the length of the run is in rounds.
+        config: The configuration, with the length of the run in rounds.
         template: The network, on any device.
-        build: Makes it with its initial weights.
-        example: Inputs of a batch.
+        build: Builds the network with its initial weights.
+        example: The inputs of a batch.
 
     Raises:
         ConfigError: The optimizer is wrong.
@@ -131,19 +139,19 @@ def split_network(
     template, build = _in_modes(template, build)
     split = _split_model(config, template, build, example, find_neurons(template, example, build))
     train = config.train
-    # As many samples as a step of every worker takes: nothing of a split depends on them.
+    # A sampler needs a number of samples; the split does not depend on it.
     sampler = ShardedSampler(train.workers * train.batch_size, train.workers, train.batch_size, config.seed)
     return split, _schedule(config, template, sampler)
 
 
 def _in_modes(template: nn.Module, build: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[[], nn.Module]]:
-    """Return the template on the `meta` device, and a `build` that gives networks the modes in which it is trained."""
+    """Return the template on the `meta` device, and a `build` whose networks have the modes of training."""
     template = on_meta(template)
     modes = enter_training_modes(template)
     if not template.training:
         warnings.warn(
-            "the network as a whole is in evaluation mode, and is trained so: without dropout, and with batch norm's "
-            "statistics as they are. Call model.train() first (in the function that makes it) if that is not meant",
+            "the network is in evaluation mode and is trained in this mode: without dropout, and with fixed batch norm "
+            "statistics. To change that, call model.train() first (in the function that creates the network)",
             stacklevel=3,
         )
 
@@ -158,7 +166,7 @@ def _in_modes(template: nn.Module, build: Callable[[], nn.Module]) -> tuple[nn.M
 def _found(
     config: Config, template: nn.Module, build: Callable[[], nn.Module], data: Dataset[Any], example: Any
 ) -> tuple[Neurons, Any]:
-    """Return the network's neurons, and the example that showed them; None: it is made of the data.
+    """Return the network's neurons, and the example with which they were found; None: it is made of the data.
 
     Raises:
         ModelError: The network fails on the example.
@@ -171,7 +179,7 @@ def _found(
     except ModelError:
         if given is not None or config.train.batch_size <= 2:
             raise
-        # Norms of parts of a batch, for instance, need more than two samples.
+        # Some networks need more than two samples, such as those that normalize parts of a batch.
         example = example_inputs(data, config.train.batch_size)
         return find_neurons(template, example, build), example
 
@@ -179,7 +187,7 @@ def _found(
 def _split_model(
     config: Config, template: nn.Module, build: Callable[[], nn.Module], example: Any, found: Neurons
 ) -> SplitModel:
-    """Return how the network is split.
+    """Return the split of the network.
 
     Raises:
         ConfigError: The optimizer's state cannot be carried.
@@ -191,7 +199,10 @@ def _split_model(
     parameters = {name: specs[name] for name, p in template.named_parameters() if p.requires_grad}
     frozen = {name: specs[name] for name, p in template.named_parameters() if not p.requires_grad}
     if not parameters:
-        raise ModelError("the network has no parameter that requires a gradient: nothing would be trained")
+        raise ModelError(
+            "no parameter of the network requires a gradient, so nothing would be trained: call requires_grad_() on "
+            "the parameters to train"
+        )
     carried = train.optimizer_state == "carried" and is_split
     slots = (
         optimizers.state_slots(train.optimizer, (len(spec.shape) for spec in parameters.values())) if carried else ()
@@ -223,12 +234,12 @@ def _schedule(config: Config, template: nn.Module, sampler: ShardedSampler) -> S
     """Return the schedule of a run.
 
     Raises:
-        ConfigError: The optimizer or the learning-rate schedule is wrong, or stages leave no rounds for others.
+        ConfigError: The optimizer or the learning-rate schedule is wrong, or some stages leave no rounds for another.
     """
     train = config.train
     optimizers.try_optimizer(train.optimizer)
     named, optimizer = stand_ins(template, train.optimizer)
-    group_of = groups_by_name(optimizer, named)  # before the schedule is run, which may replace what it sets
+    group_of = groups_by_name(optimizer, named)  # before the schedule runs, because it may replace entries
     rounds = run_spans(config, sampler)
     settings = schedule_settings(optimizer, train.schedule, rounds[-1].steps.stop)
     staged = staged_settings(optimizer, settings, rounds, train.schedule_unit)
@@ -236,7 +247,7 @@ def _schedule(config: Config, template: nn.Module, sampler: ShardedSampler) -> S
 
 
 def run_spans(config: Config, sampler: ShardedSampler) -> Sequence[Span]:
-    """Return every round of a run."""
+    """Return all rounds of a run, with their steps and stages."""
     train = config.train
     total = train.epochs * sampler.steps_per_epoch if train.epochs is not None else None
     stages = config.recipe.stages if config.method_spec.needs_groups else ()
@@ -244,10 +255,10 @@ def run_spans(config: Config, sampler: ShardedSampler) -> Sequence[Span]:
 
 
 def example_inputs(data: Dataset[Any], size: int = 2) -> Any:
-    """Return the inputs of a batch of some samples, or of all if there are fewer.
+    """Return the inputs of a batch of `size` samples, or of all samples if there are fewer.
 
     Raises:
-        DataError: They cannot be put together.
+        DataError: The samples cannot be collated.
     """
     return fetch(data, np.arange(min(size, length(data))), torch.device("cpu"))[0]
 
@@ -256,7 +267,7 @@ def loss_function(name: str) -> LossFunction:
     """Return the loss that a configuration names.
 
     Raises:
-        ConfigError: It is not known.
+        ConfigError: The name is unknown.
     """
     found = resolve(name, "train.loss", LOSSES, functional)
     function: LossFunction = call(found, {}, "train.loss") if isinstance(found, type) else found
@@ -266,10 +277,10 @@ def loss_function(name: str) -> LossFunction:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
-    """Give a network the values of a safetensors file.
+    """Load the values of a safetensors file into a network.
 
     Raises:
-        ConfigError: The file cannot be read, or is of another network.
+        ConfigError: The file cannot be read, or belongs to another network.
     """
     try:
         tensors = load_file(path)
@@ -278,14 +289,14 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict({plain_name(name): tensor for name, tensor in tensors.items()})
     except RuntimeError as error:
-        raise ConfigError(f"'model.weights' is '{path}', which does not fit the network: {error}") from error
+        raise ConfigError(f"'model.weights' is '{path}', which does not match the network: {error}") from error
 
 
 def metric_named(name: str) -> Metric | None:
-    """Return the metric that a configuration names, or nothing for 'none'.
+    """Return the metric that a configuration names; None for 'none'.
 
     Raises:
-        ConfigError: It is not known.
+        ConfigError: The name is unknown, or is not a metric.
     """
     if name == "none":
         return None
@@ -296,9 +307,9 @@ def metric_named(name: str) -> Metric | None:
 
 
 def _make(model_class: Any, args: Mapping[str, Any]) -> Any:
-    """Make a network from its arguments, or from those of its `config_class`, where it has one (transformers).
+    """Create a network from its arguments, or from those of its `config_class` if it has one (transformers).
 
-    Caches of keys and values are switched off unless asked for: they serve generation, not training.
+    Key-value caches are switched off unless the arguments request them: generation uses them, training does not.
     """
     config_class = getattr(model_class, "config_class", None)
     if config_class is None or "config" in args:
@@ -316,7 +327,7 @@ def _constants(template: nn.Module, build: Callable[[], nn.Module]) -> dict[str,
 
 
 def _template(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return the network on the `meta` device: built there, or moved there if it looks at values while it is built."""
+    """Return the network on the `meta` device: built there, or moved there if its constructor reads values."""
     try:
         with torch.device("meta"):
             return build()
@@ -328,12 +339,12 @@ def load_data(config: Config) -> Splits:
     """Load the data set that a configuration names.
 
     Raises:
-        ConfigError: Its name or an argument is wrong.
-        DataError: It is missing or malformed.
+        ConfigError: The name or an argument is wrong.
+        DataError: The data set is missing or malformed.
     """
     loader = resolve(config.data.name, "data.name", DATASETS)
     root = Path(config.data.root) if config.data.root is not None else None
-    with seeded(torch.device("cpu"), config.seed, Purpose.DATA):  # one that draws gives all processes the same data
+    with seeded(torch.device("cpu"), config.seed, Purpose.DATA):  # random data are then the same in all processes
         found = call(loader, {"root": root, **config.data.args}, "data.args")
     if not isinstance(found, tuple) or len(found) != 2:
         raise DataError(f"'data.name' is '{config.data.name}', which must return a pair (train, test) of data sets")

@@ -1,7 +1,7 @@
-"""Execute a run: open this process's part, take part in every round that is left, write the result.
+"""Execute a run: open this process's part, take part in every remaining round, write the result.
 
-Where it sits: the command line, `ist.train`, benchmarks and tests come here with a job; `ist/runs/open.py` builds the
-part, `ist/training/rounds.py` has the loop.
+Where it sits: the command line, `ist.train`, benchmarks and tests call `execute` with a job.
+Not here: building this process's part (`ist/runs/open.py`), the round loop (`ist/training/rounds.py`).
 """
 
 from collections.abc import Callable
@@ -19,18 +19,18 @@ def execute(
     progress: bool = True,
     opened: Callable[[CoordinatorPart], object] | None = None,
 ) -> CoordinatorPart | FollowerPart:
-    """Run a job to its end in this process: lead the rounds, or take part in them as another rank.
+    """Run a job to its end in this process: coordinate the rounds, or take part in them as another rank.
 
     Args:
         job: The run.
-        folder: Where rank 0 writes; None writes nothing.
-        resume: Go on from the newest checkpoint in `folder`.
+        folder: The run folder, in which rank 0 writes; None writes nothing.
+        resume: Whether to resume from the newest checkpoint in `folder`.
         progress: Whether to show progress.
-        opened: Called where the run is led, after it is opened and before its first round.
+        opened: Called on the coordinator, after the run is opened and before its first round.
 
     Returns:
-        This process's part of the run, which is closed: where it is led, the trained network is `method.model` and the
-        records of its rounds are `recorder.history`.
+        This process's part of the run, which is closed. On the coordinator, the trained network is `method.model`, and
+        the records of the rounds are `recorder.history`.
 
     Raises:
         ISTError: See `ist.runs.open.open_run` and `ist.training.rounds.run_rounds`.

@@ -1,7 +1,8 @@
-"""What a split costs, in numbers and as text: groups, each worker's share of every tensor, and the bytes of a round.
+"""The numbers of a split: groups, each worker's share of every tensor, and the bytes of a round and of the run.
 
-Where it sits: `ist/runs/split.py` makes it, `ist inspect` prints it. Every number follows from the configuration, the
-split network and the schedule alone; nothing is trained.
+Where it sits: `ist/runs/split.py` computes an `Inspection` and prints it for `ist inspect`. Every number follows from
+the configuration, the split model and the schedule; nothing is trained.
+Not here: printing (`ist/runs/split.py`), the split itself (`ist/runs/build.py`).
 """
 
 import math
@@ -27,13 +28,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class StageLength:
-    """A part of the run in which rounds are alike.
+    """A stage of the run.
 
     Attributes:
-        rounds: How many rounds it has.
-        local_steps: Steps of a worker in its longest round.
-        steps: Steps of a worker in all of them.
-        whole: Whether every worker holds the whole network.
+        rounds: Number of rounds.
+        local_steps: Steps of a worker in the longest round of the stage.
+        steps: Steps of a worker in all its rounds.
+        whole: Whether every worker holds the full network (a full-width phase).
     """
 
     rounds: int
@@ -44,11 +45,11 @@ class StageLength:
 
 @dataclass(frozen=True)
 class TrainedIn:
-    """In how many subnets of the run the neurons of a group are trained: (round, worker) pairs.
+    """In how many subnets of the run, as (round, worker) pairs, the neurons of a group are trained.
 
     Attributes:
-        fewest: For the neuron that is trained least.
-        most: For the neuron that is trained most.
+        fewest: The number for the neuron that is trained least.
+        most: The number for the neuron that is trained most.
     """
 
     fewest: int
@@ -60,13 +61,13 @@ class SplitGroup:
     """A neuron group that is split.
 
     Attributes:
-        name: Its name, as `partition.exclude` takes it.
-        title: What a person would call it.
-        neurons: How many neurons it has.
-        kind: What they are.
-        neurons_per_worker: How many of them each worker holds.
-        trained_in: In how many subnets of the run they are trained.
-        slots: Where in the tensors they are.
+        name: The group's name, as in `partition.exclude`.
+        title: A readable name.
+        neurons: Number of neurons.
+        kind: The kind of neurons.
+        neurons_per_worker: Number of neurons of each worker.
+        trained_in: In how many subnets of the run the neurons are trained.
+        slots: The positions of the neurons in tensors.
         modules: Paths of modules that are assigned as neurons.
     """
 
@@ -82,7 +83,7 @@ class SplitGroup:
 
 @dataclass(frozen=True)
 class WholeGroup:
-    """A neuron group that could be split and is not; `residual`: it is a residual stream."""
+    """A neuron group that could be split but is not; `residual`: whether it is a residual stream."""
 
     name: str
     title: str
@@ -94,12 +95,12 @@ class TensorShares:
     """Each worker's part of a tensor.
 
     Attributes:
-        name: Its name in the network's `state_dict`.
-        shape: The whole tensor's shape.
-        shapes_per_worker: The shape of each worker's part; None: it holds none.
-        travels: Whether it goes to workers at all.
+        name: The tensor's name in the network's `state_dict`.
+        shape: The shape of the full tensor.
+        shapes_per_worker: The shape of each worker's part; None: the worker has no part.
+        travels: Whether the tensor is sent to workers.
         frozen: Whether it is a parameter that is not trained.
-        shared: Whether an entry may have two holders, so that it is averaged.
+        shared: Whether two workers may hold the same entry, so that the merge averages it.
     """
 
     name: str
@@ -112,15 +113,15 @@ class TensorShares:
 
 @dataclass(frozen=True)
 class Share:
-    """What a worker holds, and the bytes of its messages in a full round after the first.
+    """The size of a worker's subnet, and the bytes of its messages in a full round after the first.
 
     Attributes:
-        worker: Which worker, from 0.
-        parameters: How many numbers it holds.
-        trained_parameters: Those of them that are trained.
-        frozen_bytes: The message with its frozen parameters, in its first round.
-        sent_bytes: The messages to it.
-        returned_bytes: The message from it.
+        worker: The worker's number, from 0.
+        parameters: Number of parameters (single numbers) in its subnet.
+        trained_parameters: Number of those that are trained.
+        frozen_bytes: Bytes of the message with its frozen parameters, in its first round.
+        sent_bytes: Bytes of the messages to the worker.
+        returned_bytes: Bytes of the message from the worker.
     """
 
     worker: int
@@ -133,12 +134,13 @@ class Share:
 
 @dataclass(frozen=True)
 class RoundBytes:
-    """Bytes of all messages of a round, both ways, over all links.
+    """Bytes of all messages of a round, in both directions, over all links.
 
     Attributes:
-        ist: Of a full round after the first, of the stage that is neither warm-up nor finish.
-        ddp: Of data-parallel training in as many steps: its ring all-reduce sends 2 (n - 1) times the gradient a step.
-        ratio: How many times more that is; None where IST sends nothing.
+        ist: Bytes of a full round after the first, in the stage that is neither warm-up nor full-width phase.
+        ddp: Bytes of data-parallel training for the same number of steps: a ring all-reduce sends 2 (n - 1) times the
+            gradient in each step.
+        ratio: `ddp` / `ist`; None if IST sends nothing.
     """
 
     ist: int
@@ -152,25 +154,25 @@ class Inspection:
 
     Attributes:
         model: The network's name.
-        parameters: How many numbers it has.
-        trained_parameters: Those of them that are trained.
-        parameter_bytes: Their size.
-        workers: How many subnets a round has.
+        parameters: Number of parameters (single numbers).
+        trained_parameters: Number of those that are trained.
+        parameter_bytes: Bytes of all parameters.
+        workers: Number of subnets in a round.
         local_steps: Steps of a worker in a round.
-        rounds: Length of the run.
-        stages: Its parts in which rounds are alike, in order.
+        rounds: Number of rounds of the run.
+        stages: The stages of the run, in order.
         steps_per_epoch: Steps of a worker in a pass over the data; None without data.
-        strategy: How neurons are assigned.
+        strategy: The strategy that assigns neurons to workers.
         groups: Neuron groups that are split.
-        left_whole: Neuron groups that could be split and are not.
-        unknown_operators: Operators without a rule, and where they are: what reaches them is not split.
-        kept_whole_by: What else keeps neurons whole.
+        left_whole: Neuron groups that could be split but are not.
+        unknown_operators: Operators without a rule, and their places: neurons that reach them are not split.
+        kept_whole_by: Other reasons why neurons are not split.
         unreached: Parameters that the example does not reach.
         tensors: Each worker's part of every tensor.
-        shares: What each worker holds and exchanges.
-        header_bytes: Bytes of a message that are no weights.
-        bytes_per_round: What a round sends.
-        bytes_of_run: What the run sends, its stages considered, where no worker is lost.
+        shares: The size and the messages of each worker's subnet.
+        header_bytes: Bytes of a message's header.
+        bytes_per_round: Bytes of a round.
+        bytes_of_run: Bytes of the run, including all stages, if no worker is lost.
     """
 
     model: str
@@ -198,13 +200,13 @@ class Inspection:
 def inspect_split(
     config: Config, split: SplitModel, schedule: Schedule, held: Assignments, steps_per_epoch: int | None
 ) -> Inspection:
-    """Return what a run splits and what that costs.
+    """Return the numbers of a run's split.
 
     Args:
-        config: Every key of the configuration.
+        config: The configuration.
         split: The network and its groups.
         schedule: The rounds of the run.
-        held: Who holds which neurons in each round.
+        held: The neurons of each worker in each round.
         steps_per_epoch: Steps of a worker in a pass over the data; None without data.
     """
     workers, main = config.train.workers, schedule.main_round
@@ -254,7 +256,7 @@ def inspect_split(
 
 
 def run_bytes(config: Config, split: SplitModel, schedule: Schedule, held: Assignments) -> int:
-    """Return what all messages of an IST run will have, its stages considered, where no worker is lost."""
+    """Return the bytes of all messages of an IST run, including all stages, if no worker is lost."""
     exchange, keys = config.exchange, ShapeKeys(split)
     known: dict[tuple[int, Hashable, bool], int] = {}
     total = 0
@@ -282,7 +284,7 @@ def _share(
     trained: Sequence[str],
     plan: Mapping[str, TensorSpec],
 ) -> Share:
-    """Describe a worker's share; `plan` has the specs of its tensors."""
+    """Describe a worker's share; `plan` contains the specs of its tensors."""
     neurons = held.of(schedule.main_round)[worker]
     return Share(
         worker,
@@ -295,7 +297,7 @@ def _share(
 
 
 def _stages(schedule: Schedule, held: Assignments) -> tuple[StageLength, ...]:
-    """Describe the parts of the run in which rounds are alike, in order."""
+    """Describe the stages of the run, in order."""
     described = []
     for _, rounds in groupby(range(schedule.num_rounds), key=lambda number: schedule.spans[number].stage):
         numbers = list(rounds)
@@ -326,7 +328,7 @@ def _groups(config: Config, split: SplitModel, schedule: Schedule, held: Assignm
 
 
 def _whole_groups(split: SplitModel) -> tuple[WholeGroup, ...]:
-    """Describe the groups that could be split and are not."""
+    """Describe the groups that could be split but are not."""
     names = {group.name for group in split.groups}
     return tuple(
         WholeGroup(group.name, title(group), group.residual) for group in split.found.groups if group.name not in names
@@ -334,7 +336,7 @@ def _whole_groups(split: SplitModel) -> tuple[WholeGroup, ...]:
 
 
 def title(group: Group) -> str:
-    """Return what a person would call a group: 'layer 3 attention: 12 heads, 64 wide'."""
+    """Return a readable name of a group, such as 'layer 3 attention: 12 heads, 64 wide'."""
     what = group.kind if group.kind.startswith("groups") else group.kind.removeprefix("attention ")
     words: list[str] = []
     for part in group.name.split("."):

@@ -1,7 +1,8 @@
-"""Put a run together: what this process does, from the configuration and its place among the processes.
+"""Open a run: build this process's part of it, from the configuration and the process's rank.
 
-Where it sits: `ist/cli/main.py` and `ist/api.py` open a run here and hand it to the round loop.
-Not here: starting processes (`ist/launch/start.py`), the loop itself (`ist/training/coordinator.py`).
+Where it sits: `ist/runs/execute.py` opens a run here and passes the part to the round loop; `ist/runs/preflight.py`
+calls `check_method` earlier.
+Not here: starting processes (`ist/launch/start.py`), the round loop (`ist/training/rounds.py`).
 """
 
 import difflib
@@ -47,7 +48,15 @@ from ist.transport.interfaces import WorkerPool
 
 @dataclass(frozen=True)
 class CoordinatorPart:
-    """A run as the process sees it that evaluates and records."""
+    """The part of the process that coordinates, evaluates and records.
+
+    Attributes:
+        job: The run, with the number of workers that the processes allow.
+        method: The method that trains.
+        recorder: Receives the report of every round.
+        first_round: The first round to run.
+        device: The device of the full network.
+    """
 
     job: Job
     method: Method
@@ -58,7 +67,13 @@ class CoordinatorPart:
 
 @dataclass(frozen=True)
 class FollowerPart:
-    """A run as any other rank sees it."""
+    """The part of every other rank.
+
+    Attributes:
+        job: The run, with the number of workers that the processes allow.
+        follower: The rank's side of the method.
+        first_round: The first round to run.
+    """
 
     job: Job
     follower: Follower
@@ -67,16 +82,16 @@ class FollowerPart:
 
 @dataclass(frozen=True)
 class _Process:
-    """What this process has for its part of a run.
+    """The objects from which this process's part of a run is built.
 
     Attributes:
-        job: The run, for as many workers as processes were started.
-        folder: Where rank 0 writes; None: nowhere.
-        membership: This rank of the process group; None: there is none.
-        meter: Counts bytes.
-        device: Where it computes.
+        job: The run, with the number of workers that the processes allow.
+        folder: The run folder, in which rank 0 writes; None: nothing is written.
+        membership: This rank of the process group; None: there is no process group.
+        meter: Counts payload bytes.
+        device: The device on which this process computes.
         location: Where its workers save their state; None: nowhere.
-        stack: What is let go when the run ends.
+        stack: Releases everything when the run ends.
     """
 
     job: Job
@@ -92,14 +107,14 @@ def check_method(config: Config) -> None:
     """Check that the configured method exists and can run on the configured pool, and that the pool is installed.
 
     Raises:
-        ConfigError: It is not known, needs processes, or a package is missing; or there are to be links between
-            processes that were started without.
+        ConfigError: The method is unknown or does not run on this pool, a package is missing, or `pool.link` is set
+            for processes that another launcher has started.
     """
     pool, method = config.pool.spec, config.method_spec
     if config.pool.link is not None and is_launched() and PRIVATE_STORE not in os.environ:
         raise ConfigError(
-            f"'pool.link' (--link) is '{config.pool.link}', but torchrun, or a launcher like it, started this process: "
-            "hosts and links are made by 'ist train' and 'ist compare' when they start the processes themselves"
+            f"'pool.link' (--link) is '{config.pool.link}', but torchrun or another launcher started this process. "
+            "Start the run with 'ist train' or 'ist compare', which create hosts and links, or remove 'pool.link'"
         )
     if pool.package is not None and find_spec(pool.package) is None:
         raise ConfigError(
@@ -109,14 +124,14 @@ def check_method(config: Config) -> None:
         near = difflib.get_close_matches(config.method, METHODS, n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise ConfigError(
-            f"compare.methods: '{config.label}' is no method: {hint}Methods are {', '.join(METHODS)}; a label of "
-            f"your own needs one in compare.overrides, such as {{{config.label}: {{method: powersgd}}}}"
+            f"compare.methods: '{config.label}' is not a method: {hint}Methods are {', '.join(METHODS)}. If it is a "
+            f"label, set its method in compare.overrides, such as {{{config.label}: {{method: powersgd}}}}"
         )
     _check_arguments(config)
     if method.fixed_workers is not None and config.train.is_elastic:
         raise ConfigError(
             f"method '{config.method}' needs a fixed number of workers, {method.fixed_workers}, but "
-            f"'train.min_workers' is {config.train.min_workers}: leave it out"
+            f"'train.min_workers' is {config.train.min_workers}: remove 'train.min_workers'"
         )
     if pool.name not in method.pools:
         able = "' or '".join(method.pools)
@@ -124,50 +139,50 @@ def check_method(config: Config) -> None:
 
 
 def implementation(config: Config) -> Callable[..., Any]:
-    """Return what makes the configured method, with the options that its entry in the registry gives.
+    """Return the class or function that creates the configured method, with the options of its registry entry.
 
     Raises:
-        ConfigError: It is not known, or cannot be imported.
+        ConfigError: The method is unknown, or cannot be imported.
     """
     made = resolve(config.method, "method", {name: spec.implementation for name, spec in METHODS.items()})
     return functools.partial(made, **config.method_spec.options)
 
 
 METHOD_ARGUMENTS = ("job", "membership", "model", "state", "meter")
-"""What a method of equal ranks is made from, by position; one with a coordinator is made from as many."""
+"""The positional arguments that create a method of equal ranks; a method with a coordinator has as many."""
 
 
 def _check_arguments(config: Config) -> None:
-    """Check that the method can be made, as the registry describes it, before any process starts."""
+    """Check that the implementation accepts the arguments of a method, before any process starts."""
     made = implementation(config)
     try:
         inspect.signature(made).bind(*METHOD_ARGUMENTS)
     except TypeError as error:
         raise ConfigError(
-            f"'method' is '{config.method}', which cannot be made from ({', '.join(METHOD_ARGUMENTS)}): {error}"
+            f"'method' is '{config.method}', which cannot be called with ({', '.join(METHOD_ARGUMENTS)}): {error}"
         ) from error
     except ValueError:
-        pass  # some builtins have no signature: making it will tell
+        pass  # some builtins have no signature; a wrong one then fails when the method is created
 
 
 @contextmanager
 def open_run(
     job: Job, folder: RunFolder | None, resume: bool, progress: bool = True
 ) -> Iterator[CoordinatorPart | FollowerPart]:
-    """Build this process's part of a run, and take it down afterwards.
+    """Build this process's part of a run, and release it afterwards.
 
     Args:
         job: The run.
-        folder: Where rank 0 writes; None writes nothing. Other ranks need not have it: they are told where to save
-            what their workers keep.
-        resume: Go on from the newest checkpoint in `folder`.
+        folder: The run folder, in which rank 0 writes; None writes nothing. Other ranks do not need it: rank 0
+            broadcasts where workers save their state.
+        resume: Whether to resume from the newest checkpoint in `folder`.
         progress: Whether to show progress.
 
     Raises:
-        ConfigError: The processes that were started do not fit the configuration.
-        DataError: They have not loaded the same training data.
-        PoolError: The process group cannot be formed, or no Ray cluster be reached.
-        RunFolderError: `folder` cannot be read, or its checkpoints are damaged, or another process writes into it.
+        ConfigError: The number of started processes does not match the configuration.
+        DataError: Processes have loaded different training data.
+        PoolError: The process group cannot be formed, or the Ray cluster cannot be reached.
+        RunFolderError: `folder` cannot be read, its checkpoints are damaged, or another process writes to it.
     """
     leads = not job.config.pool.spec.is_launched or is_rank_zero()
     with sole_writer(folder.path) if folder and leads else nullcontext():
@@ -183,10 +198,10 @@ def open_run(
 def _opened(
     job: Job, folder: RunFolder | None, resume: bool, progress: bool
 ) -> Iterator[CoordinatorPart | FollowerPart]:
-    """Do what `open_run` does, where nobody else writes into the folder."""
+    """Do the work of `open_run`, while this process is the only one that writes to the folder."""
     config = job.config
     check_method(config)
-    # Before the others are joined: a damaged checkpoint must not leave them waiting.
+    # Read the checkpoint before joining the group: a damaged one must not leave the other ranks waiting.
     leads = not config.pool.spec.is_launched or is_rank_zero()
     tensors, before = folder.rewind() if leads and resume and folder else ({}, Progress())
     with ExitStack() as stack:
@@ -206,15 +221,15 @@ def _opened(
         first_round = before.rounds_done
         if first_round > job.schedule.num_rounds:
             raise CheckpointError(
-                f"the checkpoint has {first_round} rounds behind it, but the configured run has "
-                f"{job.schedule.num_rounds}: configure what it was"
+                f"the checkpoint was saved after {first_round} rounds, but the configured run has only "
+                f"{job.schedule.num_rounds}: restore the configuration of the saved run"
             )
         if membership:
             first_round = agree_on_start(membership, first_round, run_fingerprint(config), job.task.contents)
         run_id = secrets.token_hex(4)
         location = _location(config, folder, membership, run_id, before) if config.workers_have_state else None
         process = _Process(job, folder, membership, Meter(), device, location, stack)
-        if not (leads and num_processes(config) > config.train.workers):  # a dedicated coordinator is no worker
+        if not (leads and num_processes(config) > config.train.workers):  # a dedicated coordinator is not a worker
             stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))
         if membership and not leads:
             yield FollowerPart(job, _follower(process, membership), first_round)
@@ -229,7 +244,7 @@ def _opened(
 
 
 def _method(process: _Process, saved: Mapping[str, Tensor] | None) -> Method:
-    """Make what trains, with a checkpoint's tensors if the run is resumed; what it needs goes on the stack."""
+    """Create the method, with a checkpoint's tensors if the run is resumed; the stack releases what it needs."""
     job, config, meter = process.job, process.job.config, process.meter
     model, further = _restored(job, saved)
     average_state = {name: tensor for name, tensor in further.items() if name.startswith(AVERAGE)}
@@ -247,14 +262,15 @@ def _method(process: _Process, saved: Mapping[str, Tensor] | None) -> Method:
         )
     elif average_state:
         raise CheckpointError(
-            "the checkpoint holds an average, but 'recipe.average.kind' is 'none': configure what it was"
+            "the checkpoint contains an average over rounds, but 'recipe.average.kind' is 'none': restore the value of "
+            "the saved run"
         )
     process.stack.callback(method.close)
     return method
 
 
 def _pool(process: _Process) -> WorkerPool:
-    """Make the pool; what it needs for as long as the run lasts goes on the stack."""
+    """Create the pool; the stack releases what it needs when the run ends."""
     job, folder, meter, location = process.job, process.folder, process.meter, process.location
     if process.membership:
         return TorchrunPool(job, process.membership, meter, location)
@@ -263,27 +279,27 @@ def _pool(process: _Process) -> WorkerPool:
     from ist.pools.ray_cluster import connected
     from ist.pools.ray_pool import RayPool
 
-    go_on = f"Go on from the last checkpoint with: {resume_command(folder.path)}" if folder else ""
+    go_on = f"Resume from the last checkpoint with: {resume_command(folder.path)}" if folder else ""
     process.stack.enter_context(connected(job.config, go_on))
     name = folder.path.name if folder else job.config.name
     pool = RayPool(job, meter, f"{name}-{secrets.token_hex(3)}", location=location)
     process.stack.callback(pool.close)
-    pool.gather(0)  # starting actors is no part of the first round
+    pool.gather(0)  # start actors now, so that the first round's time does not include it
     return pool
 
 
 def _location(
     config: Config, folder: RunFolder | None, membership: Membership | None, run_id: str, before: Progress
 ) -> CheckpointLocation | None:
-    """Return where this process's workers may save what they keep: where rank 0 saves the run, if it does."""
+    """Return where this process's workers save their state: rank 0's checkpoint location; None if it has none."""
     location = None
     if folder:
         checkpoint = folder.load_config().checkpoint
         location = CheckpointLocation(str(folder.path.resolve()), checkpoint, run_id, before.rounds_done, before.start)
     if membership is None:
         return location
-    told = broadcast_text(membership, location.to_text() if location else "")
-    return CheckpointLocation.from_text(told, config.checkpoint) if told else None
+    text = broadcast_text(membership, location.to_text() if location else "")
+    return CheckpointLocation.from_text(text, config.checkpoint) if text else None
 
 
 def _follower(process: _Process, membership: Membership) -> Follower:
@@ -298,7 +314,7 @@ def _follower(process: _Process, membership: Membership) -> Follower:
 
 
 def _restored(job: Job, saved: Mapping[str, Tensor] | None) -> tuple[torch.nn.Module, dict[str, Tensor]]:
-    """Make the whole network, with a checkpoint's values if there is one; return it and what else is in there."""
+    """Return the full network, with a checkpoint's values if there is one, and the checkpoint's other tensors."""
     model = job.task.build()
     if saved is None:
         return model, {}

@@ -1,7 +1,7 @@
-"""What the command line does with a configuration before a folder is made or a process started.
+"""Prepare a configuration for the command line: check everything before a folder is created or a process started.
 
-Where it sits: between `ist/cli/main.py` and `ist/runs/open.py` or `ist/launch/start.py`.
-Not here: reading the file (`ist/config/load.py`), running anything but a rehearsal.
+Where it sits: `ist/cli/` calls this before `ist/runs/execute.py` or `ist/launch/start.py`.
+Not here: reading the file (`ist/config/load.py`), the checks of one training step (`ist/runs/rehearsal.py`).
 """
 
 from pathlib import Path
@@ -19,20 +19,20 @@ from ist.subnet.job import Job
 
 
 def with_launchers_pool(config: Config) -> Config:
-    """Under torchrun the processes are there: they are the pool."""
+    """Return the configuration with the pool 'torchrun' if torchrun, or another launcher, started this process."""
     if not is_launched():
         return config
     pool = {**config.pool.model_dump(), "kind": "torchrun"}
-    for key in config.pool.spec.keys if not config.pool.spec.is_launched else ():  # what is for the other pool alone
+    for key in config.pool.spec.keys if not config.pool.spec.is_launched else ():  # keys of the other pool only
         del pool[key]
     return validate({**config.model_dump(), "pool": pool}, "under torchrun")
 
 
 def prepare(config: Config) -> Job:
-    """Build the job, and find whatever cannot work before a folder is made or a process started.
+    """Build the job, and run all checks that need no folder and no other process.
 
     Raises:
-        ConfigError: A name, an argument or a combination in it is wrong, or something that it needs is not there.
+        ConfigError: A name, an argument or a combination is wrong, or a requirement is missing on this machine.
         DataError: The data set is missing, malformed or too small.
         ModelError: The network cannot be split among that many workers.
     """
@@ -47,7 +47,10 @@ def prepare(config: Config) -> Job:
 
 
 def stored_under(config: Config, parent: Path) -> Config:
-    """Keep the checkpoints of several comparisons apart, whose run folders all are named after methods."""
+    """Return the configuration with `checkpoint.storage` in a folder of its own for each comparison.
+
+    Run folders are named after methods, so the checkpoints of two comparisons would otherwise overwrite each other.
+    """
     if config.checkpoint.storage is None:
         return config
     storage = f"{config.checkpoint.storage.rstrip('/')}/{parent.name}"

@@ -1,7 +1,8 @@
-"""Turn what the round loop reports into records: for the run folder, the display and the caller.
+"""The recorder: it turns the report of each round into a record for the run folder, the observers and the caller.
 
-Not here: computing any of it (`ist/training/coordinator.py`), drawing it (`ist/monitoring/display.py`,
-`ist/monitoring/observers.py`, `ist/report/`).
+Where it sits: `ist/runs/open.py` creates it on the coordinator; `ist/training/rounds.py` calls it after each round.
+Not here: measuring (`ist/training/coordinator.py`, `ist/baselines/ranks.py`), showing records (`ist/monitoring/`,
+`ist/report/`).
 """
 
 from collections import Counter
@@ -26,16 +27,16 @@ class RunRecorder:
 
     Args:
         job: The run.
-        folder: Where to write them, if anywhere.
+        folder: The run folder to write to; None writes nothing.
         observers: They receive every record.
-        before: Where a resumed run stood.
+        before: The progress entry of the resumed checkpoint; empty for a new run.
         meter: Counts the bytes of this process.
         gauge: Measures the memory of this process.
-        run_id: A name for this start of the run's processes.
+        run_id: The id of this incarnation of the run, for checkpoints.
 
     Attributes:
-        history: One record a round, in order; counters (samples, bytes, seconds) run from the run's beginning. The
-            first rounds are missing where the run goes on from checkpoints alone.
+        history: One record a round, in order; counters (samples, bytes, seconds) start at the first round of the run.
+            Early rounds are missing if the run was resumed without its metrics.jsonl.
     """
 
     def __init__(
@@ -74,10 +75,10 @@ class RunRecorder:
         seconds: Seconds,
         sent_bytes: int,
     ) -> None:
-        """Note a round.
+        """Record a round.
 
         Raises:
-            RunFolderError: It cannot be written.
+            RunFolderError: The record cannot be written.
         """
         found: dict[str, Any] = {
             **report.numbers,
@@ -135,7 +136,7 @@ class RunRecorder:
         """Save a checkpoint, if there is a run folder.
 
         Raises:
-            RunFolderError: It cannot be written.
+            RunFolderError: The checkpoint cannot be written.
         """
         if self._folder:
             progress = Progress(rounds_done, {**self._totals, **self._faults}, dict(self._numbers), self._run_id)
@@ -147,7 +148,7 @@ class RunRecorder:
         """Write the trained network and the final numbers, if there is a run folder.
 
         Raises:
-            RunFolderError: They cannot be written.
+            RunFolderError: One of them cannot be written.
         """
         if self._folder:
             self._folder.finish(model.state_dict(), self.result())
@@ -156,14 +157,14 @@ class RunRecorder:
         """Return the run's final numbers.
 
         Raises:
-            CheckpointError: The run went on from a checkpoint after its last round, which does not tell them.
+            CheckpointError: The run was resumed after its last round, from a checkpoint that lacks these numbers.
         """
         config, numbers = self._job.config, self._numbers
         required = [m.name for m in MEASUREMENTS if m.required and m.over_rounds in ("latest", "peak")]
         if unknown := [name for name in required if name not in numbers]:
             raise CheckpointError(
-                f"the checkpoint of the last round has no '{unknown[0]}' in its progress entry, and metrics.jsonl has "
-                "no record that would tell it: delete that checkpoint, and go on from the one before"
+                f"'{unknown[0]}' is neither in the progress entry of the last round's checkpoint nor in metrics.jsonl: "
+                "delete that checkpoint and resume from the one before"
             )
         names = self._metric.names if self._metric else ()
         parameters = list(self._job.split.template.parameters())

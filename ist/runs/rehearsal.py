@@ -1,8 +1,8 @@
-"""Find what cannot work before a run starts: check the cuts, make one step of worker 0, and evaluate it.
+"""The rehearsal of a run: check the cuts, run one local step of worker 0, and evaluate its submodel.
 
-Where it sits: `ist/runs/preflight.py` (the command line) and `ist/api.py` ask before a folder is made or a process
-started; the checks themselves are in `ist/checks/`.
-Not here: training that anybody keeps (`ist/training/worker.py`).
+Where it sits: `ist/runs/preflight.py` (the command line) and `ist/api.py` call it before a folder is created or a
+process started, to find errors early.
+Not here: the single checks (`ist/checks/`), real training (`ist/training/worker.py`).
 """
 
 import math
@@ -36,15 +36,14 @@ from ist.transport.message import Message, layout_of
 
 
 def rehearse(job: Job) -> None:
-    """Check the cuts, make one step of worker 0 on a small batch and evaluate it: what cannot work ends before the run.
+    """Check the cuts, run one step of worker 0 on a small batch, and evaluate the result; warn of unrepeatable data.
 
-    Costs the memory of two whole networks for a moment, then that of several subnets; changes nothing. Warns of data of
-    which an item changes from look to look.
+    This needs memory for two full networks, then for several subnets, and changes nothing.
 
     Raises:
-        ModelError: A narrow network computes something else than the masked whole one, or fails where it is evaluated.
+        ModelError: A submodel computes other outputs than the masked full network, or its evaluation fails.
         DataError: A sample cannot be read, or its loss fails.
-        ConfigError: Network, data, loss, metric and optimiser do not fit each other; the message is torch's.
+        ConfigError: Network, data, loss, metric and optimizer do not work together; the message contains torch's.
     """
     device = torch.device("cpu")
     _warn_of_unrepeatable(job)
@@ -55,29 +54,29 @@ def rehearse(job: Job) -> None:
     del network
     try:
         with seeded(device, job.config.seed, Purpose.REHEARSAL), warnings.catch_warnings():
-            # What torch warns of, and computes: (N, 1) and (N,) are spread over each other.
+            # Torch only warns if it broadcasts (N, 1) and (N,), which gives a wrong loss: refuse it.
             warnings.filterwarnings("error", message="Using a target size")
             _one_step(job, device)
     except ISTError:
         raise
-    except Exception as error:  # network, data, loss and optimiser may be anybody's
+    except Exception as error:  # user code may raise anything
         raise ConfigError(
-            f"network, data, loss and optimiser do not fit each other: a step on a batch of "
+            f"network, data, loss and optimizer do not work together: a step on a batch of "
             f"{job.schedule.sampler.smallest_batch} fails: {type(error).__name__}: {error}".splitlines()[0]
         ) from error
 
 
 def _warn_of_unrepeatable(job: Job) -> None:
-    """Warn of data sets that draw from generators which nobody can seed, or that change as they are looked at."""
+    """Warn of data sets whose items depend on generators that IST does not seed, or on earlier reads."""
     for which, dataset, content in zip(
         ("training", "test"), (job.task.train_data, job.task.test_data), job.task.contents, strict=True
     ):
         if dataset is not None and content.unrepeatable is not None:
             warnings.warn(
-                f"the {which} data ({type(dataset).__name__}): item {content.unrepeatable} is another one at a second "
-                "look, though the generators of torch, random and numpy.random are seeded alike: runs with one seed, "
-                "and resumed ones, will differ. Draw from these generators, not from one that the data set holds, and "
-                "let items not depend on those that were asked for before",
+                f"the {which} data ({type(dataset).__name__}): item {content.unrepeatable} differs between two reads "
+                "with the same seeds of torch, random and numpy.random, so runs with the same seed, and resumed runs, "
+                "will differ. Draw random numbers from these generators, not from one of the data set, and do not let "
+                "an item depend on earlier reads",
                 stacklevel=3,
             )
 
@@ -87,7 +86,7 @@ def _one_step(job: Job, device: torch.device) -> None:
     neurons = worker.neurons(0)
     message = Message(layout_of(cut_specs(job.split.specs, job.split.cut(neurons))), device)
     specs = cut_specs(job.split.frozen_specs, job.split.frozen_cut(neurons))
-    # Not zeros: an average that a forward makes in a frozen parameter would not move from there.
+    # Not zeros: a frozen parameter that a forward updates as a moving average would stay zero, and look unchanged.
     fixed = {
         name: torch.full(spec.shape, _like_a_mean(spec), dtype=spec.dtype, device=device)
         for name, spec in specs.items()
@@ -104,7 +103,7 @@ def _one_step(job: Job, device: torch.device) -> None:
         return job.schedule.sampler.shard(0)[batch]
 
     inputs, targets = fetch(worker.loop.shard, batch, device, numbers)
-    with located("network, data and loss do not fit each other"):
+    with located("network, data and loss do not work together"):
         outputs = call_model(worker.module, inputs)
         loss = loss_of(job.task.loss, outputs, targets, numbers)
     check_reach(
@@ -113,7 +112,7 @@ def _one_step(job: Job, device: torch.device) -> None:
     if not torch.isfinite(loss.detach()).all() and (bad := non_finite_values(inputs, targets)):
         raise DataError(
             f"the loss is not finite: a batch of the training data ({len(batch)} samples from {int(numbers()[0])} on) "
-            f"holds {bad}. Leave such samples out, or mend them"
+            f"holds {bad}. Remove or correct such samples"
         )
     loss.backward()  # type: ignore[no-untyped-call]
     check_optimizer(job, named)
@@ -132,34 +131,34 @@ def _one_step(job: Job, device: torch.device) -> None:
 
 
 def _like_a_mean(spec: TensorSpec) -> float:
-    """A value for all of a weight with which it takes the mean of what goes in: from layer to layer nothing grows."""
+    """Return the value for all entries of a weight that makes its output the mean of its inputs, so nothing grows."""
     inputs = math.prod(spec.shape[1:])
     return 1 / inputs if len(spec.shape) > 1 and inputs and spec.dtype.is_floating_point else 1.0
 
 
 def _check_replaced(job: Job, module: nn.Module, message: Message) -> None:
-    """Check that what a forward has put in the place of parameters and buffers can be written back.
+    """Check that parameters and buffers that a forward has replaced can be written back.
 
     Raises:
-        ModelError: It cannot.
+        ModelError: One cannot.
     """
     collect(module, message.tensors)
     for name, parameter in module.named_parameters():
         if job.split.state_slots and parameter.requires_grad and parameter.dtype != message.tensors[name].dtype:
             raise ModelError(
-                f"the forward makes '{name}', which is {message.tensors[name].dtype}, a {parameter.dtype}, and "
-                "'train.optimizer_state' is 'carried', whose state has the dtype of what it was: use 'kept' or 'reset'"
+                f"the forward changes the dtype of '{name}' from {message.tensors[name].dtype} to {parameter.dtype}, "
+                "but with 'train.optimizer_state' 'carried' the state has the original dtype: use 'kept' or 'reset'"
             )
 
 
 def _check_constants(job: Job, module: nn.Module, neurons: Sequence[Indices]) -> None:
-    """Warn of buffers and numbers that training changes and that nobody sends or saves."""
-    narrow = job.split.module(neurons, torch.device("cpu"))
-    warn_of_counters(module, narrow)
-    fresh = named_tensors(narrow)
+    """Warn of buffers and counters that training changes but that are neither sent nor saved."""
+    new_module = job.split.module(neurons, torch.device("cpu"))
+    warn_of_counters(module, new_module)
+    fresh = named_tensors(new_module)
     for name, buffer in module.named_buffers():
         if name in job.split.constants and not torch.equal(buffer, fresh[name]):
             warnings.warn(
-                f"buffer '{name}' changes in training but is not persistent: it is neither merged nor kept",
+                f"buffer '{name}' changes in training but is not persistent: it is neither merged nor saved",
                 stacklevel=2,
             )

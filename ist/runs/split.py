@@ -1,7 +1,7 @@
-"""A network as it is split, with each worker's share: what `ist.split` returns and `ist inspect` prints.
+"""The split of a network among workers: the object that `ist.split` returns and `ist inspect` prints.
 
-Where it sits: `ist/api.py` and `ist/cli/main.py` make it of the values of a run (`ist/runs/build.py`).
-Not here: the numbers (`ist/runs/inspection.py`); training.
+Where it sits: `ist/api.py` and `ist/cli/` create it from a split model or a job (`ist/runs/build.py`).
+Not here: computing the numbers (`ist/runs/inspection.py`), training.
 """
 
 import io
@@ -29,13 +29,13 @@ from ist.tensors import named_tensors
 
 @dataclass(frozen=True, repr=False)
 class Split:
-    """A network as it is split among workers. `ist.split` makes it; `print` shows what `ist inspect` shows.
+    """The split of a network among workers. `ist.split` returns it; `print` shows the output of `ist inspect`.
 
     Attributes:
-        inspection: All numbers, by name; `ist inspect --json` has the same names.
+        inspection: All numbers, by name; `ist inspect --json` uses the same names.
         network: The network's groups and tensors.
-        held: Who holds which neurons in each round.
-        values: Gives the network's tensors by name, as they are now.
+        held: The neurons of each worker in each round.
+        values: Returns the network's current tensors by name.
 
     Example:
         >>> from torch import nn, randn
@@ -59,7 +59,7 @@ class Split:
 
     @property
     def groups(self) -> tuple[SplitGroup, ...]:
-        """The neuron groups that are split, with how many neurons each worker holds."""
+        """The neuron groups that are split, with the number of neurons of each worker."""
         return self.inspection.groups
 
     @property
@@ -74,25 +74,25 @@ class Split:
 
     @property
     def bytes_per_round(self) -> RoundBytes:
-        """Bytes of all messages of a round, and of data-parallel training in as many steps."""
+        """Bytes of all messages of a round, and of data-parallel training for the same number of steps."""
         return self.inspection.bytes_per_round
 
     def neurons(self, worker: int, round_number: int = 0) -> dict[str, Indices]:
-        """Return the neurons that a worker holds in a round: for each group's name their numbers, int64, sorted.
+        """Return the neurons of a worker in a round: for each group's name, their indices (int64, sorted).
 
         Raises:
-            ConfigError: There is no such worker or round.
+            ConfigError: The worker or the round does not exist.
         """
         neurons = self._held(worker, round_number)
         return {group.name: held for group, held in zip(self.network.groups, neurons, strict=True)}
 
     def module(self, worker: int, round_number: int = 0) -> nn.Module:
-        """Return the module that a worker trains in a round, on the CPU, with the network's values as they are now.
+        """Return the subnet module that a worker trains in a round, on the CPU, with copies of the current values.
 
-        They are copies. While a worker trains them, they are scaled as `train.activation_scale` says.
+        During training, a worker also applies the scale of `train.activation_scale`.
 
         Raises:
-            ConfigError: There is no such worker or round.
+            ConfigError: The worker or the round does not exist.
         """
         neurons = self._held(worker, round_number)
         module = self.network.module(neurons, torch.device("cpu"))
@@ -106,7 +106,7 @@ class Split:
         return asdict(self.inspection)
 
     def print(self, console: Console) -> None:
-        """Print groups, tensors, shares and bytes for a person."""
+        """Print groups, tensors, shares and bytes as tables."""
         print_inspection(self.inspection, console)
 
     def __str__(self) -> str:
@@ -125,25 +125,25 @@ class Split:
             ("round_number", round_number, self.inspection.rounds),
         ):
             if not 0 <= number < count:
-                raise ConfigError(f"{name} is {number}: give one from 0 to {count - 1}")
+                raise ConfigError(f"{name} is {number}: give a number from 0 to {count - 1}")
         return self.held.of(round_number)[worker]
 
 
 def split_of(job: Job) -> Split:
-    """Return how a run splits its network; its values are the initial ones."""
+    """Return the split of a run's network, with the initial values."""
     held = assignments(job)
     inspection = inspect_split(job.config, job.split, job.schedule, held, job.schedule.sampler.steps_per_epoch)
     return Split(inspection, job.split, held, lambda: values_of(job.task.build()))
 
 
 def values_of(network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's tensors by name, as `extract` takes them."""
-    tensors = named_tensors(network).items()  # a compiled network has other names
+    """Return a network's tensors by name, on the CPU and contiguous, for `extract`."""
+    tensors = named_tensors(network).items()  # names in a compiled network have a prefix, which is removed below
     return {plain_name(name): tensor.detach().cpu().contiguous() for name, tensor in tensors}
 
 
 def print_inspection(found: Inspection, console: Console) -> None:
-    """Print the numbers of a split for a person."""
+    """Print the numbers of a split as tables."""
     some_frozen = found.trained_parameters < found.parameters
     frozen = f" ({found.trained_parameters:,} of them trained)" if some_frozen else ""
     epoch = f", {_counted(found.steps_per_epoch, 'step')} an epoch" if found.steps_per_epoch is not None else ""
@@ -172,8 +172,8 @@ def print_inspection(found: Inspection, console: Console) -> None:
     if some_frozen:
         most = max(share.frozen_bytes for share in found.shares)
         console.print(
-            f"Frozen parameters go to a worker in its first round ({format_bytes(most)} at most), and again when its "
-            "part changes; they do not come back."
+            f"Frozen parameters are sent to a worker in its first round (at most {format_bytes(most)}), and again when "
+            "its part changes; the worker does not return them."
         )
     total = found.bytes_per_round
     console.print(f"A round sends {format_bytes(total.ist)} in all; data-parallel training sends ", end="")

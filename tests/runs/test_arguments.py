@@ -18,7 +18,7 @@ MODEL = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5))
 
 
 def config_of(**arguments: Any) -> Config:
-    """The configuration of a call of `ist.train`, which is not made."""
+    """The configuration that `ist.train` would use for these arguments."""
     bound = inspect.signature(ist.train).bind(MODEL, data(), **{"workers": 2, "rounds": 3, **arguments})
     bound.apply_defaults()
     return train_config(bound.arguments)
@@ -66,7 +66,7 @@ def test_a_section_is_the_same_as_object_mapping_and_earlier_keyword(name: str) 
     assert typed.model_dump() == config_of(**{name: MAPPINGS[name]}).model_dump()
 
 
-def test_further_keys_of_train_and_data_are_keywords_as_they_were_options() -> None:
+def test_further_keys_of_train_and_data_are_keywords_with_the_effect_of_earlier_options() -> None:
     keys = {
         "min_workers": 1, "schedule_unit": "round", "optimizer_state": "carried", "activation_scale": "none",
         "running_statistics": "carried",
@@ -92,7 +92,7 @@ def test_every_key_of_train_is_an_argument_and_every_section_has_its_type() -> N
     assert set(Config.model_fields) - named <= {"name", "method", "label", "train", "baseline", "compare", "output"}
 
 
-def test_keys_that_a_section_leaves_out_have_the_defaults_of_python() -> None:
+def test_keys_that_a_section_omits_have_the_defaults_of_python() -> None:
     config = config_of(evaluate=ist.Evaluate(every=2), pool=ist.Pool(threads=2), test_data=data())
 
     assert (config.evaluate.metric, config.pool.kind) == ("accuracy", "inline")
@@ -112,7 +112,7 @@ def test_numbers_of_numpy_and_torch_are_numbers() -> None:
 
 
 @pytest.mark.parametrize("name", SECTIONS)
-def test_what_is_no_section_is_refused_by_name(name: str) -> None:
+def test_a_section_of_the_wrong_type_is_refused_by_name(name: str) -> None:
     other = ist.Outer() if name != "recipe" else ist.Stage()
     for value in (3, ["x"], other, SECTIONS[name]):
         with pytest.raises(ConfigError, match=rf"^{name} is .*ist\.{SECTIONS[name].__name__}\b"):
@@ -134,7 +134,7 @@ def test_what_is_no_section_is_refused_by_name(name: str) -> None:
         ({"optimizer_state": "lost"}, ConfigError, "'train.optimizer_state' is 'lost'.*'kept', 'reset' or 'carried'"),
     ],
 )
-def test_a_wrong_argument_is_named_with_what_is_right(
+def test_an_invalid_argument_is_refused_with_its_name_and_allowed_values(
     arguments: dict[str, Any], error: type[Exception], named: str
 ) -> None:
     with pytest.raises(error, match=named):

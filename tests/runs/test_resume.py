@@ -63,9 +63,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "train__schedule": {"name": "CosineAnnealingLR", "args": {"T_max": "total_steps"}},
     },
     "dropout": {"model__args": {"widths": [64, 24, 20, 10], "dropout": 0.3}},
-    "items that are drawn": {"data": {"name": "tests.augmented:load"}},
+    "random items": {"data": {"name": "tests.augmented:load"}},
     "carried statistics": {"train__running_statistics": "carried"},
-    "rounding that is fed back": {
+    "error feedback": {
         "exchange": {"down": "int8", "up": "int3", "values": "deltas", "error_feedback": True},
     },
     "stages": {
@@ -74,18 +74,18 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "stages": [{"rounds": 1, "keep": 1}, {}, {"rounds": 2, "keep": 1, "lr_scale": 0.5, "local_steps": 2}]
         },
     },
-    "state that is kept": {
+    "kept state": {
         "train__optimizer": {"name": "Adam", "args": {"lr": 0.01}},
         "train__optimizer_state": "kept",
         "recipe": {"stages": [{}, {"rounds": 4, "keep": 1}]},
         "checkpoint": {"every": 1},
     },
-    "state that is kept, seldom saved": {
+    "kept state, saved every second round": {
         "train__optimizer_state": "kept",
         "recipe": {"stages": [{"keep": 1}]},
         "checkpoint": {"every": 2, "keep": 1},
     },
-    "kept state and rounding that is fed back": {
+    "kept state and error feedback": {
         "train__optimizer_state": "kept",
         "exchange": {"down": "int8", "up": "int4", "values": "deltas", "error_feedback": True},
         "recipe": {"stages": [{}, {"rounds": 3, "keep": 1}]},
@@ -93,7 +93,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "a global shuffle": {"data__shuffle": "global"},
     "outer momentum": {"recipe": {"outer": {"lr": 0.9, "momentum": 0.5}}, "train__optimizer_state": "carried"},
-    "outer momentum in a finish": {"recipe": {"stages": [{}, {"rounds": 3, "keep": 1, "outer": {"lr": 0.7, "momentum": 0.9}}]}},
+    "outer momentum in a full-width phase": {"recipe": {"stages": [{}, {"rounds": 3, "keep": 1, "outer": {"lr": 0.7, "momentum": 0.9}}]}},
     "exponential average": {"recipe": {"average": {"kind": "ema", "decay": 0.6}}},
     "average of the last rounds": {"recipe": {"average": {"kind": "swa", "start": 0.4}}},
     "all of a recipe": {

@@ -1,4 +1,4 @@
-"""`ist.split`: the split that training uses, as an object, and what `ist inspect` shows of it."""
+"""`ist.split`: it returns the split that training uses, and prints the output of `ist inspect`."""
 
 from typing import Any
 
@@ -79,7 +79,7 @@ def test_a_configuration_and_python_give_the_same_split() -> None:
     assert "\x1b" not in str(split)
 
 
-def test_looking_at_a_network_leaves_it_and_the_generators_as_they_were() -> None:
+def test_a_split_does_not_change_the_network_or_the_generators() -> None:
     model = network()
     model[1].eval()
     compiled = torch.compile(model, backend="eager")
@@ -111,7 +111,9 @@ def test_looking_at_a_network_leaves_it_and_the_generators_as_they_were() -> Non
         ({"pool_options": {}}, TypeError, "'pool_options'"),
     ],
 )
-def test_what_cannot_be_split_is_named(arguments: dict[str, Any], error: type[Exception], named: str) -> None:
+def test_invalid_arguments_and_networks_that_cannot_be_split_are_refused_by_name(
+    arguments: dict[str, Any], error: type[Exception], named: str
+) -> None:
     with pytest.raises(error, match=named):
         ist.split(network(), **{"example": EXAMPLE, "workers": 2, **arguments})
 

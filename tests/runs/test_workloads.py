@@ -1,4 +1,4 @@
-"""The text about the workloads agrees with what was measured, at the learning rates of the configurations."""
+"""The published results of the workloads are the measured ones, at the learning rates of the configurations."""
 
 import json
 import re
@@ -13,19 +13,19 @@ from tests.conftest import ROOT
 MEASURED = json.loads((ROOT / "benchmarks" / "results" / "workloads.json").read_text())["workloads"]
 
 
-def test_all_were_measured_and_the_page_has_their_table() -> None:
+def test_all_workloads_were_measured_and_the_page_has_their_table() -> None:
     assert list(MEASURED) == list(WORKLOADS)
     assert markdown(MEASURED) in (ROOT / "benchmarks" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_a_configuration_has_the_rates_that_were_best_and_tells_their_result(name: str) -> None:
+def test_a_configuration_has_the_best_learning_rates_and_states_their_result(name: str) -> None:
     path = ROOT / "configs" / f"{name}.yaml"
     config, entry = load_config(path), MEASURED[name]
-    told = re.search(r"# Result:(.*?)# Command:", path.read_text(), re.DOTALL)
+    result = re.search(r"# Result:(.*?)# Command:", path.read_text(), re.DOTALL)
 
     rates = {label: config_for_method(config, label).train.optimizer.args["lr"] for label in config.compare.methods}
-    words = " ".join(told.group(1).replace("#", " ").split()) if told else ""
+    words = " ".join(result.group(1).replace("#", " ").split()) if result else ""
     ours, theirs = entry["rows"]["ist"], entry["rows"][REFERENCE]
 
     assert rates == entry["rates"]
@@ -36,7 +36,7 @@ def test_a_configuration_has_the_rates_that_were_best_and_tells_their_result(nam
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_a_contender_is_measured_in_short_in_its_own_stages(name: str) -> None:
+def test_a_short_measurement_of_a_method_retains_its_stages(name: str) -> None:
     config = load_config(ROOT / "configs" / f"{name}.yaml")
 
     for label, run in memory(name, []).items():
