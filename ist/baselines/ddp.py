@@ -1,8 +1,9 @@
-"""Full data-parallel training with PyTorch's own DistributedDataParallel, with whole or compressed gradients.
+"""Data-parallel training with PyTorch's DistributedDataParallel (DDP), with full or compressed gradients.
 
-Every rank holds the whole network and averages its gradient over all ranks every step. A round is the same number of
-steps as in IST, so that evaluations and checkpoints fall alike.
-Not here: the round loop, evaluation; what crosses the network (`gradient_hooks.py`).
+Every rank holds the full network and averages its gradient over all ranks in every step. A round has as many steps as
+in IST, so that evaluations and checkpoints come at the same steps.
+Where it sits: `ist/training/rounds.py` runs it as a `Method` on rank 0, and as a `Follower` on other ranks.
+Not here: the exchange of gradients (`ist/baselines/gradient_hooks.py`), the round loop, evaluation.
 """
 
 import inspect
@@ -34,15 +35,16 @@ from ist.training.rounds import RoundReport
 
 
 class DataParallel:
-    """Data-parallel training of the whole network; a `Method` on rank 0, and its mirror on every other rank.
+    """Data-parallel training of the full network; a `Method` on rank 0, and a `Follower` on every other rank.
 
     Args:
         job: The run.
         membership: This rank.
-        model: The whole network with its start values; rank 0's are broadcast.
-        state: Optimiser state of a checkpoint, by `optimizers.state_name`; empty at the start. Only rank 0's is used.
-        meter: Counts the all-reduce.
-        compression: How gradients cross the network: 'none', 'float16', 'bfloat16' or 'low_rank' (PowerSGD).
+        model: The full network with its initial values; rank 0 broadcasts its own.
+        state: Optimizer state from a checkpoint, by `optimizers.state_name`; empty for a new run. Ranks other than 0
+            ignore it.
+        meter: Counts the bytes of the all-reduce.
+        compression: The compression of gradients: 'none', 'float16', 'bfloat16' or 'low_rank' (PowerSGD).
 
     Reference: Li et al., "PyTorch Distributed", VLDB 2020; Vogels et al., "PowerSGD", arXiv 1905.13727.
     """
@@ -66,16 +68,16 @@ class DataParallel:
         self._exchange = GradientExchange(job.config, compression, membership.world_size)
         if self._exchange.powersgd is not None and membership.device.type == "cpu" and torch.cuda.is_available():
             raise ConfigError(
-                "pool.device is 'cpu', but PyTorch's PowerSGD waits for a GPU wherever it sees one: set "
-                "CUDA_VISIBLE_DEVICES to nothing for these processes, or pool.device to 'cuda'"
+                "pool.device is 'cpu', but PyTorch's PowerSGD synchronizes with a GPU whenever one is visible: set "
+                "CUDA_VISIBLE_DEVICES to an empty string for these processes, or pool.device to 'cuda'"
             )
-        # Buffers are batch norm's running statistics, re-estimated before evaluation: not worth a broadcast a step.
-        # Newer versions of torch have renamed the option that says so.
+        # Do not broadcast buffers in every step: they are batch norm's running statistics, which are re-estimated
+        # before evaluation. Newer versions of torch have renamed this option.
         names = inspect.signature(DistributedDataParallel).parameters
         option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
         options: dict[str, Any] = {option: False}
         if self._exchange.powersgd is not None:
-            # With several buckets over gloo, PowerSGD's callbacks wait for each other's all-reduces for ever.
+            # Use one bucket: with several over gloo, PowerSGD's callbacks wait forever for each other's all-reduces.
             options["bucket_cap_mb"] = sys.maxsize >> 21
         with peer_errors("starting together"):
             self._ddp = DistributedDataParallel(self._model, gradient_as_bucket_view=True, **options)
@@ -96,15 +98,15 @@ class DataParallel:
 
     @property
     def model(self) -> nn.Module:
-        """The whole network, the same on every rank."""
+        """The full network, the same on every rank."""
         return self._model
 
     def train_round(self, round_number: int) -> RoundReport:
-        """Make a round's steps on all ranks together; every rank returns the report of all.
+        """Run the steps of a round on all ranks together; every rank returns the report of all ranks.
 
         Raises:
-            DivergedError: A rank's loss is not finite.
-            PoolError: A rank is gone.
+            DivergedError: A rank's loss or network is not finite.
+            PoolError: A rank is lost.
         """
         begin_together(self._membership)
         started, cpu_started = time.perf_counter(), time.thread_time()
@@ -127,23 +129,23 @@ class DataParallel:
         return replace(report, numbers={**report.numbers, "aside_s": time.perf_counter() - trained})
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
-        """Return the whole network's tensors, the optimiser's state, and what compression remembers."""
+        """Return the full network's tensors, the optimizer's state, and PowerSGD's state."""
         state = optimizers.named_state(self._optimizer, self._named)
         return {**self._model.state_dict(), **state, **self._saved}
 
     def bytes_sent(self) -> int:
-        """Return what all ranks have sent."""
+        """Return the bytes that all ranks have sent."""
         return self._meter.sent.total()
 
     def close(self) -> None:
         """Do nothing: the process group outlives the run."""
 
     def _settle_order(self) -> None:
-        """Have gradients become ready once, without sending them.
+        """Run one backward pass without sending gradients, so that DDP fixes their order before the first step.
 
-        DDP lays gradients out as they became ready in a process's first step, from its second step on. Where a gradient
-        lies decides in which order ranks are summed, and where PowerSGD keeps its errors: a resumed run is the same run
-        only if the order is the same from the first step on.
+        From the second step of a process on, DDP orders gradients as they became ready in the first step. The order
+        decides how ranks are summed, and where PowerSGD stores its errors. A resumed run equals an uninterrupted one
+        only if both have the same order from the first step on.
         """
         job, device = self.job, self._membership.device
         before = {name: buffer.clone() for name, buffer in self._model.named_buffers()}
@@ -159,19 +161,19 @@ class DataParallel:
         for name, parameter in self._named.items():
             if parameter.dtype != dtypes[name]:
                 raise ModelError(
-                    f"the forward makes '{name}', which is {dtypes[name]}, a {parameter.dtype}: method "
-                    f"'{job.config.method}' averages gradients of the dtype that it has at the start: change that"
+                    f"the forward changes the dtype of '{name}' from {dtypes[name]} to {parameter.dtype}, but method "
+                    f"'{job.config.method}' averages gradients in the initial dtype: use the final dtype from the start"
                 )
         unused = [name for name, parameter in self._named.items() if parameter.requires_grad and parameter.grad is None]
         if unused:
             raise ModelError(
-                f"'{unused[0]}' gets no gradient ({len(unused)} such parameters): method '{job.config.method}' waits "
-                "for all of them; freeze what is not used (requires_grad_(False))"
+                f"'{unused[0]}' gets no gradient ({len(unused)} such parameters), but method '{job.config.method}' "
+                "needs all gradients: freeze unused parameters (requires_grad_(False))"
             )
         self._model.zero_grad(set_to_none=True)
 
     def _restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on with rank 0's optimiser state."""
+        """Load rank 0's optimizer state."""
         if self._exchange.powersgd is not None:
             state = restore_powersgd(self._exchange.powersgd, state, self._membership)
         optimizers.restore_named_state(self._optimizer, self._named, state)

@@ -1,6 +1,6 @@
-"""What crosses the network for a gradient: PyTorch's own communication hooks of DDP, counted.
+"""The exchange of gradients: PyTorch's own communication hooks of DDP, with a count of bytes and seconds.
 
-Where it sits: `ddp.py` registers one of them.
+Where it sits: `ist/baselines/ddp.py` registers a `GradientExchange` with DDP.
 Not here: the hooks themselves (torch.distributed.algorithms.ddp_comm_hooks).
 """
 
@@ -28,7 +28,7 @@ CASTS: dict[str, tuple[Callable[[Any, Any], Future], int | None]] = {
     "float16": (fp16_compress_hook, 2),
     "bfloat16": (bf16_compress_hook, 2),
 }
-"""Compression to PyTorch's hook, and the bytes of a number on the way; None: as many as it has."""
+"""For each compression, PyTorch's hook and the sent bytes of a number; None: the bytes of its dtype."""
 
 
 class GradientExchange:
@@ -40,11 +40,11 @@ class GradientExchange:
         world_size: Number of ranks.
 
     Attributes:
-        sent_bytes: What this rank has sent: a ring all-reduce of B bytes sends 2 (n - 1) / n * B from each rank.
-        transfers_s: For each step since `start_round`, the seconds from when the last gradient was ready until all were
-            averaged: gradients on their way while backward still runs cost no time. What compression computes on gloo's
-            threads is in it. On NCCL, which is asynchronous, it is the time to begin.
-        rehearses: While true, nothing is sent and gradients stay this rank's own.
+        sent_bytes: Bytes that this rank has sent: in a ring all-reduce of B bytes, 2 (n - 1) / n * B.
+        transfers_s: For each step since `start_round`, the seconds from the last ready gradient until all gradients
+            are averaged; transfers during the backward pass do not count. With gloo, this includes compression on
+            gloo's threads. With NCCL, which is asynchronous, it is only the time to start the transfers.
+        rehearses: While true, nothing is sent, and gradients are not averaged.
     """
 
     def __init__(self, config: Config, compression: str, world_size: int) -> None:
@@ -64,7 +64,7 @@ class GradientExchange:
             self._hook, self._item_bytes = CASTS[compression]
 
     def start_round(self) -> None:
-        """Forget the seconds of earlier steps."""
+        """Clear the seconds of earlier steps."""
         self.transfers_s = []
 
     def hook(
@@ -76,13 +76,13 @@ class GradientExchange:
         if self.rehearses:
             gradients = bucket.buffer()
             devices = [gradients.device] if gradients.is_cuda else []  # a future knows the devices of its value
-            as_it_is: Future = torch.futures.Future(devices=devices)
-            as_it_is.set_result(gradients)
-            return as_it_is
+            unchanged: Future = torch.futures.Future(devices=devices)
+            unchanged.set_result(gradients)
+            return unchanged
         last = bucket.is_last()
         with self._lock:
             self._under_way += 1
-        average = self._average(group, bucket)  # what compressing takes on this thread is computing
+        average = self._average(group, bucket)  # time for compression on this thread counts as compute time
         if last:
             with self._lock:
                 self._since = time.perf_counter()

@@ -1,10 +1,12 @@
-"""Local training of whole networks: every rank trains its own for a round, then all are averaged.
+"""Local SGD and DiLoCo: every rank trains a full network of its own for a round, then all networks are averaged.
 
-Local SGD takes the mean of the ranks' networks. DiLoCo takes the mean of how they changed for a gradient, with which an
-outer optimiser (SGD with Nesterov momentum) moves the common network; the change may travel in a few bits.
-Optimisers of local steps keep their state on their rank from round to round, as in both papers; at a checkpoint rank 0
-collects it, which is not counted as training traffic.
-Not here: the round loop, evaluation.
+Local SGD averages the ranks' networks. DiLoCo averages their changes, and an outer optimizer (SGD with Nesterov
+momentum) applies the mean change, as a gradient, to the common network; changes may be sent in a few bits.
+The optimizer of local steps keeps its state on its rank from round to round, as in both papers. At a checkpoint rank 0
+collects these states, which does not count as training traffic.
+Where it sits: `ist/training/rounds.py` runs it as a `Method` on rank 0, and as a `Follower` on other ranks.
+Not here: the local steps (`ist/training/local_loop.py`), quantized means (`ist/baselines/quantized_mean.py`), the round
+loop, evaluation.
 """
 
 import functools
@@ -34,17 +36,17 @@ _RANK = "rank-{}/"
 
 
 class LocalTraining:
-    """Local SGD and DiLoCo; a `Method` on rank 0, and its mirror on every other rank.
+    """Local SGD and DiLoCo; a `Method` on rank 0, and a `Follower` on every other rank.
 
     Args:
         job: The run.
         membership: This rank.
-        model: The whole network with its start values; rank 0's are broadcast.
-        state: Optimiser states of a checkpoint; empty at the start. Only rank 0's are used.
-        meter: Counts the all-reduce.
+        model: The full network with its initial values; rank 0 broadcasts its own.
+        state: Optimizer states from a checkpoint; empty for a new run. Only rank 0's are used.
+        meter: Counts the bytes of the all-reduce.
         has_outer_optimizer: Whether an outer optimizer updates the common network (DiLoCo); otherwise the common
             network is the mean (local SGD).
-        bits: In how many bits a number of the change travels; None: as it is.
+        bits: Bits in which a number of the change is sent; None: its own dtype.
 
     Reference: Stich, "Local SGD Converges Fast and Communicates Little", arXiv 1805.09767; Douillard et al., "DiLoCo",
     arXiv 2311.08105, Algorithm 1 (outer learning rate 0.7, momentum 0.9).
@@ -75,14 +77,15 @@ class LocalTraining:
         prefixes = (*ranks, _OUTER) if has_outer_optimizer else tuple(ranks)
         if foreign := [name for name in state if not name.startswith(prefixes)]:
             raise CheckpointError(
-                f"the checkpoint holds '{foreign[0]}', for which method '{job.config.method}' has no use"
+                f"the checkpoint contains '{foreign[0]}', which method '{job.config.method}' does not use: resume with "
+                "the method of the saved run"
             )
         trained = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         self._named = trained
         self._optimizer = optimizers.build_optimizer(job.config.train.optimizer, list(trained.values()))
         self._sent_bytes = 0.0
         self._saved: dict[str, Tensor] = {}
-        # The network on which all ranks agreed last, and the optimiser that moves it.
+        # The network after the last exchange, which is the same on all ranks, and the optimizer that updates it.
         self._common: dict[str, nn.Parameter] = {}
         self._outer: torch.optim.Optimizer | None = None
         if has_outer_optimizer:
@@ -134,23 +137,23 @@ class LocalTraining:
         return replace(report, numbers={**report.numbers, "aside_s": time.perf_counter() - ended})
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
-        """Return the whole network's tensors, and the optimiser states of all ranks where the run can go on from it."""
+        """Return the full network's tensors, and in a round with a checkpoint the optimizer states of all ranks."""
         return {**self._model.state_dict(), **self._saved}
 
     def bytes_sent(self) -> int:
-        """Return what all ranks have sent."""
+        """Return the bytes that all ranks have sent."""
         return self._meter.sent.total()
 
     def close(self) -> None:
         """Do nothing: the process group outlives the run."""
 
     def _average(self) -> None:
-        """Make the network the same on all ranks again."""
+        """Average over ranks, so that the network is the same on all of them."""
         parameters = list(self._named.values())
         size = self._membership.world_size
         ring = 2 * (size - 1) / size
         if self._outer is None:
-            # All are averaged as one vector, of the widest dtype among them.
+            # PyTorch averages all parameters as one vector, in the widest dtype among them.
             widest = functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters))
             self._sent_bytes += ring * widest.itemsize * sum(parameter.numel() for parameter in parameters)
             average_parameters(iter(parameters), dist.group.WORLD)  # type: ignore[arg-type]
@@ -174,7 +177,7 @@ class LocalTraining:
                 new.copy_(old)
 
     def _states(self) -> dict[str, Tensor]:
-        """Return all ranks' optimiser states, by name, on rank 0."""
+        """Return the optimizer states of all ranks, by name, on rank 0."""
         ranks = collect(self._membership, optimizers.named_state(self._optimizer, self._named))
         found = {
             _RANK.format(rank) + name: tensor for rank, theirs in enumerate(ranks) for name, tensor in theirs.items()

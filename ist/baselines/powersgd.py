@@ -1,7 +1,7 @@
-"""Save what PowerSGD remembers of earlier steps, and go on with it: its errors are another on every rank.
+"""Save and restore the state of PowerSGD, whose error-feedback buffer differs on every rank.
 
-Where it sits: `ddp.py` keeps it in checkpoints, so that a resumed run is the same run.
-Not here: PowerSGD (PyTorch's hook).
+Where it sits: `ist/baselines/ddp.py` stores it in checkpoints, so that a resumed run continues exactly.
+Not here: PowerSGD itself (PyTorch's hook).
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,8 @@ _PREFIX = "powersgd/"
 def saved_powersgd(state: PowerSGDState, membership: Membership) -> dict[str, Tensor]:
     """Return the state of all ranks, by name, on rank 0; every rank must call it.
 
-    The hook sees one bucket. It draws random numbers before its first compressed step only: its generator is not saved.
+    The hook has one bucket. It draws random numbers only before its first compressed step, so the state of its
+    generator is not saved.
     """
     own = {"error": state.error_dict.get(0), "p": state.p_memory_dict.get(0), "q": state.q_memory_dict.get(0)}
     found = {"iter": torch.tensor(state.iter)} | {name: tensor for name, tensor in own.items() if tensor is not None}
@@ -29,17 +30,18 @@ def saved_powersgd(state: PowerSGDState, membership: Membership) -> dict[str, Te
 
 
 def restore_powersgd(state: PowerSGDState, saved: Mapping[str, Tensor], membership: Membership) -> dict[str, Tensor]:
-    """Go on with this rank's part of what `saved_powersgd` returned; return the rest of `saved`.
+    """Restore this rank's part of the result of `saved_powersgd`; return the other tensors of `saved`.
 
     Raises:
-        CheckpointError: It holds something that `saved_powersgd` does not return.
+        CheckpointError: A tensor is missing, or is not one of `saved_powersgd`.
     """
     prefix = f"{_PREFIX}{membership.rank}/"
     own = {name.removeprefix(prefix): tensor for name, tensor in saved.items() if name.startswith(prefix)}
     if own:
         if wrong := {"iter"} - set(own) or set(own) - {"iter", "error", "p", "q"}:
             raise CheckpointError(
-                f"the checkpoint's state of PowerSGD, of rank {membership.rank}, is wrong in '{min(wrong)}'"
+                f"the checkpoint's PowerSGD state of rank {membership.rank} is invalid: '{min(wrong)}' is missing or "
+                "unknown"
             )
         state.iter = int(own.pop("iter"))
         places = {"error": state.error_dict, "p": state.p_memory_dict, "q": state.q_memory_dict}

@@ -1,8 +1,9 @@
-"""The mean of a vector over all ranks, sent in a few bits a number.
+"""The mean of a vector over all ranks, sent with a few bits for each number.
 
-Every rank rounds its vector and sends each rank the part that it is to average; the means are rounded again and sent to
-all: 2 (n - 1) / n times the rounded vector from each rank, as a ring all-reduce sends of the whole one.
-Not here: rounding (`ist/transport/quantize.py`).
+Every rank quantizes its vector and sends one part to each rank, which averages it. The means are quantized again and
+sent to all ranks. Each rank sends 2 (n - 1) / n times the quantized vector, the same factor as in a ring all-reduce.
+Where it sits: `ist/baselines/local_sgd.py` uses it for DiLoCo in int8.
+Not here: quantization (`ist/transport/quantize.py`).
 """
 
 import torch
@@ -18,12 +19,12 @@ def quantized_mean(vector: Tensor, membership: Membership, bits: int) -> tuple[T
     """Return the mean of `vector` over all ranks, the same bits on each, and the bytes that this rank has sent.
 
     Args:
-        vector: Floating point, of the same length on all ranks.
+        vector: A floating-point vector, with the same length on all ranks.
         membership: This rank.
-        bits: Of a number on the way, 2 to 8.
+        bits: Bits in which a number is sent, 2 to 8.
 
-    Reference: the quantised outer gradients of Douillard et al., "Streaming DiLoCo", arXiv 2501.18512, with
-    rounding to the nearest.
+    Reference: the quantized outer gradients of Douillard et al., "Streaming DiLoCo", arXiv 2501.18512, with rounding
+    to the nearest value.
     """
     size = membership.world_size
     blocks = -(-len(vector) // (BLOCK * size)) * size
@@ -41,13 +42,13 @@ def quantized_mean(vector: Tensor, membership: Membership, bits: int) -> tuple[T
 
 
 def _packed(blocks: Tensor, bits: int) -> Tensor:
-    """Rounded blocks as bytes: each block's codes, and behind them its scale."""
+    """Return quantized blocks as bytes: the codes of each block, followed by its scale."""
     codes, scale = quantize(blocks, bits)
     return torch.cat([codes, scale.view(-1, 1).view(torch.uint8)], dim=1).flatten()
 
 
 def _unpacked(packed: Tensor, bits: int) -> Tensor:
-    """Undo `_packed`, up to rounding: shape (blocks, BLOCK)."""
+    """Undo `_packed`, up to quantization; the result has shape (blocks, BLOCK)."""
     width = packed_columns(BLOCK, bits)
     rows = packed.view(-1, width + 4)
     return dequantize(rows[:, :width], rows[:, width:].contiguous().view(torch.float32).flatten(), BLOCK, bits)

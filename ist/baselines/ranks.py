@@ -1,7 +1,7 @@
-"""What methods of equal ranks share: a round's report, and states that rank 0 saves and hands out.
+"""Functions that methods of equal ranks share: the report of a round, and states that rank 0 saves and broadcasts.
 
-Where it sits: `ddp.py` and `local_sgd.py` hold the methods; `ist/training/rounds.py` has the loop that calls them.
-Not here: training traffic. Nothing of this module is counted as such.
+Where it sits: `ist/baselines/ddp.py` and `ist/baselines/local_sgd.py` call them.
+Not here: the exchange of gradients and weights. The traffic of this module does not count as training traffic.
 """
 
 import math
@@ -23,13 +23,13 @@ from ist.training.rounds import RoundReport
 
 @dataclass(frozen=True)
 class RankRound:
-    """What a rank did in a round.
+    """The measurements of a rank in a round.
 
     Attributes:
-        numbers: What it measured, as any worker does (`ist/measurements.py`).
-        finite: Whether its network is.
-        sent_bytes: What it has sent so far.
-        transfers_s: Seconds of each exchange while it did not compute, waiting for slower ranks included.
+        numbers: The numbers that every worker measures (`ist/measurements.py`).
+        finite: Whether all values of its network are finite.
+        sent_bytes: Bytes that it has sent so far in the run.
+        transfers_s: For each exchange, the seconds in which it did not compute, including waits for slower ranks.
     """
 
     numbers: Numbers
@@ -42,19 +42,19 @@ class RankRound:
 
 
 def begin_together(membership: Membership) -> None:
-    """Wait for all ranks: none may train while rank 0 evaluates, in time that no clock of the run counts."""
+    """Wait for all ranks, so that no rank trains, unmeasured, while rank 0 still evaluates."""
     with peer_errors("beginning a round"):
         dist.barrier(device_ids=[membership.device.index or 0] if membership.backend == "nccl" else None)
 
 
 def report_round(job: Job, membership: Membership, meter: Meter, own: RankRound, round_number: int) -> RoundReport:
-    """Tell all ranks what each did, and return the round's report; every rank must call it.
+    """Gather the measurements of all ranks, and return the round's report; every rank must call it.
 
     Args:
         job: The run.
         membership: This rank.
-        meter: Notes what each rank has sent.
-        own: What this rank did; all ranks made as many exchanges.
+        meter: Receives the bytes that each rank has sent.
+        own: The measurements of this rank; all ranks have the same number of exchanges.
         round_number: The round.
 
     Raises:
@@ -64,17 +64,17 @@ def report_round(job: Job, membership: Membership, meter: Meter, own: RankRound,
     for rank, did in enumerate(ranks):
         loss = did.numbers["loss_sum"]
         if not math.isfinite(loss) or not did.finite:
-            what = "weights that are not finite" if math.isfinite(loss) else f"a loss of {loss}"
+            what = "non-finite weights" if math.isfinite(loss) else f"a loss of {loss}"
             raise diverged(job, len(ranks), rank, what, round_number)
         meter.sent[rank] = round(did.sent_bytes)
     return summarise(ranks)
 
 
 def summarise(ranks: Sequence[RankRound]) -> RoundReport:
-    """Return the report of a round in which ranks did what is given."""
+    """Return the report of a round from the measurements of all ranks."""
     measured = [did.numbers for did in ranks]
     numbers = combined(measured, parallel=True)
-    # Whoever comes last to an exchange waits for nobody: its time is that of the transfer.
+    # The last rank to enter an exchange does not wait, so the shortest time is that of the transfer itself.
     transfer = sum(min(waits) for waits in zip(*(did.transfers_s for did in ranks), strict=True))
     waited = sum(sum(did.transfers_s) for did in ranks)
     numbers |= {
@@ -90,12 +90,12 @@ def summarise(ranks: Sequence[RankRound]) -> RoundReport:
 
 
 def spread(membership: Membership, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return rank 0's tensors on every rank, on the CPU; other ranks' own do not matter."""
+    """Return rank 0's tensors on every rank, on the CPU; tensors of other ranks are ignored."""
     return _unpacked(broadcast_bytes(membership, _packed(tensors)))
 
 
 def collect(membership: Membership, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Return every rank's tensors on rank 0, in the order of ranks; nothing on the others."""
+    """Return the tensors of all ranks on rank 0, in the order of ranks; an empty list on other ranks."""
     where = membership.carrier
     mine = _packed(tensors).to(where)
     sizes = [int(size) for (size,) in _gather(membership, [len(mine)])]
@@ -123,7 +123,7 @@ def _unflattened(row: Sequence[float]) -> RankRound:
 
 
 def _gather(membership: Membership, own: Sequence[float]) -> list[list[float]]:
-    """Give every rank's numbers to every rank: 8 bytes each."""
+    """Return the numbers of all ranks on every rank; each takes 8 bytes."""
     mine = torch.tensor(own, dtype=torch.float64, device=membership.carrier)
     all_ranks = [torch.zeros_like(mine) for _ in range(membership.world_size)]
     dist.all_gather(all_ranks, mine)
@@ -131,8 +131,8 @@ def _gather(membership: Membership, own: Sequence[float]) -> list[list[float]]:
 
 
 def _packed(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Tensors as the bytes of a safetensors file."""
-    # A copy of each: tied weights are one tensor with two names, which safetensors refuses.
+    """Return tensors as the bytes of a safetensors file."""
+    # Copy each tensor: safetensors refuses tied weights, which are one tensor with two names.
     plain = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }

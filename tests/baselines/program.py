@@ -1,4 +1,4 @@
-"""Runs by every method that IST is compared with; the program of a group's ranks.
+"""Runs of every method that IST is compared with; the program of a group of ranks.
 
 python -m tests.forked_ranks 3 tests/baselines/program.py OUT [DEVICE]   (or torchrun, in its place)
 """
@@ -36,7 +36,7 @@ WORKERS = 3
 DEVICE = sys.argv[2] if __name__ == "__main__" and len(sys.argv) > 2 else None
 POOL = {"kind": "torchrun", "backend": "gloo", "device": DEVICE or "cpu"}
 DROPOUT = 0.3 if DEVICE is None else 0.0
-"""Where two devices are compared, nothing is dropped: a GPU draws other random numbers."""
+"""No dropout in comparisons between devices, because a GPU draws other random numbers."""
 
 STOPPED_AFTER = 2
 BASELINES = [name for name, spec in METHODS.items() if not spec.has_coordinator]
@@ -75,7 +75,7 @@ def build() -> nn.Module:
 
 
 def build_plain() -> nn.Module:
-    """A network whose samples do not meet, and that draws nothing."""
+    """A network without batch statistics and without random numbers."""
     return seeded(lambda: nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 5)))
 
 
@@ -127,7 +127,7 @@ REFUSED: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Any]]] = {
 
 
 def refused(name: str) -> str:
-    """The error that a run ends with before its first round, and its class."""
+    """The class and the message of the error with which a run ends before its first round."""
     method, make, load = REFUSED[name]
     config = small_config(train__workers=WORKERS, pool=POOL, method=method)
     try:
@@ -145,11 +145,11 @@ def job(name: str) -> Job:
 
 
 class PowerCutError(Exception):
-    """Ends a run in its midst."""
+    """Ends a run between two rounds."""
 
 
 def run(made: Job, folder: RunFolder | None, resume: bool, stop: bool = False) -> Any:
-    """Take part in a run, to its end or to the power cut; return rank 0's part of it."""
+    """Take part in a run, until its end or the power cut; return rank 0's part of it."""
     if not stop:
         return execute(made, folder, resume, progress=False)
     with open_run(made, folder, resume, progress=False) as part:
@@ -170,7 +170,7 @@ def run(made: Job, folder: RunFolder | None, resume: bool, stop: bool = False) -
 
 
 def plain_powersgd(made: Job) -> dict[str, Tensor]:
-    """Train as anybody would with PyTorch's own PowerSGD, in the process group that is there; return what is trained."""
+    """Train with PyTorch's own PowerSGD in a plain loop, in the current process group; return the parameters."""
     me, cpu = rank(), torch.device("cpu")
     shard = take_shard(made.task.train_data, made.schedule.sampler.shard(me))
     model = build()
@@ -188,7 +188,7 @@ def plain_powersgd(made: Job) -> dict[str, Tensor]:
 
 
 def main(out: Path) -> None:
-    """Make all runs, then some again, with a power cut."""
+    """Execute all runs, then some again with a power cut."""
     torch.set_num_threads(1)
     for name in [*RUNS, *OTHER_NETWORKS]:
         part = run(job(name), None, resume=False)

@@ -92,7 +92,7 @@ FAULTS = (
         "a schedule stays at its first step", "ist/training/local_loop.py", "apply_settings(optimizer, groups, schedule.settings[step])",
         "apply_settings(optimizer, groups, schedule.settings[0])", ("tests/training/test_one_worker.py",),
     ),
-    # What workers keep
+    # Worker state
     Fault(
         "a kept optimizer is used for other neurons", "ist/training/worker_state.py", "    return all(map(np.array_equal, neurons, others))",
         "    return True", ("tests/pools/test_ranks.py",),
@@ -104,7 +104,7 @@ FAULTS = (
         ("tests/pools/test_ranks.py",),
     ),
     Fault(
-        "a message of another round is taken", "ist/transport/message.py",
+        "a message of another round is accepted", "ist/transport/message.py",
         "expected = (self.layout.fingerprint, round_number, worker)",
         "expected = (self.layout.fingerprint, header.round_number, worker)", ("tests/training/test_coordinator.py",),
     ),
@@ -127,7 +127,7 @@ FAULTS = (
     ),
     # Checkpoints
     Fault(
-        "a checkpoint without a checksum is taken", "ist/storage/checkpoint.py",
+        "a checkpoint without a checksum is accepted", "ist/storage/checkpoint.py",
         "    if expected != _checksum(tensors, metadata):", "    if expected is not None and expected != _checksum(tensors, metadata):",
         ("tests/storage/test_checkpoint.py", "tests/pools/test_ranks.py"),
     ),
@@ -140,7 +140,7 @@ FAULTS = (
         'b""', ("tests/storage/test_checkpoint.py",),
     ),
     Fault(
-        "what was kept of other neurons is taken", "ist/storage/checkpoint.py",
+        "worker state of other neurons is restored", "ist/storage/checkpoint.py",
         'return tensors if metadata.get("of") == of else None', "return tensors", ("tests/storage/test_checkpoint.py",),
     ),
     # Evaluation
@@ -189,7 +189,7 @@ FAULTS = (
         ("tests/transport/test_exchange.py",),
     ),
     Fault(
-        "what rounding took is sent again and again", "ist/transport/endpoints.py", "                parts[name].sub_(value)\n",
+        "a residual is sent again and again", "ist/transport/endpoints.py", "                parts[name].sub_(value)\n",
         "                pass\n", ("tests/transport/test_exchange.py",),
     ),
     # The handshake
@@ -219,7 +219,7 @@ FAULTS = (
         ("tests/config/test_renamed_keys.py",),
     ),
     Fault(
-        "the outer optimizer makes no Nesterov step", "ist/training/outer_optimizer.py", "(change + settings.momentum * momentum)",
+        "the outer optimizer lacks Nesterov momentum", "ist/training/outer_optimizer.py", "(change + settings.momentum * momentum)",
         "momentum", ("tests/training/test_recipe.py",),
     ),
     # What Python is given
@@ -242,7 +242,7 @@ FAULTS = (
         ("tests/baselines/test_methods.py",),
     ),
     Fault(
-        "the outer step moves away from the workers", "ist/baselines/local_sgd.py",
+        "the outer optimizer moves away from the workers", "ist/baselines/local_sgd.py",
         "(old - new).detach().flatten()", "(new - old).detach().flatten()", ("tests/baselines/test_methods.py",),
     ),
     Fault(
