@@ -346,7 +346,7 @@ def peer_errors(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def causes_shared(membership: Membership) -> Iterator[None]:
+def failures_published(membership: Membership) -> Iterator[None]:
     """Publish the error of a rank that fails, so that ranks that only lose a peer can report the cause.
 
     Strangers may write to torchrun's store, so each published error carries a proof; others are ignored.

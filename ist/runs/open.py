@@ -26,7 +26,7 @@ from ist.config.schema import Config, num_processes
 from ist.distributed.device import compute_device
 from ist.distributed.environment import PRIVATE_STORE, is_launched, is_rank_zero
 from ist.distributed.memory_limit import limited_memory
-from ist.distributed.process_group import Membership, agree_on_start, broadcast_text, causes_shared, join
+from ist.distributed.process_group import Membership, agree_on_start, broadcast_text, failures_published, join
 from ist.errors import CheckpointError, ConfigError
 from ist.launch.signals import resume_command
 from ist.monitoring.meter import MemoryGauge, Meter
@@ -217,7 +217,7 @@ def _opened(
                 )
             job = for_world_size(job)
             membership = join(config.pool, device)
-            stack.enter_context(causes_shared(membership))
+            stack.enter_context(failures_published(membership))
         first_round = before.rounds_done
         if first_round > job.schedule.num_rounds:
             raise CheckpointError(

@@ -233,7 +233,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> list[group.Membership]:
 
 def failed(membership: group.Membership, error: Exception) -> str:
     """Return the message of a rank that fails with an error."""
-    with pytest.raises(type(error)) as caught, group.causes_shared(membership):
+    with pytest.raises(type(error)) as caught, group.failures_published(membership):
         raise error
     return str(caught.value)
 
@@ -249,7 +249,7 @@ def test_an_error_that_a_rank_reported_in_an_earlier_run_is_forgotten(ranks: lis
     failed(ranks[2], ValueError("\x1b[31mred\x07"))
     assert failed(ranks[0], PoolError("lost")) == "rank 2 failed: ValueError:  [31mred "
 
-    with group.causes_shared(ranks[2]):
+    with group.failures_published(ranks[2]):
         assert failed(ranks[0], PoolError("lost")) == "lost"
 
 
