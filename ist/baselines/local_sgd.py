@@ -102,7 +102,7 @@ class LocalTraining:
 
     @property
     def model(self) -> nn.Module:
-        """The whole network, between rounds the same on every rank but for running statistics."""
+        """The full network; between rounds, all ranks have the same one except for running statistics."""
         return self._model
 
     def train_round(self, round_number: int) -> RoundReport:
@@ -119,7 +119,7 @@ class LocalTraining:
         trained, cpu_trained = time.perf_counter(), time.thread_time()
         with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):
             self._average()
-            if self._membership.device.type == "cuda":  # NCCL returns when an exchange is begun
+            if self._membership.device.type == "cuda":  # NCCL returns as soon as an exchange has started
                 torch.cuda.synchronize(self._membership.device)
             seconds = time.perf_counter() - started
             on_gpu = self._membership.device.type != "cpu"

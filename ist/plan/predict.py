@@ -154,8 +154,8 @@ def ist_seconds(
     out_s = hosts.hop_s + max(transfer_s(sum(out), link.up_mbit), transfer_s(max(out), link.down_mbit))
     back_s = hosts.hop_s + max(transfer_s(sum(back), link.down_mbit), transfer_s(max(back), link.up_mbit))
     # Workers on the coordinator's host start at once, with all cores.
-    begun = (num_workers - len(messages)) * max(0.0, 1 - out_s / alone_s)
-    return alone_s * hosts.crowding(len(messages) + begun), out_s + back_s
+    started = (num_workers - len(messages)) * max(0.0, 1 - out_s / alone_s)
+    return alone_s * hosts.crowding(len(messages) + started), out_s + back_s
 
 
 def at_workers(job: Job, num_workers: int) -> Job:

@@ -276,7 +276,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_run(runs: Path, name: st
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_compute_normalised_seconds_are_counted(runs: Path, name: str) -> None:
+def test_compute_normalized_seconds_are_counted(runs: Path, name: str) -> None:
     history = records(runs, name)
 
     assert history[0]["virtual_s"] > 0

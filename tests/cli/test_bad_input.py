@@ -46,12 +46,12 @@ def attempt(
         started.clear()
         capfd.readouterr()
         monkeypatch.setattr(sys, "argv", ["ist", "train", str(path)])
-        begun, code = time.process_time(), 0
+        before_s, code = time.process_time(), 0
         try:
             cli.main()
         except SystemExit as stop:
             code = int(stop.code or 0)
-        seconds, stderr = time.process_time() - begun, capfd.readouterr().err
+        seconds, stderr = time.process_time() - before_s, capfd.readouterr().err
         errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
         assert seconds < longest_s
         assert "Traceback" not in stderr
@@ -393,13 +393,13 @@ def mutated_texts(draw: st.DrawFn, texts: Sequence[str]) -> str:
 
 def read_or_refused(path: Path, text: str) -> None:
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    begun = time.process_time()
+    before_s = time.process_time()
     message = ""
     try:
         load_config(path)
     except ConfigError as error:
         message = str(error)
-    assert time.process_time() - begun < LONGEST_S
+    assert time.process_time() - before_s < LONGEST_S
     assert all(line.startswith(str(path)) for line in message.splitlines())
 
 

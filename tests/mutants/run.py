@@ -33,7 +33,7 @@ COPIED = ("ist", "tests", "configs", "pyproject.toml", "README.md", "CONTRIBUTIN
 def main(words: Sequence[str]) -> int:
     """Run the faults that `words` choose, print a line for each, and return an exit code."""
     chosen = [fault for fault in FAULTS if all(word in f"{fault.file} {fault.what}" for word in words)]
-    begun = time.monotonic()
+    started = time.monotonic()
     noticed: set[str] = set()
     problems = [] if chosen else ["no such fault"]
     with tempfile.TemporaryDirectory(prefix="ist-mutants-") as folder:
@@ -61,7 +61,7 @@ def main(words: Sequence[str]) -> int:
             if os.waitstatus_to_exitcode(status) != 0:
                 problems.append(f"tests that noticed a fault fail without any:\n{_said(place)[-3000:]}")
                 print(f"ERROR   {problems[-1]}")
-    print(f"{len(chosen)} faults, {len(problems)} problems, {time.monotonic() - begun:.0f} s")
+    print(f"{len(chosen)} faults, {len(problems)} problems, {time.monotonic() - started:.0f} s")
     return 1 if problems else 0
 
 

@@ -277,7 +277,7 @@ def test_a_link_that_goes_down_ends_the_run_soon_and_names_the_worker_behind_it(
     assert f"ist train --resume {metrics.parent}" in error
 
 
-def test_an_error_of_a_rank_is_told_as_its_own(tmp_path: Path, ist_command: Run) -> None:
+def test_an_error_of_a_rank_is_reported_as_its_own(tmp_path: Path, ist_command: Run) -> None:
     config = written(tmp_path, train__optimizer={"name": "SGD", "args": {"lr": 1e30}})
 
     done = ist_command("train", config, "--link", "100mbit", timeout=140)
@@ -288,7 +288,7 @@ def test_an_error_of_a_rank_is_told_as_its_own(tmp_path: Path, ist_command: Run)
 
 
 @pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_run_that_is_told_to_end_leaves_no_rank_and_no_host(running: psutil.Popen, ended_by: signal.Signals) -> None:
+def test_a_run_that_is_ended_leaves_no_rank_and_no_host(running: psutil.Popen, ended_by: signal.Signals) -> None:
     everything = running.children(recursive=True)
     ranks = ranks_of(running)
     made = {Path(f"/proc/{rank.pid}/ns/net").stat().st_ino for rank in ranks}
