@@ -1,8 +1,7 @@
-"""Faults that the quick tests must notice: in each, one line of the code is another one.
+"""Faults that the quick tests must detect: each replaces a line of the code.
 
-Where it sits: `tests/mutants/run.py` applies one at a time to a copy of the code, and runs the test files named with
-it. A fault whose line is no longer there is an error: find the line that does its work now, or another fault for the
-function.
+Where it sits: `tests/mutants/run.py` applies one fault at a time to a copy of the code and runs its test files. A fault
+whose line no longer exists is an error: find the line that does the same now, or another fault for the function.
 """
 
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fault:
-    """A line of the code, what it becomes, and the test files of which one must fail then.
+    """A line of the code, its replacement, and the test files, of which at least one must then fail.
 
     Attributes:
         what: The fault, in words.
@@ -38,14 +37,14 @@ FAULTS = (
         "if self.num_workers - len(self.lost) < self._needed:", "if self.num_workers - len(self.lost) < 0:", ("tests/training/test_coordinator.py",),
     ),
     Fault(
-        "the loss of a round is the mean over workers, not samples", "ist/training/coordinator.py",
+        "the loss of a round is the mean over workers, not over samples", "ist/training/coordinator.py",
         'for of_worker in measured) / numbers["samples"]', "for of_worker in measured) / len(measured)",
         ("tests/training/test_one_worker.py", "tests/training/test_coordinator.py"),
     ),
-    # Cutting and reassembling
+    # Extracting and merging
     Fault("subnets are merged in order of arrival", "ist/subnet/cut.py", "            workers.sort()\n", "", ("tests/subnet/test_subnet.py",)),
     Fault(
-        "of two holders the last one counts", "ist/subnet/cut.py", "torch.where(count > 1, mean, merged)",
+        "an entry with two holders gets the value of the last one", "ist/subnet/cut.py", "torch.where(count > 1, mean, merged)",
         "torch.where(count > 2, mean, merged)", ("tests/subnet/test_subnet.py",),
     ),
     Fault(
@@ -55,7 +54,7 @@ FAULTS = (
     ),
     # Assigning neurons
     Fault(
-        "neurons that are left over have no owner", "ist/subnet/partition.py",
+        "neurons of the remainder have no owner", "ist/subnet/partition.py",
         "return [len(range(worker, size, num_workers)) for worker in range(num_workers)]",
         "return [size // num_workers for worker in range(num_workers)]", ("tests/subnet/test_partition.py",),
     ),
@@ -65,7 +64,7 @@ FAULTS = (
         "Purpose.PARTITION, 0, group.number)\n", ("tests/subnet/test_partition.py",),
     ),
     Fault(
-        "balanced shares of all groups move on together", "ist/subnet/partition.py",
+        "balanced shares of all groups move by the same number of workers", "ist/subnet/partition.py",
         "shares[(worker + turn * group.number) % group.num_workers]", "shares[(worker + turn) % group.num_workers]",
         ("tests/subnet/test_partition.py", "tests/subnet/test_coverage.py"),
     ),
@@ -89,7 +88,7 @@ FAULTS = (
         "self.sampler.batch(self.slot.worker, schedule.steps(round_number)[0])", ("tests/training/test_one_worker.py",),
     ),
     Fault(
-        "a schedule stays at its first step", "ist/training/local_loop.py", "apply_settings(optimizer, groups, schedule.settings[step])",
+        "every step has the settings of the first", "ist/training/local_loop.py", "apply_settings(optimizer, groups, schedule.settings[step])",
         "apply_settings(optimizer, groups, schedule.settings[0])", ("tests/training/test_one_worker.py",),
     ),
     # Worker state
@@ -114,11 +113,11 @@ FAULTS = (
     ),
     # Measured numbers
     Fault(
-        "workers that take turns are aside as long as one of them", "ist/measurements.py",
+        "seconds of workers that take turns are not added", "ist/measurements.py",
         '"elapsed": max if parallel else sum', '"elapsed": max', ("tests/test_measurements.py",),
     ),
     Fault(
-        "a total is added up again for Prometheus", "ist/monitoring/exporters.py",
+        "a total is summed again for Prometheus", "ist/monitoring/exporters.py",
         ' and measured.over_rounds != "total"', "", ("tests/test_measurements.py",),
     ),
     Fault(
@@ -132,11 +131,11 @@ FAULTS = (
         ("tests/storage/test_checkpoint.py", "tests/pools/test_ranks.py"),
     ),
     Fault(
-        "a checksum is not of the values", "ist/storage/checkpoint.py",
+        "a checksum does not cover the values", "ist/storage/checkpoint.py",
         "        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)\n", "", ("tests/storage/test_checkpoint.py",),
     ),
     Fault(
-        "a checksum is not of the metadata", "ist/storage/checkpoint.py", "json.dumps(dict(metadata), sort_keys=True).encode()",
+        "a checksum does not cover the metadata", "ist/storage/checkpoint.py", "json.dumps(dict(metadata), sort_keys=True).encode()",
         'b""', ("tests/storage/test_checkpoint.py",),
     ),
     Fault(
@@ -180,12 +179,12 @@ FAULTS = (
         "rounds are evaluated one too early", "ist/training/rounds.py", "(last or rounds_done % config.evaluate.every == 0)",
         "(last or round_number % config.evaluate.every == 0)", ("tests/pools/test_ranks.py",),
     ),
-    # Fewer bits
+    # Quantization
     Fault(
-        "rounded numbers are cut off", "ist/transport/quantize.py", "[:, None]).round_()", "[:, None]).floor_()", ("tests/transport/test_exchange.py",),
+        "numbers are rounded down", "ist/transport/quantize.py", "[:, None]).round_()", "[:, None]).floor_()", ("tests/transport/test_exchange.py",),
     ),
     Fault(
-        "a change is merged as if it were a weight", "ist/transport/endpoints.py", "return before.add_(value)", "return value",
+        "a change is merged like a weight", "ist/transport/endpoints.py", "return before.add_(value)", "return value",
         ("tests/transport/test_exchange.py",),
     ),
     Fault(
@@ -198,7 +197,7 @@ FAULTS = (
         ("tests/pools/test_ranks.py",),
     ),
     Fault(
-        "every rank begins where it likes", "ist/distributed/process_group.py", "    return int(first)\n", "    return first_round\n",
+        "ranks may start at different rounds", "ist/distributed/process_group.py", "    return int(first)\n", "    return first_round\n",
         ("tests/pools/test_ranks.py", "tests/data/test_fingerprint.py"),
     ),
     Fault(
@@ -222,7 +221,7 @@ FAULTS = (
         "the outer optimizer lacks Nesterov momentum", "ist/training/outer_optimizer.py", "(change + settings.momentum * momentum)",
         "momentum", ("tests/training/test_recipe.py",),
     ),
-    # What Python is given
+    # Arguments from Python
     Fault(
         "defaults of a section count as given", "ist/runs/arguments.py", " if key in value.model_fields_set}", "}",
         ("tests/runs/test_arguments.py",),
@@ -238,7 +237,7 @@ FAULTS = (
     ),
     # Methods that IST is compared with, on real ranks
     Fault(
-        "DiLoCo sums what it should average", "ist/baselines/local_sgd.py", "            change /= size\n", "",
+        "DiLoCo sums changes instead of averaging them", "ist/baselines/local_sgd.py", "            change /= size\n", "",
         ("tests/baselines/test_methods.py",),
     ),
     Fault(
@@ -251,7 +250,7 @@ FAULTS = (
         ("tests/baselines/test_methods.py",),
     ),
     Fault(
-        "compressed gradients count as whole ones", "ist/baselines/gradient_hooks.py",
+        "compressed gradients count as uncompressed ones", "ist/baselines/gradient_hooks.py",
         "numbers = state.total_numel_after_compression - before", "numbers = buffer.numel()",
         ("tests/baselines/test_methods.py",),
     ),

@@ -43,12 +43,12 @@ class FrozenNorm(nn.Module):
 def test_a_norm_that_its_network_puts_into_evaluation_mode_does_not_change_its_statistics() -> None:
     model = FrozenNorm()
     job = job_of(model, rand(2, 12))
-    narrow = job.split.module(assignments(job).of(0)[0], torch.device("cpu"))
+    submodel = job.split.module(assignments(job).of(0)[0], torch.device("cpu"))
 
     trained = train(model, test_data=data(20, seed=1))
 
     assert "norm.running_mean" in job.split.specs
-    assert not narrow.norm.training
+    assert not submodel.norm.training
     assert (trained.norm.running_mean == 3).all()
     assert (trained.norm.running_var == 4).all()
 

@@ -98,8 +98,8 @@ def test_a_branch_that_the_example_does_not_take_is_cut_along_its_inputs() -> No
 
     verify_cuts(job)
     assert [(group.name, group.size) for group in job.split.groups] == [("first", 8), ("second", 7)]
-    narrow = job.split.module(assignments(job).of(0)[0], torch.device("cpu"))
-    assert narrow.get_parameter("second.weight").shape == (4, 4)
+    submodel = job.split.module(assignments(job).of(0)[0], torch.device("cpu"))
+    assert submodel.get_parameter("second.weight").shape == (4, 4)
 
 
 class Large(nn.Module):

@@ -48,9 +48,9 @@ def test_gpt2_is_split_into_heads_and_feed_forward_units_and_its_embedding_stays
         "layer 1 feed-forward: 72 hidden units",
     ]
     verify_cuts(job)
-    narrow = job.split.module(assignments(job).of(0)[0], torch.device("cpu"))
-    assert type(narrow) is type(job.split.template)
-    assert narrow.get_parameter("lm_head.weight") is narrow.get_parameter("transformer.wte.weight")
+    submodel = job.split.module(assignments(job).of(0)[0], torch.device("cpu"))
+    assert type(submodel) is type(job.split.template)
+    assert submodel.get_parameter("lm_head.weight") is submodel.get_parameter("transformer.wte.weight")
 
 
 def test_llama_is_split_into_key_value_heads_with_their_queries() -> None:

@@ -248,12 +248,12 @@ def test_measured_steps_know_the_order_of_gradients_and_what_memory_holds() -> N
 
 def test_a_workers_part_is_measured_as_small_as_it_is() -> None:
     job = build_job(small_config())
-    narrow = job.split.module(assignments(job).of(0)[0], torch.device("meta"))
+    submodel = job.split.module(assignments(job).of(0)[0], torch.device("meta"))
 
     found = measure_subnet(job, 0, CPU)
     coordinator = measure_coordinator(job, CPU)
 
-    assert found.parameter_bytes == 4 * sum(p.numel() for p in narrow.parameters())
+    assert found.parameter_bytes == 4 * sum(p.numel() for p in submodel.parameters())
     assert found.optimizer_bytes == found.parameter_bytes
     assert min(found.step_s, coordinator.cut_s, coordinator.merge_s) > 0
 
