@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ist.api import train
-from ist.config.base import plain
+from ist.config.base import plain, run_fingerprint
 from ist.config.load import dump_config, load_config
 from ist.errors import ConfigError
-from ist.runs.open import _fingerprint
 from ist.subnet.job import assignments
 from ist.tensors import is_finite
 from ist.transport.endpoints import message_layouts
@@ -176,5 +175,5 @@ def test_configurations_with_the_same_function_at_different_addresses_are_equal(
     def config() -> Any:
         return small_config(train__schedule={"name": "LambdaLR", "args": {"lr_lambda": lambda step: 0.9**step}})
 
-    assert _fingerprint(config()) == _fingerprint(config())
+    assert run_fingerprint(config()) == run_fingerprint(config())
     assert dump_config(config()) == dump_config(config())
