@@ -94,7 +94,8 @@ def spans(
             assert total_steps is not None
             end = begin + total_steps - taken
         if end <= begin:
-            length = f"{rounds} rounds" if rounds is not None else f"{total_steps} local steps"
+            total, unit = (rounds, "round") if rounds is not None else (total_steps, "local step")
+            length = f"{total} {unit}" if total == 1 else f"{total} {unit}s"
             used = f"{fixed} of them" if rounds is not None else f"{taken} of them"
             raise ConfigError(
                 f"'recipe.stages': the run has {length}, and the stages with 'rounds' or 'share' take {used}: nothing "

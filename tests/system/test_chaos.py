@@ -191,7 +191,7 @@ class EnoughError(Exception):
 
 
 def test_a_run_goes_on_where_workers_die_faster_than_they_start() -> None:
-    """One of four dies, also while it starts, more often than one starts; when five have died, training goes on."""
+    """One of four dies, also while it starts, more often than one starts; when five have died, training continues."""
     stop, killed_in, now, began = threading.Event(), [], [0], time.monotonic()
 
     class Hail(RayPool):

@@ -1,4 +1,4 @@
-"""Ranks that die under torchrun, and nodes that leave: the run goes on from its last checkpoint."""
+"""Ranks that die under torchrun, and nodes that leave: the run resumes from its last checkpoint."""
 
 import json
 import os
