@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ist.baselines.gradient_hooks import GradientExchange
 from ist.baselines.powersgd import restore_powersgd, saved_powersgd
-from ist.baselines.ranks import RankRound, begin_together, report_round, spread
+from ist.baselines.ranks import RankRound, broadcast_tensors, report_round, wait_for_all_ranks
 from ist.data.batches import fetch
 from ist.data.nested import call_model
 from ist.distributed.process_group import Membership, peer_errors
@@ -94,7 +94,7 @@ class DataParallel:
         self._optimizer = optimizers.build_optimizer(job.config.train.optimizer, list(self._named.values()))
         self._saved: Mapping[str, Tensor] = {}
         with peer_errors("starting together"):
-            self._restore(spread(membership, state))
+            self._restore(broadcast_tensors(membership, state))
 
     @property
     def model(self) -> nn.Module:
@@ -108,7 +108,7 @@ class DataParallel:
             DivergedError: A rank's loss or network is not finite.
             PoolError: A rank is lost.
         """
-        begin_together(self._membership)
+        wait_for_all_ranks(self._membership)
         started, cpu_started = time.perf_counter(), time.thread_time()
         exchange, self._saved = self._exchange, {}
         exchange.start_round()

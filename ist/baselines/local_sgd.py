@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.model_averaging.utils import average_parameters
 
 from ist.baselines.quantized_mean import quantized_mean
-from ist.baselines.ranks import RankRound, begin_together, collect, report_round, spread
+from ist.baselines.ranks import RankRound, broadcast_tensors, gather_tensors, report_round, wait_for_all_ranks
 from ist.distributed.process_group import Membership, peer_errors
 from ist.errors import CheckpointError
 from ist.monitoring.meter import MemoryGauge, Meter, worker_numbers
@@ -71,8 +71,8 @@ class LocalTraining:
         self._loop = TaskLoop(job, slot, membership.device)
         self._model = model.to(membership.device)
         with peer_errors("starting together"):
-            self._model.load_state_dict(spread(membership, self._model.state_dict()))
-            state = spread(membership, state)
+            self._model.load_state_dict(broadcast_tensors(membership, self._model.state_dict()))
+            state = broadcast_tensors(membership, state)
         ranks = [_RANK.format(rank) for rank in range(membership.world_size)]
         prefixes = (*ranks, _OUTER) if has_outer_optimizer else tuple(ranks)
         if foreign := [name for name in state if not name.startswith(prefixes)]:
@@ -102,24 +102,24 @@ class LocalTraining:
 
     @property
     def model(self) -> nn.Module:
-        """The full network; between rounds, all ranks have the same one except for running statistics."""
+        """The full network; between rounds it is the same on every rank, except for running statistics."""
         return self._model
 
     def train_round(self, round_number: int) -> RoundReport:
-        """Make a round's steps on every rank alone, then average; every rank returns the report of all.
+        """Run the steps of a round on every rank by itself, then average; every rank returns the report of all ranks.
 
         Raises:
-            DivergedError: A rank's loss is not finite.
-            PoolError: A rank is gone.
+            DivergedError: A rank's loss or network is not finite.
+            PoolError: A rank is lost.
         """
-        begin_together(self._membership)
+        wait_for_all_ranks(self._membership)
         started, cpu_started = time.perf_counter(), time.thread_time()
         self._saved = {}
         loss_sum, samples = local_steps(self._loop, round_number, self._model, self._named, self._optimizer)
         trained, cpu_trained = time.perf_counter(), time.thread_time()
         with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):
             self._average()
-            if self._membership.device.type == "cuda":  # NCCL returns as soon as an exchange has started
+            if self._membership.device.type == "cuda":  # with NCCL, calls return before the exchange is done
                 torch.cuda.synchronize(self._membership.device)
             seconds = time.perf_counter() - started
             on_gpu = self._membership.device.type != "cpu"
@@ -178,7 +178,7 @@ class LocalTraining:
 
     def _states(self) -> dict[str, Tensor]:
         """Return the optimizer states of all ranks, by name, on rank 0."""
-        ranks = collect(self._membership, optimizers.named_state(self._optimizer, self._named))
+        ranks = gather_tensors(self._membership, optimizers.named_state(self._optimizer, self._named))
         found = {
             _RANK.format(rank) + name: tensor for rank, theirs in enumerate(ranks) for name, tensor in theirs.items()
         }

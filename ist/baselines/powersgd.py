@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 
-from ist.baselines.ranks import collect
+from ist.baselines.ranks import gather_tensors
 from ist.distributed.process_group import Membership
 from ist.errors import CheckpointError
 
@@ -25,7 +25,7 @@ def saved_powersgd(state: PowerSGDState, membership: Membership) -> dict[str, Te
     """
     own = {"error": state.error_dict.get(0), "p": state.p_memory_dict.get(0), "q": state.q_memory_dict.get(0)}
     found = {"iter": torch.tensor(state.iter)} | {name: tensor for name, tensor in own.items() if tensor is not None}
-    ranks = collect(membership, found)
+    ranks = gather_tensors(membership, found)
     return {f"{_PREFIX}{rank}/{name}": tensor for rank, theirs in enumerate(ranks) for name, tensor in theirs.items()}
 
 

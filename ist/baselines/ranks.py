@@ -41,9 +41,9 @@ class RankRound:
         check_worker(self.numbers)
 
 
-def begin_together(membership: Membership) -> None:
+def wait_for_all_ranks(membership: Membership) -> None:
     """Wait for all ranks, so that no rank trains, unmeasured, while rank 0 still evaluates."""
-    with peer_errors("beginning a round"):
+    with peer_errors("starting a round"):
         dist.barrier(device_ids=[membership.device.index or 0] if membership.backend == "nccl" else None)
 
 
@@ -89,12 +89,12 @@ def summarise(ranks: Sequence[RankRound]) -> RoundReport:
     return RoundReport(numbers, measured)
 
 
-def spread(membership: Membership, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def broadcast_tensors(membership: Membership, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return rank 0's tensors on every rank, on the CPU; tensors of other ranks are ignored."""
     return _unpacked(broadcast_bytes(membership, _packed(tensors)))
 
 
-def collect(membership: Membership, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+def gather_tensors(membership: Membership, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """Return the tensors of all ranks on rank 0, in the order of ranks; an empty list on other ranks."""
     where = membership.carrier
     mine = _packed(tensors).to(where)

@@ -25,12 +25,12 @@ from ist.config.schema import Config
 from ist.errors import PoolError, first_line
 from ist.pools.ray_guard import guarded
 
-_KNOCK_S = 10.0
+_CONNECT_TIMEOUT_S = 10.0
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @contextlib.contextmanager
-def connected(config: Config, go_on: str = "") -> Iterator[None]:
+def connected(config: Config, resume_hint: str = "") -> Iterator[None]:
     """Connect to the Ray cluster at `pool.ray.address`, or to a new one that ends with this block.
 
     If the process is already connected, that connection is used and stays open. For a new connection, a guard process
@@ -38,7 +38,7 @@ def connected(config: Config, go_on: str = "") -> Iterator[None]:
 
     Args:
         config: The run's configuration.
-        go_on: How to resume the run, for the guard's message.
+        resume_hint: How to resume the run, for the guard's message.
 
     Raises:
         PoolError: The cluster cannot be reached, refuses the connection, or cannot be started.
@@ -55,7 +55,7 @@ def connected(config: Config, go_on: str = "") -> Iterator[None]:
     try:
         session = _session_folder() if address is None else ""
         # Ray reports lost workers on stdout, but ist prints only results there.
-        with guarded(session, _last_words(address, go_on)), contextlib.redirect_stdout(sys.stderr):
+        with guarded(session, _message_of_a_lost_cluster(address, resume_hint)), contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
         ray.shutdown()
@@ -69,11 +69,11 @@ def _session_folder() -> str:
     return str(Path(node["ObjectStoreSocketName"]).parent.parent)
 
 
-def _last_words(address: str | None, go_on: str) -> str:
+def _message_of_a_lost_cluster(address: str | None, resume_hint: str) -> str:
     cluster = f"the Ray cluster at {address}" if address else "the run's own Ray cluster"
     return (
         f"error: process {os.getpid()}, which coordinates the run, ended without a Python exception: it was killed, or "
-        f"Ray ended it because {cluster} was lost (its GCS or raylet stopped). {go_on}".rstrip()
+        f"Ray ended it because {cluster} was lost (its GCS or raylet stopped). {resume_hint}".rstrip()
     )
 
 
@@ -126,7 +126,7 @@ def _check_reachable(address: str) -> None:
     if not host:  # 'auto': Ray searches for a cluster on this machine
         return
     try:
-        socket.create_connection((host, int(port)), timeout=_KNOCK_S).close()
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise PoolError(f"could not reach a Ray cluster at {address} (pool.ray.address): {error}") from error
 

@@ -22,15 +22,15 @@ _GRACE_S = 5.0
 
 
 @contextlib.contextmanager
-def guarded(session: str, last_words: str) -> Iterator[None]:
+def guarded(session: str, message: str) -> Iterator[None]:
     """Run a guard process during this block.
 
     Args:
         session: Session folder of the driver's own cluster, whose processes all have files open there; empty if the
             driver has no cluster of its own.
-        last_words: The message that the guard prints on stderr if this process ends inside the block.
+        message: The message that the guard prints on stderr if this process ends inside the block.
     """
-    command = [sys.executable, "-I", __file__, session, last_words]
+    command = [sys.executable, "-I", __file__, session, message]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as guard:
         assert guard.stdin is not None
         try:
@@ -41,12 +41,12 @@ def guarded(session: str, last_words: str) -> Iterator[None]:
                 guard.stdin.close()
 
 
-def _main(session: str, last_words: str) -> None:
+def _main(session: str, message: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if sys.stdin.buffer.read() == _DONE:
         return
-    print(last_words, file=sys.stderr, flush=True)
+    print(message, file=sys.stderr, flush=True)
     os.close(2)  # a reader of stderr gets its end now
     if session:
         time.sleep(_GRACE_S)  # most processes end without help

@@ -45,7 +45,7 @@ _DEATHS_WHILE_WAITING = 2
 """Deaths while waiting for all workers after which a round starts with fewer, because the wait may never end."""
 _POLL_S = 0.2
 _NOWHERE = "?"
-_SIGN_OF_LIFE_S = 5.0
+_PING_TIMEOUT_S = 5.0
 
 
 @dataclass
@@ -108,9 +108,9 @@ class RayPool:
         self._settings = config.pool.ray
         self._round_s = config.pool.round_deadline_s or config.pool.timeout_s
         self._has_deadline = config.pool.round_deadline_s is not None
-        self._most = config.train.workers
-        self._least = config.train.min_workers or self._most
-        self._fewest = self._least if config.train.is_elastic else min_returned(config)
+        self._max_workers = config.train.workers
+        self._min_workers = config.train.min_workers or self._max_workers
+        self._min_after_deaths = self._min_workers if config.train.is_elastic else min_returned(config)
         remote: Any = ray.remote  # its annotations lack concurrency groups
         self._class = remote(concurrency_groups={"control": 1})(worker_class)
         try:
@@ -127,7 +127,7 @@ class RayPool:
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._group: Any = None
         if not config.train.is_elastic:
-            self._group = placement_group([_bundle(self._settings)] * self._most, self._settings.placement)
+            self._group = placement_group([_bundle(self._settings)] * self._max_workers, self._settings.placement)
         self._members: dict[int, _Member] = {}
         self._round_members: list[_Member | None] = []  # None: the round starts without this worker
         self._generation = 0
@@ -136,7 +136,7 @@ class RayPool:
         self._submitted: list[Subnet] = []  # of this round
         self._pending: dict[Any, Subnet] = {}  # by Ray's reference to the result
         self._failed_starts: dict[int, int] = {}
-        self._hopeless: set[int] = set()
+        self._slots_given_up: set[int] = set()
         self._retry_at: dict[int, float] = {}
         self._last_cause = ""
 
@@ -149,23 +149,23 @@ class RayPool:
         deadline = time.monotonic() + self._settings.start_timeout_s
         if any(member.busy is not None for member in self._members.values()):
             deadline += self._round_s  # busy workers may be replaced only after that time
-        self._dismiss_the_dead()
+        self._dismiss_dead()
         has_waited, deaths = False, 0
         while True:
             self._fill_slots()
             deaths += self._poll()
             free = [member for _, member in sorted(self._members.items()) if member.is_free]
-            if len(free) >= (self._fewest if deaths >= _DEATHS_WHILE_WAITING else self._least):
-                died = self._dismiss_the_dead() if has_waited else 0
+            if len(free) >= (self._min_after_deaths if deaths >= _DEATHS_WHILE_WAITING else self._min_workers):
+                died = self._dismiss_dead() if has_waited else 0
                 if not died:
-                    enough = len(free) >= self._least
-                    slots = [member.slot for member in free] if enough else list(range(self._most))
+                    enough = len(free) >= self._min_workers
+                    slots = [member.slot for member in free] if enough else list(range(self._max_workers))
                     there = {member.slot: member for member in free}
                     self._round_members = [there.get(slot) for slot in slots]
                     return tuple(f"worker-{slot}" for slot in slots)
                 deaths += died
                 continue
-            failing = self._most - len(self._hopeless) < self._least
+            failing = self._max_workers - len(self._slots_given_up) < self._min_workers
             if failing or time.monotonic() > deadline:
                 raise WorkerLostError(self._too_few(round_number, len(free), failing))
             has_waited = True
@@ -283,7 +283,7 @@ class RayPool:
     def _fill_slots(self) -> None:
         """Start an actor for every empty slot; after failures, wait for a growing time first."""
         now = time.monotonic()
-        for slot in range(self._most):
+        for slot in range(self._max_workers):
             if slot in self._members or now < self._retry_at.get(slot, 0.0):
                 continue
             self._generation += 1
@@ -300,12 +300,12 @@ class RayPool:
             ).remote(self._job, name, self._location)
             self._members[slot] = _Member(slot, name, actor, actor.where.remote())
 
-    def _dismiss_the_dead(self) -> int:
+    def _dismiss_dead(self) -> int:
         """Dismiss dead actors, so that they are replaced before the round; return how many there were."""
         dead = 0
         answers = {member.actor.where.remote(): member for member in self._members.values() if member.is_free}
         if answers:
-            ray.wait(list(answers), num_returns=len(answers), timeout=_SIGN_OF_LIFE_S, fetch_local=False)
+            ray.wait(list(answers), num_returns=len(answers), timeout=_PING_TIMEOUT_S, fetch_local=False)
         for answer, member in answers.items():
             done, _ = ray.wait([answer], timeout=0, fetch_local=False)
             try:
@@ -347,7 +347,7 @@ class RayPool:
                     self._dismiss(member)
             else:
                 self._failed_starts.pop(member.slot, None)
-                self._hopeless.discard(member.slot)
+                self._slots_given_up.discard(member.slot)
         return dead
 
     def _start_failed(self, member: _Member, error: RayError) -> None:
@@ -359,7 +359,7 @@ class RayPool:
         # An error in the constructor will recur, so wait longer; a process that was killed may start the next time.
         comes_again = isinstance(error, RayTaskError) or (isinstance(error, RayActorError) and error.actor_init_failed)
         if failed >= (_START_ATTEMPTS if comes_again else _START_DEATHS):
-            self._hopeless.add(member.slot)
+            self._slots_given_up.add(member.slot)
         self._retry_at[member.slot] = time.monotonic() + (min(60.0, 2.0**failed) if comes_again else _POLL_S)
 
     def _dismiss(self, member: _Member) -> None:
@@ -369,7 +369,7 @@ class RayPool:
             del self._members[member.slot]
 
     def _too_few(self, round_number: int, found: int, failing: bool) -> str:
-        ready = f"{found} of {self._least} Ray workers are ready for round {round_number}"
+        ready = f"{found} of {self._min_workers} Ray workers are ready for round {round_number}"
         if failing:
             return f"{ready}: workers fail as they start. {self._last_cause}"
         cause = f" Last failure: {self._last_cause}" if self._last_cause else ""
@@ -378,7 +378,8 @@ class RayPool:
         return (
             f"{ready} after {self._settings.start_timeout_s:g} s (pool.ray.start_timeout_s). Each needs "
             f"{_bundle(self._settings)}; the cluster has {has}, of which {free} are free. Add nodes, request fewer "
-            f"resources (pool.ray), or allow fewer workers (train.workers: {{min: 1, max: {self._most}}}).{cause}"
+            "resources (pool.ray), or allow fewer workers "
+            f"(train.workers: {{min: 1, max: {self._max_workers}}}).{cause}"
         )
 
 

@@ -279,8 +279,8 @@ def _pool(process: _Process) -> WorkerPool:
     from ist.pools.ray_cluster import connected
     from ist.pools.ray_pool import RayPool
 
-    go_on = f"Resume from the last checkpoint with: {resume_command(folder.path)}" if folder else ""
-    process.stack.enter_context(connected(job.config, go_on))
+    resume_hint = f"Resume from the last checkpoint with: {resume_command(folder.path)}" if folder else ""
+    process.stack.enter_context(connected(job.config, resume_hint))
     name = folder.path.name if folder else job.config.name
     pool = RayPool(job, meter, f"{name}-{secrets.token_hex(3)}", location=location)
     process.stack.callback(pool.close)

@@ -26,13 +26,15 @@ from tests.networks import NETWORKS, seeded
 class ChangingPool(InlinePool):
     """The inline pool with a given number of workers in each round, and with simulated compute times."""
 
-    def __init__(self, job: object, meter: Meter, crew: Mapping[int, int], seconds: Mapping[str, float] = {}) -> None:
+    def __init__(
+        self, job: object, meter: Meter, num_workers: Mapping[int, int], seconds: Mapping[str, float] = {}
+    ) -> None:
         super().__init__(job, torch.device("cpu"), meter)  # type: ignore[arg-type]
-        self.crew, self.seconds = crew, seconds
+        self.num_workers, self.seconds = num_workers, seconds
         self.shapes: list[list[tuple[int, ...]]] = []
 
     def gather(self, round_number: int) -> tuple[str, ...]:
-        return super().gather(round_number)[: self.crew.get(round_number, 99)]
+        return super().gather(round_number)[: self.num_workers.get(round_number, 99)]
 
     def submit(self, round_number: int, subnet: Subnet) -> None:
         self.round_number = round_number
@@ -53,11 +55,11 @@ class ChangingPool(InlinePool):
 
 
 def changing(
-    crew: Mapping[int, int], seconds: Mapping[str, float] = {}, **changes: object
+    num_workers: Mapping[int, int], seconds: Mapping[str, float] = {}, **changes: object
 ) -> tuple[Coordinator, ChangingPool]:
     model = seeded(NETWORKS["no batch norm"])
     job, meter = job_for(model, **changes), Meter()
-    pool = ChangingPool(job, meter, crew, seconds)
+    pool = ChangingPool(job, meter, num_workers, seconds)
     return Coordinator(job, pool, model, meter), pool
 
 

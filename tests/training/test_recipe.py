@@ -65,11 +65,11 @@ class Trajectory:
 
 def by_hand(settings: Average, values: list[Tensor], num_rounds: int) -> Tensor:
     """The average after the rounds in `values`."""
-    taken = values[min(math.floor(settings.start * num_rounds), len(values) - 1) :]
+    averaged = values[min(math.floor(settings.start * num_rounds), len(values) - 1) :]
     if settings.kind == "swa":
-        return torch.stack(taken).double().mean(dim=0)
-    average = taken[0].double()
-    for value in taken[1:]:
+        return torch.stack(averaged).double().mean(dim=0)
+    average = averaged[0].double()
+    for value in averaged[1:]:
         average = settings.decay * average + (1 - settings.decay) * value
     return average
 
@@ -175,13 +175,13 @@ def entry_by_entry(
     settings: Outer, before: Tensor, merged: Tensor, momentum: Tensor, trained: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the weights and the momentum after the step, computed in a loop over single numbers."""
-    moved, kept = merged.clone(), momentum.clone()
+    moved, updated = merged.clone(), momentum.clone()
     for place in np.ndindex(*before.shape):
         if trained[place]:
             change = merged[place] - before[place]
-            kept[place] = settings.momentum * momentum[place] + change
-            moved[place] = before[place] + settings.lr * (change + settings.momentum * kept[place])
-    return moved, kept
+            updated[place] = settings.momentum * momentum[place] + change
+            moved[place] = before[place] + settings.lr * (change + settings.momentum * updated[place])
+    return moved, updated
 
 
 def held(parameters: Mapping[str, Tensor], cuts: list[Cut], workers: list[int]) -> dict[str, Tensor]:

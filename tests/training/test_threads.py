@@ -19,14 +19,14 @@ class Waiting(Dataset[Any]):
 
     def __init__(self) -> None:
         self.inner = data()
-        self.asked, self.go_on = threading.Event(), threading.Event()
+        self.asked, self.released = threading.Event(), threading.Event()
 
     def __len__(self) -> int:
         return len(self.inner)
 
     def __getitem__(self, index: int) -> Any:
         self.asked.set()
-        assert self.go_on.wait(30)
+        assert self.released.wait(30)
         return self.inner[index]
 
 
@@ -48,11 +48,11 @@ def test_a_second_run_in_the_same_process_is_refused_and_does_not_change_the_fir
         for other in (trained, split):
             with pytest.raises(ConfigError, match=naming("ist.train", "ist.split", "process of its own")):
                 other(data())
-        dataset.go_on.set()
+        dataset.released.set()
         found = first.result(60)
 
     dataset = Waiting()
-    dataset.go_on.set()
+    dataset.released.set()
     assert_same(found, trained(dataset))  # the next run is accepted
 
 
