@@ -124,11 +124,11 @@ def train(
         raise ConfigError("--auto-resume needs --run-dir, the folder in which the restarted job finds its run")
     config = load_config(config_file, [*(overrides or []), *flags])
 
-    from ist.runs.preflight import prepare, with_launchers_pool
+    from ist.runs.preflight import checked_job, with_pool_of_launcher
     from ist.storage.run_folder import create_run_folder
 
-    config = with_launchers_pool(config)
-    job = prepare(config)
+    config = with_pool_of_launcher(config)
+    job = checked_job(config)
     folder, resumes = None, False
     if is_rank_zero():
         if auto_resume and run_dir is not None:
@@ -165,7 +165,7 @@ def compare(
 
     from ist.report import check_installed
     from ist.report.page import write_report
-    from ist.runs.preflight import prepare, stored_under
+    from ist.runs.preflight import checked_job, with_storage_for
     from ist.storage.run_folder import create_run_folder, new_folder
 
     if is_launched():
@@ -175,9 +175,9 @@ def compare(
         )
     check_installed()
     runs = {method: config_for_method(config, method, str(config_file)) for method in config.compare.methods}
-    jobs = {method: prepare(method_config) for method, method_config in runs.items()}
+    jobs = {method: checked_job(method_config) for method, method_config in runs.items()}
     parent = run_dir or new_folder(config.output, config.name)
-    folders = {method: create_run_folder(stored_under(runs[method], parent), parent / method) for method in runs}
+    folders = {method: create_run_folder(with_storage_for(runs[method], parent), parent / method) for method in runs}
     for method, folder in folders.items():
         _start(jobs[method], folder, resume=False)
     page = write_report(list(folders.values()), parent / "report.html")
@@ -402,11 +402,11 @@ def _start(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
 
 
 def _resume(path: Path) -> None:
-    from ist.runs.preflight import prepare, with_launchers_pool
+    from ist.runs.preflight import checked_job, with_pool_of_launcher
     from ist.storage.run_folder import RunFolder
 
     folder = RunFolder(path)
-    config = with_launchers_pool(folder.load_config())
+    config = with_pool_of_launcher(folder.load_config())
     if config.model.name.startswith(FROM_PYTHON):
         raise ConfigError(
             f"{path}: the run was started from Python: resume it by ist.train(..., run_dir=..., resume=True)"
@@ -416,7 +416,7 @@ def _resume(path: Path) -> None:
     if folder.is_finished():
         _say(f"{path}: this run has already finished", err=True)
     else:
-        _start(prepare(config), folder, resume=True)
+        _start(checked_job(config), folder, resume=True)
     _print_result(folder if is_rank_zero() else None)
 
 

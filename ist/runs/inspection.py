@@ -82,7 +82,7 @@ class SplitGroup:
 
 
 @dataclass(frozen=True)
-class WholeGroup:
+class UnsplitGroup:
     """A neuron group that could be split but is not; `residual`: whether it is a residual stream."""
 
     name: str
@@ -186,7 +186,7 @@ class Inspection:
     steps_per_epoch: int | None
     strategy: str
     groups: tuple[SplitGroup, ...]
-    left_whole: tuple[WholeGroup, ...]
+    left_whole: tuple[UnsplitGroup, ...]
     unknown_operators: Mapping[str, str]
     kept_whole_by: tuple[str, ...]
     unreached: tuple[str, ...]
@@ -233,7 +233,7 @@ def inspect_split(
         steps_per_epoch=steps_per_epoch,
         strategy=config.partition.strategy,
         groups=_groups(config, split, schedule, held),
-        left_whole=_whole_groups(split),
+        left_whole=_unsplit_groups(split),
         unknown_operators=dict(split.found.unknown),
         kept_whole_by=tuple(split.found.causes),
         unreached=tuple(split.found.unreached),
@@ -327,11 +327,13 @@ def _groups(config: Config, split: SplitModel, schedule: Schedule, held: Assignm
     )
 
 
-def _whole_groups(split: SplitModel) -> tuple[WholeGroup, ...]:
+def _unsplit_groups(split: SplitModel) -> tuple[UnsplitGroup, ...]:
     """Describe the groups that could be split but are not."""
     names = {group.name for group in split.groups}
     return tuple(
-        WholeGroup(group.name, title(group), group.residual) for group in split.found.groups if group.name not in names
+        UnsplitGroup(group.name, title(group), group.residual)
+        for group in split.found.groups
+        if group.name not in names
     )
 
 

@@ -18,7 +18,7 @@ from ist.runs.rehearsal import rehearse
 from ist.subnet.job import Job
 
 
-def with_launchers_pool(config: Config) -> Config:
+def with_pool_of_launcher(config: Config) -> Config:
     """Return the configuration with the pool 'torchrun' if torchrun, or another launcher, started this process."""
     if not is_launched():
         return config
@@ -28,7 +28,7 @@ def with_launchers_pool(config: Config) -> Config:
     return validate({**config.model_dump(), "pool": pool}, "under torchrun")
 
 
-def prepare(config: Config) -> Job:
+def checked_job(config: Config) -> Job:
     """Build the job, and run all checks that need no folder and no other process.
 
     Raises:
@@ -46,7 +46,7 @@ def prepare(config: Config) -> Job:
     return job
 
 
-def stored_under(config: Config, parent: Path) -> Config:
+def with_storage_for(config: Config, parent: Path) -> Config:
     """Return the configuration with `checkpoint.storage` in a folder of its own for each comparison.
 
     Run folders are named after methods, so the checkpoints of two comparisons would otherwise overwrite each other.
