@@ -295,7 +295,7 @@ def test_the_secret_is_checked_before_anything_listens(monkeypatch: pytest.Monke
     monkeypatch.setattr(group, "_form_group", lambda *_: pytest.fail("it continued"))
 
     with pytest.raises(ConfigError, match=naming("IST_SECRET", "64 hexadecimal digits")):
-        group.join(Pool(device="cpu"))
+        group.join(Pool(device="cpu"), torch.device("cpu"))
 
 
 def meet(store: Any, world_size: int, timeout_s: float = 20) -> list[str]:
