@@ -13,8 +13,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+_Item = TypeVar("_Item")
 
 
 class Stopwatch:
@@ -35,6 +38,16 @@ class Stopwatch:
             yield
         finally:
             self.seconds[name] += time.perf_counter() - started
+
+    def timed(self, name: str, items: Iterator[_Item]) -> Iterator[_Item]:
+        """Yield the items of an iterator, and add the time that it takes to produce them to a phase."""
+        while True:
+            try:
+                with self.phase(name):
+                    item = next(items)
+            except StopIteration:
+                return
+            yield item
 
 
 class Meter:

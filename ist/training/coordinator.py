@@ -130,11 +130,7 @@ class Coordinator:
             try:
                 with closing(self._pool.results()) as results:
                     merge = self._store.merge(cuts, self._held.exclusive(round_number))
-                    while True:
-                        with watch.phase("exchange"):
-                            result = next(results, None)
-                        if result is None:
-                            break
+                    for result in watch.timed("exchange", results):
                         with watch.phase("merge"):
                             tensors = self._accept(round_number, result, cuts, arrivals)
                             if tensors is not None:
