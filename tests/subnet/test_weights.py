@@ -33,7 +33,7 @@ def test_a_run_starts_from_the_given_weights(tmp_path: Path) -> None:
 def test_weights_of_another_network_are_an_error_that_names_the_file(tmp_path: Path) -> None:
     save_file(MLP([64, 8, 10]).state_dict(), tmp_path / "small.safetensors")
 
-    with pytest.raises(ConfigError, match=naming("'model.weights'", "small.safetensors'", "does not fit")):
+    with pytest.raises(ConfigError, match=naming("'model.weights'", "small.safetensors'", "linear_1.weight")):
         build_job(config(tmp_path / "small.safetensors")).task.build()  # type: ignore[arg-type]
 
 
@@ -41,5 +41,5 @@ def test_weights_that_cannot_be_read_are_an_error_that_names_the_file(tmp_path: 
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
 
     for name in ("broken.safetensors", "missing.safetensors"):
-        with pytest.raises(ConfigError, match=naming("'model.weights'", f"{name}'", "cannot be read")):
+        with pytest.raises(ConfigError, match=naming("'model.weights'", f"{name}'")):
             build_job(config(tmp_path / name)).task.build()  # type: ignore[arg-type]
