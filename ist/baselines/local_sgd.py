@@ -59,7 +59,8 @@ class LocalTraining:
         model: nn.Module,
         state: Mapping[str, Tensor],
         meter: Meter,
-        has_outer_optimizer: bool = False,
+        *,
+        has_outer_optimizer: bool,
         bits: int | None = None,
     ) -> None:
         self.job = job

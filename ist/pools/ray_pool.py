@@ -77,6 +77,21 @@ class _Member:
         return self.starting is None and self.busy is None
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A subnet that an actor trains.
+
+    Attributes:
+        subnet: The subnet.
+        ticket: The number of the call; later calls have larger ones.
+        deadline: When it is late, on the monotonic clock, in seconds.
+    """
+
+    subnet: Subnet
+    ticket: int
+    deadline: float
+
+
 class RayPool:
     """The driver's side of the pool; a `WorkerPool`.
 
@@ -132,9 +147,8 @@ class RayPool:
         self._round_members: list[_Member | None] = []  # None: the round starts without this worker
         self._generation = 0
         self._ticket = -1
-        self._began = 0.0
-        self._submitted: list[Subnet] = []  # of this round
-        self._pending: dict[Any, Subnet] = {}  # by Ray's reference to the result
+        self._pending: dict[Any, _Call] = {}  # by Ray's reference to the result
+        self._missing: list[int] = []  # workers whose subnets were submitted, but who died
         self._failed_starts: dict[int, int] = {}
         self._slots_given_up: set[int] = set()
         self._retry_at: dict[int, float] = {}
@@ -188,10 +202,8 @@ class RayPool:
 
     def submit(self, round_number: int, subnet: Subnet) -> None:
         """Put a subnet into the object store, and call its actor to train it."""
-        if not self._submitted:  # the first of a round
-            self._began, self._ticket = time.monotonic(), self._ticket + 1
-        self._submitted.append(subnet)
         if self._round_members[subnet.worker] is None:
+            self._missing.append(subnet.worker)
             return
         try:
             sent = ray.put(subnet.buffers.flat[: subnet.sent_bytes].numpy())
@@ -201,31 +213,32 @@ class RayPool:
                 f"could not put a subnet of {subnet.down_bytes} bytes into Ray's object store ({first_line(error)}): "
                 "enlarge the store (ray start --object-store-memory; shm_size in containers)"
             ) from error
-        actor = self._member(subnet).actor
-        self._pending[actor.train.remote(self._ticket, round_number, subnet.slot, sent, *beside)] = subnet
+        self._ticket += 1
+        call = self._member(subnet).actor.train.remote(self._ticket, round_number, subnet.slot, sent, *beside)
+        self._pending[call] = _Call(subnet, self._ticket, time.monotonic() + self._round_s)
         self._meter.sent[subnet.worker] += subnet.down_bytes
 
     def results(self) -> Generator[Subnet | Lost]:
-        """Yield each result when it arrives; at the deadline, call `abandon` on workers that have not answered."""
-        submitted, self._submitted = self._submitted, []
-        pending, self._pending = self._pending, {}
+        """Yield each result when it arrives; at its deadline, call `abandon` on a worker that has not answered."""
+        pending = self._pending
         try:
-            for subnet in submitted:
-                if self._round_members[subnet.worker] is None:
-                    yield Lost(subnet.worker, "it died, and more workers died while its replacement was starting")
-            while pending:
-                left = self._began + self._round_s - time.monotonic()
-                done, _ = ray.wait(list(pending), timeout=max(0.0, left))
-                if not done:
-                    break
-                subnet = pending.pop(done[0])
-                yield self._result(done[0], subnet)
-                del done
-            for ref in list(pending):
-                yield self._late(ref, pending.pop(ref))
+            while self._missing or pending:
+                while self._missing:
+                    worker = self._missing.pop(0)
+                    yield Lost(worker, "it died, and more workers died while its replacement was starting")
+                left = min((call.deadline for call in pending.values()), default=0.0) - time.monotonic()
+                done, _ = ray.wait(list(pending), timeout=max(0.0, left)) if pending else ([], [])
+                if done:
+                    yield self._result(done[0], pending.pop(done[0]).subnet)
+                    del done
+                    continue
+                for ref in [ref for ref, call in pending.items() if call.deadline <= time.monotonic()]:
+                    yield self._late(ref, pending.pop(ref))
         finally:  # also if the round ends early
-            for ref, subnet in pending.items():
-                self._abandon(self._member(subnet), ref)
+            for ref, call in pending.items():
+                self._abandon(call, ref)
+            pending.clear()
+            self._missing.clear()
 
     def close(self) -> None:
         """Kill the actors and release their resources."""
@@ -266,19 +279,20 @@ class RayPool:
         self._meter.received[subnet.worker] += trained.nbytes
         return Subnet(subnet.slot, MessageBuffers(layouts, flat=as_tensor(trained)), subnet.sent_bytes)
 
-    def _late(self, ref: Any, subnet: Subnet) -> Lost:
-        member = self._member(subnet)
+    def _late(self, ref: Any, call: _Call) -> Lost:
+        subnet, member = call.subnet, self._member(call.subnet)
         waited = f"{member.name} on {member.where} did not answer within {self._round_s:g} s"
         if not self._has_deadline:  # after pool.timeout_s, the actor is replaced
             self._dismiss(member)
             return Lost(subnet.worker, waited)
-        self._abandon(member, ref)
+        self._abandon(call, ref)
         return Lost(subnet.worker, waited, "late")
 
-    def _abandon(self, member: _Member, ref: Any) -> None:
+    def _abandon(self, call: _Call, ref: Any) -> None:
         """Notify an actor that the round continues without it; it is free again when it has answered."""
+        member = self._member(call.subnet)
         member.busy, member.busy_since = ref, time.monotonic()
-        member.actor.abandon.remote(self._ticket)
+        member.actor.abandon.remote(call.ticket)
 
     def _fill_slots(self) -> None:
         """Start an actor for every empty slot; after failures, wait for a growing time first."""

@@ -8,7 +8,7 @@ Not here: starting processes (`ist/launch/start.py`, or torchrun itself), formin
 """
 
 import os
-from collections.abc import Generator, Hashable, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -116,8 +116,7 @@ class TorchrunPool:
         self._local = _worker(job, 0, membership, location) if self._first_rank == 0 else None
         self._names = tuple(f"rank {self._rank(worker)}" for worker in range(job.config.train.workers))
         self._cache = BufferCache(membership.device)
-        self._round_number = 0
-        self._own: Subnet | None = None  # worker 0's subnet, if rank 0 is a worker
+        self._own: tuple[int, Subnet] | None = None  # worker 0's subnet, if rank 0 is a worker
         self._outstanding: list[Subnet] = []
         self._sends: list[dist.Work] = []
         self._receives: list[dist.Work] = []
@@ -136,9 +135,8 @@ class TorchrunPool:
 
     def submit(self, round_number: int, subnet: Subnet) -> None:
         """Start sending a subnet with gloo; with NCCL, `results` sends all subnets together."""
-        self._round_number = round_number
         if self._rank(subnet.worker) == 0:
-            self._own = subnet
+            self._own = round_number, subnet
             return
         self._outstanding.append(subnet)
         if self._early:
@@ -149,6 +147,11 @@ class TorchrunPool:
 
     def results(self) -> Generator[Subnet | Lost]:
         """Train worker 0's subnet in this process if rank 0 is a worker, and yield the results of all workers."""
+        while self._own is not None or self._outstanding:
+            yield from self._batch()
+
+    def _batch(self) -> Iterator[Subnet | Lost]:
+        """Yield the results of the subnets that are submitted by now."""
         remote, receives = self._outstanding, self._receives
         if not self._early:
             self._send(remote)
@@ -156,8 +159,9 @@ class TorchrunPool:
         own, self._own, self._outstanding, self._receives = self._own, None, [], []
         if own is not None:
             assert self._local is not None
-            self._local.train(self._round_number, own.buffers, own.frozen)
-            yield own
+            round_number, subnet = own
+            self._local.train(round_number, subnet.buffers, subnet.frozen)
+            yield subnet
         if not self._early:  # a pending NCCL receive would use the GPU while this rank trains
             receives = self._channel.receive([self._back(subnet) for subnet in remote])
         # NCCL coalesces a batch into one work.

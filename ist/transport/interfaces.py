@@ -92,14 +92,16 @@ class WorkerPool(Protocol):
             subnet: The subnet of a worker that has no outstanding one.
 
         Raises:
-            PoolError: The subnet cannot be sent.
+            PoolError: The subnet cannot be sent; the pool can then only be closed.
         """
         ...
 
     def results(self) -> Generator[Subnet | Lost]:
         """Yield each submitted subnet when it is returned, or `Lost`, until none is outstanding.
 
-        If the generator is closed early, the pool drops the outstanding subnets and the round continues without them.
+        A subnet that is submitted while the results are iterated is one of them: the next round of a worker need not
+        wait for the others. If the generator is closed early, the pool drops the outstanding subnets, and the round
+        continues without them.
         """
         ...
 

@@ -16,9 +16,14 @@ from torch import nn
 from ist.runs.execute import execute
 from ist.runs.open import CoordinatorPart
 from ist.storage.checkpoint import write_tensors
-from ist.subnet.job import Job
+from ist.subnet.assignments import Team, WorkerSlot
+from ist.subnet.job import Job, assignments
+from ist.subnet.store import LocalStore
+from ist.transport.endpoints import SubnetWriter
+from ist.transport.interfaces import Subnet, WorkerPool
+from ist.transport.message import Header
 from tests.augmented import Augmented
-from tests.conftest import data, job_for
+from tests.conftest import data, job_for, whole_state
 from tests.networks import NETWORKS, frozen_first, seeded
 from tests.neurons.networks import stack
 
@@ -129,6 +134,33 @@ def run(name: str, out: Path, **changes: Any) -> None:
         slug = name.replace(" ", "-").replace(",", "")
         write_tensors(out / f"{slug}.safetensors", part.method.model.state_dict(), {})
         (out / f"{slug}.json").write_text(json.dumps(part.recorder.history))
+
+
+def rounds_without_waiting(pool: WorkerPool, made: Job, model: nn.Module, rounds: int) -> list[tuple[int, int]]:
+    """Submit a worker's next subnet as soon as its last one is returned; return (worker, round) of each result."""
+    names = pool.gather(0)
+    held, store = assignments(made), LocalStore(whole_state(made, model))
+    writer, team, returned = SubnetWriter(made.split, made.config.exchange), Team(len(names)), []
+
+    def submit(round_number: int, worker: int) -> None:
+        cut = held.cuts(round_number)[worker]
+        buffers = pool.buffers(worker, writer.layouts(cut))
+        sent = writer.write(store, cut, round_number, buffers)
+        buffers.down.write_header(Header(round_number, worker))
+        pool.submit(round_number, Subnet(WorkerSlot(worker, team), buffers, sent))
+
+    next_round = dict.fromkeys(range(len(names)), 1)
+    for worker in next_round:
+        submit(0, worker)
+    for result in pool.results():
+        assert isinstance(result, Subnet), result
+        round_number = next_round[result.worker] - 1
+        result.buffers.up.read_header(round_number, result.worker)
+        returned.append((result.worker, round_number))
+        if next_round[result.worker] < rounds:
+            next_round[result.worker] += 1
+            submit(round_number + 1, result.worker)
+    return returned
 
 
 if __name__ == "__main__":

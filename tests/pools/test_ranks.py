@@ -31,6 +31,7 @@ from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.message import HEADER_BYTES, Header, Message, layout_of
 from tests.conftest import assert_same, clone, data, job_for, naming, small_config
 from tests.networks import NETWORKS, seeded
+from tests.pools.scenario import rounds_without_waiting
 
 CPU = torch.device("cpu")
 
@@ -117,6 +118,22 @@ def test_ranks_end_with_the_weights_of_the_inline_pool_and_count_each_byte_once(
     assert (meter.sent.total(), meter.received.total()) == (down, up)
     assert coordinator.bytes_sent() == meter.total_bytes == down + up == ranks.crossed
     assert set(meter.sent) == set(meter.received) == set(workers)
+
+
+def test_a_worker_can_be_given_its_next_subnet_while_the_results_of_others_are_awaited(ranks: Ranks) -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    job = job_for(model, train__workers=2, train__rounds=3, pool__kind="torchrun")
+    coordinator, _ = by_ranks(ranks, job, model, spare=0)
+    rounds = iter(range(3))
+    follower = ranks.followers[1].train_round
+    ranks.followers[1].train_round = lambda _: follower(next(rounds))  # type: ignore[method-assign]
+
+    by_pool = [
+        rounds_without_waiting(pool, job, model, 3) for pool in (InlinePool(job, CPU, Meter()), coordinator._pool)
+    ]
+
+    every = [(worker, number) for worker in range(2) for number in range(3)]
+    assert [sorted(returned) for returned in by_pool] == [every, every]
 
 
 def test_a_rank_with_another_network_refuses_the_subnet(ranks: Ranks) -> None:

@@ -26,7 +26,7 @@ from ist.runs.open import check_method
 from ist.storage.run_folder import create_run_folder
 from tests.conftest import ROOT, Run, assert_same, config_tree, data, naming, run_group, small_config, wait_for
 from tests.networks import NETWORKS, seeded
-from tests.pools.scenario import SCENARIOS, job, run
+from tests.pools.scenario import SCENARIOS, job, rounds_without_waiting, run
 from tests.pools.test_conformance import message_bytes, outcome
 from tests.runs.test_resume import KEPT, PowerCutError
 from tests.runs.test_resume import run as run_folder
@@ -59,6 +59,17 @@ def train(name: str, **changes: Any) -> list[dict[str, Any]]:
     made, _ = job(name, **changes)
     part = execute(made, progress=False)
     return part.recorder.history
+
+
+def test_a_worker_can_be_given_its_next_subnet_while_the_results_of_others_are_awaited() -> None:
+    made, model = job("batch norm, reset", pool__kind="ray")
+    pool = RayPool(made, Meter(), f"next-{os.getpid()}")
+    try:
+        returned = rounds_without_waiting(pool, made, model, 3)
+    finally:
+        pool.close()
+
+    assert sorted(returned) == [(worker, number) for worker in range(3) for number in range(3)]
 
 
 def test_a_cluster_without_free_resources_ends_the_run_and_names_them() -> None:
