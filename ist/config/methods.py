@@ -1,4 +1,4 @@
-"""The methods of training and the pools of workers, as data: the only file that knows them by name.
+"""The methods of training and the pools of workers, as data: the only file that decides by their names.
 
 A method is one entry of `METHODS` and one class; its own settings are keys of `Baseline`. All other files ask what a
 method or a pool *can do* (`MethodSpec.needs_groups`, `PoolSpec.replaces_workers`), never for its name.

@@ -9,9 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ist.config.recipe import Outer, Recipe, Stage
+from ist.config.schema import Config
 from ist.data.batches import ShardedSampler
-from ist.optimization.stages import WHOLE_RUN, Span
+from ist.optimization.stages import WHOLE_RUN, Span, spans
 from ist.optimization.step_settings import StepSettings
+
+
+def run_spans(config: Config, sampler: ShardedSampler) -> Sequence[Span]:
+    """Return all rounds of a run, with their steps and stages."""
+    train = config.train
+    total = train.epochs * sampler.steps_per_epoch if train.epochs is not None else None
+    stages = config.recipe.stages if config.method_spec.needs_groups else ()
+    return spans(stages, train.local_steps, train.rounds, total)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from ist.data.batches import fetch
 from ist.data.nested import call_model, tensors_in
 from ist.errors import ConfigError
 from ist.optimization import optimizers
+from ist.optimization.schedule import run_spans
 from ist.rng import Purpose, seeded
-from ist.runs.build import run_spans
 from ist.subnet.cut import Cut, reassemble
 from ist.subnet.job import Job, assignments, slot_of
 from ist.subnet.module import bind

@@ -5,7 +5,7 @@ Not here: the class `Job` (`ist/subnet/job.py`), running it (`ist/runs/execute.p
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,8 +37,7 @@ from ist.neurons.find import Neurons, find_neurons
 from ist.neurons.select import split_groups
 from ist.neurons.splittable import splittable_groups
 from ist.optimization import optimizers
-from ist.optimization.schedule import Schedule
-from ist.optimization.stages import Span, spans
+from ist.optimization.schedule import Schedule, run_spans
 from ist.optimization.step_settings import groups_by_name, schedule_settings, staged_settings, stand_ins
 from ist.rng import Purpose, seeded
 from ist.subnet.job import Job
@@ -244,14 +243,6 @@ def _schedule(config: Config, template: nn.Module, sampler: ShardedSampler) -> S
     settings = schedule_settings(optimizer, train.schedule, rounds[-1].steps.stop)
     staged = staged_settings(optimizer, settings, rounds, train.schedule_unit)
     return Schedule(rounds, config.recipe, sampler, staged, group_of)
-
-
-def run_spans(config: Config, sampler: ShardedSampler) -> Sequence[Span]:
-    """Return all rounds of a run, with their steps and stages."""
-    train = config.train
-    total = train.epochs * sampler.steps_per_epoch if train.epochs is not None else None
-    stages = config.recipe.stages if config.method_spec.needs_groups else ()
-    return spans(stages, train.local_steps, train.rounds, total)
 
 
 def example_inputs(data: Dataset[Any], size: int = 2) -> Any:

@@ -1,14 +1,14 @@
 """A run as four values that all its processes have: configuration, task, split network, schedule.
 
 Where it sits: `ist/runs/build.py` builds it once in each process.
-Not here: methods. Each of the four has its own; code that needs one of the values takes that value as its argument.
+Not here: methods, which each of the four has of its own. Code that needs only one or two of the values takes those.
 """
 
 from dataclasses import dataclass, replace
 
 from ist.config.schema import Config
 from ist.evaluation.task import Task
-from ist.optimization.schedule import Schedule
+from ist.optimization.schedule import Schedule, run_spans
 from ist.subnet.assignments import Assignments, Team, WorkerSlot
 from ist.subnet.split_model import SplitModel
 
@@ -44,10 +44,11 @@ def with_workers(job: Job, num_workers: int) -> Job:
     """Return the run for another number of workers, at most the configured one."""
     if num_workers == job.config.train.workers:
         return job
-    config = job.config
-    train = config.train.model_copy(update={"workers": num_workers})
-    schedule = replace(job.schedule, sampler=job.schedule.sampler_for(num_workers))
-    return replace(job, config=config.model_copy(update={"train": train}), schedule=schedule)
+    train = job.config.train.model_copy(update={"workers": num_workers})
+    config = job.config.model_copy(update={"train": train})
+    sampler = job.schedule.sampler_for(num_workers)
+    schedule = replace(job.schedule, sampler=sampler, spans=run_spans(config, sampler))
+    return replace(job, config=config, schedule=schedule)
 
 
 def for_workers(job: Job) -> Job:

@@ -136,7 +136,8 @@ def local_steps(
         module: The module to train; see `LocalLoop.steps`, also for `named` and `optimizer`.
         named: The module's trained parameters.
         optimizer: An optimizer of these parameters.
-        is_over: Called before each step: whether the coordinator has continued without this worker. None: never.
+        is_over: Called before each step and after the last: whether the coordinator has continued without this worker.
+            None: never.
 
     Returns:
         The sum of the losses of all samples, and the number of samples. The device has finished its work.

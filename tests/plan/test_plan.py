@@ -32,7 +32,7 @@ from ist.plan.predict import ACKNOWLEDGED_PAYLOAD, FRAME_PAYLOAD, collective_sec
 from ist.plan.request import Hosts, parse_request
 from ist.runs.build import build_job
 from ist.runs.split import split_of
-from ist.subnet.job import assignments, remote_workers
+from ist.subnet.job import assignments, remote_workers, with_workers
 from ist.transport.frozen_parameters import message_bytes
 from tests.baselines.program import Mixed
 from tests.conftest import config_tree, job_for, naming, small_config
@@ -127,6 +127,16 @@ def test_powersgd_compresses_what_torchs_hook_compresses(shape: tuple[int, ...],
     pays, before, after = _should_compress(rows, columns, min(rank, rows, columns), 2)
 
     assert powersgd_bytes([ParameterSize(shape)], Baseline(powersgd_rank=rank)) == 4 * (after if pays else before)
+
+
+def test_a_plan_for_fewer_workers_has_the_rounds_of_their_longer_epochs() -> None:
+    job = build_job(small_config(train__workers=4, train__rounds=None, train__epochs=2))
+
+    fewer = with_workers(job, 2)
+
+    steps = 2 * fewer.schedule.sampler.steps_per_epoch
+    assert steps > 2 * job.schedule.sampler.steps_per_epoch
+    assert fewer.schedule.total_steps == steps
 
 
 @pytest.mark.parametrize("coordinator", ["trains", "dedicated"])
