@@ -27,8 +27,13 @@ many_processes = pytest.mark.system
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGHUP, 129), (signal.SIGINT, 130), (signal.SIGQUIT, 131), (signal.SIGTERM, 143)]
 )
-def test_a_signal_is_raised_in_the_command_and_determines_its_exit_code(number: signal.Signals, code: int) -> None:
-    before = signal.getsignal(number)
+def test_a_signal_is_raised_in_the_command_and_determines_its_exit_code(
+    request: pytest.FixtureRequest, number: signal.Signals, code: int
+) -> None:
+    inherited = signal.getsignal(number)  # nohup and shells ignore some of them for what they start
+    before = inherited if number == signal.SIGINT and inherited is not signal.SIG_IGN else signal.SIG_DFL
+    signal.signal(number, before)
+    request.addfinalizer(lambda: signal.signal(number, inherited))
 
     with stop_signals() as received:
         with pytest.raises(Stopped):
