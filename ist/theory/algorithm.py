@@ -13,7 +13,7 @@ There are two representations of the weights, which give the same numbers up to 
 with the Gram matrix X X^T instead of two with X. Use it if n is not much larger than d.
 
 Where it sits: the experiments call `train`; `practice.py` compares it with the real system.
-Not here: the distribution of the masks (`masks.py`).
+Not here: the distribution of the masks (`ist/theory/quantities/masks.py`).
 """
 
 import math
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ist.errors import ConfigError, DivergedError
 from ist.rng import Purpose, torch_seed
-from ist.theory.masks import Draw, Law
-from ist.theory.problem import Problem
+from ist.theory.quantities.masks import Draw, Law
+from ist.theory.quantities.problem import Problem
 
 Basis = Literal["coefficients", "weights"]
 

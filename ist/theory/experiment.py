@@ -13,10 +13,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from ist.theory import bounds
-from ist.theory.kernels import infinite_ntk, least_eigenvalue
-from ist.theory.masks import Law
-from ist.theory.problem import SPHERE, Problem, Scaling, load_problem
+from ist.theory.quantities import bounds
+from ist.theory.quantities.kernels import infinite_ntk, least_eigenvalue
+from ist.theory.quantities.masks import Law
+from ist.theory.quantities.problem import SPHERE, Problem, Scaling, load_problem
 
 Row = dict[str, Any]
 """A row of the CSV file; all rows of an experiment have the same keys."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from ist.errors import ConfigError
 from ist.rng import Purpose, torch_seed
 from ist.theory.algorithm import Run, check_finite, initial_weights, signs
-from ist.theory.problem import Problem
+from ist.theory.quantities.problem import Problem
 
 
 def train_on_masked_inputs(problem: Problem, runs: Sequence[Run], sigma: float) -> Tensor:

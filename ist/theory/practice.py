@@ -17,8 +17,8 @@ from ist.config.schema import Optimizer
 from ist.neurons.group import Group
 from ist.subnet.partition import assign
 from ist.theory.algorithm import Run, initial_weights, signs
-from ist.theory.masks import Draw, Law, Mask
-from ist.theory.problem import Problem
+from ist.theory.quantities.masks import Draw, Law, Mask
+from ist.theory.quantities.problem import Problem
 
 
 class Perceptron(nn.Module):

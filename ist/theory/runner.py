@@ -31,7 +31,7 @@ from ist.errors import ConfigError, ISTError, RunFolderError
 from ist.storage.backend import write_atomically
 from ist.theory import EXPERIMENTS
 from ist.theory.experiment import Experiment, Point, Row, Section
-from ist.theory.problem import SPHERE, load_problem
+from ist.theory.quantities.problem import SPHERE, load_problem
 
 
 @dataclass(frozen=True)

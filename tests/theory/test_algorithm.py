@@ -9,9 +9,9 @@ import torch
 
 from ist.errors import ConfigError, DivergedError
 from ist.theory.algorithm import Basis, Run, initial_weights, signs, train
-from ist.theory.masks import Law
 from ist.theory.noisy_inputs import train_on_masked_inputs
-from ist.theory.problem import Problem, sphere
+from ist.theory.quantities.masks import Law
+from ist.theory.quantities.problem import Problem, sphere
 from tests.theory import loop
 
 PROBLEM = sphere(6, 9)

@@ -10,12 +10,12 @@ import torch
 
 from ist.data.crime import crime, read_crime
 from ist.errors import ConfigError, DataError
-from ist.theory import bounds
-from ist.theory.kernels import finite_ntk, infinite_ntk, least_eigenvalue
-from ist.theory.masks import Law
-from ist.theory.problem import Problem, load_problem, sphere
 from ist.theory.quadratic import Quadratics, descent_matrix, iterate, limit, mean_operator
-from ist.theory.statistics import exponent, rank_correlations, typical_ratio
+from ist.theory.quantities import bounds
+from ist.theory.quantities.kernels import finite_ntk, infinite_ntk, least_eigenvalue
+from ist.theory.quantities.masks import Law
+from ist.theory.quantities.problem import Problem, load_problem, sphere
+from ist.theory.quantities.statistics import exponent, rank_correlations, typical_ratio
 
 
 def test_masks_have_their_distributions() -> None:

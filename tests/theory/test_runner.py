@@ -18,10 +18,10 @@ from ist.errors import ConfigError, DataError, DivergedError
 from ist.theory import EXPERIMENTS, runner
 from ist.theory.algorithm import Run, train
 from ist.theory.experiments import figure2b, figure2c
-from ist.theory.masks import Law
 from ist.theory.page import write_theory_page
 from ist.theory.practice import system_masks, train_with_system
-from ist.theory.problem import sphere
+from ist.theory.quantities.masks import Law
+from ist.theory.quantities.problem import sphere
 from tests.conftest import ROOT, wait_for
 from tests.conftest import Run as Command
 from tests.theory.test_quantities import write_crime

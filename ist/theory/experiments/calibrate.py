@@ -13,9 +13,9 @@ from ist.theory.algorithm import Run, train
 from ist.theory.experiment import Count, Point, Positive, Row, Section, Table, grid_of, mean_by
 from ist.theory.experiment import Settings as Base
 from ist.theory.experiments import figure2b, figure2c
-from ist.theory.masks import Law
-from ist.theory.problem import SPHERE, Scaling, load_problem
-from ist.theory.statistics import rank_correlations, typical_ratio
+from ist.theory.quantities.masks import Law
+from ist.theory.quantities.problem import SPHERE, Scaling, load_problem
+from ist.theory.quantities.statistics import rank_correlations, typical_ratio
 
 QUICK: Mapping[str, Any] = {"samples": 30, "m": 200, "K": 30, "eta": (0.02,), "p": (1, 10), "scalings": ("raw",)}
 

@@ -9,9 +9,9 @@ from pydantic import Field
 
 from ist.theory.algorithm import Run, train
 from ist.theory.experiment import DataSettings, Point, Probability, Row, Section, Table
-from ist.theory.masks import Law
-from ist.theory.problem import Scaling
-from ist.theory.published import FIGURE_2A
+from ist.theory.quantities.masks import Law
+from ist.theory.quantities.problem import Scaling
+from ist.theory.quantities.published import FIGURE_2A
 
 QUICK: Mapping[str, Any] = {"samples": 40, "m": 400, "seeds": 2}
 

@@ -8,10 +8,10 @@ from pydantic import Field
 
 from ist.theory.experiment import Point, Probability, Row, Section, grid_of, mean_by
 from ist.theory.experiments.maps import MapSettings, map_table, side_by_side
-from ist.theory.masks import Law
-from ist.theory.problem import Scaling
-from ist.theory.published import FIGURE_2B, XI
-from ist.theory.statistics import rank_correlation, rank_correlations, typical_ratio
+from ist.theory.quantities.masks import Law
+from ist.theory.quantities.problem import Scaling
+from ist.theory.quantities.published import FIGURE_2B, XI
+from ist.theory.quantities.statistics import rank_correlation, rank_correlations, typical_ratio
 
 QUICK: Mapping[str, Any] = {
     "samples": 30,

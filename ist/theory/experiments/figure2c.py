@@ -8,9 +8,9 @@ from pydantic import Field
 
 from ist.theory.experiment import Count, Point, Row, Section, Table, grid_of, mean_by
 from ist.theory.experiments.maps import MapSettings, map_table, side_by_side
-from ist.theory.masks import Law
-from ist.theory.published import FIGURE_2C, TAU
-from ist.theory.statistics import rank_correlations, typical_ratio
+from ist.theory.quantities.masks import Law
+from ist.theory.quantities.published import FIGURE_2C, TAU
+from ist.theory.quantities.statistics import rank_correlations, typical_ratio
 
 QUICK: Mapping[str, Any] = {"samples": 30, "m": 300, "K": 40, "tail": 10, "p": (1, 4, 10), "tau": (1, 4, 10)}
 

@@ -10,10 +10,10 @@ from pydantic import Field
 from ist.theory.algorithm import Run
 from ist.theory.experiment import Point, Positive, Row, Section, Table
 from ist.theory.experiment import Settings as Base
-from ist.theory.masks import Law
 from ist.theory.noisy_inputs import train_on_masked_inputs
-from ist.theory.problem import sphere
-from ist.theory.statistics import exponent, standard_error
+from ist.theory.quantities.masks import Law
+from ist.theory.quantities.problem import sphere
+from ist.theory.quantities.statistics import exponent, standard_error
 
 QUICK: Mapping[str, Any] = {"m": 200, "steps": 150, "seeds": 3, "sigma": (0.1, 0.3)}
 

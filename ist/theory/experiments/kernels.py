@@ -8,12 +8,12 @@ from matplotlib.figure import Figure
 from pydantic import Field
 from torch import Tensor
 
-from ist.theory import bounds
 from ist.theory.algorithm import Run, initial_weights, train
 from ist.theory.experiment import Count, DataSettings, Point, Probability, Row, Section, Table, bound_setting
-from ist.theory.kernels import finite_ntk, least_eigenvalue
-from ist.theory.masks import Law
-from ist.theory.problem import Problem, sphere
+from ist.theory.quantities import bounds
+from ist.theory.quantities.kernels import finite_ntk, least_eigenvalue
+from ist.theory.quantities.masks import Law
+from ist.theory.quantities.problem import Problem, sphere
 
 QUICK: Mapping[str, Any] = {"samples": 20, "K": 20, "looks": 5, "m": (200, 1000), "m_practical": (300,)}
 

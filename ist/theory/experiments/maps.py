@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ist.theory.algorithm import Run, train
 from ist.theory.experiment import Count, DataSettings, Table
-from ist.theory.masks import Law
+from ist.theory.quantities.masks import Law
 
 Matrix = NDArray[np.float64]
 

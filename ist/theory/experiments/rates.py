@@ -10,14 +10,14 @@ from matplotlib.figure import Figure
 from pydantic import Field
 
 from ist.errors import ConfigError
-from ist.theory import bounds
 from ist.theory.algorithm import Run, train
 from ist.theory.experiment import Count, Point, Probability, Row, Section, Table, bound_setting, rows_at
 from ist.theory.experiment import Settings as Base
-from ist.theory.kernels import infinite_ntk, least_eigenvalue
-from ist.theory.masks import Law
-from ist.theory.problem import sphere
-from ist.theory.statistics import exponent, standard_error
+from ist.theory.quantities import bounds
+from ist.theory.quantities.kernels import infinite_ntk, least_eigenvalue
+from ist.theory.quantities.masks import Law
+from ist.theory.quantities.problem import sphere
+from ist.theory.quantities.statistics import exponent, standard_error
 
 QUICK: Mapping[str, Any] = {"m": 300, "seeds": 3, "p": (1, 4), "xi": (0.2, 0.8), "tau": (1, 4), "until": 0.6}
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ist.theory.algorithm import Run, train
 from ist.theory.experiment import DataSettings, Point, Probability, Row, Section, Table
-from ist.theory.masks import Law
+from ist.theory.quantities.masks import Law
 
 QUICK: Mapping[str, Any] = {"samples": 30, "m": 300, "trainings": 40, "seeds": 2}
 

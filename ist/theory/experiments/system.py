@@ -9,8 +9,8 @@ from pydantic import Field
 
 from ist.theory.algorithm import Run, initial_weights, train
 from ist.theory.experiment import Count, DataSettings, Point, Probability, Row, Section, Table
-from ist.theory.masks import Law
 from ist.theory.practice import system_masks, train_with_system
+from ist.theory.quantities.masks import Law
 
 QUICK: Mapping[str, Any] = {"samples": 20, "m": 60, "rounds": 4}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ist.data.crime import read_crime
 from ist.errors import ConfigError
-from ist.theory.kernels import infinite_ntk, least_eigenvalue
+from ist.theory.quantities.kernels import infinite_ntk, least_eigenvalue
 
 SPHERE = "sphere"
 """Used instead of a file name for inputs that are drawn uniformly from the sphere."""

@@ -1,6 +1,6 @@
 """The random masks of Algorithm 1: which subnetwork holds which neuron.
 
-Where it sits: `algorithm.py` draws the masks of its rounds here.
+Where it sits: `ist/theory/algorithm.py` draws the masks of its rounds here.
 Not here: the partitions of real runs (`ist/subnet/partition.py`), whose strategies 'categorical' and 'bernoulli' have
 the same distributions.
 """
