@@ -34,6 +34,7 @@ from ist.models.mlp import MLP
 from ist.runs.build import make_job
 from ist.subnet.cut import cut_specs, extract, on_device, reassemble
 from ist.subnet.job import Job, assignments, slot_of
+from ist.training.local_loop import TaskLoop
 from ist.training.worker import Worker
 from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import message_layouts
@@ -93,8 +94,9 @@ def local_step(device: torch.device, repeats: int) -> dict[str, float]:
     for name, parameter in bare.named_parameters():
         nn.init.normal_(parameter, std=0.02)
         buffers.down.tensors[name].copy_(parameter.detach())
-    assert isinstance(worker.loop.shard, TensorDataset)
-    inputs, targets = worker.loop.shard.tensors
+    shard = TaskLoop(job, slot_of(job, 0), device).shard
+    assert isinstance(shard, TensorDataset)
+    inputs, targets = shard.tensors
     batches = [torch.from_numpy(job.schedule.sampler.batch(0, step)) for step in range(steps)]
 
     def bare_loop() -> None:

@@ -123,7 +123,9 @@ def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
     """
     with _failures_named(job):
         held = assignments(job)
-        worker = Worker(job, slot_of(job, number), device, held)
+        slot = slot_of(job, number)
+        loop = TaskLoop(job, slot, device)
+        worker = Worker(job, slot, device, held, loop=loop)
         neurons, main = held.of(0)[number], held.of(job.schedule.main_round)[number]
         buffers = MessageBuffers(message_layouts(job.split, job.config.exchange, job.split.cut(main)), device)
         whole, exchange = _state(job, device), job.config.exchange
@@ -132,16 +134,16 @@ def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
         fresh = buffers.flat.clone()
 
         def train(job: Job) -> None:
-            worker.job, worker.loop.schedule = job, job.schedule
+            worker.job, loop.schedule = job, job.schedule
             buffers.flat.copy_(fresh)
             worker.train(0, buffers)
 
         frozen, _ = FrozenSender(job.split, exchange, whole, device).write("", number, 0, job.split.frozen_cut(neurons))
         fixed = worker.frozen.update(neurons, number, 0, frozen, device)
         bind(worker.module, {**WorkerEndpoint(job.split, exchange, device).open(buffers).tensors, **fixed})
-        _try_smallest(job, number, worker.loop.shard, worker.module, device)
+        _try_smallest(job, number, loop.shard, worker.module, device)
         step_s = _step_s(train, job, device)
-        batch = fetch(worker.loop.shard, job.schedule.sampler.batch(number, 0), device)
+        batch = fetch(loop.shard, job.schedule.sampler.batch(number, 0), device)
         return StepCost(
             step_s,
             sum(parameter.nbytes for parameter in worker.module.parameters() if parameter.requires_grad),

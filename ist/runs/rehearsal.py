@@ -30,6 +30,7 @@ from ist.subnet.cut import cut_specs
 from ist.subnet.job import Job, assignments, slot_of
 from ist.subnet.module import bind, collect
 from ist.tensors import TensorSpec, checksums, named_tensors
+from ist.training.local_loop import TaskLoop
 from ist.training.worker import Worker
 from ist.transport.frozen_parameters import check_frozen
 from ist.transport.message import Message, layout_of
@@ -82,7 +83,9 @@ def _warn_of_unrepeatable(job: Job) -> None:
 
 
 def _one_step(job: Job, device: torch.device) -> None:
-    worker = Worker(job, slot_of(job, 0), device, assignments(job))
+    slot = slot_of(job, 0)
+    loop = TaskLoop(job, slot, device)
+    worker = Worker(job, slot, device, assignments(job), loop=loop)
     neurons = worker.neurons(0)
     message = Message(layout_of(cut_specs(job.split.specs, job.split.cut(neurons))), device)
     specs = cut_specs(job.split.frozen_specs, job.split.frozen_cut(neurons))
@@ -102,7 +105,7 @@ def _one_step(job: Job, device: torch.device) -> None:
     def numbers() -> Indices:
         return job.schedule.sampler.shard(0)[batch]
 
-    inputs, targets = fetch(worker.loop.shard, batch, device, numbers)
+    inputs, targets = fetch(loop.shard, batch, device, numbers)
     with located("network, data and loss do not work together"):
         outputs = call_model(worker.module, inputs)
         loss = loss_of(job.task.loss, outputs, targets, numbers)

@@ -22,7 +22,7 @@ from ist.subnet.module import bind, collect, multiply
 from ist.subnet.residual_blocks import scaled_blocks
 from ist.subnet.split_model import ShapeKeys
 from ist.tensors import checksums, is_finite
-from ist.training.local_loop import TaskLoop, local_steps
+from ist.training.local_loop import LocalLoop, TaskLoop, local_steps
 from ist.training.worker_state import CheckpointLocation, WorkerState
 from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import WorkerEndpoint
@@ -40,6 +40,7 @@ class Worker:
         held: The neurons of each worker in each round; all workers of a process share this object.
         location: Where the worker saves its state; None: nowhere.
         frozen: The process's cache of frozen parameters; None: a new, empty one.
+        loop: Makes the local steps; None: the built-in loop on the task's data.
     """
 
     def __init__(
@@ -50,11 +51,12 @@ class Worker:
         held: Assignments,
         location: CheckpointLocation | None = None,
         frozen: FrozenCache | None = None,
+        loop: LocalLoop | None = None,
     ) -> None:
         self.job = job
         self.slot = slot
         self.device = device
-        self.loop = TaskLoop(job, slot, device)
+        self._loop = loop or TaskLoop(job, slot, device)
         self.gauge = MemoryGauge(device)
         self._held = held
         self._shape_keys = ShapeKeys(job.split)
@@ -126,7 +128,7 @@ class Worker:
         if job.split.state_slots and round_number > 0:
             optimizers.load_state(optimizer, named, job.split.state_slots, message.tensors)
         with scaled_blocks(module, self._held.training_block_scales(round_number, self.slot.team)):
-            total, samples = local_steps(self.loop, round_number, module, named, optimizer, is_over)
+            total, samples = local_steps(self._loop, round_number, module, named, optimizer, is_over)
         optimizer.zero_grad(set_to_none=True)  # free the gradients' memory until the next round
         collect(module, message.tensors)
         check_frozen(module, fixed, sums)

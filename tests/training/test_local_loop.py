@@ -1,0 +1,77 @@
+"""Local steps one at a time: the built-in loop, and another in its place."""
+
+from collections.abc import Generator, Mapping
+
+import pytest
+import torch
+from torch import nn
+
+from ist.errors import AbandonedRoundError
+from ist.monitoring.meter import Meter
+from ist.pools.inline import InlinePool
+from ist.subnet.assignments import WorkerSlot
+from ist.subnet.job import assignments, slot_of
+from ist.training.coordinator import Coordinator
+from ist.training.local_loop import StepDone, TaskLoop, local_steps
+from ist.training.worker import Worker
+from tests.conftest import assert_same, clone, job_for
+from tests.networks import NETWORKS, seeded
+
+CPU = torch.device("cpu")
+
+
+class OwnLoop:
+    """A user's loop: it makes the steps of the built-in one with its own code, and counts them."""
+
+    def __init__(self, inner: TaskLoop) -> None:
+        self.inner, self.made = inner, 0
+        self.slot: WorkerSlot = inner.slot
+        self.device, self.seed = inner.device, inner.seed
+
+    def steps(
+        self,
+        round_number: int,
+        module: nn.Module,
+        named: Mapping[str, nn.Parameter],  # noqa: ARG002
+        optimizer: torch.optim.Optimizer,
+    ) -> Generator[StepDone]:
+        for step in self.inner.schedule.steps(round_number):
+            rows = torch.from_numpy(self.inner.sampler.batch(self.slot.worker, step))
+            inputs, targets = (tensor[rows] for tensor in self.inner.shard.tensors)  # type: ignore[attr-defined]
+            loss = nn.functional.cross_entropy(module(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            self.made += 1
+            yield StepDone(loss.detach(), len(rows))
+
+
+def test_a_loop_of_the_users_own_that_makes_the_same_steps_gives_the_same_weights() -> None:
+    ended, loops = [], []
+    for own in (False, True):
+        model = seeded(NETWORKS["two hidden layers, batch norm"])
+        job, meter = job_for(model, train__workers=2), Meter()
+        pool, held = InlinePool(job, CPU, meter), assignments(job)
+        if own:
+            loops = [OwnLoop(TaskLoop(job, slot_of(job, worker), CPU)) for worker in range(2)]
+            for host, loop in zip(pool._hosts, loops, strict=True):
+                host._worker = Worker(job, loop.slot, CPU, held, loop=loop)
+        coordinator = Coordinator(job, pool, model, meter)
+        for round_number in range(job.schedule.num_rounds):
+            coordinator.train_round(round_number)
+        ended.append(clone(model.state_dict()))
+
+    assert_same(*ended)
+    assert [loop.made for loop in loops] == [job.schedule.total_steps] * 2
+
+
+def test_an_abandoned_worker_makes_no_further_step() -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    job = job_for(model, train__workers=1, train__local_steps=5)
+    loop = OwnLoop(TaskLoop(job, slot_of(job, 0), CPU))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    with pytest.raises(AbandonedRoundError, match="worker 0.*round 0"):
+        local_steps(loop, 0, model, dict(model.named_parameters()), optimizer, lambda: loop.made == 2)
+
+    assert loop.made == 2
