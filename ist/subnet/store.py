@@ -14,6 +14,18 @@ from torch import Tensor
 from ist.subnet.cut import Cut, Merge, extract
 
 
+class RoundMerge(Protocol):
+    """The merge of a round into a store."""
+
+    def add(self, worker: int, tensors: Mapping[str, Tensor]) -> None:
+        """Merge a worker's trained tensors; they must not change until `finish` returns."""
+        ...
+
+    def finish(self) -> None:
+        """Complete the merge: entries of several workers become their mean."""
+        ...
+
+
 class ParameterStore(Protocol):
     """The tensors that are sent and returned, by name."""
 
@@ -21,8 +33,13 @@ class ParameterStore(Protocol):
         """Copy a worker's part of each tensor into the one of that name in `into`: contiguous, of the part's shape."""
         ...
 
-    def merge(self, cuts: Sequence[Cut], exclusive: frozenset[str]) -> Merge:
-        """Start the merge of a round; see `ist.subnet.cut.Merge`."""
+    def merge(self, cuts: Sequence[Cut], exclusive: frozenset[str]) -> RoundMerge:
+        """Start the merge of a round.
+
+        Args:
+            cuts: Every worker's positions.
+            exclusive: The tensors of which no entry has two holders.
+        """
         ...
 
     def tensors(self) -> Mapping[str, Tensor]:
