@@ -10,6 +10,9 @@ import json
 import os
 import signal
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
@@ -310,11 +313,30 @@ def process(folder: Path, resume: bool = False) -> None:
     _run_here(build_job(run_folder.load_config()), run_folder, resume)
 
 
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """Show warnings of this package as 'warning: ...', without the line of our code that gives them."""
+    package, before = Path(__file__).parents[1], warnings.formatwarning
+
+    def formatted(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if not Path(filename).is_relative_to(package):
+            return before(message, category, filename, lineno, line)
+        return f"warning: {printable(redacted(str(message)))}\n"
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
 def main() -> None:
     """Run the command line; the entry point of `ist` and `python -m ist`."""
     if (here := str(Path.cwd())) not in sys.path:  # like `python -m`: networks and data may be in a file there
         sys.path.append(here)
-    with stop_signals() as received:
+    with stop_signals() as received, _warnings_as_lines():
         try:
             end_with_launcher()
             app()
