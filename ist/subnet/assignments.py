@@ -61,10 +61,13 @@ class Assignments:
 
     def partition(self, round_number: int, team: Team | None = None) -> Partition:
         """Return how neurons are assigned in a round; for `team` see `of`."""
-        partition = self._partition
-        if team is not None and team.capacities:
-            partition = partition.model_copy(update={"capacities": list(team.capacities)})
-        return at_stage(partition, self._schedule.stage(round_number).keep)
+        return at_stage(self._partition_for(team), self._schedule.stage(round_number).keep)
+
+    def _partition_for(self, team: Team | None) -> Partition:
+        """Return how neurons are assigned to a team where no stage changes it."""
+        if team is None or not team.capacities:
+            return self._partition
+        return self._partition.model_copy(update={"capacities": list(team.capacities)})
 
     def of(self, round_number: int, team: Team | None = None) -> Assignment:
         """Return the neurons that each worker holds in a round, by group.
@@ -102,11 +105,8 @@ class Assignments:
         groups = self._split.groups
         if not any(group.modules for group in groups):
             return {}
-        team = team or self._team
-        partition = self._partition
-        if team.capacities:
-            partition = partition.model_copy(update={"capacities": list(team.capacities)})
-        shares: Sequence[Indices] = assign(groups, team.num_workers, self._schedule.sampler.seed, 0, partition)[0]
+        num_workers, seed = (team or self._team).num_workers, self._schedule.sampler.seed
+        shares: Sequence[Indices] = assign(groups, num_workers, seed, 0, self._partition_for(team))[0]
         return {
             path: len(share) / group.size for group, share in zip(groups, shares, strict=True) for path in group.modules
         }
