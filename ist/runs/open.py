@@ -190,19 +190,18 @@ def open_run(
             folder.sweep()
             if not resume:
                 folder.begin()
-        with _opened(job, folder, resume, progress) as run:
+        with _opened(job, folder, leads, resume, progress) as run:
             yield run
 
 
 @contextmanager
 def _opened(
-    job: Job, folder: RunFolder | None, resume: bool, progress: bool
+    job: Job, folder: RunFolder | None, leads: bool, resume: bool, progress: bool
 ) -> Iterator[CoordinatorPart | FollowerPart]:
-    """Do the work of `open_run`, while this process is the only one that writes to the folder."""
+    """Do the work of `open_run`, while this process is the only one that writes to the folder, if it leads."""
     config = job.config
     check_method(config)
     # Read the checkpoint before joining the group: a damaged one must not leave the other ranks waiting.
-    leads = not config.pool.spec.is_launched or is_rank_zero()
     tensors, before = folder.rewind() if leads and resume and folder else ({}, Progress())
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
