@@ -147,7 +147,9 @@ def test_a_run_on_one_machine_listens_to_the_loopback_only_and_strangers_there_c
         _, stderr = run.communicate(timeout=200)
 
     assert run.returncode == 0, stderr
-    assert len(seen.targets) == 2  # each rank's gloo, and no rendezvous
+    # Each rank's gloo, and no rendezvous; a group that a stranger got into is formed again, on two other ports.
+    assert len(seen.targets) in (2, 4, 6), stderr
+    assert stderr.count("forming the group again") == len(seen.targets) - 2
     assert {address for address, _ in seen.targets} == {"127.0.0.1"}
     assert seen.received < FEW_BYTES
     assert_undisturbed(config, tmp_path)
