@@ -12,6 +12,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,6 +79,21 @@ def uniform(size: int, seed: int, purpose: Purpose, *counters: int) -> NDArray[n
 def torch_seed(seed: int, purpose: Purpose, *counters: int) -> int:
     """Return a 63-bit seed for a `torch.Generator`, keyed like `permutation`."""
     return int(_bits(seed, purpose, *counters).random_raw()) >> 1
+
+
+def generator_states() -> tuple[bytes, ...]:
+    """Return the states of the process's global generators on the CPU, which `seeded` seeds, for a comparison."""
+    return (
+        torch.get_rng_state().numpy().tobytes(),
+        repr(random.getstate()).encode(),
+        _flat_bytes(np.random.get_state(False)),
+    )
+
+
+def _flat_bytes(value: Any) -> bytes:
+    if isinstance(value, dict | tuple):
+        return b"".join(map(_flat_bytes, value.values() if isinstance(value, dict) else value))
+    return value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
 
 
 @contextmanager

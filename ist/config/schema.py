@@ -160,7 +160,11 @@ class Evaluate(Section):
         "none, or the import path of an ist.Metric",
     )
     statistics_batches: PositiveInt = Field(
-        default=16, description="training batches from which batch norm's running statistics are re-estimated"
+        default=16,
+        description="most training batches, of evaluate.batch_size samples each, from which batch norm's running "
+        "statistics are re-estimated before an evaluation; fewer read fewer samples. Nothing is read for a network "
+        "without such statistics. Inputs of up to 64 MiB are read once and kept in memory, unless the data set "
+        "draws random numbers, or pool.memory_limit is set",
     )
 
 

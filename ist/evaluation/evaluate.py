@@ -8,7 +8,7 @@ Where it sits: `ist/training/rounds.py` calls it after a round.
 Not here: metrics (`metrics.py`), losses (`losses.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from ist.data.batches import fetch, length
-from ist.data.nested import call_model, scores
+from ist.data.nested import call_model, mapped, moved, scores, tensors_in
 from ist.errors import DataError
 from ist.evaluation.metrics import Metric
 from ist.network.failures import loss_errors, loss_of, network_errors
 from ist.network.modes import preserve_modes
-from ist.rng import Indices, Purpose, permutation
+from ist.rng import Indices, Purpose, generator_states, permutation
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,65 @@ def _preserve_tensors(model: nn.Module) -> Iterator[None]:
                 parameter.data = data
 
 
+MOST_CACHED_BYTES = 64 * 2**20
+"""The most memory that the inputs of a re-estimation may take between two evaluations."""
+
+
+class InputCache:
+    """Keeps the inputs of a re-estimation in memory, so that later evaluations do not read the samples again.
+
+    Inputs are not kept if they need more than `MOST_CACHED_BYTES`, if they are in memory anyway (a `TensorDataset`),
+    or if reading them draws from the process's random generators: what is drawn afterwards would then change.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[Any] = []
+
+    def inputs(self, dataset: Dataset[Any], batches: Sequence[Indices]) -> Iterator[Any]:
+        """Yield the inputs of each batch, on the CPU; `dataset` and `batches` are the same in every call.
+
+        Args:
+            dataset: The training data.
+            batches: The samples of each batch.
+        """
+        if len(self._kept) == len(batches):
+            for inputs in self._kept:
+                yield mapped(inputs, torch.clone)  # a network may change its inputs in place
+            return
+        kept: list[Any] | None = None if type(dataset) is TensorDataset else []
+        kept_bytes = 0
+        for batch in batches:
+            before = generator_states() if kept is not None else ()
+            inputs = fetch(dataset, batch, _CPU)[0]
+            if kept is not None:
+                kept_bytes += sum(tensor.nbytes for tensor in tensors_in(inputs))
+                is_kept = kept_bytes <= MOST_CACHED_BYTES and before == generator_states()
+                kept = [*kept, mapped(inputs, torch.clone)] if is_kept else None
+            yield inputs
+        self._kept = kept or []
+
+
 def statistics_batches(
-    dataset: Dataset[Any], batch_size: int, num_batches: int, seed: int, device: torch.device
+    dataset: Dataset[Any],
+    batch_size: int,
+    num_batches: int,
+    seed: int,
+    device: torch.device,
+    cache: InputCache | None = None,
 ) -> Iterable[Any]:
-    """Yield the inputs of up to `num_batches` batches, drawn once for the run without replacement."""
+    """Yield the inputs of up to `num_batches` batches, drawn once for the run without replacement.
+
+    Args:
+        dataset: The training data.
+        batch_size: The number of samples in a batch.
+        num_batches: The largest number of batches.
+        seed: The seed of the run.
+        device: The device of the inputs.
+        cache: Keeps small inputs between calls with the same arguments; None: samples are read in every call.
+    """
     order = permutation(length(dataset), seed, Purpose.STATISTICS)
     # Only full batches: a smaller one would have the same weight in the mean.
     full = max(1, min(num_batches, len(order) // batch_size))
-    for number in range(full):
-        yield fetch(dataset, order[number * batch_size : (number + 1) * batch_size], device)[0]
+    batches = [order[number * batch_size : (number + 1) * batch_size] for number in range(full)]
+    for inputs in (cache or InputCache()).inputs(dataset, batches):
+        yield moved(inputs, device)

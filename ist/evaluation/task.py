@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ist.data.fingerprint import NO_DATA, DataFingerprint, data_fingerprint
+from ist.evaluation.evaluate import InputCache
 from ist.evaluation.metrics import Metric
 from ist.network.copies import copied
 
@@ -53,6 +54,11 @@ class Task:
         """The fingerprints of the training data and of the test data."""
         test = NO_DATA if self.test_data is None else data_fingerprint(self.test_data, self.seed)
         return data_fingerprint(self.train_data, self.seed), test
+
+    @cached_property
+    def statistics_inputs(self) -> InputCache:
+        """The inputs from which batch norm's running statistics are re-estimated, once they are read."""
+        return InputCache()
 
     def for_workers(self) -> "Task":
         """Return the task for a worker, which needs neither the initial weights nor the test data."""

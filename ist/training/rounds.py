@@ -151,7 +151,12 @@ def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None
     config = job.config
     if config.train.running_statistics == "reestimate":
         batches = statistics_batches(
-            job.task.train_data, config.evaluate.batch_size, config.evaluate.statistics_batches, config.seed, device
+            job.task.train_data,
+            config.evaluate.batch_size,
+            config.evaluate.statistics_batches,
+            config.seed,
+            device,
+            job.task.statistics_inputs if config.pool.memory_limit is None else None,
         )
         with scaled_blocks(model, assignments(job).block_scales()), seeded(device, config.seed, Purpose.STATISTICS):
             reestimate_statistics(model, batches)

@@ -1,5 +1,7 @@
 """Evaluation and batch norm statistics of the full network: exact means over the data, without side effects."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,14 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from ist.data.batched import IGNORED
 from ist.errors import DataError
-from ist.evaluation.evaluate import evaluate, evaluation_batches, reestimate_statistics, statistics_batches
+from ist.evaluation.evaluate import (
+    InputCache,
+    evaluate,
+    evaluation_batches,
+    reestimate_statistics,
+    statistics_batches,
+)
 from ist.evaluation.metrics import ACCURACY, RMSE
 from ist.network.modes import modes_of
-from tests.conftest import clone, data
+from ist.training.rounds import evaluate_full_network, refresh_statistics
+from tests.conftest import clone, data, generators_left_alone, job_for
 
 CPU = torch.device("cpu")
 
@@ -117,6 +126,63 @@ def test_statistics_are_taken_without_dropout() -> None:
     reestimate_statistics(model, [inputs])
 
     torch.testing.assert_close(model[1].running_mean, inputs.mean(0))
+
+
+class Counted(Dataset[Any]):
+    """A data set that counts how often its items are read; with noise, they draw random numbers."""
+
+    def __init__(self, inner: TensorDataset, noise: bool = False) -> None:
+        self.inner, self.noise, self.reads = inner, noise, 0
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> Any:
+        self.reads += 1
+        item, target = self.inner[index]
+        return item + float(np.random.normal()) if self.noise else item, target
+
+
+@pytest.mark.parametrize(
+    ("norm", "noise", "limit", "evaluations", "reads"),
+    [
+        (True, False, 64 * 2**20, 2, 3 * 10),  # the second evaluation reads nothing
+        (True, False, 64 * 2**20, 0, 3 * 10),  # nobody evaluates: once, for the saved network
+        (True, False, 3 * 10 * 12 * 4 - 1, 2, 2 * 3 * 10),  # a byte more than may be kept
+        (True, True, 64 * 2**20, 2, 2 * 3 * 10),  # each evaluation draws the same numbers
+        (False, False, 64 * 2**20, 2, 0),
+    ],
+)
+def test_re_estimation_reads_its_budget_once_and_nothing_without_running_statistics(
+    norm: bool, noise: bool, limit: int, evaluations: int, reads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ist.evaluation.evaluate.MOST_CACHED_BYTES", limit)
+    train = Counted(data(100), noise)
+    model = network() if norm else nn.Sequential(nn.Linear(12, 9), nn.ReLU(inplace=True), nn.Linear(9, 5))
+    job = job_for(model, train, test=data(8), evaluate__batch_size=10, evaluate__statistics_batches=3)
+    train.reads, found = 0, []
+
+    if evaluations:
+        with generators_left_alone():
+            found = [evaluate_full_network(job, model, CPU).loss for _ in range(evaluations)]
+    else:
+        refresh_statistics(job, model, CPU)
+
+    assert train.reads == reads
+    assert len(set(found)) <= 1
+
+
+def test_inputs_that_are_kept_do_not_change_when_the_network_changes_its_inputs() -> None:
+    cache, train = InputCache(), Counted(data(100))
+    rows = [np.arange(10), np.arange(10, 20)]
+
+    for _ in range(2):
+        for inputs in cache.inputs(train, rows):
+            inputs.zero_()
+    found = list(cache.inputs(train, rows))
+
+    assert train.reads == 20
+    assert torch.equal(torch.cat(found), train.inner.tensors[0][:20])
 
 
 def test_batches_for_statistics_are_full_and_drawn_once_for_the_run_without_replacement() -> None:
