@@ -143,7 +143,8 @@ def train(
         local_steps: Optimizer steps of a worker in a round.
         rounds: Length of the run in rounds; give this or `epochs`.
         epochs: Length of the run in passes over the data.
-        batch_size: Samples in one step of one worker.
+        batch_size: Samples in one optimizer step of one worker, also if they are split into micro-batches
+            (`accumulate`).
         loss: Name of a function of torch.nn.functional, applied to the outputs or to their `logits`; or any mean loss
             of (outputs, targets). It must not hold `model`, because workers train submodels of it, nor own weights.
         optimizer: Name of a class of torch.optim, with torch's default arguments (but lr 0.1 for SGD); or
@@ -165,9 +166,9 @@ def train(
         resume: Whether to resume from the newest checkpoint in `run_dir`, with the same arguments as before.
         seed: Seed of everything random except the network's initial weights, which are those of `model`; >= 0.
         progress: Whether to show progress on stderr.
-        **keywords: Further keys of the section `train`: `min_workers`, `schedule_unit`, `optimizer_state`,
-            `activation_scale`, `running_statistics`. Keywords of earlier versions are also accepted: mappings with the
-            keys of a section (`data_options`, `train_options`, `evaluate_options`, `pool_options`,
+        **keywords: Further keys of the section `train`: `accumulate`, `clip_grad_norm`, `min_workers`, `schedule_unit`,
+            `optimizer_state`, `activation_scale`, `running_statistics`. Keywords of earlier versions are also accepted:
+            mappings with the keys of a section (`data_options`, `train_options`, `evaluate_options`, `pool_options`,
             `checkpoint_options`, `watch_options`) or with arguments (`optimizer_args`, `schedule_args`).
 
     Returns:

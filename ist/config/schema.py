@@ -15,6 +15,7 @@ from ist.config.base import (
     Component,
     FolderName,
     NonNegativeInt,
+    PositiveFloat,
     PositiveInt,
     Section,
 )
@@ -88,6 +89,19 @@ class Train(Section):
     rounds: PositiveInt | None = Field(default=None, description="number of rounds; give this or 'epochs'")
     local_steps: PositiveInt = Field(description="optimizer steps of each worker per round (tau)")
     batch_size: PositiveInt = Field(description="samples in one step of one worker")
+    accumulate: PositiveInt = Field(
+        default=1,
+        description="micro-batches of a step: its samples are split into this many parts of nearly equal size, which "
+        "pass through the network one after the other; their gradients add up to the mean over the step's samples. "
+        "'batch_size' and 'local_steps' do not change: they count samples of a step and optimizer steps",
+    )
+    clip_grad_norm: PositiveFloat | None = Field(
+        default=None,
+        description="largest norm of a step's gradient; a longer one is scaled down to it, as by "
+        "torch.nn.utils.clip_grad_norm_. With IST it is the gradient of the subnet as the worker trains it, over all "
+        "of the worker's own parameters: with activation_scale 'folded', of the scaled weights. Data-parallel training "
+        "clips the averaged gradient",
+    )
     loss: str = Field(default="cross_entropy", description="function of torch.nn.functional, or import path")
     optimizer: Optimizer = Field(description="class of torch.optim and its arguments")
     schedule: Schedule | None = Field(

@@ -30,6 +30,7 @@ from ist.subnet.job import Job, assignments, slot_of
 from ist.subnet.module import bind
 from ist.subnet.store import LocalStore
 from ist.training.local_loop import TaskLoop, local_steps
+from ist.training.local_step import micro_batches, smallest_micro_batch
 from ist.training.worker import Worker
 from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import SubnetWriter, WorkerEndpoint, message_layouts, read_trained
@@ -49,7 +50,8 @@ class StepCost:
         step_s: Seconds, including a step's share of the costs per round (a new optimizer).
         parameter_bytes: Bytes of the trained parameters; their gradients need the same.
         optimizer_bytes: Bytes of the optimizer's state.
-        activation_bytes: Bytes that autograd saves for the backward pass of one batch, without parameters and inputs.
+        activation_bytes: Bytes that autograd saves for the backward pass of one micro-batch, without parameters and
+            inputs.
     """
 
     step_s: float
@@ -103,7 +105,7 @@ def measure_whole(job: Job, device: torch.device) -> WholeCost:
 
         _try_smallest(job, 0, shard, module, device)
         step_s = _step_s(train, job, device)
-        batch = fetch(shard, job.schedule.sampler.batch(0, 0), device)
+        batch = _micro_batch(job, 0, shard, device)
         sizes, left_s = _gradients(job, module, batch, device)
         cost = StepCost(
             step_s,
@@ -143,7 +145,7 @@ def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
         bind(worker.module, {**WorkerEndpoint(job.split, exchange, device).open(buffers).tensors, **fixed})
         _try_smallest(job, number, loop.shard, worker.module, device)
         step_s = _step_s(train, job, device)
-        batch = fetch(loop.shard, job.schedule.sampler.batch(number, 0), device)
+        batch = _micro_batch(job, number, loop.shard, device)
         return StepCost(
             step_s,
             sum(parameter.nbytes for parameter in worker.module.parameters() if parameter.requires_grad),
@@ -185,8 +187,13 @@ def measure_coordinator(job: Job, device: torch.device) -> CoordinatorCost:
 
 def _try_smallest(job: Job, worker: int, shard: Dataset[Any], module: nn.Module, device: torch.device) -> None:
     """Run a step on the smallest batch of any worker, which may fail: batch norm needs more than one sample."""
-    rows = job.schedule.sampler.batch(worker, 0)[: job.schedule.sampler.smallest_batch]
+    rows = job.schedule.sampler.batch(worker, 0)[: smallest_micro_batch(job)]
     _loss(job, module, fetch(shard, rows, device))
+
+
+def _micro_batch(job: Job, worker: int, shard: Dataset[Any], device: torch.device) -> tuple[Any, Any]:
+    """Return the first micro-batch of a worker, which is one of the largest."""
+    return fetch(shard, micro_batches(job.schedule.sampler.batch(worker, 0), job.config.train.accumulate)[0], device)
 
 
 def _state(job: Job, device: torch.device) -> dict[str, Tensor]:
@@ -306,6 +313,6 @@ def _failures_named(job: Job) -> Iterator[None]:
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
         raise ConfigError(
             f"with {job.config.train.workers} workers (train.workers) a step on a batch of "
-            f"{job.schedule.sampler.smallest_batch} or more fails: "
+            f"{smallest_micro_batch(job)} or more fails: "
             f"{type(error).__name__}: {error}".splitlines()[0]
         ) from error

@@ -56,6 +56,8 @@ class TrainKeys(TypedDict, total=False):
     """Keys of the section `train` that few runs set; `ist keys` explains them."""
 
     min_workers: int | None
+    accumulate: int
+    clip_grad_norm: float | None
     schedule_unit: Literal["step", "round"]
     optimizer_state: Literal["kept", "reset", "carried"]
     activation_scale: Literal["none", "width", "folded"]

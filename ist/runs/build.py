@@ -105,13 +105,14 @@ def make_job(
         example: The inputs of a batch; None: they come from `train_data`.
 
     Raises:
-        ConfigError: The optimizer or the schedule is wrong.
+        ConfigError: The optimizer or the schedule is wrong, or a step has fewer samples than micro-batches.
         DataError: The data cannot be assigned to the workers.
         ModelError: The network cannot be split among that many workers.
     """
     train = config.train
     template, build = _in_modes(template, build)
     sampler = ShardedSampler(length(train_data), train.workers, train.batch_size, config.seed, config.data.shuffle)
+    _check_micro_batches(config, sampler)
     metric = metric_named(config.evaluate.metric)
     found, example = _found(config, template, build, train_data, example)
     split = _split_model(config, template, build, example, found)
@@ -141,6 +142,23 @@ def split_network(
     # A sampler needs a number of samples; the split does not depend on it.
     sampler = ShardedSampler(train.workers * train.batch_size, train.workers, train.batch_size, config.seed)
     return split, _schedule(config, template, sampler)
+
+
+def _check_micro_batches(config: Config, sampler: ShardedSampler) -> None:
+    """Check that every micro-batch of every step has a sample, for each number of workers that a round may have.
+
+    Raises:
+        ConfigError: A step has fewer samples than micro-batches.
+    """
+    train = config.train
+    for workers in range(train.min_workers or train.workers, train.workers + 1):
+        smallest = replace(sampler, num_workers=workers).smallest_batch
+        if smallest < train.accumulate:
+            raise ConfigError(
+                f"'train.accumulate' is {train.accumulate}, but a step has as few as {smallest} samples "
+                f"('train.batch_size' is {train.batch_size}): set 'train.accumulate' to at most {smallest}; "
+                "'train.batch_size' counts all samples of an optimizer step"
+            )
 
 
 def _in_modes(template: nn.Module, build: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[[], nn.Module]]:

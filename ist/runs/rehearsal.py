@@ -18,7 +18,7 @@ from ist.checks.finite_values import check_start, non_finite_values
 from ist.checks.gradient_reach import check_reach
 from ist.checks.optimizer_trial import check_optimizer
 from ist.checks.verify import verify_cuts
-from ist.data.batches import fetch, length, take_shard
+from ist.data.batches import length, take_shard
 from ist.data.nested import call_model
 from ist.errors import ConfigError, DataError, ISTError, ModelError
 from ist.evaluation.evaluate import evaluate, reestimate_statistics, statistics_batches
@@ -31,6 +31,7 @@ from ist.subnet.job import Job, assignments, slot_of
 from ist.subnet.module import bind, collect
 from ist.tensors import TensorSpec, checksums, named_tensors
 from ist.training.local_loop import TaskLoop
+from ist.training.local_step import smallest_micro_batch
 from ist.training.worker import Worker
 from ist.transport.frozen_parameters import check_frozen
 from ist.transport.message import Message, layout_of
@@ -63,7 +64,7 @@ def rehearse(job: Job) -> None:
     except Exception as error:  # user code may raise anything
         raise ConfigError(
             f"network, data, loss and optimizer do not work together: a step on a batch of "
-            f"{job.schedule.sampler.smallest_batch} fails: {type(error).__name__}: {error}".splitlines()[0]
+            f"{smallest_micro_batch(job)} fails: {type(error).__name__}: {error}".splitlines()[0]
         ) from error
 
 
@@ -100,12 +101,12 @@ def _one_step(job: Job, device: torch.device) -> None:
     optimizer = optimizers.build_optimizer(job.config.train.optimizer, list(named.values()))
     if job.schedule.settings:
         apply_settings(optimizer, matching_groups(optimizer, named, job.schedule.group_of), job.schedule.settings[0])
-    batch = job.schedule.sampler.batch(0, 0)[: job.schedule.sampler.smallest_batch]
+    batch = job.schedule.sampler.batch(0, 0)[: smallest_micro_batch(job)]
 
     def numbers() -> Indices:
-        return job.schedule.sampler.shard(0)[batch]
+        return loop.numbers(batch)
 
-    inputs, targets = fetch(loop.shard, batch, device, numbers)
+    inputs, targets = loop.read(batch)
     with located("network, data and loss do not work together"):
         outputs = call_model(worker.module, inputs)
         loss = loss_of(job.task.loss, outputs, targets, numbers)
@@ -119,7 +120,7 @@ def _one_step(job: Job, device: torch.device) -> None:
         )
     loss.backward()  # type: ignore[no-untyped-call]
     check_optimizer(job, named)
-    optimizer.step()
+    loop.step.finish(worker.module, list(named.values()), optimizer)
     check_frozen(worker.module, fixed, sums)
     _check_replaced(job, worker.module, message)
     _check_constants(job, worker.module, neurons)

@@ -3,7 +3,7 @@
 Where it sits: a worker, and every rank of a baseline, runs a `LocalLoop` for a round through `local_steps`. The
 built-in loop, `TaskLoop`, takes batches from the task's data and makes one optimizer step for each. Another loop can
 replace it if it yields after each of its steps.
-Not here: receiving and returning weights (`ist/training/worker.py`, `ist/baselines/`).
+Not here: one step (`local_step.py`), receiving and returning weights (`ist/training/worker.py`, `ist/baselines/`).
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ist.data.batches import fetch, take_shard
-from ist.data.nested import call_model
 from ist.errors import AbandonedRoundError
-from ist.network.failures import located, loss_errors, loss_of, network_errors
+from ist.network.failures import located
 from ist.optimization.step_settings import apply_settings, matching_groups
 from ist.rng import Indices, Purpose, seeded
 from ist.subnet.assignments import WorkerSlot
 from ist.subnet.job import Job
+from ist.training.local_step import LocalStep
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class LocalLoop(Protocol):
 
 
 class TaskLoop:
-    """The built-in loop: a batch of the task's data, forward, loss, backward, one optimizer step; a `LocalLoop`.
+    """The built-in loop: one optimizer step for each batch of the task's data; a `LocalLoop`.
 
     Args:
         job: The run.
@@ -71,6 +71,7 @@ class TaskLoop:
         schedule: The steps of each round, and their settings.
         sampler: The samples of each step.
         shard: The worker's data.
+        step: Makes a step.
     """
 
     def __init__(self, job: Job, slot: WorkerSlot, device: torch.device) -> None:
@@ -80,7 +81,7 @@ class TaskLoop:
         self.schedule = job.schedule
         self.sampler = job.schedule.sampler_for(slot.team.num_workers)
         self.shard: Dataset[Any] = take_shard(job.task.train_data, self.sampler.shard(slot.worker))
-        self._loss = job.task.loss
+        self.step = LocalStep(job.config.train, job.task.loss)
 
     def steps(
         self, round_number: int, module: nn.Module, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
@@ -91,33 +92,27 @@ class TaskLoop:
             DataError: A sample cannot be read, or its loss fails; the message names it, the round and the worker.
             ModelError: The network fails; the message names the module.
         """
-        schedule = self.schedule
+        schedule, parameters = self.schedule, list(named.values())
         groups = matching_groups(optimizer, named, schedule.group_of) if schedule.settings else []
         for step in schedule.steps(round_number):
             if schedule.settings:
                 apply_settings(optimizer, groups, schedule.settings[step])
             batch = self.sampler.batch(self.slot.worker, step)
             with located(f"round {round_number}, worker {self.slot.worker}"):
-                loss = self._step(module, optimizer, batch)
+                loss = self.step.take(module, parameters, optimizer, batch, self.read, self.numbers)
             yield StepDone(loss, len(batch))
 
-    def _step(self, module: nn.Module, optimizer: torch.optim.Optimizer, batch: Indices) -> Tensor:
-        """Run one optimizer step on a batch, and return its loss."""
+    def read(self, batch: Indices) -> tuple[Any, Any]:
+        """Return the samples at some positions in the worker's shard as a batch (inputs, targets).
 
-        def numbers() -> Indices:
-            return self.sampler.shard(self.slot.worker)[batch]
+        Raises:
+            DataError: A sample cannot be read.
+        """
+        return fetch(self.shard, batch, self.device, lambda: self.numbers(batch))
 
-        inputs, targets = fetch(self.shard, batch, self.device, numbers)
-        optimizer.zero_grad(set_to_none=True)
-        with network_errors(module):
-            outputs = call_model(module, inputs)
-        with loss_errors(numbers):
-            loss = loss_of(self._loss, outputs, targets, numbers)
-        with network_errors(module, "the backward pass"):
-            loss.backward()  # type: ignore[no-untyped-call]
-        with network_errors(module, f"a step of {type(optimizer).__name__}"):
-            optimizer.step()
-        return loss.detach()
+    def numbers(self, batch: Indices) -> Indices:
+        """Return the numbers in the full data set of the samples at some positions in the worker's shard."""
+        return self.sampler.shard(self.slot.worker)[batch]
 
 
 def local_steps(

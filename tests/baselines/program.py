@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
@@ -43,6 +44,9 @@ BASELINES = [name for name, spec in METHODS.items() if not spec.has_coordinator]
 
 PLAIN: dict[str, Any] = {"train__optimizer": {"name": "SGD", "args": {"lr": 0.2}}}
 ADAM: dict[str, Any] = {"train__optimizer": {"name": "AdamW", "args": {"lr": 0.01}}}
+CLIPPED = 0.3
+"""Shorter than most gradients of these runs."""
+
 OUTER_MEAN: dict[str, Any] = {"baseline": {"outer": {"lr": 1.0, "momentum": 0.0}}}
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -54,6 +58,10 @@ RUNS: dict[str, dict[str, Any]] = {
     "local SGD, plain SGD": {"method": "local_sgd", **PLAIN},
     "diloco that takes the mean, plain SGD": {"method": "diloco", **OUTER_MEAN, **PLAIN},
     "diloco_int8 that takes the mean, plain SGD": {"method": "diloco_int8", **OUTER_MEAN, **PLAIN},
+    **{
+        f"{method}, clipped, accumulated": {"method": method, "train__clip_grad_norm": CLIPPED, "train__accumulate": 3}
+        for method in ("ddp", "ddp_fp16", "powersgd", "local_sgd")
+    },
     "ist that keeps": {
         "method": "ist", **ADAM, "train__optimizer_state": "kept",
         "exchange": {"up": "int8", "values": "deltas", "error_feedback": True},
@@ -176,13 +184,20 @@ def plain_powersgd(made: Job) -> dict[str, Tensor]:
     model = build()
     ddp = DistributedDataParallel(model)
     ddp.register_comm_hook(PowerSGDState(None, 1, start_powerSGD_iter=2, random_seed=made.config.seed), powerSGD_hook)
-    optimizer = torch.optim.SGD(model.parameters(), **made.config.train.optimizer.args)
+    train = made.config.train
+    optimizer = torch.optim.SGD(model.parameters(), **train.optimizer.args)
     for round_number in range(made.schedule.num_rounds):
         with seeded_generators(cpu, made.config.seed, Purpose.TRAINING, round_number, me):
             for step in made.schedule.steps(round_number):
-                inputs, targets = fetch(shard, made.schedule.sampler.batch(me, step), cpu)
                 optimizer.zero_grad()
-                nn.functional.cross_entropy(ddp(inputs), targets).backward()  # type: ignore[no-untyped-call]
+                batch = made.schedule.sampler.batch(me, step)
+                for number, rows in enumerate(np.array_split(batch, train.accumulate), start=1):
+                    inputs, targets = fetch(shard, rows, cpu)
+                    with contextlib.nullcontext() if number == train.accumulate else ddp.no_sync():
+                        loss = nn.functional.cross_entropy(ddp(inputs), targets)
+                        (loss * len(rows) / len(batch)).backward()
+                if train.clip_grad_norm is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), train.clip_grad_norm)
                 optimizer.step()
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
@@ -204,9 +219,10 @@ def main(out: Path) -> None:
         if not isinstance(part, FollowerPart):
             write_tensors(out / f"{name}, resumed.safetensors", part.method.model.state_dict(), {})
     if DEVICE is None:
-        trained = plain_powersgd(job("powersgd"))
-        if is_rank_zero():
-            write_tensors(out / "PyTorch's own powersgd.safetensors", trained, {})
+        for name in ("powersgd", "powersgd, clipped, accumulated"):
+            trained = plain_powersgd(job(name))
+            if is_rank_zero():
+                write_tensors(out / f"PyTorch's own {name}.safetensors", trained, {})
     (out / f"refused by rank {rank()}.json").write_text(json.dumps({name: refused(name) for name in REFUSED}))
 
 

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -116,7 +117,8 @@ def ranks_in_one_process(
         of_networks: Made from the parameters at the start, applied to the ranks' after each round.
     """
     models = [build().train() for _ in range(WORKERS)]
-    settings = made.config.train.optimizer
+    train = made.config.train
+    settings = train.optimizer
     optimizers = [getattr(torch.optim, settings.name)(model.parameters(), **settings.args) for model in models]
     shards = [take_shard(made.task.train_data, made.schedule.sampler.shard(rank)) for rank in range(WORKERS)]
     combine = of_networks(parameters_to_vector(models[0].parameters()).detach()) if of_networks else None
@@ -129,12 +131,18 @@ def ranks_in_one_process(
         for step in made.schedule.steps(round_number):
             for rank, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
                 optimizer.zero_grad()
-                inputs, targets = fetch(shards[rank], made.schedule.sampler.batch(rank, step), CPU)
                 torch.set_rng_state(states[rank])
-                nn.functional.cross_entropy(model(inputs), targets).backward()  # type: ignore[no-untyped-call]
+                batch = made.schedule.sampler.batch(rank, step)
+                for rows in np.array_split(batch, train.accumulate):
+                    inputs, targets = fetch(shards[rank], rows, CPU)
+                    loss = nn.functional.cross_entropy(model(inputs), targets)
+                    (loss * len(rows) / len(batch)).backward()
                 states[rank] = torch.get_rng_state()
             if of_gradients:
                 average_gradients(models, of_gradients)
+            if train.clip_grad_norm is not None:
+                for model in models:
+                    nn.utils.clip_grad_norm_(model.parameters(), train.clip_grad_norm)
             for optimizer in optimizers:
                 optimizer.step()
         if combine:
@@ -182,6 +190,18 @@ def test_a_method_trains_like_a_plain_pytorch_loop(runs: Path, method: str) -> N
     assert_close({key: found[key] for key in expected}, expected, tolerance)
     start = clone(dict(build().named_parameters()))
     assert all((expected[key] - start[key]).abs().max() > 4 * tolerance for key in start)
+
+
+@pytest.mark.parametrize("method", ["ddp", "ddp_fp16", "powersgd", "local_sgd"])
+def test_a_method_clips_and_accumulates_like_a_plain_pytorch_loop_and_sends_no_more(runs: Path, method: str) -> None:
+    name = f"{method}, clipped, accumulated"
+    oracle, tolerance = ORACLES[method]
+    expected = weights(runs, f"PyTorch's own {name}") if method == "powersgd" else oracle(runs, job(name))
+    found = weights(runs, name)
+
+    assert_close({key: found[key] for key in expected}, expected, tolerance)
+    assert any((found[key] - weights(runs, method)[key]).abs().max() > 4 * tolerance for key in expected)
+    assert records(runs, name)[-1]["sent_bytes"] == records(runs, method)[-1]["sent_bytes"]
 
 
 @pytest.mark.parametrize("method", BASELINES)

@@ -80,7 +80,7 @@ FAULTS = (
         ("tests/training/test_random_state.py", "tests/pools/test_ranks.py"),
     ),
     Fault(
-        "gradients add up over steps", "ist/training/local_loop.py", "        optimizer.zero_grad(set_to_none=True)\n", "",
+        "gradients add up over steps", "ist/training/local_step.py", "        optimizer.zero_grad(set_to_none=True)\n", "",
         ("tests/training/test_one_worker.py",),
     ),
     Fault(

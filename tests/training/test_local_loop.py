@@ -23,8 +23,8 @@ CPU = torch.device("cpu")
 class OwnLoop:
     """A user's loop: it makes the steps of the built-in one with its own code, and counts them."""
 
-    def __init__(self, inner: TaskLoop) -> None:
-        self.inner, self.made = inner, 0
+    def __init__(self, inner: TaskLoop, max_norm: float | None = None) -> None:
+        self.inner, self.made, self.max_norm = inner, 0, max_norm
         self.slot: WorkerSlot = inner.slot
         self.device, self.seed = inner.device, inner.seed
 
@@ -40,20 +40,23 @@ class OwnLoop:
             inputs, targets = (tensor[rows] for tensor in self.inner.shard.tensors)  # type: ignore[attr-defined]
             loss = nn.functional.cross_entropy(module(inputs), targets)
             loss.backward()
+            if self.max_norm is not None:
+                nn.utils.clip_grad_norm_(module.parameters(), self.max_norm)
             optimizer.step()
             optimizer.zero_grad()
             self.made += 1
             yield StepDone(loss.detach(), len(rows))
 
 
-def test_a_loop_of_the_users_own_that_makes_the_same_steps_gives_the_same_weights() -> None:
+@pytest.mark.parametrize("max_norm", [None, 0.3])
+def test_a_loop_of_the_users_own_that_makes_the_same_steps_gives_the_same_weights(max_norm: float | None) -> None:
     ended, loops = [], []
     for own in (False, True):
         model = seeded(NETWORKS["two hidden layers, batch norm"])
-        job, meter = job_for(model, train__workers=2), Meter()
+        job, meter = job_for(model, train__workers=2, train__clip_grad_norm=max_norm), Meter()
         pool, held = InlinePool(job, CPU, meter), assignments(job)
         if own:
-            loops = [OwnLoop(TaskLoop(job, slot_of(job, worker), CPU)) for worker in range(2)]
+            loops = [OwnLoop(TaskLoop(job, slot_of(job, worker), CPU), max_norm) for worker in range(2)]
             for host, loop in zip(pool._hosts, loops, strict=True):
                 host._worker = Worker(job, loop.slot, CPU, held, loop=loop)
         coordinator = Coordinator(job, pool, model, meter)

@@ -1,0 +1,111 @@
+"""One optimizer step: forward and backward passes over the micro-batches of a step, clipping, the optimizer.
+
+Where it sits: `ist/training/local_loop.py` makes each step of a round here, and `ist/runs/rehearsal.py` the step of its
+rehearsal.
+Law: with one worker, a step is that of a plain PyTorch loop with the same features, bit for bit.
+Not here: which samples a step uses (`ist/data/batches.py`), the settings of the optimizer (`ist/optimization/`).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ist.config.schema import Train
+from ist.data.nested import call_model
+from ist.evaluation.task import LossFunction
+from ist.network.failures import loss_errors, loss_of, network_errors
+from ist.rng import Indices
+from ist.subnet.job import Job
+
+
+def micro_batches(batch: Indices, number: int) -> list[Indices]:
+    """Split the samples of a step into `number` consecutive parts whose sizes differ by at most one."""
+    return np.array_split(batch, number)
+
+
+def smallest_micro_batch(job: Job) -> int:
+    """Return the number of samples in the smallest micro-batch of any worker."""
+    return job.schedule.sampler.smallest_batch // job.config.train.accumulate
+
+
+class LocalStep:
+    """Makes the optimizer steps of a worker, or of a rank of a baseline.
+
+    Args:
+        settings: The configuration's section `train`.
+        loss: Mean loss of (outputs, targets).
+    """
+
+    def __init__(self, settings: Train, loss: LossFunction) -> None:
+        self._accumulate = settings.accumulate
+        self._max_norm = settings.clip_grad_norm
+        self._loss = loss
+
+    def take(
+        self,
+        module: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        batch: Indices,
+        read: Callable[[Indices], tuple[Any, Any]],
+        numbers: Callable[[Indices], Indices],
+    ) -> Tensor:
+        """Make one step.
+
+        Args:
+            module: The network to train. If it averages its gradients (DDP), it does so once, for the whole step.
+            parameters: Its trained parameters.
+            optimizer: Their optimizer.
+            batch: Positions of the step's samples in the worker's data: int64.
+            read: Returns the samples at some of these positions as a batch (inputs, targets), on the module's device.
+            numbers: Returns the numbers of these samples in the full data set, for messages.
+
+        Returns:
+            The mean loss of the step's samples, detached.
+
+        Raises:
+            DataError: A sample cannot be read, or its loss fails.
+            ModelError: The network or the optimizer fails.
+        """
+        parts = micro_batches(batch, self._accumulate)
+        optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for part in parts:
+            inputs, targets = read(part)
+            with _gradients_kept(module) if part is not parts[-1] else nullcontext():
+                loss = self._loss_of(module, inputs, targets, partial(numbers, part))
+                # For parts of equal size this divides by their number, as plain loops do.
+                share = loss if len(parts) == 1 else loss / (len(batch) / len(part))
+                with network_errors(module, "the backward pass"):
+                    share.backward()  # type: ignore[no-untyped-call]
+            losses.append(share.detach())
+        self.finish(module, parameters, optimizer)
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def finish(self, module: nn.Module, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Clip the gradients that the parameters have, and let the optimizer take its step.
+
+        Raises:
+            ModelError: The optimizer fails.
+        """
+        if self._max_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self._max_norm)
+        with network_errors(module, f"a step of {type(optimizer).__name__}"):
+            optimizer.step()
+
+    def _loss_of(self, module: nn.Module, inputs: Any, targets: Any, numbers: Callable[[], Indices]) -> Tensor:
+        with network_errors(module):
+            outputs = call_model(module, inputs)
+        with loss_errors(numbers):
+            return loss_of(self._loss, outputs, targets, numbers)
+
+
+def _gradients_kept(module: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context in which backward passes add up gradients without sending them."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()

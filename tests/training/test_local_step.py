@@ -1,0 +1,75 @@
+"""One optimizer step with all its features: that of a plain PyTorch loop, bit for bit."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ist.api import train
+from ist.errors import ConfigError
+from ist.runs.execute import execute
+from ist.subnet.job import Job
+from tests.conftest import assert_same, clone, data, job_for, naming
+from tests.networks import NETWORKS, seeded
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "clipped": {"clip_grad_norm": 0.3},
+    "in three parts, of which one is shorter": {"accumulate": 3},
+    "in four parts, clipped": {"accumulate": 4, "clip_grad_norm": 0.5},
+}
+
+
+def plain_loop(model: nn.Module, job: Job, **features: Any) -> None:
+    """What anybody would write; only which samples a step uses comes from the job."""
+    inputs, targets = job.task.train_data.tensors  # type: ignore[attr-defined]
+    shard = torch.from_numpy(job.schedule.sampler.shard(0))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model.train()
+    for step in range(job.schedule.total_steps):
+        optimizer.zero_grad()
+        batch = job.schedule.sampler.batch(0, step)
+        parts = np.array_split(batch, features.get("accumulate", 1))
+        for part in parts:
+            rows = shard[torch.from_numpy(part)]
+            loss = nn.functional.cross_entropy(model(inputs[rows]), targets[rows])
+            (loss / (len(batch) / len(part))).backward()
+        if "clip_grad_norm" in features:
+            nn.utils.clip_grad_norm_(model.parameters(), features["clip_grad_norm"])
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_one_worker_makes_the_steps_of_a_plain_loop_bit_for_bit(name: str) -> None:
+    ours, plain, without = (seeded(NETWORKS["two hidden layers, batch norm"]) for _ in range(3))
+    settings = {"train__workers": 1, "train__optimizer_state": "carried", "train__running_statistics": "carried"}
+    job = job_for(ours, **settings, **{f"train__{key}": value for key, value in FEATURES[name].items()})
+
+    execute(job, progress=False)
+    plain_loop(plain, job, **FEATURES[name])
+    plain_loop(without, job)
+
+    assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
+    assert not torch.equal(ours.output.weight, without.output.weight)
+
+
+def test_the_loss_of_a_step_in_parts_is_the_mean_over_its_samples() -> None:
+    losses = []
+    for parts in (1, 3):
+        model = seeded(NETWORKS["no batch norm"])
+        part = execute(job_for(model, train__workers=1, train__accumulate=parts), progress=False)
+        losses.append([record["loss"] for record in part.recorder.history])  # type: ignore[union-attr]
+
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # sums in another order
+
+
+def test_more_parts_than_a_step_has_samples_are_refused() -> None:
+    with pytest.raises(ConfigError, match=naming("'train.accumulate' is 9", "'train.batch_size' is 8", "at most 6")):
+        train(seeded(NETWORKS["no batch norm"]), data(50), workers=2, batch_size=8, rounds=1, accumulate=9)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("inf")])
+def test_a_norm_that_no_gradient_can_have_is_refused(value: float) -> None:
+    with pytest.raises(ConfigError, match=naming("'train.clip_grad_norm'", str(value))):
+        train(seeded(NETWORKS["no batch norm"]), data(), workers=2, rounds=1, clip_grad_norm=value)
