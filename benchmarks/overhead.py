@@ -30,11 +30,12 @@ from benchmarks.common import write_result
 from ist.config.load import validate
 from ist.config.runtime import Link
 from ist.launch.lab_hosts import hosts, run_ranks, why_not
+from ist.loops.local_loop import TaskLoop
+from ist.loops.part import completed
 from ist.models.mlp import MLP
 from ist.runs.build import make_job
 from ist.subnet.cut import cut_specs, extract, on_device, reassemble
 from ist.subnet.job import Job, assignments, slot_of
-from ist.training.local_loop import TaskLoop
 from ist.training.worker import Worker
 from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import message_layouts
@@ -108,7 +109,7 @@ def local_step(device: torch.device, repeats: int) -> dict[str, float]:
             optimizer.step()
 
     def ours() -> None:
-        worker.train(0, buffers)
+        completed(worker.train(0, buffers))
 
     ours()
     bare_loop()

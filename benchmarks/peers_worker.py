@@ -31,11 +31,12 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from ist.config.load import load_config
 from ist.data.batches import fetch, take_shard
 from ist.data.nested import call_model
+from ist.loops.local_loop import TaskLoop
+from ist.loops.part import LocalSteps, completed
 from ist.optimization import optimizers as optim
 from ist.optimization.step_settings import apply_settings, matching_groups
 from ist.runs.build import build_job
 from ist.subnet.job import Job, slot_of
-from ist.training.local_loop import TaskLoop, local_steps
 from ist.training.rounds import evaluate_full_network
 
 TIMEOUT = timedelta(seconds=120)
@@ -152,13 +153,14 @@ def train_with_torchft(job: Job, model: nn.Module, place: Place, notes: Notes) -
     named = dict(model.named_parameters())
     inner = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
     outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
-    loop = TaskLoop(job, slot_of(job, place.rank), CPU)
+    slot = slot_of(job, place.rank)
+    local = LocalSteps(job.schedule, job.config.seed, slot, CPU, TaskLoop(job, slot, CPU))
     place.meet("the start")
     started = time.perf_counter()
     with DiLoCo(manager, [model], inner, outer, sync_every=job.config.train.local_steps):
         for number in range(job.schedule.num_rounds):
             committed = manager.current_step()
-            local_steps(loop, number, model, named, inner)  # the last one makes the outer step
+            completed(local.of_round(number, model, named, inner))  # the last one makes the outer step
             notes.local_steps += len(job.schedule.steps(number))
             notes.outer_step(manager.num_participants() if manager.current_step() > committed else 0, model)
     notes.train_s = time.perf_counter() - started

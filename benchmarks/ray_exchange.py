@@ -20,6 +20,7 @@ from rich.table import Table
 
 from benchmarks.common import write_result
 from benchmarks.overhead import make
+from ist.loops.part import completed
 from ist.monitoring.meter import Meter
 from ist.pools.ray_cluster import connected
 from ist.pools.ray_pool import RayPool
@@ -76,14 +77,14 @@ def measure(width: int, rounds: int) -> dict[str, Any]:
     with connected(job.config):
         pool = RayPool(job, meter, "exchange")
         coordinator = Coordinator(job, pool, model, meter)
-        coordinator.train_round(0)
+        completed(coordinator.train_round(0))
         subnet_bytes = max(
             message_layouts(job.split, job.config.exchange, assignments(job).cuts(0)[worker]).plain.nbytes
             for worker in range(WORKERS)
         )
         before, sent, peak = own_bytes(), meter.total_bytes, Peak()
         peak.start()
-        reports = [coordinator.train_round(number) for number in range(1, rounds + 1)]
+        reports = [completed(coordinator.train_round(number)) for number in range(1, rounds + 1)]
         grown = peak.stop() - before
         pool.close()
     payload = (meter.total_bytes - sent) // rounds

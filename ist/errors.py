@@ -98,6 +98,20 @@ class MemoryLimitError(ISTError):
     """A process needs more memory than it may allocate."""
 
 
+class LoopError(ISTError):
+    """A training loop of the user's own does not do what a round needs, or raises an exception.
+
+    Example:
+        >>> import torch
+        >>> def loop(part: ist.Part) -> None:
+        ...     pass  # makes no step
+        >>> ist.train(torch.nn.Linear(2, 1), loop=loop, example=torch.ones(4, 2), workers=1, rounds=1, progress=False)
+        Traceback (most recent call last):
+            ...
+        ist.errors.LoopError: worker 0 made no optimizer step in round 0: ...
+    """
+
+
 class DivergedError(ISTError):
     """A worker returned a non-finite loss or weight.
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from ist.config.load import validate
 from ist.config.schema import Config
+from ist.loops.part import Part
 from ist.measurements import MEASUREMENTS, Numbers, combined, nothing_measured
 from ist.runs.build import make_job
 from ist.subnet.job import Job
@@ -321,3 +322,12 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> Any:
             return found
         time.sleep(0.05)
     raise AssertionError(f"waited {seconds} s waiting for {what}")
+
+
+def returned(results: Iterable[Any]) -> Iterator[Any]:
+    """A pool's results; the local steps that are this process's turn are made on the way."""
+    for result in results:
+        if isinstance(result, Part):
+            result.run()
+        else:
+            yield result

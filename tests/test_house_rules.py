@@ -20,6 +20,7 @@ ROOMS = (
     "network optimization",
     "neurons evaluation distributed",
     "subnet storage",
+    "loops",
     "transport checks launch monitoring",
     "training report",
     "baselines pools",

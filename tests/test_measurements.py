@@ -19,6 +19,7 @@ import ist.training.worker
 from ist.baselines.ranks import RankRound, report_round
 from ist.distributed.process_group import Membership
 from ist.errors import RunFolderError
+from ist.loops.part import completed
 from ist.measurements import (
     MEASUREMENTS,
     Axis,
@@ -178,7 +179,7 @@ def test_a_new_number_is_sent_by_ranks_that_train_subnets(monkeypatch: pytest.Mo
     job = job_for(model, train__workers=3, pool__kind="torchrun")
     coordinator, _ = by_ranks(ranks, job, model, spare=1)
 
-    report = coordinator.train_round(0)
+    report = completed(coordinator.train_round(0))
 
     assert report.numbers["energy_j"] == 7.5
     assert [of_worker["energy_j"] for of_worker in report.by_worker] == [2.5] * 3

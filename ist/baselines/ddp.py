@@ -9,7 +9,7 @@ Not here: the exchange of gradients (`ist/baselines/gradient_hooks.py`), the rou
 import inspect
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,13 +24,14 @@ from ist.data.batches import fetch
 from ist.data.nested import call_model
 from ist.distributed.process_group import Membership, peer_errors
 from ist.errors import ConfigError, ModelError
+from ist.loops.local_loop import TaskLoop
+from ist.loops.part import LocalSteps, Part
 from ist.monitoring.meter import MemoryGauge, Meter, worker_numbers
 from ist.optimization import optimizers
 from ist.rng import Purpose, seeded
 from ist.subnet.assignments import Team, WorkerSlot
 from ist.subnet.job import Job
 from ist.tensors import is_finite
-from ist.training.local_loop import TaskLoop, local_steps
 from ist.training.rounds import RoundReport
 
 
@@ -64,6 +65,7 @@ class DataParallel:
         self._gauge = MemoryGauge(membership.device)
         slot = WorkerSlot(membership.rank, Team(membership.world_size))
         self._loop = TaskLoop(job, slot, membership.device)
+        self._local = LocalSteps(job.schedule, job.config.seed, slot, membership.device, self._loop)
         self._model = model.to(membership.device)
         self._exchange = GradientExchange(job.config, compression, membership.world_size)
         if self._exchange.powersgd is not None and membership.device.type == "cpu" and torch.cuda.is_available():
@@ -101,7 +103,7 @@ class DataParallel:
         """The full network, the same on every rank."""
         return self._model
 
-    def train_round(self, round_number: int) -> RoundReport:
+    def train_round(self, round_number: int) -> Generator[Part, None, RoundReport]:
         """Run the steps of a round on all ranks together; every rank returns the report of all ranks.
 
         Raises:
@@ -113,12 +115,13 @@ class DataParallel:
         exchange, self._saved = self._exchange, {}
         exchange.start_round()
         with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):
-            loss_sum, samples = local_steps(self._loop, round_number, self._ddp, self._named, self._optimizer)
+            part = yield from self._local.of_round(round_number, self._ddp, self._named, self._optimizer)
+            loss_sum = part.loss_sum
             seconds = time.perf_counter() - started
             on_gpu = self._membership.device.type != "cpu"
             cpu_s = seconds - sum(exchange.transfers_s) if on_gpu else time.thread_time() - cpu_started
             numbers = worker_numbers(
-                steps=len(self.job.schedule.steps(round_number)), samples=samples, loss_sum=loss_sum,
+                steps=part.steps_made, samples=part.samples, loss_sum=loss_sum,
                 compute_s=seconds - sum(exchange.transfers_s), cpu_s=cpu_s, gauge=self._gauge,
             )  # fmt: skip
             own = RankRound(numbers, is_finite(self._named.values()), exchange.sent_bytes, exchange.transfers_s)

@@ -5,13 +5,13 @@ momentum) applies the mean change, as a gradient, to the common network; changes
 The optimizer of local steps keeps its state on its rank from round to round, as in both papers. At a checkpoint rank 0
 collects these states, which does not count as training traffic.
 Where it sits: `ist/training/rounds.py` runs it as a `Method` on rank 0, and as a `Follower` on other ranks.
-Not here: the local steps (`ist/training/local_loop.py`), quantized means (`ist/baselines/quantized_mean.py`), the round
+Not here: the local steps (`ist/loops/local_loop.py`), quantized means (`ist/baselines/quantized_mean.py`), the round
 loop, evaluation.
 """
 
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 
 import torch
@@ -23,12 +23,13 @@ from ist.baselines.quantized_mean import quantized_mean
 from ist.baselines.ranks import RankRound, broadcast_tensors, gather_tensors, report_round, wait_for_all_ranks
 from ist.distributed.process_group import Membership, peer_errors
 from ist.errors import CheckpointError
+from ist.loops.local_loop import worker_loop
+from ist.loops.part import LocalSteps, Part
 from ist.monitoring.meter import MemoryGauge, Meter, worker_numbers
 from ist.optimization import optimizers
 from ist.subnet.assignments import Team, WorkerSlot
 from ist.subnet.job import Job
 from ist.tensors import is_finite
-from ist.training.local_loop import TaskLoop, local_steps
 from ist.training.rounds import RoundReport
 
 _OUTER = "outer/"
@@ -68,8 +69,8 @@ class LocalTraining:
         self._membership = membership
         self._meter = meter
         self._gauge = MemoryGauge(membership.device)
-        slot = WorkerSlot(membership.rank, Team(membership.world_size))
-        self._loop = TaskLoop(job, slot, membership.device)
+        slot, device = WorkerSlot(membership.rank, Team(membership.world_size)), membership.device
+        self._local = LocalSteps(job.schedule, job.config.seed, slot, device, worker_loop(job, slot, device))
         self._model = model.to(membership.device)
         with peer_errors("starting together"):
             self._model.load_state_dict(broadcast_tensors(membership, self._model.state_dict()))
@@ -106,7 +107,7 @@ class LocalTraining:
         """The full network; between rounds it is the same on every rank, except for running statistics."""
         return self._model
 
-    def train_round(self, round_number: int) -> RoundReport:
+    def train_round(self, round_number: int) -> Generator[Part, None, RoundReport]:
         """Run the steps of a round on every rank by itself, then average; every rank returns the report of all ranks.
 
         Raises:
@@ -116,7 +117,8 @@ class LocalTraining:
         wait_for_all_ranks(self._membership)
         started, cpu_started = time.perf_counter(), time.thread_time()
         self._saved = {}
-        loss_sum, samples = local_steps(self._loop, round_number, self._model, self._named, self._optimizer)
+        part = yield from self._local.of_round(round_number, self._model, self._named, self._optimizer)
+        loss_sum = part.loss_sum
         trained, cpu_trained = time.perf_counter(), time.thread_time()
         with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):
             self._average()
@@ -127,7 +129,7 @@ class LocalTraining:
             cpu_s = trained - started if on_gpu else cpu_trained - cpu_started
             transfers = [time.perf_counter() - trained]
             numbers = worker_numbers(
-                steps=len(self.job.schedule.steps(round_number)), samples=samples, loss_sum=loss_sum,
+                steps=part.steps_made, samples=part.samples, loss_sum=loss_sum,
                 compute_s=seconds - sum(transfers), cpu_s=cpu_s, gauge=self._gauge,
             )  # fmt: skip
             own = RankRound(numbers, is_finite(self._named.values()), self._sent_bytes, transfers)

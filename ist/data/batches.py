@@ -6,7 +6,7 @@ shard once, shuffled, and all workers make the same number of batches. The batch
 one, so no small last batch disturbs batch norm. The samples of a step are a function of (seed, worker, step), so a
 resumed run needs no saved position.
 
-Where it sits: `ist/training/local_loop.py` and the checks fetch their batches here; `ist/evaluation/` as well.
+Where it sits: `ist/loops/local_loop.py` and the checks fetch their batches here; `ist/evaluation/` as well.
 Not here: loading a data set (`registry.py`).
 """
 

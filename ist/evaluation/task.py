@@ -29,12 +29,14 @@ class Task:
 
     Attributes:
         build: Builds the full network with its initial weights, in the modes in which it trains.
-        train_data: A map-style data set of pairs (input, target).
+        train_data: A map-style data set of pairs (input, target); empty if the user's own loop reads the data.
         test_data: A map-style data set for evaluation; None: the network is not evaluated.
         loss: Mean loss of (outputs, targets).
         metric: The metric to report beside the loss; None for none.
         example: The inputs of a batch of two samples, or of a training batch if the network needs more.
         seed: The seed of the run.
+        loop: The user's own loop, which makes the local steps of an `ist.Part`; None: the built-in loop makes them, on
+            `train_data`.
     """
 
     build: Callable[[], nn.Module]
@@ -44,6 +46,7 @@ class Task:
     metric: Metric | None
     example: Any
     seed: int
+    loop: Callable[[Any], object] | None = None
 
     def build_copy(self) -> nn.Module:
         """Return a new full network with its initial weights, on the CPU."""
@@ -52,6 +55,8 @@ class Task:
     @cached_property
     def contents(self) -> tuple[DataFingerprint, DataFingerprint]:
         """The fingerprints of the training data and of the test data."""
+        if self.loop is not None:
+            return NO_DATA, NO_DATA
         test = NO_DATA if self.test_data is None else data_fingerprint(self.test_data, self.seed)
         return data_fingerprint(self.train_data, self.seed), test
 

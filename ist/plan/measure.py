@@ -22,6 +22,9 @@ from ist.config.methods import Sizes, trained_sizes
 from ist.data.batches import fetch
 from ist.data.nested import call_model, tensors_in
 from ist.errors import ConfigError
+from ist.loops.local_loop import TaskLoop
+from ist.loops.local_step import micro_batches, smallest_micro_batch
+from ist.loops.part import LocalSteps, completed
 from ist.optimization import optimizers
 from ist.optimization.schedule import run_spans
 from ist.rng import Purpose, seeded
@@ -29,8 +32,6 @@ from ist.subnet.cut import Cut, reassemble
 from ist.subnet.job import Job, assignments, slot_of
 from ist.subnet.module import bind
 from ist.subnet.store import LocalStore
-from ist.training.local_loop import TaskLoop, local_steps
-from ist.training.local_step import micro_batches, smallest_micro_batch
 from ist.training.worker import Worker
 from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import SubnetWriter, WorkerEndpoint, message_layouts, read_trained
@@ -93,7 +94,9 @@ def measure_whole(job: Job, device: torch.device) -> WholeCost:
     """
     with _failures_named(job):
         module = job.task.build_copy().to(device)
-        loop = TaskLoop(job, slot_of(job, 0), device)
+        slot = slot_of(job, 0)
+        loop = TaskLoop(job, slot, device)
+        local = LocalSteps(job.schedule, job.config.seed, slot, device, loop)
         shard = loop.shard
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         trained = list(named.values())
@@ -101,7 +104,8 @@ def measure_whole(job: Job, device: torch.device) -> WholeCost:
 
         def train(job: Job) -> None:
             loop.schedule = job.schedule
-            local_steps(loop, 0, module, named, optimizer)
+            local.schedule = job.schedule
+            completed(local.of_round(0, module, named, optimizer))
 
         _try_smallest(job, 0, shard, module, device)
         step_s = _step_s(train, job, device)
@@ -136,9 +140,9 @@ def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
         fresh = buffers.flat.clone()
 
         def train(job: Job) -> None:
-            worker.job, loop.schedule = job, job.schedule
+            worker.job, worker.local.schedule, loop.schedule = job, job.schedule, job.schedule
             buffers.flat.copy_(fresh)
-            worker.train(0, buffers)
+            completed(worker.train(0, buffers))
 
         frozen, _ = FrozenSender(job.split, exchange, whole, device).write("", number, 0, job.split.frozen_cut(neurons))
         fixed = worker.frozen.update(neurons, number, 0, frozen, device)

@@ -10,6 +10,7 @@ from collections.abc import Generator
 
 import torch
 
+from ist.loops.part import Part
 from ist.monitoring.meter import Meter
 from ist.subnet.job import Job, assignments, remote_workers
 from ist.training.worker import WorkerHost
@@ -52,12 +53,13 @@ class InlinePool:
             self._meter.sent[subnet.worker] += subnet.down_bytes
         self._submitted.append((round_number, subnet))
 
-    def results(self) -> Generator[Subnet | Lost]:
-        """Train the subnets, in the order in which they were submitted."""
+    def results(self) -> Generator[Subnet | Lost | Part]:
+        """Yield the parts and the subnets, in the order in which they were submitted."""
         try:
             while self._submitted:
                 round_number, subnet = self._submitted.popleft()
-                self._hosts[subnet.worker].worker(subnet.slot).train(round_number, subnet.buffers, subnet.frozen)
+                worker = self._hosts[subnet.worker].worker(subnet.slot)
+                yield from worker.train(round_number, subnet.buffers, subnet.frozen)
                 if subnet.worker in self._remote:
                     self._meter.received[subnet.worker] += subnet.buffers.up.nbytes
                 yield subnet

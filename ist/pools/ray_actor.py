@@ -1,7 +1,7 @@
 """The Ray actor that runs a worker.
 
 Where it sits: `ist/pools/ray_pool.py` starts the actors and calls `train`.
-Not here: the local steps (`ist/training/local_loop.py`).
+Not here: the local steps (`ist/loops/local_loop.py`).
 """
 
 import warnings
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ist.distributed.device import compute_device
 from ist.errors import PoolError
+from ist.loops.part import completed
 from ist.optimization import optimizers
 from ist.subnet.assignments import WorkerSlot
 from ist.subnet.job import Job, assignments
@@ -91,7 +92,7 @@ class RayWorker:
                 f"{len(beside) if beside is not None else 0}"
             )
         frozen = Message(layout, flat=as_tensor(beside)) if layout is not None and beside is not None else None
-        worker.train(round_number, buffers, frozen, lambda: self._over >= ticket)
+        completed(worker.train(round_number, buffers, frozen, lambda: self._over >= ticket))
         trained: Flat = buffers.up.flat.cpu().numpy()
         return trained
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ist.config.schema import num_processes
 from ist.distributed.process_group import Membership, peer_errors
 from ist.errors import ConfigError, PoolError
+from ist.loops.part import Part
 from ist.monitoring.meter import Meter
 from ist.rng import Indices
 from ist.subnet.job import Job, assignments, slot_of, with_workers
@@ -145,12 +146,12 @@ class TorchrunPool:
             # memory of the subnet that was sent, which is safe: it cannot arrive before the worker has the subnet.
             self._receives += self._channel.receive([self._back(subnet)])
 
-    def results(self) -> Generator[Subnet | Lost]:
-        """Train worker 0's subnet in this process if rank 0 is a worker, and yield the results of all workers."""
+    def results(self) -> Generator[Subnet | Lost | Part]:
+        """Yield worker 0's part if rank 0 is a worker, and then the results of all workers."""
         while self._own is not None or self._outstanding:
             yield from self._batch()
 
-    def _batch(self) -> Iterator[Subnet | Lost]:
+    def _batch(self) -> Iterator[Subnet | Lost | Part]:
         """Yield the results of the subnets that are submitted by now."""
         remote, receives = self._outstanding, self._receives
         if not self._early:
@@ -160,7 +161,7 @@ class TorchrunPool:
         if own is not None:
             assert self._local is not None
             round_number, subnet = own
-            self._local.train(round_number, subnet.buffers, subnet.frozen)
+            yield from self._local.train(round_number, subnet.buffers, subnet.frozen)
             yield subnet
         if not self._early:  # a pending NCCL receive would use the GPU while this rank trains
             receives = self._channel.receive([self._back(subnet) for subnet in remote])
@@ -217,8 +218,8 @@ class RankWorker:
         self._buffers: MessageBuffers | None = None
         self._device = membership.device
 
-    def train_round(self, round_number: int) -> None:
-        """Receive a subnet, train it, and send the result.
+    def train_round(self, round_number: int) -> Generator[Part]:
+        """Receive a subnet, yield its part, and send the result.
 
         Raises:
             PoolError: The coordinator is lost, or its message is not this round's subnet.
@@ -235,7 +236,7 @@ class RankWorker:
         if frozen is not None:
             _wait(self._channel.receive([(0, self._number, frozen.flat)]), gone)
             self._channel.finish(self._number, frozen.flat)
-        self._worker.train(round_number, buffers, frozen)
+        yield from self._worker.train(round_number, buffers, frozen)
         _wait(self._channel.send([(0, self._number, buffers.up.flat)]), gone)
 
     def _buffers_for(self, neurons: Sequence[Indices]) -> MessageBuffers:

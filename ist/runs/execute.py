@@ -6,6 +6,7 @@ Not here: building this process's part (`ist/runs/open.py`), the round loop (`is
 
 from collections.abc import Callable
 
+from ist.loops.part import completed
 from ist.runs.open import CoordinatorPart, FollowerPart, open_run
 from ist.storage.run_folder import RunFolder
 from ist.subnet.job import Job
@@ -37,10 +38,10 @@ def execute(
     """
     with open_run(job, folder, resume, progress) as part:
         if isinstance(part, FollowerPart):
-            follow_rounds(part.job, part.follower, part.first_round)
+            completed(follow_rounds(part.job, part.follower, part.first_round))
             return part
         if opened is not None:
             opened(part)
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+        completed(run_rounds(part.job, part.method, part.recorder, part.first_round, part.device))
         part.recorder.finish(part.method.model)
     return part

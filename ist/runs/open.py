@@ -255,6 +255,11 @@ def _method(process: _Process, saved: Mapping[str, Tensor] | None) -> Method:
         method = make(job, _pool(process), model.to(process.device), meter, state)
     else:
         method = make(job, process.membership, model.to(process.device), method_state, meter)
+    if not inspect.isgeneratorfunction(method.train_round):
+        raise ConfigError(
+            f"'method' is '{config.method}', whose train_round is not a generator: it yields the Part of each of its "
+            "workers in this process (see ist.training.rounds.Method), and returns a RoundReport"
+        )
     if config.recipe.average.kind != "none":
         method = Averaged(
             method, config.recipe.average, job.schedule.num_rounds, average_state if saved is not None else None

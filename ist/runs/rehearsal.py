@@ -22,6 +22,8 @@ from ist.data.batches import length, take_shard
 from ist.data.nested import call_model
 from ist.errors import ConfigError, DataError, ISTError, ModelError
 from ist.evaluation.evaluate import evaluate, reestimate_statistics, statistics_batches
+from ist.loops.local_loop import TaskLoop
+from ist.loops.local_step import smallest_micro_batch
 from ist.network.failures import located, loss_of
 from ist.optimization import optimizers
 from ist.optimization.step_settings import apply_settings, matching_groups
@@ -30,8 +32,6 @@ from ist.subnet.cut import cut_specs
 from ist.subnet.job import Job, assignments, slot_of
 from ist.subnet.module import bind, collect
 from ist.tensors import TensorSpec, checksums, named_tensors
-from ist.training.local_loop import TaskLoop
-from ist.training.local_step import smallest_micro_batch
 from ist.training.worker import Worker
 from ist.transport.frozen_parameters import check_frozen
 from ist.transport.message import Message, layout_of

@@ -9,13 +9,14 @@ Reference: Izmailov et al., arXiv 1803.05407 (SWA); torch.optim.swa_utils.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from ist.config.recipe import Average
+from ist.loops.part import Part
 from ist.network.copies import copied
 from ist.storage.checkpoint import check_tensors
 from ist.training.rounds import Method, RoundReport
@@ -56,12 +57,12 @@ class Averaged:
         module: nn.Module = self._averaged.module
         return module
 
-    def train_round(self, round_number: int) -> RoundReport:
+    def train_round(self, round_number: int) -> Generator[Part, None, RoundReport]:
         """Train for a round, and add the network to the average.
 
         Before the round in which averaging starts, the network replaces the average.
         """
-        report = self._method.train_round(round_number)
+        report = yield from self._method.train_round(round_number)
         if round_number <= self._first_round:
             self._averaged.n_averaged.zero_()
         self._averaged.update_parameters(self._method.model)

@@ -5,7 +5,7 @@ Not here: the round loop (`ist/training/rounds.py`), the transport (`ist/pools/`
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ist.checks.finite_values import find_non_finite_sample
 from ist.config.schema import Config, min_returned
 from ist.errors import DivergedError, ISTError, PoolError, WorkerLostError
+from ist.loops.part import Part
 from ist.measurements import combined
 from ist.monitoring.meter import Meter, Stopwatch
 from ist.optimization import optimizers
@@ -96,7 +97,7 @@ class Coordinator:
         """The full network; merging writes into it."""
         return self._model
 
-    def train_round(self, round_number: int) -> RoundReport:
+    def train_round(self, round_number: int) -> Generator[Part, None, RoundReport]:
         """Cut a subnet for each available worker, let the workers train them, and merge the results.
 
         The merge leaves out lost workers and invalid results: the neurons of those workers keep their values. If too
@@ -131,6 +132,10 @@ class Coordinator:
                 with closing(self._pool.results()) as results:
                     merge = self._store.merge(cuts, self._held.exclusive(round_number))
                     for result in watch.timed("exchange", results):
+                        if isinstance(result, Part):
+                            with watch.phase("exchange"):
+                                yield result
+                            continue
                         with watch.phase("merge"):
                             tensors = self._accept(round_number, result, cuts, arrivals)
                             if tensors is not None:

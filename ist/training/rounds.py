@@ -1,13 +1,13 @@
 """The round loop, and the interfaces that it uses: `Method`, `Follower` and `Recorder`.
 
-Where it sits: `ist/runs/open.py` builds the objects, and `ist/runs/execute.py` calls `run_rounds`, or `follow_rounds`
-on ranks that do not coordinate. IST (`ist/training/coordinator.py`) is one `Method`; the methods that it is compared
-with (`ist/baselines/`) are others.
+Where it sits: `ist/runs/open.py` builds the objects, and `ist/runs/execute.py` iterates `run_rounds`, or
+`follow_rounds` on ranks that do not coordinate. Both yield each `Part` whose local steps this process has to make.
+IST (`ist/training/coordinator.py`) is one `Method`; the methods that it is compared with (`ist/baselines/`) are others.
 Not here: training of a round, files, printing.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ist.evaluation.evaluate import Metrics, evaluate, reestimate_statistics, statistics_batches
+from ist.loops.part import Part
 from ist.measurements import Numbers, check_round
 from ist.network.failures import located
 from ist.rng import Purpose, seeded
@@ -49,8 +50,8 @@ class Method(Protocol):
         """The full network with its current values."""
         ...
 
-    def train_round(self, round_number: int) -> RoundReport:
-        """Train for one round."""
+    def train_round(self, round_number: int) -> Generator[Part, None, RoundReport]:
+        """Train for one round; yield each part of this process, whose steps are made before the generator continues."""
         ...
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
@@ -77,8 +78,8 @@ class Seconds:
 class Follower(Protocol):
     """The part of a rank in a `Method` that another rank coordinates."""
 
-    def train_round(self, round_number: int) -> object:
-        """Take part in a round."""
+    def train_round(self, round_number: int) -> Generator[Part, None, object]:
+        """Take part in a round; yield this process's part, whose steps are made before the generator continues."""
         ...
 
     def close(self) -> None:
@@ -105,8 +106,10 @@ class Recorder(Protocol):
         ...
 
 
-def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, device: torch.device) -> None:
+def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, device: torch.device) -> Generator[Part]:
     """Run the remaining rounds of a run: the one round loop of all methods.
+
+    It yields the parts of this process; see `Method.train_round`.
 
     Args:
         job: The run.
@@ -124,7 +127,7 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
     config = job.config
     for round_number in range(first_round, job.schedule.num_rounds):
         started = time.perf_counter()
-        report = method.train_round(round_number)
+        report = yield from method.train_round(round_number)
         trained = time.perf_counter()
         rounds_done = round_number + 1
         last = rounds_done == job.schedule.num_rounds
@@ -140,10 +143,10 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
             recorder.save(rounds_done, method.checkpoint_state())
 
 
-def follow_rounds(job: Job, follower: Follower, first_round: int) -> None:
-    """Take part in the remaining rounds, on a rank that does not coordinate."""
+def follow_rounds(job: Job, follower: Follower, first_round: int) -> Generator[Part]:
+    """Take part in the remaining rounds, on a rank that does not coordinate; yield the parts of this process."""
     for round_number in range(first_round, job.schedule.num_rounds):
-        follower.train_round(round_number)
+        yield from follower.train_round(round_number)
 
 
 def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None:

@@ -1,17 +1,19 @@
 """A worker: it trains the submodel in a message for a round, in place, and writes the result into the reply.
 
 Where it sits: a pool (`ist/pools/`) calls `Worker.train` with the buffers of a round's messages, and sends the reply.
-Not here: the local steps (`ist/training/local_loop.py`), state between rounds (`ist/training/worker_state.py`), the
+Not here: the local steps (`ist/loops/local_loop.py`), state between rounds (`ist/training/worker_state.py`), the
 assignment of neurons (`ist/subnet/assignments.py`), merging (`ist/training/coordinator.py`).
 """
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 
 from ist.checks.drift import Operators, check_forward, is_due, operators
+from ist.loops.local_loop import worker_loop
+from ist.loops.part import LocalLoop, LocalSteps, Part
 from ist.monitoring.meter import MemoryGauge, worker_numbers
 from ist.network.failures import located
 from ist.optimization import optimizers
@@ -22,7 +24,6 @@ from ist.subnet.module import bind, collect, multiply
 from ist.subnet.residual_blocks import scaled_blocks
 from ist.subnet.split_model import ShapeKeys
 from ist.tensors import checksums, is_finite
-from ist.training.local_loop import LocalLoop, TaskLoop, local_steps
 from ist.training.worker_state import CheckpointLocation, WorkerState
 from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import WorkerEndpoint
@@ -40,7 +41,7 @@ class Worker:
         held: The neurons of each worker in each round; all workers of a process share this object.
         location: Where the worker saves its state; None: nowhere.
         frozen: The process's cache of frozen parameters; None: a new, empty one.
-        loop: Makes the local steps; None: the built-in loop on the task's data.
+        loop: Makes the local steps; None: the loop of the task.
     """
 
     def __init__(
@@ -56,7 +57,8 @@ class Worker:
         self.job = job
         self.slot = slot
         self.device = device
-        self._loop = loop or TaskLoop(job, slot, device)
+        loop = loop or worker_loop(job, slot, device)
+        self.local = LocalSteps(job.schedule, job.config.seed, slot, device, loop)
         self.gauge = MemoryGauge(device)
         self._held = held
         self._shape_keys = ShapeKeys(job.split)
@@ -84,8 +86,10 @@ class Worker:
         buffers: MessageBuffers,
         frozen: Message | None = None,
         is_over: Callable[[], bool] | None = None,
-    ) -> None:
+    ) -> Generator[Part]:
         """Train the subnet in `buffers` for a round, and write the reply into `buffers`.
+
+        It yields this worker's part once, and continues when its local steps are made.
 
         Args:
             round_number: The round, from 0.
@@ -128,7 +132,8 @@ class Worker:
         if job.split.state_slots and round_number > 0:
             optimizers.load_state(optimizer, named, job.split.state_slots, message.tensors)
         with scaled_blocks(module, self._held.training_block_scales(round_number, self.slot.team)):
-            total, samples = local_steps(self._loop, round_number, module, named, optimizer, is_over)
+            part = yield from self.local.of_round(round_number, module, named, optimizer, is_over)
+            total = part.loss_sum
         optimizer.zero_grad(set_to_none=True)  # free the gradients' memory until the next round
         collect(module, message.tensors)
         check_frozen(module, fixed, sums)
@@ -140,10 +145,10 @@ class Worker:
         elapsed = time.perf_counter() - started - trace_s
         # A GPU serves one process only, so its elapsed time is its compute time.
         cpu_s = time.thread_time() - cpu_started - trace_cpu_s if self.device.type == "cpu" else elapsed
-        steps = len(job.schedule.steps(round_number))
         numbers = worker_numbers(
-            steps=steps, samples=samples, loss_sum=total, compute_s=elapsed, cpu_s=cpu_s, gauge=self.gauge
-        )
+            steps=part.steps_made, samples=part.samples, loss_sum=total, compute_s=elapsed, cpu_s=cpu_s,
+            gauge=self.gauge,
+        )  # fmt: skip
         if is_invalid:
             self._end.residuals = {}
         else:

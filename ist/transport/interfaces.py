@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+from ist.loops.part import Part
 from ist.measurements import Fault
 from ist.subnet.assignments import WorkerSlot
 from ist.transport.codec import MessageBuffers, MessageLayouts
@@ -96,8 +97,11 @@ class WorkerPool(Protocol):
         """
         ...
 
-    def results(self) -> Generator[Subnet | Lost]:
+    def results(self) -> Generator[Subnet | Lost | Part]:
         """Yield each submitted subnet when it is returned, or `Lost`, until none is outstanding.
+
+        If a worker of this process has to train, its part is yielded first: the caller makes its local steps before it
+        asks for the next item.
 
         A subnet that is submitted while the results are iterated is one of them: the next round of a worker need not
         wait for the others. If the generator is closed early, the pool drops the outstanding subnets, and the round

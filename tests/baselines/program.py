@@ -21,6 +21,7 @@ from ist.config.methods import METHODS
 from ist.data.batches import fetch, take_shard
 from ist.distributed.environment import is_rank_zero
 from ist.errors import DataError, ModelError
+from ist.loops.part import completed
 from ist.rng import Purpose
 from ist.rng import seeded as seeded_generators
 from ist.runs.build import make_job
@@ -163,7 +164,7 @@ def run(made: Job, folder: RunFolder | None, resume: bool, stop: bool = False) -
     with open_run(made, folder, resume, progress=False) as part:
         if isinstance(part, FollowerPart):
             for round_number in range(STOPPED_AFTER + 1):
-                part.follower.train_round(round_number)
+                completed(part.follower.train_round(round_number))
             return part
         note = part.recorder.round_done
 
@@ -173,7 +174,7 @@ def run(made: Job, folder: RunFolder | None, resume: bool, stop: bool = False) -
             note(round_number, *rest)
 
         part.recorder.round_done = cut  # type: ignore[method-assign]
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+        completed(run_rounds(part.job, part.method, part.recorder, part.first_round, part.device))
         return part
 
 

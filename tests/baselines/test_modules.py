@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ist.baselines.ddp import DataParallel
 from ist.distributed.process_group import Membership
 from ist.errors import ModelError
+from ist.loops.part import completed
 from ist.monitoring.meter import Meter
 from ist.network.modes import modes_of
 from ist.runs.open import implementation
@@ -59,7 +60,7 @@ def test_a_baseline_trains_modules_as_the_user_has_set_them(method: str, alone: 
     trained = implementation(job.config)(job, alone, job.task.build(), {}, Meter())
 
     for round_number in range(2):
-        trained.train_round(round_number)
+        completed(trained.train_round(round_number))
         evaluate_full_network(job, trained.model, alone.device)
 
     after = trained.checkpoint_state()

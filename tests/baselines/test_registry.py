@@ -4,7 +4,7 @@ import ast
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import get_args
 
@@ -30,6 +30,8 @@ from ist.config.registry import resolve
 from ist.config.runtime import Pool
 from ist.config.schema import Config
 from ist.errors import ConfigError
+from ist.loops.local_loop import TaskLoop
+from ist.loops.part import LocalSteps, Part
 from ist.measurements import nothing_measured
 from ist.monitoring.meter import Meter
 from ist.optimization.optimizers import build_optimizer
@@ -37,7 +39,6 @@ from ist.plan.predict import make_plan
 from ist.plan.request import parse_request
 from ist.runs.open import check_method
 from ist.subnet.job import Job, slot_of
-from ist.training.local_loop import TaskLoop, local_steps
 from ist.training.rounds import RoundReport
 from tests.conftest import ROOT, config_tree, naming, small_config
 
@@ -57,14 +58,15 @@ class Alone:
         assert membership is None
         assert not state
         self.job, self.model, self.meter, self._worker = job, model, meter, worker
-        self._loop = TaskLoop(job, slot_of(job, worker), CPU)
+        slot = slot_of(job, worker)
+        self._local = LocalSteps(job.schedule, job.config.seed, slot, CPU, TaskLoop(job, slot, CPU))
         self._named = dict(model.named_parameters())
         self._optimizer = build_optimizer(job.config.train.optimizer, list(self._named.values()))
 
-    def train_round(self, round_number: int) -> RoundReport:
-        loss_sum, samples = local_steps(self._loop, round_number, self.model, self._named, self._optimizer)
-        steps = len(self.job.schedule.steps(round_number))
-        measured = nothing_measured() | {"steps": steps, "samples": samples, "loss_sum": loss_sum, "memory_bytes": 1}
+    def train_round(self, round_number: int) -> Generator[Part, None, RoundReport]:
+        part = yield from self._local.of_round(round_number, self.model, self._named, self._optimizer)
+        done = {"steps": part.steps_made, "samples": part.samples, "loss_sum": part.loss_sum, "memory_bytes": 1}
+        measured = nothing_measured() | done
         return summarise([RankRound(measured, finite=True, sent_bytes=0.0, transfers_s=())])
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:

@@ -253,24 +253,23 @@ def test_inspect_prints_tables_and_json(ist: Any, tmp_path: Path) -> None:
 def test_five_calls_lead_from_the_command_to_the_local_step(
     ist: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ist.training import worker
+    import ist as package_of_ist
+    from ist.loops.local_loop import TaskLoop
 
-    package = f"{Path(worker.__file__).parents[1]}{os.sep}"  # a clone's folder may be called ist too
+    package = f"{Path(package_of_ist.__file__).parent}{os.sep}"  # a clone's folder may be called ist too
     ways: list[list[str]] = []
-    real = worker.local_steps
+    real = TaskLoop.run
 
     def spy(*arguments: Any) -> Any:
         frames = [frame for frame in traceback.extract_stack() if frame.filename.startswith(package)]
         ways.append([f"{Path(frame.filename).name}:{frame.name}" for frame in frames])
         return real(*arguments)
 
-    monkeypatch.setattr(worker, "local_steps", spy)
+    monkeypatch.setattr(TaskLoop, "run", spy)
     ist("train", written(tmp_path), "--run-dir", tmp_path / "run")
 
     after_the_command_line = [frame for frame in ways[0] if not frame.startswith("main.py")]
-    # The two that open a run and time its results do nothing on the way.
-    calls = [frame for frame in after_the_command_line if frame not in ("execute.py:execute", "meter.py:timed")]
-    assert calls == ["rounds.py:run_rounds", "coordinator.py:train_round", "inline.py:results", "worker.py:train"]
+    assert after_the_command_line == ["execute.py:execute", "part.py:completed", "part.py:run"]
     assert ROOT.exists()
 
 

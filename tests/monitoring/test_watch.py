@@ -23,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import ist.monitoring.observers
 from ist.errors import ConfigError, PoolError, RunFolderError
 from ist.evaluation.evaluate import Metrics
+from ist.loops.part import completed
 from ist.monitoring import metrics_server
 from ist.monitoring.display import Display
 from ist.monitoring.exporters import Prometheus, TensorBoard, families, scalars
@@ -325,7 +326,7 @@ def test_a_run_serves_its_metrics_until_its_end(tmp_path: Path, capsys: pytest.C
         found = re.search(r"metrics: (http://127.0.0.1:\d+/metrics)", capsys.readouterr().err)
         assert found
         before = scraped(found[1])
-        run_rounds(part.job, part.method, part.recorder, part.first_round, part.device)
+        completed(run_rounds(part.job, part.method, part.recorder, part.first_round, part.device))
         after = scraped(found[1])
         last = part.recorder.history[-1]
 

@@ -70,25 +70,25 @@ FAULTS = (
     ),
     # Local steps
     Fault(
-        "local steps are not seeded", "ist/training/local_loop.py",
+        "local steps are not seeded", "ist/loops/local_loop.py",
         "        seeded(loop.device, loop.seed, Purpose.TRAINING, round_number, worker),\n", "",
         ("tests/pools/test_ranks.py",),
     ),
     Fault(
-        "all workers draw the same random numbers", "ist/training/local_loop.py",
+        "all workers draw the same random numbers", "ist/loops/local_loop.py",
         "Purpose.TRAINING, round_number, worker)", "Purpose.TRAINING, round_number, 0)",
         ("tests/training/test_random_state.py", "tests/pools/test_ranks.py"),
     ),
     Fault(
-        "gradients add up over steps", "ist/training/local_step.py", "        optimizer.zero_grad(set_to_none=True)\n", "",
+        "gradients add up over steps", "ist/loops/local_step.py", "        optimizer.zero_grad(set_to_none=True)\n", "",
         ("tests/training/test_one_worker.py",),
     ),
     Fault(
-        "all workers train on the samples of the first", "ist/training/local_loop.py", "self.sampler.batch(self.slot.worker, step)",
+        "all workers train on the samples of the first", "ist/loops/local_loop.py", "self.sampler.batch(self.slot.worker, step)",
         "self.sampler.batch(self.slot.worker, schedule.steps(round_number)[0])", ("tests/training/test_one_worker.py",),
     ),
     Fault(
-        "every step has the settings of the first", "ist/training/local_loop.py", "apply_settings(optimizer, groups, schedule.settings[step])",
+        "every step has the settings of the first", "ist/loops/local_loop.py", "apply_settings(optimizer, groups, schedule.settings[step])",
         "apply_settings(optimizer, groups, schedule.settings[0])", ("tests/training/test_one_worker.py",),
     ),
     # Worker state

@@ -8,6 +8,7 @@ from torch import nn
 
 from ist.config.base import Component
 from ist.errors import ConfigError
+from ist.loops.part import completed
 from ist.monitoring.meter import Meter
 from ist.optimization import optimizers as optim
 from ist.optimization.step_settings import schedule_settings
@@ -116,7 +117,7 @@ def test_state_of_a_parameter_without_gradients_is_carried_too() -> None:
     made = Coordinator(job, InlinePool(job, torch.device("cpu"), meter), model, meter)
 
     for round_number in range(3):
-        made.train_round(round_number)
+        completed(made.train_round(round_number))
 
     state = made.checkpoint_state()
     assert torch.equal(state["idle"], torch.ones(3))

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from ist.config.recipe import Stage
 from ist.data.batches import fetch, take_shard
 from ist.errors import ConfigError
+from ist.loops.part import completed
 from ist.monitoring.meter import Meter
 from ist.optimization.stages import spans
 from ist.pools.inline import InlinePool
@@ -133,10 +134,10 @@ def test_a_full_width_phase_is_local_sgd(scale: str, partition: dict[str, Any]) 
         recipe__stages=stages,
     )  # fmt: skip
     made = coordinator(job, model)
-    made.train_round(0)
+    completed(made.train_round(0))
     whole = [dict(trained_by_hand(job, model, worker, 1).named_parameters()) for worker in range(3)]
 
-    report = made.train_round(1)
+    report = completed(made.train_round(1))
 
     assert report.numbers["steps"] == 4
     assert not assignments(job).exclusive(1)
@@ -163,14 +164,14 @@ def test_blocks_have_the_same_scale_in_a_full_width_phase_as_in_evaluation() -> 
         total = sum(float(functional.cross_entropy(model(x), y, reduction="sum")) for x, y in batches)
     made = coordinator(job, model)
 
-    report = made.train_round(0)
+    report = completed(made.train_round(0))
 
     assert report.numbers["loss"] == pytest.approx(total / report.numbers["samples"], rel=1e-5)
     assert set(assignments(job).training_block_scales(0).values()) == {3 / 5}
     assert assignments(job).training_block_scales(1) == {}
     assert not any(module._forward_hooks for module in model.modules())
     before = clone(model.state_dict())
-    made.train_round(1)
+    completed(made.train_round(1))
     assert any(not torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -241,7 +242,7 @@ def test_training_uses_the_scaled_learning_rate() -> None:
             model, data(), train__local_steps=1, train__optimizer={"name": "SGD", "args": {"lr": 0.1}},
             recipe__stages=[{"lr_scale": scale}],
         )  # fmt: skip
-        coordinator(job, model).train_round(0)
+        completed(coordinator(job, model).train_round(0))
         moved.append({name: tensor - before[name] for name, tensor in model.state_dict().items()})
 
     for name, change in moved[0].items():
@@ -257,7 +258,7 @@ def test_a_run_with_stages_sends_the_bytes_that_inspect_predicts() -> None:
     made = coordinator(job, job.task.build())
 
     for number in range(job.schedule.num_rounds):
-        made.train_round(number)
+        completed(made.train_round(number))
 
     assert made.bytes_sent() == split_of(job).inspection.bytes_of_run
 
@@ -276,7 +277,7 @@ def trained(state: str, stages: list[dict[str, Any]], **changes: Any) -> tuple[d
     )  # fmt: skip
     method = coordinator(job, model)
     for round_number in range(job.schedule.num_rounds):
-        method.train_round(round_number)
+        completed(method.train_round(round_number))
     return clone(model.state_dict()), method.bytes_sent()
 
 

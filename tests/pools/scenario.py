@@ -23,7 +23,7 @@ from ist.transport.endpoints import SubnetWriter
 from ist.transport.interfaces import Subnet, WorkerPool
 from ist.transport.message import Header
 from tests.augmented import Augmented
-from tests.conftest import data, job_for, whole_state
+from tests.conftest import data, job_for, returned, whole_state
 from tests.networks import NETWORKS, frozen_first, seeded
 from tests.neurons.networks import stack
 
@@ -140,7 +140,7 @@ def rounds_without_waiting(pool: WorkerPool, made: Job, model: nn.Module, rounds
     """Submit a worker's next subnet as soon as its last one is returned; return (worker, round) of each result."""
     names = pool.gather(0)
     held, store = assignments(made), LocalStore(whole_state(made, model))
-    writer, team, returned = SubnetWriter(made.split, made.config.exchange), Team(len(names)), []
+    writer, team, came = SubnetWriter(made.split, made.config.exchange), Team(len(names)), []
 
     def submit(round_number: int, worker: int) -> None:
         cut = held.cuts(round_number)[worker]
@@ -152,15 +152,15 @@ def rounds_without_waiting(pool: WorkerPool, made: Job, model: nn.Module, rounds
     next_round = dict.fromkeys(range(len(names)), 1)
     for worker in next_round:
         submit(0, worker)
-    for result in pool.results():
+    for result in returned(pool.results()):
         assert isinstance(result, Subnet), result
         round_number = next_round[result.worker] - 1
         result.buffers.up.read_header(round_number, result.worker)
-        returned.append((result.worker, round_number))
+        came.append((result.worker, round_number))
         if next_round[result.worker] < rounds:
             next_round[result.worker] += 1
             submit(round_number + 1, result.worker)
-    return returned
+    return came
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from ist.data.fingerprint import data_fingerprint
 from ist.distributed import process_group as group
 from ist.distributed.process_group import Membership, agree_on_start
 from ist.errors import CheckpointError, PoolError
+from ist.loops.part import completed
 from ist.monitoring.meter import Meter
 from ist.pools import torchrun
 from ist.pools.inline import InlinePool
@@ -65,7 +66,7 @@ class Ranks:
     def _take(self, me: int, flat: Tensor, peer: int) -> None:
         if not self.mail[peer, me]:
             self.now = peer
-            self.followers[peer].train_round(self.round_number)
+            completed(self.followers[peer].train_round(self.round_number))
             self.now = me
         flat.copy_(self.mail[peer, me].popleft())
 
@@ -104,8 +105,8 @@ def test_ranks_end_with_the_weights_of_the_inline_pool_and_count_each_byte_once(
 
     for round_number in range(job.schedule.num_rounds):
         ranks.round_number = round_number
-        coordinator.train_round(round_number)
-        inline.train_round(round_number)
+        completed(coordinator.train_round(round_number))
+        completed(inline.train_round(round_number))
 
     assert_same(model.state_dict(), expected.state_dict())
     workers = range(1 - spare, 3)
@@ -144,14 +145,14 @@ def test_a_rank_with_another_network_refuses_the_subnet(ranks: Ranks) -> None:
     ranks._take = lambda me, flat, peer: _take_what_fits(ranks, me, flat, peer)  # type: ignore[method-assign]
 
     with pytest.raises(PoolError, match=naming("(layout, round, worker)")):
-        coordinator.train_round(0)
+        completed(coordinator.train_round(0))
     ranks.mail.clear()
 
 
 def _take_what_fits(ranks: Ranks, me: int, flat: Tensor, peer: int) -> None:
     if not ranks.mail[peer, me]:
         ranks.now = peer
-        ranks.followers[peer].train_round(ranks.round_number)
+        completed(ranks.followers[peer].train_round(ranks.round_number))
     there = ranks.mail[peer, me].popleft()
     length = min(len(there), len(flat))
     flat[:length] = there[:length]
@@ -228,7 +229,7 @@ def test_random_numbers_differ_between_workers_and_rounds_but_not_between_proces
         coordinator = Coordinator(job, InlinePool(job, CPU, Meter()), model, Meter())
         torch.manual_seed(process_seed)
         for round_number in range(2):
-            coordinator.train_round(round_number)
+            completed(coordinator.train_round(round_number))
         return draws
 
     first = drawn(1)
@@ -258,7 +259,7 @@ def test_if_neurons_change_every_round_kept_state_is_the_same_as_reset_state() -
         job = job_for(model, train__workers=2, train__optimizer_state=optimizer_state)
         coordinator = Coordinator(job, InlinePool(job, CPU, Meter()), model, Meter())
         for round_number in range(job.schedule.num_rounds):
-            coordinator.train_round(round_number)
+            completed(coordinator.train_round(round_number))
         return clone(model.state_dict())
 
     assert_same(trained("kept"), trained("reset"))
@@ -288,6 +289,6 @@ def test_rounds_are_evaluated_and_saved_when_they_are_due_and_at_the_end() -> No
         def save(self, rounds_done: int, _state: Any) -> None:
             saved.append(rounds_done)
 
-    run_rounds(job, Coordinator(job, InlinePool(job, CPU, Meter()), model, Meter()), Notes(), 0, CPU)
+    completed(run_rounds(job, Coordinator(job, InlinePool(job, CPU, Meter()), model, Meter()), Notes(), 0, CPU))
 
     assert (evaluated, saved) == ([2, 4, 5], [3, 5])

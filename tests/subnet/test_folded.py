@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from ist.data.batches import fetch, take_shard
+from ist.loops.part import completed
 from ist.models.mlp import MLP
 from ist.monitoring.meter import Meter
 from ist.pools.inline import InlinePool
@@ -31,7 +32,7 @@ def test_one_worker_trains_the_full_network_bit_for_bit(network: str) -> None:
         model = seeded(NETWORKS[network])
         made = coordinator(job_for(model, train__workers=1, train__activation_scale=scale), model)
         for round_number in range(2):
-            made.train_round(round_number)
+            completed(made.train_round(round_number))
         results.append(clone(model.state_dict()))
 
     assert_same(*results)
@@ -74,7 +75,7 @@ def test_a_workers_step_is_a_plain_step_of_the_submodel_with_multiplied_weights(
             total[name][indices[name]] += tensor / factors.get(name, 1)
             count[name][indices[name]] += 1
 
-    coordinator(job, model).train_round(0)
+    completed(coordinator(job, model).train_round(0))
 
     for name, tensor in model.state_dict().items():
         expected = torch.where(count[name] > 0, total[name] / count[name].clamp(min=1), before.state_dict()[name])
@@ -96,7 +97,7 @@ def test_a_round_with_learning_rate_zero_changes_values_by_rounding_only(
     made = coordinator(job, model)
 
     for round_number in range(3):
-        made.train_round(round_number)
+        completed(made.train_round(round_number))
 
     if is_exact:  # quarters of 16 and 8: the factor is a power of two
         assert_same(clone(model.state_dict()), before)

@@ -18,6 +18,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from ist.loops.part import completed
 from ist.monitoring.display import Display
 from ist.monitoring.meter import MemoryGauge, Meter
 from ist.pools.inline import InlinePool
@@ -29,7 +30,7 @@ from ist.subnet.job import Job
 from ist.training.coordinator import Coordinator
 from ist.training.rounds import run_rounds
 from ist.transport.interfaces import Lost, Subnet
-from tests.conftest import ROOT, Run, assert_same, clone, config_tree, node, small_config, wait_for
+from tests.conftest import ROOT, Run, assert_same, clone, config_tree, node, returned, small_config, wait_for
 from tests.system.faults import Fault, FaultyPool
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300), pytest.mark.usefixtures("ray_address")]
@@ -59,7 +60,7 @@ class LeavingOut(InlinePool):
 
     def results(self) -> Generator[Subnet | Lost]:
         round_number = self.round_number
-        for result in super().results():
+        for result in returned(super().results()):
             gone = (round_number, result.worker) in self.schedule
             yield Lost(result.worker, "left out") if gone else result
 
@@ -73,7 +74,7 @@ def run(pool_of: Any, job: Job, on_save: Any = None) -> Ended:
     if on_save:
         recorder.save = lambda *_: on_save(pool)  # type: ignore[method-assign]
     try:
-        run_rounds(job, Coordinator(job, pool, model, meter), recorder, 0, torch.device("cpu"))
+        completed(run_rounds(job, Coordinator(job, pool, model, meter), recorder, 0, torch.device("cpu")))
     finally:
         pool.close()
     return clone(model.state_dict()), recorder.history

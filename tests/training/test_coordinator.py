@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ist.errors import CheckpointError, DivergedError, PoolError, WorkerLostError
+from ist.loops.part import Part, completed
 from ist.monitoring.meter import Meter
 from ist.pools.inline import InlinePool
 from ist.subnet.job import assignments
@@ -17,7 +18,7 @@ from ist.training.worker import Worker
 from ist.transport.codec import MessageBuffers, MessageLayouts
 from ist.transport.interfaces import BufferCache, Lost, Subnet
 from ist.transport.message import Header
-from tests.conftest import assert_same, clone, job_for, naming, worker_numbers
+from tests.conftest import assert_same, clone, job_for, naming, returned, worker_numbers
 from tests.networks import NETWORKS, seeded
 
 
@@ -44,7 +45,7 @@ class FaultyPool:
 
     def results(self) -> Generator[Subnet | Lost]:
         round_number = self.round_number
-        for result in self.inner.results():
+        for result in returned(self.inner.results()):
             assert isinstance(result, Subnet)
             if result.worker in self.lost:
                 yield Lost(result.worker, "it burnt down")
@@ -75,7 +76,7 @@ def test_a_lost_worker_leaves_its_neurons_untouched() -> None:
     made = coordinator(min_returned=3, lost=[2])
     before = clone(made.model.state_dict())
 
-    report = made.train_round(0)
+    report = completed(made.train_round(0))
 
     cuts = assignments(made.job).cuts(0)
     changed = made.model.linear_1.bias != before["linear_1.bias"]
@@ -86,12 +87,12 @@ def test_a_lost_worker_leaves_its_neurons_untouched() -> None:
 
 def test_by_default_one_lost_worker_ends_the_run_and_names_the_cause() -> None:
     with pytest.raises(WorkerLostError, match=naming("worker 1", "round 0", "it burnt down", "4 of 4 workers")):
-        coordinator(lost=[1]).train_round(0)
+        completed(coordinator(lost=[1]).train_round(0))
 
 
 def test_lost_workers_are_reported_before_invalid_results() -> None:
     with pytest.raises(WorkerLostError, match=naming("worker 2", "round 0", "it burnt down", "2 of 4 workers")):
-        coordinator(min_returned=2, invalid=0, how="loss", lost=[2, 3]).train_round(0)
+        completed(coordinator(min_returned=2, invalid=0, how="loss", lost=[2, 3]).train_round(0))
 
 
 class InfiniteOnce(nn.Module):
@@ -124,13 +125,13 @@ def test_a_worker_does_not_carry_non_finite_state_into_later_rounds(
     made = Coordinator(job, InlinePool(job, torch.device("cpu"), meter), model, meter)
     train = Worker.train
 
-    def train_infinite(self: Worker, round_number: int, *rest: Any) -> None:
+    def train_infinite(self: Worker, round_number: int, *rest: Any) -> Generator[Part]:
         monkeypatch.setattr(InfiniteOnce, "is_infinite", (round_number, self.number) == (2, 1))
-        train(self, round_number, *rest)
+        yield from train(self, round_number, *rest)
 
     monkeypatch.setattr(Worker, "train", train_infinite)
 
-    lost = [(r, left.worker, left.kind) for r in range(6) for left in made.train_round(r).lost]
+    lost = [(r, left.worker, left.kind) for r in range(6) for left in completed(made.train_round(r)).lost]
 
     assert lost == [(2, 1, "rejected")]
 
@@ -146,7 +147,7 @@ def test_a_checkpoint_with_a_tensor_that_the_configuration_does_not_use_is_refus
 
 def test_a_round_without_results_is_an_error_for_every_min_returned() -> None:
     with pytest.raises(WorkerLostError, match=naming("worker 0", "round 0", "it burnt down", "1 of 4 workers")):
-        coordinator(min_returned=1, lost=range(4)).train_round(0)
+        completed(coordinator(min_returned=1, lost=range(4)).train_round(0))
 
 
 @pytest.mark.parametrize("how", ["weight", "loss", "stale"])
@@ -154,7 +155,7 @@ def test_the_merge_leaves_out_an_invalid_result_if_enough_others_are_valid(how: 
     made = coordinator(min_returned=3, invalid=2, how=how)
     before = clone(made.model.state_dict())
 
-    report = made.train_round(1)
+    report = completed(made.train_round(1))
 
     (lost,) = report.lost
     assert (lost.worker, lost.kind, report.numbers["workers"]) == (2, "rejected", 4)
@@ -171,16 +172,16 @@ def test_the_merge_leaves_out_an_invalid_result_if_enough_others_are_valid(how: 
 )
 def test_an_invalid_result_ends_the_run_if_all_workers_are_needed(how: str, value: str) -> None:
     with pytest.raises(DivergedError, match=naming("worker 2", "round 0", value, "train.optimizer.args.lr")):
-        coordinator(invalid=2, how=how).train_round(0)
+        completed(coordinator(invalid=2, how=how).train_round(0))
 
 
 def test_a_message_of_another_round_is_refused() -> None:
     with pytest.raises(PoolError, match=naming("(layout, round, worker)")):
-        coordinator(invalid=2, how="stale").train_round(1)
+        completed(coordinator(invalid=2, how="stale").train_round(1))
 
 
 def test_a_report_counts_every_step_and_sample() -> None:
-    report = coordinator().train_round(0)
+    report = completed(coordinator().train_round(0))
 
     # 100 samples, 4 workers: shards of 25 in two batches an epoch; three steps are one and a half epochs.
     assert (report.numbers["steps"], report.numbers["samples"]) == (3, 100 + 4 * 13)
@@ -191,10 +192,10 @@ def test_a_report_counts_every_step_and_sample() -> None:
 def test_rounds_with_reused_buffers_give_the_same_weights_as_with_new_buffers() -> None:
     one, other = coordinator(), coordinator()
     for round_number in range(3):
-        one.train_round(round_number)
+        completed(one.train_round(round_number))
     for round_number in range(3):
         other._pool.inner._cache = BufferCache(torch.device("cpu"))  # type: ignore[attr-defined]
-        other.train_round(round_number)
+        completed(other.train_round(round_number))
 
     assert_same(clone(one.model.state_dict()), clone(other.model.state_dict()))
 

@@ -11,6 +11,7 @@ import torch
 from ist.config.load import dump_config, parse_yaml, validate
 from ist.config.schema import min_returned
 from ist.errors import ConfigError
+from ist.loops.part import completed
 from ist.monitoring.meter import Meter
 from ist.pools.inline import InlinePool
 from ist.pools.torchrun import for_world_size
@@ -19,7 +20,7 @@ from ist.training.coordinator import Coordinator
 from ist.training.speed_balance import SMALLEST, SpeedBalance, rebalanced
 from ist.training.worker import Worker
 from ist.transport.interfaces import Lost, Subnet
-from tests.conftest import assert_same, clone, job_for, naming, small_config
+from tests.conftest import assert_same, clone, job_for, naming, returned, small_config
 from tests.networks import NETWORKS, seeded
 
 
@@ -42,7 +43,7 @@ class ChangingPool(InlinePool):
 
     def results(self) -> Generator[Subnet | Lost]:
         shapes, round_number = [], self.round_number
-        for result in super().results():
+        for result in returned(super().results()):
             assert isinstance(result, Subnet)
             shapes.append(tuple(result.buffers.up.tensors["linear_1.bias"].shape))
             header = result.buffers.up.read_header(round_number, result.worker)
@@ -67,13 +68,13 @@ def test_full_width_rounds_do_not_change_shares() -> None:
     stages = [{}, {"rounds": 3, "keep": 1}]
     made, pool = changing({}, {"worker 0": 9.0}, partition__balance="speed", recipe__stages=stages, train__rounds=6)
     for round_number in range(3):
-        made.train_round(round_number)
+        completed(made.train_round(round_number))
     assert made._balance
     names = pool.gather(3)
     measured, workers = made._balance.capacities(names), set()
 
     for round_number in range(3, 6):
-        made.train_round(round_number)
+        completed(made.train_round(round_number))
         workers.add(tuple(id(host._worker) for host in pool._hosts))
 
     assert measured
@@ -87,7 +88,7 @@ def test_full_width_rounds_do_not_change_shares() -> None:
 def test_the_next_partition_uses_the_available_workers() -> None:
     made, pool = changing({0: 4, 1: 2, 2: 3}, train__workers={"min": 2, "max": 4})
 
-    reports = [made.train_round(round_number) for round_number in range(3)]
+    reports = [completed(made.train_round(round_number)) for round_number in range(3)]
 
     assert [report.numbers["workers"] for report in reports] == [4, 2, 3]
     assert pool.shapes == [[(4,)] * 4, [(8,)] * 2, [(6,), (5,), (5,)]]
@@ -99,8 +100,8 @@ def test_a_round_with_fewer_workers_is_the_round_of_a_run_with_that_many() -> No
     elastic, _ = changing({0: 2}, train__workers={"min": 2, "max": 4})
     fixed, _ = changing({}, train__workers=2)
 
-    elastic.train_round(0)
-    fixed.train_round(0)
+    completed(elastic.train_round(0))
+    completed(fixed.train_round(0))
 
     assert_same(clone(elastic.model.state_dict()), clone(fixed.model.state_dict()))
 
@@ -109,7 +110,7 @@ def test_shares_follow_the_measured_speed_until_workers_finish_together() -> Non
     made, pool = changing({}, {"worker 0": 9.0}, partition__balance="speed")
 
     for round_number in range(4):
-        made.train_round(round_number)
+        completed(made.train_round(round_number))
 
     assert pool.shapes[0] == [(4,)] * 4
     # Worker 0 takes 9 times as long for the same width, and time grows with its square: a third of the others' width.

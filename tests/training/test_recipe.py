@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import ist
 from ist.config.recipe import Average, Outer
+from ist.loops.part import Part, completed
 from ist.monitoring.meter import Meter
 from ist.pools.inline import InlinePool
 from ist.runs.build import build_job
@@ -46,7 +47,8 @@ class Trajectory:
         self.model = nn.BatchNorm1d(3)
         self._values = values
 
-    def train_round(self, round_number: int) -> RoundReport:
+    def train_round(self, round_number: int) -> Generator[Part, None, RoundReport]:
+        yield from ()
         with torch.no_grad():
             self.model.weight.copy_(self._values[round_number])
             assert self.model.running_mean is not None
@@ -82,7 +84,7 @@ def test_the_average_matches_its_formula_after_every_round(settings: dict[str, A
     averaged = Averaged(method, average, 6)
 
     for number in range(6):
-        averaged.train_round(number)
+        completed(averaged.train_round(number))
 
         expected = by_hand(average, values[: number + 1], 6).float()
         torch.testing.assert_close(averaged.model.get_parameter("weight").detach(), expected, rtol=0, atol=1e-6)
@@ -97,15 +99,15 @@ def test_a_resumed_average_continues_exactly(settings: dict[str, Any], stop: int
     values = [torch.randn(3, generator=torch.Generator().manual_seed(number)) for number in range(6)]
     whole = Averaged(Trajectory(values), Average(**settings), 6)
     for number in range(6):
-        whole.train_round(number)
+        completed(whole.train_round(number))
     first = Averaged(Trajectory(values), Average(**settings), 6)
     for number in range(stop):
-        first.train_round(number)
+        completed(first.train_round(number))
     saved = {name: tensor.clone() for name, tensor in first.checkpoint_state().items() if name.startswith("average/")}
 
     second = Averaged(Trajectory(values), Average(**settings), 6, saved)
     for number in range(stop, 6):
-        second.train_round(number)
+        completed(second.train_round(number))
 
     assert_same(second.checkpoint_state(), whole.checkpoint_state())
 
@@ -266,8 +268,8 @@ def test_the_coordinator_applies_the_outer_optimizer_to_the_merged_network() -> 
     for round_number in range(3):
         reference.load_state_dict(model.state_dict())
         before, cuts = clone(model.state_dict()), assignments(plain.job).cuts(round_number)
-        plain.train_round(round_number)
-        made.train_round(round_number)
+        completed(plain.train_round(round_number))
+        completed(made.train_round(round_number))
 
         masks = held(trained_parameters(model), cuts, [0, 1, 2, 3])
         for name, merged in reference.state_dict().items():
@@ -285,8 +287,8 @@ def test_a_stage_can_set_its_own_outer_optimizer() -> None:
     for round_number in range(made.job.schedule.num_rounds):
         reference.load_state_dict(model.state_dict())
         before = clone(model.state_dict())
-        plain.train_round(round_number)
-        made.train_round(round_number)
+        completed(plain.train_round(round_number))
+        completed(made.train_round(round_number))
 
         if round_number < made.job.schedule.num_rounds - 2:
             assert_same(clone(model.state_dict()), clone(reference.state_dict()))
@@ -307,15 +309,15 @@ def test_a_stage_can_switch_off_the_outer_optimizer_of_the_run() -> None:
     without = coordinator(job_for(networks[1], recipe={"stages": stages, "outer": SETTINGS.model_dump()}), networks[1])
 
     for made in (with_step, without):
-        made.train_round(0)
-        made.train_round(1)
+        completed(made.train_round(0))
+        completed(made.train_round(1))
 
     momenta = [
         [t for n, t in made.checkpoint_state().items() if n.startswith("outer/")] for made in (with_step, without)
     ]
     assert all(bool(tensor.any()) for tensor in momenta[0])
     assert not any(bool(tensor.any()) for tensor in momenta[1])
-    without.train_round(2)
+    completed(without.train_round(2))
     assert any(n.startswith("outer/") and bool(t.any()) for n, t in without.checkpoint_state().items())
 
 
@@ -323,16 +325,16 @@ def test_a_resumed_outer_optimizer_continues_exactly() -> None:
     outer = {"recipe__outer": SETTINGS.model_dump()}
     model = seeded(NETWORKS["no batch norm"])
     made = coordinator(job_for(model, **outer), model)
-    made.train_round(0)
+    completed(made.train_round(0))
     saved = clone(made.checkpoint_state())
-    made.train_round(1)
+    completed(made.train_round(1))
     other = seeded(NETWORKS["no batch norm"])
     other.load_state_dict({name: tensor for name, tensor in saved.items() if not name.startswith("outer/")})
 
     resumed = coordinator(
         job_for(other, **outer), other, {name: t for name, t in saved.items() if name.startswith("outer/")}
     )
-    resumed.train_round(1)
+    completed(resumed.train_round(1))
 
     assert_same(clone(resumed.checkpoint_state()), clone(made.checkpoint_state()))
 

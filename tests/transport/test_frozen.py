@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from ist.api import train
 from ist.config.methods import METHODS, trained_sizes
 from ist.errors import ModelError, PoolError
+from ist.loops.part import completed
 from ist.monitoring.meter import Meter
 from ist.pools.inline import InlinePool
 from ist.runs.execute import execute
@@ -130,7 +131,7 @@ def test_a_worker_that_was_lost_is_sent_all_frozen_parameters_again() -> None:
     sent, before = [], 0
     for round_number, lost in enumerate([(), (), (1,), (), ()]):
         pool.lost = lost
-        made.train_round(round_number)
+        completed(made.train_round(round_number))
         sent.append(meter.sent[1] - before)
         before = meter.sent[1]
 
@@ -157,7 +158,7 @@ def test_shared_frozen_parameters_stay_cached_when_the_number_of_workers_changes
 
     made._frozen.write = noted  # type: ignore[method-assign]
     for round_number in range(4):
-        made.train_round(round_number)
+        completed(made.train_round(round_number))
 
     # The third worker does not take part in the second round.
     assert [slot for *slot, sent in written if sent] == [[0, 0], [0, 1], [0, 2], [2, 2]]

@@ -1,6 +1,6 @@
 """One optimizer step: forward and backward passes over the micro-batches of a step, clipping, the optimizer.
 
-Where it sits: `ist/training/local_loop.py` makes each step of a round here, and `ist/runs/rehearsal.py` the step of its
+Where it sits: `ist/loops/local_loop.py` makes each step of a round here, and `ist/runs/rehearsal.py` the step of its
 rehearsal.
 Law: with one worker, a step is that of a plain PyTorch loop with the same features, bit for bit.
 Not here: which samples a step uses (`ist/data/batches.py`), the settings of the optimizer (`ist/optimization/`).

@@ -1,0 +1,121 @@
+"""The built-in local steps, one at a time: the innermost loop of the system.
+
+Where it sits: a worker, and every rank of a baseline, makes the steps of a `Part` (`ist/loops/part.py`) with a
+`LocalLoop`. The built-in one, `TaskLoop`, takes batches from the task's data and makes one optimizer step for each.
+Not here: one step (`ist/loops/local_step.py`), a user's own loop (`ist/loops/part.py`), receiving and returning weights
+(`ist/training/worker.py`, `ist/baselines/`).
+"""
+
+from collections.abc import Generator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ist.data.batches import fetch, take_shard
+from ist.loops.local_step import LocalStep
+from ist.loops.part import LocalLoop, OwnLoop, Part
+from ist.network.failures import located
+from ist.optimization.step_settings import apply_settings, matching_groups
+from ist.rng import Indices
+from ist.subnet.assignments import WorkerSlot
+from ist.subnet.job import Job
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """The result of one optimizer step.
+
+    Attributes:
+        loss: Mean loss over the samples of the step, shape (), detached.
+        samples: Number of samples.
+    """
+
+    loss: Tensor
+    samples: int
+
+
+class TaskLoop:
+    """The built-in loop: one optimizer step for each batch of the task's data; a `LocalLoop`.
+
+    Args:
+        job: The run.
+        slot: The worker whose data and random numbers are used.
+        device: The device of the module.
+
+    Attributes:
+        schedule: The steps of each round, and their settings.
+        sampler: The samples of each step.
+        shard: The worker's data.
+        step: Makes a step.
+    """
+
+    def __init__(self, job: Job, slot: WorkerSlot, device: torch.device) -> None:
+        self.slot = slot
+        self.device = device
+        self.seed = job.config.seed
+        self.schedule = job.schedule
+        self.sampler = job.schedule.sampler_for(slot.team.num_workers)
+        self.shard: Dataset[Any] = take_shard(job.task.train_data, self.sampler.shard(slot.worker))
+        self.step = LocalStep(job.config.train, job.task.loss)
+
+    def steps(
+        self, round_number: int, module: nn.Module, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> Generator[StepDone]:
+        """Run the steps of a round, and yield after each; if the generator is closed, no further step runs.
+
+        Args:
+            round_number: The round, from 0.
+            module: The module to train: a subnet module, or a full network that averages its gradients.
+            named: The module's trained parameters, by their names in the full network.
+            optimizer: An optimizer of these parameters.
+
+        Raises:
+            DataError: A sample cannot be read, or its loss fails; the message names it, the round and the worker.
+            ModelError: The network fails; the message names the module.
+        """
+        schedule, parameters = self.schedule, list(named.values())
+        groups = matching_groups(optimizer, named, schedule.group_of) if schedule.settings else []
+        for step in schedule.steps(round_number):
+            if schedule.settings:
+                apply_settings(optimizer, groups, schedule.settings[step])
+            batch = self.sampler.batch(self.slot.worker, step)
+            with located(f"round {round_number}, worker {self.slot.worker}"):
+                loss = self.step.take(module, parameters, optimizer, batch, self.read, self.numbers)
+            yield StepDone(loss, len(batch))
+
+    def run(self, part: Part) -> None:
+        """Make the steps of a part; see `LocalLoop`.
+
+        Raises:
+            AbandonedRoundError: The coordinator has continued without this worker.
+            DataError: A sample cannot be read, or its loss fails.
+            ModelError: The network fails.
+        """
+        with closing(self.steps(part.round, part.model, part.named, part.optimizer)) as steps:
+            while True:
+                part.check_not_over()
+                done = next(steps, None)
+                if done is None:
+                    return
+                part.log(done.loss, done.samples)
+
+    def read(self, batch: Indices) -> tuple[Any, Any]:
+        """Return the samples at some positions in the worker's shard as a batch (inputs, targets).
+
+        Raises:
+            DataError: A sample cannot be read.
+        """
+        return fetch(self.shard, batch, self.device, lambda: self.numbers(batch))
+
+    def numbers(self, batch: Indices) -> Indices:
+        """Return the numbers in the full data set of the samples at some positions in the worker's shard."""
+        return self.sampler.shard(self.slot.worker)[batch]
+
+
+def worker_loop(job: Job, slot: WorkerSlot, device: torch.device) -> LocalLoop:
+    """Return the loop that makes a worker's steps: the user's own if the task has one, or the built-in loop."""
+    return OwnLoop(job.task.loop) if job.task.loop is not None else TaskLoop(job, slot, device)

@@ -1,0 +1,294 @@
+"""A worker's part of a round: its subnet module and optimizer, and the local steps that are to be made.
+
+Where it sits: a worker (`ist/training/worker.py`), and every rank of a baseline, yields a `Part` when its module has
+arrived. It reaches the caller that iterates the rounds: `completed` runs each part with the worker's own loop;
+another caller hands each part to the user's `for` loop. Then the round continues.
+Not here: the built-in loop (`ist/loops/local_loop.py`), receiving and returning weights (`ist/training/worker.py`).
+"""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ist.errors import AbandonedRoundError, ISTError, LoopError, error_with_line
+from ist.loops.batch_source import BatchSources
+from ist.optimization.schedule import Schedule
+from ist.optimization.step_settings import apply_settings, matching_groups
+from ist.rng import Purpose, seeded
+from ist.subnet.assignments import WorkerSlot
+
+_Result = TypeVar("_Result")
+_Batch = TypeVar("_Batch")
+
+MAX_BATCHES_WITHOUT_STEP = 10_000
+"""After as many batches without an optimizer step, `Part.take` reports that the loop makes none."""
+
+
+class LocalLoop(Protocol):
+    """Makes a worker's local steps."""
+
+    def run(self, part: "Part") -> None:
+        """Make the steps of a round, and log each with `part.log`."""
+        ...
+
+
+class Part:
+    """A worker's part of one round: the module to train, its optimizer, and how many steps to make.
+
+    Attributes:
+        model: This worker's subnet module; the same object from round to round while the shapes are the same. Its
+            parameters have new values in every round.
+        optimizer: An optimizer of the module's parameters.
+        named: The module's trained parameters, by their names in the full network.
+        round: The round, from 0.
+        steps: The numbers of this round's local steps in the whole run.
+        worker: The number of this worker, from 0.
+        num_workers: The number of workers in this round.
+        device: The device of the module.
+        state: A dictionary of this worker, empty at first, that lasts from round to round but is not saved; a loop
+            that runs in another process keeps its loader here.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> def loop(part: ist.Part) -> None:
+        ...     for inputs, targets in part.take([(torch.ones(4, 2), torch.ones(4, 1))]):
+        ...         loss = nn.functional.mse_loss(part.model(inputs), targets)
+        ...         loss.backward()
+        ...         part.optimizer.step()
+        ...         part.optimizer.zero_grad()
+        ...         part.log(loss, len(inputs))
+        >>> result = ist.train(
+        ...     nn.Linear(2, 1), loop=loop, example=torch.ones(4, 2), workers=1, local_steps=5, rounds=2, progress=False
+        ... )
+        >>> [record["samples"] for record in result.history]
+        [20, 20]
+    """
+
+    def __init__(
+        self,
+        local: "LocalSteps",
+        round_number: int,
+        model: nn.Module,
+        named: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        is_over: Callable[[], bool] | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.named = named
+        self.round = round_number
+        self.steps = local.schedule.steps(round_number)
+        self.worker = local.slot.worker
+        self.num_workers = local.slot.team.num_workers
+        self.device = local.device
+        self.state = local.state
+        self.samples = 0
+        self._local = local
+        self._steps_made = 0
+        self._is_over = is_over
+        self._loss_sum = torch.zeros((), device=local.device)
+
+    @property
+    def local_steps(self) -> int:
+        """The number of optimizer steps to make in this round."""
+        return len(self.steps)
+
+    @property
+    def steps_made(self) -> int:
+        """The number of optimizer steps made so far in this round."""
+        return self._steps_made
+
+    @property
+    def step(self) -> int:
+        """The number of the current optimizer step in the whole run, from 0; use it for a learning-rate schedule."""
+        return self.steps.start + self._steps_made
+
+    @property
+    def loss_sum(self) -> float:
+        """The sum of the logged losses of all samples. Reading it waits for the device."""
+        return float(self._loss_sum)
+
+    def take(self, loader: Iterable[_Batch]) -> Iterator[_Batch]:
+        """Yield batches until this round's optimizer steps are made.
+
+        The next round continues where this one stopped. A loader that ends is started again, as at a new epoch; if its
+        sampler has `set_epoch`, that is called first. Several batches may make one step (gradient accumulation): what
+        is counted is `optimizer.step()`, not batches. Before each batch, the settings of `schedule` are applied.
+
+        Args:
+            loader: A DataLoader, or any iterable of batches. Give the same object in every round.
+
+        Raises:
+            LoopError: The loader is empty, or it is an iterator that has ended; or the loop makes no optimizer step.
+        """
+        source = self._local.sources.of(loader)
+        settings, groups = self._local.schedule.settings, []
+        if settings:
+            groups = matching_groups(self.optimizer, self.named, self._local.schedule.group_of)
+        batches = 0
+        while self._steps_made < self.local_steps and not self.is_over():
+            if settings:
+                apply_settings(self.optimizer, groups, settings[self.step])
+            batches += 1
+            if batches > MAX_BATCHES_WITHOUT_STEP and not self._steps_made:
+                raise LoopError(
+                    f"worker {self.worker}, round {self.round}: no step of part.optimizer after "
+                    f"{MAX_BATCHES_WITHOUT_STEP:,} batches: call part.optimizer.step()"
+                )
+            yield source.next_batch(f"worker {self.worker}, round {self.round}")
+
+    def log(self, loss: Tensor | float, samples: int = 1) -> None:
+        """Add the loss of a batch to the round's record.
+
+        Args:
+            loss: The mean loss of the samples: a tensor with one element, or a number.
+            samples: The number of samples.
+
+        Raises:
+            LoopError: The loss is not a single number.
+        """
+        if isinstance(loss, Tensor):
+            if loss.numel() != 1:
+                raise LoopError(f"part.log: the loss has shape {tuple(loss.shape)}: give the mean loss, one number")
+            self._loss_sum.add_(loss.detach().reshape(()).to(self.device), alpha=samples)
+        else:
+            self._loss_sum.add_(float(loss), alpha=samples)
+        self.samples += samples
+
+    def is_over(self) -> bool:
+        """Return whether the coordinator has continued the round without this worker."""
+        return self._is_over is not None and self._is_over()
+
+    def run(self) -> None:
+        """Make the steps with the worker's own loop.
+
+        Raises:
+            AbandonedRoundError: The coordinator has continued without this worker.
+            LoopError: The user's loop raises an exception, or makes no step.
+            DataError: A sample cannot be read, or its loss fails.
+            ModelError: The network fails.
+        """
+        self._local.loop.run(self)
+
+    def check_not_over(self) -> None:
+        """Raise an error if the coordinator has continued the round without this worker.
+
+        Raises:
+            AbandonedRoundError: It has.
+        """
+        if self.is_over():
+            raise AbandonedRoundError(
+                f"worker {self.worker}: the coordinator has continued round {self.round} without it"
+            )
+
+    def count_step(self, *_: object) -> None:
+        """Count an optimizer step."""
+        self._steps_made += 1
+
+
+class LocalSteps:
+    """Makes the parts of one worker, from round to round.
+
+    Args:
+        schedule: The rounds and steps of the run.
+        seed: The seed of the run.
+        slot: The worker.
+        device: The device on which it computes.
+        loop: Makes the steps, unless the caller that iterates the rounds makes them.
+
+    Attributes:
+        sources: The positions in the loaders of the user's own loop.
+        state: The dictionary `Part.state`.
+    """
+
+    def __init__(self, schedule: Schedule, seed: int, slot: WorkerSlot, device: torch.device, loop: LocalLoop) -> None:
+        self.schedule = schedule
+        self.slot = slot
+        self.device = device
+        self.loop = loop
+        self.sources = BatchSources()
+        self.state: dict[str, Any] = {}
+        self._seed = seed
+
+    def of_round(
+        self,
+        round_number: int,
+        model: nn.Module,
+        named: Mapping[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        is_over: Callable[[], bool] | None = None,
+    ) -> Generator[Part, None, Part]:
+        """Yield the part of a round, and return it when its steps are made.
+
+        Random numbers drawn meanwhile depend only on seed, round and worker.
+
+        Args:
+            round_number: The round, from 0.
+            model: The module to train: a subnet module, or a full network that averages its gradients.
+            named: The module's trained parameters, by their names in the full network.
+            optimizer: An optimizer of these parameters.
+            is_over: Returns whether the coordinator has continued without this worker. None: it never does.
+
+        Raises:
+            AbandonedRoundError: The coordinator has continued without this worker.
+            LoopError: No optimizer step was made.
+        """
+        part = Part(self, round_number, model, named, optimizer, is_over)
+        # The only hook: it counts. Gradient accumulation, `accelerate` and GradScaler make fewer steps than batches.
+        counting = optimizer.register_step_post_hook(part.count_step)
+        try:
+            with seeded(self.device, self._seed, Purpose.TRAINING, round_number, part.worker):
+                yield part
+        finally:
+            counting.remove()
+        part.check_not_over()
+        if not part.steps_made:
+            raise LoopError(
+                f"worker {part.worker} made no optimizer step in round {round_number}: call part.optimizer.step() "
+                f"{part.local_steps} times, or iterate over part.take(loader)"
+            )
+        return part
+
+
+class OwnLoop:
+    """A user's function as a `LocalLoop`: it is called once for each part.
+
+    Args:
+        function: Makes the steps of a `Part`.
+    """
+
+    def __init__(self, function: Callable[[Part], Any]) -> None:
+        self._function = function
+
+    def run(self, part: Part) -> None:
+        """Call the function; see `Part.run`."""
+        try:
+            self._function(part)
+        except (ISTError, MemoryError):
+            raise
+        except Exception as error:  # user code may raise anything
+            raise LoopError(
+                f"worker {part.worker}, round {part.round}: the loop raises {error_with_line(error)}"
+            ) from error
+
+
+def completed(parts: Generator[Part, None, _Result]) -> _Result:
+    """Run each part that a generator yields with the worker's own loop, and return the generator's result.
+
+    An exception of a part is raised where the generator yielded the part, so that the round is left as from there.
+    """
+    try:
+        part = next(parts)
+        while True:
+            try:
+                part.run()
+            except BaseException as error:
+                part = parts.throw(error)
+            else:
+                part = next(parts)
+    except StopIteration as end:
+        result: _Result = end.value
+        return result
