@@ -70,7 +70,9 @@ def configure(method: str, workers: int, epochs: float, quick: bool) -> Config:
     config = load_config(CONFIG, [f"{key}={value}" for key, value in changes.items()])
     if method == "ist" or quick:
         return config
-    steps = epochs * build_job(config).schedule.sampler.steps_per_epoch
+    epoch_steps = build_job(config).schedule.sampler.steps_per_epoch
+    assert epoch_steps is not None
+    steps = epochs * epoch_steps
     # End with an outer step: later local steps would be lost.
     changes |= {"train.rounds": max(1, round(steps / FULL_STEPS))}
     return load_config(CONFIG, [f"{key}={value}" for key, value in changes.items()])

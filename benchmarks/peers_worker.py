@@ -204,7 +204,9 @@ def train_with_hivemind(job: Job, model: nn.Module, place: Place, notes: Notes) 
     named = dict(model.named_parameters())
     inner = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
     groups = matching_groups(inner, named, job.schedule.group_of)
-    samples_per_step = job.schedule.sampler.num_samples / job.schedule.sampler.steps_per_epoch
+    sampler = job.schedule.sampler
+    assert sampler.steps_per_epoch is not None
+    samples_per_step = sampler.num_samples / sampler.steps_per_epoch
     optimizer = hivemind.Optimizer(
         dht=dht,
         run_id="peers",

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from ist.config.partition import Exchange, Partition
     from ist.config.recipe import Average, Outer, Recipe, Stage
     from ist.config.runtime import Checkpoint, Pool, Ray, Watch
-    from ist.config.schema import Evaluate, Optimizer, Schedule
+    from ist.config.schema import Evaluate, Optimizer, Schedule, Skew
     from ist.data.batched import BatchedDataset
+    from ist.data.shards.dirichlet import dirichlet_split
     from ist.evaluation.metrics import Metric
     from ist.runs.split import Split
     from ist.subnet.residual_blocks import scaled_blocks
@@ -57,12 +58,14 @@ __all__ = [
     "Recipe",
     "RunFolderError",
     "Schedule",
+    "Skew",
     "Split",
     "Stage",
     "TrainResult",
     "Watch",
     "WorkerLostError",
     "__version__",
+    "dirichlet_split",
     "scaled_blocks",
     "split",
     "train",
@@ -74,8 +77,9 @@ _LATER = {
     "ist.config.partition": ("Exchange", "Partition"),
     "ist.config.recipe": ("Average", "Outer", "Recipe", "Stage"),
     "ist.config.runtime": ("Checkpoint", "Pool", "Ray", "Watch"),
-    "ist.config.schema": ("Evaluate", "Optimizer", "Schedule"),
+    "ist.config.schema": ("Evaluate", "Optimizer", "Schedule", "Skew"),
     "ist.data.batched": ("BatchedDataset",),
+    "ist.data.shards.dirichlet": ("dirichlet_split",),
     "ist.evaluation.metrics": ("Metric",),
     "ist.runs.split": ("Split",),
     "ist.subnet.residual_blocks": ("scaled_blocks",),

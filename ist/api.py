@@ -21,7 +21,7 @@ from ist.checks.gradient_reach import check_captured_network
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
 from ist.config.runtime import Checkpoint, Pool, Watch
-from ist.config.schema import Evaluate, Optimizer, Schedule
+from ist.config.schema import Evaluate, Optimizer, Schedule, Skew
 from ist.distributed.environment import is_rank_zero
 from ist.errors import ConfigError
 from ist.monitoring.observers import check_observers
@@ -107,6 +107,7 @@ def train(
     optimizer: str | Optimizer | Mapping[str, Any] = "SGD",
     schedule: str | Schedule | Mapping[str, Any] | None = None,
     shuffle: Literal["local", "global"] = "local",
+    skew: Skew | Mapping[str, Any] | None = None,
     test_data: Dataset[Any] | None = None,
     partition: Partition | Mapping[str, Any] | None = None,
     exchange: Exchange | Mapping[str, Any] | None = None,
@@ -152,6 +153,8 @@ def train(
         schedule: Name of a class of torch.optim.lr_scheduler, or `ist.Schedule` with its arguments; it advances with
             every local step. Default: the learning rate is constant.
         shuffle: 'local': a worker has a fixed part of the data; 'global': the data are reassigned every epoch.
+        skew: `ist.Skew(alpha=0.3)` gives each worker another mix of classes, for studies; see `ist.dirichlet_split`.
+            Default: samples are assigned at random.
         test_data: Evaluated every round, if given; accuracy is reported if the targets are class numbers.
         partition: How neurons are assigned to workers. Default: each neuron to one worker, at random every round.
         exchange: The number of bits of exchanged weights. Default: the bits of the network's dtypes.

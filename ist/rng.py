@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     REHEARSAL = 7
     DATA = 8
     CONTENT = 9
+    SKEW = 10
 
 
 def _bits(seed: int, purpose: Purpose, *counters: int) -> np.random.Philox:

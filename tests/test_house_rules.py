@@ -37,7 +37,7 @@ PUBLIC_NAMES = {
     "__version__", "train", "TrainResult", "split", "Split",
     "Optimizer", "Schedule", "Partition", "Exchange", "Recipe", "Stage", "Outer", "Average",
     "Evaluate", "Checkpoint", "Pool", "Ray", "Watch",
-    "BatchedDataset", "Metric", "scaled_blocks",
+    "BatchedDataset", "Metric", "scaled_blocks", "dirichlet_split", "Skew",
     "ISTError", "ConfigError", "DataError", "ModelError", "DivergedError", "PoolError", "WorkerLostError",
     "RunFolderError", "CheckpointError",
 }  # fmt: skip

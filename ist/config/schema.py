@@ -32,6 +32,20 @@ FROM_PYTHON = "from-python:"
 """Prefix of `model.name` if the network was passed to `ist.train`: such a network cannot be built from its name."""
 
 
+class Skew(Section):
+    """Shards with a skewed mix of classes, for studies of data that are not identically distributed.
+
+    Example:
+        >>> ist.Skew(alpha=0.3).alpha
+        0.3
+    """
+
+    alpha: PositiveFloat = Field(
+        description="concentration of the Dirichlet distribution from which the workers' fractions of each class are "
+        "drawn: 100 gives nearly equal mixes, 0.1 very different ones"
+    )
+
+
 class Data(Component):
     """The data set."""
 
@@ -42,6 +56,12 @@ class Data(Component):
         default="local",
         description="'local': each worker owns a fixed shard of the training data; 'global': the data is sharded again "
         "every epoch, so every worker's machine must hold all of it",
+    )
+    skew: Skew | None = Field(
+        default=None,
+        description="assigns samples by their classes, so that each worker has another mix of classes and another "
+        "number of samples (needs 'train.rounds', and class numbers as targets); each worker goes through its own "
+        "epochs, and the merge gives workers equal weight; default: samples are assigned at random, in equal shards",
     )
 
 
@@ -322,6 +342,22 @@ class Config(Section):
             raise ValueError(
                 f"'pool.min_returned' is {self.pool.min_returned}, more than the {self.train.workers} workers "
                 "(train.workers)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_no_common_epoch(self) -> "Config":
+        if self.data.skew is None:
+            return self
+        if self.train.epochs is not None:
+            raise ValueError(
+                f"'train.epochs' is {self.train.epochs}, but with 'data.skew' the workers' shards differ in length, so "
+                "there is no common epoch: give 'train.rounds'"
+            )
+        if self.data.shuffle == "global":
+            raise ValueError(
+                "'data.shuffle' is 'global', which reassigns samples in every epoch, but 'data.skew' keeps classes "
+                "with their workers: use 'local', or leave 'data.skew' out"
             )
         return self
 

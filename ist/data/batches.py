@@ -81,16 +81,17 @@ class ShardedSampler:
         """Return the positions in the worker's shard of the samples of its local step `step` (from 0): int64."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self.shuffle == "global":
-            order = _epoch_order(self.num_samples, self.seed, epoch, 0)[worker :: self.num_workers]
+            order = epoch_order(self.num_samples, self.seed, epoch, 0)[worker :: self.num_workers]
         else:
-            order = _epoch_order(len(range(worker, self.num_samples, self.num_workers)), self.seed, epoch, worker)
+            order = epoch_order(len(range(worker, self.num_samples, self.num_workers)), self.seed, epoch, worker)
         size, longer = divmod(len(order), self.steps_per_epoch)  # the first `longer` batches have one sample more
         start = position * size + min(position, longer)
         return order[start : start + size + (position < longer)]
 
 
 @lru_cache(maxsize=64)
-def _epoch_order(shard_size: int, seed: int, epoch: int, worker: int) -> Indices:
+def epoch_order(shard_size: int, seed: int, epoch: int, worker: int) -> Indices:
+    """Return the order in which a worker goes through its shard in an epoch: positions in the shard."""
     return permutation(shard_size, seed, Purpose.ORDER, epoch, worker)
 
 

@@ -10,15 +10,18 @@ from dataclasses import dataclass, replace
 
 from ist.config.recipe import Outer, Recipe, Stage
 from ist.config.schema import Config
-from ist.data.batches import ShardedSampler
+from ist.data.shards.unequal import Sampler
 from ist.optimization.stages import WHOLE_RUN, Span, spans
 from ist.optimization.step_settings import StepSettings
 
 
-def run_spans(config: Config, sampler: ShardedSampler) -> Sequence[Span]:
+def run_spans(config: Config, sampler: Sampler) -> Sequence[Span]:
     """Return all rounds of a run, with their steps and stages."""
     train = config.train
-    total = train.epochs * sampler.steps_per_epoch if train.epochs is not None else None
+    total = None
+    if train.epochs is not None:
+        assert sampler.steps_per_epoch is not None  # the configuration gives the rounds
+        total = train.epochs * sampler.steps_per_epoch
     stages = config.recipe.stages if config.method_spec.needs_groups else ()
     return spans(stages, train.local_steps, train.rounds, total)
 
@@ -37,7 +40,7 @@ class Schedule:
 
     spans: Sequence[Span]
     recipe: Recipe
-    sampler: ShardedSampler
+    sampler: Sampler
     settings: Sequence[StepSettings]
     group_of: Mapping[str, int]
 
@@ -70,7 +73,7 @@ class Schedule:
             return 0
         return next(number for number, span in enumerate(self.spans) if span.stage.is_open)
 
-    def sampler_for(self, num_workers: int) -> ShardedSampler:
+    def sampler_for(self, num_workers: int) -> Sampler:
         """Return the assignment of samples to steps in a round with the given number of workers."""
         if num_workers == self.sampler.num_workers:
             return self.sampler

@@ -193,6 +193,11 @@ class Planner:
         for method, configured in configs.items():
             if not configured.method_spec.can_be_planned:
                 raise ConfigError(f"method '{method}' cannot be planned: it has no formula for the bytes that it sends")
+            if configured.data.skew is not None:
+                raise ConfigError(
+                    "'data.skew' is set, but 'ist plan' predicts workers with equally many samples: plan with --set "
+                    "data.skew=null"
+                )
         self.jobs = {method: build_job(configured) for method, configured in configs.items()}
         self.device = compute_device(config.pool)
         self._whole: dict[str, WholeCost] = {}
@@ -274,6 +279,8 @@ def _prediction(
 ) -> Prediction:
     steps = job.config.train.local_steps
     round_s = compute_s + exchange_s + coordinate_s
+    epoch_steps = job.schedule.sampler.steps_per_epoch
+    assert epoch_steps is not None
     return Prediction(
         method=job.config.method,
         workers=job.config.train.workers,
@@ -287,7 +294,7 @@ def _prediction(
         exchange_s=exchange_s,
         coordinate_s=coordinate_s,
         round_s=round_s,
-        epoch_s=round_s / steps * job.schedule.sampler.steps_per_epoch,
+        epoch_s=round_s / steps * epoch_steps,
     )
 
 

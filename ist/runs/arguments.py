@@ -17,7 +17,7 @@ from ist.config.load import validate
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
 from ist.config.runtime import Checkpoint, Pool, Watch
-from ist.config.schema import FROM_PYTHON, Config, Evaluate, Optimizer, Schedule
+from ist.config.schema import FROM_PYTHON, Config, Evaluate, Optimizer, Schedule, Skew
 from ist.data.batched import BatchedDataset
 from ist.data.batches import length
 from ist.data.nested import tensors_in
@@ -28,6 +28,7 @@ from ist.network.compiled import original
 SECTIONS: dict[str, type[Section]] = {
     "optimizer": Optimizer,
     "schedule": Schedule,
+    "skew": Skew,
     "partition": Partition,
     "exchange": Exchange,
     "recipe": Recipe,
@@ -102,6 +103,7 @@ _NO_DATA = {
     "loss": "cross_entropy",
     "schedule": None,
     "shuffle": "local",
+    "skew": None,
     "evaluate": None,
     "checkpoint": None,
     "watch": None,
@@ -150,6 +152,7 @@ def _config(given: Mapping[str, Any], data_name: str, metric: str, source: str) 
         "data": {
             "name": data_name,
             "shuffle": given["shuffle"],
+            "skew": sections.pop("skew") or None,
             **(keywords.get("data_options") or {}),
         },
         "train": {

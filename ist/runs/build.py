@@ -24,6 +24,8 @@ from ist.config.schema import Config
 from ist.data.batches import ShardedSampler, fetch, length
 from ist.data.nested import scores
 from ist.data.registry import DATASETS, Splits
+from ist.data.shards.dirichlet import class_numbers
+from ist.data.shards.unequal import Sampler, SkewedSampler
 from ist.errors import ConfigError, DataError, ModelError
 from ist.evaluation.losses import LOSSES
 from ist.evaluation.metrics import METRICS, Metric
@@ -109,9 +111,8 @@ def make_job(
         DataError: The data cannot be assigned to the workers.
         ModelError: The network cannot be split among that many workers.
     """
-    train = config.train
     template, build = _in_modes(template, build)
-    sampler = ShardedSampler(length(train_data), train.workers, train.batch_size, config.seed, config.data.shuffle)
+    sampler = _sampler(config, train_data)
     _check_micro_batches(config, sampler)
     metric = metric_named(config.evaluate.metric)
     found, example = _found(config, template, build, train_data, example)
@@ -144,7 +145,7 @@ def split_network(
     return split, _schedule(config, template, sampler)
 
 
-def _check_micro_batches(config: Config, sampler: ShardedSampler) -> None:
+def _check_micro_batches(config: Config, sampler: Sampler) -> None:
     """Check that every micro-batch of every step has a sample, for each number of workers that a round may have.
 
     Raises:
@@ -247,7 +248,19 @@ def _split_model(
     return replace(split, found=found, groups=carried_groups(slots, groups, parameters))
 
 
-def _schedule(config: Config, template: nn.Module, sampler: ShardedSampler) -> Schedule:
+def _sampler(config: Config, data: Dataset[Any]) -> Sampler:
+    """Return the assignment of samples to workers and steps.
+
+    Raises:
+        DataError: There are fewer samples than workers, or `data.skew` finds no class numbers.
+    """
+    workers, batch_size = config.train.workers, config.train.batch_size
+    if config.data.skew is not None:
+        return SkewedSampler(class_numbers(data), config.data.skew.alpha, workers, batch_size, config.seed)
+    return ShardedSampler(length(data), workers, batch_size, config.seed, config.data.shuffle)
+
+
+def _schedule(config: Config, template: nn.Module, sampler: Sampler) -> Schedule:
     """Return the schedule of a run.
 
     Raises:

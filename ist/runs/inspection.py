@@ -173,6 +173,8 @@ class Inspection:
         header_bytes: Bytes of a message's header.
         bytes_per_round: Bytes of a round.
         bytes_of_run: Bytes of the run, including all stages, if no worker is lost.
+        samples_by_class: With `data.skew`, the number of each worker's samples of each class, in the order of class
+            numbers; else None.
     """
 
     model: str
@@ -195,6 +197,7 @@ class Inspection:
     header_bytes: int
     bytes_per_round: RoundBytes
     bytes_of_run: int
+    samples_by_class: tuple[tuple[int, ...], ...] | None = None
 
 
 def inspect_split(

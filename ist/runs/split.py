@@ -7,7 +7,7 @@ Not here: computing the numbers (`ist/runs/inspection.py`), training.
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from ist.data.shards.unequal import SkewedSampler
 from ist.errors import ConfigError
 from ist.monitoring.display import PlainConsole, format_bytes, format_ratio
 from ist.network.compiled import plain_name
@@ -129,10 +130,16 @@ class Split:
         return self.held.of(round_number)[worker]
 
 
+_MOST_CLASSES = 10
+
+
 def split_of(job: Job) -> Split:
     """Return the split of a run's network, with the initial values."""
     held = assignments(job)
-    inspection = inspect_split(job.config, job.split, job.schedule, held, job.schedule.sampler.steps_per_epoch)
+    sampler = job.schedule.sampler
+    inspection = inspect_split(job.config, job.split, job.schedule, held, sampler.steps_per_epoch)
+    if isinstance(sampler, SkewedSampler):
+        inspection = replace(inspection, samples_by_class=sampler.samples_by_class)
     return Split(inspection, job.split, held, lambda: values_of(job.task.build()))
 
 
@@ -169,6 +176,8 @@ def print_inspection(found: Inspection, console: Console) -> None:
             format_bytes(share.sent_bytes), format_bytes(share.returned_bytes),
         )  # fmt: skip
     console.print(shares)
+    if found.samples_by_class is not None:
+        console.print(_class_table(found.samples_by_class))
     if some_frozen:
         most = max(share.frozen_bytes for share in found.shares)
         console.print(
@@ -197,6 +206,18 @@ def _group_table(found: Inspection) -> Table:
         noun = "subnet" if counts == "1" else "subnets"
         groups.add_row(group.title, _span(group.neurons_per_worker), f"{counts} {noun}", shown)
     return groups
+
+
+def _class_table(samples_by_class: Sequence[Sequence[int]]) -> Table:
+    """Return each worker's samples of each class (data.skew); of many classes, only how many the worker has."""
+    table = Table("worker", "samples", title="Samples of each class, by worker", title_justify="left")
+    few = len(samples_by_class[0]) <= _MOST_CLASSES
+    for column in map(str, range(len(samples_by_class[0]))) if few else ["classes"]:
+        table.add_column(column)
+    for worker, counts in enumerate(samples_by_class):
+        shown = counts if few else [sum(count > 0 for count in counts)]
+        table.add_row(*(f"{number:,}" for number in (worker, sum(counts), *shown)))
+    return table
 
 
 def _tensor_table(found: Inspection) -> Table:

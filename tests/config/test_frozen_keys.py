@@ -9,7 +9,7 @@ seed
 method
 label
 model.name model.args model.weights
-data.name data.args data.root data.shuffle
+data.name data.args data.root data.shuffle data.skew data.skew.alpha
 train.workers train.min_workers train.epochs train.rounds train.local_steps train.batch_size train.loss
 train.accumulate train.clip_grad_norm
 train.optimizer.name train.optimizer.args train.schedule train.schedule.name train.schedule.args

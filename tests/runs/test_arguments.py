@@ -27,6 +27,7 @@ def config_of(**arguments: Any) -> Config:
 OBJECTS: dict[str, Any] = {
     "optimizer": ist.Optimizer(name="AdamW", args={"lr": 0.01}),
     "schedule": ist.Schedule(name="StepLR", args={"step_size": 2}),
+    "skew": ist.Skew(alpha=0.3),
     "partition": ist.Partition(strategy="rolling", keep=0.5),
     "exchange": ist.Exchange(up="int8", values="deltas"),
     "recipe": ist.Recipe(stages=[ist.Stage(), ist.Stage(rounds=1, keep=1)], average=ist.Average(kind="ema")),
@@ -38,6 +39,7 @@ OBJECTS: dict[str, Any] = {
 MAPPINGS: dict[str, Any] = {
     "optimizer": {"name": "AdamW", "args": {"lr": 0.01}},
     "schedule": {"name": "StepLR", "args": {"step_size": 2}},
+    "skew": {"alpha": 0.3},
     "partition": {"strategy": "rolling", "keep": 0.5},
     "exchange": {"up": "int8", "values": "deltas"},
     "recipe": {"stages": [{}, {"rounds": 1, "keep": 1}], "average": {"kind": "ema"}},
@@ -49,6 +51,7 @@ MAPPINGS: dict[str, Any] = {
 EARLIER: dict[str, dict[str, Any]] = {
     "optimizer": {"optimizer": "AdamW", "optimizer_args": {"lr": 0.01}},
     "schedule": {"schedule": "StepLR", "schedule_args": {"step_size": 2}},
+    "skew": {"data_options": {"skew": {"alpha": 0.3}}},
     "evaluate": {"evaluate_options": {"every": 2}},
     "checkpoint": {"checkpoint_options": {"every": 3}},
     "pool": {"pool": "ray", "pool_options": {"ray": {"num_cpus": 2}}},
