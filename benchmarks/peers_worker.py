@@ -33,7 +33,6 @@ from ist.data.batches import fetch, take_shard
 from ist.data.nested import call_model
 from ist.loops.local_loop import TaskLoop
 from ist.loops.part import LocalSteps, completed
-from ist.optimization import optimizers as optim
 from ist.optimization.step_settings import apply_settings, matching_groups
 from ist.runs.build import build_job
 from ist.subnet.job import Job, slot_of
@@ -151,7 +150,7 @@ def train_with_torchft(job: Job, model: nn.Module, place: Place, notes: Notes) -
         init_sync=False,  # all workers have the same weights, because they use the same seed
     )
     named = dict(model.named_parameters())
-    inner = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
+    inner = job.task.make_optimizer(named)
     outer = torch.optim.SGD(model.parameters(), lr=0.7, momentum=0.9, nesterov=True)
     slot = slot_of(job, place.rank)
     local = LocalSteps(job.schedule, job.config.seed, slot, CPU, TaskLoop(job, slot, CPU))
@@ -202,7 +201,7 @@ def train_with_hivemind(job: Job, model: nn.Module, place: Place, notes: Notes) 
     if place.rank == 0:
         place.store.set("peer", str(dht.get_visible_maddrs()[0]))
     named = dict(model.named_parameters())
-    inner = optim.build_optimizer(job.config.train.optimizer, list(named.values()))
+    inner = job.task.make_optimizer(named)
     groups = matching_groups(inner, named, job.schedule.group_of)
     sampler = job.schedule.sampler
     assert sampler.steps_per_epoch is not None

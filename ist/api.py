@@ -29,8 +29,9 @@ from ist.network.compiled import uncompiled
 from ist.network.copies import on_meta
 from ist.network.modes import preserve_modes
 from ist.network.supported import check_network, check_values
+from ist.optimization.factory import MakeOptimizer
 from ist.rng import Purpose, seeded
-from ist.runs.arguments import Keywords, TrainKeys, split_config, train_config
+from ist.runs.arguments import Keywords, TrainKeys, optimizer_function, split_config, train_config
 from ist.runs.build import loss_function, make_job, split_network
 from ist.runs.execute import execute
 from ist.runs.inspection import inspect_split
@@ -104,7 +105,7 @@ def train(
     epochs: int | None = None,
     batch_size: int = 32,
     loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
-    optimizer: str | Optimizer | Mapping[str, Any] = "SGD",
+    optimizer: str | Optimizer | type[torch.optim.Optimizer] | MakeOptimizer | Mapping[str, Any] = "SGD",
     schedule: str | Schedule | Mapping[str, Any] | None = None,
     shuffle: Literal["local", "global"] = "local",
     skew: Skew | Mapping[str, Any] | None = None,
@@ -148,8 +149,11 @@ def train(
             (`accumulate`).
         loss: Name of a function of torch.nn.functional, applied to the outputs or to their `logits`; or any mean loss
             of (outputs, targets). It must not hold `model`, because workers train submodels of it, nor own weights.
-        optimizer: Name of a class of torch.optim, with torch's default arguments (but lr 0.1 for SGD); or
-            `ist.Optimizer(name="AdamW", args={"lr": 3e-4})`, with exactly those arguments.
+        optimizer: A class of torch.optim or its name, with torch's default arguments (but lr 0.1 for SGD); or
+            `ist.Optimizer(name="AdamW", args={"lr": 3e-4})`, with exactly those arguments; or a function that makes an
+            optimizer of a subnet's parameters, which it gets in a mapping by their names in `model`. It is called for
+            every new subnet, and on stand-ins of all parameters without values. So it decides by a parameter's name,
+            number of dims or dtype, not by its shape, and uses only the parameters that it gets.
         schedule: Name of a class of torch.optim.lr_scheduler, or `ist.Schedule` with its arguments; it advances with
             every local step. Default: the learning rate is constant.
         shuffle: 'local': a worker has a fixed part of the data; 'global': the data are reassigned every epoch.
@@ -213,7 +217,8 @@ def train(
     with uncompiled(model) as plain, preserve_modes(plain):
         check_network(plain, is_split=True)
         check_values(plain)
-        job = make_job(config, on_meta(plain), lambda: plain, data, test_data, function)
+        make = optimizer_function(optimizer)
+        job = make_job(config, on_meta(plain), lambda: plain, data, test_data, function, optimizer=make)
         return replace(_train(job, plain, run_dir, resume, progress), model=model)
 
 
@@ -226,7 +231,7 @@ def split(
     workers: int,
     local_steps: int = 50,
     rounds: int = 1,
-    optimizer: str | Optimizer | Mapping[str, Any] = "SGD",
+    optimizer: str | Optimizer | type[torch.optim.Optimizer] | MakeOptimizer | Mapping[str, Any] = "SGD",
     partition: Partition | Mapping[str, Any] | None = None,
     exchange: Exchange | Mapping[str, Any] | None = None,
     recipe: Recipe | Mapping[str, Any] | None = None,
@@ -272,11 +277,11 @@ def split(
         Sequential: 354 parameters, 1.4 kB; 4 workers, 50 local steps a round, 1 round
         Neuron groups...
     """
-    config = split_config(locals())
+    config, make = split_config(locals()), optimizer_function(optimizer)
     with uncompiled(model) as plain, preserve_modes(plain):
         check_network(plain, is_split=True)
         check_values(plain)
-        network, schedule = split_network(config, on_meta(plain), lambda: plain, example)
+        network, schedule = split_network(config, on_meta(plain), lambda: plain, example, make)
     held = Assignments(network, schedule, config.partition)
     return Split(inspect_split(config, network, schedule, held, None), network, held, lambda: values_of(model))
 

@@ -1,6 +1,6 @@
-"""Optimizer classes as a user writes them, for the tests; a configuration names them `tests.optimizers:NAME`."""
+"""Optimizers as a user writes them, for the tests; a configuration names them `tests.optimizers:NAME`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -91,3 +91,18 @@ class MomentumForMatrices(torch.optim.SGD):
         given = list(params)
         groups = [{"params": [p for p in given if (p.ndim >= 2) == wanted]} for wanted in (True, False)]
         super().__init__([{**groups[0], "momentum": 0.9}, {**groups[1], "momentum": 0.0}], lr=lr)
+
+
+def no_decay_on_biases(named: Mapping[str, nn.Parameter], lr: float = 0.01) -> torch.optim.Optimizer:
+    """AdamW with groups by name: biases and norms do not decay, the output has its own rate."""
+    plain = [parameter for name, parameter in named.items() if name.endswith("bias") or "norm" in name]
+    output = [named[name] for name in ("output.weight",) if name in named]
+    rest = [p for p in named.values() if not any(p is other for other in (*plain, *output))]
+    groups = [{"params": plain, "weight_decay": 0.0}, {"params": output, "lr": lr / 2}, {"params": rest}]
+    return torch.optim.AdamW(groups, lr=lr, weight_decay=0.1)
+
+
+def like_the_class(named: Mapping[str, nn.Parameter], name: str, args: Mapping[str, Any]) -> torch.optim.Optimizer:
+    """A class of torch.optim, made by a function."""
+    made: torch.optim.Optimizer = getattr(torch.optim, name)(named.values(), **args)
+    return made

@@ -137,7 +137,7 @@ def test_the_python_of_the_readme_runs() -> None:
     for block in ours:
         exec(block.replace("threads=2", "threads=1"), names)
 
-    assert len(ours) == 3
+    assert len(ours) >= 3
     assert len(names["result"].history) == 5
 
 

@@ -93,7 +93,7 @@ class DataParallel:
                 "DDP keeps each dtype in a bucket of its own, and PowerSGD hangs over several"
             )
         self._settle_order()
-        self._optimizer = optimizers.build_optimizer(job.config.train.optimizer, list(self._named.values()))
+        self._optimizer = job.task.make_optimizer(self._named)
         self._saved: Mapping[str, Tensor] = {}
         with peer_errors("starting together"):
             self._restore(broadcast_tensors(membership, state))

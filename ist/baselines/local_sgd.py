@@ -84,7 +84,7 @@ class LocalTraining:
             )
         trained = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         self._named = trained
-        self._optimizer = optimizers.build_optimizer(job.config.train.optimizer, list(trained.values()))
+        self._optimizer = job.task.make_optimizer(trained)
         self._sent_bytes = 0.0
         self._saved: dict[str, Tensor] = {}
         # The network after the last exchange, which is the same on all ranks, and the optimizer that updates it.

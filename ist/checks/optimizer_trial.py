@@ -103,7 +103,7 @@ def try_steps(job: Job, named: Mapping[str, nn.Parameter]) -> Trial:
     """Make steps with a new optimizer on copies of parameters until one of them changes; see `Trial`."""
     with_gradients = {name: parameter for name, parameter in named.items() if parameter.grad is not None}
     copies = {name: nn.Parameter(_zeros_and_ones(parameter)) for name, parameter in named.items()}
-    optimizer = optimizers.build_optimizer(job.config.train.optimizer, list(copies.values()))
+    optimizer = job.task.make_optimizer(copies)
     own = {id(parameter): name for name, parameter in copies.items()}
     before = _outside(optimizer, own)
     is_still = not any(group.get("lr", 1.0) for group in optimizer.param_groups)

@@ -76,7 +76,10 @@ class Model(Component):
 
 
 class Optimizer(Component):
-    """A class of torch.optim, or another optimizer by its import path, and its arguments.
+    """A class of torch.optim, or the import path of another class or of a function, and its arguments.
+
+    A function gets a mapping of a subnet's parameters by their names in the full network, and these arguments, and
+    returns an optimizer. It is called for every new subnet, so it decides by names or numbers of dims, not by sizes.
 
     Example:
         >>> ist.Optimizer(name="AdamW", args={"lr": 3e-4, "weight_decay": 0.1}).args["lr"]
@@ -123,7 +126,10 @@ class Train(Section):
         "clips the averaged gradient",
     )
     loss: str = Field(default="cross_entropy", description="function of torch.nn.functional, or import path")
-    optimizer: Optimizer = Field(description="class of torch.optim and its arguments")
+    optimizer: Optimizer = Field(
+        description="class of torch.optim, or the import path of a class or of a function that makes an optimizer of "
+        "named parameters; and its arguments"
+    )
     schedule: Schedule | None = Field(
         default=None,
         description="class of torch.optim.lr_scheduler, advanced every local step; the argument value "

@@ -1,7 +1,7 @@
-"""The task of a run: the network, its data, its loss and its metric.
+"""The task of a run: the network, its data, its loss, its optimizer and its metric.
 
 Where it sits: `ist/runs/build.py` builds it once in each process, from a configuration or from the user's own objects.
-Workers use its training data and loss, evaluation uses its test data and metric.
+Workers use its training data, loss and optimizer, evaluation uses its test data and metric.
 Not here: the split of the network (`ist/subnet/split_model.py`), the samples of each step
 (`ist/optimization/schedule.py`).
 """
@@ -18,6 +18,7 @@ from ist.data.fingerprint import NO_DATA, DataFingerprint, data_fingerprint
 from ist.evaluation.evaluate import InputCache
 from ist.evaluation.metrics import Metric
 from ist.network.copies import copied
+from ist.optimization.factory import MakeOptimizer
 
 LossFunction = Callable[[Any, Any], Tensor]
 """Computes the mean loss of (outputs, targets)."""
@@ -25,7 +26,7 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """The network, its data, its loss and its metric; the same in every process.
+    """The network, its data, its loss, its optimizer and its metric; the same in every process.
 
     Attributes:
         build: Builds the full network with its initial weights, in the modes in which it trains.
@@ -35,6 +36,8 @@ class Task:
         metric: The metric to report beside the loss; None for none.
         example: The inputs of a batch of two samples, or of a training batch if the network needs more.
         seed: The seed of the run.
+        make_optimizer: Makes an optimizer of the network's or of a subnet's parameters, given by their names in the
+            network; see `ist/optimization/factory.py`.
         loop: The user's own loop, which makes the local steps of an `ist.Part`; None: the built-in loop makes them, on
             `train_data`.
     """
@@ -46,6 +49,7 @@ class Task:
     metric: Metric | None
     example: Any
     seed: int
+    make_optimizer: MakeOptimizer
     loop: Callable[[Any], object] | None = None
 
     def build_copy(self) -> nn.Module:

@@ -1,30 +1,28 @@
-"""Build any `torch.optim` optimizer by name, and convert its state to named tensors and back.
+"""An optimizer's state as named tensors, and back.
 
-A worker builds a new optimizer for each subnet that it did not hold in the round before. `train.optimizer_state` says
+A worker makes a new optimizer for each subnet that it did not hold in the round before. `train.optimizer_state` says
 what happens to the state. `reset`: it starts fresh each round. `kept`: the worker stores it
 (`ist/training/worker_state.py`). `carried`: each state tensor with the shape of its parameter (momentum, second
 moments) is cut, sent and merged like the parameter, and scalars (step counts) are shared. A state tensor is named
 after its parameter: `momentum_buffer@linear_1.weight`.
 
-Where it sits: `ist/training/worker.py` builds and restores optimizers, `ist/training/coordinator.py` merges state.
-Not here: schedules (`step_settings.py`), cutting state (`ist/subnet/cut.py`), sending it (`ist/transport/`).
+Where it sits: `ist/training/worker.py` loads and stores state, `ist/training/coordinator.py` merges it.
+Not here: making an optimizer (`factory.py`), schedules (`step_settings.py`), cutting state (`ist/subnet/cut.py`),
+sending it (`ist/transport/`).
 """
 
-import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ist.config.base import Component
-from ist.config.registry import call, resolve
-from ist.errors import CheckpointError, ConfigError, error_with_line
+from ist.config.schema import Optimizer
+from ist.errors import CheckpointError, ConfigError
+from ist.optimization.factory import MakeOptimizer, small_parameters, stepped
 from ist.tensors import TensorSpec
 
-_SAMPLE_SHAPE = (2, 3)
-_TRIED_STEPS = 3
 _NUMBER = "#"
 
 
@@ -45,93 +43,29 @@ class StateSlot:
     initial: float
 
 
-def build_optimizer(spec: Component, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """Build an optimizer.
+StateSlots = Mapping[str, tuple[StateSlot, ...]]
+"""By the name of each parameter that has state, its entries."""
+
+
+def state_slots(spec: Optimizer, make: MakeOptimizer, dims: Mapping[str, int]) -> StateSlots:
+    """Return the entries of an optimizer's state for each parameter, found by one step on small parameters.
 
     Args:
-        spec: Its name in `torch.optim` (or an import path) and its arguments.
-        parameters: The parameters that it updates.
+        spec: The section `train.optimizer`, for messages.
+        make: Makes the optimizer.
+        dims: The number of dims of every parameter, by its name.
 
-    Raises:
-        ConfigError: The optimizer is unknown, rejects its arguments, or needs a closure.
-    """
-    cls = resolve(spec.name, "train.optimizer.name", {}, torch.optim)
-    if cls is torch.optim.LBFGS:
-        raise ConfigError(
-            "'train.optimizer.name' is 'LBFGS', which evaluates the loss several times per step: not supported"
-        )
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        raise ConfigError(f"'train.optimizer.name' is '{spec.name}', which is not a torch.optim.Optimizer")
-    # Copy the arguments: a schedule changes a learning rate in place if it is a tensor.
-    optimizer = call(cls, {"params": parameters, **copy.deepcopy(spec.args)}, "train.optimizer.args")
-    assert isinstance(optimizer, torch.optim.Optimizer)
-    return optimizer
-
-
-def try_optimizer(spec: Component) -> None:
-    """Make a few steps on a small parameter, because some arguments are rejected only at their first use.
-
-    Raises:
-        ConfigError: As for `build_optimizer`, or a step fails.
-    """
-    _stepped(spec, [nn.Parameter(torch.zeros(_SAMPLE_SHAPE))], 1.0, _TRIED_STEPS)
-
-
-def _stepped(spec: Component, parameters: Sequence[nn.Parameter], gradient: float, steps: int) -> torch.optim.Optimizer:
-    """Build an optimizer and make some steps with constant gradients, which are sparse if it rejects dense ones.
-
-    Raises:
-        ConfigError: A step fails with dense and with sparse gradients.
-    """
-    first: Exception | None = None
-    for is_sparse in (False, True):
-        optimizer = build_optimizer(spec, parameters)
-        for group in optimizer.param_groups if gradient == 0 else ():
-            group["weight_decay"] = 0.0  # so that the state depends only on the gradients, which are zero
-        try:
-            with torch.random.fork_rng(devices=[]):
-                for _ in range(steps):
-                    for parameter in parameters:
-                        dense = torch.full_like(parameter, gradient)
-                        parameter.grad = dense.to_sparse(1) if is_sparse else dense
-                    optimizer.step()
-        except Exception as error:  # a user's class may raise anything
-            first = first or error
-        else:
-            return optimizer
-        finally:
-            for parameter in parameters:
-                parameter.grad = None
-    assert first is not None
-    raise ConfigError(
-        f"'train.optimizer.args' {spec.args}: a step of {spec.name} raises {error_with_line(first)}"
-    ) from first
-
-
-def state_slots(spec: Component, dims: Iterable[int] = (2,)) -> tuple[StateSlot, ...]:
-    """Return the entries of an optimizer's state per parameter, found by one step on small parameters.
-
-    Args:
-        spec: The optimizer.
-        dims: The numbers of dims of the network's parameters.
+    Returns:
+        By the name of each parameter that has state, the entries of its state.
 
     Raises:
         ConfigError: The state cannot be carried with neurons: a tensor has another shape than its parameter or depends
-            on the parameter's values, or the entries depend on the number of dims.
+            on the parameter's values.
     """
-    ordered = sorted(set(dims) - {0}) or [1]
-    shapes = [_SAMPLE_SHAPE[-number:] if number <= 2 else (*_SAMPLE_SHAPE, *[2] * (number - 2)) for number in ordered]
-    generator = torch.Generator().manual_seed(0)
-    parameters = [nn.Parameter(torch.empty(shape).uniform_(1, 2, generator=generator)) for shape in shapes]
-    optimizer = _stepped(spec, parameters, 0.0, 1)
-    found = [_slots_of(spec.name, optimizer, parameter) for parameter in parameters]
-    for number, slots in zip(ordered, found, strict=True):
-        if slots != found[0]:
-            raise ConfigError(
-                f"'train.optimizer_state' is 'carried', but {spec.name} stores {_keys(found[0])} for parameters with "
-                f"{ordered[0]} dims and {_keys(slots)} for parameters with {number}: use 'reset' or 'kept'"
-            )
-    return found[0]
+    named = small_parameters(dims)
+    optimizer = stepped(spec, make, named, 0.0, 1)
+    found = {name: _slots_of(spec.name, optimizer, parameter) for name, parameter in named.items()}
+    return {name: slots for name, slots in found.items() if slots}
 
 
 def _slots_of(name: str, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[StateSlot, ...]:
@@ -151,44 +85,35 @@ def _slots_of(name: str, optimizer: torch.optim.Optimizer, parameter: nn.Paramet
     return tuple(slots)
 
 
-def _keys(slots: Sequence[StateSlot]) -> str:
-    return " and ".join(f"'{slot.key}'" for slot in slots) or "nothing"
-
-
 def state_name(key: str, parameter: str) -> str:
     """Return the name of a parameter's state tensor in messages and checkpoints."""
     return f"{key}@{parameter}"
 
 
-def carried_specs(slots: Sequence[StateSlot], parameters: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
+def carried_specs(slots: StateSlots, parameters: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     """Return the specs of all state tensors of the given parameters."""
     return {
         state_name(slot.key, name): TensorSpec(spec.shape if slot.like_parameter else (), slot.dtype or spec.dtype)
         for name, spec in parameters.items()
-        for slot in slots
+        for slot in slots.get(name, ())
     }
 
 
-def initial_state(
-    slots: Sequence[StateSlot], specs: Mapping[str, TensorSpec], device: torch.device
-) -> dict[str, Tensor]:
+def initial_state(slots: StateSlots, specs: Mapping[str, TensorSpec], device: torch.device) -> dict[str, Tensor]:
     """Return the state tensors before the first step, for the names in `specs`."""
-    values = {slot.key: slot.initial for slot in slots}
-    return {
-        name: torch.full(spec.shape, values[name.partition("@")[0]], dtype=spec.dtype, device=device)
-        for name, spec in specs.items()
-    }
+    values = {state_name(slot.key, name): slot.initial for name, entries in slots.items() for slot in entries}
+    return {name: torch.full(spec.shape, values[name], dtype=spec.dtype, device=device) for name, spec in specs.items()}
 
 
 def load_state(
     optimizer: torch.optim.Optimizer,
     named: Mapping[str, nn.Parameter],
-    slots: Sequence[StateSlot],
+    slots: StateSlots,
     state: Mapping[str, Tensor],
 ) -> None:
     """Load `state` into an optimizer; tensors with the shape of their parameter are used in place, not copied."""
     for name, parameter in named.items():
-        for slot in slots:
+        for slot in slots.get(name, ()):
             tensor = state[state_name(slot.key, name)]
             scalar = tensor.to(scalar_device(optimizer, parameter), copy=True)
             optimizer.state[parameter][slot.key] = tensor if slot.like_parameter else scalar
@@ -206,12 +131,12 @@ def scalar_device(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> 
 def store_state(
     optimizer: torch.optim.Optimizer,
     named: Mapping[str, nn.Parameter],
-    slots: Sequence[StateSlot],
+    slots: StateSlots,
     state: Mapping[str, Tensor],
 ) -> None:
     """Write an optimizer's state into the tensors of `state`: the inverse of `load_state`."""
     for name, parameter in named.items():
-        for slot in slots:
+        for slot in slots.get(name, ()):
             target, source = state[state_name(slot.key, name)], optimizer.state[parameter].get(slot.key)
             if source is None:  # the parameter has had no gradient yet
                 target.fill_(slot.initial)

@@ -5,7 +5,7 @@ settings of every step are recorded. A worker's optimizer has only the parameter
 groups gets the settings of the full network's group with the same parameters.
 
 Where it sits: `ist/runs/build.py` records the settings; `ist/training/worker.py` applies them before each step.
-Not here: building an optimizer (`optimizers.py`), the rounds of a run (`stages.py`).
+Not here: making an optimizer (`factory.py`), the rounds of a run (`stages.py`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from ist.config.base import Component
 from ist.config.registry import call, resolve
 from ist.config.schema import TOTAL_STEPS
 from ist.errors import ConfigError, ModelError, error_with_line
-from ist.optimization.optimizers import build_optimizer
+from ist.optimization.factory import MakeOptimizer
 from ist.optimization.stages import Span
 
 Settings = Mapping[str, Any]
@@ -31,31 +31,31 @@ MAX_SCHEDULED_STEPS = 3_000_000
 """The most local steps of a run with a schedule: their settings take a gigabyte."""
 
 
-def stand_ins(template: nn.Module, spec: Component) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
+def stand_ins(template: nn.Module, make: MakeOptimizer) -> tuple[dict[str, nn.Parameter], torch.optim.Optimizer]:
     """Return stand-ins for the trained parameters of a network, and an optimizer over them; neither takes memory.
 
-    There is a stand-in for each parameter, because an optimizer class may group its parameters by their shapes.
+    There is a stand-in for each parameter, because an optimizer may group its parameters by their shapes.
 
     Args:
         template: The full network, on the `meta` device.
-        spec: The optimizer.
+        make: Makes the optimizer.
 
     Returns:
         The stand-ins by name, and the optimizer.
 
     Raises:
-        ConfigError: As for `build_optimizer`.
+        ConfigError: The optimizer cannot be made.
     """
     trained = {name: parameter for name, parameter in template.named_parameters() if parameter.requires_grad}
     named = {name: nn.Parameter(torch.empty_like(parameter, device="meta")) for name, parameter in trained.items()}
     try:
-        return named, build_optimizer(spec, list(named.values()))
+        return named, make(named)
     except (ConfigError, NotImplementedError):  # some classes read devices or values: expand a single value
         named = {
             name: nn.Parameter(torch.zeros((), dtype=parameter.dtype).expand(parameter.shape))
             for name, parameter in trained.items()
         }
-        return named, build_optimizer(spec, list(named.values()))
+        return named, make(named)
 
 
 def groups_by_name(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, int]:
@@ -66,6 +66,12 @@ def groups_by_name(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Para
         for number, group in enumerate(optimizer.param_groups)
         for parameter in group["params"]
     }
+
+
+def group_settings(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Settings]:
+    """Return the settings of each parameter's group in an optimizer, by the parameter's name."""
+    settings = _settings_now(optimizer)
+    return {name: settings[number] for name, number in groups_by_name(optimizer, named).items()}
 
 
 def matching_groups(

@@ -100,7 +100,7 @@ def measure_whole(job: Job, device: torch.device) -> WholeCost:
         shard = loop.shard
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         trained = list(named.values())
-        optimizer = optimizers.build_optimizer(job.config.train.optimizer, trained)
+        optimizer = job.task.make_optimizer(named)
 
         def train(job: Job) -> None:
             loop.schedule = job.schedule
@@ -271,9 +271,9 @@ def _state_bytes(job: Job, module: nn.Module) -> int:
     """Bytes of the optimizer's state after a step; 0 if the state travels in the message."""
     if job.split.state_slots:
         return 0
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = optimizers.build_optimizer(job.config.train.optimizer, trained)
-    for parameter in trained:
+    named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    optimizer = job.task.make_optimizer(named)
+    for parameter in named.values():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

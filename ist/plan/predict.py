@@ -216,8 +216,9 @@ class Planner:
     def whole(self, job: Job) -> WholeCost:
         """Return the cost of a step of the full network; measured once for all jobs with the same step."""
         config = job.config
-        optimizer = {key: value for key, value in config.train.optimizer.args.items() if key != "lr"}
-        parts = (config.model, config.data, config.train.loss, config.train.optimizer.name, optimizer)
+        optimizer = config.train.optimizer.model_dump()
+        optimizer["args"].pop("lr", None)
+        parts = (config.model, config.data, config.train.loss, optimizer)
         key = f"{parts} {len(job.schedule.sampler.batch(0, 0))}"
         if key not in self._whole:
             self._whole[key] = measure_whole(job, self.device)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from ist.distributed.device import compute_device
 from ist.errors import PoolError
 from ist.loops.part import completed
-from ist.optimization import optimizers
 from ist.subnet.assignments import WorkerSlot
 from ist.subnet.job import Job, assignments
 from ist.training.worker import WorkerHost
@@ -42,7 +41,7 @@ class RayWorker:
         self._device = compute_device(job.config.pool) if ray.get_gpu_ids() else torch.device("cpu")
         self._host = WorkerHost(job, self._device, assignments(job), location)
         # The first optimizer imports much of torch: do that before the first round's time and memory are measured.
-        optimizers.build_optimizer(job.config.train.optimizer, [torch.nn.Parameter(torch.zeros(2, 3))])
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(2, 3))])
         self._buffers: MessageBuffers | None = None
         self._over = -1
         self.name = name

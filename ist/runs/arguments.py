@@ -9,10 +9,11 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from ist.config.base import Section, python_numbers
+from ist.config.base import Section, plain, python_numbers
 from ist.config.load import validate
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
@@ -24,6 +25,7 @@ from ist.data.nested import tensors_in
 from ist.distributed.environment import is_launched
 from ist.errors import ConfigError, DataError, ISTError, first_line
 from ist.network.compiled import original
+from ist.optimization.factory import MakeOptimizer, of_class
 
 SECTIONS: dict[str, type[Section]] = {
     "optimizer": Optimizer,
@@ -142,7 +144,7 @@ def _config(given: Mapping[str, Any], data_name: str, metric: str, source: str) 
     """
     keywords = given["keywords"]
     sections = {name: _section(name, given[name], keywords) for name in SECTIONS}
-    if given["optimizer"] == "SGD" and keywords.get("optimizer_args") is None:
+    if given["optimizer"] in ("SGD", torch.optim.SGD) and keywords.get("optimizer_args") is None:
         sections["optimizer"]["args"] = {"lr": 0.1}
     loss = given["loss"]
     tree = {
@@ -177,8 +179,10 @@ def _section(name: str, value: Any, keywords: Mapping[str, Any]) -> dict[str, An
         ConfigError: The argument has another type, or both arguments have keys.
     """
     kind, short, earlier = SECTIONS[name], _SHORT.get(name), _EARLIER.get(name, "")
-    if value is None or (name == "pool" and value == "auto"):
-        found: dict[str, Any] = {}
+    if name == "optimizer" and callable(value):
+        found: dict[str, Any] = {"name": _name_of(value)}
+    elif value is None or (name == "pool" and value == "auto"):
+        found = {}
     elif isinstance(value, str) and short is not None:
         found = {short: value}
     elif isinstance(value, Mapping):
@@ -224,19 +228,53 @@ def _check_keywords(function: str, given: Mapping[str, Any], further: Sequence[s
 
 
 def _check_classes(given: Mapping[str, Any]) -> None:
-    """Check that model, optimizer and loss are not classes.
+    """Check that model and loss are not classes, and that the optimizer can be made for every subnet.
 
     Raises:
-        ConfigError: One of them is a class, or `model` is not a module.
+        ConfigError: One of them is a class, `model` is not a module, or the optimizer is an object.
     """
     if not isinstance(given["model"], nn.Module):
         raise ConfigError(f"model is {given['model']!r}: give a torch.nn.Module")
-    if isinstance(given["optimizer"], type):
-        name = given["optimizer"].__name__
-        raise ConfigError(f"optimizer is the class {name}: give its name, ist.Optimizer(name='{name}', args={{...}})")
+    _check_optimizer(given["optimizer"])
     if isinstance(given["loss"], type):
         name = given["loss"].__name__
         raise ConfigError(f"loss is the class {name}: give a function, such as {name}()")
+
+
+def _check_optimizer(value: Any) -> None:
+    """Check that an optimizer is neither an object nor a class of something else.
+
+    Raises:
+        ConfigError: It is.
+    """
+    if isinstance(value, type) and not issubclass(value, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer is the class {value.__name__}: give a class of torch.optim, its name, or ist.Optimizer(...)"
+        )
+    if isinstance(value, torch.optim.Optimizer):
+        name = type(value).__name__
+        raise ConfigError(
+            f"optimizer is a {name} of given parameters, but every subnet needs its own: give the class, "
+            f"ist.Optimizer(name='{name}', args={{...}}), or a function such as lambda named: "
+            f"{name}(named.values(), ...), which gets a subnet's parameters by their names"
+        )
+
+
+def optimizer_function(value: Any) -> MakeOptimizer | None:
+    """Return the function that makes optimizers if one was given, or a class that the configuration cannot name."""
+    if not callable(value) or _is_torchs(value):
+        return None
+    return of_class(value) if isinstance(value, type) else value
+
+
+def _is_torchs(value: Any) -> bool:
+    """Return whether a value is a class of torch.optim, which its name describes completely."""
+    return isinstance(value, type) and getattr(torch.optim, value.__name__, None) is value
+
+
+def _name_of(function: Any) -> str:
+    """Return the name of an optimizer's class or function for the configuration."""
+    return str(function.__name__) if _is_torchs(function) else f"{FROM_PYTHON}{plain(function)}"
 
 
 def _check_data(data: Any, name: str) -> None:

@@ -39,6 +39,14 @@ from ist.neurons.find import Neurons, find_neurons
 from ist.neurons.select import split_groups
 from ist.neurons.splittable import splittable_groups
 from ist.optimization import optimizers
+from ist.optimization.factory import (
+    MakeOptimizer,
+    dims_of,
+    is_users_function,
+    optimizer_factory,
+    try_optimizer,
+    warn_of_untrained,
+)
 from ist.optimization.schedule import Schedule, run_spans
 from ist.optimization.step_settings import groups_by_name, schedule_settings, staged_settings, stand_ins
 from ist.rng import Purpose, seeded
@@ -94,6 +102,7 @@ def make_job(
     test_data: Dataset[Any] | None,
     loss: LossFunction,
     example: Any = None,
+    optimizer: MakeOptimizer | None = None,
 ) -> Job:
     """Build a job from a network and data in memory; see `build_job` and `ist.train`.
 
@@ -105,6 +114,7 @@ def make_job(
         test_data: A map-style data set for evaluation; None: the network is not evaluated.
         loss: Mean loss of (outputs, targets).
         example: The inputs of a batch; None: they come from `train_data`.
+        optimizer: Makes the optimizers, instead of what the configuration names; see `ist/optimization/factory.py`.
 
     Raises:
         ConfigError: The optimizer or the schedule is wrong, or a step has fewer samples than micro-batches.
@@ -116,14 +126,19 @@ def make_job(
     _check_micro_batches(config, sampler)
     metric = metric_named(config.evaluate.metric)
     found, example = _found(config, template, build, train_data, example)
-    split = _split_model(config, template, build, example, found)
-    task = Task(build, train_data, test_data, loss, metric, example, config.seed)
-    return Job(config, task, split, _schedule(config, template, sampler))
+    make = optimizer_factory(config.train.optimizer, optimizer)
+    split = _split_model(config, template, build, example, found, make)
+    task = Task(build, train_data, test_data, loss, metric, example, config.seed, make)
+    return Job(config, task, split, _schedule(config, template, sampler, make, optimizer))
 
 
 @seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)
 def split_network(
-    config: Config, template: nn.Module, build: Callable[[], nn.Module], example: Any
+    config: Config,
+    template: nn.Module,
+    build: Callable[[], nn.Module],
+    example: Any,
+    optimizer: MakeOptimizer | None = None,
 ) -> tuple[SplitModel, Schedule]:
     """Return the split of a network and the schedule of a run, without data; see `ist.split`.
 
@@ -132,17 +147,19 @@ def split_network(
         template: The network, on any device.
         build: Builds the network with its initial weights.
         example: The inputs of a batch.
+        optimizer: As for `make_job`.
 
     Raises:
         ConfigError: The optimizer is wrong.
         ModelError: The network cannot be split among that many workers.
     """
     template, build = _in_modes(template, build)
-    split = _split_model(config, template, build, example, find_neurons(template, example, build))
     train = config.train
+    make = optimizer_factory(train.optimizer, optimizer)
+    split = _split_model(config, template, build, example, find_neurons(template, example, build), make)
     # A sampler needs a number of samples; the split does not depend on it.
     sampler = ShardedSampler(train.workers * train.batch_size, train.workers, train.batch_size, config.seed)
-    return split, _schedule(config, template, sampler)
+    return split, _schedule(config, template, sampler, make, optimizer)
 
 
 def _check_micro_batches(config: Config, sampler: Sampler) -> None:
@@ -203,7 +220,12 @@ def _found(
 
 
 def _split_model(
-    config: Config, template: nn.Module, build: Callable[[], nn.Module], example: Any, found: Neurons
+    config: Config,
+    template: nn.Module,
+    build: Callable[[], nn.Module],
+    example: Any,
+    found: Neurons,
+    make: MakeOptimizer,
 ) -> SplitModel:
     """Return the split of the network.
 
@@ -222,9 +244,7 @@ def _split_model(
             "the parameters to train"
         )
     carried = train.optimizer_state == "carried" and is_split
-    slots = (
-        optimizers.state_slots(train.optimizer, (len(spec.shape) for spec in parameters.values())) if carried else ()
-    )
+    slots = optimizers.state_slots(train.optimizer, make, dims_of(template)) if carried else {}
     split = SplitModel(
         template=template,
         found=found,
@@ -260,15 +280,23 @@ def _sampler(config: Config, data: Dataset[Any]) -> Sampler:
     return ShardedSampler(length(data), workers, batch_size, config.seed, config.data.shuffle)
 
 
-def _schedule(config: Config, template: nn.Module, sampler: Sampler) -> Schedule:
+def _schedule(
+    config: Config,
+    template: nn.Module,
+    sampler: Sampler,
+    make: MakeOptimizer,
+    given: MakeOptimizer | None,
+) -> Schedule:
     """Return the schedule of a run.
 
     Raises:
         ConfigError: The optimizer or the learning-rate schedule is wrong, or some stages leave no rounds for another.
     """
     train = config.train
-    optimizers.try_optimizer(train.optimizer)
-    named, optimizer = stand_ins(template, train.optimizer)
+    if not is_users_function(train.optimizer, given):  # a function may expect a subnet's real shapes
+        try_optimizer(train.optimizer, make, dims_of(template))
+    named, optimizer = stand_ins(template, make)
+    warn_of_untrained(train.optimizer, optimizer, named)
     group_of = groups_by_name(optimizer, named)  # before the schedule runs, because it may replace entries
     rounds = run_spans(config, sampler)
     settings = schedule_settings(optimizer, train.schedule, rounds[-1].steps.stop)

@@ -7,7 +7,7 @@ Not here: the single checks (`ist/checks/`), real training (`ist/training/worker
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -25,8 +25,8 @@ from ist.evaluation.evaluate import evaluate, reestimate_statistics, statistics_
 from ist.loops.local_loop import TaskLoop
 from ist.loops.local_step import smallest_micro_batch
 from ist.network.failures import located, loss_of
-from ist.optimization import optimizers
-from ist.optimization.step_settings import apply_settings, matching_groups
+from ist.optimization.factory import shown
+from ist.optimization.step_settings import apply_settings, group_settings, matching_groups, stand_ins
 from ist.rng import Indices, Purpose, seeded
 from ist.subnet.cut import cut_specs
 from ist.subnet.job import Job, assignments, slot_of
@@ -98,9 +98,11 @@ def _one_step(job: Job, device: torch.device) -> None:
     sums = checksums(fixed)
     bind(worker.module, {**message.tensors, **fixed})
     named = {name: parameter for name, parameter in worker.module.named_parameters() if parameter.requires_grad}
-    optimizer = optimizers.build_optimizer(job.config.train.optimizer, list(named.values()))
+    optimizer = job.task.make_optimizer(named)
     if job.schedule.settings:
         apply_settings(optimizer, matching_groups(optimizer, named, job.schedule.group_of), job.schedule.settings[0])
+    else:
+        _warn_of_settings_by_shape(job, named, optimizer)
     batch = job.schedule.sampler.batch(0, 0)[: smallest_micro_batch(job)]
 
     def numbers() -> Indices:
@@ -132,6 +134,22 @@ def _one_step(job: Job, device: torch.device) -> None:
         if job.task.test_data is not None:
             few = take_shard(job.task.test_data, np.arange(min(2, length(job.task.test_data))))
             evaluate(worker.module, few, job.task.loss, size, device, job.task.metric)
+
+
+def _warn_of_settings_by_shape(job: Job, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Warn of a parameter with other settings in a subnet than in the full network; with a schedule it is refused."""
+    full_named, full_optimizer = stand_ins(job.split.template, job.task.make_optimizer)
+    full, own = group_settings(full_optimizer, full_named), group_settings(optimizer, named)
+    for name, settings in own.items():
+        for key, value in settings.items():
+            if full.get(name, settings).get(key) != value:
+                warnings.warn(
+                    f"{shown(job.config.train.optimizer)}, which gives '{name}' the {key} {value} in a subnet and "
+                    f"{full[name].get(key)} in the full network: let settings depend on names or numbers of dims, not "
+                    "on sizes",
+                    stacklevel=2,
+                )
+                return
 
 
 def _like_a_mean(spec: TensorSpec) -> float:

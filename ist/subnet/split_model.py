@@ -19,7 +19,7 @@ from ist.neurons.find import Neurons, submodel_calls, submodel_sizes
 from ist.neurons.group import Group
 from ist.neurons.trace import dry_run
 from ist.neurons.trial import SubnetTrial
-from ist.optimization.optimizers import StateSlot, state_name
+from ist.optimization.optimizers import StateSlots, state_name
 from ist.rng import Indices
 from ist.subnet.cut import Cut, absent_modules, cut_specs, exclusive_names, extract, positions
 from ist.subnet.module import Scale, SubmodelPlan, declared_sizes, input_scales, make_submodel
@@ -36,7 +36,7 @@ class SplitModel:
         groups: The groups that are split; with carried optimizer state they include its tensors.
         model_specs: Tensors of the network that are sent, returned and merged.
         frozen_specs: Parameters that are not trained: they are sent to a worker that lacks them, and never returned.
-        state_slots: Tensors of an optimizer's state that are carried.
+        state_slots: Tensors of an optimizer's state that are carried, by parameter.
         state_specs: The specs of these tensors for every parameter, by name.
         constants: Values of tensors that are neither trained nor in the network's `state_dict`.
         declared: Sizes that the user declares (`partition.sizes`): pattern of module paths to attribute to tensor.
@@ -48,7 +48,7 @@ class SplitModel:
     groups: tuple[Group, ...]
     model_specs: Mapping[str, TensorSpec]
     frozen_specs: Mapping[str, TensorSpec]
-    state_slots: tuple[StateSlot, ...]
+    state_slots: StateSlots
     state_specs: Mapping[str, TensorSpec]
     constants: Mapping[str, Tensor]
     declared: Mapping[str, Mapping[str, str]]
@@ -197,7 +197,7 @@ def try_submodel(
 
 
 def carried_groups(
-    slots: Sequence[StateSlot], groups: Sequence[Group], parameters: Mapping[str, TensorSpec]
+    slots: StateSlots, groups: Sequence[Group], parameters: Mapping[str, TensorSpec]
 ) -> tuple[Group, ...]:
     """Return the groups with slots for the optimizer state of their neurons, so that it is cut with them."""
     return tuple(
@@ -208,7 +208,7 @@ def carried_groups(
                 replace(slot, tensor=state_name(state.key, slot.tensor))
                 for slot in group.slots
                 if slot.tensor in parameters
-                for state in slots
+                for state in slots.get(slot.tensor, ())
                 if state.like_parameter
             ),
         )

@@ -140,7 +140,7 @@ class WorkerState:
         state, self._restored = self._restored, None
         if last is not None and _same(last.neurons, self._held(round_number)):
             return last.optimizer  # the same neurons, so the same module
-        made = optimizers.build_optimizer(self._job.config.train.optimizer, list(named.values()))
+        made = self._job.task.make_optimizer(named)
         if state is not None:
             optimizers.restore_named_state(made, named, state)
         return made

@@ -63,6 +63,16 @@ RUNS: dict[str, dict[str, Any]] = {
         f"{method}, clipped, accumulated": {"method": method, "train__clip_grad_norm": CLIPPED, "train__accumulate": 3}
         for method in ("ddp", "ddp_fp16", "powersgd", "local_sgd")
     },
+    **{
+        f"{method}, by a function": {
+            "method": method,
+            "train__optimizer": {
+                "name": "tests.optimizers:like_the_class",
+                "args": small_config().train.optimizer.model_dump(include={"name", "args"}),
+            },
+        }
+        for method in ("ddp", "local_sgd")
+    },
     "ist that keeps": {
         "method": "ist", **ADAM, "train__optimizer_state": "kept",
         "exchange": {"up": "int8", "values": "deltas", "error_feedback": True},

@@ -295,6 +295,11 @@ def test_a_run_that_was_stopped_and_resumed_is_the_same_run(runs: Path, name: st
     assert_same(weights(runs, f"{name}, resumed"), weights(runs, name))
 
 
+@pytest.mark.parametrize("method", ["ddp", "local_sgd"])
+def test_a_method_trains_the_same_with_an_optimizer_made_by_a_function(runs: Path, method: str) -> None:
+    assert_same(weights(runs, f"{method}, by a function"), weights(runs, method))
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_compute_normalized_seconds_are_counted(runs: Path, name: str) -> None:
     history = records(runs, name)

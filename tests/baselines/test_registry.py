@@ -34,7 +34,6 @@ from ist.loops.local_loop import TaskLoop
 from ist.loops.part import LocalSteps, Part
 from ist.measurements import nothing_measured
 from ist.monitoring.meter import Meter
-from ist.optimization.optimizers import build_optimizer
 from ist.plan.predict import make_plan
 from ist.plan.request import parse_request
 from ist.runs.open import check_method
@@ -61,7 +60,7 @@ class Alone:
         slot = slot_of(job, worker)
         self._local = LocalSteps(job.schedule, job.config.seed, slot, CPU, TaskLoop(job, slot, CPU))
         self._named = dict(model.named_parameters())
-        self._optimizer = build_optimizer(job.config.train.optimizer, list(self._named.values()))
+        self._optimizer = job.task.make_optimizer(self._named)
 
     def train_round(self, round_number: int) -> Generator[Part, None, RoundReport]:
         part = yield from self._local.of_round(round_number, self.model, self._named, self._optimizer)

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ist.api import train
-from ist.config.base import Component
+from ist.config.schema import Optimizer
 from ist.errors import ConfigError
-from ist.optimization.optimizers import build_optimizer, named_state, restore_named_state
+from ist.optimization.factory import optimizer_factory
+from ist.optimization.optimizers import named_state, restore_named_state
 from ist.runs.recorder import RunRecorder
 from tests.conftest import assert_same, clone, data, naming
 from tests.networks import NETWORKS, seeded
@@ -89,9 +90,9 @@ def test_state_of_a_kept_optimizer_that_cannot_be_saved_is_warned_of() -> None:
 
 
 def test_numbers_of_the_optimizer_and_of_its_groups_are_part_of_its_named_state() -> None:
-    spec = Component(name="tests.optimizers:Accumulating", args={"lr": 0.1, "every": 3})
+    spec = Optimizer(name="tests.optimizers:Accumulating", args={"lr": 0.1, "every": 3})
     named = {"w": nn.Parameter(torch.zeros(3))}
-    first, second = (build_optimizer(spec, list(named.values())) for _ in range(2))
+    first, second = (optimizer_factory(spec)(named) for _ in range(2))
     first.calls, first.param_groups[0]["lr"] = 7, 0.25  # type: ignore[attr-defined]
 
     restore_named_state(second, named, named_state(first, named))
@@ -105,5 +106,5 @@ def test_torchs_own_optimizers_have_no_other_state(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         trained(optimizer=name, local_steps=2, optimizer_args={"lr": 1e-3}, rounds=1)
-    optimizer = build_optimizer(Component(name=name, args={"lr": 1e-3}), [nn.Parameter(torch.zeros(3))])
+    optimizer = optimizer_factory(Optimizer(name=name, args={"lr": 1e-3}))({"w": nn.Parameter(torch.zeros(3))})
     assert not [key for key in named_state(optimizer, {}) if ":" in key]

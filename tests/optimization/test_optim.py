@@ -7,15 +7,26 @@ import torch
 from torch import nn
 
 from ist.config.base import Component
+from ist.config.schema import Optimizer
 from ist.errors import ConfigError
 from ist.loops.part import completed
 from ist.monitoring.meter import Meter
 from ist.optimization import optimizers as optim
+from ist.optimization.factory import optimizer_factory
 from ist.optimization.step_settings import schedule_settings
 from ist.pools.inline import InlinePool
 from ist.training.coordinator import Coordinator
 from tests.conftest import job_for
 from tests.networks import NETWORKS, seeded
+
+
+def slots_of(spec: Optimizer) -> optim.StateSlots:
+    return optim.state_slots(spec, optimizer_factory(spec), {"w": 2})
+
+
+def made(spec: Optimizer, named: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    return optimizer_factory(spec)(named)
+
 
 REFUSED = {"Adafactor": "row_var", "ASGD": "ax"}
 
@@ -27,13 +38,13 @@ def test_every_optimizer_of_torch_is_carried_or_refused_by_name() -> None:
             continue
         if name in ("Optimizer", "LBFGS", "SparseAdam"):
             continue
-        spec = Component(name=name, args={"lr": 0.1} if name == "SGD" else {})
+        spec = Optimizer(name=name, args={"lr": 0.1} if name == "SGD" else {})
         if name in REFUSED:
             with pytest.raises(ConfigError, match=f"'{REFUSED[name]}'.*'reset'"):
-                optim.state_slots(spec)
+                slots_of(spec)
             refused.add(name)
         else:
-            optim.state_slots(spec)
+            slots_of(spec)
             carried.add(name)
 
     assert refused == REFUSED.keys() & vars(torch.optim).keys()
@@ -42,21 +53,21 @@ def test_every_optimizer_of_torch_is_carried_or_refused_by_name() -> None:
 
 def test_lbfgs_is_refused_because_it_needs_a_closure() -> None:
     with pytest.raises(ConfigError, match=r"'train\.optimizer\.name'.*'LBFGS'"):
-        optim.build_optimizer(Component(name="LBFGS"), [nn.Parameter(torch.zeros(1))])
+        made(Optimizer(name="LBFGS"), {"w": nn.Parameter(torch.zeros(1))})
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (Component(name="SDG"), r"'train\.optimizer\.name'.*'SDG'.*'SGD'"),
-        (Component(name="SGD", args={"lr": -1.0}), r"'train\.optimizer\.args'.*Invalid learning rate: -1\.0"),
-        (Component(name="SGD", args={"lrr": 1.0}), r"'train\.optimizer\.args'.*SGD.*'lrr'"),
-        (Component(name="collections:OrderedDict"), r"'collections:OrderedDict'.*torch\.optim\.Optimizer"),
+        (Optimizer(name="SDG"), r"'train\.optimizer\.name'.*'SDG'.*'SGD'"),
+        (Optimizer(name="SGD", args={"lr": -1.0}), r"'train\.optimizer\.args'.*Invalid learning rate: -1\.0"),
+        (Optimizer(name="SGD", args={"lrr": 1.0}), r"'train\.optimizer\.args'.*SGD.*'lrr'"),
+        (Optimizer(name="collections:OrderedDict"), r"'collections:OrderedDict'.*torch\.optim\.Optimizer"),
     ],
 )
-def test_a_wrong_optimizer_is_refused_with_its_key(spec: Component, message: str) -> None:
+def test_a_wrong_optimizer_is_refused_with_its_key(spec: Optimizer, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        optim.build_optimizer(spec, [nn.Parameter(torch.zeros(1))])
+        made(spec, {"w": nn.Parameter(torch.zeros(1))})
 
 
 @pytest.mark.parametrize(
@@ -73,19 +84,19 @@ def test_a_wrong_schedule_is_refused_with_its_key(schedule: Component, message: 
 
 
 def test_loading_stored_state_gives_the_same_optimizer_state() -> None:
-    spec = Component(name="Adam")
-    slots = optim.state_slots(spec)
+    spec = Optimizer(name="Adam")
+    slots = slots_of(spec)
     named = {"w": nn.Parameter(torch.randn(3, 2))}
     from ist.tensors import TensorSpec
 
     specs = optim.carried_specs(slots, {"w": TensorSpec((3, 2), torch.float32)})
-    first = optim.build_optimizer(spec, list(named.values()))
+    first = made(spec, named)
     named["w"].grad = torch.randn(3, 2)
     first.step()
     state = optim.initial_state(slots, specs, torch.device("cpu"))
 
     optim.store_state(first, named, slots, state)
-    second = optim.build_optimizer(spec, list(named.values()))
+    second = made(spec, named)
     optim.load_state(second, named, slots, state)
 
     expected: Any = first.state[named["w"]]
@@ -95,7 +106,7 @@ def test_loading_stored_state_gives_the_same_optimizer_state() -> None:
 
 def test_plain_numbers_in_optimizer_state_stay_plain_numbers() -> None:
     named = {"w": nn.Parameter(torch.zeros(3, 2))}
-    first, second = (optim.build_optimizer(Component(name="SGD", args={"lr": 0.1}), [named["w"]]) for _ in range(2))
+    first, second = (made(Optimizer(name="SGD", args={"lr": 0.1}), named) for _ in range(2))
     state = {"step": 7, "rate": 0.5, "warm": True, "moment": torch.ones(3, 2)}  # SparseAdam's step is a plain number
     first.state[named["w"]].update(state)
 

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from ist.api import train
-from ist.errors import ConfigError, ModelError
+from ist.errors import ModelError
 from ist.optimization.step_settings import apply_settings, matching_groups
 from ist.runs.rehearsal import rehearse
 from tests import optimizers
-from tests.conftest import assert_same, clone, data, job_for, plain_loop
+from tests.conftest import assert_same, clone, job_for, plain_loop
 from tests.networks import NETWORKS, seeded
 from tests.training.test_one_worker import run
 
@@ -121,14 +120,20 @@ def test_groups_that_depend_on_sizes_are_refused_with_a_schedule() -> None:
         rehearse(job)
 
 
-def test_state_that_differs_between_matrices_and_vectors_is_not_carried() -> None:
-    with pytest.raises(ConfigError, match=r"'carried'.*MomentumForMatrices.*\b1\b.*'momentum_buffer'.*'reset'"):
-        train(
-            seeded(NETWORKS["no batch norm"]),
-            data(),
-            workers=2,
-            rounds=1,
-            optimizer="tests.optimizers:MomentumForMatrices",
-            optimizer_args={"lr": 0.1},
-            train_options={"optimizer_state": "carried"},
-        )
+def test_state_that_differs_between_matrices_and_vectors_is_carried() -> None:
+    ours, plain = (seeded(NETWORKS["no batch norm"]) for _ in range(2))
+    job = job_for(
+        ours,
+        train__workers=1,
+        train__rounds=3,
+        train__optimizer={"name": "tests.optimizers:MomentumForMatrices", "args": {"lr": 0.1}},
+        train__optimizer_state="carried",
+    )
+
+    run(job)
+    plain_loop(plain, job, optimizers.MomentumForMatrices(plain.parameters(), lr=0.1))
+
+    assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
+    assert {name.split("@")[1] for name in job.split.state_specs} == {
+        name for name, parameter in plain.named_parameters() if parameter.ndim == 2
+    }

@@ -48,6 +48,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "scheduled by a function": {
         "network": "no batch norm", "train__schedule": {"name": "LambdaLR", "args": {"lr_lambda": lambda step: 0.8**step}},
     },
+    "an optimizer by a function, carried": {
+        "network": "uneven widths", "train__optimizer": {"name": "tests.optimizers:no_decay_on_biases", "args": {}},
+        "train__optimizer_state": "carried",
+    },
     "dropout": {"network": "dropout"},
     "random items": {"network": "two hidden layers, batch norm", "items": Augmented},
     "attention, carried": {"network": "attention", "train__optimizer_state": "carried"},

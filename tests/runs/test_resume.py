@@ -17,7 +17,7 @@ import ist
 from ist.config.load import dump_config
 from ist.config.runtime import Checkpoint
 from ist.errors import CheckpointError, RunFolderError
-from ist.optimization.optimizers import build_optimizer, named_state
+from ist.optimization.optimizers import named_state
 from ist.runs.build import build_job
 from ist.runs.execute import execute
 from ist.runs.open import CoordinatorPart
@@ -199,7 +199,7 @@ def kept_job(**changes: Any) -> tuple[Job, Mapping[str, nn.Parameter]]:
 
 def stepped(job: Job, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
     """An optimizer after one step."""
-    optimizer = build_optimizer(job.config.train.optimizer, list(named.values()))
+    optimizer = job.task.make_optimizer(named)
     for parameter in named.values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

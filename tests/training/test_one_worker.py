@@ -157,7 +157,11 @@ def test_data_other_than_a_data_set_of_pairs_are_refused(wrong: Any, message: st
         ({"exchange": "int8"}, ["exchange is 'int8'", "ist.Exchange(...)", "mapping"]),
         ({"pool_options": ["cpu"]}, ["pool_options is ['cpu']", "mapping"]),
         ({"data_options": {"shufle": "global"}}, ["'data.shufle'", "'shuffle'"]),
-        ({"optimizer": torch.optim.Adam}, ["optimizer is the class Adam", "ist.Optimizer(name='Adam'"]),
+        ({"optimizer": nn.Linear}, ["optimizer is the class Linear", "torch.optim"]),
+        (
+            {"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))])},
+            ["optimizer is a SGD", "ist.Optimizer(name='SGD'", "lambda named"],
+        ),
         ({"loss": nn.CrossEntropyLoss}, ["loss is the class CrossEntropyLoss", "CrossEntropyLoss()"]),
     ],
 )
