@@ -77,6 +77,10 @@ class ShardedSampler:
             return np.arange(self.num_samples)
         return np.sort(permutation(self.num_samples, self.seed, Purpose.SHARD)[worker :: self.num_workers])
 
+    def epoch(self, worker: int, step: int) -> int:  # noqa: ARG002  # of other samplers, it differs by worker
+        """Return the epoch, from 0, to which a worker's local step `step` belongs."""
+        return step // self.steps_per_epoch
+
     def batch(self, worker: int, step: int) -> Indices:
         """Return the positions in the worker's shard of the samples of its local step `step` (from 0): int64."""
         epoch, position = divmod(step, self.steps_per_epoch)

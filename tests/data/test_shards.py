@@ -133,6 +133,7 @@ def test_each_worker_goes_through_its_own_epochs_in_batches_of_nearly_equal_size
             assert max(sizes) - min(sizes) <= 1
             assert min(sizes) >= sampler.smallest_batch
         assert not np.array_equal(np.concatenate(epochs[0]), np.concatenate(epochs[1]))
+        assert [sampler.epoch(worker, step) for step in (0, steps - 1, steps, 2 * steps)] == [0, 0, 1, 2]
 
 
 def test_a_worker_of_a_skewed_run_trains_on_its_own_samples_only() -> None:

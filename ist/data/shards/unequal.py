@@ -86,6 +86,10 @@ class SkewedSampler:
         """Return the numbers of a worker's samples: int64, sorted."""
         return self.shards[worker]
 
+    def epoch(self, worker: int, step: int) -> int:
+        """Return the epoch of the worker, from 0, to which its local step `step` belongs."""
+        return step // _steps(len(self.shards[worker]), self.batch_size)
+
     def batch(self, worker: int, step: int) -> Indices:
         """Return the positions in the worker's shard of the samples of its local step `step` (from 0): int64."""
         return _batch(len(self.shards[worker]), self.batch_size, self.seed, worker, step)
