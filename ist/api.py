@@ -173,10 +173,11 @@ def train(
         resume: Whether to resume from the newest checkpoint in `run_dir`, with the same arguments as before.
         seed: Seed of everything random except the network's initial weights, which are those of `model`; >= 0.
         progress: Whether to show progress on stderr.
-        **keywords: Further keys of the section `train`: `accumulate`, `clip_grad_norm`, `min_workers`, `schedule_unit`,
-            `optimizer_state`, `activation_scale`, `running_statistics`. Keywords of earlier versions are also accepted:
-            mappings with the keys of a section (`data_options`, `train_options`, `evaluate_options`, `pool_options`,
-            `checkpoint_options`, `watch_options`) or with arguments (`optimizer_args`, `schedule_args`).
+        **keywords: Further keys of the section `train`: `accumulate`, `autocast`, `clip_grad_norm`, `min_workers`,
+            `schedule_unit`, `optimizer_state`, `activation_scale`, `running_statistics`. Keywords of earlier versions
+            are also accepted: mappings with the keys of a section (`data_options`, `train_options`, `evaluate_options`,
+            `pool_options`, `checkpoint_options`, `watch_options`) or with arguments (`optimizer_args`,
+            `schedule_args`).
 
     Returns:
         The trained network and the history.

@@ -13,6 +13,7 @@ import yaml
 from ist.config.load import dump_config
 from ist.distributed.memory_limit import limited_memory
 from ist.errors import MemoryLimitError
+from ist.runs.execute import execute
 from ist.storage.checkpoint import read_tensors
 from ist.storage.run_folder import create_run_folder
 from ist.subnet.cut import cut_specs, extract, on_device, reassemble
@@ -33,6 +34,16 @@ pytestmark = [
 ]  # fmt: skip
 
 MB = 10**6
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_local_steps_in_half_precision_learn(dtype: str) -> None:
+    job = job_for(seeded(NETWORKS["no batch norm"]), train__rounds=20, train__autocast=dtype, pool__device="cuda")
+
+    part = execute(job, progress=False)
+
+    losses = [record["loss"] for record in part.recorder.history]  # type: ignore[union-attr]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @pytest.mark.parametrize("network", NETWORKS)

@@ -20,8 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 from ist.baselines.gradient_hooks import GradientExchange
 from ist.baselines.powersgd import restore_powersgd, saved_powersgd
 from ist.baselines.ranks import RankRound, broadcast_tensors, report_round, wait_for_all_ranks
-from ist.data.batches import fetch
-from ist.data.nested import call_model
 from ist.distributed.process_group import Membership, peer_errors
 from ist.errors import ConfigError, ModelError
 from ist.loops.local_loop import TaskLoop
@@ -155,8 +153,9 @@ class DataParallel:
         dtypes = {name: parameter.dtype for name, parameter in self._named.items()}
         self._exchange.rehearses = True
         with seeded(device, job.config.seed, Purpose.REHEARSAL):
-            inputs, targets = fetch(self._loop.shard, job.schedule.sampler.batch(self._membership.rank, 0), device)
-            job.task.loss(call_model(self._ddp, inputs), targets).backward()  # type: ignore[no-untyped-call]
+            batch, loop = job.schedule.sampler.batch(self._membership.rank, 0), self._loop
+            loss = loop.step.loss(self._ddp, loop.read(batch), lambda: loop.numbers(batch))
+            loss.backward()  # type: ignore[no-untyped-call]
         self._exchange.rehearses = False
         for name, buffer in self._model.named_buffers():
             if name in before and buffer.shape == before[name].shape:  # a cache may have grown

@@ -118,6 +118,12 @@ class Train(Section):
         "pass through the network one after the other; their gradients add up to the mean over the step's samples. "
         "'batch_size' and 'local_steps' do not change: they count samples of a step and optimizer steps",
     )
+    autocast: Literal["bfloat16", "float16"] | None = Field(
+        default=None,
+        description="dtype in which torch.autocast runs the forward pass and the loss of local steps, on networks with "
+        "float32 parameters; null: no autocast. 'float16' needs a GPU and uses a torch.amp.GradScaler, whose state is "
+        "not saved: a resumed run, and a worker that is replaced, start with a new one. Evaluation is never autocast",
+    )
     clip_grad_norm: PositiveFloat | None = Field(
         default=None,
         description="largest norm of a step's gradient; a longer one is scaled down to it, as by "
@@ -175,6 +181,15 @@ class Train(Section):
             raise ValueError(f"'min_workers' is {self.min_workers}, more than the {self.workers} 'workers'")
         if self.is_elastic and self.rounds is None:
             raise ValueError("the number of rounds in an epoch depends on the number of workers: give 'rounds'")
+        return self
+
+    @model_validator(mode="after")
+    def _has_state_to_carry(self) -> "Train":
+        if self.autocast == "float16" and self.optimizer_state == "carried":
+            raise ValueError(
+                "'autocast' is 'float16', whose scaler skips steps in which a gradient overflows, but 'carried' "
+                "('optimizer_state') needs the state of every step: use 'kept', 'reset', or 'autocast' 'bfloat16'"
+            )
         return self
 
     @property
@@ -344,6 +359,14 @@ class Config(Section):
             raise ValueError(
                 "'pool.device' is 'cuda', but 'pool.ray.num_gpus' is 0: a worker would see no GPU; set it to 1"
             )
+        if self.train.autocast == "float16":
+            ray_on_cpu = pool.reserves_processors and self.pool.ray.num_gpus == 0
+            if self.pool.device == "cpu" or ray_on_cpu:
+                key, value = ("pool.ray.num_gpus", 0) if ray_on_cpu else ("pool.device", "cpu")
+                raise ValueError(
+                    f"'train.autocast' is 'float16', which needs a GPU for every worker, but '{key}' is {value!r}: use "
+                    "'bfloat16', which CPUs support too"
+                )
         if self.pool.min_returned is not None and self.pool.min_returned > self.train.workers:
             raise ValueError(
                 f"'pool.min_returned' is {self.pool.min_returned}, more than the {self.train.workers} workers "

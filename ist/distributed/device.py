@@ -9,6 +9,7 @@ import os
 import torch
 
 from ist.config.runtime import Pool
+from ist.config.schema import Train
 from ist.errors import ConfigError
 
 
@@ -26,3 +27,16 @@ def compute_device(settings: Pool) -> torch.device:
     if settings.device == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
+def check_autocast(train: Train, device: torch.device) -> None:
+    """Check that a worker's device supports the configured autocast.
+
+    Raises:
+        ConfigError: It does not.
+    """
+    if train.autocast == "float16" and device.type != "cuda":
+        raise ConfigError(
+            "'train.autocast' is 'float16', which needs a GPU for every worker, but this worker computes on a "
+            f"{device.type.upper()}: use 'bfloat16', which CPUs support too"
+        )

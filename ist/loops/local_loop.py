@@ -60,7 +60,7 @@ class TaskLoop:
         self.schedule = job.schedule
         self.sampler = job.schedule.sampler_for(slot.team.num_workers)
         self.shard: Dataset[Any] = take_shard(job.task.train_data, self.sampler.shard(slot.worker))
-        self.step = LocalStep(job.config.train, job.task.loss)
+        self.step = LocalStep(job.config.train, job.task.loss, device)
 
     def steps(
         self, round_number: int, module: nn.Module, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
@@ -98,9 +98,12 @@ class TaskLoop:
         with closing(self.steps(part.round, part.model, part.named, part.optimizer)) as steps:
             while True:
                 part.check_not_over()
+                before = part.steps_made
                 done = next(steps, None)
                 if done is None:
                     return
+                if part.steps_made == before:  # float16: the scaler skips a step whose gradient overflows
+                    part.count_step()
                 part.log(done.loss, done.samples)
 
     def read(self, batch: Indices) -> tuple[Any, Any]:

@@ -23,6 +23,8 @@ from ist.network.failures import loss_errors, loss_of, network_errors
 from ist.rng import Indices
 from ist.subnet.job import Job
 
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def micro_batches(batch: Indices, number: int) -> list[Indices]:
     """Split the samples of a step into `number` consecutive parts whose sizes differ by at most one."""
@@ -37,12 +39,23 @@ def smallest_micro_batch(job: Job) -> int:
 class LocalStep:
     """Makes the optimizer steps of a worker, or of a rank of a baseline.
 
+    With float16, it holds the scaler of the gradients, which lives as long as this object.
+
     Args:
         settings: The configuration's section `train`.
         loss: Mean loss of (outputs, targets).
+        device: The device of the network.
     """
 
-    def __init__(self, settings: Train, loss: LossFunction) -> None:
+    def __init__(self, settings: Train, loss: LossFunction, device: torch.device) -> None:
+        self._device = device
+        self._dtype = None if settings.autocast is None else _DTYPES[settings.autocast]
+        self._scaler: torch.amp.GradScaler | None = None
+        if self._dtype == torch.float16:
+            if device.type == "cuda":
+                self._scaler = torch.amp.GradScaler("cuda")
+            else:  # only the rehearsal of a run on a GPU: on a CPU, many operators lack float16
+                self._dtype = torch.bfloat16
         self._accumulate = settings.accumulate
         self._max_norm = settings.clip_grad_norm
         self._loss = loss
@@ -77,16 +90,40 @@ class LocalStep:
         optimizer.zero_grad(set_to_none=True)
         losses = []
         for part in parts:
-            inputs, targets = read(part)
+            samples = read(part)
             with _gradients_kept(module) if part is not parts[-1] else nullcontext():
-                loss = self._loss_of(module, inputs, targets, partial(numbers, part))
+                loss = self.loss(module, samples, partial(numbers, part))
                 # For parts of equal size this divides by their number, as plain loops do.
                 share = loss if len(parts) == 1 else loss / (len(batch) / len(part))
+                scaled = share if self._scaler is None else self._scaler.scale(share)
                 with network_errors(module, "the backward pass"):
-                    share.backward()  # type: ignore[no-untyped-call]
+                    scaled.backward()  # type: ignore[no-untyped-call]
             losses.append(share.detach())
         self.finish(module, parameters, optimizer)
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
+    def loss(self, module: nn.Module, samples: tuple[Any, Any], numbers: Callable[[], Indices]) -> Tensor:
+        """Return the mean loss of a batch (inputs, targets).
+
+        Args:
+            module: The network.
+            samples: The batch, on the module's device.
+            numbers: Returns the numbers of its samples in the full data set, for messages.
+
+        Raises:
+            DataError: The loss fails.
+            ModelError: The network fails.
+        """
+        inputs, targets = samples
+        with self.precision():
+            with network_errors(module):
+                outputs = call_model(module, inputs)
+            with loss_errors(numbers):
+                return loss_of(self._loss, outputs, targets, numbers)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Return the context in which the forward pass and the loss run."""
+        return nullcontext() if self._dtype is None else torch.autocast(self._device.type, self._dtype)
 
     def finish(self, module: nn.Module, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
         """Clip the gradients that the parameters have, and let the optimizer take its step.
@@ -94,16 +131,17 @@ class LocalStep:
         Raises:
             ModelError: The optimizer fails.
         """
-        if self._max_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self._max_norm)
+        scaler = self._scaler
         with network_errors(module, f"a step of {type(optimizer).__name__}"):
-            optimizer.step()
-
-    def _loss_of(self, module: nn.Module, inputs: Any, targets: Any, numbers: Callable[[], Indices]) -> Tensor:
-        with network_errors(module):
-            outputs = call_model(module, inputs)
-        with loss_errors(numbers):
-            return loss_of(self._loss, outputs, targets, numbers)
+            if self._max_norm is not None:
+                if scaler is not None:
+                    scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(parameters, self._max_norm)
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
 
 
 def _gradients_kept(module: nn.Module) -> AbstractContextManager[Any]:

@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from ist.config.methods import Sizes, trained_sizes
-from ist.data.batches import fetch
-from ist.data.nested import call_model, tensors_in
-from ist.errors import ConfigError
+from ist.data.nested import tensors_in
+from ist.errors import ConfigError, DataError, ISTError, ModelError
 from ist.loops.local_loop import TaskLoop
 from ist.loops.local_step import micro_batches, smallest_micro_batch
 from ist.loops.part import LocalSteps, completed
@@ -97,7 +95,6 @@ def measure_whole(job: Job, device: torch.device) -> WholeCost:
         slot = slot_of(job, 0)
         loop = TaskLoop(job, slot, device)
         local = LocalSteps(job.schedule, job.config.seed, slot, device, loop)
-        shard = loop.shard
         named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         trained = list(named.values())
         optimizer = job.task.make_optimizer(named)
@@ -107,15 +104,15 @@ def measure_whole(job: Job, device: torch.device) -> WholeCost:
             local.schedule = job.schedule
             completed(local.of_round(0, module, named, optimizer))
 
-        _try_smallest(job, 0, shard, module, device)
+        _try_smallest(job, loop, module)
         step_s = _step_s(train, job, device)
-        batch = _micro_batch(job, 0, shard, device)
-        sizes, left_s = _gradients(job, module, batch, device)
+        batch, loss = _micro_batch(job, loop, module)
+        sizes, left_s = _gradients(loss, module, device)
         cost = StepCost(
             step_s,
             sum(parameter.nbytes for parameter in trained),
             _state_bytes(job, module),
-            _activation_bytes(job, module, batch),
+            _activation_bytes(loss, module, batch),
         )
     numbers = torch.zeros(2, sum(parameter.numel() for parameter in trained), device=device)
     return WholeCost(cost, sizes, left_s, _median_s(lambda: _synchronized(numbers[0].add_(numbers[1])), device))
@@ -147,14 +144,14 @@ def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
         frozen, _ = FrozenSender(job.split, exchange, whole, device).write("", number, 0, job.split.frozen_cut(neurons))
         fixed = worker.frozen.update(neurons, number, 0, frozen, device)
         bind(worker.module, {**WorkerEndpoint(job.split, exchange, device).open(buffers).tensors, **fixed})
-        _try_smallest(job, number, loop.shard, worker.module, device)
+        _try_smallest(job, loop, worker.module)
         step_s = _step_s(train, job, device)
-        batch = _micro_batch(job, number, loop.shard, device)
+        batch, loss = _micro_batch(job, loop, worker.module)
         return StepCost(
             step_s,
             sum(parameter.nbytes for parameter in worker.module.parameters() if parameter.requires_grad),
             _state_bytes(job, worker.module),
-            _activation_bytes(job, worker.module, batch),
+            _activation_bytes(loss, worker.module, batch),
         )
 
 
@@ -189,15 +186,17 @@ def measure_coordinator(job: Job, device: torch.device) -> CoordinatorCost:
     return CoordinatorCost(merge_s=_median_s(merge, device), cut_s=_median_s(cut, device))
 
 
-def _try_smallest(job: Job, worker: int, shard: Dataset[Any], module: nn.Module, device: torch.device) -> None:
+def _try_smallest(job: Job, loop: TaskLoop, module: nn.Module) -> None:
     """Run a step on the smallest batch of any worker, which may fail: batch norm needs more than one sample."""
-    rows = job.schedule.sampler.batch(worker, 0)[: smallest_micro_batch(job)]
-    _loss(job, module, fetch(shard, rows, device))
+    rows = job.schedule.sampler.batch(loop.slot.worker, 0)[: smallest_micro_batch(job)]
+    loop.step.loss(module, loop.read(rows), lambda: loop.numbers(rows))
 
 
-def _micro_batch(job: Job, worker: int, shard: Dataset[Any], device: torch.device) -> tuple[Any, Any]:
-    """Return the first micro-batch of a worker, which is one of the largest."""
-    return fetch(shard, micro_batches(job.schedule.sampler.batch(worker, 0), job.config.train.accumulate)[0], device)
+def _micro_batch(job: Job, loop: TaskLoop, module: nn.Module) -> tuple[Any, Callable[[], Tensor]]:
+    """Return the first micro-batch of a worker, which is one of the largest, and a function that computes its loss."""
+    rows = micro_batches(job.schedule.sampler.batch(loop.slot.worker, 0), job.config.train.accumulate)[0]
+    batch = loop.read(rows)
+    return batch, lambda: loop.step.loss(module, batch, lambda: loop.numbers(rows))
 
 
 def _state(job: Job, device: torch.device) -> dict[str, Tensor]:
@@ -237,9 +236,7 @@ def _clock(device: torch.device) -> Callable[[], float]:
     return time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
 
 
-def _gradients(
-    job: Job, module: nn.Module, batch: tuple[Any, Any], device: torch.device
-) -> tuple[Sizes, tuple[float, ...]]:
+def _gradients(loss: Callable[[], Tensor], module: nn.Module, device: torch.device) -> tuple[Sizes, tuple[float, ...]]:
     """Return the parameters' sizes in the order of their gradients, and the remaining seconds of the backward pass."""
     clock = _clock(device)
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -254,7 +251,7 @@ def _gradients(
     for _ in range(_FEWEST):
         at: dict[Tensor, float] = {}
         module.zero_grad(set_to_none=True)
-        _loss(job, module, batch).backward()  # type: ignore[no-untyped-call]
+        loss().backward()  # type: ignore[no-untyped-call]
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         end = clock()
@@ -281,7 +278,7 @@ def _state_bytes(job: Job, module: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _activation_bytes(job: Job, module: nn.Module, batch: tuple[Any, Any]) -> int:
+def _activation_bytes(loss: Callable[[], Tensor], module: nn.Module, batch: Any) -> int:
     """Bytes that autograd saves between a forward pass and its backward pass."""
     known = [*module.parameters(), *module.buffers(), *tensors_in(batch)]
     pointers = {tensor.untyped_storage().data_ptr() for tensor in known}
@@ -294,13 +291,8 @@ def _activation_bytes(job: Job, module: nn.Module, batch: tuple[Any, Any]) -> in
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        _loss(job, module, batch)
+        loss()
     return sum(storage.nbytes() for storage in kept.values())
-
-
-def _loss(job: Job, module: nn.Module, batch: tuple[Any, Any]) -> Tensor:
-    inputs, targets = batch
-    return job.task.loss(call_model(module, inputs), targets)
 
 
 def _synchronized(tensor: Tensor) -> None:
@@ -314,9 +306,9 @@ def _failures_named(job: Job) -> Iterator[None]:
     try:
         with seeded(torch.device("cpu"), job.config.seed, Purpose.REHEARSAL):
             yield
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+    except (DataError, ModelError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        what = str(error) if isinstance(error, ISTError) else f"{type(error).__name__}: {error}"
         raise ConfigError(
             f"with {job.config.train.workers} workers (train.workers) a step on a batch of "
-            f"{smallest_micro_batch(job)} or more fails: "
-            f"{type(error).__name__}: {error}".splitlines()[0]
+            f"{smallest_micro_batch(job)} or more fails: {what}".splitlines()[0]
         ) from error

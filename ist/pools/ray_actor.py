@@ -11,7 +11,7 @@ import ray
 import torch
 from numpy.typing import NDArray
 
-from ist.distributed.device import compute_device
+from ist.distributed.device import check_autocast, compute_device
 from ist.errors import PoolError
 from ist.loops.part import completed
 from ist.subnet.assignments import WorkerSlot
@@ -39,6 +39,7 @@ class RayWorker:
         self._threads = job.config.pool.threads
         # Ray does not hide the GPUs that this actor did not reserve.
         self._device = compute_device(job.config.pool) if ray.get_gpu_ids() else torch.device("cpu")
+        check_autocast(job.config.train, self._device)
         self._host = WorkerHost(job, self._device, assignments(job), location)
         # The first optimizer imports much of torch: do that before the first round's time and memory are measured.
         torch.optim.SGD([torch.nn.Parameter(torch.zeros(2, 3))])

@@ -60,6 +60,7 @@ class TrainKeys(TypedDict, total=False):
 
     min_workers: int | None
     accumulate: int
+    autocast: Literal["bfloat16", "float16"] | None
     clip_grad_norm: float | None
     schedule_unit: Literal["step", "round"]
     optimizer_state: Literal["kept", "reset", "carried"]

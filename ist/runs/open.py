@@ -23,7 +23,7 @@ from ist.config.base import run_fingerprint
 from ist.config.methods import METHODS
 from ist.config.registry import resolve
 from ist.config.schema import Config, num_processes
-from ist.distributed.device import compute_device
+from ist.distributed.device import check_autocast, compute_device
 from ist.distributed.environment import PRIVATE_STORE, is_launched, is_rank_zero
 from ist.distributed.memory_limit import limited_memory
 from ist.distributed.process_group import Membership, agree_on_start, broadcast_text, failures_published, join
@@ -208,6 +208,8 @@ def _opened(
         torch.set_num_threads(config.pool.threads)
         computes = config.pool.spec.is_launched or config.pool.spec.in_process
         device = compute_device(config.pool) if computes else torch.device("cpu")
+        if computes:
+            check_autocast(config.train, device)
         membership = None
         if config.pool.spec.is_launched:
             if not is_launched():

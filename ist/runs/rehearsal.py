@@ -20,6 +20,7 @@ from ist.checks.optimizer_trial import check_optimizer
 from ist.checks.verify import verify_cuts
 from ist.data.batches import length, take_shard
 from ist.data.nested import call_model
+from ist.distributed.device import check_autocast, compute_device
 from ist.errors import ConfigError, DataError, ISTError, ModelError
 from ist.evaluation.evaluate import evaluate, reestimate_statistics, statistics_batches
 from ist.loops.local_loop import TaskLoop
@@ -45,9 +46,12 @@ def rehearse(job: Job) -> None:
     Raises:
         ModelError: A submodel computes other outputs than the masked full network, or its evaluation fails.
         DataError: A sample cannot be read, or its loss fails.
-        ConfigError: Network, data, loss, metric and optimizer do not work together; the message contains torch's.
+        ConfigError: Network, data, loss, metric and optimizer do not work together; the message contains torch's. Or
+            the device does not support `train.autocast`.
     """
-    device = torch.device("cpu")
+    device, config = torch.device("cpu"), job.config
+    if config.pool.spec.coordinator_may_train:
+        check_autocast(config.train, compute_device(config.pool))
     _warn_of_unrepeatable(job)
     network = job.task.build()
     check_start(job, network)
@@ -109,7 +113,7 @@ def _one_step(job: Job, device: torch.device) -> None:
         return loop.numbers(batch)
 
     inputs, targets = loop.read(batch)
-    with located("network, data and loss do not work together"):
+    with located("network, data and loss do not work together"), loop.step.precision():
         outputs = call_model(worker.module, inputs)
         loss = loss_of(job.task.loss, outputs, targets, numbers)
     check_reach(

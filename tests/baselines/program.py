@@ -73,6 +73,7 @@ RUNS: dict[str, dict[str, Any]] = {
         }
         for method in ("ddp", "local_sgd")
     },
+    "ddp, in bfloat16": {"method": "ddp", "train__autocast": "bfloat16"},
     "ist that keeps": {
         "method": "ist", **ADAM, "train__optimizer_state": "kept",
         "exchange": {"up": "int8", "values": "deltas", "error_feedback": True},
