@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ist.config.partition import Exchange, Partition
     from ist.config.recipe import Average, Outer, Recipe, Stage
     from ist.config.runtime import Checkpoint, Pool, Ray, Watch
-    from ist.config.schema import Evaluate, Optimizer, Schedule, Skew
+    from ist.config.schema import Evaluate, Optimizer, ParameterGroup, Schedule, Skew
     from ist.data.batched import BatchedDataset
     from ist.data.shards.dirichlet import dirichlet_split
     from ist.evaluation.metrics import Metric
@@ -51,6 +51,7 @@ __all__ = [
     "ModelError",
     "Optimizer",
     "Outer",
+    "ParameterGroup",
     "Partition",
     "Pool",
     "PoolError",
@@ -77,7 +78,7 @@ _LATER = {
     "ist.config.partition": ("Exchange", "Partition"),
     "ist.config.recipe": ("Average", "Outer", "Recipe", "Stage"),
     "ist.config.runtime": ("Checkpoint", "Pool", "Ray", "Watch"),
-    "ist.config.schema": ("Evaluate", "Optimizer", "Schedule", "Skew"),
+    "ist.config.schema": ("Evaluate", "Optimizer", "ParameterGroup", "Schedule", "Skew"),
     "ist.data.batched": ("BatchedDataset",),
     "ist.data.shards.dirichlet": ("dirichlet_split",),
     "ist.evaluation.metrics": ("Metric",),

@@ -150,7 +150,8 @@ def train(
         loss: Name of a function of torch.nn.functional, applied to the outputs or to their `logits`; or any mean loss
             of (outputs, targets). It must not hold `model`, because workers train submodels of it, nor own weights.
         optimizer: A class of torch.optim or its name, with torch's default arguments (but lr 0.1 for SGD); or
-            `ist.Optimizer(name="AdamW", args={"lr": 3e-4})`, with exactly those arguments; or a function that makes an
+            `ist.Optimizer(name="AdamW", args={"lr": 3e-4})`, with exactly those arguments and, if given, with parameter
+            groups (`ist.ParameterGroup`); or a function that makes an
             optimizer of a subnet's parameters, which it gets in a mapping by their names in `model`. It is called for
             every new subnet, and on stand-ins of all parameters without values. So it decides by a parameter's name,
             number of dims or dtype, not by its shape, and uses only the parameters that it gets.

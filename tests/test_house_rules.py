@@ -35,7 +35,7 @@ MAX_FILES = 9
 
 PUBLIC_NAMES = {
     "__version__", "train", "TrainResult", "split", "Split",
-    "Optimizer", "Schedule", "Partition", "Exchange", "Recipe", "Stage", "Outer", "Average",
+    "Optimizer", "ParameterGroup", "Schedule", "Partition", "Exchange", "Recipe", "Stage", "Outer", "Average",
     "Evaluate", "Checkpoint", "Pool", "Ray", "Watch",
     "BatchedDataset", "Metric", "scaled_blocks", "dirichlet_split", "Skew",
     "ISTError", "ConfigError", "DataError", "ModelError", "DivergedError", "PoolError", "WorkerLostError",

@@ -15,6 +15,7 @@ from ist.config.base import (
     Component,
     FolderName,
     NonNegativeInt,
+    Pattern,
     PositiveFloat,
     PositiveInt,
     Section,
@@ -75,6 +76,34 @@ class Model(Component):
     )
 
 
+class ParameterGroup(Section):
+    """Parameters that have optimizer settings of their own, such as no weight decay.
+
+    Example:
+        >>> no_decay = ist.ParameterGroup(max_dims=1, args={"weight_decay": 0.0})  # norms and biases
+        >>> head = ist.ParameterGroup(match=["head.*"], args={"lr": 1e-3})
+        >>> [group.match for group in ist.Optimizer(name="AdamW", groups=[no_decay, head]).groups]
+        [[], ['head.*']]
+    """
+
+    match: list[Pattern] = Field(
+        default_factory=list,
+        description="patterns of parameter names in the full network, such as ['*.bias', '*norm*']; a parameter is in "
+        "the group if one of them matches; default: all parameters",
+    )
+    max_dims: NonNegativeInt | None = Field(
+        default=None,
+        description="most dims of a parameter in the group: 1 for norms and biases; default: any number",
+    )
+    args: dict[str, Any] = Field(description="settings of these parameters, such as {weight_decay: 0.0, lr: 0.01}")
+
+    @model_validator(mode="after")
+    def _selects(self) -> "ParameterGroup":
+        if not self.match and self.max_dims is None:
+            raise ValueError("give 'match' or 'max_dims'; settings of all parameters go into the optimizer's 'args'")
+        return self
+
+
 class Optimizer(Component):
     """A class of torch.optim, or the import path of another class or of a function, and its arguments.
 
@@ -85,6 +114,13 @@ class Optimizer(Component):
         >>> ist.Optimizer(name="AdamW", args={"lr": 3e-4, "weight_decay": 0.1}).args["lr"]
         0.0003
     """
+
+    groups: list[ParameterGroup] = Field(
+        default_factory=list,
+        description="parameter groups with settings of their own, such as [{max_dims: 1, args: {weight_decay: 0.0}}]; "
+        "a parameter is in the first group that matches it, or in a last one with the optimizer's own settings; lists "
+        "in a schedule's args have an entry for each group, in this order",
+    )
 
 
 class Schedule(Component):

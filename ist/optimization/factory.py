@@ -19,6 +19,7 @@ from torch import nn
 from ist.config.registry import call, resolve
 from ist.config.schema import FROM_PYTHON, Optimizer
 from ist.errors import ConfigError, ISTError, error_with_line, is_out_of_memory
+from ist.optimization.parameter_groups import check_groups, split_groups
 
 MakeOptimizer = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
 """Makes an optimizer of the given parameters, whose keys are their names in the full network.
@@ -95,6 +96,7 @@ def _make(spec: Optimizer, given: MakeOptimizer | None, named: Mapping[str, nn.P
                     "it was not given (of another network, or a copy): use only the parameters of its argument, such "
                     "as named.values()"
                 )
+    split_groups(spec.groups, made, named)
     return made
 
 
@@ -178,17 +180,31 @@ def _small_shape(dims: int) -> tuple[int, ...]:
     return _SAMPLE_SHAPE[-max(dims, 1) :] if dims <= 2 else (*_SAMPLE_SHAPE, *[2] * (dims - 2))
 
 
-def try_optimizer(spec: Optimizer, make: MakeOptimizer, dims: Mapping[str, int]) -> None:
-    """Make a few steps on small parameters, because some arguments are rejected only at their first use.
+def try_optimizer(spec: Optimizer, given: MakeOptimizer | None, make: MakeOptimizer, dims: Mapping[str, int]) -> None:
+    """Check the parameter groups, and make a few steps on small parameters.
+
+    Some arguments are rejected only at their first use. The values of a group's settings are checked by the class's
+    constructor, because it does not check those of a group.
 
     Args:
-        spec: The section `train.optimizer`, for messages.
+        spec: The section `train.optimizer`.
+        given: A user's function; see `optimizer_factory`.
         make: Makes the optimizer.
         dims: The number of dims of every parameter, by its name.
 
     Raises:
-        ConfigError: A step fails.
+        ConfigError: A group has no parameters or invalid settings, or a step fails.
     """
+    check_groups(spec.groups, dims)
+    if is_users_function(spec, given):  # it may expect a subnet's real shapes
+        return
+    make(small_parameters(dims))
+    for number, group in enumerate(spec.groups):
+        one = spec.model_copy(update={"args": {**spec.args, **group.args}, "groups": []})
+        try:
+            optimizer_factory(one)(small_parameters(dims))
+        except ConfigError as error:
+            raise ConfigError(f"'train.optimizer.groups.{number}.args': {error}") from error
     stepped(spec, make, small_parameters(dims), 1.0, _TRIED_STEPS)
 
 

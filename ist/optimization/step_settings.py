@@ -189,7 +189,7 @@ def _settings_now(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         {
             key: value.clone() if isinstance(value, Tensor) else value
             for key, value in group.items()
-            if key not in ("params", "initial_lr")
+            if key not in ("params", "param_names", "initial_lr")
         }
         for group in optimizer.param_groups
     ]

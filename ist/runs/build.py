@@ -42,7 +42,6 @@ from ist.optimization import optimizers
 from ist.optimization.factory import (
     MakeOptimizer,
     dims_of,
-    is_users_function,
     optimizer_factory,
     try_optimizer,
     warn_of_untrained,
@@ -293,8 +292,7 @@ def _schedule(
         ConfigError: The optimizer or the learning-rate schedule is wrong, or some stages leave no rounds for another.
     """
     train = config.train
-    if not is_users_function(train.optimizer, given):  # a function may expect a subnet's real shapes
-        try_optimizer(train.optimizer, make, dims_of(template))
+    try_optimizer(train.optimizer, given, make, dims_of(template))
     named, optimizer = stand_ins(template, make)
     warn_of_untrained(train.optimizer, optimizer, named)
     group_of = groups_by_name(optimizer, named)  # before the schedule runs, because it may replace entries
