@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+import ist
 from benchmarks.common import write_result
 from ist.config.load import validate
+from ist.loops.part import completed
 from ist.runs.build import build_job
 from ist.runs.open import CoordinatorPart, open_run
 from ist.storage.run_folder import RunFolder, create_run_folder
@@ -32,10 +34,6 @@ from ist.training.rounds import run_rounds
 WORKERS = 3
 ACTOR = "ray::RayWorker"
 SAMPLE_EVERY_S = 5.0
-
-
-class TimeIsUpError(Exception):
-    """The requested duration has passed."""
 
 
 def actors() -> list[psutil.Process]:
@@ -121,28 +119,28 @@ def soak(minutes: float, every_s: float) -> dict[str, Any]:
         folder = create_run_folder(config, Path(temporary) / "soak")
         killer = Killer(every_s)
         try:
-            with open_run(build_job(config), folder, resume=False) as part:
+            with open_run(build_job(config), folder, resume=False, callbacks=[TimeLimit(minutes)]) as part:
                 assert isinstance(part, CoordinatorPart)
                 killer.start()
-                end = time.monotonic() + minutes * 60
-                part.recorder.round_done = until(end, part.recorder.round_done)  # type: ignore[method-assign]
-                run_rounds(part.job, part.method, part.recorder, 0, part.device)
-        except TimeIsUpError:
-            pass
+                completed(run_rounds(part.job, part.method, part.recorder, 0, part.device))
         finally:
             killer.stop()
         return outcome(folder, killer)
 
 
-def until(end: float, note: Callable[..., None]) -> Callable[..., None]:
-    """Wrap a recorder's method so that the run ends when the time is up."""
+class TimeLimit(ist.Callback):
+    """Ends the run after some minutes."""
 
-    def noted(*arguments: Any) -> None:
-        note(*arguments)
-        if time.monotonic() > end:
-            raise TimeIsUpError
+    def __init__(self, minutes: float) -> None:
+        self._minutes = minutes
 
-    return noted
+    def on_start(self, run: ist.RunStart) -> None:  # noqa: ARG002
+        """Note when the run ends."""
+        self._end = time.monotonic() + self._minutes * 60
+
+    def on_round(self, record: Mapping[str, Any]) -> ist.Stop | None:  # noqa: ARG002
+        """End the run when the time is up."""
+        return ist.Stop("the time is up") if time.monotonic() > self._end else None
 
 
 def outcome(folder: RunFolder, killer: Killer) -> dict[str, Any]:

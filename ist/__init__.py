@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ist._version import VERSION
 from ist.errors import (
+    CallbackError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ist.data.batched import BatchedDataset
     from ist.data.shards.dirichlet import dirichlet_split
     from ist.evaluation.metrics import Metric
+    from ist.monitoring.callback import Callback, RunStart, Stop
     from ist.runs.split import Split
     from ist.subnet.residual_blocks import scaled_blocks
 
@@ -39,6 +41,8 @@ __version__ = VERSION
 __all__ = [
     "Average",
     "BatchedDataset",
+    "Callback",
+    "CallbackError",
     "Checkpoint",
     "CheckpointError",
     "ConfigError",
@@ -58,10 +62,12 @@ __all__ = [
     "Ray",
     "Recipe",
     "RunFolderError",
+    "RunStart",
     "Schedule",
     "Skew",
     "Split",
     "Stage",
+    "Stop",
     "TrainResult",
     "Watch",
     "WorkerLostError",
@@ -82,6 +88,7 @@ _LATER = {
     "ist.data.batched": ("BatchedDataset",),
     "ist.data.shards.dirichlet": ("dirichlet_split",),
     "ist.evaluation.metrics": ("Metric",),
+    "ist.monitoring.callback": ("Callback", "RunStart", "Stop"),
     "ist.runs.split": ("Split",),
     "ist.subnet.residual_blocks": ("scaled_blocks",),
 }

@@ -6,7 +6,7 @@ Not here: the command line (`ist/cli/`), which builds the same job from a file.
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,9 @@ from ist.config.runtime import Checkpoint, Pool, Watch
 from ist.config.schema import Evaluate, Optimizer, Schedule, Skew
 from ist.distributed.environment import is_rank_zero
 from ist.errors import ConfigError
-from ist.monitoring.observers import check_observers
+from ist.monitoring.callback import Callback
+from ist.monitoring.display import Progress, check_progress
+from ist.monitoring.observers import check_callbacks
 from ist.network.compiled import uncompiled
 from ist.network.copies import on_meta
 from ist.network.modes import preserve_modes
@@ -51,6 +53,8 @@ class TrainResult:
         model: The given network, trained; on a rank that does not coordinate, unchanged.
         history: One record a round, as in metrics.jsonl; empty on a rank that does not coordinate.
         is_coordinator: Whether this process has the trained network.
+        stopped_early: The reason why a callback has ended the run; None if it has run to its end, and on a rank that
+            does not coordinate.
 
     Example:
         >>> import torch
@@ -64,6 +68,7 @@ class TrainResult:
     model: nn.Module
     history: list[dict[str, Any]]
     is_coordinator: bool
+    stopped_early: str | None = None
 
 
 _training: dict[int, object] = {}
@@ -117,10 +122,11 @@ def train(
     checkpoint: Checkpoint | Mapping[str, Any] | None = None,
     pool: Literal["auto", "inline", "torchrun", "ray"] | Pool | Mapping[str, Any] = "auto",
     watch: Watch | Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
     run_dir: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
-    progress: bool = True,
+    progress: Progress = True,
     **keywords: Unpack[Keywords],
 ) -> TrainResult:
     """Train a network with Independent Subnet Training.
@@ -169,11 +175,14 @@ def train(
         pool: Which processes train: 'inline', 'torchrun', 'ray', or `ist.Pool` with further keys. 'auto', and a pool
             without a kind, is 'torchrun' under torchrun and 'inline' otherwise. 'ray' uses the cluster to which this
             process is connected, or the one at `ist.Pool(kind="ray", ray=ist.Ray(address=...))`, or starts one.
-        watch: TensorBoard and Prometheus. Default: neither.
+        watch: TensorBoard, Prometheus, and callbacks by name. Default: none of them.
+        callbacks: Objects of subclasses of `ist.Callback`, such as those of `ist.callbacks`. They receive what happens
+            in the run, in the process that coordinates, and may end it.
         run_dir: Folder for metrics, checkpoints and the trained network; default: nothing is written.
         resume: Whether to resume from the newest checkpoint in `run_dir`, with the same arguments as before.
         seed: Seed of everything random except the network's initial weights, which are those of `model`; >= 0.
-        progress: Whether to show progress on stderr.
+        progress: Whether to show progress on stderr: a bar on a terminal or in a notebook, otherwise lines; 'tqdm': a
+            bar of tqdm in any case.
         **keywords: Further keys of the section `train`: `accumulate`, `autocast`, `clip_grad_norm`, `min_workers`,
             `schedule_unit`, `optimizer_state`, `activation_scale`, `running_statistics`. Keywords of earlier versions
             are also accepted: mappings with the keys of a section (`data_options`, `train_options`, `evaluate_options`,
@@ -184,6 +193,7 @@ def train(
         The trained network and the history.
 
     Raises:
+        CallbackError: A callback fails.
         ConfigError: An argument is invalid, or another `train` or `split` is running in this process.
         DataError: The data cannot be assigned to the workers.
         ModelError: The network cannot be split among that many workers.
@@ -213,7 +223,8 @@ def train(
         arXiv 1910.02120.
     """
     config = train_config(locals())
-    check_observers(config)
+    check_progress(progress)
+    check_callbacks(config, callbacks)
     check_captured_network(loss, model)
     function = loss_function(loss) if isinstance(loss, str) else loss
     with uncompiled(model) as plain, preserve_modes(plain):
@@ -221,7 +232,7 @@ def train(
         check_values(plain)
         make = optimizer_function(optimizer)
         job = make_job(config, on_meta(plain), lambda: plain, data, test_data, function, optimizer=make)
-        return replace(_train(job, plain, run_dir, resume, progress), model=model)
+        return replace(_train(job, plain, run_dir, resume, progress, callbacks), model=model)
 
 
 @_alone()
@@ -288,7 +299,14 @@ def split(
     return Split(inspect_split(config, network, schedule, held, None), network, held, lambda: values_of(model))
 
 
-def _train(job: Job, model: nn.Module, run_dir: str | Path | None, resume: bool, progress: bool) -> TrainResult:
+def _train(
+    job: Job,
+    model: nn.Module,
+    run_dir: str | Path | None,
+    resume: bool,
+    progress: Progress,
+    callbacks: Sequence[Callback],
+) -> TrainResult:
     """Rehearse a job and run it; see `train`."""
     config = job.config
     device_before = next(model.parameters()).device
@@ -296,10 +314,10 @@ def _train(job: Job, model: nn.Module, run_dir: str | Path | None, resume: bool,
     folder: RunFolder | None = None
     if run_dir is not None and is_rank_zero():
         folder = (reopen if resume else create_run_folder)(config, Path(run_dir))
-    part = execute(job, folder, resume, progress)
+    part = execute(job, folder, resume, progress, callbacks=callbacks)
     if isinstance(part, FollowerPart):
         return TrainResult(model, [], is_coordinator=False)
     if part.method.model is not model:  # an average of it
         model.load_state_dict(part.method.model.state_dict())
     model.to(device_before)
-    return TrainResult(model, part.recorder.history, is_coordinator=True)
+    return TrainResult(model, part.recorder.history, is_coordinator=True, stopped_early=part.recorder.stopped_early)

@@ -143,6 +143,25 @@ class RunFolderError(ISTError):
     """
 
 
+class CallbackError(ISTError):
+    """A callback has raised an error, or has returned a value that is not allowed.
+
+    Example:
+        >>> import torch
+        >>> from torch.utils.data import TensorDataset
+        >>> class Broken(ist.Callback):
+        ...     def on_round(self, record):
+        ...         return record["los"]
+        >>> data = TensorDataset(torch.ones(8, 2), torch.ones(8, 1))
+        >>> settings = {"loss": "mse_loss", "workers": 1, "rounds": 1, "progress": False}
+        >>> try:
+        ...     ist.train(torch.nn.Linear(2, 1), data, callbacks=[Broken()], **settings)
+        ... except ist.CallbackError as error:
+        ...     print(error)
+        callback Broken: on_round raises KeyError: 'los' ...
+    """
+
+
 class LabError(ISTError):
     """Simulated hosts could not be created, or a command on one of them failed."""
 

@@ -12,17 +12,21 @@ import pytest
 
 from ist.config.load import config_for_method, load_config, validate
 from ist.config.schema import Config
+from ist.config.yaml_text import parse_yaml
 from ist.data.batches import length, take_shard
 from ist.data.images.fashion_mnist import DEBIAN_ROOT as FASHION_MNIST
 from ist.data.registry import Splits
 from ist.data.wordnet.nouns import DEBIAN_ROOT as WORDNET
 from ist.runs.build import build_job, load_data, metric_named
 from ist.runs.execute import execute
-from tests.conftest import ROOT
+from tests.conftest import ROOT, small_config
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/recipes.md")]
+PAGES = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "docs/recipes.md", "docs/callbacks.md")
+]
 
 DEAR = ("wordnet_sage.yaml",)
 """Configurations that differ from another by little, and take a while to load."""
@@ -139,6 +143,19 @@ def test_the_python_of_the_readme_runs() -> None:
 
     assert len(ours) >= 3
     assert len(names["result"].history) == 5
+
+
+def test_the_python_and_the_configuration_of_the_page_about_callbacks_work() -> None:
+    page = (ROOT / "docs" / "callbacks.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (section,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+
+    exec(program.replace("rounds=200", "rounds=200, progress=False"), names)
+    watch = small_config(**parse_yaml(section, "docs/callbacks.md")).watch
+
+    assert "bytes are sent" in names["result"].stopped_early or "test_loss" in names["result"].stopped_early
+    assert [callback.name for callback in watch.callbacks][:2] == ["wandb", "early_stopping"]
 
 
 def test_the_tree_in_contributing_names_every_room() -> None:

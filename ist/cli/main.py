@@ -435,7 +435,7 @@ def _resume(path: Path) -> None:
         )
     if not folder.is_finished() and not folder.has_checkpoint():
         _say(f"{path}: has no checkpoint: starting from round 1", err=True)
-    if folder.is_finished():
+    if folder.is_finished() and not folder.stopped_early():
         _say(f"{path}: this run has already finished", err=True)
     else:
         _start(checked_job(config), folder, resume=True)
@@ -445,6 +445,9 @@ def _resume(path: Path) -> None:
 def _print_result(folder: "RunFolder | None") -> None:
     if folder is not None and folder.is_finished():
         _print_table([folder])
+        if folder.stopped_early():
+            result = folder.result()
+            _say(f"stopped early after {result['rounds']} rounds: {result['stopped_early']}")
         _say(f"run folder: {folder.path}")
 
 

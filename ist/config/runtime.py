@@ -8,11 +8,12 @@ torch nor ray.
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
 from ist.config.base import (
+    Component,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -209,11 +210,13 @@ class Pool(Section):
 
 
 class Watch(Section):
-    """Observers that receive every round's numbers.
+    """What receives every round's numbers.
 
     Example:
-        >>> ist.Watch(metrics_port=9464).metrics_host
-        '127.0.0.1'
+        >>> stopping = {"name": "early_stopping", "args": {"patience": 5}}
+        >>> watch = ist.Watch(metrics_port=9464, callbacks=["wandb", stopping])
+        >>> watch.metrics_host, [callback.name for callback in watch.callbacks]
+        ('127.0.0.1', ['wandb', 'early_stopping'])
     """
 
     tensorboard: bool = Field(
@@ -223,3 +226,15 @@ class Watch(Section):
         default=None, description="serve metrics for Prometheus on this port during the run; 0 picks a free port"
     )
     metrics_host: str = Field(default="127.0.0.1", description="address on which metrics are served")
+    callbacks: list[Component] = Field(
+        default_factory=list,
+        description="callbacks of the run: early_stopping, mlflow, profiler, ray_tune, wandb, or import paths of "
+        "subclasses of ist.Callback; each is a name, or {name: ..., args: {...}}",
+    )
+
+    @field_validator("callbacks", mode="before")
+    @classmethod
+    def _names_are_callbacks(cls, callbacks: Any) -> Any:
+        if not isinstance(callbacks, list | tuple):
+            return callbacks
+        return [{"name": given} if isinstance(given, str) else given for given in callbacks]

@@ -318,7 +318,7 @@ class Config(Section):
     evaluate: Evaluate = Field(default_factory=Evaluate, description="how the full network is evaluated")
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="when and where the run is saved")
     pool: Pool = Field(default_factory=Pool, description="how workers run and how subnets reach them")
-    watch: Watch = Field(default_factory=Watch, description="observers that receive every round's numbers")
+    watch: Watch = Field(default_factory=Watch, description="what receives every round's numbers")
     compare: Compare = Field(default_factory=Compare, description="what `ist compare` runs")
     output: str = Field(default="runs", description="folder in which run folders are created")
 

@@ -326,6 +326,18 @@ def broadcast_text(membership: Membership, text: str) -> str:
     return bytes(data.tolist()).decode()
 
 
+def broadcast_flag(membership: Membership, flag: bool) -> bool:
+    """Return rank 0's flag on every rank; other ranks' flag is ignored.
+
+    Raises:
+        PoolError: A peer is lost.
+    """
+    sent = torch.tensor([flag], dtype=torch.uint8, device=membership.carrier)
+    with peer_errors(f"rank {membership.rank} lost a peer between two rounds"):
+        dist.broadcast(sent, src=0)
+        return bool(sent.item())
+
+
 def _leave() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

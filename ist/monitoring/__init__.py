@@ -1,1 +1,1 @@
-"""Measure a run, and report every round to observers: the terminal, TensorBoard, Prometheus."""
+"""Measure a run, and report what happens to callbacks: the display, TensorBoard, Prometheus, the user's."""

@@ -1,19 +1,22 @@
-"""Live progress on stderr: a bar on a terminal, otherwise a line every few seconds.
+"""Live progress on stderr: a bar on a terminal or in a notebook, otherwise a line every few seconds.
 
-Where it sits: an observer of a run (`ist/monitoring/observers.py`); reports and plans use its formats of numbers.
+In a Jupyter notebook, the bar is tqdm's.
+Where it sits: a callback of every run (`ist/monitoring/observers.py`); reports and plans use its formats of numbers.
 Not here: results, which go to stdout (`ist/cli/main.py`), so that a run's output can be piped.
 """
 
 import sys
 import time
-from collections.abc import Mapping
-from typing import IO, Any
+from importlib.util import find_spec
+from typing import IO, Any, Literal, Protocol
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ist.errors import printable
+from ist.errors import ConfigError, printable
+from ist.monitoring.callback import Callback, Record, RunStart
 
 _LINE_EVERY_S = 5.0
 _FAULTS_AT_ONCE = 3
@@ -30,58 +33,125 @@ class PlainConsole(Console):
         return super().render_str(printable(text), **options)
 
 
-class Display:
-    """Shows every record; an `Observer` (`ist/monitoring/observers.py`).
+Progress = bool | Literal["tqdm"]
+"""How to show progress: not at all, as it suits the output, or as a bar of tqdm."""
+
+
+def check_progress(progress: Any) -> None:
+    """Check a choice of progress.
+
+    Raises:
+        ConfigError: It is another value, or tqdm is not installed.
+    """
+    if not isinstance(progress, bool) and progress != "tqdm":
+        raise ConfigError(f"progress is {progress!r}: give True, False or 'tqdm'")
+    if progress == "tqdm" and find_spec("tqdm") is None:
+        raise ConfigError("progress is 'tqdm', but tqdm is not installed: pip install tqdm")
+
+
+class _Bar(Protocol):
+    """A progress bar."""
+
+    def update(self, done: int, numbers: str) -> None:
+        """Show the number of rounds done, and the latest numbers."""
+        ...
+
+    def print(self, line: str) -> None:
+        """Print a line above the bar."""
+        ...
+
+    def close(self) -> None:
+        """Remove the bar, or leave it as it is."""
+        ...
+
+
+class _TerminalBar:
+    """A bar of rich."""
+
+    def __init__(self, console: Console, label: str, num_rounds: int, first_round: int) -> None:
+        self._bar = rich.progress.Progress(
+            TextColumn("{task.description}", markup=False), BarColumn(),
+            TextColumn("{task.fields[numbers]}", markup=False), TextColumn("left"), TimeRemainingColumn(),
+            console=console,
+        )  # fmt: skip
+        self._task = self._bar.add_task(label, total=num_rounds, completed=first_round, numbers="starting")
+        self._bar.start()
+
+    def update(self, done: int, numbers: str) -> None:
+        self._bar.update(self._task, completed=done, numbers=numbers)
+
+    def print(self, line: str) -> None:
+        self._bar.console.print(line, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+class _TqdmBar:
+    """A bar of tqdm: a widget in a notebook that can show widgets, otherwise text."""
+
+    def __init__(self, label: str, num_rounds: int, first_round: int, widget: bool) -> None:
+        if widget:
+            from tqdm.notebook import tqdm
+        else:
+            from tqdm.std import tqdm
+        self._bar = tqdm(total=num_rounds, initial=first_round, desc=label, unit="round")
+
+    def update(self, done: int, numbers: str) -> None:
+        self._bar.set_postfix_str(printable(numbers), refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def print(self, line: str) -> None:
+        self._bar.write(printable(line), file=sys.stderr)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class Display(Callback):
+    """Shows every record.
 
     Args:
-        label: Name of the run.
-        num_rounds: Number of rounds of the run.
-        first_round: Number of rounds that are already done.
-        enabled: Whether to show anything.
-        num_workers: Configured number of workers; another number of workers in a round is shown.
+        progress: How to show progress. True: a bar of rich on a terminal, a bar of tqdm in a notebook if tqdm is
+            installed, otherwise lines.
     """
 
-    def __init__(
-        self, label: str, num_rounds: int, first_round: int, enabled: bool, num_workers: int | None = None
-    ) -> None:
-        self._label = printable(label)
-        self._num_rounds = num_rounds
-        self._first_round = first_round
-        self._num_workers = num_workers
-        self._enabled = enabled
-        self._started = time.monotonic()
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
         self._last_line = float("-inf")
         self._last_fault = float("-inf")
         self._num_hidden_faults = 0
         self._value, self._of_round = "", 0
-        self._bar: Progress | None = None
-        console = PlainConsole(stderr=True)
-        if enabled and console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}", markup=False), BarColumn(),
-                TextColumn("{task.fields[numbers]}", markup=False), TextColumn("left"), TimeRemainingColumn(),
-                console=console,
-            )  # fmt: skip
-            self._task = self._bar.add_task(self._label, total=num_rounds, completed=first_round, numbers="starting")
-            self._bar.start()
+        self._bar: _Bar | None = None
 
-    def show(self, record: Mapping[str, Any]) -> None:
-        """Show a round."""
-        if not self._enabled:
+    def on_start(self, run: RunStart) -> None:
+        """Show a bar, if the output can."""
+        self._label = printable(run.config["method"])
+        self._num_rounds, self._first_round = run.num_rounds, run.first_round
+        self._num_workers = run.config["train"]["workers"]
+        self._started = time.monotonic()
+        console = PlainConsole(stderr=True)
+        if self._progress == "tqdm" or (self._progress and console.is_jupyter and find_spec("tqdm") is not None):
+            widget = console.is_jupyter and find_spec("ipywidgets") is not None
+            self._bar = _TqdmBar(self._label, run.num_rounds, run.first_round, widget)
+        elif self._progress and console.is_terminal:
+            self._bar = _TerminalBar(console, self._label, run.num_rounds, run.first_round)
+
+    def on_round(self, record: Record) -> None:
+        """Show a round; another number of workers than configured is shown too."""
+        if not self._progress:
             return
         metric, done = record.get("metric", "accuracy"), record["round"] + 1
         if record.get(metric) is not None:
             self._value, self._of_round = f"  {metric_title(metric)} {format_metric(metric, record[metric])}", done
         self._show_faults(record)
         of_round = f" (round {self._of_round})" if self._value and self._of_round != done else ""
-        numbers = (
-            f"round {done}/{self._num_rounds}  loss {record['loss']:.4f}{self._value}{of_round}  "
-            f"sent {format_bytes(record['sent_bytes'])}"
-        )
-        if self._num_workers not in (None, record["workers"]):
-            numbers += f"  {record['workers']} of {self._num_workers} workers"
+        shown = f"loss {record['loss']:.4f}{self._value}{of_round}  sent {format_bytes(record['sent_bytes'])}"
+        if self._num_workers != record["workers"]:
+            shown += f"  {record['workers']} of {self._num_workers} workers"
+        numbers = f"round {done}/{self._num_rounds}  {shown}"
         if self._bar:
-            self._bar.update(self._task, completed=done, numbers=numbers)
+            self._bar.update(done, numbers)
             return
         now = time.monotonic()
         if now - self._last_line >= _LINE_EVERY_S or done == self._num_rounds:
@@ -89,7 +159,7 @@ class Display:
             left = (now - self._started) / (done - self._first_round) * (self._num_rounds - done)
             self._print(f"{self._label}: {numbers}  left {left:.0f} s")
 
-    def _show_faults(self, record: Mapping[str, Any]) -> None:
+    def _show_faults(self, record: Record) -> None:
         """Show which workers were left out of a round; of many, the first few and the number of the others."""
         faults = record.get("lost", [])
         if not faults:
@@ -113,18 +183,15 @@ class Display:
 
     def _print(self, line: str) -> None:
         if self._bar:
-            self._bar.console.print(line, highlight=False, soft_wrap=True)
+            self._bar.print(line)
         else:
             print(printable(line), file=sys.stderr, flush=True)
 
-    def saved(self, rounds_done: int) -> None:
-        """Ignore checkpoints."""
-
     def close(self) -> None:
-        """Show the remaining faults, and remove the bar."""
+        """Show the remaining faults, and end the bar."""
         self._show_hidden_faults(0)
         if self._bar:
-            self._bar.stop()
+            self._bar.close()
 
 
 def metric_title(name: str) -> str:

@@ -1,26 +1,25 @@
 """Export a run's numbers to TensorBoard and Prometheus.
 
-Where it sits: `ist/monitoring/observers.py` imports this if one of the two is configured; it needs the extra `watch`.
-Not here: choosing exporters and ports (`ist/monitoring/observers.py`), the numbers and their names
+Where it sits: `ist/monitoring/observers.py` creates these callbacks if they are configured; they need the extra
+`watch`.
+Not here: the HTTP server (`ist/monitoring/metrics_server.py`), the numbers and their names
 (`ist/measurements.py`).
 """
 
+import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from ist._version import VERSION
 from ist.config.methods import method_spec
-from ist.config.schema import Config
 from ist.errors import ConfigError, RunFolderError
 from ist.measurements import FAULTS, MEASUREMENTS, Family
-from ist.monitoring.metrics_server import start_server
-
-Record = Mapping[str, Any]
+from ist.monitoring.callback import Callback, Record, RunStart
+from ist.monitoring.metrics_server import refused, start_server
 
 _FLUSH_EVERY_S = 10
 
@@ -37,32 +36,31 @@ def scalars(record: Record) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-class TensorBoard:
-    """Writes event files; an `Observer`. A step is a round, from 0 as in metrics.jsonl.
+class TensorBoard(Callback):
+    """Writes event files to tensorboard/ in the run folder. A step is a round, from 0 as in metrics.jsonl."""
 
-    Args:
-        folder: Folder of the event files.
-        first_round: Number of rounds that are already done; entries of later rounds in existing files are hidden.
+    def on_start(self, run: RunStart) -> None:
+        """Open the event files; entries of rounds that will be run again are hidden in existing files.
 
-    Raises:
-        ConfigError: TensorBoard cannot be imported.
-        RunFolderError: The files cannot be written.
-    """
-
-    def __init__(self, folder: Path, first_round: int) -> None:
+        Raises:
+            ConfigError: TensorBoard cannot be imported, or there is no run folder.
+            RunFolderError: The files cannot be written.
+        """
+        if run.run_dir is None:
+            raise ConfigError("'watch.tensorboard' is true, but the run has no folder to write to: give run_dir")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(
                 f"'watch.tensorboard' is true, but TensorBoard cannot be imported ({error}): pip install 'ist[watch]'"
             ) from error
-        self._folder = folder
+        self._folder = run.run_dir / "tensorboard"
         with self._translated():
-            self._writer = SummaryWriter(str(folder), purge_step=first_round, flush_secs=_FLUSH_EVERY_S)
+            self._writer = SummaryWriter(str(self._folder), purge_step=run.first_round, flush_secs=_FLUSH_EVERY_S)
         self._hook = threading.excepthook
         threading.excepthook = self._thread_failed
 
-    def show(self, record: Record) -> None:
+    def on_round(self, record: Record) -> None:
         """Write a round's numbers.
 
         Raises:
@@ -72,7 +70,7 @@ class TensorBoard:
             for name, value in scalars(record).items():
                 self._writer.add_scalar(name, value, record["round"])
 
-    def saved(self, rounds_done: int) -> None:
+    def on_checkpoint(self, rounds_done: int) -> None:
         """Flush the files up to the checkpoint.
 
         Raises:
@@ -162,56 +160,59 @@ def add_record(values: Values, record: Record, method: str) -> Values:
     return dict(new)
 
 
-class Prometheus:
-    """Serves a run's metrics over HTTP during the run; an `Observer`, and a collector of prometheus_client.
+class Prometheus(Callback):
+    """Serves a run's metrics over HTTP during the run; also a collector of prometheus_client.
 
     Args:
-        config: The configuration of the run.
-        name: Name of the run, for the label `run`.
-        num_rounds: Number of rounds of the run.
-        first_round: Number of rounds that are already done.
-        history: Records of these rounds, from which counters continue.
-
-    Raises:
-        ConfigError: prometheus_client cannot be imported.
+        host: The address to listen on.
+        port: The port; 0 picks a free one.
+        announces: Whether to print the URL in any case; a port that was picked is always printed.
     """
 
-    def __init__(self, config: Config, name: str, num_rounds: int, first_round: int, history: Sequence[Record]) -> None:
+    def __init__(self, host: str, port: int, announces: bool = False) -> None:
+        self._host, self._port, self._announces = host, port, announces
+        self.url = ""
+
+    def on_start(self, run: RunStart) -> None:
+        """Start the HTTP server; the counters of a resumed run continue.
+
+        Raises:
+            ConfigError: prometheus_client cannot be imported, or this machine does not have the address.
+            PoolError: The port cannot be used.
+        """
         try:
             import prometheus_client
             from prometheus_client import core
         except ImportError as error:
             raise ConfigError(
-                f"'watch.metrics_port' is {config.watch.metrics_port}, but prometheus_client cannot be imported "
-                f"({error}): pip install 'ist[watch]'"
+                f"'watch.metrics_port' is {self._port}, but prometheus_client cannot be imported ({error}): pip "
+                "install 'ist[watch]'"
             ) from error
-        self._make_application, self._core = prometheus_client.make_wsgi_app, core
-        self._method = config.method
-        self._info = {"run": name, "method": config.method, "version": VERSION}
+        self._core = core
+        self._method = run.config["method"]
+        self._info = {"run": run.name, "method": self._method, "version": VERSION}
         values: Values = {
-            "ist_rounds": {"": first_round},
-            "ist_rounds_planned": {"": num_rounds},
-            "ist_workers_configured": {"": config.train.workers},
+            "ist_rounds": {"": run.first_round},
+            "ist_rounds_planned": {"": run.num_rounds},
+            "ist_workers_configured": {"": run.config["train"]["workers"]},
             "ist_faults": dict.fromkeys(FAULTS, 0),
         }
-        for record in history:
+        for record in run.history:
             values = add_record(values, record, self._method)
-        if first_round:
-            values["ist_checkpoint_rounds"] = {"": first_round}
+        if run.first_round:
+            values["ist_checkpoint_rounds"] = {"": run.first_round}
         self._values = values  # replaced as a whole, so that a scrape never mixes two rounds
         self.registry = prometheus_client.CollectorRegistry()
         self.registry.register(self)
-        self.url = ""
-
-    def serve(self, host: str, port: int) -> None:
-        """Start the HTTP server.
-
-        Raises:
-            OSError: The address or the port cannot be used.
-        """
-        self._server, self._thread = start_server(self._make_application(self.registry), host, port)
-        shown = f"[{host}]" if ":" in host else host
+        application = prometheus_client.make_wsgi_app(self.registry)
+        try:
+            self._server, self._thread = start_server(application, self._host, self._port)
+        except OSError as error:
+            raise refused(self._host, self._port, error) from error
+        shown = f"[{self._host}]" if ":" in self._host else self._host
         self.url = f"http://{shown}:{self._server.server_port}/metrics"
+        if self._announces or self._port == 0:
+            print(f"metrics: {self.url}", file=sys.stderr, flush=True)
 
     def collect(self) -> Iterator[Any]:
         """Yield the current metrics."""
@@ -225,18 +226,17 @@ class Prometheus:
                 made.add_metric([label] if family.label else [], value)
             yield made
 
-    def show(self, record: Record) -> None:
+    def on_round(self, record: Record) -> None:
         """Add a round to the metrics."""
         values = add_record(self._values, record, self._method)
         self._values = values | {"ist_last_round_timestamp_seconds": {"": time.time()}}
 
-    def saved(self, rounds_done: int) -> None:
+    def on_checkpoint(self, rounds_done: int) -> None:
         """Record a checkpoint."""
         self._values = self._values | {"ist_checkpoint_rounds": {"": rounds_done}}
 
     def close(self) -> None:
         """Stop the HTTP server."""
-        if self.url:
-            self._server.shutdown()
-            self._server.server_close()
-            self._thread.join()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()

@@ -7,6 +7,7 @@ Where it sits: `ist/monitoring/exporters.py` serves metrics with it.
 Not here: the served content (prometheus_client's WSGI application).
 """
 
+import errno
 import socket
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +15,8 @@ from socketserver import ThreadingMixIn
 from threading import BoundedSemaphore, Thread, Timer
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+from ist.errors import ConfigError, ISTError, PoolError, first_line
 
 _REQUEST_S = 10.0
 _MOST_REQUESTS = 16
@@ -77,3 +80,36 @@ def start_server(application: Callable[..., Any], host: str, port: int) -> tuple
     thread = Thread(target=server.serve_forever, name="ist-metrics", daemon=True)
     thread.start()
     return server, thread
+
+
+def check_port(host: str, port: int) -> None:
+    """Check that this program can listen on an address.
+
+    Raises:
+        ConfigError: This machine does not have the address.
+        PoolError: The port cannot be used.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise refused(host, port, error) from error
+    except ValueError as error:  # not a valid name in the domain name system
+        raise ConfigError(
+            f"'watch.metrics_host' is '{host}', which is not a host name or address: {first_line(error)}"
+        ) from error
+
+
+def refused(host: str, port: int, error: OSError) -> ISTError:
+    """Return the error that names the key whose value the operating system refuses."""
+    if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+        return ConfigError(
+            f"'watch.metrics_host' is '{host}', but this machine cannot listen on this address ({error.strerror}): "
+            "give one of its addresses, or 0.0.0.0 for all"
+        )
+    what = "another program uses it" if error.errno == errno.EADDRINUSE else "this program may not listen on it"
+    return PoolError(
+        f"'watch.metrics_port' is {port}, but {what} ({error.strerror}): give another port, or 0 for a free one"
+    )

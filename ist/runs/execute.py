@@ -4,9 +4,11 @@ Where it sits: the command line, `ist.train`, benchmarks and tests call `execute
 Not here: building this process's part (`ist/runs/open.py`), the round loop (`ist/training/rounds.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ist.loops.part import completed
+from ist.monitoring.callback import Callback
+from ist.monitoring.display import Progress
 from ist.runs.open import CoordinatorPart, FollowerPart, open_run
 from ist.storage.run_folder import RunFolder
 from ist.subnet.job import Job
@@ -17,8 +19,9 @@ def execute(
     job: Job,
     folder: RunFolder | None = None,
     resume: bool = False,
-    progress: bool = True,
+    progress: Progress = True,
     opened: Callable[[CoordinatorPart], object] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> CoordinatorPart | FollowerPart:
     """Run a job to its end in this process: coordinate the rounds, or take part in them as another rank.
 
@@ -26,8 +29,9 @@ def execute(
         job: The run.
         folder: The run folder, in which rank 0 writes; None writes nothing.
         resume: Whether to resume from the newest checkpoint in `folder`.
-        progress: Whether to show progress.
+        progress: How to show progress.
         opened: Called on the coordinator, after the run is opened and before its first round.
+        callbacks: Callbacks besides the configured ones; used only on the coordinator.
 
     Returns:
         This process's part of the run, which is closed. On the coordinator, the trained network is `method.model`, and
@@ -36,9 +40,9 @@ def execute(
     Raises:
         ISTError: See `ist.runs.open.open_run` and `ist.training.rounds.run_rounds`.
     """
-    with open_run(job, folder, resume, progress) as part:
+    with open_run(job, folder, resume, progress, callbacks) as part:
         if isinstance(part, FollowerPart):
-            completed(follow_rounds(part.job, part.follower, part.first_round))
+            completed(follow_rounds(part.job, part.follower, part.first_round, part.ends_early))
             return part
         if opened is not None:
             opened(part)

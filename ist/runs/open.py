@@ -10,7 +10,7 @@ import functools
 import inspect
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,11 +26,20 @@ from ist.config.schema import Config, num_processes
 from ist.distributed.device import check_autocast, compute_device
 from ist.distributed.environment import PRIVATE_STORE, is_launched, is_rank_zero
 from ist.distributed.memory_limit import limited_memory
-from ist.distributed.process_group import Membership, agree_on_start, broadcast_text, failures_published, join
+from ist.distributed.process_group import (
+    Membership,
+    agree_on_start,
+    broadcast_flag,
+    broadcast_text,
+    failures_published,
+    join,
+)
 from ist.errors import CheckpointError, ConfigError
 from ist.launch.signals import resume_command
+from ist.monitoring.callback import Callback
+from ist.monitoring.display import Progress as ProgressDisplay
 from ist.monitoring.meter import MemoryGauge, Meter
-from ist.monitoring.observers import open_observers
+from ist.monitoring.observers import make_callbacks, run_start, started
 from ist.network.compiled import plain_name
 from ist.pools.inline import InlinePool
 from ist.pools.torchrun import RankWorker, TorchrunPool, for_world_size
@@ -73,11 +82,13 @@ class FollowerPart:
         job: The run, with the number of workers that the processes allow.
         follower: The rank's side of the method.
         first_round: The first round to run.
+        ends_early: Hears after a round whether a callback on rank 0 ends the run; None: there are no such callbacks.
     """
 
     job: Job
     follower: Follower
     first_round: int
+    ends_early: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +178,11 @@ def _check_arguments(config: Config) -> None:
 
 @contextmanager
 def open_run(
-    job: Job, folder: RunFolder | None, resume: bool, progress: bool = True
+    job: Job,
+    folder: RunFolder | None,
+    resume: bool,
+    progress: ProgressDisplay = True,
+    callbacks: Sequence[Callback] = (),
 ) -> Iterator[CoordinatorPart | FollowerPart]:
     """Build this process's part of a run, and release it afterwards.
 
@@ -176,9 +191,11 @@ def open_run(
         folder: The run folder, in which rank 0 writes; None writes nothing. Other ranks do not need it: rank 0
             broadcasts where workers save their state.
         resume: Whether to resume from the newest checkpoint in `folder`.
-        progress: Whether to show progress.
+        progress: How to show progress.
+        callbacks: Callbacks besides the configured ones; used only in the process that coordinates.
 
     Raises:
+        CallbackError: A callback fails.
         ConfigError: The number of started processes does not match the configuration.
         DataError: Processes have loaded different training data.
         PoolError: The process group cannot be formed, or the Ray cluster cannot be reached.
@@ -190,13 +207,18 @@ def open_run(
             folder.sweep()
             if not resume:
                 folder.begin()
-        with _opened(job, folder, leads, resume, progress) as run:
+        with _opened(job, folder, leads, resume, progress, callbacks) as run:
             yield run
 
 
 @contextmanager
 def _opened(
-    job: Job, folder: RunFolder | None, leads: bool, resume: bool, progress: bool
+    job: Job,
+    folder: RunFolder | None,
+    leads: bool,
+    resume: bool,
+    progress: ProgressDisplay,
+    callbacks: Sequence[Callback],
 ) -> Iterator[CoordinatorPart | FollowerPart]:
     """Do the work of `open_run`, while this process is the only one that writes to the folder, if it leads."""
     config = job.config
@@ -232,15 +254,19 @@ def _opened(
         process = _Process(job, folder, membership, Meter(), device, location, stack)
         if not (leads and num_processes(config) > config.train.workers):  # a dedicated coordinator is not a worker
             stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))
+        may_end = bool(callbacks or config.watch.callbacks)
+        announce = None
+        if membership and broadcast_flag(membership, may_end):
+            announce = functools.partial(broadcast_flag, membership)
         if membership and not leads:
-            yield FollowerPart(job, _follower(process, membership), first_round)
+            ends_early = functools.partial(announce, False) if announce else None
+            yield FollowerPart(job, _follower(process, membership), first_round, ends_early)
             return
         gauge = MemoryGauge(device)
         method = _method(process, tensors if before.rounds_done else None)
-        observers = open_observers(config, folder, job.schedule.num_rounds, first_round, progress)
-        for observer in observers:
-            stack.callback(observer.close)
-        recorder = RunRecorder(job, folder, observers, before, process.meter, gauge, run_id)
+        made = make_callbacks(config, callbacks, progress)
+        stack.enter_context(started(made, run_start(config, job, folder, first_round)))
+        recorder = RunRecorder(job, folder, made, before, process.meter, gauge, run_id, announce)
         yield CoordinatorPart(job, method, recorder, first_round, device)
 
 

@@ -11,7 +11,7 @@ from ist.config.schema import Config
 from ist.distributed.device import compute_device
 from ist.distributed.environment import is_launched
 from ist.launch.lab_run import check_hosts
-from ist.monitoring.observers import check_observers
+from ist.monitoring.observers import check_callbacks
 from ist.runs.build import build_job
 from ist.runs.open import check_method
 from ist.runs.rehearsal import rehearse
@@ -37,7 +37,7 @@ def checked_job(config: Config) -> Job:
         ModelError: The network cannot be split among that many workers.
     """
     check_method(config)
-    check_observers(config)
+    check_callbacks(config)
     check_hosts(config)
     if config.pool.spec.coordinator_may_train:
         compute_device(config.pool)

@@ -1,4 +1,4 @@
-"""The recorder: it turns the report of each round into a record for the run folder, the observers and the caller.
+"""The recorder: it turns the report of each round into a record for the run folder, the callbacks and the caller.
 
 Where it sits: `ist/runs/open.py` creates it on the coordinator; `ist/training/rounds.py` calls it after each round.
 Not here: measuring (`ist/training/coordinator.py`, `ist/baselines/ranks.py`), showing records (`ist/monitoring/`,
@@ -6,7 +6,7 @@ Not here: measuring (`ist/training/coordinator.py`, `ist/baselines/ranks.py`), s
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from ist.errors import CheckpointError
 from ist.evaluation.evaluate import Metrics
 from ist.measurements import FAULTS, MEASUREMENTS, over_rounds
+from ist.monitoring import observers
+from ist.monitoring.callback import Callback
 from ist.monitoring.meter import MemoryGauge, Meter
-from ist.monitoring.observers import Observer
 from ist.storage.checkpoint import Progress
 from ist.storage.run_folder import RunFolder
 from ist.subnet.job import Job, assignments, remote_workers
@@ -28,34 +29,40 @@ class RunRecorder:
     Args:
         job: The run.
         folder: The run folder to write to; None writes nothing.
-        observers: They receive every record.
+        callbacks: They receive every event, and may end the run.
         before: The progress entry of the resumed checkpoint; empty for a new run.
         meter: Counts the bytes of this process.
         gauge: Measures the memory of this process.
         run_id: The id of this incarnation of the run, for checkpoints.
+        announce: Tells the other ranks, after every round but the last, whether a callback ends the run; None: there
+            are no ranks to tell.
 
     Attributes:
         history: One record a round, in order; counters (samples, bytes, seconds) start at the first round of the run.
             Early rounds are missing if the run was resumed without its metrics.jsonl.
+        stopped_early: The reason why a callback has ended the run; None if none has.
     """
 
     def __init__(
         self,
         job: Job,
         folder: RunFolder | None,
-        observers: Sequence[Observer],
+        callbacks: Sequence[Callback],
         before: Progress,
         meter: Meter,
         gauge: MemoryGauge,
         run_id: str = "",
+        announce: Callable[[bool], object] | None = None,
     ) -> None:
         self._job = job
         self._metric = job.task.metric
         self._folder = folder
-        self._observers = observers
+        self._callbacks = callbacks
         self._meter = meter
         self._gauge = gauge
         self._run_id = run_id
+        self._announce = announce
+        self.stopped_early: str | None = None
         self._seen = [[0] * job.config.train.workers for _ in range(2)]
         self._totals = {name: before.totals.get(name, 0) for name in over_rounds("total")}
         self._faults = {str(kind): before.totals.get(kind, 0) for kind in FAULTS}
@@ -74,10 +81,11 @@ class RunRecorder:
         metrics: Metrics | None,
         seconds: Seconds,
         sent_bytes: int,
-    ) -> None:
-        """Record a round.
+    ) -> bool:
+        """Record a round; return whether a callback ends the run after it.
 
         Raises:
+            CallbackError: A callback fails.
             RunFolderError: The record cannot be written.
         """
         found: dict[str, Any] = {
@@ -100,8 +108,7 @@ class RunRecorder:
             if measured.by_worker:
                 record[f"{measured.name}_by_worker"] = [of_worker[measured.name] for of_worker in report.by_worker]
         if metrics:
-            name = self._metric.names[0] if self._metric else None
-            record |= {"test_loss": metrics.loss, "metric": name, "accuracy": None, **metrics.values}
+            record |= self._evaluation(metrics)
         if report.lost:
             record["lost"] = [{"worker": lost.worker, "kind": lost.kind, "reason": lost.reason} for lost in report.lost]
         for lost in report.lost:
@@ -111,8 +118,28 @@ class RunRecorder:
         self.history.append(record)
         if self._folder:
             self._folder.append_record(record)
-        for observer in self._observers:
-            observer.show(record)
+        stop = observers.round_ended(self._callbacks, record)
+        if self._rounds_done == self._job.schedule.num_rounds:
+            return False
+        if stop is not None:
+            self.stopped_early = stop.reason
+        if self._announce is not None:
+            self._announce(stop is not None)
+        return stop is not None
+
+    def evaluated(self, metrics: Metrics) -> None:
+        """Receive the evaluation of the trained network, if the run ends after a round that was not evaluated.
+
+        Raises:
+            CallbackError: A callback fails.
+        """
+        record = {**self.history[-1], **self._evaluation(metrics)}
+        self._note_numbers(record)
+        observers.evaluated(self._callbacks, record)
+
+    def _evaluation(self, metrics: Metrics) -> dict[str, Any]:
+        name = self._metric.names[0] if self._metric else None
+        return {"test_loss": metrics.loss, "metric": name, "accuracy": None, **metrics.values}
 
     def _note_numbers(self, record: Mapping[str, Any]) -> None:
         numbers = self._numbers
@@ -141,17 +168,19 @@ class RunRecorder:
         if self._folder:
             progress = Progress(rounds_done, {**self._totals, **self._faults}, dict(self._numbers), self._run_id)
             self._folder.save_checkpoint(state, progress, self._job.config.checkpoint.keep)
-            for observer in self._observers:
-                observer.saved(rounds_done)
+            observers.checkpoint_saved(self._callbacks, rounds_done)
 
     def finish(self, model: nn.Module) -> None:
-        """Write the trained network and the final numbers, if there is a run folder.
+        """Write the trained network and the final numbers, if there is a run folder, and end the run for callbacks.
 
         Raises:
+            CallbackError: A callback fails.
             RunFolderError: One of them cannot be written.
         """
+        result = self.result()
         if self._folder:
-            self._folder.finish(model.state_dict(), self.result())
+            self._folder.finish(model.state_dict(), result)
+        observers.run_ended(self._callbacks, result)
 
     def result(self) -> dict[str, Any]:
         """Return the run's final numbers.
@@ -180,6 +209,7 @@ class RunRecorder:
             "metric": names[0] if names else None,
             "metrics": {key: numbers[key] for name in names for key in (name, f"best_{name}") if key in numbers},
             "best_accuracy": numbers.get("best_accuracy"),
+            **({"stopped_early": self.stopped_early} if self.stopped_early is not None else {}),
             **self._totals,
             **({"remote_workers": len(remote_workers(self._job.config))} if config.method_spec.has_coordinator else {}),
             "faults": dict(self._faults),

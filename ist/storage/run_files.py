@@ -71,6 +71,7 @@ class _Result(_Written):
     best_accuracy: Number | None = None
     faults: dict[str, int] = {}
     block_scales: dict[str, Number] = {}
+    stopped_early: str = ""
     link: str = ""
     wire_bytes: NonNegativeFloat = 0
 

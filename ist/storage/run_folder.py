@@ -151,7 +151,7 @@ class RunFolder:
             )
 
     def rewind(self) -> tuple[dict[str, Tensor], Progress]:
-        """Return the newest intact checkpoint, and delete records of later rounds.
+        """Return the newest intact checkpoint, and delete records of later rounds, and the result of an early end.
 
         Without a checkpoint, there are no tensors and no completed rounds. Records of earlier rounds may be missing if
         only the checkpoints survived. A damaged end of metrics.jsonl is deleted, with a warning.
@@ -183,6 +183,8 @@ class RunFolder:
         numbered = zip(lines.texts, lines.records, strict=True)
         earlier = [text for text, record in numbered if record["round"] < progress.rounds_done]
         self._write("metrics.jsonl", b"".join(text + b"\n" for text in earlier))
+        if self.stopped_early():  # the run continues
+            (self.path / "result.json").unlink()
         with suppress(RunFolderError):  # these files are no longer needed, and harmless
             delete_worker_states(self.storage, after=progress.rounds_done)
         return tensors, progress
@@ -280,8 +282,9 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
         self._write("result.json", json.dumps(result, indent=2).encode())
-        with suppress(RunFolderError):  # these files are no longer needed, and harmless
-            delete_worker_states(self.storage)
+        if not self.stopped_early():
+            with suppress(RunFolderError):  # these files are no longer needed, and harmless
+                delete_worker_states(self.storage)
 
     def result(self) -> dict[str, Any]:
         """Return the final numbers.
@@ -313,6 +316,14 @@ class RunFolder:
     def is_finished(self) -> bool:
         """Return whether the run has written its result."""
         return (self.path / "result.json").exists()
+
+    def stopped_early(self) -> bool:
+        """Return whether a callback has ended the run before its last round, so that it can be resumed.
+
+        Raises:
+            RunFolderError: result.json is damaged.
+        """
+        return self.is_finished() and "stopped_early" in self.result()
 
     def _write(self, name: str, data: bytes) -> None:
         try:

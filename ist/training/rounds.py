@@ -7,7 +7,7 @@ Not here: training of a round, files, printing.
 """
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -97,8 +97,15 @@ class Recorder(Protocol):
         metrics: Metrics | None,
         seconds: Seconds,
         sent_bytes: int,
-    ) -> None:
-        """Record a round; `metrics` is None if the network was not evaluated after it."""
+    ) -> bool:
+        """Record a round; `metrics` is None if the network was not evaluated after it.
+
+        Return whether a callback ends the run after this round, which is not the last one.
+        """
+        ...
+
+    def evaluated(self, metrics: Metrics) -> None:
+        """Receive the evaluation of the trained network, if the run ends after a round that was not evaluated."""
         ...
 
     def save(self, rounds_done: int, state: Mapping[str, Tensor]) -> None:
@@ -138,15 +145,39 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
             elif last:
                 refresh_statistics(job, method.model, device)
         seconds = Seconds(trained - started - report.numbers["aside_s"], time.perf_counter() - trained)
-        recorder.round_done(round_number, report, metrics, seconds, method.bytes_sent())
-        if last or config.checkpoint.is_due(rounds_done):
+        ends = recorder.round_done(round_number, report, metrics, seconds, method.bytes_sent())
+        if ends and metrics is None:
+            _evaluate_at_end(job, method.model, recorder, device)
+        if last or ends or config.checkpoint.is_due(rounds_done):
             recorder.save(rounds_done, method.checkpoint_state())
+        if ends:
+            return
 
 
-def follow_rounds(job: Job, follower: Follower, first_round: int) -> Generator[Part]:
-    """Take part in the remaining rounds, on a rank that does not coordinate; yield the parts of this process."""
+def _evaluate_at_end(job: Job, model: nn.Module, recorder: Recorder, device: torch.device) -> None:
+    """Evaluate the network of a run that ends early, as after a last round."""
+    with located("evaluating the full network at the end of the run"):
+        if job.task.test_data is not None:
+            recorder.evaluated(evaluate_full_network(job, model, device))
+        else:
+            refresh_statistics(job, model, device)
+
+
+def follow_rounds(
+    job: Job, follower: Follower, first_round: int, ends_early: Callable[[], bool] | None = None
+) -> Generator[Part]:
+    """Take part in the remaining rounds, on a rank that does not coordinate; yield the parts of this process.
+
+    Args:
+        job: The run.
+        follower: This rank's side of the method.
+        first_round: The first round to run.
+        ends_early: Hears, after each round but the last, whether the coordinator ends the run; None: it never does.
+    """
     for round_number in range(first_round, job.schedule.num_rounds):
         yield from follower.train_round(round_number)
+        if ends_early is not None and round_number + 1 < job.schedule.num_rounds and ends_early():
+            return
 
 
 def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None:

@@ -124,7 +124,7 @@ class WorkerState:
             why = str(error)
             damaged = isinstance(error, CheckpointError)
         if found is None:
-            if damaged or checkpoint.is_due(round_number):
+            if damaged or checkpoint.is_due(round_number) or round_number == self._location.first_round:
                 _log.warning(
                     "worker %d: no saved state from before round %d in %s (%s); starting with fresh state",
                     self._worker, round_number + 1, redacted(checkpoint.storage or self._location.folder), why,

@@ -1,4 +1,4 @@
-"""The observers of a run all receive the same numbers."""
+"""The callbacks that every run may have, display, TensorBoard and Prometheus, receive the same numbers."""
 
 import contextlib
 import errno
@@ -25,10 +25,11 @@ from ist.errors import ConfigError, PoolError, RunFolderError
 from ist.evaluation.evaluate import Metrics
 from ist.loops.part import completed
 from ist.monitoring import metrics_server
+from ist.monitoring.callback import Callback, RunStart
 from ist.monitoring.display import Display
 from ist.monitoring.exporters import Prometheus, TensorBoard, families, scalars
 from ist.monitoring.meter import MemoryGauge, Meter
-from ist.monitoring.observers import Observer, check_observers, open_observers
+from ist.monitoring.observers import check_callbacks, make_callbacks, run_start, started
 from ist.runs.build import build_job
 from ist.runs.open import CoordinatorPart, open_run
 from ist.runs.recorder import RunRecorder
@@ -54,8 +55,33 @@ def job() -> Job:
     return job_for(seeded(NETWORKS["no batch norm"]))
 
 
-def recorder_for(job: Job, *observers: Observer, before: Progress | None = None, folder: Any = None) -> RunRecorder:
-    return RunRecorder(job, folder, observers, before or Progress(), Meter(), MemoryGauge(torch.device("cpu")))
+def start(num_rounds: int = 100, first_round: int = 0, history: Any = (), run_dir: Path | None = None) -> RunStart:
+    config = small_config().model_dump()
+    return RunStart("run", config, run_dir, num_rounds, first_round, 10, 10, ("loss", "test_loss"), history)
+
+
+def displayed(progress: Any = True) -> Display:
+    display = Display(progress)
+    display.on_start(start())
+    return display
+
+
+def exporter_for(num_rounds: int = 4, first_round: int = 0, history: Any = ()) -> Prometheus:
+    """An exporter whose server is already closed."""
+    exporter = Prometheus("127.0.0.1", 0)
+    exporter.on_start(start(num_rounds, first_round, history))
+    exporter.close()
+    return exporter
+
+
+def board_in(folder: Path, first_round: int = 0) -> TensorBoard:
+    board = TensorBoard()
+    board.on_start(start(first_round=first_round, run_dir=folder))
+    return board
+
+
+def recorder_for(job: Job, *callbacks: Callback, before: Progress | None = None, folder: Any = None) -> RunRecorder:
+    return RunRecorder(job, folder, callbacks, before or Progress(), Meter(), MemoryGauge(torch.device("cpu")))
 
 
 def a_record(*lost: Lost, round_number: int = 0, **changes: Any) -> dict[str, Any]:
@@ -109,11 +135,11 @@ def test_the_totals_of_a_run_survive_the_loss_of_its_records(job: Job, tmp_path:
 def test_the_display_names_the_first_workers_that_were_left_out_and_counts_the_others(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    display = Display("ist", num_rounds=100, first_round=0, enabled=True, num_workers=4)
+    display = displayed()
 
-    display.show(a_record(LOST, LATE, round_number=6))
+    display.on_round(a_record(LOST, LATE, round_number=6))
     for number in range(7, 20):
-        display.show(a_record(LATE, BAD, round_number=number))
+        display.on_round(a_record(LATE, BAD, round_number=number))
     display.close()
 
     lines = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
@@ -130,10 +156,10 @@ def test_the_display_names_the_round_of_a_metric_from_an_earlier_round(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ist.monitoring.display._LINE_EVERY_S", 0.0)
-    display = Display("ist", num_rounds=100, first_round=0, enabled=True)
+    display = displayed()
 
     for number, accuracy in enumerate([None, 0.875, None, 0.9]):
-        display.show(a_record(round_number=number, accuracy=accuracy))
+        display.on_round(a_record(round_number=number, accuracy=accuracy))
 
     shown = [
         line.partition("loss 0.5000")[2].partition("  sent")[0].strip() for line in capsys.readouterr().err.splitlines()
@@ -145,7 +171,7 @@ def test_the_display_shows_the_number_of_workers_if_it_differs_from_the_configur
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for workers in (4, 3):
-        Display("ist", 100, 0, enabled=True, num_workers=4).show(a_record(workers=workers))
+        displayed().on_round(a_record(workers=workers))
 
     first, second = capsys.readouterr().err.splitlines()
     assert "workers" not in first
@@ -156,9 +182,9 @@ def test_a_terminal_shows_faults_above_the_bar_literally(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    display = Display("ist", 100, 0, enabled=True, num_workers=4)
+    display = displayed()
 
-    display.show(a_record(Lost(1, "gone [bold]\nand more"), workers=3))
+    display.on_round(a_record(Lost(1, "gone [bold]\nand more"), workers=3))
     display.close()
 
     shown = capsys.readouterr().err
@@ -168,8 +194,8 @@ def test_a_terminal_shows_faults_above_the_bar_literally(
 
 
 def test_a_disabled_display_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    display = Display("ist", 100, 0, enabled=False, num_workers=4)
-    display.show(a_record(LOST))
+    display = displayed(False)
+    display.on_round(a_record(LOST))
     display.close()
 
     assert capsys.readouterr().err == ""
@@ -191,9 +217,9 @@ def test_a_missing_package_ends_the_run_before_it_starts(
     monkeypatch.setattr(ist.monitoring.observers, "find_spec", lambda name: None if name == package else object())
 
     with pytest.raises(ConfigError, match=naming(key, package, "pip install 'ist[watch]'")):
-        check_observers(small_config(watch=watch))
+        check_callbacks(small_config(watch=watch))
 
-    check_observers(small_config())
+    check_callbacks(small_config())
 
 
 def test_a_package_that_cannot_be_imported_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -201,16 +227,16 @@ def test_a_package_that_cannot_be_imported_is_an_error(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
 
     with pytest.raises(ConfigError, match=naming("'watch.tensorboard'", "TensorBoard", "pip install 'ist[watch]'")):
-        TensorBoard(tmp_path, 0)
+        board_in(tmp_path)
     with pytest.raises(
         ConfigError, match=naming("'watch.metrics_port'", "prometheus_client", "pip install 'ist[watch]'")
     ):
-        Prometheus(small_config(), "run", 4, 0, [])
+        exporter_for()
 
 
 def test_event_files_need_a_folder() -> None:
     with pytest.raises(ConfigError, match=naming("'watch.tensorboard' is true", "run_dir")):
-        open_observers(small_config(watch={"tensorboard": True}), None, 4, 0, progress=False)
+        TensorBoard().on_start(start())
 
 
 @pytest.fixture
@@ -224,9 +250,9 @@ def test_a_port_in_use_is_named_with_its_key(taken: int) -> None:
     message = naming(f"'watch.metrics_port' is {taken}", "0 for a free one")
 
     with pytest.raises(PoolError, match=message):
-        check_observers(config)
+        check_callbacks(config)
     with pytest.raises(PoolError, match=message):
-        open_observers(config, None, 4, 0, progress=False)
+        Prometheus("127.0.0.1", taken).on_start(start())
 
 
 def test_a_rank_that_does_not_record_does_not_check_the_port(taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,16 +261,16 @@ def test_a_rank_that_does_not_record_does_not_check_the_port(taken: int, monkeyp
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "1")
 
-    check_observers(small_config(watch={"metrics_port": taken}))
+    check_callbacks(small_config(watch={"metrics_port": taken}))
 
 
 def test_an_address_of_another_machine_is_named_with_its_key() -> None:
     with pytest.raises(ConfigError, match=naming("'watch.metrics_host' is '192.0.2.1'", "0.0.0.0")):
-        check_observers(small_config(watch={"metrics_port": 0, "metrics_host": "192.0.2.1"}))
+        check_callbacks(small_config(watch={"metrics_port": 0, "metrics_host": "192.0.2.1"}))
 
 
 def test_only_the_exporters_import_their_packages_and_are_imported_only_if_configured() -> None:
-    packages = r"^(from|import) (\S*tensorboard|prometheus_client|fsspec|ist\.exporters)\b"
+    packages = r"^(from|import) (\S*tensorboard|prometheus_client|fsspec|tqdm|wandb|mlflow)\b"
     for path in (ROOT / "ist").rglob("*.py"):
         assert not re.search(packages, path.read_text(), re.MULTILINE), path
 
@@ -344,26 +370,26 @@ def test_a_run_serves_its_metrics_until_its_end(tmp_path: Path, capsys: pytest.C
 
 
 def test_metrics_count_faults_and_live_workers() -> None:
-    exporter = Prometheus(small_config(), "run", 4, 0, [])
+    exporter = exporter_for()
 
-    exporter.show(a_record(LOST, LATE))
-    exporter.show(a_record(BAD, LATE, round_number=1))
+    exporter.on_round(a_record(LOST, LATE))
+    exporter.on_round(a_record(BAD, LATE, round_number=1))
 
     found = collected(exporter)
     assert [found["ist_faults_total", kind] for kind in ("lost", "late", "rejected")] == [1, 2, 1]
     assert found["ist_workers",] == found["ist_workers_alive",] == found["ist_workers_configured",] == 4
     assert found["ist_memory_peak_bytes", "worker"] == 300
-    exporter.show(a_record(LOST, round_number=2))
+    exporter.on_round(a_record(LOST, round_number=2))
     assert collected(exporter)["ist_workers_alive",] == 3
 
 
 def test_counters_of_a_resumed_run_continue() -> None:
-    whole = Prometheus(small_config(), "run", 9, 0, [])
+    whole = exporter_for(9)
     history = [a_record(LATE, round_number=number) for number in range(3)]
     for record in history:
-        whole.show(record)
-    resumed = Prometheus(small_config(), "run", 9, 2, history[:2])
-    resumed.show(history[2])
+        whole.on_round(record)
+    resumed = exporter_for(9, 2, history[:2])
+    resumed.on_round(history[2])
 
     expected, found = collected(whole), collected(resumed)
     for changing in ("ist_last_round_timestamp_seconds", "ist_checkpoint_rounds"):
@@ -379,9 +405,9 @@ def test_all_metrics_are_named_by_the_conventions() -> None:
 
 
 def test_the_dashboard_shows_every_metric_and_no_other() -> None:
-    exporter = Prometheus(small_config(), "run", 4, 0, [a_record(LOST)])
-    exporter.show(a_record(round_number=1))
-    exporter.saved(2)
+    exporter = exporter_for(history=[a_record(LOST)])
+    exporter.on_round(a_record(round_number=1))
+    exporter.on_checkpoint(2)
     exported = {name for name, *_ in collected(exporter)}
 
     dashboard = json.loads((ROOT / "docker" / "grafana-dashboard.json").read_text())
@@ -420,7 +446,7 @@ class FakeWriter:
 
 
 def test_event_files_get_every_number_and_continue_where_the_run_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
         sys.modules,
@@ -429,12 +455,12 @@ def test_event_files_get_every_number_and_continue_where_the_run_does(
     )
     folder = create_run_folder(small_config(watch={"tensorboard": True}), tmp_path / "run")
 
-    board, display = open_observers(folder.load_config(), folder, 9, 5, progress=False)
-    board.show(a_record(LATE, round_number=5))
-    with pytest.raises(RunFolderError, match=naming("run/tensorboard: ", "No space left on device")):
-        board.saved(6)
-    for observer in (board, display):
-        observer.close()
+    board, display = callbacks = make_callbacks(folder.load_config())
+    assert isinstance(display, Display)
+    with started(callbacks, run_start(folder.load_config(), job, folder, 5)):
+        board.on_round(a_record(LATE, round_number=5))
+        with pytest.raises(RunFolderError, match=naming("run/tensorboard: ", "No space left on device")):
+            board.on_checkpoint(6)
 
     made = FakeWriter.made
     assert made["folder"] == str(folder.path / "tensorboard")
@@ -450,13 +476,13 @@ def test_tensorboard_shows_no_round_of_a_resumed_run_twice(tmp_path: Path) -> No
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for first, last in ((0, 7), (4, 6), (4, 10)):
-        board = TensorBoard(tmp_path, first)
+        board = board_in(tmp_path, first)
         for number in range(first, last):
-            board.show(a_record(round_number=number, loss=first + number / 100))
-        board.saved(last)
+            board.on_round(a_record(round_number=number, loss=first + number / 100))
+        board.on_checkpoint(last)
         board.close()
 
-    events = EventAccumulator(str(tmp_path))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     shown = [(event.step, round(event.value, 2)) for event in events.Scalars("loss/train")]
     assert shown == [(number, round((0 if number < 4 else 4) + number / 100, 2)) for number in range(10)]
@@ -469,7 +495,7 @@ def test_a_full_disk_is_reported_once_and_not_by_the_thread_that_writes_events(
     hook = threading.excepthook
     seen: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", seen.append)
-    board = TensorBoard(tmp_path, 0)
+    board = board_in(tmp_path)
     events: Any = board._writer.file_writer
     thread = events.event_writer._async_writer._worker
 
@@ -478,11 +504,11 @@ def test_a_full_disk_is_reported_once_and_not_by_the_thread_that_writes_events(
 
     monkeypatch.setattr(events.event_writer._async_writer._writer, "write", full)
     with contextlib.suppress(RunFolderError):  # the thread may fail during this call
-        board.show(conftest.a_record(0))
+        board.on_round(conftest.a_record(0))
     thread.join(5)
     assert seen == []
-    with pytest.raises(RunFolderError, match=naming(f"{tmp_path}: ", "No space left on device")):
-        board.show(conftest.a_record(1))
+    with pytest.raises(RunFolderError, match=naming(f"{tmp_path}/tensorboard: ", "No space left on device")):
+        board.on_round(conftest.a_record(1))
 
     other = threading.Thread(target=full, args=(b"",))
     other.start()

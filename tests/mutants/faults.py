@@ -172,7 +172,7 @@ FAULTS = (
     ),
     # The round loop
     Fault(
-        "the last round is not saved", "ist/training/rounds.py", "if last or config.checkpoint.is_due(rounds_done):",
+        "the last round is not saved", "ist/training/rounds.py", "if last or ends or config.checkpoint.is_due(rounds_done):",
         "if config.checkpoint.is_due(rounds_done):", ("tests/pools/test_ranks.py",),
     ),
     Fault(
