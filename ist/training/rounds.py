@@ -126,6 +126,7 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
         device: The device of the method's full network.
 
     Raises:
+        CallbackError: A callback fails.
         DivergedError: A worker returned a non-finite loss or weight; nothing is saved after that.
         WorkerLostError: Too few workers returned a result.
         DataError: A sample cannot be read, or its loss or metric fails.
