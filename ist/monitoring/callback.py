@@ -33,7 +33,7 @@ class Stop:
 
 @dataclass(frozen=True)
 class RunStart:
-    """What a callback is told about a run when it starts.
+    """What a callback receives about a run when it starts.
 
     Attributes:
         name: Name of the run folder, or of the configuration if the run has no folder.

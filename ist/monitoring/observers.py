@@ -89,7 +89,7 @@ def make_callbacks(config: Config, given: Sequence[Callback] = (), progress: Pro
 
 
 def run_start(config: Config, job: Job, folder: RunFolder | None, first_round: int) -> RunStart:
-    """Return what callbacks are told about a run.
+    """Return what callbacks receive about a run when it starts.
 
     Args:
         config: The configuration, with the configured number of workers.
