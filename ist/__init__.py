@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ist.api import TrainResult, split, train
     from ist.config.partition import Exchange, Partition
     from ist.config.recipe import Average, Outer, Recipe, Stage
-    from ist.config.runtime import Checkpoint, Pool, Ray, Watch
+    from ist.config.runtime import Checkpoint, Loader, Pool, Ray, Watch
     from ist.config.schema import Evaluate, Optimizer, ParameterGroup, Schedule, Skew
     from ist.data.batched import BatchedDataset
     from ist.data.shards.dirichlet import dirichlet_split
@@ -51,6 +51,7 @@ __all__ = [
     "Evaluate",
     "Exchange",
     "ISTError",
+    "Loader",
     "Metric",
     "ModelError",
     "Optimizer",
@@ -83,7 +84,7 @@ _LATER = {
     "ist.api": ("TrainResult", "split", "train"),
     "ist.config.partition": ("Exchange", "Partition"),
     "ist.config.recipe": ("Average", "Outer", "Recipe", "Stage"),
-    "ist.config.runtime": ("Checkpoint", "Pool", "Ray", "Watch"),
+    "ist.config.runtime": ("Checkpoint", "Loader", "Pool", "Ray", "Watch"),
     "ist.config.schema": ("Evaluate", "Optimizer", "ParameterGroup", "Schedule", "Skew"),
     "ist.data.batched": ("BatchedDataset",),
     "ist.data.shards.dirichlet": ("dirichlet_split",),

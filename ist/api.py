@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Unpack
 
 from ist.checks.gradient_reach import check_captured_network
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
-from ist.config.runtime import Checkpoint, Pool, Watch
+from ist.config.runtime import Checkpoint, Loader, Pool, Watch
 from ist.config.schema import Evaluate, Optimizer, Schedule, Skew
 from ist.distributed.environment import is_rank_zero
 from ist.errors import ConfigError
@@ -33,7 +33,7 @@ from ist.network.modes import preserve_modes
 from ist.network.supported import check_network, check_values
 from ist.optimization.factory import MakeOptimizer
 from ist.rng import Purpose, seeded
-from ist.runs.arguments import Keywords, TrainKeys, optimizer_function, split_config, train_config
+from ist.runs.arguments import Keywords, TrainKeys, given_data, optimizer_function, split_config, train_config
 from ist.runs.build import loss_function, make_job, split_network
 from ist.runs.execute import execute
 from ist.runs.inspection import inspect_split
@@ -102,19 +102,21 @@ def _alone() -> Iterator[None]:
 @seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # reading data must not change the state of the caller's generators
 def train(
     model: nn.Module,
-    data: Dataset[Any],
+    data: Dataset[Any] | DataLoader[Any],
     *,
     workers: int | Mapping[str, int],
     local_steps: int = 50,
     rounds: int | None = None,
     epochs: int | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
     optimizer: str | Optimizer | type[torch.optim.Optimizer] | MakeOptimizer | Mapping[str, Any] = "SGD",
     schedule: str | Schedule | Mapping[str, Any] | None = None,
     shuffle: Literal["local", "global"] = "local",
     skew: Skew | Mapping[str, Any] | None = None,
-    test_data: Dataset[Any] | None = None,
+    test_data: Dataset[Any] | DataLoader[Any] | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    loader: Loader | Mapping[str, Any] | None = None,
     partition: Partition | Mapping[str, Any] | None = None,
     exchange: Exchange | Mapping[str, Any] | None = None,
     recipe: Recipe | Mapping[str, Any] | None = None,
@@ -145,14 +147,17 @@ def train(
             (such as a frozen batch norm) stays in it. A compiled network is trained uncompiled. IST runs the network
             on two inputs of `data` to find its neuron groups.
         data: Pairs (input, target), which are assigned to the workers. A tuple as input gives positional arguments, a
-            mapping gives keyword arguments. For items that do not stack, see `ist.BatchedDataset`.
+            mapping gives keyword arguments. For items that do not stack, give `collate_fn`, or see
+            `ist.BatchedDataset`. Of a `torch.utils.data.DataLoader`, its data set, batch size, collate function and
+            loader processes are used. The run decides which samples are in a batch, so a loader with a sampler of its
+            own is refused.
         workers: Number of subnets in a round. If neurons are assigned disjointly, at most the size of the smallest
             group. A range {"min": 2, "max": 16} allows workers to join and leave.
         local_steps: Optimizer steps of a worker in a round.
         rounds: Length of the run in rounds; give this or `epochs`.
         epochs: Length of the run in passes over the data.
         batch_size: Samples in one optimizer step of one worker, also if they are split into micro-batches
-            (`accumulate`).
+            (`accumulate`). Default: 32, or that of the loader in `data`.
         loss: Name of a function of torch.nn.functional, applied to the outputs or to their `logits`; or any mean loss
             of (outputs, targets). It must not hold `model`, because workers train submodels of it, nor own weights.
         optimizer: A class of torch.optim or its name, with torch's default arguments (but lr 0.1 for SGD); or
@@ -167,6 +172,8 @@ def train(
         skew: `ist.Skew(alpha=0.3)` gives each worker another mix of classes, for studies; see `ist.dirichlet_split`.
             Default: samples are assigned at random.
         test_data: Evaluated every round, if given; accuracy is reported if the targets are class numbers.
+        collate_fn: Makes a batch (inputs, targets) of a list of items, such as one that pads them. Default: PyTorch's.
+        loader: `ist.Loader(workers=4)` reads batches ahead of time, in four loader processes for each worker.
         partition: How neurons are assigned to workers. Default: each neuron to one worker, at random every round.
         exchange: The number of bits of exchanged weights. Default: the bits of the network's dtypes.
         recipe: Stages of the run, outer optimizer, average over rounds. Default: none of them.
@@ -222,7 +229,8 @@ def train(
         B. Yuan et al., "Distributed Learning of Fully Connected Neural Networks using Independent Subnet Training",
         arXiv 1910.02120.
     """
-    config = train_config(locals())
+    found = given_data(locals())
+    config = train_config(found.given)
     check_progress(progress)
     check_callbacks(config, callbacks)
     check_captured_network(loss, model)
@@ -231,7 +239,17 @@ def train(
         check_network(plain, is_split=True)
         check_values(plain)
         make = optimizer_function(optimizer)
-        job = make_job(config, on_meta(plain), lambda: plain, data, test_data, function, optimizer=make)
+        job = make_job(
+            config,
+            on_meta(plain),
+            lambda: plain,
+            found.given["data"],
+            found.given["test_data"],
+            function,
+            optimizer=make,
+            loader=found.loader,
+            test_loader=found.test_loader,
+        )
         return replace(_train(job, plain, run_dir, resume, progress, callbacks), model=model)
 
 

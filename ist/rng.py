@@ -5,14 +5,16 @@ Law: all random numbers come from a counter-based generator (Philox) keyed by (r
 worker). So every machine computes a partition instead of receiving it, and a resumed run draws the same numbers as an
 uninterrupted one.
 A user's data set, network or loss draws from the process's global generators, and so does dropout: while such code
-runs, `seeded` seeds these generators from the same key.
+runs, `seeded` seeds these generators from the same key. While an item of a data set is read, `drawing` seeds them for
+this item, so that its random augmentation depends neither on the process that reads it nor on earlier reads.
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -36,6 +38,7 @@ class Purpose(IntEnum):
     DATA = 8
     CONTENT = 9
     SKEW = 10
+    ITEM = 11
 
 
 def _bits(seed: int, purpose: Purpose, *counters: int) -> np.random.Philox:
@@ -82,21 +85,6 @@ def torch_seed(seed: int, purpose: Purpose, *counters: int) -> int:
     return int(_bits(seed, purpose, *counters).random_raw()) >> 1
 
 
-def generator_states() -> tuple[bytes, ...]:
-    """Return the states of the process's global generators on the CPU, which `seeded` seeds, for a comparison."""
-    return (
-        torch.get_rng_state().numpy().tobytes(),
-        repr(random.getstate()).encode(),
-        _flat_bytes(np.random.get_state(False)),
-    )
-
-
-def _flat_bytes(value: Any) -> bytes:
-    if isinstance(value, dict | tuple):
-        return b"".join(map(_flat_bytes, value.values() if isinstance(value, dict) else value))
-    return value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode()
-
-
 @contextmanager
 def seeded(device: torch.device, seed: int, purpose: Purpose, *counters: int) -> Iterator[None]:
     """Seed the process's global generators within the context, and restore their state afterwards.
@@ -125,3 +113,69 @@ def seeded(device: torch.device, seed: int, purpose: Purpose, *counters: int) ->
             random.setstate(python)
             mtrand.set_bit_generator(numpy)  # the user may have chosen another kind, which cannot be seeded again
             np.random.set_state(numpy_state)
+
+
+@dataclass(frozen=True)
+class ItemDraws:
+    """The key of the random numbers that a data set draws while its items are read.
+
+    Attributes:
+        seed: The run's seed, >= 0.
+        purpose: What the items are read for.
+        epoch: The pass over the data, >= 0: an augmenting data set draws new numbers in each.
+    """
+
+    seed: int
+    purpose: Purpose
+    epoch: int = 0
+
+    def seeds(self, numbers: Indices) -> list[int]:
+        """Return a 64-bit seed for each item, from its number in the full data set.
+
+        The mixing function is that of SplitMix64: it is much faster than a Philox generator for each item.
+
+        Reference: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014.
+        """
+        mixed = (numbers.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed += np.uint64(_item_key(self.seed, self.purpose, self.epoch))
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        found: list[int] = (mixed ^ (mixed >> np.uint64(31))).tolist()
+        return found
+
+
+@lru_cache(maxsize=16)
+def _item_key(seed: int, purpose: Purpose, epoch: int) -> int:
+    return torch_seed(seed, Purpose.ITEM, int(purpose), epoch)
+
+
+@contextmanager
+def drawing(draws: ItemDraws | None) -> Iterator[Callable[[int], None]]:
+    """Yield a function that seeds the generators of torch, `random` and `numpy.random` for one item.
+
+    Their states are restored at the end. Generators of GPUs are not seeded: items are read on the CPU.
+
+    Args:
+        draws: The key of the items; None: the yielded function does nothing.
+    """
+    if draws is None:
+        yield lambda _: None
+        return
+    python, torch_state = random.getstate(), torch.get_rng_state()
+    numpy, numpy_state = mtrand.get_bit_generator(), np.random.get_state(legacy=False)
+    try:
+        if type(numpy) is not np.random.MT19937:  # only this kind can be seeded again
+            mtrand.set_bit_generator(np.random.MT19937(0))
+        yield _seed_generators
+    finally:
+        torch.set_rng_state(torch_state)
+        random.setstate(python)
+        if mtrand.get_bit_generator() is not numpy:
+            mtrand.set_bit_generator(numpy)
+        np.random.set_state(numpy_state)
+
+
+def _seed_generators(number: int) -> None:
+    torch.default_generator.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number >> 32)

@@ -36,7 +36,7 @@ MAX_FILES = 9
 PUBLIC_NAMES = {
     "__version__", "train", "TrainResult", "split", "Split",
     "Optimizer", "ParameterGroup", "Schedule", "Partition", "Exchange", "Recipe", "Stage", "Outer", "Average",
-    "Evaluate", "Checkpoint", "Pool", "Ray", "Watch",
+    "Evaluate", "Checkpoint", "Loader", "Pool", "Ray", "Watch",
     "BatchedDataset", "Metric", "scaled_blocks", "dirichlet_split", "Skew",
     "Callback", "RunStart", "Stop",
     "ISTError", "CallbackError", "ConfigError", "DataError", "ModelError", "DivergedError", "PoolError", "WorkerLostError",

@@ -139,7 +139,8 @@ class DataParallel:
         return self._meter.sent.total()
 
     def close(self) -> None:
-        """Do nothing: the process group outlives the run."""
+        """End the loader processes; the process group outlives the run."""
+        self._local.close()
 
     def _settle_order(self) -> None:
         """Run one backward pass without sending gradients, so that DDP fixes their order before the first step.

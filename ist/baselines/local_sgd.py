@@ -148,7 +148,8 @@ class LocalTraining:
         return self._meter.sent.total()
 
     def close(self) -> None:
-        """Do nothing: the process group outlives the run."""
+        """End the loader processes; the process group outlives the run."""
+        self._local.close()
 
     def _average(self) -> None:
         """Average over ranks, so that the network is the same on all of them."""

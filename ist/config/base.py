@@ -113,7 +113,7 @@ def run_fingerprint(config: BaseModel) -> int:
         "compare": True,
         "checkpoint": True,
         "watch": True,
-        "data": {"root"},
+        "data": {"root", "loader"},
         "pool": {"allow_insecure"},
     }
     tree = plain(config.model_dump(exclude=local))

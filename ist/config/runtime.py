@@ -109,6 +109,33 @@ class Checkpoint(Section):
         return rounds_done % self.every == 0
 
 
+class Loader(Section):
+    """How a worker reads its batches: by itself, or ahead of time in loader processes (torch.utils.data.DataLoader).
+
+    Example:
+        >>> ist.Loader(workers=4, pin_memory=True).prefetch
+        2
+    """
+
+    workers: Annotated[int, Field(ge=0, le=1024)] = Field(
+        default=0,
+        description="loader processes of each worker; they stay during the whole run, and the samples of each step are "
+        "the same for any number of them. 'pool.memory_limit' limits each of them as it limits the worker. 0: the "
+        "worker reads its batches itself",
+    )
+    prefetch: PositiveInt = Field(default=2, description="batches that each loader process reads ahead")
+    pin_memory: bool = Field(
+        default=False, description="copy batches for a GPU to pinned memory first; no effect on a CPU"
+    )
+    timeout_s: Seconds | None = Field(
+        default=None, description="seconds to wait for a batch of a loader process; default: no limit"
+    )
+    start_method: Literal["fork", "spawn", "forkserver"] | None = Field(
+        default=None,
+        description="how loader processes are started; all but 'fork' need data that can be pickled. Default: Python's",
+    )
+
+
 class Ray(Section):
     """Where and how Ray runs the workers (pool.kind ray).
 

@@ -23,7 +23,7 @@ from ist.config.base import (
 from ist.config.methods import METHODS, POOLS, Baseline, MethodSpec, method_spec
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
-from ist.config.runtime import Checkpoint, Pool, Watch
+from ist.config.runtime import Checkpoint, Loader, Pool, Watch
 
 TOTAL_STEPS = "total_steps"
 """An argument of a schedule with this value is replaced by the run's number of local steps."""
@@ -64,6 +64,12 @@ class Data(Component):
         "number of samples (needs 'train.rounds', and class numbers as targets); each worker goes through its own "
         "epochs, and the merge gives workers equal weight; default: samples are assigned at random, in equal shards",
     )
+    collate: str | None = Field(
+        default=None,
+        description="import path of a function that makes a batch of a list of items, such as one that pads them; "
+        "default: PyTorch's, which stacks them",
+    )
+    loader: Loader = Field(default_factory=Loader, description="how batches are read")
 
 
 class Model(Component):

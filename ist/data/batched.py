@@ -1,12 +1,15 @@
-"""The interface of data sets that build their own batches: graphs of different sizes, sparse rows.
+"""Data whose items cannot be stacked: data sets that build their own batches, and data sets with a collate function.
 
-Use it for data whose items cannot be stacked. `ist/data/batches.py` collates the items of any other map-style data set.
+`BatchedDataset` is the interface of the former: graphs of different sizes, sparse rows. `ist/data/batches.py` collates
+the items of any other map-style data set, with PyTorch's function or the user's.
 
 Where it sits: users and the shipped data sets implement it; `batches.py` calls it.
 Not here: shards and batches of other data sets (`batches.py`).
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -52,3 +55,24 @@ class BatchedDataset(Dataset[Any]):
     @abstractmethod
     def part(self, indices: Indices) -> "BatchedDataset":
         """Return a data set of only the items at `indices`; it must not hold the memory of the other items."""
+
+
+@dataclass(frozen=True)
+class Collated(Dataset[Any]):
+    """A map-style data set and the function that makes batches of its items, as in `torch.utils.data.DataLoader`.
+
+    Attributes:
+        items: The data set.
+        collate: Turns a list of items into a batch, such as tensors padded to the longest item.
+    """
+
+    items: Dataset[Any]
+    collate: Callable[[list[Any]], Any]
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return len(self.items)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        """Return an item."""
+        return self.items[index]

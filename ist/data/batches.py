@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from ist.data.batched import BatchedDataset
+from ist.data.batched import BatchedDataset, Collated
 from ist.data.nested import moved
 from ist.errors import DataError, ISTError, error_with_line, is_out_of_memory
-from ist.rng import Indices, Purpose, permutation
+from ist.rng import Indices, ItemDraws, Purpose, drawing, permutation
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,11 @@ class ShardedSampler:
         return order[start : start + size + (position < longer)]
 
 
+def micro_batches(batch: Indices, number: int) -> list[Indices]:
+    """Split the samples of a step into `number` consecutive parts whose sizes differ by at most one."""
+    return np.array_split(batch, number)
+
+
 @lru_cache(maxsize=64)
 def epoch_order(shard_size: int, seed: int, epoch: int, worker: int) -> Indices:
     """Return the order in which a worker goes through its shard in an epoch: positions in the shard."""
@@ -105,6 +110,8 @@ def length(dataset: Dataset[Any]) -> int:
     Raises:
         DataError: The data set has no length, or is an IterableDataset, whose items have no numbers.
     """
+    if isinstance(dataset, Collated):
+        return length(dataset.items)
     if isinstance(dataset, IterableDataset):
         raise DataError(
             f"{type(dataset).__name__} is an IterableDataset: IST assigns samples to workers by number, and needs a "
@@ -129,6 +136,8 @@ def take_shard(dataset: Dataset[Any], indices: Indices) -> Dataset[Any]:
         return dataset
     if isinstance(dataset, BatchedDataset):
         return dataset.part(indices)
+    if isinstance(dataset, Collated):
+        return Collated(take_shard(dataset.items, indices), dataset.collate)
     if type(dataset) is TensorDataset:  # a subclass may change what an item is
         rows = torch.from_numpy(indices)
         return TensorDataset(*(tensor[rows] for tensor in dataset.tensors))
@@ -136,7 +145,11 @@ def take_shard(dataset: Dataset[Any], indices: Indices) -> Dataset[Any]:
 
 
 def fetch(
-    dataset: Dataset[Any], indices: Indices, device: torch.device, numbers: Callable[[], Indices] | None = None
+    dataset: Dataset[Any],
+    indices: Indices,
+    device: torch.device,
+    numbers: Callable[[], Indices] | None = None,
+    draws: ItemDraws | None = None,
 ) -> tuple[Any, Any]:
     """Return the samples at `indices` as one batch (inputs, targets) on `device`.
 
@@ -146,7 +159,11 @@ def fetch(
         dataset: The data set, or a part of it.
         indices: Positions in it: int64.
         device: The device of the batch.
-        numbers: Returns the samples' numbers in the full data set, for messages; None: the numbers are `indices`.
+        numbers: Returns the samples' numbers in the full data set, for messages and for `draws`; None: the numbers are
+            `indices`.
+        draws: The key of the random numbers that the data set draws: those of an item depend on this key and the item's
+            number only. If the data set reads a whole batch at once, those of the batch depend on its first item. None:
+            the data set draws from the process's generators as they are.
 
     Raises:
         DataError: A sample cannot be read, or the samples do not make a batch (inputs, targets); the message names
@@ -158,10 +175,7 @@ def fetch(
         batch: Any = [tensor[rows] for tensor in dataset.tensors]
     else:
         try:
-            if isinstance(dataset, BatchedDataset):
-                batch = dataset.batch(indices)
-            else:
-                batch = _collated(dataset, indices, numbers)
+            batch = _read(dataset, indices, numbers, draws)
         except (ISTError, MemoryError):
             raise
         except Exception as error:  # a data set may raise anything
@@ -176,6 +190,21 @@ def fetch(
         raise DataError(f"a batch of {_class_name(dataset)} {found}: expected a pair (inputs, targets)")
     inputs, targets = batch
     return moved(inputs, device), moved(targets, device)
+
+
+def _read(dataset: Dataset[Any], indices: Indices, numbers: Callable[[], Indices], draws: ItemDraws | None) -> Any:
+    """Return the samples at `indices` as one batch; the process's generators are afterwards as before."""
+    seeds = draws.seeds(numbers()) if draws is not None else [0] * len(indices)
+    with drawing(draws) as seed:
+        if isinstance(dataset, BatchedDataset):
+            seed(seeds[0])
+            return dataset.batch(indices)
+        items = dataset.items if isinstance(dataset, Collated) else dataset
+        collate = dataset.collate if isinstance(dataset, Collated) else default_collate
+        found = _items(items, indices, numbers, lambda place: seed(seeds[place]))
+        if isinstance(dataset, Collated):
+            return collate(found)
+        return _stacked(dataset, found, numbers)
 
 
 _MOST_NAMED = 8
@@ -212,8 +241,41 @@ def item_at(dataset: Dataset[Any], index: int, numbers: Callable[[], Indices] | 
         raise DataError(f"sample {number} of {_class_name(dataset)}: {error_with_line(error)}") from error
 
 
-def _collated(dataset: Dataset[Any], indices: Indices, numbers: Callable[[], Indices]) -> Any:
-    items = [item_at(dataset, int(index), numbers, place) for place, index in enumerate(indices)]
+def _items(
+    dataset: Dataset[Any], indices: Indices, numbers: Callable[[], Indices], seed: Callable[[int], None]
+) -> list[Any]:
+    """Return the items at `indices`; `seed` seeds the generators for the item at a place of the batch."""
+    if (read_all := _all_at_once(dataset)) is not None:
+        seed(0)
+        try:
+            return list(read_all(indices.tolist()))
+        except Exception as error:
+            if isinstance(error, ISTError | MemoryError) or is_out_of_memory(error):
+                raise
+            for place, index in enumerate(indices.tolist()):  # name the sample, if only one is the cause
+                seed(0)
+                item_at(dataset, index, numbers, place)
+            raise
+    found = []
+    for place, index in enumerate(indices.tolist()):
+        seed(place)
+        found.append(item_at(dataset, index, numbers, place))
+    return found
+
+
+def _all_at_once(dataset: Dataset[Any]) -> Callable[[list[int]], Any] | None:
+    """Return the method `__getitems__` of a data set that reads several items at once, as PyTorch's loader does."""
+    whole = dataset
+    while isinstance(whole, Subset):
+        whole = whole.dataset
+    if not callable(getattr(whole, "__getitems__", None)):
+        return None
+    found: Callable[[list[int]], Any] = dataset.__getitems__  # type: ignore[attr-defined]
+    return found
+
+
+def _stacked(dataset: Dataset[Any], items: list[Any], numbers: Callable[[], Indices]) -> Any:
+    """Return items as a batch, by PyTorch's collate function; the message of an error names two that do not match."""
     try:
         return default_collate(items)
     except Exception as error:
@@ -229,4 +291,6 @@ def _collated(dataset: Dataset[Any], indices: Indices, numbers: Callable[[], Ind
 
 def _class_name(dataset: Dataset[Any]) -> str:
     """Return the name of a data set's class; of a `Subset`, that of the full data set."""
+    if isinstance(dataset, Collated):
+        return _class_name(dataset.items)
     return type(dataset.dataset if isinstance(dataset, Subset) else dataset).__name__

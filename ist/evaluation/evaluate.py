@@ -9,7 +9,7 @@ Not here: metrics (`metrics.py`), losses (`losses.py`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,15 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from ist.data.batches import fetch, length
+from ist.data.batches import length
+from ist.data.loading.loader import LoaderSettings, read_batches
 from ist.data.nested import call_model, mapped, moved, scores, tensors_in
 from ist.errors import DataError
 from ist.evaluation.metrics import Metric
 from ist.network.failures import loss_errors, loss_of, network_errors
 from ist.network.modes import preserve_modes
-from ist.rng import Indices, Purpose, generator_states, permutation
+from ist.rng import Indices, ItemDraws, Purpose, permutation
 
 _CPU = torch.device("cpu")
+_NO_LOADER = LoaderSettings()
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ def evaluate(
     batch_size: int,
     device: torch.device,
     metric: Metric | None,
+    seed: int = 0,
+    loader: LoaderSettings = _NO_LOADER,
 ) -> Metrics:
     """Evaluate a network on a data set.
 
@@ -55,6 +59,8 @@ def evaluate(
         batch_size: The number of samples in a batch.
         device: The device of the network.
         metric: The metric to report beside the loss; None for none.
+        seed: The seed of the run; it determines the random numbers that the data set draws, the same in every call.
+        loader: How batches are read.
 
     Raises:
         DataError: The metric counts none of the data set's targets, a sample cannot be read, or its loss fails.
@@ -62,14 +68,15 @@ def evaluate(
         ModelError: The network fails.
     """
     count, loss_sum, sums, counted = length(dataset), 0.0, torch.zeros((), dtype=torch.float64, device=device), 0
-    with preserve_modes(model), _preserve_tensors(model), torch.no_grad():
+    samples = list(evaluation_batches(count, batch_size))
+    batches = read_batches(dataset, samples, device, loader, ItemDraws(seed, Purpose.EVALUATION))
+    with preserve_modes(model), _preserve_tensors(model), torch.no_grad(), closing(batches):
         model.eval()
-        for batch in evaluation_batches(count, batch_size):
+        for batch, (inputs, targets) in zip(samples, batches, strict=True):
 
             def numbers(batch: Indices = batch) -> Indices:
                 return batch
 
-            inputs, targets = fetch(dataset, batch, device)
             with network_errors(model):
                 outputs = call_model(model, inputs)
             with loss_errors(numbers):
@@ -164,19 +171,22 @@ MOST_CACHED_BYTES = 64 * 2**20
 class InputCache:
     """Keeps the inputs of a re-estimation in memory, so that later evaluations do not read the samples again.
 
-    Inputs are not kept if they need more than `MOST_CACHED_BYTES`, if they are in memory anyway (a `TensorDataset`),
-    or if reading them draws from the process's random generators: what is drawn afterwards would then change.
+    Inputs are not kept if they need more than `MOST_CACHED_BYTES`, or are in memory anyway (a `TensorDataset`).
     """
 
     def __init__(self) -> None:
         self._kept: list[Any] = []
 
-    def inputs(self, dataset: Dataset[Any], batches: Sequence[Indices]) -> Iterator[Any]:
-        """Yield the inputs of each batch, on the CPU; `dataset` and `batches` are the same in every call.
+    def inputs(
+        self, dataset: Dataset[Any], batches: Sequence[Indices], seed: int = 0, loader: LoaderSettings = _NO_LOADER
+    ) -> Iterator[Any]:
+        """Yield the inputs of each batch, on the CPU; the arguments are the same in every call.
 
         Args:
             dataset: The training data.
             batches: The samples of each batch.
+            seed: The seed of the run; it determines the random numbers that the data set draws.
+            loader: How batches are read.
         """
         if len(self._kept) == len(batches):
             for inputs in self._kept:
@@ -184,14 +194,12 @@ class InputCache:
             return
         kept: list[Any] | None = None if type(dataset) is TensorDataset else []
         kept_bytes = 0
-        for batch in batches:
-            before = generator_states() if kept is not None else ()
-            inputs = fetch(dataset, batch, _CPU)[0]
-            if kept is not None:
-                kept_bytes += sum(tensor.nbytes for tensor in tensors_in(inputs))
-                is_kept = kept_bytes <= MOST_CACHED_BYTES and before == generator_states()
-                kept = [*kept, mapped(inputs, torch.clone)] if is_kept else None
-            yield inputs
+        with closing(read_batches(dataset, batches, _CPU, loader, ItemDraws(seed, Purpose.STATISTICS))) as read:
+            for inputs, _ in read:
+                if kept is not None:
+                    kept_bytes += sum(tensor.nbytes for tensor in tensors_in(inputs))
+                    kept = [*kept, mapped(inputs, torch.clone)] if kept_bytes <= MOST_CACHED_BYTES else None
+                yield inputs
         self._kept = kept or []
 
 
@@ -202,6 +210,7 @@ def statistics_batches(
     seed: int,
     device: torch.device,
     cache: InputCache | None = None,
+    loader: LoaderSettings = _NO_LOADER,
 ) -> Iterable[Any]:
     """Yield the inputs of up to `num_batches` batches, drawn once for the run without replacement.
 
@@ -212,10 +221,11 @@ def statistics_batches(
         seed: The seed of the run.
         device: The device of the inputs.
         cache: Keeps small inputs between calls with the same arguments; None: samples are read in every call.
+        loader: How batches are read.
     """
     order = permutation(length(dataset), seed, Purpose.STATISTICS)
     # Only full batches: a smaller one would have the same weight in the mean.
     full = max(1, min(num_batches, len(order) // batch_size))
     batches = [order[number * batch_size : (number + 1) * batch_size] for number in range(full)]
-    for inputs in (cache or InputCache()).inputs(dataset, batches):
+    for inputs in (cache or InputCache()).inputs(dataset, batches, seed, loader):
         yield moved(inputs, device)

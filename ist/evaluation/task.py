@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ist.data.fingerprint import NO_DATA, DataFingerprint, data_fingerprint
+from ist.data.loading.loader import LoaderSettings
 from ist.evaluation.evaluate import InputCache
 from ist.evaluation.metrics import Metric
 from ist.network.copies import copied
@@ -38,6 +39,8 @@ class Task:
         seed: The seed of the run.
         make_optimizer: Makes an optimizer of the network's or of a subnet's parameters, given by their names in the
             network; see `ist/optimization/factory.py`.
+        loader: How batches of the training data are read.
+        test_loader: How batches of the test data are read.
         loop: The user's own loop, which makes the local steps of an `ist.Part`; None: the built-in loop makes them, on
             `train_data`.
     """
@@ -50,6 +53,8 @@ class Task:
     example: Any
     seed: int
     make_optimizer: MakeOptimizer
+    loader: LoaderSettings
+    test_loader: LoaderSettings
     loop: Callable[[Any], object] | None = None
 
     def build_copy(self) -> nn.Module:

@@ -6,7 +6,7 @@ Not here: one step (`ist/loops/local_step.py`), a user's own loop (`ist/loops/pa
 (`ist/training/worker.py`, `ist/baselines/`).
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ist.data.batches import fetch, take_shard
+from ist.data.loading.loader import BatchReader, StepBatches
 from ist.loops.local_step import LocalStep
 from ist.loops.part import LocalLoop, OwnLoop, Part
 from ist.network.failures import located
@@ -61,6 +62,10 @@ class TaskLoop:
         self.sampler = job.schedule.sampler_for(slot.team.num_workers)
         self.shard: Dataset[Any] = take_shard(job.task.train_data, self.sampler.shard(slot.worker))
         self.step = LocalStep(job.config.train, job.task.loss, device)
+        self._parts = job.config.train.accumulate
+        self._batches = StepBatches(self.shard, self.sampler, slot.worker, self._parts)
+        num_batches = job.schedule.total_steps * self._parts
+        self._reader = BatchReader(self._batches, num_batches, job.task.loader, device)
 
     def steps(
         self, round_number: int, module: nn.Module, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
@@ -84,7 +89,7 @@ class TaskLoop:
                 apply_settings(optimizer, groups, schedule.settings[step])
             batch = self.sampler.batch(self.slot.worker, step)
             with located(f"round {round_number}, worker {self.slot.worker}"):
-                loss = self.step.take(module, parameters, optimizer, batch, self.read, self.numbers)
+                loss = self.step.take(module, parameters, optimizer, batch, self._read_in(step), self.numbers)
             yield StepDone(loss, len(batch))
 
     def run(self, part: Part) -> None:
@@ -116,7 +121,16 @@ class TaskLoop:
 
     def numbers(self, batch: Indices) -> Indices:
         """Return the numbers in the full data set of the samples at some positions in the worker's shard."""
-        return self.sampler.shard(self.slot.worker)[batch]
+        return self._batches.numbers[batch]
+
+    def close(self) -> None:
+        """End the loader processes."""
+        self._reader.close()
+
+    def _read_in(self, step: int) -> Callable[[Indices], tuple[Any, Any]]:
+        """Return a function that reads the micro-batches of a step, one after the other."""
+        numbers = iter(range(step * self._parts, (step + 1) * self._parts))
+        return lambda _: self._reader.batch(next(numbers))
 
 
 def worker_loop(job: Job, slot: WorkerSlot, device: torch.device) -> LocalLoop:

@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ist.config.schema import Train
+from ist.data.batches import micro_batches
 from ist.data.nested import call_model
 from ist.evaluation.task import LossFunction
 from ist.network.failures import loss_errors, loss_of, network_errors
@@ -24,11 +24,6 @@ from ist.rng import Indices
 from ist.subnet.job import Job
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def micro_batches(batch: Indices, number: int) -> list[Indices]:
-    """Split the samples of a step into `number` consecutive parts whose sizes differ by at most one."""
-    return np.array_split(batch, number)
 
 
 def smallest_micro_batch(job: Job) -> int:

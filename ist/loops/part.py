@@ -33,6 +33,10 @@ class LocalLoop(Protocol):
         """Make the steps of a round, and log each with `part.log`."""
         ...
 
+    def close(self) -> None:
+        """Release what the loop holds."""
+        ...
+
 
 class Part:
     """A worker's part of one round: the module to train, its optimizer, and how many steps to make.
@@ -213,6 +217,10 @@ class LocalSteps:
         self.state: dict[str, Any] = {}
         self._seed = seed
 
+    def close(self) -> None:
+        """Release what the loop holds."""
+        self.loop.close()
+
     def of_round(
         self,
         round_number: int,
@@ -273,6 +281,9 @@ class OwnLoop:
             raise LoopError(
                 f"worker {part.worker}, round {part.round}: the loop raises {error_with_line(error)}"
             ) from error
+
+    def close(self) -> None:
+        """Do nothing: what the function keeps is its own."""
 
 
 def completed(parts: Generator[Part, None, _Result]) -> _Result:

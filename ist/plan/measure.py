@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ist.config.methods import Sizes, trained_sizes
+from ist.data.batches import micro_batches
 from ist.data.nested import tensors_in
 from ist.errors import ConfigError, DataError, ISTError, ModelError
 from ist.loops.local_loop import TaskLoop
-from ist.loops.local_step import micro_batches, smallest_micro_batch
+from ist.loops.local_step import smallest_micro_batch
 from ist.loops.part import LocalSteps, completed
 from ist.optimization import optimizers
 from ist.optimization.schedule import run_spans

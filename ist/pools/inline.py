@@ -67,4 +67,6 @@ class InlinePool:
             self._submitted.clear()
 
     def close(self) -> None:
-        """Do nothing: this pool holds no resources."""
+        """Release what the workers hold."""
+        for host in self._hosts:
+            host.close()

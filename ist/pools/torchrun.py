@@ -192,7 +192,9 @@ class TorchrunPool:
         return self._rank(subnet.worker), subnet.worker, subnet.buffers.up.flat
 
     def close(self) -> None:
-        """Do nothing: the process group outlives the run."""
+        """Release what rank 0's worker holds; the process group outlives the run."""
+        if self._local is not None:
+            self._local.close()
 
     def _rank(self, worker: int) -> int:
         return worker + self._first_rank
@@ -251,7 +253,8 @@ class RankWorker:
         return self._buffers
 
     def close(self) -> None:
-        """Do nothing: the process group outlives the run."""
+        """Release what the worker holds; the process group outlives the run."""
+        self._worker.close()
 
 
 def _worker(job: Job, number: int, membership: Membership, location: CheckpointLocation | None) -> Worker:

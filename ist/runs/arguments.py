@@ -7,8 +7,10 @@ Not here: the meaning of keys (`ist/config/schema.py`), whether the network can 
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -17,10 +19,12 @@ from ist.config.base import Section, plain, python_numbers
 from ist.config.load import validate
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
-from ist.config.runtime import Checkpoint, Pool, Watch
+from ist.config.runtime import Checkpoint, Loader, Pool, Watch
 from ist.config.schema import FROM_PYTHON, Config, Evaluate, Optimizer, Schedule, Skew
-from ist.data.batched import BatchedDataset
-from ist.data.batches import length
+from ist.data.batched import BatchedDataset, Collated
+from ist.data.batches import fetch, length
+from ist.data.loading.given import taken_apart
+from ist.data.loading.loader import LoaderSettings
 from ist.data.nested import tensors_in
 from ist.distributed.environment import is_launched
 from ist.errors import ConfigError, DataError, ISTError, first_line
@@ -33,6 +37,7 @@ SECTIONS: dict[str, type[Section]] = {
     "skew": Skew,
     "partition": Partition,
     "exchange": Exchange,
+    "loader": Loader,
     "recipe": Recipe,
     "evaluate": Evaluate,
     "checkpoint": Checkpoint,
@@ -81,6 +86,76 @@ class Keywords(TrainKeys, total=False):
     watch_options: Mapping[str, Any] | None
 
 
+@dataclass(frozen=True)
+class GivenData:
+    """The arguments of `ist.train` about data, with data sets in place of loaders.
+
+    Attributes:
+        given: All arguments; `data` and `test_data` are data sets, with their collate functions.
+        loader: How batches of the training data are read; None: as the configuration says.
+        test_loader: How batches of the test data are read; None: like those of the training data.
+    """
+
+    given: Mapping[str, Any]
+    loader: LoaderSettings | None = None
+    test_loader: LoaderSettings | None = None
+
+
+def given_data(given: Mapping[str, Any]) -> GivenData:
+    """Take loaders among the arguments of `ist.train` apart, and give data sets their collate function.
+
+    Args:
+        given: All arguments by name.
+
+    Raises:
+        ConfigError: A loader and another argument contradict each other.
+        DataError: A loader has an argument that a run cannot honour.
+    """
+    found = dict(given)
+    loaders: dict[str, LoaderSettings] = {}
+    for name in ("data", "test_data"):
+        if isinstance(given[name], DataLoader):
+            apart = taken_apart(given[name], name, is_training=name == "data")
+            found[name], loaders[name] = apart.dataset, apart.settings
+            _take_batch_size(found, name, apart.batch_size)
+            if given["collate_fn"] is not None and isinstance(apart.dataset, Collated):
+                raise ConfigError(f"collate_fn is given, but {name} is a DataLoader with a collate_fn: leave one out")
+        if given["collate_fn"] is not None and found[name] is not None:
+            if not callable(given["collate_fn"]):
+                raise ConfigError(f"collate_fn is {given['collate_fn']!r}: give a function of a list of items")
+            if isinstance(found[name], BatchedDataset):
+                raise ConfigError(
+                    f"collate_fn is given, but {name} is a BatchedDataset, which makes its own batches: leave it out"
+                )
+            found[name] = Collated(found[name], given["collate_fn"])
+    if "data" in loaders:
+        if given["loader"] is not None:
+            raise ConfigError("loader is given, but data is a DataLoader with its own settings: leave one out")
+        settings = loaders["data"]
+        keys = {key: getattr(settings, key) for key in Loader.model_fields}
+        found["loader"] = Loader(**{**keys, "timeout_s": settings.timeout_s or None})
+    return GivenData(found, loaders.get("data"), loaders.get("test_data"))
+
+
+def _take_batch_size(found: dict[str, Any], name: str, size: int) -> None:
+    """Set the batch size of training or evaluation to that of a loader.
+
+    Raises:
+        ConfigError: It is given as well, with another value.
+    """
+    if name == "data":
+        key, given = "batch_size", found["batch_size"]
+        found["batch_size"] = size
+    else:
+        section = _section("evaluate", found["evaluate"], found["keywords"])
+        key, given = "evaluate.batch_size", section.get("batch_size")
+        if given is None:
+            found["evaluate"] = {**section, "batch_size": size}
+            found["keywords"] = {**found["keywords"], "evaluate_options": None}
+    if given not in (None, size):
+        raise ConfigError(f"{key} is {given}, but {name} is a DataLoader with batch_size={size}: leave one out")
+
+
 def train_config(given: Mapping[str, Any]) -> Config:
     """Return the configuration that the arguments of `ist.train` describe.
 
@@ -97,7 +172,11 @@ def train_config(given: Mapping[str, Any]) -> Config:
     _check_data(given["data"], "data")
     if given["test_data"] is not None:
         _check_data(given["test_data"], "test_data")
-    return _config(given, type(given["data"]).__name__, _metric(given["test_data"]), "ist.train")
+    return _config(given, _data_name(given["data"]), _metric(given["test_data"]), "ist.train")
+
+
+def _data_name(data: Dataset[Any]) -> str:
+    return type(data.items if isinstance(data, Collated) else data).__name__
 
 
 _NO_DATA = {
@@ -107,6 +186,8 @@ _NO_DATA = {
     "schedule": None,
     "shuffle": "local",
     "skew": None,
+    "collate_fn": None,
+    "loader": None,
     "evaluate": None,
     "checkpoint": None,
     "watch": None,
@@ -156,10 +237,13 @@ def _config(given: Mapping[str, Any], data_name: str, metric: str, source: str) 
             "name": data_name,
             "shuffle": given["shuffle"],
             "skew": sections.pop("skew") or None,
+            "loader": sections.pop("loader"),
+            "collate": None if given["collate_fn"] is None else plain(given["collate_fn"]),
             **(keywords.get("data_options") or {}),
         },
         "train": {
-            **{key: given[key] for key in ("workers", "rounds", "epochs", "local_steps", "batch_size")},
+            **{key: given[key] for key in ("workers", "rounds", "epochs", "local_steps")},
+            "batch_size": 32 if given["batch_size"] is None else given["batch_size"],
             "loss": loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__),
             "optimizer": sections.pop("optimizer"),
             "schedule": sections.pop("schedule") or None,
@@ -282,17 +366,13 @@ def _check_data(data: Any, name: str) -> None:
     """Check that an argument is a data set of pairs.
 
     Raises:
-        DataError: It is a DataLoader or a sequence of tensors, is empty, or its items are not pairs.
+        DataError: It is a sequence of tensors, is empty, or its items are not pairs.
     """
-    if isinstance(data, DataLoader):
-        raise DataError(
-            f"{name} is a DataLoader: pass its data set (loader.dataset); ist makes batches for each worker"
-        )
     if isinstance(data, tuple | list | Tensor):
         raise DataError(f"{name} is a {type(data).__name__}: pass a data set, such as TensorDataset(inputs, targets)")
     if length(data) == 0:
         raise DataError("the data set is empty" if name == "data" else "the test data set is empty")
-    if isinstance(data, BatchedDataset):
+    if isinstance(data, BatchedDataset | Collated):
         return
     try:
         item = data[0]
@@ -312,7 +392,11 @@ def _metric(test_data: Dataset[Any] | None) -> str:
         return "none"
     if isinstance(test_data, BatchedDataset):
         return "none"  # the targets of a batch are unknown: the caller names a metric in `evaluate`
-    target = test_data[0][1]
+    if isinstance(test_data, Collated):
+        targets = fetch(test_data, np.zeros(1, dtype=np.int64), torch.device("cpu"))[1]
+        target = targets[0] if isinstance(targets, Tensor) and targets.ndim else None
+    else:
+        target = test_data[0][1]
     is_class = isinstance(target, int) or (
         isinstance(target, Tensor) and target.ndim == 0 and not target.is_floating_point()
     )

@@ -20,8 +20,11 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from ist.config.registry import call, resolve
+from ist.config.runtime import Loader
 from ist.config.schema import Config
+from ist.data.batched import BatchedDataset, Collated
 from ist.data.batches import ShardedSampler, fetch, length
+from ist.data.loading.loader import LoaderSettings
 from ist.data.nested import scores
 from ist.data.registry import DATASETS, Splits
 from ist.data.shards.dirichlet import class_numbers
@@ -88,7 +91,7 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
         return model
 
     template = _template(make)
-    splits = splits or load_data(config)
+    splits = _collated(config, splits or load_data(config))
     return make_job(config, template, build, splits.train, splits.test, loss_function(config.train.loss))
 
 
@@ -102,6 +105,8 @@ def make_job(
     loss: LossFunction,
     example: Any = None,
     optimizer: MakeOptimizer | None = None,
+    loader: LoaderSettings | None = None,
+    test_loader: LoaderSettings | None = None,
 ) -> Job:
     """Build a job from a network and data in memory; see `build_job` and `ist.train`.
 
@@ -114,6 +119,8 @@ def make_job(
         loss: Mean loss of (outputs, targets).
         example: The inputs of a batch; None: they come from `train_data`.
         optimizer: Makes the optimizers, instead of what the configuration names; see `ist/optimization/factory.py`.
+        loader: How batches of the training data are read; None: as the configuration says.
+        test_loader: How batches of the test data are read; None: like those of the training data.
 
     Raises:
         ConfigError: The optimizer or the schedule is wrong, or a step has fewer samples than micro-batches.
@@ -127,8 +134,15 @@ def make_job(
     found, example = _found(config, template, build, train_data, example)
     make = optimizer_factory(config.train.optimizer, optimizer)
     split = _split_model(config, template, build, example, found, make)
-    task = Task(build, train_data, test_data, loss, metric, example, config.seed, make)
+    loader = loader or _loader_settings(config.data.loader)
+    task = Task(build, train_data, test_data, loss, metric, example, config.seed, make, loader, test_loader or loader)
     return Job(config, task, split, _schedule(config, template, sampler, make, optimizer))
+
+
+def _loader_settings(section: Loader) -> LoaderSettings:
+    return LoaderSettings(
+        section.workers, section.prefetch, section.pin_memory, section.timeout_s or 0, section.start_method
+    )
 
 
 @seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)
@@ -300,6 +314,24 @@ def _schedule(
     settings = schedule_settings(optimizer, train.schedule, rounds[-1].steps.stop)
     staged = staged_settings(optimizer, settings, rounds, train.schedule_unit)
     return Schedule(rounds, config.recipe, sampler, staged, group_of)
+
+
+def _collated(config: Config, splits: Splits) -> Splits:
+    """Return the data with the collate function that a configuration names.
+
+    Raises:
+        ConfigError: The function cannot be imported, or the data set makes its own batches.
+    """
+    if config.data.collate is None:
+        return splits
+    function = resolve(config.data.collate, "data.collate", {})
+    for data in splits:
+        if isinstance(data, BatchedDataset):
+            raise ConfigError(
+                f"'data.collate' is '{config.data.collate}', but {type(data).__name__} makes its own batches (a "
+                "BatchedDataset): leave 'data.collate' out"
+            )
+    return Splits(*(Collated(data, function) for data in splits))
 
 
 def example_inputs(data: Dataset[Any], size: int = 2) -> Any:

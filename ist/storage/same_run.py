@@ -21,7 +21,7 @@ NOT_COMPARED: dict[str, Any] = {
     "watch": True,
     "pool": True,
     "compare": True,
-    "data": {"root"},
+    "data": {"root", "loader"},
 }
 """Keys that may change when a run is resumed: they say where and how it is run and named, not what is trained."""
 

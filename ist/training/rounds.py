@@ -192,6 +192,7 @@ def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None
             config.seed,
             device,
             job.task.statistics_inputs if config.pool.memory_limit is None else None,
+            job.task.loader,
         )
         with scaled_blocks(model, assignments(job).block_scales()), seeded(device, config.seed, Purpose.STATISTICS):
             reestimate_statistics(model, batches)
@@ -199,9 +200,18 @@ def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None
 
 def evaluate_full_network(job: Job, model: nn.Module, device: torch.device) -> Metrics:
     """Evaluate the full network on the test data, with re-estimated batch norm statistics unless they are exchanged."""
-    config = job.config
-    assert job.task.test_data is not None
+    config, task = job.config, job.task
+    assert task.test_data is not None
     refresh_statistics(job, model, device)
     # Every evaluation draws the same random numbers, so that rounds are comparable if test data are random.
     with scaled_blocks(model, assignments(job).block_scales()), seeded(device, config.seed, Purpose.EVALUATION):
-        return evaluate(model, job.task.test_data, job.task.loss, config.evaluate.batch_size, device, job.task.metric)
+        return evaluate(
+            model,
+            task.test_data,
+            task.loss,
+            config.evaluate.batch_size,
+            device,
+            task.metric,
+            config.seed,
+            task.test_loader,
+        )

@@ -159,6 +159,10 @@ class Worker:
         numbers["aside_s"] = time.perf_counter() - started - elapsed
         buffers.up.write_header(Header(round_number, self.number, numbers))
 
+    def close(self) -> None:
+        """Release what the worker's loop holds."""
+        self.local.close()
+
     def _restore(self, round_number: int) -> None:
         """Load this worker's saved state if its first round follows a checkpoint."""
         residuals = self._state.restore(round_number)
@@ -200,5 +204,11 @@ class WorkerHost:
     def worker(self, slot: WorkerSlot) -> Worker:
         """Return the worker for a slot; the previous worker if the slot has not changed."""
         if self._worker is None or self._worker.slot != slot:
+            self.close()
             self._worker = Worker(self._job, slot, self._device, self._held, self._location, self._frozen)
         return self._worker
+
+    def close(self) -> None:
+        """Release what the worker holds."""
+        if self._worker is not None:
+            self._worker.close()

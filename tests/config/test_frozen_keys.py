@@ -10,6 +10,8 @@ method
 label
 model.name model.args model.weights
 data.name data.args data.root data.shuffle data.skew data.skew.alpha
+data.collate data.loader.workers data.loader.prefetch
+data.loader.pin_memory data.loader.timeout_s data.loader.start_method
 train.workers train.min_workers train.epochs train.rounds train.local_steps train.batch_size train.loss
 train.accumulate train.autocast train.clip_grad_norm
 train.optimizer.name train.optimizer.args train.optimizer.groups

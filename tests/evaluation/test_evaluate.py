@@ -149,7 +149,7 @@ class Counted(Dataset[Any]):
         (True, False, 64 * 2**20, 2, 3 * 10),  # the second evaluation reads nothing
         (True, False, 64 * 2**20, 0, 3 * 10),  # nobody evaluates: once, for the saved network
         (True, False, 3 * 10 * 12 * 4 - 1, 2, 2 * 3 * 10),  # a byte more than may be kept
-        (True, True, 64 * 2**20, 2, 2 * 3 * 10),  # each evaluation draws the same numbers
+        (True, True, 64 * 2**20, 2, 3 * 10),  # each evaluation draws the same numbers
         (False, False, 64 * 2**20, 2, 0),
     ],
 )

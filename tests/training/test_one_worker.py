@@ -140,7 +140,7 @@ def test_a_regression_by_several_workers_has_the_right_scale(batch_norm: bool) -
     ("wrong", "message"),
     [
         ((torch.zeros(4, 2), torch.zeros(4)), "data is a tuple.*TensorDataset"),
-        (DataLoader(data()), "data is a DataLoader.*data ?set"),
+        (DataLoader(data(), drop_last=True), "data is a DataLoader with drop_last"),
         (TensorDataset(torch.zeros(4, 12)), "TensorDataset.*tuple.*pair"),
     ],
 )

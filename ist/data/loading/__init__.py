@@ -1,0 +1,1 @@
+"""Reading batches: in the worker's process, or ahead of time in loader processes."""
