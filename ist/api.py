@@ -38,9 +38,10 @@ from ist.runs.build import loss_function, make_job, split_network
 from ist.runs.execute import execute
 from ist.runs.inspection import inspect_split
 from ist.runs.open import FollowerPart
+from ist.runs.preflight import resumed_folder
 from ist.runs.rehearsal import rehearse
 from ist.runs.split import Split, values_of
-from ist.storage.run_folder import RunFolder, create_run_folder, reopen
+from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.subnet.assignments import Assignments
 from ist.subnet.job import Job
 
@@ -186,7 +187,8 @@ def train(
         callbacks: Objects of subclasses of `ist.Callback`, such as those of `ist.callbacks`. They receive what happens
             in the run, in the process that coordinates, and may end it.
         run_dir: Folder for metrics, checkpoints and the trained network; default: nothing is written.
-        resume: Whether to resume from the newest checkpoint in `run_dir`, with the same arguments as before.
+        resume: Whether to resume from the newest checkpoint in `run_dir`. Arguments that may change are those of
+            `ist train --resume RUN --set KEY=VALUE`, such as `rounds`, `workers` and the optimizer's learning rate.
         seed: Seed of everything random except the network's initial weights, which are those of `model`; >= 0.
         progress: Whether to show progress on stderr: a bar on a terminal or in a notebook, otherwise lines; 'tqdm': a
             bar of tqdm in any case.
@@ -205,7 +207,7 @@ def train(
         DataError: The data cannot be assigned to the workers.
         ModelError: The network cannot be split among that many workers.
         DivergedError: A worker returned a non-finite loss or weight.
-        RunFolderError: `run_dir` cannot be written, or, with `resume`, contains no run or another run.
+        RunFolderError: `run_dir` cannot be written, or, with `resume`, contains no run, or an argument must not change.
         PoolError: Processes or actors could not be started or joined, or too many were lost.
         TypeError: An argument of that name does not exist.
 
@@ -331,7 +333,8 @@ def _train(
     rehearse(job)
     folder: RunFolder | None = None
     if run_dir is not None and is_rank_zero():
-        folder = (reopen if resume else create_run_folder)(config, Path(run_dir))
+        path = Path(run_dir)
+        folder = resumed_folder(job, config, path) if resume else create_run_folder(config, path)
     part = execute(job, folder, resume, progress, callbacks=callbacks)
     if isinstance(part, FollowerPart):
         return TrainResult(model, [], is_coordinator=False)

@@ -17,7 +17,8 @@ from ist.errors import ISTError
 from ist.redact import redacted
 from ist.report.page import write_report
 from ist.storage.backend import open_storage
-from ist.storage.run_folder import RunFolder, create_run_folder, open_or_create
+from ist.storage.reopen import open_or_create
+from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.subnet.job import assignments, slot_of
 from ist.training.worker_state import CheckpointLocation, WorkerState
 from tests.conftest import Run, config_tree, job_for, small_config

@@ -28,7 +28,7 @@ from ist.monitoring.meter import MemoryGauge, Meter, worker_numbers
 from ist.optimization import optimizers
 from ist.rng import Purpose, seeded
 from ist.subnet.assignments import Team, WorkerSlot
-from ist.subnet.job import Job
+from ist.subnet.job import Job, is_saved_after
 from ist.tensors import is_finite
 from ist.training.rounds import RoundReport
 
@@ -125,7 +125,7 @@ class DataParallel:
             own = RankRound(numbers, is_finite(self._named.values()), exchange.sent_bytes, exchange.transfers_s)
             report = report_round(self.job, self._membership, self._meter, own, round_number)
             trained = time.perf_counter()
-            if exchange.powersgd is not None and self.job.config.checkpoint.is_due(round_number + 1):
+            if exchange.powersgd is not None and is_saved_after(self.job, round_number):
                 self._saved = saved_powersgd(exchange.powersgd, self._membership)
         return replace(report, numbers={**report.numbers, "aside_s": time.perf_counter() - trained})
 

@@ -10,6 +10,8 @@ loop, evaluation.
 """
 
 import functools
+import logging
+import re
 import time
 from collections.abc import Generator, Mapping
 from dataclasses import replace
@@ -28,9 +30,11 @@ from ist.loops.part import LocalSteps, Part
 from ist.monitoring.meter import MemoryGauge, Meter, worker_numbers
 from ist.optimization import optimizers
 from ist.subnet.assignments import Team, WorkerSlot
-from ist.subnet.job import Job
+from ist.subnet.job import Job, is_saved_after
 from ist.tensors import is_finite
 from ist.training.rounds import RoundReport
+
+_log = logging.getLogger(__name__)
 
 _OUTER = "outer/"
 _RANK = "rank-{}/"
@@ -76,6 +80,7 @@ class LocalTraining:
             self._model.load_state_dict(broadcast_tensors(membership, self._model.state_dict()))
             state = broadcast_tensors(membership, state)
         ranks = [_RANK.format(rank) for rank in range(membership.world_size)]
+        state = self._of_ranks(state)
         prefixes = (*ranks, _OUTER) if has_outer_optimizer else tuple(ranks)
         if foreign := [name for name in state if not name.startswith(prefixes)]:
             raise CheckpointError(
@@ -135,7 +140,7 @@ class LocalTraining:
             own = RankRound(numbers, is_finite(self._named.values()), self._sent_bytes, transfers)
             report = report_round(self.job, self._membership, self._meter, own, round_number)
             ended = time.perf_counter()
-            if self.job.config.checkpoint.is_due(round_number + 1):
+            if is_saved_after(self.job, round_number):
                 self._saved = self._states()
         return replace(report, numbers={**report.numbers, "aside_s": time.perf_counter() - ended})
 
@@ -150,6 +155,20 @@ class LocalTraining:
     def close(self) -> None:
         """End the loader processes; the process group outlives the run."""
         self._local.close()
+
+    def _of_ranks(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Drop the optimizer states of ranks that the run does not have any more, and warn of ranks without one."""
+        saved = {int(found[1]) for name in state if (found := re.match(r"rank-(\d+)/", name))}
+        gone = {rank for rank in saved if rank >= self._membership.world_size}
+        new = set(range(self._membership.world_size)) - saved if saved else set()
+        if (gone or new) and self._membership.rank == 0:
+            _log.warning(
+                "the run was saved with the optimizer states of %d ranks and has %d now: %s",
+                len(saved), self._membership.world_size,
+                "the states of the other ranks are dropped" if gone else "the other ranks start with fresh states",
+            )  # fmt: skip
+        dropped = tuple(_RANK.format(rank) for rank in gone)
+        return {name: tensor for name, tensor in state.items() if not name.startswith(dropped)}
 
     def _average(self) -> None:
         """Average over ranks, so that the network is the same on all of them."""

@@ -21,7 +21,7 @@ import typer
 from ist._version import VERSION
 from ist.cli.theory import theory
 from ist.config.base import describe_keys
-from ist.config.load import config_for_method, load_config, with_methods
+from ist.config.load import config_for_method, load_config, overridden_keys, with_methods
 from ist.config.methods import users_of
 from ist.config.schema import FROM_PYTHON, Config, num_processes
 from ist.distributed.environment import end_with_launcher, is_launched, is_rank_zero, is_repeated_elsewhere
@@ -104,7 +104,14 @@ def train(
     link: Link = None,
     run_dir: RunDir = None,
     auto_resume: AutoResume = False,
-    resume: Annotated[Optional[Path], typer.Option(metavar="RUN", help="Resume the run in this folder.")] = None,
+    resume: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="RUN",
+            help="Resume the run in this folder. Options such as --set train.rounds=50 or --workers 8 change its "
+            "configuration from then on.",
+        ),
+    ] = None,
 ) -> None:
     """Train a network by independent subnet training.
 
@@ -118,9 +125,9 @@ def train(
         allow_insecure=allow_insecure or None,
     )  # fmt: skip
     if resume is not None:
-        if overrides or flags or run_dir or auto_resume:
-            raise ConfigError("--resume uses the run's own configuration: it cannot be combined with other options")
-        _resume(resume)
+        if run_dir or auto_resume:
+            raise ConfigError(f"--resume {resume} names the run folder: leave --run-dir and --auto-resume out")
+        _resume(resume, [*(overrides or []), *flags])
         return
     assert config_file is not None
     if auto_resume and run_dir is None:
@@ -135,7 +142,7 @@ def train(
     folder, resumes = None, False
     if is_rank_zero():
         if auto_resume and run_dir is not None:
-            from ist.storage.run_folder import open_or_create
+            from ist.storage.reopen import open_or_create
 
             folder, resumes = open_or_create(config, run_dir)
         else:
@@ -423,22 +430,31 @@ def _start(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
         launch_on_hosts(config, folder, resume)
 
 
-def _resume(path: Path) -> None:
-    from ist.runs.preflight import checked_job, with_pool_of_launcher
+def _resume(path: Path, overrides: list[str]) -> None:
+    """Resume a run, with changed keys if there are overrides."""
+    from ist.runs.preflight import checked_job, resumed_folder, with_pool_of_launcher
+    from ist.storage.reopen import refuse_changes
     from ist.storage.run_folder import RunFolder
 
     folder = RunFolder(path)
-    config = with_pool_of_launcher(folder.load_config())
+    new = load_config(folder.config_path, overrides, is_saved=True)
+    config = with_pool_of_launcher(new)
     if config.model.name.startswith(FROM_PYTHON):
         raise ConfigError(
             f"{path}: the run was started from Python: resume it by ist.train(..., run_dir=..., resume=True)"
         )
+    refuse_changes(folder.load_config(), new, path)  # on every rank, and before the job is built
     if not folder.is_finished() and not folder.has_checkpoint():
         _say(f"{path}: has no checkpoint: starting from round 1", err=True)
-    if folder.is_finished() and not folder.stopped_early():
+    has_ended = folder.is_finished() and not folder.stopped_early()
+    job = checked_job(config) if overrides or not has_ended else None
+    if overrides and job is not None and is_rank_zero():
+        folder = resumed_folder(job, new, path, overridden_keys(overrides))
+        has_ended = folder.is_finished() and not folder.stopped_early()
+    if job is None or (has_ended and not is_launched()):
         _say(f"{path}: this run has already finished", err=True)
     else:
-        _start(checked_job(config), folder, resume=True)
+        _start(job, folder, resume=True)
     _print_result(folder if is_rank_zero() else None)
 
 
@@ -454,9 +470,13 @@ def _print_result(folder: "RunFolder | None") -> None:
 def _print_table(folders: "list[RunFolder]") -> None:
     from ist.monitoring.display import PlainConsole
     from ist.report.names import run_names
-    from ist.report.table import rich_table
+    from ist.report.table import change_texts, rich_table
 
-    PlainConsole().print(rich_table([folder.result() for folder in folders], run_names(folders)))
+    names = run_names(folders)
+    PlainConsole().print(rich_table([folder.result() for folder in folders], names))
+    for name, folder in zip(names, folders, strict=True):
+        for text in change_texts(folder):
+            _say(f"{name}: changed {text}")
 
 
 _KEYS = {

@@ -56,6 +56,12 @@ def load_config(path: Path, overrides: Sequence[str] = (), is_saved: bool = Fals
     return with_methods(config, config.compare.methods, str(path))
 
 
+def overridden_keys(overrides: Sequence[str]) -> list[str]:
+    """Return the keys that overrides set, by their current names, and the keys that they remove."""
+    keys = [RENAMED.get(key, key) for key in (override.partition("=")[0] for override in overrides)]
+    return [*keys, *(_INSTEAD[key] for key in keys if key in _INSTEAD)]
+
+
 def validate(tree: Mapping[str, Any], source: str) -> Config:
     """Turn plain values into a `Config`; `source` names their origin in error messages.
 
@@ -135,10 +141,14 @@ def dump_config(config: Config) -> str:
     return dump_yaml(plain(config.model_dump()))
 
 
+_INSTEAD = {"train.epochs": "train.rounds", "train.rounds": "train.epochs"}
+"""Keys that replace each other."""
+
+
 def _with_override(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
     """Set a key, also by an old name; setting one of `train.epochs` and `train.rounds` removes the other."""
     key = RENAMED.get(key, key)
-    other = {"train.epochs": "train.rounds", "train.rounds": "train.epochs"}.get(key)
+    other = _INSTEAD.get(key)
     if other is not None and value is not None:
         tree = _with_value(tree, other, None)
     return _with_value(tree, key, value)

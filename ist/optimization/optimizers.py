@@ -11,7 +11,8 @@ Not here: making an optimizer (`factory.py`), schedules (`step_settings.py`), cu
 sending it (`ist/transport/`).
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ist.config.schema import Optimizer
 from ist.errors import CheckpointError, ConfigError
-from ist.optimization.factory import MakeOptimizer, small_parameters, stepped
+from ist.optimization.factory import MakeOptimizer, optimizer_factory, small_parameters, stepped
 from ist.tensors import TensorSpec
 
 _NUMBER = "#"
@@ -66,6 +67,23 @@ def state_slots(spec: Optimizer, make: MakeOptimizer, dims: Mapping[str, int]) -
     optimizer = stepped(spec, make, named, 0.0, 1)
     found = {name: _slots_of(spec.name, optimizer, parameter) for name, parameter in named.items()}
     return {name: slots for name, slots in found.items() if slots}
+
+
+def state_keys(spec: Optimizer, dims: Mapping[str, int]) -> frozenset[str]:
+    """Return the names of an optimizer's state for some parameter, found by one step on small parameters.
+
+    Args:
+        spec: The section `train.optimizer`, which names a class.
+        dims: The number of dims of every parameter, by its name.
+
+    Raises:
+        ConfigError: As for `ist.optimization.factory.try_optimizer`.
+    """
+    named = small_parameters(dims)
+    optimizer = stepped(spec, optimizer_factory(spec), named, 1.0, 1)
+    return frozenset(
+        key for parameter in named.values() for key, value in optimizer.state[parameter].items() if value is not None
+    )
 
 
 def _slots_of(name: str, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[StateSlot, ...]:
@@ -228,6 +246,31 @@ def restore_named_state(
         like_parameter = tensor.ndim > 0 or (parameter.ndim == 0 and key != "step")
         device = parameter.device if like_parameter else scalar_device(optimizer, parameter)
         optimizer.state[parameter][key] = tensor.to(device)
+
+
+_SCHEDULED = ("lr", "momentum", "weight_decay")
+"""Settings of a parameter group that schedules change."""
+
+_ARGUMENT = re.compile(r"train\.optimizer\.(?:groups\.\d+\.)?args\.([^.]+)")
+
+
+def without_changed_settings(state: Mapping[str, Tensor], changed: Iterable[str]) -> dict[str, Tensor]:
+    """Leave out of a saved state the settings of parameter groups that a changed configuration replaces.
+
+    Args:
+        state: Tensors named by `named_state`, with or without a prefix; other tensors stay.
+        changed: The changed keys of the configuration.
+    """
+    changed = tuple(changed)
+    replaced = {found[1] for key in changed if (found := _ARGUMENT.match(key))}
+    if any(key.startswith(("train.schedule", "recipe.stages")) for key in changed):
+        replaced |= set(_SCHEDULED)
+
+    def is_replaced(name: str) -> bool:
+        key, _, owner = name.partition("@")
+        return owner.startswith(_GROUP) and key.rpartition("/")[2].removesuffix(_NUMBER) in replaced
+
+    return {name: tensor for name, tensor in state.items() if not is_replaced(name)}
 
 
 def _restore_extra(optimizer: torch.optim.Optimizer, key: str, owner: str, tensor: Tensor) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ist.measurements import MEASUREMENTS, Measurement
 from ist.monitoring.display import format_bytes, format_metric, format_ratio, metric_title
+from ist.storage.run_folder import RunFolder
 
 Result = Mapping[str, Any]
 
@@ -111,3 +112,16 @@ def _shown(result: Result, measured: Measurement) -> str:
 
 def _counted(results: Sequence[Result]) -> bool:
     return any("wire_bytes" in result for result in results)
+
+
+def change_texts(run: RunFolder) -> list[str]:
+    """Return a text for each change of a run's configuration, in order.
+
+    Raises:
+        RunFolderError: changes.jsonl is damaged.
+    """
+    return [
+        f"from round {change.round + 1} on: "
+        + "; ".join(f"{key.key} is {key.new}, before {key.old}" for key in change.changes)
+        for change in run.config_changes()
+    ]

@@ -41,6 +41,7 @@ from ist.monitoring.display import Progress as ProgressDisplay
 from ist.monitoring.meter import MemoryGauge, Meter
 from ist.monitoring.observers import make_callbacks, run_start, started
 from ist.network.compiled import plain_name
+from ist.optimization.optimizers import without_changed_settings
 from ist.pools.inline import InlinePool
 from ist.pools.torchrun import RankWorker, TorchrunPool, for_world_size
 from ist.runs.recorder import RunRecorder
@@ -225,6 +226,7 @@ def _opened(
     check_method(config)
     # Read the checkpoint before joining the group: a damaged one must not leave the other ranks waiting.
     tensors, before = folder.rewind() if leads and resume and folder else ({}, Progress())
+    tensors = without_changed_settings(tensors, folder.changed if folder else ())
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.pool.threads)
@@ -327,7 +329,9 @@ def _location(
     location = None
     if folder:
         checkpoint = folder.load_config().checkpoint
-        location = CheckpointLocation(str(folder.path.resolve()), checkpoint, run_id, before.rounds_done, before.start)
+        location = CheckpointLocation(
+            str(folder.path.resolve()), checkpoint, run_id, before.rounds_done, before.start, folder.changed
+        )
     if membership is None:
         return location
     text = broadcast_text(membership, location.to_text() if location else "")

@@ -1,20 +1,30 @@
-"""Prepare a configuration for the command line: check everything before a folder is created or a process started.
+"""Prepare a run: check everything before a folder is created or changed, and before a process is started.
 
-Where it sits: `ist/cli/` calls this before `ist/runs/execute.py` or `ist/launch/start.py`.
+Where it sits: `ist/cli/` calls this before `ist/runs/execute.py` or `ist/launch/start.py`; `ist/api.py` calls
+`resumed_folder`.
 Not here: reading the file (`ist/config/load.py`), the checks of one training step (`ist/runs/rehearsal.py`).
 """
 
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ist.config.load import validate
 from ist.config.schema import Config
 from ist.distributed.device import compute_device
 from ist.distributed.environment import is_launched
+from ist.errors import RunFolderError
 from ist.launch.lab_run import check_hosts
 from ist.monitoring.observers import check_callbacks
+from ist.optimization.factory import dims_of, is_users_function
+from ist.optimization.optimizers import state_keys
+from ist.optimization.schedule import run_spans
 from ist.runs.build import build_job
 from ist.runs.open import check_method
 from ist.runs.rehearsal import rehearse
+from ist.storage.reopen import Reopened, reopen, save_config
+from ist.storage.run_folder import RunFolder
 from ist.subnet.job import Job
 
 
@@ -44,6 +54,67 @@ def checked_job(config: Config) -> Job:
     job = build_job(config)
     rehearse(job)
     return job
+
+
+def resumed_folder(job: Job, config: Config, path: Path, explicit: Sequence[str] | None = None) -> RunFolder:
+    """Open the folder of a run that is resumed, and make a configuration that of its remaining rounds.
+
+    Rank 0 calls this, before any process reads the folder.
+
+    Args:
+        job: The run with this configuration.
+        config: The configuration, without what a launcher has decided.
+        path: The folder.
+        explicit: The keys that the user has given; None: all keys.
+
+    Raises:
+        RunFolderError: The folder does not contain a run, or the run cannot continue with this configuration.
+        CheckpointError: All checkpoints are damaged.
+    """
+    run = reopen(config, path, job.schedule.num_rounds, explicit)
+    if run.is_changed:
+        _refuse_other_state(run, job)
+        _warn_of_skipped_steps(run, job)
+    save_config(run, config)
+    return run.folder
+
+
+def _refuse_other_state(run: Reopened, job: Job) -> None:
+    """Refuse arguments of the optimizer with which the saved state has other entries.
+
+    Raises:
+        RunFolderError: The entries differ.
+    """
+    config, before = job.config, run.before.train.optimizer
+    has_none = config.train.optimizer_state == "reset" and config.method_spec.has_coordinator
+    if has_none or before == config.train.optimizer or is_users_function(before, None):
+        return
+    old, new = (state_keys(spec, dims_of(job.split.template)) for spec in (before, config.train.optimizer))
+    if old != new:
+        raise RunFolderError(
+            f"{run.folder.path}: 'train.optimizer.args' cannot become {config.train.optimizer.args}: {before.name} has "
+            f"saved {_listed(old)} for each parameter, and would now need {_listed(new)}. Restore the arguments "
+            f"{before.args} that decide it"
+        )
+
+
+def _listed(keys: Iterable[str]) -> str:
+    return ", ".join(f"'{key}'" for key in sorted(keys)) or "nothing"
+
+
+def _warn_of_skipped_steps(run: Reopened, job: Job) -> None:
+    """Warn if the remaining rounds do not begin at the local step at which the finished rounds end."""
+    done, spans = run.rounds_done, job.schedule.spans
+    if not 0 < done < len(spans):
+        return
+    sampler = replace(job.schedule.sampler, num_workers=run.before.train.workers)
+    made, begins = run_spans(run.before, sampler)[done - 1].steps.stop, spans[done].steps.start
+    if made != begins:
+        warnings.warn(
+            f"{run.folder.path}: the run has made {made} local steps, and its round {done + 1} now begins with local "
+            f"step {begins + 1}: schedules and the order of the samples continue from there",
+            stacklevel=2,
+        )
 
 
 def with_storage_for(config: Config, parent: Path) -> Config:

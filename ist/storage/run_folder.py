@@ -1,6 +1,7 @@
 """A run on disk: the resolved configuration, metrics, checkpoints, the result.
 
-    config.yaml        the configuration with all keys
+    config.yaml        the configuration with all keys, and a digest of them
+    changes.jsonl      one JSON object for each change of the configuration when the run was resumed
     metrics.jsonl      one JSON object per round
     checkpoints/       the newest checkpoints (safetensors); during the run also the state of workers
     tensorboard/       event files, with watch.tensorboard
@@ -13,7 +14,8 @@ config.yaml.
 
 Where it sits: the command line, `ist/runs/open.py` and `ist/runs/recorder.py` write a run through `RunFolder`; reports
 read it.
-Not here: computing the numbers (`ist/runs/recorder.py`), showing them (`ist/report/page.py`).
+Not here: opening an existing folder in order to resume it (`ist/storage/reopen.py`), computing the numbers
+(`ist/runs/recorder.py`), showing them (`ist/report/page.py`).
 """
 
 import json
@@ -45,13 +47,15 @@ from ist.storage.checkpoint import (
 )
 from ist.storage.run_files import Lines, parse_records, parse_result
 from ist.storage.run_lock import LOCK, sole_writer
-from ist.storage.same_run import Change, allowed_changes, run_changes
+from ist.storage.same_run import CHANGEABLE, Change, allowed_changes, is_in, run_changes
+from ist.storage.saved_config import ConfigChange, changes_text, config_change, is_edited, parse_changes, saved_text
 
 _log = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 
-_CONFIG = "config.yaml"
+CONFIG = "config.yaml"
+_CHANGES = "changes.jsonl"
 
 
 class RunFolder:
@@ -60,6 +64,9 @@ class RunFolder:
     Args:
         path: An existing run folder; see `create_run_folder`.
 
+    Attributes:
+        changed: After `rewind`: keys that say what is trained, and that have changed since the checkpoint was saved.
+
     Raises:
         RunFolderError: It is not a run folder, or a file in it is a symbolic link.
     """
@@ -67,7 +74,8 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._config_text = ""
-        for name in (_CONFIG, "metrics.jsonl", "model.safetensors", "result.json", "tensorboard", LOCK):
+        self.changed: tuple[str, ...] = ()
+        for name in (CONFIG, _CHANGES, "metrics.jsonl", "model.safetensors", "result.json", "tensorboard", LOCK):
             refuse_link(path / name)
         if not self.config_path.is_file():
             raise RunFolderError(f"{path}: is not a run folder, because it has no config.yaml")
@@ -75,7 +83,7 @@ class RunFolder:
     @property
     def config_path(self) -> Path:
         """The resolved configuration."""
-        return self.path / _CONFIG
+        return self.path / CONFIG
 
     @property
     def metrics_path(self) -> Path:
@@ -89,7 +97,7 @@ class RunFolder:
     @cached_property
     def storage(self) -> Storage:
         """The storage of the run's checkpoints."""
-        return _storage_of(self.load_config(), self.path)
+        return storage_of(self.load_config(), self.path)
 
     def append_record(self, record: Record) -> None:
         """Append the record of a round to metrics.jsonl.
@@ -175,6 +183,7 @@ class RunFolder:
                 change.old,
                 change.new,
             )
+        self._record_changes(progress)
         if lines.cut:
             _log.warning(
                 "%s: deleted the damaged end after %d intact lines, which a crash can leave",
@@ -205,8 +214,7 @@ class RunFolder:
         newest = load_newest(self.storage)
         if newest is None:
             self._check_never_saved(len(lines.records))
-        else:
-            self._changed_since(newest[1])
+        self._changed_since(newest[1] if newest else Progress())
 
     def _keep_config(self) -> None:
         """Remember the configuration of this run, in case the file changes during the run."""
@@ -216,19 +224,60 @@ class RunFolder:
         """Return settings that have changed since a checkpoint was saved; earlier versions did not save settings.
 
         Raises:
-            RunFolderError: A change makes it a different run.
+            RunFolderError: config.yaml was edited in keys that say what is trained.
         """
+        saved, now = self.config_of(progress), self.load_config()
+        edited = is_edited(self._read(CONFIG).decode())
+        changes = run_changes(saved, now) if saved else []
+        if edited is not False and changes:
+            raise RunFolderError(self.edited_text(changes))
+        if edited and not saved:
+            raise RunFolderError(self.edited_text([]))
+        return [*changes, *allowed_changes(saved, now)] if saved else []
+
+    def config_of(self, progress: Progress) -> Config | None:
+        """Return the configuration with which a checkpoint was saved; None if it has none."""
         if not progress.config:
-            return []
+            return None
         where = f"{self.storage.where()}: the configuration in the newest checkpoint"
-        saved, now = validate(parse_yaml(progress.config, where), where), self.load_config()
-        if changes := run_changes(saved, now):
-            listed = "; ".join(f"'{change.key}' was {change.old}, is {change.new}" for change in changes)
-            raise RunFolderError(
-                f"{self.config_path}: has changed since the run was saved: {listed}. Restore the old values, or start "
-                "a new run with the new configuration"
-            )
-        return allowed_changes(saved, now)
+        return validate(parse_yaml(progress.config, where), where)
+
+    def edited_text(self, changes: Sequence[Change]) -> str:
+        """Return the message for a config.yaml that was edited; `changes` may be empty if they are unknown."""
+        listed = "; ".join(f"'{change.key}' was {change.old}, is {change.new}" for change in changes)
+        able = [change.key for change in changes if is_in(change.key, CHANGEABLE)]
+        example = f"{able[0]}=..." if able else "train.rounds=..."
+        return (
+            f"{self.config_path}: has changed since the run was saved{f': {listed}' if listed else ''}. Restore the "
+            f"old values, or start a new run with the new configuration. To change a key of this run, give it to: ist "
+            f"train --resume {self.path} --set {example}"
+        )
+
+    def is_edited(self) -> bool:
+        """Return whether config.yaml was edited in keys that say what is trained; False if that is unknown."""
+        return is_edited(self._read(CONFIG).decode()) is True
+
+    def _record_changes(self, progress: Progress) -> None:
+        """Write into changes.jsonl what has changed since a checkpoint was saved, from the round after it on."""
+        saved, known = self.config_of(progress), self.config_changes()
+        changes = run_changes(saved, self.load_config()) if saved else []
+        self.changed = tuple(change.key for change in changes)
+        entries = [entry for entry in known if entry.round < progress.rounds_done]  # later rounds are trained again
+        if changes:
+            entries.append(config_change(progress.rounds_done, changes, progress.config))
+        if entries != known:
+            self._write(_CHANGES, changes_text(entries).encode())
+
+    def config_changes(self) -> list[ConfigChange]:
+        """Return the changes of the run's configuration, in order.
+
+        Raises:
+            RunFolderError: changes.jsonl is damaged.
+        """
+        try:
+            return parse_changes(self._read(_CHANGES), str(self.path / _CHANGES))
+        except FileNotFoundError:
+            return []
 
     def _check_never_saved(self, num_records: int) -> None:
         """Refuse to start from the first round if `checkpoint.storage` must have a checkpoint and has none."""
@@ -325,6 +374,18 @@ class RunFolder:
         """
         return self.is_finished() and "stopped_early" in self.result()
 
+    def reopen_result(self) -> None:
+        """Delete the final numbers of a run that is extended: it has not finished any more.
+
+        Raises:
+            RunFolderError: The folder is not writable.
+        """
+        path = self.path / "result.json"
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"{path}: cannot be deleted: {error.strerror or error}") from error
+
     def _write(self, name: str, data: bytes) -> None:
         try:
             write_atomically(self.path / name, data)
@@ -345,74 +406,19 @@ def create_run_folder(config: Config, path: Path | None = None) -> RunFolder:
             is not writable, or another process is writing into the folder.
     """
     path = path or new_folder(config.output, config.name)
-    storage = _storage_of(config, path)
-    with _created_and_locked(path):
-        _refuse_contents(path)
+    storage = storage_of(config, path)
+    with created_and_locked(path):
+        refuse_contents(path)
         if config.checkpoint.storage is not None and storage.names():
             raise RunFolderError(
                 f"{storage.where()}: already contains a run (checkpoint.storage): give the run folder another name, or "
                 f"resume with: ist train --auto-resume --run-dir {path}"
             )
-        return _write_config(config, path)
-
-
-def open_or_create(config: Config, path: Path) -> tuple[RunFolder, bool]:
-    """Open the folder of a run, or create it; for jobs that are restarted until they finish.
-
-    If the folder is missing and `checkpoint.storage` still has the run, the run is resumed from there.
-
-    Args:
-        config: The resolved configuration; keys of an existing run that may change get their new values.
-        path: The folder.
-
-    Returns:
-        The folder, and whether its run has to be resumed.
-
-    Raises:
-        ConfigError: `checkpoint.storage` cannot be opened, or a package for it is missing.
-        RunFolderError: The folder or the storage contains a different run or other files, is not writable, or another
-            process is writing into the folder.
-    """
-    storage = _storage_of(config, path)
-    with _created_and_locked(path):
-        return _open_or_create_locked(config, path, storage)
-
-
-def _open_or_create_locked(config: Config, path: Path, storage: Storage) -> tuple[RunFolder, bool]:
-    file = path / _CONFIG
-    refuse_link(file)
-    try:
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-        torn = dump_config(_with_absolute_storage(config)).startswith(text.rstrip("\0"))
-        inside = set(path.iterdir()) - {path / LOCK}
-        if text and not (torn and inside == {file}):
-            _refuse_moved(path, config)
-            _refuse_foreign(storage, config)
-            return _write_config(config, path), True
-        torn_files = {file, *path.glob(f".{_CONFIG}.*.tmp")}  # a crash while the folder was created
-        if inside <= torn_files:
-            for left in torn_files:
-                left.unlink(missing_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be read or written: {error.strerror or error}") from error
-    _refuse_contents(path)
-    _refuse_foreign(storage, config)
-    return _write_config(config, path), latest_checkpoint(storage) is not None
-
-
-def reopen(config: Config, path: Path) -> RunFolder:
-    """Open the folder of a run in order to resume it, for a program that configures the run itself.
-
-    Raises:
-        RunFolderError: It does not contain a run, or contains a different one.
-    """
-    folder = RunFolder(path)
-    _refuse_moved(path, config)
-    return folder
+        return write_config(config, path)
 
 
 @contextmanager
-def _created_and_locked(path: Path) -> Iterator[None]:
+def created_and_locked(path: Path) -> Iterator[None]:
     """Create a folder if it is missing, and lock it within the context; after an error, delete a new folder."""
     missing = not os.path.lexists(path)
     try:
@@ -429,20 +435,29 @@ def _created_and_locked(path: Path) -> Iterator[None]:
         raise
 
 
-def _write_config(config: Config, path: Path) -> RunFolder:
-    """Write the configuration into the folder, and into the storage of checkpoints."""
-    config = _with_absolute_storage(config)
-    text = dump_config(config)
+def write_config(config: Config, path: Path) -> RunFolder:
+    """Write the configuration into the folder, and into the storage of checkpoints.
+
+    Raises:
+        RunFolderError: One of the two is not writable.
+    """
+    config = with_absolute_storage(config)
+    text = saved_text(config)
     try:
-        write_atomically(path / _CONFIG, text.encode(), private=holds_secret(text))
+        write_atomically(path / CONFIG, text.encode(), private=holds_secret(text))
     except OSError as error:
         raise RunFolderError(f"{path}: cannot be created or written: {error.strerror or error}") from error
     if config.checkpoint.storage is not None:  # this also checks, before training, that the storage is writable
-        _storage_of(config, path).write(_CONFIG, redacted(text).encode())
+        storage_of(config, path).write(CONFIG, redacted(text).encode())
     return RunFolder(path)
 
 
-def _refuse_contents(path: Path) -> None:
+def refuse_contents(path: Path) -> None:
+    """Refuse a folder that is not empty.
+
+    Raises:
+        RunFolderError: It contains files.
+    """
     try:
         empty = not set(path.iterdir()) - {path / LOCK}
     except OSError as error:
@@ -451,48 +466,12 @@ def _refuse_contents(path: Path) -> None:
         raise RunFolderError(f"{path}: is not empty: give a new folder, or resume with: ist train --resume {path}")
 
 
-def _refuse_moved(path: Path, config: Config) -> None:
-    """Refuse to resume a different run, or this run if its checkpoints would not be found."""
-    existing = load_config(path / _CONFIG, is_saved=True)
-    _refuse_other(existing, config, str(path))
-    before, now = (_storage_of(c, path) for c in (existing, config))
-    if before.where() != now.where() and latest_checkpoint(before) and not latest_checkpoint(now):
-        raise RunFolderError(
-            f"{path}: its checkpoints are in {before.where()}, but 'checkpoint.storage' now means {now.where()}: "
-            "restore the old value, or move the checkpoints"
-        )
-
-
-def _refuse_foreign(storage: Storage, config: Config) -> None:
-    """Refuse a storage that contains a different run of the same name."""
-    if config.checkpoint.storage is None:
-        return
-    if _CONFIG in storage.names():
-        saved = storage.load(_CONFIG)
-        text = (saved if isinstance(saved, bytes) else saved.read_bytes()).decode()
-        where = storage.where(_CONFIG)
-        _refuse_other(validate(parse_yaml(text, where), where), config, storage.where())
-    elif latest_checkpoint(storage):
-        raise RunFolderError(
-            f"{storage.where()}: contains checkpoints but no {_CONFIG}, so their run is unknown: put the run's "
-            f"{_CONFIG} beside them, or give another folder"
-        )
-
-
-def _refuse_other(existing: Config, config: Config, where: str) -> None:
-    """Refuse a folder or storage that contains a different run than the configured one."""
-    for change in run_changes(existing, config):
-        raise RunFolderError(
-            f"{where}: contains a different run: its '{change.key}' is {change.old}, not {change.new}. Give another "
-            "folder, or restore the old value"
-        )
-
-
-def _storage_of(config: Config, path: Path) -> Storage:
+def storage_of(config: Config, path: Path) -> Storage:
+    """Return the storage of the checkpoints of a run folder."""
     return run_storage(config.checkpoint.storage, path)
 
 
-def _with_absolute_storage(config: Config) -> Config:
+def with_absolute_storage(config: Config) -> Config:
     """Make a relative storage folder absolute, because a run may be resumed from another working directory."""
     storage = config.checkpoint.storage
     if storage is None or is_url(storage):

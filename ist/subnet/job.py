@@ -51,6 +51,12 @@ def with_workers(job: Job, num_workers: int) -> Job:
     return replace(job, config=config, schedule=schedule)
 
 
+def is_saved_after(job: Job, round_number: int) -> bool:
+    """Return whether the run is saved after a round."""
+    rounds_done = round_number + 1
+    return rounds_done == job.schedule.num_rounds or job.config.checkpoint.is_due(rounds_done)
+
+
 def for_workers(job: Job) -> Job:
     """Return the part of a run that a worker needs: without initial weights and test data."""
     return replace(job, task=job.task.for_workers())

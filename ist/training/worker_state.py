@@ -49,6 +49,7 @@ class CheckpointLocation:
         run_id: The id of this incarnation of the run (one start of its processes).
         first_round: The first round of this incarnation.
         previous_run_id: The id of the incarnation whose checkpoint this one resumes; empty for a new run.
+        changed: Keys of the configuration that have changed since that checkpoint.
     """
 
     folder: str
@@ -56,6 +57,7 @@ class CheckpointLocation:
     run_id: str = ""
     first_round: int = 0
     previous_run_id: str = ""
+    changed: tuple[str, ...] = ()
 
     def saved_by(self, round_number: int) -> str:
         """Return the id of the incarnation that saved the run before a round; files with other ids are stale."""
@@ -75,7 +77,7 @@ class CheckpointLocation:
         checkpoint = Checkpoint(**received["checkpoint"])
         if checkpoint.storage == _A_URL:
             checkpoint = checkpoint.model_copy(update={"storage": own.storage})
-        return cls(**{**received, "checkpoint": checkpoint})
+        return cls(**{**received, "checkpoint": checkpoint, "changed": tuple(received["changed"])})
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ class WorkerState:
             return {}
         checkpoint = self._location.checkpoint
         of = self._fingerprint(self._held(round_number - 1), self._location.saved_by(round_number))
-        why, damaged = "no file with matching neurons and run id", False
+        is_resumed = round_number == self._location.first_round
+        why, damaged = "no file with matching neurons, number of workers and run id", False
         found = None
         try:
             found = load_worker_state(self._storage, self._worker, round_number, of)
@@ -124,14 +127,16 @@ class WorkerState:
             why = str(error)
             damaged = isinstance(error, CheckpointError)
         if found is None:
-            if damaged or checkpoint.is_due(round_number) or round_number == self._location.first_round:
+            if damaged or checkpoint.is_due(round_number) or is_resumed:
                 _log.warning(
                     "worker %d: no saved state from before round %d in %s (%s); starting with fresh state",
                     self._worker, round_number + 1, redacted(checkpoint.storage or self._location.folder), why,
                 )  # fmt: skip
             return {}
         if self._optimizer_is_used_after(round_number - 1):
-            self._restored = {name: tensor for name, tensor in found.items() if not name.startswith(_RESIDUAL)}
+            state = {name: tensor for name, tensor in found.items() if not name.startswith(_RESIDUAL)}
+            changed = self._location.changed if is_resumed else ()
+            self._restored = optimizers.without_changed_settings(state, changed)
         return {name.removeprefix(_RESIDUAL): tensor for name, tensor in found.items() if name.startswith(_RESIDUAL)}
 
     def optimizer(self, named: Mapping[str, nn.Parameter], round_number: int) -> torch.optim.Optimizer:

@@ -89,6 +89,22 @@ def test_a_restarted_command_resumes_its_own_run_and_no_other(ist: Any, tmp_path
     assert re.search(naming(str(tmp_path / "run"), "'seed' is 3", "77"), other.err)
 
 
+def test_a_finished_run_is_extended_with_other_workers_from_the_command_line(ist: Any, tmp_path: Path) -> None:
+    ist("train", written(tmp_path, train__rounds=2), "--run-dir", tmp_path / "run")
+
+    outcome = ist("train", "--resume", tmp_path / "run", "--set", "train.rounds=3", "--workers", "2")
+
+    assert outcome.code == 0
+    assert "round 3/3" in outcome.err
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["train"]
+    assert (resolved["rounds"], resolved["workers"]) == (3, 2)
+    for shown in (outcome.out, ist("report", tmp_path / "run").out):
+        assert re.search(naming("from round 3 on", "train.rounds is 3, before 2", "train.workers is 2"), shown)
+    refused = ist("train", "--resume", tmp_path / "run", "--set", "train.rounds=4", "--method", "ddp")
+    assert refused.code == 1
+    assert re.search(naming(str(tmp_path / "run"), "'method' is 'ist'", "'ddp'"), refused.err)
+
+
 BAD: dict[str, tuple[Any, ...]] = {
     "a restart without a folder": ({}, ["--auto-resume"], 2, "--auto-resume", "--run-dir"),
     "an address without Ray": ({}, ["--address", "auto"], 2, "'pool.ray'", "'pool.kind' ray", "inline"),
@@ -183,7 +199,8 @@ def test_an_unwritable_run_folder_ends_before_training(ist: Any, tmp_path: Path)
     [
         (["train"], ["CONFIG", "--resume RUN"]),
         (["train", "--resume", "nowhere"], ["error: nowhere: ", "run folder"]),
-        (["train", "--resume", "nowhere", "--workers", "2"], ["--resume", "other option"]),
+        (["train", "--resume", "nowhere", "--workers", "2"], ["error: nowhere: ", "run folder"]),
+        (["train", "--resume", "nowhere", "--auto-resume"], ["--resume nowhere", "leave", "--auto-resume"]),
         (["report", "nowhere"], ["error: nowhere: ", "run folder"]),
         (["inspect", "nothing.yaml"], ["error: nothing.yaml: "]),
     ],

@@ -15,7 +15,8 @@ from ist.config.methods import RENAMED
 from ist.config.schema import Config
 from ist.errors import ConfigError
 from ist.storage.checkpoint import Progress
-from ist.storage.run_folder import RunFolder, create_run_folder, open_or_create
+from ist.storage.reopen import open_or_create
+from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.storage.same_run import allowed_changes, run_changes
 from tests.conftest import config_tree, naming, small_config
 

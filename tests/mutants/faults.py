@@ -96,6 +96,19 @@ FAULTS = (
         "a kept optimizer is used for other neurons", "ist/training/worker_state.py", "    return all(map(np.array_equal, neurons, others))",
         "    return True", ("tests/pools/test_ranks.py",),
     ),
+    # Runs with changed keys
+    Fault(
+        "a kept optimizer keeps the settings of a schedule that was removed", "ist/training/worker_state.py",
+        "changed = self._location.changed if is_resumed else ()", "changed = ()", ("tests/runs/test_changed_run.py",),
+    ),
+    Fault(
+        "a changed seed is accepted", "ist/storage/reopen.py", "    if refused := refused_changes(before, config):",
+        "    if refused := ():", ("tests/runs/test_changed_run.py",),
+    ),
+    Fault(
+        "an edited configuration is not noticed", "ist/storage/saved_config.py", "return found[-1] != _digest(text) if found else None",
+        "return None", ("tests/storage/test_same_run.py",),
+    ),
     # Messages
     Fault(
         "a header's fingerprint is not compared", "ist/transport/message.py",

@@ -23,7 +23,8 @@ from ist.errors import RunFolderError
 from ist.storage import run_lock
 from ist.storage.backend import LocalStorage, open_storage, write_atomically
 from ist.storage.checkpoint import Progress, load_newest, save_checkpoint, save_worker_state
-from ist.storage.run_folder import RunFolder, create_run_folder, open_or_create
+from ist.storage.reopen import open_or_create
+from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.storage.run_lock import sole_writer
 from tests.conftest import ROOT, Run, config_tree, data, naming, small_config, wait_for
 from tests.networks import NETWORKS, seeded
@@ -231,7 +232,8 @@ def test_a_checkpoint_that_is_a_link_is_refused_and_no_earlier_one_is_used(tmp_p
 
 
 @pytest.mark.parametrize(
-    "name", ["config.yaml", "metrics.jsonl", "model.safetensors", "result.json", "tensorboard", "run.lock"]
+    "name",
+    ["config.yaml", "changes.jsonl", "metrics.jsonl", "model.safetensors", "result.json", "tensorboard", "run.lock"],
 )
 def test_a_file_of_a_run_that_is_a_link_is_refused(tmp_path: Path, name: str) -> None:
     folder = create_run_folder(small_config(), tmp_path / "run")

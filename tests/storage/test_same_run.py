@@ -9,9 +9,12 @@ import torch
 
 from ist.config.load import dump_config, load_config
 from ist.errors import RunFolderError
+from ist.redact import redacted
 from ist.storage.checkpoint import Progress, load_checkpoint, save_checkpoint
+from ist.storage.reopen import reopen, save_config
 from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.storage.same_run import allowed_changes, run_changes
+from ist.storage.saved_config import is_edited, saved_text
 from tests.conftest import naming, small_config
 from tests.runs.test_resume import PowerCutError, run
 
@@ -52,6 +55,73 @@ def test_all_keys_that_were_edited_are_named_with_old_and_new_values(broken: Pat
     )
     assert records == 2
     assert len(RunFolder(broken).records()) == 4
+
+
+def test_an_edit_is_noticed_before_the_first_checkpoint_too(tmp_path: Path) -> None:
+    folder = create_run_folder(small_config(), tmp_path / "run")
+    edited(folder.path, ("seed: 3", "seed: 4"))
+
+    for again in (folder.check_checkpoint, folder.rewind):
+        with pytest.raises(RunFolderError, match=naming(f"{folder.config_path}: ", "--resume", "--set")):
+            again()
+
+    edited(
+        folder.path, ("seed: 4", "seed: 3"), ("label: null", "label: mine"), ("name: small", "# a comment\nname: small")
+    )
+    assert folder.rewind()[1].rounds_done == 0  # where it runs, what it is called, and the layout are no part of it
+
+
+def test_an_edit_of_a_key_that_may_change_is_refused_with_the_command_that_changes_it(broken: Path) -> None:
+    folder = edited(broken, ("rounds: 4", "rounds: 6"))
+    message = naming("'train.rounds' was 4, is 6", f"ist train --resume {broken} --set train.rounds=")
+
+    with pytest.raises(RunFolderError, match=message):
+        run(folder, resume=True)
+    with pytest.raises(RunFolderError, match=message):  # another key does not make it right
+        reopen(load_config(folder.config_path, ["train.workers=2"]), broken, 6, ["train.workers"])
+
+    found = reopen(load_config(folder.config_path, ["train.rounds=7"]), broken, 7, ["train.rounds"])
+    assert (found.before.train.rounds, found.rounds_done) == (4, 2)
+
+
+def test_an_edited_configuration_is_replaced_with_a_warning_if_a_program_gives_all_keys(
+    broken: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    edited(broken, ("rounds: 4", "rounds: 6"))
+    config = small_config(checkpoint={"every": 1})
+
+    found = reopen(config, broken, 4)
+    save_config(found, config)
+
+    assert re.search(naming(str(broken), "edited"), caplog.text)
+    assert found.folder.load_config() == config
+    assert not found.folder.is_edited()
+
+
+def test_a_configuration_without_a_digest_is_that_of_an_earlier_version(broken: Path) -> None:
+    folder = RunFolder(broken)
+    folder.config_path.write_text(dump_config(folder.load_config()))
+
+    run(folder, resume=True)
+
+    assert folder.result()["rounds"] == 4
+
+
+def test_the_digest_does_not_depend_on_passwords_and_survives_their_removal() -> None:
+    url = "s3://me:secret@bucket/x"
+    text = saved_text(small_config(data__args={"url": url}))
+
+    assert url in text
+    assert is_edited(text) is is_edited(redacted(text)) is False
+    assert is_edited(text.replace("seed: 3", "seed: 4")) is True
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"round": -1, "changes": [], "config": ""}'])
+def test_a_damaged_record_of_changes_is_refused_with_its_line(broken: Path, damaged: str) -> None:
+    (broken / "changes.jsonl").write_text(f'{{"round": 1, "changes": [], "config": ""}}\n{damaged}\n')
+
+    with pytest.raises(RunFolderError, match=naming(f"{broken / 'changes.jsonl'}: ", "line 2", "move the file away")):
+        run(RunFolder(broken), resume=True)
 
 
 def test_an_allowed_change_is_logged_and_the_run_is_resumed(broken: Path, caplog: pytest.LogCaptureFixture) -> None:

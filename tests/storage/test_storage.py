@@ -19,7 +19,8 @@ from ist.runs.build import build_job
 from ist.runs.execute import execute
 from ist.storage.backend import RemoteStorage, open_storage
 from ist.storage.checkpoint import Progress, latest_checkpoint, load_checkpoint, read_tensors, save_checkpoint
-from ist.storage.run_folder import RunFolder, create_run_folder, open_or_create
+from ist.storage.reopen import open_or_create
+from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.subnet.job import Job
 from tests.conftest import a_record, assert_same, naming, small_config
 
