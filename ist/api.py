@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Unpack
 
@@ -32,8 +33,17 @@ from ist.network.copies import on_meta
 from ist.network.modes import preserve_modes
 from ist.network.supported import check_network, check_values
 from ist.optimization.factory import MakeOptimizer
+from ist.optimization.schedulers import MakeScheduler
 from ist.rng import Purpose, seeded
-from ist.runs.arguments import Keywords, TrainKeys, given_data, optimizer_function, split_config, train_config
+from ist.runs.arguments import (
+    Keywords,
+    TrainKeys,
+    given_data,
+    optimizer_function,
+    scheduler_function,
+    split_config,
+    train_config,
+)
 from ist.runs.build import loss_function, make_job, split_network
 from ist.runs.execute import execute
 from ist.runs.inspection import inspect_split
@@ -112,7 +122,7 @@ def train(
     batch_size: int | None = None,
     loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
     optimizer: str | Optimizer | type[torch.optim.Optimizer] | MakeOptimizer | Mapping[str, Any] = "SGD",
-    schedule: str | Schedule | Mapping[str, Any] | None = None,
+    schedule: str | Schedule | type[LRScheduler] | MakeScheduler | Mapping[str, Any] | None = None,
     shuffle: Literal["local", "global"] = "local",
     skew: Skew | Mapping[str, Any] | None = None,
     test_data: Dataset[Any] | DataLoader[Any] | None = None,
@@ -167,8 +177,10 @@ def train(
             optimizer of a subnet's parameters, which it gets in a mapping by their names in `model`. It is called for
             every new subnet, and on stand-ins of all parameters without values. So it decides by a parameter's name,
             number of dims or dtype, not by its shape, and uses only the parameters that it gets.
-        schedule: Name of a class of torch.optim.lr_scheduler, or `ist.Schedule` with its arguments; it advances with
-            every local step. Default: the learning rate is constant.
+        schedule: A class of torch.optim.lr_scheduler or its name, or `ist.Schedule` with its arguments; or a function
+            that makes a scheduler of the optimizer that it gets; or `ist.Schedule(factor=...)` with a function of the
+            local step that returns a factor of the learning rate. It advances with every local step, over the whole
+            run, and applies to every parameter group. Default: the learning rate is constant.
         shuffle: 'local': a worker has a fixed part of the data; 'global': the data are reassigned every epoch.
         skew: `ist.Skew(alpha=0.3)` gives each worker another mix of classes, for studies; see `ist.dirichlet_split`.
             Default: samples are assigned at random.
@@ -240,7 +252,6 @@ def train(
     with uncompiled(model) as plain, preserve_modes(plain):
         check_network(plain, is_split=True)
         check_values(plain)
-        make = optimizer_function(optimizer)
         job = make_job(
             config,
             on_meta(plain),
@@ -248,7 +259,8 @@ def train(
             found.given["data"],
             found.given["test_data"],
             function,
-            optimizer=make,
+            optimizer=optimizer_function(optimizer),
+            scheduler=scheduler_function(schedule),
             loader=found.loader,
             test_loader=found.test_loader,
         )

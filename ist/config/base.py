@@ -11,7 +11,7 @@ import inspect
 import json
 import textwrap
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -153,6 +153,8 @@ def _type_name(annotation: Any) -> str:
         return " or ".join(map(str, parts))
     if origin in (Union, UnionType):
         return " or ".join(_type_name(part) for part in parts)
+    if origin is Callable:
+        return "function (from Python)"
     plain = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null", Any: "any"}
     return plain.get(annotation) or {dict: "mapping", list: "list"}.get(origin or annotation, str(annotation))
 

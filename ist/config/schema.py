@@ -7,6 +7,7 @@ Not here: the sections about methods (`partition.py`, `recipe.py`, `methods.py`)
 ray.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -129,14 +130,37 @@ class Optimizer(Component):
     )
 
 
-class Schedule(Component):
-    """A class of torch.optim.lr_scheduler, and its arguments.
+class Schedule(Section):
+    """A class of torch.optim.lr_scheduler, a function that makes a scheduler, or a factor by step; and its arguments.
 
     Example:
         >>> schedule = ist.Schedule(name="OneCycleLR", args={"max_lr": 0.1, "total_steps": "total_steps"})
         >>> schedule.args["total_steps"]  # stands for the run's number of steps
         'total_steps'
+        >>> def warmup(step, steps):
+        ...     return min(1.0, (step + 1) / steps)
+        >>> schedule = ist.Schedule(factor=warmup, args={"steps": 100})
     """
+
+    name: str | None = Field(
+        default=None,
+        description="class of torch.optim.lr_scheduler, or the import path 'package.module:Name' of a class or of a "
+        "function that makes a scheduler of an optimizer; give this or 'factor'",
+    )
+    factor: str | Callable[..., float] | None = Field(
+        default=None,
+        description="import path 'package.module:name' of a function of the local step (from 0, over the whole run); "
+        "it returns a factor of every group's learning rate, as for LambdaLR",
+    )
+    args: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of this function or class")
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Schedule":
+        if (self.name is None) == (self.factor is None):
+            raise ValueError(
+                "give exactly one of 'name' (a scheduler) and 'factor' (a function of the step that returns a factor)"
+            )
+        return self
 
 
 class Train(Section):
@@ -180,7 +204,7 @@ class Train(Section):
     )
     schedule: Schedule | None = Field(
         default=None,
-        description="class of torch.optim.lr_scheduler, advanced every local step; the argument value "
+        description="schedule of the learning rate, which advances every local step; the argument value "
         f"'{TOTAL_STEPS}' is replaced by the run's number of steps",
     )
     schedule_unit: Literal["step", "round"] = Field(

@@ -14,11 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ist.config.base import Component
-from ist.config.registry import call, resolve
-from ist.config.schema import TOTAL_STEPS
+from ist.config.schema import Schedule
 from ist.errors import ConfigError, ModelError, error_with_line
 from ist.optimization.factory import MakeOptimizer
+from ist.optimization.schedulers import MakeScheduler, make_scheduler, shown_schedule
 from ist.optimization.stages import Span
 
 Settings = Mapping[str, Any]
@@ -125,37 +124,33 @@ def apply_settings(
 
 
 def schedule_settings(
-    optimizer: torch.optim.Optimizer, schedule: Component | None, total_steps: int
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule | None,
+    total_steps: int,
+    given: MakeScheduler | None = None,
 ) -> list[StepSettings]:
     """Return the settings that a schedule gives at each local step of the run.
 
     Args:
         optimizer: An optimizer over stand-ins for all trained parameters; it is unusable afterwards.
-        schedule: A class of torch.optim.lr_scheduler and its arguments, or None.
+        schedule: The section `train.schedule`, or None.
         total_steps: The number of local steps of the run.
+        given: A user's function, which is used instead of the class or function that `schedule` names; None for none.
 
     Returns:
         For each step and each parameter group, the settings that the schedule changes at some step of the run; an
         empty list without a schedule.
 
     Raises:
-        ConfigError: The schedule is unknown, rejects its arguments, or needs a metric.
+        ConfigError: The schedule is unknown, fails, rejects its arguments, or needs a metric.
     """
     if schedule is None:
         return []
     _check_length(total_steps, "'train.schedule'")
-    cls = resolve(schedule.name, "train.schedule.name", {}, torch.optim.lr_scheduler)
-    if cls is torch.optim.lr_scheduler.ReduceLROnPlateau:
-        raise ConfigError(
-            "'train.schedule.name' is 'ReduceLROnPlateau', which needs a metric at each step: not supported"
-        )
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.lr_scheduler.LRScheduler)):
-        raise ConfigError(f"'train.schedule.name' is '{schedule.name}', which is not an LRScheduler")
     for group in optimizer.param_groups:  # a step visits every parameter, and one of each group is enough
         del group["params"][1:]
-    args = {key: total_steps if value == TOTAL_STEPS else value for key, value in schedule.args.items()}
     own = _settings_now(optimizer)
-    scheduler = call(cls, {"optimizer": optimizer, **args}, "train.schedule.args")
+    scheduler = make_scheduler(optimizer, schedule, total_steps, given)
     found: list[list[Settings]] = []
     for step in range(total_steps):
         found.append([_changed(*pair) for pair in zip(own, _settings_now(optimizer), strict=True)])
@@ -163,11 +158,13 @@ def schedule_settings(
             optimizer.step()
             try:
                 scheduler.step()
+            except ConfigError:
+                raise
             except ValueError as error:
                 raise ConfigError(f"'train.schedule.args': {error} (the run has {total_steps} local steps)") from error
             except Exception as error:  # a user's class may raise anything, and some arguments are checked late
                 raise ConfigError(
-                    f"'train.schedule.args' {schedule.args}: step {step + 1} of {schedule.name} raises "
+                    f"'train.schedule.args' {schedule.args}: step {step + 1} of {shown_schedule(schedule)} raises "
                     f"{error_with_line(error)}"
                 ) from error
     # A setting that changes at any step is set at every step, also where it equals the optimizer's own value.

@@ -30,6 +30,7 @@ from ist.distributed.environment import is_launched
 from ist.errors import ConfigError, DataError, ISTError, first_line
 from ist.network.compiled import original
 from ist.optimization.factory import MakeOptimizer, of_class
+from ist.optimization.schedulers import MakeScheduler
 
 SECTIONS: dict[str, type[Section]] = {
     "optimizer": Optimizer,
@@ -264,8 +265,8 @@ def _section(name: str, value: Any, keywords: Mapping[str, Any]) -> dict[str, An
         ConfigError: The argument has another type, or both arguments have keys.
     """
     kind, short, earlier = SECTIONS[name], _SHORT.get(name), _EARLIER.get(name, "")
-    if name == "optimizer" and callable(value):
-        found: dict[str, Any] = {"name": _name_of(value)}
+    if name in _KINDS and callable(value):
+        found: dict[str, Any] = {"name": _name_of(name, value)}
     elif value is None or (name == "pool" and value == "auto"):
         found = {}
     elif isinstance(value, str) and short is not None:
@@ -313,53 +314,63 @@ def _check_keywords(function: str, given: Mapping[str, Any], further: Sequence[s
 
 
 def _check_classes(given: Mapping[str, Any]) -> None:
-    """Check that model and loss are not classes, and that the optimizer can be made for every subnet.
+    """Check that model and loss are not classes, and that optimizer and schedule can be made later.
 
     Raises:
-        ConfigError: One of them is a class, `model` is not a module, or the optimizer is an object.
+        ConfigError: One of them is a class, `model` is not a module, or optimizer or schedule is an object.
     """
     if not isinstance(given["model"], nn.Module):
         raise ConfigError(f"model is {given['model']!r}: give a torch.nn.Module")
-    _check_optimizer(given["optimizer"])
+    for name in _KINDS:
+        _check_made_later(name, given[name])
     if isinstance(given["loss"], type):
         name = given["loss"].__name__
         raise ConfigError(f"loss is the class {name}: give a function, such as {name}()")
 
 
-def _check_optimizer(value: Any) -> None:
-    """Check that an optimizer is neither an object nor a class of something else.
+def _check_made_later(name: str, value: Any) -> None:
+    """Check that an optimizer or a schedule is neither an object nor a class of something else.
 
     Raises:
         ConfigError: It is.
     """
-    if isinstance(value, type) and not issubclass(value, torch.optim.Optimizer):
+    kind, module, section = _KINDS[name], _MODULES[name].__name__, f"ist.{SECTIONS[name].__name__}"
+    if isinstance(value, type) and not issubclass(value, kind):
         raise ConfigError(
-            f"optimizer is the class {value.__name__}: give a class of torch.optim, its name, or ist.Optimizer(...)"
+            f"{name} is the class {value.__name__}: give a class of {module}, its name, or {section}(...)"
         )
-    if isinstance(value, torch.optim.Optimizer):
-        name = type(value).__name__
+    if isinstance(value, kind):
+        cls, given = type(value).__name__, "named.values()" if name == "optimizer" else "optimizer"
         raise ConfigError(
-            f"optimizer is a {name} of given parameters, but every subnet needs its own: give the class, "
-            f"ist.Optimizer(name='{name}', args={{...}}), or a function such as lambda named: "
-            f"{name}(named.values(), ...), which gets a subnet's parameters by their names"
+            f"{name} is a {cls} object, but every subnet needs its own: give the class, {section}(name='{cls}', "
+            f"args={{...}}), or a function such as lambda {given.partition('.')[0]}: {cls}({given}, ...)"
         )
+
+
+_KINDS: dict[str, type] = {"optimizer": torch.optim.Optimizer, "schedule": torch.optim.lr_scheduler.LRScheduler}
+_MODULES = {"optimizer": torch.optim, "schedule": torch.optim.lr_scheduler}
 
 
 def optimizer_function(value: Any) -> MakeOptimizer | None:
     """Return the function that makes optimizers if one was given, or a class that the configuration cannot name."""
-    if not callable(value) or _is_torchs(value):
+    if not callable(value) or _is_torchs("optimizer", value):
         return None
     return of_class(value) if isinstance(value, type) else value
 
 
-def _is_torchs(value: Any) -> bool:
-    """Return whether a value is a class of torch.optim, which its name describes completely."""
-    return isinstance(value, type) and getattr(torch.optim, value.__name__, None) is value
+def scheduler_function(value: Any) -> MakeScheduler | None:
+    """Return the function that makes the scheduler if one was given, or a class that the configuration cannot name."""
+    return value if callable(value) and not _is_torchs("schedule", value) else None
 
 
-def _name_of(function: Any) -> str:
-    """Return the name of an optimizer's class or function for the configuration."""
-    return str(function.__name__) if _is_torchs(function) else f"{FROM_PYTHON}{plain(function)}"
+def _is_torchs(name: str, value: Any) -> bool:
+    """Return whether a value is a class of torch, which its name describes completely."""
+    return isinstance(value, type) and getattr(_MODULES[name], value.__name__, None) is value
+
+
+def _name_of(name: str, function: Any) -> str:
+    """Return the name of a class or function for the configuration."""
+    return str(function.__name__) if _is_torchs(name, function) else f"{FROM_PYTHON}{plain(function)}"
 
 
 def _check_data(data: Any, name: str) -> None:

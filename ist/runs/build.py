@@ -50,6 +50,7 @@ from ist.optimization.factory import (
     warn_of_untrained,
 )
 from ist.optimization.schedule import Schedule, run_spans
+from ist.optimization.schedulers import MakeScheduler
 from ist.optimization.step_settings import groups_by_name, schedule_settings, staged_settings, stand_ins
 from ist.rng import Purpose, seeded
 from ist.subnet.job import Job
@@ -105,6 +106,7 @@ def make_job(
     loss: LossFunction,
     example: Any = None,
     optimizer: MakeOptimizer | None = None,
+    scheduler: MakeScheduler | None = None,
     loader: LoaderSettings | None = None,
     test_loader: LoaderSettings | None = None,
 ) -> Job:
@@ -119,6 +121,7 @@ def make_job(
         loss: Mean loss of (outputs, targets).
         example: The inputs of a batch; None: they come from `train_data`.
         optimizer: Makes the optimizers, instead of what the configuration names; see `ist/optimization/factory.py`.
+        scheduler: Makes the scheduler, instead of what the configuration names; see `ist/optimization/schedulers.py`.
         loader: How batches of the training data are read; None: as the configuration says.
         test_loader: How batches of the test data are read; None: like those of the training data.
 
@@ -136,7 +139,7 @@ def make_job(
     split = _split_model(config, template, build, example, found, make)
     loader = loader or _loader_settings(config.data.loader)
     task = Task(build, train_data, test_data, loss, metric, example, config.seed, make, loader, test_loader or loader)
-    return Job(config, task, split, _schedule(config, template, sampler, make, optimizer))
+    return Job(config, task, split, _schedule(config, template, sampler, make, optimizer, scheduler))
 
 
 def _loader_settings(section: Loader) -> LoaderSettings:
@@ -299,6 +302,7 @@ def _schedule(
     sampler: Sampler,
     make: MakeOptimizer,
     given: MakeOptimizer | None,
+    scheduler: MakeScheduler | None = None,
 ) -> Schedule:
     """Return the schedule of a run.
 
@@ -311,7 +315,7 @@ def _schedule(
     warn_of_untrained(train.optimizer, optimizer, named)
     group_of = groups_by_name(optimizer, named)  # before the schedule runs, because it may replace entries
     rounds = run_spans(config, sampler)
-    settings = schedule_settings(optimizer, train.schedule, rounds[-1].steps.stop)
+    settings = schedule_settings(optimizer, train.schedule, rounds[-1].steps.stop, scheduler)
     staged = staged_settings(optimizer, settings, rounds, train.schedule_unit)
     return Schedule(rounds, config.recipe, sampler, staged, group_of)
 

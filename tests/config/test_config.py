@@ -296,7 +296,8 @@ def test_keys_of_what_may_be_left_out_and_of_lists_say_so() -> None:
     rows = {key: (kind, default) for key, kind, default, _ in describe_keys(Config)}
 
     assert rows["train.schedule"] == ("mapping or null", "default None")
-    assert rows["train.schedule.name"] == ("text", "required if train.schedule is given")
+    assert rows["train.schedule.name"] == ("text or null", "default None")
+    assert rows["data.skew.alpha"] == ("number", "required if data.skew is given")
     assert rows["train.optimizer.name"] == ("text", "required")
     assert rows["recipe.stages"] == ("list", "default []")
     assert rows["recipe.stages.N.rounds"] == ("whole number or null", "default None")

@@ -16,7 +16,7 @@ train.workers train.min_workers train.epochs train.rounds train.local_steps trai
 train.accumulate train.autocast train.clip_grad_norm
 train.optimizer.name train.optimizer.args train.optimizer.groups
 train.optimizer.groups.N.match train.optimizer.groups.N.max_dims train.optimizer.groups.N.args
-train.schedule train.schedule.name train.schedule.args
+train.schedule train.schedule.name train.schedule.factor train.schedule.args
 train.schedule_unit train.optimizer_state train.activation_scale train.running_statistics
 partition.strategy partition.keep partition.capacities partition.coverage partition.balance partition.residual
 partition.exclude partition.sizes partition.blocks partition.min_depth

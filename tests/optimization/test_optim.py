@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ist.config.base import Component
-from ist.config.schema import Optimizer
+from ist.config.schema import Optimizer, Schedule
 from ist.errors import ConfigError
 from ist.loops.part import completed
 from ist.monitoring.meter import Meter
@@ -73,12 +72,12 @@ def test_a_wrong_optimizer_is_refused_with_its_key(spec: Optimizer, message: str
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        (Component(name="ReduceLROnPlateau"), r"'train\.schedule\.name'.*'ReduceLROnPlateau'.*metric"),
-        (Component(name="StepLR"), r"'train\.schedule\.args'.*StepLR.*step_size"),
-        (Component(name="CosineLR"), r"'train\.schedule\.name'.*'CosineLR'.*'\w*Cosine\w*LR'|'Cosine"),
+        (Schedule(name="ReduceLROnPlateau"), r"'train\.schedule\.name'.*'ReduceLROnPlateau'.*metric"),
+        (Schedule(name="StepLR"), r"'train\.schedule\.args'.*StepLR.*step_size"),
+        (Schedule(name="CosineLR"), r"'train\.schedule\.name'.*'CosineLR'.*'\w*Cosine\w*LR'|'Cosine"),
     ],
 )
-def test_a_wrong_schedule_is_refused_with_its_key(schedule: Component, message: str) -> None:
+def test_a_wrong_schedule_is_refused_with_its_key(schedule: Schedule, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         schedule_settings(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1), schedule, 10)
 

@@ -133,7 +133,7 @@ def test_a_section_of_the_wrong_type_is_refused_by_name(name: str) -> None:
         ({"evaluate": ist.Evaluate(), "evaluate_options": {"every": 2}}, ConfigError, "evaluate and evaluate_options"),
         ({"pool": {"threads": 2}, "pool_options": {"kind": "ray"}}, ConfigError, "pool and pool_options"),
         ({"optimizer": ist.Optimizer(name="SGD"), "optimizer_args": {"lr": 1}}, ConfigError, "optimizer_args"),
-        ({"schedule_args": {"step_size": 2}}, ConfigError, "'train.schedule.name' is required"),
+        ({"schedule_args": {"step_size": 2}}, ConfigError, "'train.schedule'.*exactly one of 'name'"),
         ({"partition": {"strategi": "rolling"}}, ConfigError, "'partition.strategi'.*'strategy'"),
         ({"pool": "mpi"}, ConfigError, "'pool.kind' is 'mpi'.*'inline', 'torchrun' or 'ray'"),
         ({"watch_options": 3}, ConfigError, "watch_options is 3"),

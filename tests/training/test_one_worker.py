@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 
 from ist.api import train
@@ -160,7 +161,16 @@ def test_data_other_than_a_data_set_of_pairs_are_refused(wrong: Any, message: st
         ({"optimizer": nn.Linear}, ["optimizer is the class Linear", "torch.optim"]),
         (
             {"optimizer": torch.optim.SGD([nn.Parameter(torch.zeros(1))])},
-            ["optimizer is a SGD", "ist.Optimizer(name='SGD'", "lambda named"],
+            ["optimizer is a SGD", "ist.Optimizer(name='SGD'", "lambda named: SGD(named.values(), ...)"],
+        ),
+        ({"schedule": nn.Linear}, ["schedule is the class Linear", "torch.optim.lr_scheduler", "ist.Schedule("]),
+        (
+            {"schedule": lr_scheduler.ConstantLR(torch.optim.SGD([nn.Parameter(torch.zeros(1))]))},
+            [
+                "schedule is a ConstantLR",
+                "ist.Schedule(name='ConstantLR'",
+                "lambda optimizer: ConstantLR(optimizer, ...)",
+            ],
         ),
         ({"loss": nn.CrossEntropyLoss}, ["loss is the class CrossEntropyLoss", "CrossEntropyLoss()"]),
     ],
