@@ -39,7 +39,7 @@ class RayTune(Callback):
         if trial is None:
             raise ConfigError(
                 "the callback 'ray_tune' reports to a trial of Ray Tune, but this run is not in one: call ist.train in "
-                "the function that ray.tune.Tuner runs"
+                "the function that ray.tune.Tuner runs (Ray Train is not served)"
             )
 
     def on_round(self, record: Record) -> None:

@@ -461,22 +461,21 @@ def _resume(path: Path, overrides: list[str]) -> None:
 def _print_result(folder: "RunFolder | None") -> None:
     if folder is not None and folder.is_finished():
         _print_table([folder])
-        if folder.stopped_early():
-            result = folder.result()
-            _say(f"stopped early after {result['rounds']} rounds: {result['stopped_early']}")
         _say(f"run folder: {folder.path}")
 
 
 def _print_table(folders: "list[RunFolder]") -> None:
     from ist.monitoring.display import PlainConsole
     from ist.report.names import run_names
-    from ist.report.table import change_texts, rich_table
+    from ist.report.table import change_texts, end_text, rich_table
 
     names = run_names(folders)
     PlainConsole().print(rich_table([folder.result() for folder in folders], names))
     for name, folder in zip(names, folders, strict=True):
         for text in change_texts(folder):
             _say(f"{name}: changed {text}")
+        if text := end_text(folder.result()):
+            _say(f"{name}: {text}")
 
 
 _KEYS = {

@@ -57,6 +57,8 @@ def check_callbacks(config: Config, given: Sequence[Callback] = ()) -> None:
     ):
         if wanted and find_spec(package) is None:
             raise ConfigError(f"{key}, but {package} is not installed: pip install 'ist[watch]'")
+    if not isinstance(given, list | tuple):
+        raise ConfigError(f"callbacks is {given!r}: give a list of objects of subclasses of ist.Callback")
     for number, callback in enumerate(given):
         _check_callback(callback, f"callbacks[{number}]", "an object of a subclass of ist.Callback")
     if is_rank_zero():  # other processes have no callbacks, and may lack their packages

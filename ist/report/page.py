@@ -18,7 +18,7 @@ from ist.errors import RunFolderError
 from ist.redact import redacted
 from ist.report.names import run_names
 from ist.report.plots import axes_of_curves, curve_plot, phase_plot
-from ist.report.table import change_texts, fault_text, link_text, table_columns, table_rows
+from ist.report.table import change_texts, end_text, fault_text, link_text, table_columns, table_rows
 from ist.storage.backend import write_atomically
 from ist.storage.run_folder import RunFolder
 
@@ -64,6 +64,7 @@ def write_report(runs: Sequence[RunFolder], path: Path) -> Path:
         rows=rows,
         results=results,
         links=link_text(results, labels),
+        ends=[(label, text) for label, text in zip(labels, map(end_text, results), strict=True) if text],
         faults=[(label, text) for label, text in zip(labels, map(fault_text, results), strict=True) if text],
         changes=[(label, text) for label, run in zip(labels, runs, strict=True) for text in change_texts(run)],
         model=redacted(yaml.safe_dump(configs[0].model.model_dump(), default_flow_style=True, width=1000).strip()),

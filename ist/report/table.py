@@ -67,6 +67,12 @@ def fault_text(result: Result) -> str:
     return ", ".join(f"{number} {kind}" for kind, number in result.get("faults", {}).items() if number)
 
 
+def end_text(result: Result) -> str:
+    """Return why a callback has ended the run and after how many rounds; '' if the run has had all its rounds."""
+    reason = result.get("stopped_early")
+    return f"stopped early after {result['rounds']} rounds: {reason}" if reason is not None else ""
+
+
 def rich_table(results: Sequence[Result], names: Sequence[str] = ()) -> Table:
     """Return the table for a terminal."""
     links = link_text(results, names)

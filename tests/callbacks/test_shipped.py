@@ -1,6 +1,7 @@
 """The callbacks that come with the package, with the real packages, which reach no network."""
 
 import contextlib
+import doctest
 import json
 import math
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import ist
+import ist.callbacks
 from ist.callbacks import EarlyStopping, MLflow, Profiler, RayTune, WandB
 from ist.errors import ConfigError
 from ist.monitoring.exporters import scalars
@@ -46,6 +48,23 @@ def start(**changes: Any) -> ist.RunStart:
         "trained_parameters": 10, "numbers": ("loss", "test_loss", "accuracy"), "history": (),
     }  # fmt: skip
     return ist.RunStart(**given | changes)
+
+
+def test_the_examples_of_the_shipped_callbacks_run() -> None:
+    said: list[str] = []
+    tests = [
+        test
+        for name in ist.callbacks.__all__
+        for test in doctest.DocTestFinder(recurse=False).find(
+            getattr(ist.callbacks, name), name, globs={"ist": ist, **vars(ist.callbacks)}
+        )
+    ]
+
+    for test in tests:
+        doctest.DocTestRunner(verbose=False).run(test, out=said.append)
+
+    assert sum(len(test.examples) for test in tests) > 0
+    assert said == []
 
 
 # Early stopping

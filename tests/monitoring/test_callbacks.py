@@ -227,7 +227,7 @@ def test_the_command_line_says_why_a_run_ended_and_resumes_it(
     app(["train", "--resume", str(path)], standalone_mode=False)
     third = capsys.readouterr().out
 
-    assert naming_in(first, "stopped early", "2 rounds", "seen enough")
+    assert naming_in(first, "ist: stopped early", "2 rounds", "seen enough")
     assert naming_in(second, "stopped early", "4 rounds", "seen enough")
     assert "stopped early" not in third
     assert RunFolder(path).result()["rounds"] == 5
@@ -295,6 +295,8 @@ class WithTypo(ist.Callback):
 def test_what_is_not_a_callback_is_refused_before_anything_starts(callback: Any, parts: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=naming(*parts)):
         ist.train(torch.nn.Linear(12, 5), data(), workers=1, rounds=1, callbacks=[callback])
+    with pytest.raises(ConfigError, match=naming("callbacks is <", "a list")):
+        ist.train(torch.nn.Linear(12, 5), data(), workers=1, rounds=1, callbacks=Log())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,27 @@ FAULTS = (
         "rounds are evaluated one too early", "ist/training/rounds.py", "(last or rounds_done % config.evaluate.every == 0)",
         "(last or round_number % config.evaluate.every == 0)", ("tests/pools/test_ranks.py",),
     ),
+    # Callbacks
+    Fault(
+        "a run that a callback ends is not evaluated", "ist/training/rounds.py", "        if ends and metrics is None:\n",
+        "        if False:\n", ("tests/monitoring/test_callbacks.py",),
+    ),
+    Fault(
+        "a run that a callback ends is not saved", "ist/training/rounds.py", "if last or ends or config", "if last or config",
+        ("tests/monitoring/test_callbacks.py",),
+    ),
+    Fault(
+        "callbacks receive the records themselves", "ist/monitoring/observers.py",
+        "getattr(callback, event)(copy.deepcopy(dict(record)))", "getattr(callback, event)(record)", ("tests/monitoring/test_callbacks.py",),
+    ),
+    Fault(
+        "the state of workers is deleted when a callback ends a run", "ist/storage/run_folder.py",
+        "        if not self.stopped_early():\n", "        if True:\n", ("tests/monitoring/test_callbacks.py",),
+    ),
+    Fault(
+        "early stopping forgets the rounds before a resumption", "ist/callbacks/early_stopping.py",
+        "        for record in run.history:\n            self.on_round(record)\n", "", ("tests/callbacks/test_shipped.py",),
+    ),
     # Quantization
     Fault(
         "numbers are rounded down", "ist/transport/quantize.py", "[:, None]).round_()", "[:, None]).floor_()", ("tests/transport/test_exchange.py",),

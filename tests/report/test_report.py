@@ -57,6 +57,16 @@ def test_an_unfinished_run_is_refused_with_the_command_to_resume_it(tmp_path: Pa
         write_report([folder], tmp_path / "report.html")
 
 
+def test_a_page_says_which_run_a_callback_has_ended(tmp_path: Path) -> None:
+    whole, ended = (finished(tmp_path / name, label=name) for name in ("whole", "ended"))
+    (ended.path / "result.json").write_text(json.dumps(ended.result() | {"stopped_early": "no <better> loss"}))
+
+    text = write_report([whole, ended], tmp_path / "report.html").read_text()
+
+    assert text.count("stopped early") == 1
+    assert "ended: stopped early after 4 rounds: no &lt;better&gt; loss" in text
+
+
 def test_a_page_says_how_often_workers_were_left_out_if_any_were(tmp_path: Path) -> None:
     run = finished(tmp_path / "run")
     assert "left out" not in write_report([run], tmp_path / "report.html").read_text()
