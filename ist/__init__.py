@@ -17,6 +17,7 @@ from ist.errors import (
     DataError,
     DivergedError,
     ISTError,
+    LoopError,
     ModelError,
     PoolError,
     RunFolderError,
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from ist.data.batched import BatchedDataset
     from ist.data.shards.dirichlet import dirichlet_split
     from ist.evaluation.metrics import Metric
+    from ist.loops.part import Part
     from ist.monitoring.callback import Callback, RunStart, Stop
+    from ist.own_loop import Joined, join
     from ist.runs.split import Split
     from ist.subnet.residual_blocks import scaled_blocks
 
@@ -51,12 +54,15 @@ __all__ = [
     "Evaluate",
     "Exchange",
     "ISTError",
+    "Joined",
     "Loader",
+    "LoopError",
     "Metric",
     "ModelError",
     "Optimizer",
     "Outer",
     "ParameterGroup",
+    "Part",
     "Partition",
     "Pool",
     "PoolError",
@@ -74,6 +80,7 @@ __all__ = [
     "WorkerLostError",
     "__version__",
     "dirichlet_split",
+    "join",
     "scaled_blocks",
     "split",
     "train",
@@ -90,6 +97,8 @@ _LATER = {
     "ist.data.shards.dirichlet": ("dirichlet_split",),
     "ist.evaluation.metrics": ("Metric",),
     "ist.monitoring.callback": ("Callback", "RunStart", "Stop"),
+    "ist.loops.part": ("Part",),
+    "ist.own_loop": ("Joined", "join"),
     "ist.runs.split": ("Split",),
     "ist.subnet.residual_blocks": ("scaled_blocks",),
 }

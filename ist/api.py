@@ -5,9 +5,7 @@ Where it sits: `ist/__init__.py` exports them; they build a job (`ist/runs/build
 Not here: the command line (`ist/cli/`), which builds the same job from a file.
 """
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +22,7 @@ from ist.config.recipe import Recipe
 from ist.config.runtime import Checkpoint, Loader, Pool, Watch
 from ist.config.schema import Evaluate, Optimizer, Schedule, Skew
 from ist.distributed.environment import is_rank_zero
-from ist.errors import ConfigError
+from ist.loops.part import Part
 from ist.monitoring.callback import Callback
 from ist.monitoring.display import Progress, check_progress
 from ist.monitoring.observers import check_callbacks
@@ -44,8 +42,8 @@ from ist.runs.arguments import (
     split_config,
     train_config,
 )
-from ist.runs.build import loss_function, make_job, split_network
-from ist.runs.execute import execute
+from ist.runs.build import loss_function, make_job, make_loop_job, split_network
+from ist.runs.execute import execute, sole_run
 from ist.runs.inspection import inspect_split
 from ist.runs.open import FollowerPart
 from ist.runs.preflight import resumed_folder
@@ -82,38 +80,11 @@ class TrainResult:
     stopped_early: str | None = None
 
 
-_training: dict[int, object] = {}
-"""By process id, a token of the running `train` or `split`. The id matters after a fork: a child inherits its parent's
-entry, which must not block the child."""
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Refuse a second `train` or `split` in this process while one is running.
-
-    Both would use the process's random generators and number of threads, so both would give other results than alone.
-
-    Raises:
-        ConfigError: Another call is running, in another thread or as the caller of this one.
-    """
-    me = object()
-    if _training.setdefault(os.getpid(), me) is not me:
-        raise ConfigError(
-            "another ist.train or ist.split is running in this process (in another thread, or as the caller of this "
-            "one), and both would use the process's random generators and number of threads: run them one after the "
-            "other, or each in a process of its own"
-        )
-    try:
-        yield
-    finally:
-        del _training[os.getpid()]
-
-
-@_alone()
+@sole_run()
 @seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # reading data must not change the state of the caller's generators
 def train(
     model: nn.Module,
-    data: Dataset[Any] | DataLoader[Any],
+    data: Dataset[Any] | DataLoader[Any] | None = None,
     *,
     workers: int | Mapping[str, int],
     local_steps: int = 50,
@@ -128,6 +99,9 @@ def train(
     test_data: Dataset[Any] | DataLoader[Any] | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     loader: Loader | Mapping[str, Any] | None = None,
+    loop: Callable[[Part], object] | None = None,
+    example: Any = None,
+    statistics: Iterable[Any] | None = None,
     partition: Partition | Mapping[str, Any] | None = None,
     exchange: Exchange | Mapping[str, Any] | None = None,
     recipe: Recipe | Mapping[str, Any] | None = None,
@@ -187,6 +161,11 @@ def train(
         test_data: Evaluated every round, if given; accuracy is reported if the targets are class numbers.
         collate_fn: Makes a batch (inputs, targets) of a list of items, such as one that pads them. Default: PyTorch's.
         loader: `ist.Loader(workers=4)` reads batches ahead of time, in four loader processes for each worker.
+        loop: A training loop of your own, instead of `data`: a function that makes the steps of an `ist.Part`. It is
+            called for each worker in each round, in the worker's process; on Ray, it must be picklable. `loss` is then
+            used for `test_data` only. Under torchrun, `ist.join` keeps the loop in your script.
+        example: With `loop`: inputs of a small batch (two samples), as the network accepts them.
+        statistics: With `loop`: as in `ist.join`.
         partition: How neurons are assigned to workers. Default: each neuron to one worker, at random every round.
         exchange: The number of bits of exchanged weights. Default: the bits of the network's dtypes.
         recipe: Stages of the run, outer optimizer, average over rounds. Default: none of them.
@@ -217,7 +196,8 @@ def train(
         CallbackError: A callback fails.
         ConfigError: An argument is invalid, or another `train` or `split` is running in this process.
         DataError: The data cannot be assigned to the workers.
-        ModelError: The network cannot be split among that many workers.
+        ModelError: The network cannot be split among that many workers, or has batch norm and `loop` no `statistics`.
+        LoopError: `loop` raises an exception, makes no step, or logs no loss.
         DivergedError: A worker returned a non-finite loss or weight.
         RunFolderError: `run_dir` cannot be written, or, with `resume`, contains no run, or an argument must not change.
         PoolError: Processes or actors could not be started or joined, or too many were lost.
@@ -252,22 +232,22 @@ def train(
     with uncompiled(model) as plain, preserve_modes(plain):
         check_network(plain, is_split=True)
         check_values(plain)
-        job = make_job(
-            config,
-            on_meta(plain),
-            lambda: plain,
-            found.given["data"],
-            found.given["test_data"],
-            function,
-            optimizer=optimizer_function(optimizer),
-            scheduler=scheduler_function(schedule),
-            loader=found.loader,
-            test_loader=found.test_loader,
-        )
+        test = found.given["test_data"]
+        make, scheduler = optimizer_function(optimizer), scheduler_function(schedule)
+        if loop is not None:
+            job = make_loop_job(
+                config, on_meta(plain), lambda: plain, example, loop, statistics, test, function, optimizer=make,
+                scheduler=scheduler, test_loader=found.test_loader,
+            )  # fmt: skip
+        else:
+            job = make_job(
+                config, on_meta(plain), lambda: plain, found.given["data"], test, function, optimizer=make,
+                scheduler=scheduler, loader=found.loader, test_loader=found.test_loader,
+            )  # fmt: skip
         return replace(_train(job, plain, run_dir, resume, progress, callbacks), model=model)
 
 
-@_alone()
+@sole_run()
 @seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)
 def split(
     model: nn.Module,

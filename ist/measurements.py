@@ -123,7 +123,7 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     ),
     Measurement(
         name="epoch", unit="epochs", kind=float, source="recorder",
-        meaning="Passes of all workers together over the training data so far.",
+        meaning="Passes of all workers together over the training data so far; missing with a user's own loop.",
     ),
     Measurement(
         name="loss", unit="", kind=float, source="method", required=True, over_rounds="latest",

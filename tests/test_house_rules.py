@@ -25,7 +25,7 @@ ROOMS = (
     "training report callbacks",
     "baselines pools",
     "runs",
-    "api plan",
+    "api own_loop plan",
     "__init__ theory",
     "cli",
     "__main__",
@@ -38,9 +38,9 @@ PUBLIC_NAMES = {
     "Optimizer", "ParameterGroup", "Schedule", "Partition", "Exchange", "Recipe", "Stage", "Outer", "Average",
     "Evaluate", "Checkpoint", "Loader", "Pool", "Ray", "Watch",
     "BatchedDataset", "Metric", "scaled_blocks", "dirichlet_split", "Skew",
-    "Callback", "RunStart", "Stop",
+    "join", "Joined", "Part", "Callback", "RunStart", "Stop",
     "ISTError", "CallbackError", "ConfigError", "DataError", "ModelError", "DivergedError", "PoolError", "WorkerLostError",
-    "RunFolderError", "CheckpointError",
+    "LoopError", "RunFolderError", "CheckpointError",
 }  # fmt: skip
 """What `import ist` promises: a name more is a decision, a name less breaks somebody's script."""
 

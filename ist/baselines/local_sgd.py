@@ -25,7 +25,7 @@ from ist.baselines.quantized_mean import quantized_mean
 from ist.baselines.ranks import RankRound, broadcast_tensors, gather_tensors, report_round, wait_for_all_ranks
 from ist.distributed.process_group import Membership, peer_errors
 from ist.errors import CheckpointError
-from ist.loops.local_loop import worker_loop
+from ist.loops.local_loop import TaskLoop
 from ist.loops.part import LocalSteps, Part
 from ist.monitoring.meter import MemoryGauge, Meter, worker_numbers
 from ist.optimization import optimizers
@@ -74,7 +74,7 @@ class LocalTraining:
         self._meter = meter
         self._gauge = MemoryGauge(membership.device)
         slot, device = WorkerSlot(membership.rank, Team(membership.world_size)), membership.device
-        self._local = LocalSteps(job.schedule, job.config.seed, slot, device, worker_loop(job, slot, device))
+        self._local = LocalSteps(job.schedule, job.config.seed, slot, device, TaskLoop(job, slot, device))
         self._model = model.to(membership.device)
         with peer_errors("starting together"):
             self._model.load_state_dict(broadcast_tensors(membership, self._model.state_dict()))

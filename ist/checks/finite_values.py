@@ -52,6 +52,8 @@ def check_start(job: Job, network: nn.Module) -> None:
 
 def find_non_finite_sample(job: Job, num_workers: int, worker: int, round_number: int) -> str | None:
     """Describe a non-finite value in a worker's samples of a round, with the number of the sample; None: all finite."""
+    if job.task.loop is not None:
+        return None  # the data are the user's own
     cpu, sampler = torch.device("cpu"), job.schedule.sampler_for(num_workers)
     try:
         with seeded(cpu, job.config.seed, Purpose.TRAINING, round_number, worker):

@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+from typing import Any
 
 from ist.errors import ConfigError
 
@@ -33,18 +34,20 @@ _log = logging.getLogger(__name__)
 
 
 def is_launched() -> bool:
-    """Return whether a launcher gave this process a rank.
+    """Return whether a launcher, or the user's program by forming a process group, gave this process a rank.
 
     Raises:
         ConfigError: RANK and WORLD_SIZE are set, but are not valid numbers, or the rendezvous address is missing.
     """
+    if _has_group():
+        return True
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return False
     rank, world_size = (_number(name) for name in ("RANK", "WORLD_SIZE"))
     if not 0 <= rank < world_size:
         raise ConfigError(f"RANK is {rank} and WORLD_SIZE is {world_size}: ranks are 0 to WORLD_SIZE - 1. {_REMEDY}")
     missing = [name for name in _ADDRESS if name not in os.environ]
-    if missing and PRIVATE_STORE not in os.environ and not _has_group():
+    if missing and PRIVATE_STORE not in os.environ:
         raise ConfigError(f"RANK and WORLD_SIZE are set, but {' and '.join(missing)} is missing. {_REMEDY}")
     return True
 
@@ -57,7 +60,25 @@ _REMEDY = (
 
 def is_rank_zero() -> bool:
     """Return whether this process is the coordinator: rank 0 of a launched job, or the only process."""
-    return not is_launched() or _number("RANK") == 0
+    return not is_launched() or own_rank() == 0
+
+
+def own_rank() -> int:
+    """Return the rank of this process in its process group, or the rank that its launcher gave it.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    return _group().get_rank() if _has_group() else _number("RANK")
+
+
+def world_size() -> int:
+    """Return the number of processes in the process group, or the number that the launcher has started.
+
+    Raises:
+        ConfigError: There is neither.
+    """
+    return _group().get_world_size() if _has_group() else _number("WORLD_SIZE")
 
 
 def is_started_by_ist() -> bool:
@@ -116,11 +137,18 @@ def _end(parent: int) -> None:
 def _number(name: str) -> int:
     try:
         return int(os.environ[name])
+    except KeyError as error:
+        raise ConfigError(f"{name} is not set: no launcher started this process. {_REMEDY}") from error
     except ValueError as error:
         raise ConfigError(f"{name} is '{os.environ[name]}': expected a number. {_REMEDY}") from error
 
 
 def _has_group() -> bool:
     """Whether the user's program has already formed a process group; then no address is needed."""
-    distributed = sys.modules.get("torch.distributed")
+    distributed = _group()
     return distributed is not None and bool(distributed.is_available() and distributed.is_initialized())
+
+
+def _group() -> Any:
+    """Return torch.distributed if it is imported."""
+    return sys.modules.get("torch.distributed")

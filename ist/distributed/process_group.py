@@ -88,7 +88,7 @@ def join(settings: Pool, device: torch.device) -> Membership:
     membership = Membership(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, backend)
     membership = replace(membership, start=_form_group(membership, secret, settings))
     # Not at the end of the run: a process that starts another run needs the group, and cannot form it twice.
-    atexit.register(_leave)
+    atexit.register(leave)
     return membership
 
 
@@ -119,7 +119,7 @@ def _form_group(membership: Membership, secret: bytes, settings: Pool) -> str:
                 return start
             met = [number for number, other in enumerate(verdicts) if other != "proven"]
             problem = problem or f"rank {rank}: rank {_listed(met)} found a peer that does not hold the run secret"
-            _leave()
+            leave()
             if "wrong" in verdicts:
                 break
     raise PoolError(problem)
@@ -338,7 +338,8 @@ def broadcast_flag(membership: Membership, flag: bool) -> bool:
         return bool(sent.item())
 
 
-def _leave() -> None:
+def leave() -> None:
+    """Close this process's group; the other ranks then learn at once that it is gone."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

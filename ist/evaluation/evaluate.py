@@ -21,23 +21,29 @@ from torch.utils.data import Dataset, TensorDataset
 from ist.data.batches import length
 from ist.data.loading.loader import LoaderSettings, read_batches
 from ist.data.nested import call_model, mapped, moved, scores, tensors_in
-from ist.errors import DataError
+from ist.errors import DataError, ISTError, LoopError, error_with_line
 from ist.evaluation.metrics import Metric
+from ist.measurements import MEASUREMENTS
 from ist.network.failures import loss_errors, loss_of, network_errors
 from ist.network.modes import preserve_modes
 from ist.rng import Indices, ItemDraws, Purpose, permutation
 
 _CPU = torch.device("cpu")
 _NO_LOADER = LoaderSettings()
+_RECORDED = {"round", "metric", "lost"} | {m.name for m in MEASUREMENTS if m.source != "evaluation"}
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The mean loss over `samples` samples, and the values of the metric by name (empty without a metric)."""
+    """The result of an evaluation.
 
-    loss: float
+    Attributes:
+        loss: The mean loss over the samples; None if the user's own evaluation returns none.
+        values: The values of the metric by name; empty without a metric.
+    """
+
+    loss: float | None
     values: Mapping[str, float]
-    samples: int
 
 
 def evaluate(
@@ -87,7 +93,33 @@ def evaluate(
                 sums, counted = sums + batch_sums, counted + batch_count
     if metric is not None and counted == 0:
         raise DataError(f"metric '{metric.names[0]}' counts none of the {count} samples: all targets are ignored ones")
-    return Metrics(loss_sum / count, metric.values(sums, counted) if metric else {}, count)
+    return Metrics(loss_sum / count, metric.values(sums, counted) if metric else {})
+
+
+def evaluate_by(function: Callable[[nn.Module], Mapping[str, float] | float], model: nn.Module) -> Metrics:
+    """Evaluate a network with a user's function, in evaluation mode and without gradients.
+
+    Args:
+        function: Returns numbers by name, or the loss alone.
+        model: The full network; its modes are restored.
+
+    Raises:
+        LoopError: The function raises an exception, or does not return numbers, or a name is one of a round's record.
+    """
+    with preserve_modes(model), _preserve_tensors(model), torch.no_grad():
+        model.eval()
+        try:
+            found = function(model)
+            numbers = found if isinstance(found, Mapping) else {"loss": found}
+            values = {str(name): float(value) for name, value in numbers.items()}
+        except (ISTError, MemoryError):
+            raise
+        except Exception as error:  # user code may raise anything, and return anything
+            raise LoopError(f"the function of run.evaluate: {error_with_line(error)}") from error
+    loss = values.pop("loss", None)
+    if taken := sorted(values.keys() & _RECORDED):
+        raise LoopError(f"the function of run.evaluate returns '{taken[0]}', a number that IST measures: rename it")
+    return Metrics(loss, values)
 
 
 def evaluation_batches(count: int, batch_size: int) -> Iterator[Indices]:
@@ -113,11 +145,7 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
             act like weights.
         batches: Training inputs, one batch each, on the network's device.
     """
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.training
-    ]
+    norms = batch_norms(model).values()
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
@@ -134,6 +162,15 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
+
+
+def batch_norms(model: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
+    """Return, by path, the batch norms whose running statistics change in training."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats and module.training
+    }
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Not here: the split of the network (`ist/subnet/split_model.py`), the samples of
 (`ist/optimization/schedule.py`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -43,6 +43,9 @@ class Task:
         test_loader: How batches of the test data are read.
         loop: The user's own loop, which makes the local steps of an `ist.Part`; None: the built-in loop makes them, on
             `train_data`.
+        evaluation: The user's own evaluation of the full network, instead of `test_data`; None for none.
+        statistics: Inputs of batches from which batch norm's running statistics are re-estimated, instead of
+            `train_data`; None for none.
     """
 
     build: Callable[[], nn.Module]
@@ -56,6 +59,13 @@ class Task:
     loader: LoaderSettings
     test_loader: LoaderSettings
     loop: Callable[[Any], object] | None = None
+    evaluation: Callable[[nn.Module], Mapping[str, float] | float] | None = None
+    statistics: Iterable[Any] | None = None
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the full network is evaluated."""
+        return self.test_data is not None or self.evaluation is not None
 
     def build_copy(self) -> nn.Module:
         """Return a new full network with its initial weights, on the CPU."""
@@ -64,10 +74,8 @@ class Task:
     @cached_property
     def contents(self) -> tuple[DataFingerprint, DataFingerprint]:
         """The fingerprints of the training data and of the test data."""
-        if self.loop is not None:
-            return NO_DATA, NO_DATA
         test = NO_DATA if self.test_data is None else data_fingerprint(self.test_data, self.seed)
-        return data_fingerprint(self.train_data, self.seed), test
+        return NO_DATA if self.loop is not None else data_fingerprint(self.train_data, self.seed), test
 
     @cached_property
     def statistics_inputs(self) -> InputCache:
@@ -76,7 +84,7 @@ class Task:
 
     def for_workers(self) -> "Task":
         """Return the task for a worker, which needs neither the initial weights nor the test data."""
-        return replace(self, build=_no_build, test_data=None)
+        return replace(self, build=_no_build, test_data=None, evaluation=None, statistics=None)
 
 
 def _no_build() -> nn.Module:

@@ -2,7 +2,7 @@
 
 Where it sits: a worker (`ist/training/worker.py`), and every rank of a baseline, yields a `Part` when its module has
 arrived. It reaches the caller that iterates the rounds: `completed` runs each part with the worker's own loop;
-another caller hands each part to the user's `for` loop. Then the round continues.
+`ist.join` (`ist/own_loop.py`) hands each part to the user's `for` loop. Then the round continues.
 Not here: the built-in loop (`ist/loops/local_loop.py`), receiving and returning weights (`ist/training/worker.py`).
 """
 
@@ -68,7 +68,7 @@ class Part:
         ...     nn.Linear(2, 1), loop=loop, example=torch.ones(4, 2), workers=1, local_steps=5, rounds=2, progress=False
         ... )
         >>> [record["samples"] for record in result.history]
-        [20, 20]
+        [20, 40]
     """
 
     def __init__(
@@ -242,7 +242,7 @@ class LocalSteps:
 
         Raises:
             AbandonedRoundError: The coordinator has continued without this worker.
-            LoopError: No optimizer step was made.
+            LoopError: No optimizer step was made, or no loss was logged.
         """
         part = Part(self, round_number, model, named, optimizer, is_over)
         # The only hook: it counts. Gradient accumulation, `accelerate` and GradScaler make fewer steps than batches.
@@ -257,6 +257,11 @@ class LocalSteps:
             raise LoopError(
                 f"worker {part.worker} made no optimizer step in round {round_number}: call part.optimizer.step() "
                 f"{part.local_steps} times, or iterate over part.take(loader)"
+            )
+        if not part.samples:
+            raise LoopError(
+                f"worker {part.worker} logged no loss in round {round_number}: call part.log(loss, samples) for each "
+                "batch, so that the run is recorded and a loss that is not finite is noticed"
             )
         return part
 

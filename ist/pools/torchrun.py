@@ -7,7 +7,6 @@ Not here: starting processes (`ist/launch/start.py`, or torchrun itself), formin
 (`ist/distributed/process_group.py`).
 """
 
-import os
 from collections.abc import Generator, Hashable, Iterator, Sequence
 
 import torch
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ist.config.schema import num_processes
+from ist.distributed.environment import world_size
 from ist.distributed.process_group import Membership, peer_errors
 from ist.errors import ConfigError, PoolError
 from ist.loops.part import Part
@@ -36,16 +36,16 @@ def for_world_size(job: Job) -> Job:
     Raises:
         ConfigError: The configuration needs another number of processes; the message names both numbers.
     """
-    world_size, needed = int(os.environ["WORLD_SIZE"]), num_processes(job.config)
+    started, needed = world_size(), num_processes(job.config)
     spare = needed - job.config.train.workers
     least = job.config.train.min_workers or job.config.train.workers
-    if least <= world_size - spare < job.config.train.workers:
-        return with_workers(job, world_size - spare)
-    if world_size != needed:
+    if least <= started - spare < job.config.train.workers:
+        return with_workers(job, started - spare)
+    if started != needed:
         raise ConfigError(
-            f"{world_size} processes were started (WORLD_SIZE), but train.workers is {job.config.train.workers} and "
+            f"{started} processes were started (WORLD_SIZE), but train.workers is {job.config.train.workers} and "
             f"pool.coordinator is '{job.config.pool.coordinator}', which makes {needed}: start {needed} processes, or "
-            f"give --workers {world_size - spare} (workers={world_size - spare} in Python)"
+            f"give --workers {started - spare} (workers={started - spare} in Python)"
             + (", or --set pool.coordinator=trains" if spare else "")
         )
     return job

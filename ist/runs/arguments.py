@@ -1,4 +1,4 @@
-"""The arguments of `ist.train` and `ist.split`: check them, and turn them into a configuration.
+"""The arguments of `ist.train`, `ist.join` and `ist.split`: check them, and turn them into a configuration.
 
 Where it sits: `ist/api.py` calls this before it uses the network.
 Law: a section gives the same configuration as an object, as a mapping of its keys, and as keywords of earlier versions.
@@ -61,17 +61,22 @@ _EARLIER = {
 """By section, the keyword of earlier versions that holds its other keys."""
 
 
-class TrainKeys(TypedDict, total=False):
-    """Keys of the section `train` that few runs set; `ist keys` explains them."""
+class LoopKeys(TypedDict, total=False):
+    """Keys of the section `train` that few runs set, and that hold for a loop of the user's own as well."""
 
     min_workers: int | None
-    accumulate: int
-    autocast: Literal["bfloat16", "float16"] | None
-    clip_grad_norm: float | None
     schedule_unit: Literal["step", "round"]
     optimizer_state: Literal["kept", "reset", "carried"]
     activation_scale: Literal["none", "width", "folded"]
     running_statistics: Literal["reestimate", "carried"]
+
+
+class TrainKeys(LoopKeys, total=False):
+    """Keys of the section `train` that few runs set; `ist keys` explains them."""
+
+    accumulate: int
+    autocast: Literal["bfloat16", "float16"] | None
+    clip_grad_norm: float | None
 
 
 class Keywords(TrainKeys, total=False):
@@ -170,6 +175,13 @@ def train_config(given: Mapping[str, Any]) -> Config:
     """
     _check_keywords("train", given, tuple(Keywords.__annotations__))
     _check_classes(given)
+    if given["loop"] is not None:
+        return _own_loop_config(given)
+    if given["data"] is None:
+        raise DataError("data is missing: give a data set, or loop=, a training loop of your own with its own data")
+    for name in ("example", "statistics"):
+        if given[name] is not None:
+            raise ConfigError(f"{name} is for a loop of your own: give loop= as well, or leave it out")
     _check_data(given["data"], "data")
     if given["test_data"] is not None:
         _check_data(given["test_data"], "test_data")
@@ -178,6 +190,68 @@ def train_config(given: Mapping[str, Any]) -> Config:
 
 def _data_name(data: Dataset[Any]) -> str:
     return type(data.items if isinstance(data, Collated) else data).__name__
+
+
+def _own_loop_config(given: Mapping[str, Any]) -> Config:
+    """Return the configuration of `ist.train` with a loop of the user's own.
+
+    Raises:
+        ConfigError: An argument is for the built-in loop.
+        DataError: `example` or `test_data` is wrong.
+    """
+    if not callable(given["loop"]):
+        raise ConfigError(f"loop is {given['loop']!r}: give a function that makes the steps of an ist.Part")
+    for name, default in _OF_BUILT_IN_LOOP.items():
+        if given[name] != default:
+            raise ConfigError(f"{name} is for the built-in loop: leave it out, because your loop reads the data")
+    _refuse_built_in(given["keywords"])
+    _check_example(given["example"])
+    if given["test_data"] is not None:
+        _check_data(given["test_data"], "test_data")
+    return _config(given, "own loop", _metric(given["test_data"]), "ist.train")
+
+
+_OF_BUILT_IN_LOOP = {"data": None, "epochs": None, "batch_size": None, "shuffle": "local", "skew": None, "loader": None}
+"""Arguments of `ist.train` that only the built-in loop uses, and their defaults."""
+
+
+def join_config(given: Mapping[str, Any]) -> Config:
+    """Return the configuration that the arguments of `ist.join` describe.
+
+    Args:
+        given: All arguments by name; those of `LoopKeys` in a mapping under "keywords".
+
+    Raises:
+        ConfigError: An argument is invalid.
+        DataError: `example` contains no tensor.
+        TypeError: An argument of that name does not exist.
+    """
+    _refuse_built_in(given["keywords"])
+    _check_keywords("join", given, tuple(LoopKeys.__annotations__))
+    given = {**_NO_DATA, **given}
+    _check_classes(given)
+    _check_example(given["example"])
+    config = _config(given, "own loop", "none", "ist.join")
+    if config.pool.spec.replaces_workers:
+        raise ConfigError(
+            f"pool.kind is '{config.pool.kind}', whose workers are processes of its own: use "
+            "ist.train(model, loop=function, pool='ray'), which runs your loop there"
+        )
+    if "threads" in config.pool.model_fields_set:
+        return config
+    pool = config.pool.model_copy(update={"threads": torch.get_num_threads()})  # the script's own choice
+    return config.model_copy(update={"pool": pool})
+
+
+def _refuse_built_in(keywords: Mapping[str, Any]) -> None:
+    """Refuse keys of the section `train` that only the built-in loop uses.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    built_in = TrainKeys.__annotations__.keys() - LoopKeys.__annotations__.keys()
+    if found := sorted(built_in & keywords.keys()):
+        raise ConfigError(f"{found[0]} is for the built-in loop: leave it out, and do this in your own loop")
 
 
 _NO_DATA = {
@@ -210,13 +284,21 @@ def split_config(given: Mapping[str, Any]) -> Config:
     _check_keywords("split", given, tuple(TrainKeys.__annotations__))
     given = {**_NO_DATA, **given}
     _check_classes(given)
-    example = given["example"]
+    _check_example(given["example"])
+    return _config(given, "example", "none", "ist.split")
+
+
+def _check_example(example: Any) -> None:
+    """Check the inputs of a batch.
+
+    Raises:
+        DataError: They contain no tensor.
+    """
     if next(tensors_in(example), None) is None:
         raise DataError(
             f"example is a {type(example).__name__} without a tensor: give the inputs of a batch of two samples, as "
             "the network accepts them"
         )
-    return _config(given, "example", "none", "ist.split")
 
 
 def _config(given: Mapping[str, Any], data_name: str, metric: str, source: str) -> Config:

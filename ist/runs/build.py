@@ -5,7 +5,7 @@ Not here: the class `Job` (`ist/subnet/job.py`), running it (`ist/runs/execute.p
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from ist.config.registry import call, resolve
 from ist.config.runtime import Loader
@@ -30,9 +30,11 @@ from ist.data.registry import DATASETS, Splits
 from ist.data.shards.dirichlet import class_numbers
 from ist.data.shards.unequal import Sampler, SkewedSampler
 from ist.errors import ConfigError, DataError, ModelError
+from ist.evaluation.evaluate import batch_norms
 from ist.evaluation.losses import LOSSES
 from ist.evaluation.metrics import METRICS, Metric
 from ist.evaluation.task import LossFunction, Task
+from ist.loops.part import Part
 from ist.models import MODELS
 from ist.network.compiled import plain_name, without_compilation
 from ist.network.copies import copied, on_meta
@@ -146,6 +148,64 @@ def _loader_settings(section: Loader) -> LoaderSettings:
     return LoaderSettings(
         section.workers, section.prefetch, section.pin_memory, section.timeout_s or 0, section.start_method
     )
+
+
+@seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)
+def make_loop_job(
+    config: Config,
+    template: nn.Module,
+    build: Callable[[], nn.Module],
+    example: Any,
+    loop: Callable[[Part], object],
+    statistics: Iterable[Any] | None = None,
+    test_data: Dataset[Any] | None = None,
+    loss: LossFunction | None = None,
+    optimizer: MakeOptimizer | None = None,
+    scheduler: MakeScheduler | None = None,
+    test_loader: LoaderSettings | None = None,
+) -> Job:
+    """Build a job whose local steps the user's own loop makes, on data of its own; see `ist.join`.
+
+    Args:
+        config: The configuration, with the length of the run in rounds.
+        template: The network, on any device.
+        build: Builds the network with its initial weights.
+        example: The inputs of a batch.
+        loop: Makes the local steps of a part.
+        statistics: Inputs of batches for the running statistics of batch norm; None: the network has no batch norm.
+        test_data: A map-style data set for evaluation; None for none.
+        loss: Mean loss of (outputs, targets) for evaluation on `test_data`.
+        optimizer: As for `make_job`.
+        scheduler: As for `make_job`.
+        test_loader: As for `make_job`.
+
+    Raises:
+        ConfigError: The optimizer or the schedule is wrong.
+        ModelError: The network cannot be split among that many workers, or has batch norm and no statistics.
+    """
+    train = config.train
+    template, build = _in_modes(template, build)
+    if statistics is None and train.running_statistics == "reestimate" and (norms := batch_norms(template)):
+        raise ModelError(
+            f"'{next(iter(norms))}' is a batch norm, whose running statistics are re-estimated from training inputs: "
+            "give statistics=an iterable of input batches, or running_statistics='carried'"
+        )
+    make = optimizer_factory(train.optimizer, optimizer)
+    split = _split_model(config, template, build, example, find_neurons(template, example, build), make)
+    # A sampler needs a number of samples; the split and the number of rounds do not depend on it.
+    sampler = ShardedSampler(train.workers * train.batch_size, train.workers, train.batch_size, config.seed)
+    task = Task(
+        build, _NO_ITEMS, test_data, loss or _no_loss, metric_named(config.evaluate.metric), example,
+        config.seed, make, LoaderSettings(), test_loader or LoaderSettings(), loop=loop, statistics=statistics,
+    )  # fmt: skip
+    return Job(config, task, split, _schedule(config, template, sampler, make, optimizer, scheduler))
+
+
+_NO_ITEMS: Dataset[Any] = TensorDataset(torch.empty(0))
+
+
+def _no_loss(outputs: Any, targets: Any) -> Tensor:  # noqa: ARG001
+    raise AssertionError("the user's own loop computes the loss")
 
 
 @seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)

@@ -4,8 +4,11 @@ Where it sits: the command line, `ist.train`, benchmarks and tests call `execute
 Not here: building this process's part (`ist/runs/open.py`), the round loop (`ist/training/rounds.py`).
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
+from ist.errors import ConfigError
 from ist.loops.part import completed
 from ist.monitoring.callback import Callback
 from ist.monitoring.display import Progress
@@ -49,3 +52,30 @@ def execute(
         completed(run_rounds(part.job, part.method, part.recorder, part.first_round, part.device))
         part.recorder.finish(part.method.model)
     return part
+
+
+_running: dict[int, object] = {}
+"""By process id, a token of the running call. The id matters after a fork: a child inherits its parent's entry, which
+must not block the child."""
+
+
+@contextmanager
+def sole_run() -> Iterator[None]:
+    """Refuse a second run in this process while one is running.
+
+    Both would use the process's random generators and number of threads, so both would give other results than alone.
+
+    Raises:
+        ConfigError: Another call is running, in another thread or as the caller of this one.
+    """
+    me = object()
+    if _running.setdefault(os.getpid(), me) is not me:
+        raise ConfigError(
+            "another ist.train, ist.split or ist.join is running in this process (in another thread, or as the caller "
+            "of this one), and all would use the process's random generators and number of threads: run them one "
+            "after the other, or each in a process of its own"
+        )
+    try:
+        yield
+    finally:
+        del _running[os.getpid()]

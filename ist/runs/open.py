@@ -252,7 +252,8 @@ def _opened(
         if membership:
             first_round = agree_on_start(membership, first_round, run_fingerprint(config), job.task.contents)
         run_id = secrets.token_hex(4)
-        location = _location(config, folder, membership, run_id, before) if config.workers_have_state else None
+        workers_have_state = config.workers_have_state or job.task.loop is not None  # the positions in its loaders
+        location = _location(config, folder, membership, run_id, before) if workers_have_state else None
         process = _Process(job, folder, membership, Meter(), device, location, stack)
         if not (leads and num_processes(config) > config.train.workers):  # a dedicated coordinator is not a worker
             stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))

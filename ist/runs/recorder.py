@@ -56,6 +56,7 @@ class RunRecorder:
     ) -> None:
         self._job = job
         self._metric = job.task.metric
+        self._names: tuple[str, ...] = self._metric.names if self._metric else ()
         self._folder = folder
         self._callbacks = callbacks
         self._meter = meter
@@ -100,10 +101,11 @@ class RunRecorder:
         for total in self._totals:
             self._totals[total] += found[total]
         found |= self._totals
-        found["epoch"] = self._totals["samples"] / self._job.schedule.sampler.num_samples
+        if self._job.task.loop is None:  # otherwise the number of samples of the user's own loader is unknown
+            found["epoch"] = self._totals["samples"] / self._job.schedule.sampler.num_samples
         record: dict[str, Any] = {"round": round_number}
         for measured in MEASUREMENTS:
-            if measured.recorded and measured.source != "evaluation":
+            if measured.recorded and measured.source != "evaluation" and measured.name in found:
                 record[measured.name] = found[measured.name]
             if measured.by_worker:
                 record[f"{measured.name}_by_worker"] = [of_worker[measured.name] for of_worker in report.by_worker]
@@ -138,12 +140,13 @@ class RunRecorder:
         observers.evaluated(self._callbacks, record)
 
     def _evaluation(self, metrics: Metrics) -> dict[str, Any]:
-        name = self._metric.names[0] if self._metric else None
+        self._names = tuple(metrics.values)
+        name = self._names[0] if self._names else None
         return {"test_loss": metrics.loss, "metric": name, "accuracy": None, **metrics.values}
 
     def _note_numbers(self, record: Mapping[str, Any]) -> None:
         numbers = self._numbers
-        names = self._metric.names if self._metric else ()
+        names = self._names
         latest = {key: record[key] for key in (*over_rounds("latest"), *names) if record.get(key) is not None}
         numbers |= latest
         for peak in over_rounds("peak"):
@@ -195,7 +198,7 @@ class RunRecorder:
                 f"'{unknown[0]}' is neither in the progress entry of the last round's checkpoint nor in metrics.jsonl: "
                 "delete that checkpoint and resume from the one before"
             )
-        names = self._metric.names if self._metric else ()
+        names = self._names
         parameters = list(self._job.split.template.parameters())
         return {
             "name": config.name,

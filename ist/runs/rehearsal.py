@@ -52,12 +52,16 @@ def rehearse(job: Job) -> None:
     device, config = torch.device("cpu"), job.config
     if config.pool.spec.coordinator_may_train:
         check_autocast(config.train, compute_device(config.pool))
-    _warn_of_unrepeatable(job)
+    if job.task.loop is None:
+        _warn_of_unrepeatable(job)
     network = job.task.build()
     check_start(job, network)
     if job.config.method_spec.needs_groups:
         verify_cuts(job, network)
     del network
+    if job.task.loop is not None:
+        _try_optimizer(job, device)
+        return
     try:
         with seeded(device, job.config.seed, Purpose.REHEARSAL), warnings.catch_warnings():
             # Torch only warns if it broadcasts (N, 1) and (N,), which gives a wrong loss: refuse it.
@@ -85,6 +89,20 @@ def _warn_of_unrepeatable(job: Job) -> None:
                 "an item depend on earlier reads",
                 stacklevel=3,
             )
+
+
+def _try_optimizer(job: Job, device: torch.device) -> None:
+    """Check the optimizer of worker 0 for a loop of the user's own.
+
+    Raises:
+        ConfigError: The optimizer cannot be built, or a step fails.
+    """
+    slot = slot_of(job, 0)
+    worker = Worker(job, slot, device, assignments(job))
+    named = {name: parameter for name, parameter in worker.module.named_parameters() if parameter.requires_grad}
+    for parameter in named.values():
+        parameter.grad = torch.zeros_like(parameter)
+    check_optimizer(job, named)
 
 
 def _one_step(job: Job, device: torch.device) -> None:

@@ -7,14 +7,16 @@ Not here: training of a round, files, printing.
 """
 
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ist.evaluation.evaluate import Metrics, evaluate, reestimate_statistics, statistics_batches
+from ist.data.nested import moved
+from ist.evaluation.evaluate import Metrics, evaluate, evaluate_by, reestimate_statistics, statistics_batches
 from ist.loops.part import Part
 from ist.measurements import Numbers, check_round
 from ist.network.failures import located
@@ -141,7 +143,7 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
         last = rounds_done == job.schedule.num_rounds
         metrics = None
         with located(f"evaluating the full network after round {round_number}"):
-            if job.task.test_data is not None and (last or rounds_done % config.evaluate.every == 0):
+            if job.task.is_evaluated and (last or rounds_done % config.evaluate.every == 0):
                 metrics = evaluate_full_network(job, method.model, device)
             elif last:
                 refresh_statistics(job, method.model, device)
@@ -158,7 +160,7 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
 def _evaluate_at_end(job: Job, model: nn.Module, recorder: Recorder, device: torch.device) -> None:
     """Evaluate the network of a run that ends early, as after a last round."""
     with located("evaluating the full network at the end of the run"):
-        if job.task.test_data is not None:
+        if job.task.is_evaluated:
             recorder.evaluated(evaluate_full_network(job, model, device))
         else:
             refresh_statistics(job, model, device)
@@ -185,15 +187,20 @@ def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None
     """Re-estimate batch norm's running statistics, unless workers exchange them (`train.running_statistics`)."""
     config = job.config
     if config.train.running_statistics == "reestimate":
-        batches = statistics_batches(
-            job.task.train_data,
-            config.evaluate.batch_size,
-            config.evaluate.statistics_batches,
-            config.seed,
-            device,
-            job.task.statistics_inputs if config.pool.memory_limit is None else None,
-            job.task.loader,
-        )
+        if job.task.loop is not None:
+            batches = _own_statistics(job, device)
+        else:
+            batches = statistics_batches(
+                job.task.train_data,
+                config.evaluate.batch_size,
+                config.evaluate.statistics_batches,
+                config.seed,
+                device,
+                job.task.statistics_inputs if config.pool.memory_limit is None else None,
+                job.task.loader,
+            )
+        if batches is None:
+            return  # `make_loop_job` has checked that the network has no batch norm
         with scaled_blocks(model, assignments(job).block_scales()), seeded(device, config.seed, Purpose.STATISTICS):
             reestimate_statistics(model, batches)
 
@@ -201,10 +208,12 @@ def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None
 def evaluate_full_network(job: Job, model: nn.Module, device: torch.device) -> Metrics:
     """Evaluate the full network on the test data, with re-estimated batch norm statistics unless they are exchanged."""
     config, task = job.config, job.task
-    assert task.test_data is not None
     refresh_statistics(job, model, device)
     # Every evaluation draws the same random numbers, so that rounds are comparable if test data are random.
     with scaled_blocks(model, assignments(job).block_scales()), seeded(device, config.seed, Purpose.EVALUATION):
+        if task.evaluation is not None:
+            return evaluate_by(task.evaluation, model)
+        assert task.test_data is not None
         return evaluate(
             model,
             task.test_data,
@@ -215,3 +224,11 @@ def evaluate_full_network(job: Job, model: nn.Module, device: torch.device) -> M
             config.seed,
             task.test_loader,
         )
+
+
+def _own_statistics(job: Job, device: torch.device) -> Iterable[Any] | None:
+    """Return the inputs that the user gave for the re-estimation of batch norm's statistics; None if there are none."""
+    if job.task.statistics is None:
+        return None
+    few = islice(job.task.statistics, job.config.evaluate.statistics_batches)
+    return (moved(inputs, device) for inputs in few)

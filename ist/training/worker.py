@@ -59,12 +59,12 @@ class Worker:
         self.device = device
         loop = loop or worker_loop(job, slot, device)
         self.local = LocalSteps(job.schedule, job.config.seed, slot, device, loop)
+        self._state = WorkerState(job, slot, held, location, self.local.sources)
         self.gauge = MemoryGauge(device)
         self._held = held
         self._shape_keys = ShapeKeys(job.split)
         self._shape_key = self._shape_keys.of(self.neurons(0))
         self.module = job.split.module(self.neurons(0), device)
-        self._state = WorkerState(job, slot, held, location)
         self._is_new = True
         self._end = WorkerEndpoint(job.split, job.config.exchange, device)
         self.frozen = frozen or FrozenCache(job.split, job.config.exchange)

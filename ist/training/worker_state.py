@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ist.config.runtime import Checkpoint
 from ist.errors import CheckpointError, ConfigError, RunFolderError
+from ist.loops.batch_source import BatchSources
 from ist.optimization import optimizers
 from ist.redact import redacted
 from ist.rng import Indices
@@ -36,6 +37,7 @@ from ist.subnet.job import Job
 _log = logging.getLogger(__name__)
 
 _RESIDUAL = "taken/"
+_LOADERS = "loaders/"
 _A_URL = "url"
 
 
@@ -96,14 +98,23 @@ class WorkerState:
         slot: The worker's number and its team.
         held: The neurons of each worker in each round.
         location: Where to save the state; None: nowhere.
+        sources: The positions in the loaders of the user's own loop; None: there are none.
     """
 
-    def __init__(self, job: Job, slot: WorkerSlot, held: Assignments, location: CheckpointLocation | None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        slot: WorkerSlot,
+        held: Assignments,
+        location: CheckpointLocation | None,
+        sources: BatchSources | None = None,
+    ) -> None:
         self._job = job
         self._slot = slot
         self._assignments = held
         self._worker = slot.worker
         self._location = location
+        self._sources = sources or BatchSources()
         self._last: _LastRound | None = None
         self._restored: dict[str, Tensor] | None = None
         self._warned_of_failure = False
@@ -114,7 +125,7 @@ class WorkerState:
         Returns:
             The residuals by name; empty without error feedback, or if no state was found.
         """
-        if self._location is None or round_number == 0 or not self.is_used_after(round_number - 1):
+        if self._location is None or round_number == 0 or not self._is_saved_after(round_number - 1):
             return {}
         checkpoint = self._location.checkpoint
         of = self._fingerprint(self._held(round_number - 1), self._location.saved_by(round_number))
@@ -133,11 +144,12 @@ class WorkerState:
                     self._worker, round_number + 1, redacted(checkpoint.storage or self._location.folder), why,
                 )  # fmt: skip
             return {}
+        self._sources.restore(_part(found, _LOADERS))
         if self._optimizer_is_used_after(round_number - 1):
-            state = {name: tensor for name, tensor in found.items() if not name.startswith(_RESIDUAL)}
+            state = {name: t for name, t in found.items() if not name.startswith((_RESIDUAL, _LOADERS))}
             changed = self._location.changed if is_resumed else ()
             self._restored = optimizers.without_changed_settings(state, changed)
-        return {name.removeprefix(_RESIDUAL): tensor for name, tensor in found.items() if name.startswith(_RESIDUAL)}
+        return _part(found, _RESIDUAL)
 
     def optimizer(self, named: Mapping[str, nn.Parameter], round_number: int) -> torch.optim.Optimizer:
         """Return the optimizer of a round: the last round's if its state and neurons are the same, or a new one."""
@@ -154,6 +166,10 @@ class WorkerState:
         """Return whether a later round uses this worker's state of a round."""
         return self._job.config.exchange.error_feedback or self._optimizer_is_used_after(round_number)
 
+    def _is_saved_after(self, round_number: int) -> bool:
+        """Return whether this worker has anything to save after a round."""
+        return self.is_used_after(round_number) or self._job.task.loop is not None
+
     def store(
         self,
         optimizer: torch.optim.Optimizer,
@@ -166,7 +182,7 @@ class WorkerState:
         is_used = self._optimizer_is_used_after(round_number)
         if is_used:  # otherwise its state would waste memory until the next round
             self._last = _LastRound(optimizer, held)
-        if self._location is None or not self.is_used_after(round_number):
+        if self._location is None or not self._is_saved_after(round_number):
             return
         checkpoint = self._location.checkpoint
         if rounds_done == job.schedule.num_rounds or not checkpoint.is_due(rounds_done):
@@ -174,6 +190,7 @@ class WorkerState:
         state = optimizers.named_state(optimizer, named) if is_used else {}
         tensors = {**state, **{_RESIDUAL + name: tensor for name, tensor in residuals.items()}}
         try:
+            tensors |= {_LOADERS + name: tensor for name, tensor in self._sources.state().items()}
             of = self._fingerprint(held, self._location.run_id)
             save_worker_state(self._storage, self._worker, rounds_done, tensors, of, checkpoint.keep)
         except (ConfigError, RunFolderError) as error:
@@ -206,6 +223,10 @@ class WorkerState:
         for held in neurons:
             code = zlib.crc32(held.tobytes(), zlib.crc32(str(len(held)).encode(), code))
         return f"{code:08x} of {self._slot.team.num_workers} by {run_id}"
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _same(neurons: Sequence[Indices], others: Sequence[Indices]) -> bool:

@@ -1,0 +1,338 @@
+"""`ist.join`: keep your own training loop; Independent Subnet Training is the `for` around it.
+
+Where it sits: `ist/__init__.py` exports it; it builds a job (`ist/runs/build.py`) and iterates the round loop
+(`ist/training/rounds.py`), which yields this process's part of each round.
+Law: a loop that makes the steps of the built-in loop gives the same weights, bit for bit.
+Not here: the object of the loop's body (`ist/loops/part.py`), the built-in loop (`ist/api.py`).
+"""
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from typing_extensions import Unpack
+
+from ist.config.partition import Exchange, Partition
+from ist.config.recipe import Recipe
+from ist.config.runtime import Checkpoint, Pool, Watch
+from ist.config.schema import Optimizer, Schedule, num_processes
+from ist.distributed.environment import is_launched, own_rank, world_size
+from ist.distributed.process_group import leave
+from ist.errors import ConfigError, LoopError
+from ist.loops.part import Part
+from ist.monitoring.callback import Callback, Record, Stop
+from ist.monitoring.display import Progress, check_progress
+from ist.monitoring.observers import check_callbacks
+from ist.network.compiled import uncompiled
+from ist.network.copies import on_meta
+from ist.network.modes import preserve_modes
+from ist.network.supported import check_network, check_values
+from ist.optimization.factory import MakeOptimizer
+from ist.optimization.schedulers import MakeScheduler
+from ist.rng import Purpose, seeded
+from ist.runs.arguments import LoopKeys, join_config, optimizer_function, scheduler_function
+from ist.runs.build import make_loop_job
+from ist.runs.execute import sole_run
+from ist.runs.open import FollowerPart, open_run
+from ist.runs.preflight import resumed_folder
+from ist.runs.rehearsal import rehearse
+from ist.storage.run_folder import RunFolder, create_run_folder
+from ist.subnet.job import Job
+from ist.training.rounds import follow_rounds, run_rounds
+
+_log = logging.getLogger(__name__)
+
+
+class Joined:
+    """This process's part of a run whose local steps you make: iterate over it once.
+
+    Each item is an `ist.Part`. When the body ends, its subnet is sent back and merged, and the next part arrives. All
+    processes must make the whole loop: if one leaves it early, or raises an exception, the others raise an error.
+
+    Attributes:
+        worker: The number of this process's worker, from 0; -1 for a dedicated coordinator, which yields no part.
+        num_workers: The number of workers.
+        num_rounds: The number of rounds of the run.
+        is_coordinator: Whether this process has the full network: `model` is trained, and `history` is filled.
+        history: One record a round, as in metrics.jsonl; empty on a process that does not coordinate.
+        stopped_early: Why the run ended before its last round, on the coordinator; None if it did not.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model, batch = nn.Linear(2, 1), (torch.ones(4, 2), torch.ones(4, 1))
+        >>> run = ist.join(model, example=batch[0], workers=1, local_steps=5, rounds=3, progress=False)
+        >>> run.evaluate(lambda network: {"loss": float((network(batch[0]) - batch[1]).square().mean())})
+        >>> for part in run:
+        ...     for inputs, targets in part.take([batch]):
+        ...         loss = nn.functional.mse_loss(part.model(inputs), targets)
+        ...         loss.backward()
+        ...         part.optimizer.step()
+        ...         part.optimizer.zero_grad()
+        ...         part.log(loss, len(inputs))
+        >>> run.history[-1]["test_loss"] < 0.1, run.model is model
+        (True, True)
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        model: nn.Module,
+        folder: RunFolder | None,
+        resume: bool,
+        progress: Progress,
+        callbacks: Sequence[Callback],
+    ) -> None:
+        rank = own_rank() if is_launched() else 0
+        self.worker = rank - (num_processes(job.config) - job.config.train.workers)
+        self.num_workers = job.config.train.workers
+        self.num_rounds = job.schedule.num_rounds
+        self.is_coordinator = rank == 0
+        self.history: list[dict[str, Any]] = []
+        self.stopped_early: str | None = None
+        self._job = job
+        self._model = model
+        self._folder = folder
+        self._resume = resume
+        self._progress = progress
+        self._stopping = _Stopping()
+        self._callbacks = (*callbacks, self._stopping)
+        self._is_started = False
+
+    @property
+    def model(self) -> nn.Module:
+        """The given network; after the loop it is trained, on the coordinator."""
+        return self._model
+
+    def evaluate(self, function: Callable[[nn.Module], Mapping[str, float] | float], every: int = 1) -> None:
+        """Evaluate the full network on the coordinator, every few rounds and after the last one.
+
+        Call this before the loop. Batch norm's running statistics are re-estimated first (`statistics` of `join`).
+
+        Args:
+            function: Receives the full network in evaluation mode, without gradients; returns numbers by name, which
+                are recorded ('loss' as test_loss), or the loss alone.
+            every: The number of rounds between evaluations; > 0.
+
+        Raises:
+            LoopError: The loop has already started.
+            ConfigError: `every` is not a positive number.
+        """
+        if self._is_started:
+            raise LoopError("run.evaluate was called after the loop has started: call it before the loop")
+        if not isinstance(every, int) or every < 1:
+            raise ConfigError(f"run.evaluate: every is {every!r}: give a positive number of rounds")
+        config = self._job.config
+        config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"every": every})})
+        self._job = replace(self._job, config=config, task=replace(self._job.task, evaluation=function))
+
+    def stop(self, reason: str) -> None:
+        """End the run on all processes when this round is merged; only the coordinator's call counts.
+
+        Args:
+            reason: Why; the run's result shows it.
+        """
+        self._stopping.stop = Stop(reason)
+
+    def __iter__(self) -> Iterator[Part]:
+        """Yield this process's part of each remaining round.
+
+        Raises:
+            LoopError: The loop was already iterated, a body makes no optimizer step or logs no loss, or a loader ends.
+            PoolError: Another process has left the loop, or cannot be reached.
+            DivergedError: A worker returned a non-finite loss or weight.
+            RunFolderError: The run folder cannot be written or read.
+        """
+        if self._is_started:
+            raise LoopError("the loop over ist.join was already run: call ist.join again, with resume=True to continue")
+        self._is_started = True
+        rounds, part = self._rounds(), None
+        try:
+            for part in rounds:
+                yield part
+        except GeneratorExit:  # the caller has left the loop
+            where = f"in round {part.round} of {self.num_rounds}" if part else "before its first round"
+            left = LoopError(
+                f"worker {self.worker} has left the loop over ist.join {where} (a break, a return or an exception in "
+                "its body)"
+            )
+            with suppress(LoopError):
+                rounds.throw(left)
+            if self.num_workers > 1:
+                _log.error("%s: the process group is closed, so that the other workers stop", left)
+                leave()
+            raise
+        except BaseException:
+            if self.num_workers > 1:
+                leave()  # this process may go on after the error, but the others must not wait for it
+            raise
+
+    def _rounds(self) -> Generator[Part]:
+        """Open the run, yield the parts of this process, and write the result."""
+        with ExitStack() as stack:
+            stack.enter_context(sole_run())
+            plain = stack.enter_context(uncompiled(self._model))
+            stack.enter_context(preserve_modes(plain))
+            device_before = next(plain.parameters()).device
+            run = stack.enter_context(open_run(self._job, self._folder, self._resume, self._progress, self._callbacks))
+            if isinstance(run, FollowerPart):
+                yield from follow_rounds(run.job, run.follower, run.first_round, run.ends_early)
+                return
+            self.history = run.recorder.history
+            yield from run_rounds(run.job, run.method, run.recorder, run.first_round, run.device)
+            run.recorder.finish(run.method.model)
+            self.stopped_early = run.recorder.stopped_early
+            if run.method.model is not plain:  # an average of it
+                plain.load_state_dict(run.method.model.state_dict())
+            plain.to(device_before)
+
+
+@seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # checking the network must not change the caller's generators
+def join(
+    model: nn.Module,
+    *,
+    example: Any,
+    workers: int | None = None,
+    local_steps: int = 50,
+    rounds: int,
+    optimizer: str | Optimizer | Mapping[str, Any] | MakeOptimizer | type[torch.optim.Optimizer] = "SGD",
+    schedule: str | Schedule | type[LRScheduler] | MakeScheduler | Mapping[str, Any] | None = None,
+    statistics: Iterable[Any] | None = None,
+    partition: Partition | Mapping[str, Any] | None = None,
+    exchange: Exchange | Mapping[str, Any] | None = None,
+    recipe: Recipe | Mapping[str, Any] | None = None,
+    checkpoint: Checkpoint | Mapping[str, Any] | None = None,
+    pool: str | Pool | Mapping[str, Any] = "auto",
+    watch: Watch | Mapping[str, Any] | None = None,
+    run_dir: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    progress: Progress = True,
+    callbacks: Sequence[Callback] = (),
+    **keywords: Unpack[LoopKeys],
+) -> Joined:
+    """Join a run of Independent Subnet Training whose local steps your own loop makes.
+
+    Every process of the run calls this: under torchrun, Slurm or `accelerate launch`, in a Ray Train worker function,
+    or wherever your program has initialized torch.distributed. Each process is one worker; rank 0 also coordinates.
+    Data, loss, precision, clipping and logging are your own. Within the body, the generators of torch, `random` and
+    `numpy.random` are seeded for the round and the worker, and restored afterwards.
+
+    What is given up against `ist.train`: a resumed run equals an uninterrupted one only if the loader can save its
+    position (`state_dict` and `load_state_dict`); other loaders start a new epoch.
+
+    Args:
+        model: Any network, the same on every process. Rank 0's is trained in place.
+        example: Inputs of a small batch (two samples), as the network accepts them: a tensor, a tuple of positional
+            arguments, or a mapping of keyword arguments. The network is run on it to find its neuron groups.
+        workers: Number of workers; it must be the number of processes. Default: the number of processes, which must
+            then be more than one.
+        local_steps: Optimizer steps of a worker in a round.
+        rounds: Length of the run in rounds.
+        optimizer: As in `ist.train`: most often a function of the subnet's named parameters, such as
+            `lambda named: torch.optim.AdamW(named.values(), lr=3e-4)`. It makes `part.optimizer`.
+        schedule: As in `ist.train`; `part.take` applies it before each batch. Default: the learning rate is constant.
+            Your own schedule can set the rate by `part.step`.
+        statistics: Inputs of training batches, from which rank 0 re-estimates the running statistics of batch norm
+            before evaluations and at the end. Needed only for a network with batch norm.
+        partition: How neurons are assigned to workers. Default: each neuron to one worker, at random every round.
+        exchange: The number of bits of exchanged weights. Default: the bits of the network's dtypes.
+        recipe: Stages of the run, outer optimizer, average over rounds. Default: none of them.
+        checkpoint: How often the run is saved in `run_dir`, and where else. Default: every round.
+        pool: `ist.Pool` with further keys, such as the timeout. Its kind is 'torchrun', or 'inline' for one worker.
+            Unless it has `threads`, the process keeps its own number of torch threads.
+        watch: TensorBoard and Prometheus. Default: neither.
+        run_dir: Folder for metrics, checkpoints and the trained network; default: nothing is written.
+        resume: Whether to resume from the newest checkpoint in `run_dir`; arguments may change as in `ist.train`.
+        seed: Seed of everything random except the network's initial weights; >= 0.
+        progress: How to show progress, as in `ist.train`.
+        callbacks: Receive the records of the rounds, and may end the run early; see `ist.Callback`. Only the
+            coordinator's are used.
+        **keywords: Further keys of the section `train`: `min_workers`, `schedule_unit`, `optimizer_state`,
+            `activation_scale`, `running_statistics`.
+
+    Returns:
+        The run: iterate over it.
+
+    Raises:
+        ConfigError: An argument is invalid, or the number of processes is not the number of workers.
+        ModelError: The network cannot be split among that many workers, or has batch norm and no `statistics`.
+        DataError: `example` contains no tensor.
+        RunFolderError: `run_dir` cannot be written, or, with `resume`, contains no run, or an argument must not change.
+        TypeError: An argument of that name does not exist.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 2))
+        >>> batches = [(torch.randn(16, 8), torch.randint(2, (16,))) for _ in range(4)]
+        >>> run = ist.join(model, example=batches[0][0], workers=1, local_steps=4, rounds=2, progress=False)
+        >>> for part in run:
+        ...     for inputs, targets in part.take(batches):
+        ...         with torch.autocast("cpu", torch.bfloat16):
+        ...             loss = nn.functional.cross_entropy(part.model(inputs), targets)
+        ...         loss.backward()
+        ...         _ = nn.utils.clip_grad_norm_(part.model.parameters(), 1.0)
+        ...         part.optimizer.step()
+        ...         part.optimizer.zero_grad()
+        ...         part.log(loss, len(inputs))
+        >>> [record["samples"] for record in run.history]
+        [64, 128]
+    """
+    config = join_config({**locals(), "workers": _num_workers(workers)})
+    check_progress(progress)
+    check_callbacks(config, callbacks)
+    with uncompiled(model) as plain, preserve_modes(plain):
+        check_network(plain, is_split=True)
+        check_values(plain)
+        make, scheduler = optimizer_function(optimizer), scheduler_function(schedule)
+        job = make_loop_job(
+            config, on_meta(plain), lambda: plain, example, _made_outside, statistics, optimizer=make,
+            scheduler=scheduler,
+        )  # fmt: skip
+        rehearse(job)
+    folder: RunFolder | None = None
+    if run_dir is not None and (not is_launched() or own_rank() == 0):
+        path = Path(run_dir)
+        folder = resumed_folder(job, config, path) if resume else create_run_folder(config, path)
+    return Joined(job, model, folder, resume, progress, callbacks)
+
+
+class _Stopping(Callback):
+    """Ends the run if the user's loop has asked for it."""
+
+    stop: Stop | None = None
+
+    def on_round(self, record: Record) -> Stop | None:  # noqa: ARG002
+        """Return the answer to the coordinator."""
+        return self.stop
+
+
+def _made_outside(part: Part) -> None:
+    raise AssertionError(f"the steps of round {part.round} are made by the loop over ist.join")
+
+
+def _num_workers(given: int | None) -> int:
+    """Return the number of workers.
+
+    Raises:
+        ConfigError: It is not the number of processes; one process alone must be asked for.
+    """
+    started = world_size() if is_launched() else 1
+    if given is None and started == 1:
+        raise ConfigError(
+            "ist.join: this process is alone, so there is nothing to split: start several processes (torchrun "
+            "--nproc-per-node 4 script.py), or give workers=1 to train in this process"
+        )
+    if isinstance(given, int) and given > 1 and not is_launched():
+        raise ConfigError(
+            f"ist.join: workers is {given}, but this process is alone: start {given} processes (torchrun "
+            f"--nproc-per-node {given} script.py), or give workers=1"
+        )
+    return started if given is None else given
