@@ -54,6 +54,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     },
     "dropout": {"network": "dropout"},
     "random items": {"network": "two hidden layers, batch norm", "items": Augmented},
+    "random items, loader": {
+        "network": "two hidden layers, batch norm", "items": Augmented, "data__loader": {"workers": 1},
+    },
     "attention, carried": {"network": "attention", "train__optimizer_state": "carried"},
     "varying shares": {"network": "uneven widths", "partition__strategy": "categorical"},
     "overlapping shares": {
