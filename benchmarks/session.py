@@ -114,7 +114,8 @@ def main() -> None:
     import torch
 
     from ist.distributed.environment import is_rank_zero
-    from ist.runs.build import build_job, load_data
+    from ist.runs.build import build_job
+    from ist.runs.loading.load import load_data
     from ist.runs.open import FollowerPart
 
     torch.set_num_threads(1)

@@ -45,6 +45,7 @@ from ist.runs.arguments import (
 from ist.runs.build import loss_function, make_job, make_loop_job, split_network
 from ist.runs.execute import execute, sole_run
 from ist.runs.inspection import inspect_split
+from ist.runs.loading.load import own_from_python
 from ist.runs.open import FollowerPart
 from ist.runs.preflight import resumed_folder
 from ist.runs.rehearsal import rehearse
@@ -84,7 +85,7 @@ class TrainResult:
 @seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # reading data must not change the state of the caller's generators
 def train(
     model: nn.Module,
-    data: Dataset[Any] | DataLoader[Any] | None = None,
+    data: Dataset[Any] | DataLoader[Any] | Callable[[int], Dataset[Any]] | None = None,
     *,
     workers: int | Mapping[str, int],
     local_steps: int = 50,
@@ -95,6 +96,7 @@ def train(
     optimizer: str | Optimizer | type[torch.optim.Optimizer] | MakeOptimizer | Mapping[str, Any] = "SGD",
     schedule: str | Schedule | type[LRScheduler] | MakeScheduler | Mapping[str, Any] | None = None,
     shuffle: Literal["local", "global"] = "local",
+    shard: Literal["assigned", "own"] = "assigned",
     skew: Skew | Mapping[str, Any] | None = None,
     test_data: Dataset[Any] | DataLoader[Any] | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
@@ -156,6 +158,9 @@ def train(
             local step that returns a factor of the learning rate. It advances with every local step, over the whole
             run, and applies to every parameter group. Default: the learning rate is constant.
         shuffle: 'local': a worker has a fixed part of the data; 'global': the data are reassigned every epoch.
+        shard: 'own': each worker has a data set of its own, of any length, which is not sent. `data` is then a function
+            of the worker's number that returns it, and is called in the worker's process; under torchrun it may also be
+            the data set of this process. Needs `rounds`.
         skew: `ist.Skew(alpha=0.3)` gives each worker another mix of classes, for studies; see `ist.dirichlet_split`.
             Default: samples are assigned at random.
         test_data: Evaluated every round, if given; accuracy is reported if the targets are class numbers.
@@ -240,9 +245,11 @@ def train(
                 scheduler=scheduler, test_loader=found.test_loader,
             )  # fmt: skip
         else:
+            own = own_from_python(config, found.given["data"]) if config.data.shard == "own" else None
+            train_data = found.given["data"] if own is None else None
             job = make_job(
-                config, on_meta(plain), lambda: plain, found.given["data"], test, function, optimizer=make,
-                scheduler=scheduler, loader=found.loader, test_loader=found.test_loader,
+                config, on_meta(plain), lambda: plain, train_data, test, function, optimizer=make,
+                scheduler=scheduler, loader=found.loader, test_loader=found.test_loader, own=own,
             )  # fmt: skip
         return replace(_train(job, plain, run_dir, resume, progress, callbacks), model=model)
 

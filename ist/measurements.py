@@ -123,7 +123,10 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     ),
     Measurement(
         name="epoch", unit="epochs", kind=float, source="recorder",
-        meaning="Passes of all workers together over the training data so far; missing with a user's own loop.",
+        meaning=(
+            "Passes of all workers together over the training data so far; missing if workers have data of their own, "
+            "or a loop of their own."
+        ),
     ),
     Measurement(
         name="loss", unit="", kind=float, source="method", required=True, over_rounds="latest",

@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from ist.config.load import validate
 from ist.config.schema import Config
+from ist.data.shards.unequal import OwnData
 from ist.loops.part import Part
 from ist.measurements import MEASUREMENTS, Numbers, combined, nothing_measured
 from ist.runs.build import make_job
@@ -133,9 +134,12 @@ def data(size: int = 100, features: int = 12, classes: int = 5, seed: int = 0) -
     return TensorDataset(inputs, (inputs @ teacher).argmax(dim=1))
 
 
-def job_for(model: nn.Module, dataset: Dataset[Any] | None = None, test: Any = None, **changes: Any) -> Job:
+def job_for(
+    model: nn.Module, dataset: Dataset[Any] | None = None, test: Any = None, own: OwnData | None = None, **changes: Any
+) -> Job:
     """A job around a network that is at hand."""
-    return make_job(small_config(**changes), model, lambda: model, dataset or data(), test, nn.functional.cross_entropy)
+    loss, train = nn.functional.cross_entropy, dataset or (None if own else data())
+    return make_job(small_config(**changes), model, lambda: model, train, test, loss, own=own)
 
 
 def plain_loop(model: nn.Module, job: Any, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> None:

@@ -17,8 +17,9 @@ from ist.data.batches import length, take_shard
 from ist.data.images.fashion_mnist import DEBIAN_ROOT as FASHION_MNIST
 from ist.data.registry import Splits
 from ist.data.wordnet.nouns import DEBIAN_ROOT as WORDNET
-from ist.runs.build import build_job, load_data, metric_named
+from ist.runs.build import build_job, metric_named
 from ist.runs.execute import execute
+from ist.runs.loading.load import load_data
 from tests.conftest import ROOT, small_config
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -54,12 +54,14 @@ def find_non_finite_sample(job: Job, num_workers: int, worker: int, round_number
     """Describe a non-finite value in a worker's samples of a round, with the number of the sample; None: all finite."""
     if job.task.loop is not None:
         return None  # the data are the user's own
+    if job.task.own_data is not None and not (job.config.pool.spec.in_process or worker == job.task.worker):
+        return None  # the worker's data are in another process
     cpu, sampler = torch.device("cpu"), job.schedule.sampler_for(num_workers)
     try:
         with seeded(cpu, job.config.seed, Purpose.TRAINING, round_number, worker):
             for step in job.schedule.steps(round_number):
                 for number in sampler.shard(worker)[sampler.batch(worker, step)].tolist():
-                    if bad := non_finite_values(*fetch(job.task.train_data, np.array([number]), cpu)):
+                    if bad := non_finite_values(*fetch(job.task.data_of(worker), np.array([number]), cpu)):
                         return f"sample {number} of the training data holds {bad}"
     except (ISTError, RuntimeError, ValueError, TypeError, IndexError):
         return None  # the caller reports the error for which it called this function

@@ -59,6 +59,14 @@ class Data(Component):
         description="'local': each worker owns a fixed shard of the training data; 'global': the data is sharded again "
         "every epoch, so every worker's machine must hold all of it",
     )
+    shard: Literal["assigned", "own"] = Field(
+        default="assigned",
+        description="'assigned': every process loads the same data set, whose samples are assigned to the workers; "
+        "'own': each worker's process loads a data set of its own, of any length, which never leaves it (needs "
+        "'train.rounds'). The loader gets the arguments worker (from 0; None for a coordinator that does not train, "
+        "which may return None as training data) and num_workers, if it has them. Each worker goes through its own "
+        "epochs, and the merge gives workers equal weight",
+    )
     skew: Skew | None = Field(
         default=None,
         description="assigns samples by their classes, so that each worker has another mix of classes and another "
@@ -442,17 +450,29 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _has_no_common_epoch(self) -> "Config":
-        if self.data.skew is None:
+        is_own = self.data.shard == "own"
+        if not is_own and self.data.skew is None:
             return self
+        cause = "'data.shard' 'own'" if is_own else "'data.skew'"
+        if is_own and self.data.skew is not None:
+            raise ValueError(
+                "'data.skew' assigns the samples of a common data set, but 'data.shard' is 'own': leave one of them out"
+            )
         if self.train.epochs is not None:
             raise ValueError(
-                f"'train.epochs' is {self.train.epochs}, but with 'data.skew' the workers' shards differ in length, so "
+                f"'train.epochs' is {self.train.epochs}, but with {cause} the workers' shards differ in length, so "
                 "there is no common epoch: give 'train.rounds'"
             )
         if self.data.shuffle == "global":
             raise ValueError(
-                "'data.shuffle' is 'global', which reassigns samples in every epoch, but 'data.skew' keeps classes "
-                "with their workers: use 'local', or leave 'data.skew' out"
+                f"'data.shuffle' is 'global', which reassigns samples in every epoch, but with {cause} samples stay "
+                "with their workers: use 'local'"
+            )
+        if is_own and self.train.is_elastic:
+            raise ValueError(
+                f"'train.min_workers' is {self.train.min_workers}, so workers may get other numbers during the run, "
+                "but with 'data.shard' 'own' a worker's number decides which data it reads: use a fixed number of "
+                "workers"
             )
         return self
 

@@ -72,6 +72,8 @@ class DataFingerprint:
     @property
     def unrepeatable(self) -> int | None:
         """The index of the first item that differs between two reads, if there is one."""
+        if self.count == 0:
+            return None
         return next((index for index, item in zip(self.indices, self.items, strict=True) if item == _UNKNOWN), None)
 
     def to_numbers(self) -> list[float]:

@@ -7,6 +7,7 @@ Not here: the data that ranks then exchange (`ist/pools/torchrun.py`, `ist/basel
 
 import atexit
 import hashlib
+import itertools
 import logging
 import os
 import secrets
@@ -250,17 +251,23 @@ def _listed(ranks: Sequence[int]) -> str:
 
 
 def agree_on_start(
-    membership: Membership, first_round: int, fingerprint: int, contents: tuple[DataFingerprint, DataFingerprint]
+    membership: Membership,
+    first_round: int,
+    fingerprint: int,
+    contents: tuple[DataFingerprint, DataFingerprint],
+    own_data: bool = False,
 ) -> int:
     """Check that all ranks have the same configuration and data, and return rank 0's first round.
 
-    If the test data differ, rank 0 warns, because only rank 0 evaluates.
+    If the test data differ, rank 0 warns, because only rank 0 evaluates. If ranks have training data of their own, rank
+    0 warns of ranks whose data are the same.
 
     Args:
         membership: This process.
         first_round: The first round on rank 0; the value on other ranks is ignored.
         fingerprint: A number derived from the configuration.
         contents: Summaries of the training data and of the test data.
+        own_data: Whether each rank has training data of its own (`data.shard`).
 
     Raises:
         PoolError: A rank's configuration differs from rank 0's. Every rank raises it.
@@ -279,15 +286,30 @@ def agree_on_start(
         half = len(numbers) // 2
         training[rank] = DataFingerprint.from_numbers(numbers[:half])
         testing[rank] = DataFingerprint.from_numbers(numbers[half:])
-    if differing := _differing(training, "training"):
+    if own_data:
+        _warn_of_same(training, membership)
+    elif differing := _differing(training, "training"):
         raise DataError(
             f"{differing}: every process must load the same full data set, which IST shards among workers. Load it "
-            "from a file, or seed the code that generates it"
+            "from a file, or seed the code that generates it. If each worker has data of its own on purpose, set "
+            "'data.shard' to 'own' (shard='own' in Python)"
         )
     with_data = {rank: content for rank, content in testing.items() if content.count}
     if membership.rank == 0 and 0 in with_data and (differing := _differing(with_data, "test")):
         warnings.warn(f"{differing}: only rank 0 evaluates, on its own test data", stacklevel=2)
     return int(first)
+
+
+def _warn_of_same(training: Mapping[int, DataFingerprint], membership: Membership) -> None:
+    with_data = {rank: content for rank, content in training.items() if content.count}
+    for (one, mine), (other, theirs) in itertools.combinations(with_data.items(), 2):
+        if membership.rank == 0 and mine.count == theirs.count and mine.first_different_item(theirs) is None:
+            warnings.warn(
+                f"ranks {one} and {other} have loaded the same {mine.count} training samples, but 'data.shard' is "
+                "'own': each should load its own, by its argument 'worker' or by files of its own",
+                stacklevel=3,
+            )
+            return
 
 
 def _differing(contents: Mapping[int, DataFingerprint], which: str) -> str:

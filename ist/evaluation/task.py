@@ -11,15 +11,21 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
+from ist.data.batches import length
 from ist.data.fingerprint import NO_DATA, DataFingerprint, data_fingerprint
 from ist.data.loading.loader import LoaderSettings
+from ist.data.shards.unequal import OwnData
 from ist.evaluation.evaluate import InputCache
 from ist.evaluation.metrics import Metric
 from ist.network.copies import copied
 from ist.optimization.factory import MakeOptimizer
+
+NO_SAMPLES = TensorDataset(torch.empty(0), torch.empty(0))
+"""The training data of a process that has none."""
 
 LossFunction = Callable[[Any, Any], Tensor]
 """Computes the mean loss of (outputs, targets)."""
@@ -31,7 +37,8 @@ class Task:
 
     Attributes:
         build: Builds the full network with its initial weights, in the modes in which it trains.
-        train_data: A map-style data set of pairs (input, target); empty if the user's own loop reads the data.
+        train_data: A map-style data set of pairs (input, target): the common one, or the one of this process's worker;
+            empty if the user's own loop reads the data.
         test_data: A map-style data set for evaluation; None: the network is not evaluated.
         loss: Mean loss of (outputs, targets).
         metric: The metric to report beside the loss; None for none.
@@ -46,6 +53,9 @@ class Task:
         evaluation: The user's own evaluation of the full network, instead of `test_data`; None for none.
         statistics: Inputs of batches from which batch norm's running statistics are re-estimated, instead of
             `train_data`; None for none.
+        own_data: The data sets that workers have of their own; None: all workers read `train_data`.
+        worker: The worker of this process, or the first one, whose own data set `train_data` is; None: this process
+            only coordinates, and `train_data` may be empty.
     """
 
     build: Callable[[], nn.Module]
@@ -67,6 +77,17 @@ class Task:
         """Whether the full network is evaluated."""
         return self.test_data is not None or self.evaluation is not None
 
+    own_data: OwnData | None = None
+    worker: int | None = 0
+
+    def data_of(self, worker: int) -> Dataset[Any]:
+        """Return the data set from which a worker of this process reads its samples.
+
+        Raises:
+            DataError: The worker's own data set cannot be loaded.
+        """
+        return self.train_data if self.own_data is None else self.own_data(worker)
+
     def build_copy(self) -> nn.Module:
         """Return a new full network with its initial weights, on the CPU."""
         return copied(self.build()).cpu()
@@ -74,8 +95,11 @@ class Task:
     @cached_property
     def contents(self) -> tuple[DataFingerprint, DataFingerprint]:
         """The fingerprints of the training data and of the test data."""
-        test = NO_DATA if self.test_data is None else data_fingerprint(self.test_data, self.seed)
-        return NO_DATA if self.loop is not None else data_fingerprint(self.train_data, self.seed), test
+        train, test = (
+            NO_DATA if data is None or length(data) == 0 else data_fingerprint(data, self.seed)
+            for data in (self.train_data, self.test_data)
+        )
+        return NO_DATA if self.loop is not None else train, test
 
     @cached_property
     def statistics_inputs(self) -> InputCache:
@@ -83,8 +107,12 @@ class Task:
         return InputCache()
 
     def for_workers(self) -> "Task":
-        """Return the task for a worker, which needs neither the initial weights nor the test data."""
-        return replace(self, build=_no_build, test_data=None, evaluation=None, statistics=None)
+        """Return the task for a worker, which needs neither the initial weights nor the test data.
+
+        A worker loads its own data itself, if it has such.
+        """
+        train_data = self.train_data if self.own_data is None else NO_SAMPLES
+        return replace(self, build=_no_build, train_data=train_data, test_data=None, evaluation=None, statistics=None)
 
 
 def _no_build() -> nn.Module:

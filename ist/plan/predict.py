@@ -193,6 +193,11 @@ class Planner:
         for method, configured in configs.items():
             if not configured.method_spec.can_be_planned:
                 raise ConfigError(f"method '{method}' cannot be planned: it has no formula for the bytes that it sends")
+            if configured.data.shard == "own":
+                raise ConfigError(
+                    "'data.shard' is 'own', but 'ist plan' predicts workers with equally many samples: plan with --set "
+                    "data.shard=assigned"
+                )
             if configured.data.skew is not None:
                 raise ConfigError(
                     "'data.skew' is set, but 'ist plan' predicts workers with equally many samples: plan with --set "

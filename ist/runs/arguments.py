@@ -6,8 +6,9 @@ Not here: the meaning of keys (`ist/config/schema.py`), whether the network can 
 """
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -31,6 +32,7 @@ from ist.errors import ConfigError, DataError, ISTError, first_line
 from ist.network.compiled import original
 from ist.optimization.factory import MakeOptimizer, of_class
 from ist.optimization.schedulers import MakeScheduler
+from ist.runs.loading.load import is_function
 
 SECTIONS: dict[str, type[Section]] = {
     "optimizer": Optimizer,
@@ -133,7 +135,10 @@ def given_data(given: Mapping[str, Any]) -> GivenData:
                 raise ConfigError(
                     f"collate_fn is given, but {name} is a BatchedDataset, which makes its own batches: leave it out"
                 )
-            found[name] = Collated(found[name], given["collate_fn"])
+            if is_function(found[name]):
+                found[name] = partial(_collated, found[name], given["collate_fn"])
+            else:
+                found[name] = Collated(found[name], given["collate_fn"])
     if "data" in loaders:
         if given["loader"] is not None:
             raise ConfigError("loader is given, but data is a DataLoader with its own settings: leave one out")
@@ -141,6 +146,11 @@ def given_data(given: Mapping[str, Any]) -> GivenData:
         keys = {key: getattr(settings, key) for key in Loader.model_fields}
         found["loader"] = Loader(**{**keys, "timeout_s": settings.timeout_s or None})
     return GivenData(found, loaders.get("data"), loaders.get("test_data"))
+
+
+def _collated(load: Callable[[int], Any], collate: Callable[[list[Any]], Any], worker: int) -> Dataset[Any]:
+    """Return a worker's own data set with a collate function."""
+    return Collated(load(worker), collate)
 
 
 def _take_batch_size(found: dict[str, Any], name: str, size: int) -> None:
@@ -182,13 +192,19 @@ def train_config(given: Mapping[str, Any]) -> Config:
     for name in ("example", "statistics"):
         if given[name] is not None:
             raise ConfigError(f"{name} is for a loop of your own: give loop= as well, or leave it out")
-    _check_data(given["data"], "data")
+    if not is_function(given["data"]):
+        _check_data(given["data"], "data")
+    elif given["shard"] != "own":
+        raise ConfigError(
+            f"data is a function, but shard is {given['shard']!r}: give shard='own' if it returns the data set of a "
+            "worker, or pass a data set"
+        )
     if given["test_data"] is not None:
         _check_data(given["test_data"], "test_data")
     return _config(given, _data_name(given["data"]), _metric(given["test_data"]), "ist.train")
 
 
-def _data_name(data: Dataset[Any]) -> str:
+def _data_name(data: Any) -> str:
     return type(data.items if isinstance(data, Collated) else data).__name__
 
 
@@ -211,7 +227,15 @@ def _own_loop_config(given: Mapping[str, Any]) -> Config:
     return _config(given, "own loop", _metric(given["test_data"]), "ist.train")
 
 
-_OF_BUILT_IN_LOOP = {"data": None, "epochs": None, "batch_size": None, "shuffle": "local", "skew": None, "loader": None}
+_OF_BUILT_IN_LOOP = {
+    "data": None,
+    "epochs": None,
+    "batch_size": None,
+    "shuffle": "local",
+    "shard": "assigned",
+    "skew": None,
+    "loader": None,
+}
 """Arguments of `ist.train` that only the built-in loop uses, and their defaults."""
 
 
@@ -260,6 +284,7 @@ _NO_DATA = {
     "loss": "cross_entropy",
     "schedule": None,
     "shuffle": "local",
+    "shard": "assigned",
     "skew": None,
     "collate_fn": None,
     "loader": None,
@@ -319,6 +344,7 @@ def _config(given: Mapping[str, Any], data_name: str, metric: str, source: str) 
         "data": {
             "name": data_name,
             "shuffle": given["shuffle"],
+            "shard": given["shard"],
             "skew": sections.pop("skew") or None,
             "loader": sections.pop("loader"),
             "collate": None if given["collate_fn"] is None else plain(given["collate_fn"]),

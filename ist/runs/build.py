@@ -17,23 +17,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset
 
 from ist.config.registry import call, resolve
 from ist.config.runtime import Loader
 from ist.config.schema import Config
-from ist.data.batched import BatchedDataset, Collated
 from ist.data.batches import ShardedSampler, fetch, length
 from ist.data.loading.loader import LoaderSettings
 from ist.data.nested import scores
-from ist.data.registry import DATASETS, Splits
+from ist.data.registry import Splits
 from ist.data.shards.dirichlet import class_numbers
-from ist.data.shards.unequal import Sampler, SkewedSampler
+from ist.data.shards.unequal import OwnData, OwnSampler, Sampler, SkewedSampler
 from ist.errors import ConfigError, DataError, ModelError
 from ist.evaluation.evaluate import batch_norms
 from ist.evaluation.losses import LOSSES
 from ist.evaluation.metrics import METRICS, Metric
-from ist.evaluation.task import LossFunction, Task
+from ist.evaluation.task import NO_SAMPLES, LossFunction, Task
 from ist.loops.part import Part
 from ist.models import MODELS
 from ist.network.compiled import plain_name, without_compilation
@@ -55,6 +54,7 @@ from ist.optimization.schedule import Schedule, run_spans
 from ist.optimization.schedulers import MakeScheduler
 from ist.optimization.step_settings import groups_by_name, schedule_settings, staged_settings, stand_ins
 from ist.rng import Purpose, seeded
+from ist.runs.loading.load import collated, has_other_coordinator, load_data, load_own, own_worker
 from ist.subnet.job import Job
 from ist.subnet.partition import check_workers
 from ist.subnet.split_model import SplitModel, carried_groups, try_submodel
@@ -94,8 +94,14 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
         return model
 
     template = _template(make)
-    splits = _collated(config, splits or load_data(config))
-    return make_job(config, template, build, splits.train, splits.test, loss_function(config.train.loss))
+    loss = loss_function(config.train.loss)
+    if config.data.shard == "own":
+        splits, own = load_own(config)
+        if has_other_coordinator(config) and (theirs := load_data(config)).train is None:
+            _check_without_data(config, template, theirs.test, None)
+        return make_job(config, template, build, splits.train, splits.test, loss, own=own)
+    splits = collated(config, splits or load_data(config))
+    return make_job(config, template, build, splits.train, splits.test, loss)
 
 
 @seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # every process must find the same groups
@@ -103,7 +109,7 @@ def make_job(
     config: Config,
     template: nn.Module,
     build: Callable[[], nn.Module],
-    train_data: Dataset[Any],
+    train_data: Dataset[Any] | None,
     test_data: Dataset[Any] | None,
     loss: LossFunction,
     example: Any = None,
@@ -111,6 +117,7 @@ def make_job(
     scheduler: MakeScheduler | None = None,
     loader: LoaderSettings | None = None,
     test_loader: LoaderSettings | None = None,
+    own: OwnData | None = None,
 ) -> Job:
     """Build a job from a network and data in memory; see `build_job` and `ist.train`.
 
@@ -118,14 +125,15 @@ def make_job(
         config: The configuration.
         template: The network, on any device; its values are not used.
         build: Builds the network with its initial weights.
-        train_data: A map-style data set of pairs (input, target).
+        train_data: A map-style data set of pairs (input, target); None: only with `own`, in a process that has none.
         test_data: A map-style data set for evaluation; None: the network is not evaluated.
         loss: Mean loss of (outputs, targets).
-        example: The inputs of a batch; None: they come from `train_data`.
+        example: The inputs of a batch; None: they come from `train_data`, or else from `test_data`.
         optimizer: Makes the optimizers, instead of what the configuration names; see `ist/optimization/factory.py`.
         scheduler: Makes the scheduler, instead of what the configuration names; see `ist/optimization/schedulers.py`.
         loader: How batches of the training data are read; None: as the configuration says.
         test_loader: How batches of the test data are read; None: like those of the training data.
+        own: The data sets that workers have of their own; None: all workers read `train_data`.
 
     Raises:
         ConfigError: The optimizer or the schedule is wrong, or a step has fewer samples than micro-batches.
@@ -133,14 +141,24 @@ def make_job(
         ModelError: The network cannot be split among that many workers.
     """
     template, build = _in_modes(template, build)
-    sampler = _sampler(config, train_data)
+    worker = 0 if own is None else own_worker(config)
+    if own is not None and worker is not None:
+        train_data = own(worker)
+    train_data = NO_SAMPLES if train_data is None else train_data
+    sampler = _sampler(config, train_data) if own is None else _own_sampler(config, own, worker)
     _check_micro_batches(config, sampler)
     metric = metric_named(config.evaluate.metric)
-    found, example = _found(config, template, build, train_data, example)
+    if own is not None and length(train_data) == 0:
+        _check_without_data(config, template, test_data, example)
+    examples = train_data if length(train_data) or test_data is None else test_data
+    found, example = _found(config, template, build, examples, example)
     make = optimizer_factory(config.train.optimizer, optimizer)
     split = _split_model(config, template, build, example, found, make)
     loader = loader or _loader_settings(config.data.loader)
-    task = Task(build, train_data, test_data, loss, metric, example, config.seed, make, loader, test_loader or loader)
+    task = Task(
+        build, train_data, test_data, loss, metric, example, config.seed, make, loader, test_loader or loader,
+        own_data=own, worker=worker,
+    )  # fmt: skip
     return Job(config, task, split, _schedule(config, template, sampler, make, optimizer, scheduler))
 
 
@@ -195,13 +213,10 @@ def make_loop_job(
     # A sampler needs a number of samples; the split and the number of rounds do not depend on it.
     sampler = ShardedSampler(train.workers * train.batch_size, train.workers, train.batch_size, config.seed)
     task = Task(
-        build, _NO_ITEMS, test_data, loss or _no_loss, metric_named(config.evaluate.metric), example,
+        build, NO_SAMPLES, test_data, loss or _no_loss, metric_named(config.evaluate.metric), example,
         config.seed, make, LoaderSettings(), test_loader or LoaderSettings(), loop=loop, statistics=statistics,
     )  # fmt: skip
     return Job(config, task, split, _schedule(config, template, sampler, make, optimizer, scheduler))
-
-
-_NO_ITEMS: Dataset[Any] = TensorDataset(torch.empty(0))
 
 
 def _no_loss(outputs: Any, targets: Any) -> Tensor:  # noqa: ARG001
@@ -356,6 +371,31 @@ def _sampler(config: Config, data: Dataset[Any]) -> Sampler:
     return ShardedSampler(length(data), workers, batch_size, config.seed, config.data.shuffle)
 
 
+def _own_sampler(config: Config, own: OwnData, worker: int | None) -> OwnSampler:
+    return OwnSampler(own, worker, config.train.workers, config.train.batch_size, config.seed)
+
+
+def _check_without_data(config: Config, template: nn.Module, test_data: Dataset[Any] | None, example: Any) -> None:
+    """Check that a coordinator without training data does not need any.
+
+    Raises:
+        DataError: It has no test data either, so it has no example of the inputs.
+        ModelError: It would have to re-estimate batch norm's running statistics.
+    """
+    where = f"'data.shard' is 'own', and the coordinator does not train (pool '{config.pool.kind}'): it has no"
+    if test_data is None and example is None:
+        raise DataError(
+            f"{where} data to run the network once, to find its neuron groups: give test data, or let the loader "
+            "return a few samples as training data for worker None"
+        )
+    if config.train.running_statistics == "reestimate" and batch_norms(template):
+        raise ModelError(
+            f"{where} training data to re-estimate the running statistics of batch norm: set "
+            "'train.running_statistics' to 'carried', or let the loader return some samples as training data for "
+            "worker None"
+        )
+
+
 def _schedule(
     config: Config,
     template: nn.Module,
@@ -378,24 +418,6 @@ def _schedule(
     settings = schedule_settings(optimizer, train.schedule, rounds[-1].steps.stop, scheduler)
     staged = staged_settings(optimizer, settings, rounds, train.schedule_unit)
     return Schedule(rounds, config.recipe, sampler, staged, group_of)
-
-
-def _collated(config: Config, splits: Splits) -> Splits:
-    """Return the data with the collate function that a configuration names.
-
-    Raises:
-        ConfigError: The function cannot be imported, or the data set makes its own batches.
-    """
-    if config.data.collate is None:
-        return splits
-    function = resolve(config.data.collate, "data.collate", {})
-    for data in splits:
-        if isinstance(data, BatchedDataset):
-            raise ConfigError(
-                f"'data.collate' is '{config.data.collate}', but {type(data).__name__} makes its own batches (a "
-                "BatchedDataset): leave 'data.collate' out"
-            )
-    return Splits(*(Collated(data, function) for data in splits))
 
 
 def example_inputs(data: Dataset[Any], size: int = 2) -> Any:
@@ -477,19 +499,3 @@ def _template(build: Callable[[], nn.Module]) -> nn.Module:
             return build()
     except (RuntimeError, NotImplementedError, ConfigError):
         return on_meta(build())
-
-
-def load_data(config: Config) -> Splits:
-    """Load the data set that a configuration names.
-
-    Raises:
-        ConfigError: The name or an argument is wrong.
-        DataError: The data set is missing or malformed.
-    """
-    loader = resolve(config.data.name, "data.name", DATASETS)
-    root = Path(config.data.root) if config.data.root is not None else None
-    with seeded(torch.device("cpu"), config.seed, Purpose.DATA):  # random data are then the same in all processes
-        found = call(loader, {"root": root, **config.data.args}, "data.args")
-    if not isinstance(found, tuple) or len(found) != 2:
-        raise DataError(f"'data.name' is '{config.data.name}', which must return a pair (train, test) of data sets")
-    return Splits(*found)

@@ -250,7 +250,9 @@ def _opened(
                 f"{job.schedule.num_rounds}: restore the configuration of the saved run"
             )
         if membership:
-            first_round = agree_on_start(membership, first_round, run_fingerprint(config), job.task.contents)
+            first_round = agree_on_start(
+                membership, first_round, run_fingerprint(config), job.task.contents, config.data.shard == "own"
+            )
         run_id = secrets.token_hex(4)
         workers_have_state = config.workers_have_state or job.task.loop is not None  # the positions in its loaders
         location = _location(config, folder, membership, run_id, before) if workers_have_state else None

@@ -101,8 +101,9 @@ class RunRecorder:
         for total in self._totals:
             self._totals[total] += found[total]
         found |= self._totals
-        if self._job.task.loop is None:  # otherwise the number of samples of the user's own loader is unknown
-            found["epoch"] = self._totals["samples"] / self._job.schedule.sampler.num_samples
+        num_samples = self._job.schedule.sampler.num_samples
+        if self._job.task.loop is None and num_samples is not None:  # otherwise it is unknown
+            found["epoch"] = self._totals["samples"] / num_samples
         record: dict[str, Any] = {"round": round_number}
         for measured in MEASUREMENTS:
             if measured.recorded and measured.source != "evaluation" and measured.name in found:

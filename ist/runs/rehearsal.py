@@ -106,7 +106,10 @@ def _try_optimizer(job: Job, device: torch.device) -> None:
 
 
 def _one_step(job: Job, device: torch.device) -> None:
-    slot = slot_of(job, 0)
+    number = job.task.worker
+    if number is None:
+        return  # this process has no worker, and no data of one
+    slot = slot_of(job, number)
     loop = TaskLoop(job, slot, device)
     worker = Worker(job, slot, device, assignments(job), loop=loop)
     neurons = worker.neurons(0)
@@ -125,7 +128,7 @@ def _one_step(job: Job, device: torch.device) -> None:
         apply_settings(optimizer, matching_groups(optimizer, named, job.schedule.group_of), job.schedule.settings[0])
     else:
         _warn_of_settings_by_shape(job, named, optimizer)
-    batch = job.schedule.sampler.batch(0, 0)[: smallest_micro_batch(job)]
+    batch = job.schedule.sampler.batch(number, 0)[: smallest_micro_batch(job)]
 
     def numbers() -> Indices:
         return loop.numbers(batch)

@@ -9,7 +9,7 @@ seed
 method
 label
 model.name model.args model.weights
-data.name data.args data.root data.shuffle data.skew data.skew.alpha
+data.name data.args data.root data.shuffle data.shard data.skew data.skew.alpha
 data.collate data.loader.workers data.loader.prefetch
 data.loader.pin_memory data.loader.timeout_s data.loader.start_method
 train.workers train.min_workers train.epochs train.rounds train.local_steps train.batch_size train.loss

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
+from ist.data.shards.unequal import OwnData
 from ist.runs.execute import execute
 from ist.runs.open import CoordinatorPart
 from ist.storage.checkpoint import write_tensors
@@ -96,6 +98,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "network": "blocks", "partition__strategy": "blocks", "partition__blocks": ["1.*"],
         "recipe__stages": [{}, {"rounds": 2, "keep": 1}],
     },
+    "skewed shards": {"network": "no batch norm", "data__skew": {"alpha": 0.3}},
+    "own data": {"network": "no batch norm", "data__shard": "own"},
 }  # fmt: skip
 
 
@@ -125,12 +129,21 @@ EXTRA = {
 }  # fmt: skip
 
 
+def own_data(worker: int) -> Dataset[Any]:
+    """Return a worker's own data; no other rank asks for them."""
+    if "RANK" in os.environ:
+        assert worker == int(os.environ["RANK"]) - int(os.environ["WORLD_SIZE"]) + WORKERS
+    return data(17 + 20 * worker, seed=10 + worker)
+
+
 def job(name: str, **changes: Any) -> tuple[Job, nn.Module]:
     settings = {**SCENARIOS[name], **changes}
     build = {**NETWORKS, **EXTRA}[settings.pop("network")]
     items = settings.pop("items", lambda dataset: dataset)
     model = seeded(build)
-    made = job_for(model, items(data()), items(data(40, seed=4)), **{"train__workers": WORKERS, **settings})
+    own = OwnData(own_data) if settings.get("data__shard") == "own" else None
+    train = None if own else items(data())
+    made = job_for(model, train, items(data(40, seed=4)), own=own, **{"train__workers": WORKERS, **settings})
     return replace(made, task=replace(made.task, build=lambda: model)), model
 
 

@@ -1,0 +1,1 @@
+"""Loading the data of a run in each of its processes."""
