@@ -124,6 +124,9 @@ class Optimizer(Component):
 
     A function gets a mapping of a subnet's parameters by their names in the full network, and these arguments, and
     returns an optimizer. It is called for every new subnet, so it decides by names or numbers of dims, not by sizes.
+    `MuonWithAdamW` trains matrices with Muon and all other parameters with AdamW. Its arguments are `lr` and
+    `weight_decay` (of both), `momentum`, `nesterov`, `ns_steps`, `adjust_lr_fn` (of Muon), `adamw` (arguments of
+    AdamW), and `adamw_for` (patterns of names of embeddings and output layers, which use AdamW).
 
     Example:
         >>> ist.Optimizer(name="AdamW", args={"lr": 3e-4, "weight_decay": 0.1}).args["lr"]
@@ -207,8 +210,9 @@ class Train(Section):
     )
     loss: str = Field(default="cross_entropy", description="function of torch.nn.functional, or import path")
     optimizer: Optimizer = Field(
-        description="class of torch.optim, or the import path of a class or of a function that makes an optimizer of "
-        "named parameters; and its arguments"
+        description="class of torch.optim; 'MuonWithAdamW', which trains hidden matrices with Muon and the rest with "
+        "AdamW; or the import path of a class or of a function that makes an optimizer of named parameters; and its "
+        "arguments"
     )
     schedule: Schedule | None = Field(
         default=None,

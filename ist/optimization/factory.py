@@ -8,8 +8,9 @@ Not here: optimizer state as tensors (`optimizers.py`), schedules (`step_setting
 """
 
 import copy
+import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 from ist.config.registry import call, resolve
 from ist.config.schema import FROM_PYTHON, Optimizer
 from ist.errors import ConfigError, ISTError, error_with_line, is_out_of_memory
+from ist.optimization.muon import check_names
 from ist.optimization.parameter_groups import check_groups, split_groups
 
 MakeOptimizer = Callable[[Mapping[str, nn.Parameter]], torch.optim.Optimizer]
@@ -29,6 +31,10 @@ stand-ins without values or of small sizes. So it may decide by a parameter's na
 its shape or values. It returns a new optimizer that holds only parameters it was given, each in the same group for a
 subnet as for the full network. A subnet may lack some parameters.
 """
+
+MUON = "MuonWithAdamW"
+OPTIMIZERS = {MUON: "ist.optimization.muon:muon_with_adamw"}
+"""Functions that come with the package, by the names that `train.optimizer.name` may use."""
 
 _TRIED_STEPS = 3
 _SAMPLE_SHAPE = (2, 3)
@@ -54,12 +60,12 @@ def _of_class(cls: Any, named: Mapping[str, nn.Parameter]) -> Any:
 
 
 def is_users_function(spec: Optimizer, given: MakeOptimizer | None) -> bool:
-    """Return whether a user's function makes the optimizer, and not a class.
+    """Return whether a user's function makes the optimizer, and not a class or a function of this package.
 
     Raises:
         ConfigError: The name is unknown.
     """
-    return given is not None or not isinstance(_resolved(spec), type)
+    return given is not None or not (spec.name in OPTIMIZERS or isinstance(_resolved(spec), type))
 
 
 def _make(spec: Optimizer, given: MakeOptimizer | None, named: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
@@ -81,7 +87,10 @@ def _make(spec: Optimizer, given: MakeOptimizer | None, named: Mapping[str, nn.P
         found = _resolved(spec)
         args = copy.deepcopy(spec.args)  # a schedule changes a learning rate in place if it is a tensor
         if isinstance(found, type):
+            _check_muon(found, named)
             made = call(found, {"params": list(named.values()), **args}, "train.optimizer.args")
+        elif spec.name in OPTIMIZERS:
+            made = call(found, {"named": named, **args}, "train.optimizer.args")
         else:
             made = _called(found, named, args, where)
     if not isinstance(made, torch.optim.Optimizer):
@@ -106,7 +115,7 @@ def _resolved(spec: Optimizer) -> Any:
     Raises:
         ConfigError: There is none, or the class is no optimizer that IST can use.
     """
-    found = resolve(spec.name, "train.optimizer.name", {}, torch.optim)
+    found = resolve(spec.name, "train.optimizer.name", OPTIMIZERS, torch.optim)
     if isinstance(found, type):
         if not issubclass(found, torch.optim.Optimizer):
             raise ConfigError(f"{shown(spec)}, which is not a torch.optim.Optimizer")
@@ -117,6 +126,15 @@ def _resolved(spec: Optimizer) -> Any:
 def _check_closure(cls: type, where: str) -> None:
     if issubclass(cls, torch.optim.LBFGS):
         raise ConfigError(f"{where}: LBFGS evaluates the loss several times per step, which is not supported")
+
+
+def _check_muon(cls: type, named: Mapping[str, nn.Parameter]) -> None:
+    other = next((name for name, parameter in named.items() if parameter.ndim != 2), None)
+    if other is not None and cls is getattr(torch.optim, "Muon", None):
+        raise ConfigError(
+            f"'train.optimizer.name' is 'Muon', which trains matrices only, but '{other}' has {named[other].ndim} "
+            f"dims: use '{MUON}', which trains all other parameters with AdamW"
+        )
 
 
 def _called(function: Any, named: Mapping[str, nn.Parameter], args: Mapping[str, Any], where: str) -> Any:
@@ -198,14 +216,22 @@ def try_optimizer(spec: Optimizer, given: MakeOptimizer | None, make: MakeOptimi
     check_groups(spec.groups, dims)
     if is_users_function(spec, given):  # it may expect a subnet's real shapes
         return
+    if spec.name == MUON:
+        check_names(spec.args, dims)
     make(small_parameters(dims))
+    known = _argument_names(_resolved(spec))
     for number, group in enumerate(spec.groups):
-        one = spec.model_copy(update={"args": {**spec.args, **group.args}, "groups": []})
+        own = {key: value for key, value in group.args.items() if key in known}
+        one = spec.model_copy(update={"args": {**spec.args, **own}, "groups": []})
         try:
             optimizer_factory(one)(small_parameters(dims))
         except ConfigError as error:
             raise ConfigError(f"'train.optimizer.groups.{number}.args': {error}") from error
     stepped(spec, make, small_parameters(dims), 1.0, _TRIED_STEPS)
+
+
+def _argument_names(function: Any) -> Collection[str]:
+    return inspect.signature(function).parameters
 
 
 def stepped(

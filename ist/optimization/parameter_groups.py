@@ -15,9 +15,10 @@ from torch import nn
 
 from ist.config.schema import ParameterGroup
 from ist.errors import ConfigError
+from ist.optimization.muon import PART
 
 _KEY = "train.optimizer.groups"
-_NOT_SETTINGS = ("params", "param_names", "initial_lr")
+_NOT_SETTINGS = ("params", "param_names", "initial_lr", PART)
 
 
 def split_groups(

@@ -54,6 +54,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "network": "uneven widths", "train__optimizer": {"name": "tests.optimizers:no_decay_on_biases", "args": {}},
         "train__optimizer_state": "carried",
     },
+    "Muon and AdamW, carried": {
+        "network": "uneven widths", "train__optimizer": {"name": "MuonWithAdamW", "args": {"lr": 0.02}},
+        "train__optimizer_state": "carried",
+    },
     "dropout": {"network": "dropout"},
     "random items": {"network": "two hidden layers, batch norm", "items": Augmented},
     "random items, loader": {
