@@ -22,6 +22,7 @@ from ist.config.recipe import Recipe
 from ist.config.runtime import Checkpoint, Loader, Pool, Watch
 from ist.config.schema import Evaluate, Optimizer, Schedule, Skew
 from ist.distributed.environment import is_rank_zero
+from ist.evaluation.step_function import StepFunction
 from ist.loops.part import Part
 from ist.monitoring.callback import Callback
 from ist.monitoring.display import Progress, check_progress
@@ -42,7 +43,7 @@ from ist.runs.arguments import (
     split_config,
     train_config,
 )
-from ist.runs.build import loss_function, make_job, make_loop_job, split_network
+from ist.runs.build import loss_function, make_job, make_loop_job, split_network, step_function
 from ist.runs.execute import execute, sole_run
 from ist.runs.inspection import inspect_split
 from ist.runs.loading.load import own_from_python
@@ -93,6 +94,7 @@ def train(
     epochs: int | None = None,
     batch_size: int | None = None,
     loss: str | Callable[[Tensor, Tensor], Tensor] = "cross_entropy",
+    step: str | StepFunction | None = None,
     optimizer: str | Optimizer | type[torch.optim.Optimizer] | MakeOptimizer | Mapping[str, Any] = "SGD",
     schedule: str | Schedule | type[LRScheduler] | MakeScheduler | Mapping[str, Any] | None = None,
     shuffle: Literal["local", "global"] = "local",
@@ -133,11 +135,11 @@ def train(
         model: Any network. It is trained in place, and its modules stay in their modes: a module in evaluation mode
             (such as a frozen batch norm) stays in it. A compiled network is trained uncompiled. IST runs the network
             on two inputs of `data` to find its neuron groups.
-        data: Pairs (input, target), which are assigned to the workers. A tuple as input gives positional arguments, a
-            mapping gives keyword arguments. For items that do not stack, give `collate_fn`, or see
-            `ist.BatchedDataset`. Of a `torch.utils.data.DataLoader`, its data set, batch size, collate function and
-            loader processes are used. The run decides which samples are in a batch, so a loader with a sampler of its
-            own is refused.
+        data: Pairs (input, target), or any items if `step` is given; they are assigned to the workers. A tuple as input
+            gives positional arguments, a mapping gives keyword arguments. For items that do not stack, give
+            `collate_fn`, or see `ist.BatchedDataset`. Of a `torch.utils.data.DataLoader`, its data set, batch size,
+            collate function and loader processes are used. The run decides which samples are in a batch, so a loader
+            with a sampler of its own is refused.
         workers: Number of subnets in a round. If neurons are assigned disjointly, at most the size of the smallest
             group. A range {"min": 2, "max": 16} allows workers to join and leave.
         local_steps: Optimizer steps of a worker in a round.
@@ -147,6 +149,10 @@ def train(
             (`accumulate`). Default: 32, or that of the loader in `data`.
         loss: Name of a function of torch.nn.functional, applied to the outputs or to their `logits`; or any mean loss
             of (outputs, targets). It must not hold `model`, because workers train submodels of it, nor own weights.
+        step: A function of (network, batch) that returns the mean loss of the batch, instead of `loss`; or its import
+            path. It gets each batch as it was collated, so items of `data` may be anything: tuples, mappings, single
+            tensors. It calls the network that it gets, which is a submodel; not `model`. It is also used for the test
+            loss, in evaluation mode and without gradients.
         optimizer: A class of torch.optim or its name, with torch's default arguments (but lr 0.1 for SGD); or
             `ist.Optimizer(name="AdamW", args={"lr": 3e-4})`, with exactly those arguments and, if given, with parameter
             groups (`ist.ParameterGroup`); or a function that makes an
@@ -169,7 +175,9 @@ def train(
         loop: A training loop of your own, instead of `data`: a function that makes the steps of an `ist.Part`. It is
             called for each worker in each round, in the worker's process; on Ray, it must be picklable. `loss` is then
             used for `test_data` only. Under torchrun, `ist.join` keeps the loop in your script.
-        example: With `loop`: inputs of a small batch (two samples), as the network accepts them.
+        example: With `loop` or `step`: inputs of a small batch (two samples), as the network accepts them: a tensor, a
+            tuple of positional arguments, or a mapping of keyword arguments. With `step`, the default is an input of
+            `data`.
         statistics: With `loop`: as in `ist.join`.
         partition: How neurons are assigned to workers. Default: each neuron to one worker, at random every round.
         exchange: The number of bits of exchanged weights. Default: the bits of the network's dtypes.
@@ -233,7 +241,9 @@ def train(
     check_progress(progress)
     check_callbacks(config, callbacks)
     check_captured_network(loss, model)
+    check_captured_network(step, model)
     function = loss_function(loss) if isinstance(loss, str) else loss
+    step_given = step_function(step) if isinstance(step, str) else step
     with uncompiled(model) as plain, preserve_modes(plain):
         check_network(plain, is_split=True)
         check_values(plain)
@@ -248,8 +258,9 @@ def train(
             own = own_from_python(config, found.given["data"]) if config.data.shard == "own" else None
             train_data = found.given["data"] if own is None else None
             job = make_job(
-                config, on_meta(plain), lambda: plain, train_data, test, function, optimizer=make,
-                scheduler=scheduler, loader=found.loader, test_loader=found.test_loader, own=own,
+                config, on_meta(plain), lambda: plain, train_data, test, function, example, make, scheduler,
+                loader=found.loader, test_loader=found.test_loader, own=own,
+                step=step_given,
             )  # fmt: skip
         return replace(_train(job, plain, run_dir, resume, progress, callbacks), model=model)
 

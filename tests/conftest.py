@@ -28,7 +28,7 @@ from ist.config.schema import Config
 from ist.data.shards.unequal import OwnData
 from ist.loops.part import Part
 from ist.measurements import MEASUREMENTS, Numbers, combined, nothing_measured
-from ist.runs.build import make_job
+from ist.runs.build import make_job, step_function
 from ist.subnet.job import Job
 from tests.sizes import longer_than_the_guide
 
@@ -138,8 +138,8 @@ def job_for(
     model: nn.Module, dataset: Dataset[Any] | None = None, test: Any = None, own: OwnData | None = None, **changes: Any
 ) -> Job:
     """A job around a network that is at hand."""
-    loss, train = nn.functional.cross_entropy, dataset or (None if own else data())
-    return make_job(small_config(**changes), model, lambda: model, train, test, loss, own=own)
+    config, loss, train = small_config(**changes), nn.functional.cross_entropy, dataset or (None if own else data())
+    return make_job(config, model, lambda: model, train, test, loss, own=own, step=step_function(config.train.step))
 
 
 def plain_loop(model: nn.Module, job: Any, optimizer: torch.optim.Optimizer, scheduler: Any = None) -> None:

@@ -209,6 +209,12 @@ class Train(Section):
         "clips the averaged gradient",
     )
     loss: str = Field(default="cross_entropy", description="function of torch.nn.functional, or import path")
+    step: str | None = Field(
+        default=None,
+        description="import path 'package.module:name' of a function of (network, batch) that returns the mean loss of "
+        "the batch, in place of 'loss'. It gets each batch as it was collated, on the worker's device: a tuple, a "
+        "mapping, or anything else. It must call the network that it gets, and is also used for the test loss",
+    )
     optimizer: Optimizer = Field(
         description="class of torch.optim; 'MuonWithAdamW', which trains hidden matrices with Muon and the rest with "
         "AdamW; or the import path of a class or of a function that makes an optimizer of named parameters; and its "
@@ -259,6 +265,12 @@ class Train(Section):
             raise ValueError(f"'min_workers' is {self.min_workers}, more than the {self.workers} 'workers'")
         if self.is_elastic and self.rounds is None:
             raise ValueError("the number of rounds in an epoch depends on the number of workers: give 'rounds'")
+        return self
+
+    @model_validator(mode="after")
+    def _one_loss(self) -> "Train":
+        if self.step is not None and self.loss != Train.model_fields["loss"].default:
+            raise ValueError(f"'step' computes the loss, but 'loss' is '{self.loss}': leave one of the two out")
         return self
 
     @model_validator(mode="after")

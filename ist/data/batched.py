@@ -76,3 +76,24 @@ class Collated(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         """Return an item."""
         return self.items[index]
+
+
+@dataclass(frozen=True)
+class WholeBatches(Dataset[Any]):
+    """A map-style data set whose batches a `step` function gets as they are, so its items need not be pairs.
+
+    A batch that is read from it is (batch, None): all of it counts as inputs.
+
+    Attributes:
+        items: The data set.
+    """
+
+    items: Dataset[Any]
+
+    def __len__(self) -> int:
+        """Return the number of items."""
+        return len(self.items)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> Any:
+        """Return an item."""
+        return self.items[index]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
-from ist.data.batched import BatchedDataset, Collated
+from ist.data.batched import BatchedDataset, Collated, WholeBatches
 from ist.data.nested import moved
 from ist.errors import DataError, ISTError, error_with_line, is_out_of_memory
 from ist.rng import Indices, ItemDraws, Purpose, drawing, permutation
@@ -110,7 +110,7 @@ def length(dataset: Dataset[Any]) -> int:
     Raises:
         DataError: The data set has no length, or is an IterableDataset, whose items have no numbers.
     """
-    if isinstance(dataset, Collated):
+    if isinstance(dataset, Collated | WholeBatches):
         return length(dataset.items)
     if isinstance(dataset, IterableDataset):
         raise DataError(
@@ -134,6 +134,8 @@ def take_shard(dataset: Dataset[Any], indices: Indices) -> Dataset[Any]:
     """
     if len(indices) == length(dataset):
         return dataset
+    if isinstance(dataset, WholeBatches):
+        return WholeBatches(take_shard(dataset.items, indices))
     if isinstance(dataset, BatchedDataset):
         return dataset.part(indices)
     if isinstance(dataset, Collated):
@@ -153,7 +155,7 @@ def fetch(
 ) -> tuple[Any, Any]:
     """Return the samples at `indices` as one batch (inputs, targets) on `device`.
 
-    Inputs and targets are tensors, or tuples or mappings of tensors.
+    Inputs and targets are tensors, or tuples or mappings of tensors. A batch of `WholeBatches` is (batch, None).
 
     Args:
         dataset: The data set, or a part of it.
@@ -170,6 +172,9 @@ def fetch(
             them.
     """
     numbers = numbers or (lambda: indices)
+    is_whole = isinstance(dataset, WholeBatches)
+    if isinstance(dataset, WholeBatches):
+        dataset = dataset.items
     if type(dataset) is TensorDataset:
         rows = torch.from_numpy(indices)
         batch: Any = [tensor[rows] for tensor in dataset.tensors]
@@ -182,12 +187,14 @@ def fetch(
             if is_out_of_memory(error):
                 raise
             raise DataError(
-                f"{named_samples(numbers())} of {_class_name(dataset)} do not make a batch of (inputs, targets): "
+                f"{named_samples(numbers())} of {class_name(dataset)} do not make a batch of (inputs, targets): "
                 f"{error_with_line(error)}"
             ) from error
+    if is_whole:
+        return moved(batch, device), None
     if not isinstance(batch, tuple | list) or len(batch) != 2:
         found = f"has {len(batch)} parts" if isinstance(batch, tuple | list) else f"is a {type(batch).__name__}"
-        raise DataError(f"a batch of {_class_name(dataset)} {found}: expected a pair (inputs, targets)")
+        raise DataError(f"a batch of {class_name(dataset)} {found}: expected a pair (inputs, targets)")
     inputs, targets = batch
     return moved(inputs, device), moved(targets, device)
 
@@ -238,7 +245,7 @@ def item_at(dataset: Dataset[Any], index: int, numbers: Callable[[], Indices] | 
         if is_out_of_memory(error):
             raise
         number = numbers()[place] if numbers else index
-        raise DataError(f"sample {number} of {_class_name(dataset)}: {error_with_line(error)}") from error
+        raise DataError(f"sample {number} of {class_name(dataset)}: {error_with_line(error)}") from error
 
 
 def _items(
@@ -285,12 +292,12 @@ def _stacked(dataset: Dataset[Any], items: list[Any], numbers: Callable[[], Indi
             except Exception as single:
                 pair = named_samples(numbers()[[0, place]])
                 said = error_with_line(single)
-                raise DataError(f"{pair} of {_class_name(dataset)} do not make a batch: {said}") from error
+                raise DataError(f"{pair} of {class_name(dataset)} do not make a batch: {said}") from error
         raise
 
 
-def _class_name(dataset: Dataset[Any]) -> str:
+def class_name(dataset: Dataset[Any]) -> str:
     """Return the name of a data set's class; of a `Subset`, that of the full data set."""
-    if isinstance(dataset, Collated):
-        return _class_name(dataset.items)
+    if isinstance(dataset, Collated | WholeBatches):
+        return class_name(dataset.items)
     return type(dataset.dataset if isinstance(dataset, Subset) else dataset).__name__

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ist.data.batched import BatchedDataset
+from ist.data.batched import BatchedDataset, WholeBatches
 from ist.data.batches import fetch, item_at, length
 from ist.rng import Purpose, seeded, uniform
 
@@ -123,9 +123,10 @@ def data_fingerprint(dataset: Dataset[Any], seed: int) -> DataFingerprint:
 
 def _item(dataset: Dataset[Any], index: int, seed: int) -> Item:
     reads = []
+    items = dataset.items if isinstance(dataset, WholeBatches) else dataset
     for _ in range(2):
         with seeded(torch.device("cpu"), seed, Purpose.CONTENT, index):
-            if isinstance(dataset, BatchedDataset):
+            if isinstance(items, BatchedDataset):
                 reads.append(_summary(fetch(dataset, np.array([index]), torch.device("cpu"))))
             else:
                 reads.append(_summary(item_at(dataset, index)))

@@ -7,6 +7,8 @@ Where it sits: all code that passes inputs to a network or reads its outputs use
 Not here: making batches (`batches.py`).
 """
 
+import copy
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
@@ -37,7 +39,12 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: mapped(item, change) for key, item in value.items()}
+        found = {key: mapped(item, change) for key, item in value.items()}
+        if not isinstance(value, UserDict):
+            return found
+        same = copy.copy(value)  # a BatchEncoding of transformers, which has attributes as well
+        same.update(found)
+        return same
     if isinstance(value, tuple | list):
         items = [mapped(item, change) for item in value]
         return type(value)(*items) if isinstance(value, tuple) and type(value) is not tuple else type(value)(items)

@@ -21,8 +21,9 @@ from torch.utils.data import Dataset, TensorDataset
 from ist.data.batches import length
 from ist.data.loading.loader import LoaderSettings, read_batches
 from ist.data.nested import call_model, mapped, moved, scores, tensors_in
-from ist.errors import DataError, ISTError, LoopError, error_with_line
+from ist.errors import ConfigError, DataError, ISTError, LoopError, error_with_line
 from ist.evaluation.metrics import Metric
+from ist.evaluation.step_function import StepFunction, step_loss
 from ist.measurements import MEASUREMENTS
 from ist.network.failures import loss_errors, loss_of, network_errors
 from ist.network.modes import preserve_modes
@@ -55,6 +56,7 @@ def evaluate(
     metric: Metric | None,
     seed: int = 0,
     loader: LoaderSettings = _NO_LOADER,
+    step: StepFunction | None = None,
 ) -> Metrics:
     """Evaluate a network on a data set.
 
@@ -67,10 +69,11 @@ def evaluate(
         metric: The metric to report beside the loss; None for none.
         seed: The seed of the run; it determines the random numbers that the data set draws, the same in every call.
         loader: How batches are read.
+        step: Computes the loss of whole batches, instead of `loss`; the data set is then a `WholeBatches`.
 
     Raises:
         DataError: The metric counts none of the data set's targets, a sample cannot be read, or its loss fails.
-        ConfigError: The metric fails.
+        ConfigError: The metric fails, or needs targets that the data set does not have.
         ModelError: The network fails.
     """
     count, loss_sum, sums, counted = length(dataset), 0.0, torch.zeros((), dtype=torch.float64, device=device), 0
@@ -83,10 +86,16 @@ def evaluate(
             def numbers(batch: Indices = batch) -> Indices:
                 return batch
 
+            if step is not None:
+                loss_sum += float(step_loss(step, model, inputs, numbers)) * len(batch)
+                if metric is None:
+                    continue
+                inputs, targets = _pair(inputs, metric)
             with network_errors(model):
                 outputs = call_model(model, inputs)
-            with loss_errors(numbers):
-                loss_sum += float(loss_of(loss, outputs, targets, numbers)) * len(batch)
+            if step is None:
+                with loss_errors(numbers):
+                    loss_sum += float(loss_of(loss, outputs, targets, numbers)) * len(batch)
             if metric is not None:
                 with loss_errors(numbers, metric.names[0]):
                     batch_sums, batch_count = metric.batch(scores(outputs), targets)
@@ -122,6 +131,20 @@ def evaluate_by(function: Callable[[nn.Module], Mapping[str, float] | float], mo
     return Metrics(loss, values)
 
 
+def _pair(batch: Any, metric: Metric) -> tuple[Any, Any]:
+    """Return a whole batch as (inputs, targets).
+
+    Raises:
+        ConfigError: It is no pair.
+    """
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise ConfigError(
+        f"'evaluate.metric' is '{metric.names[0]}', which needs data of pairs (input, target), but with 'train.step' a "
+        f"batch of the test data is a {type(batch).__name__}: set evaluate.metric to 'none'"
+    )
+
+
 def evaluation_batches(count: int, batch_size: int) -> Iterator[Indices]:
     """Yield the positions of `count` samples (int64) in batches of `batch_size`; the last batch may be smaller.
 
@@ -134,7 +157,9 @@ def evaluation_batches(count: int, batch_size: int) -> Iterator[Indices]:
         yield np.arange(start, stop, dtype=np.int64)
 
 
-def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
+def reestimate_statistics(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], object] = call_model
+) -> None:
     """Replace batch norm's running statistics by their mean over the given batches.
 
     Like `torch.optim.swa_utils.update_bn`, but with all other modules in evaluation mode, so that dropout is off as it
@@ -144,6 +169,7 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
         model: The full network; its modes are restored. A norm in evaluation mode keeps its statistics, which then
             act like weights.
         batches: Training inputs, one batch each, on the network's device.
+        forward: Runs the network on the inputs of a batch.
     """
     norms = batch_norms(model).values()
     if not norms:
@@ -158,7 +184,7 @@ def reestimate_statistics(model: nn.Module, batches: Iterable[Any]) -> None:
         try:
             for inputs in batches:
                 with network_errors(model):
-                    call_model(model, inputs)
+                    forward(model, inputs)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

@@ -15,12 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
+from ist.data.batched import WholeBatches
 from ist.data.batches import length
 from ist.data.fingerprint import NO_DATA, DataFingerprint, data_fingerprint
 from ist.data.loading.loader import LoaderSettings
+from ist.data.nested import call_model
 from ist.data.shards.unequal import OwnData
 from ist.evaluation.evaluate import InputCache
 from ist.evaluation.metrics import Metric
+from ist.evaluation.step_function import StepFunction
 from ist.network.copies import copied
 from ist.optimization.factory import MakeOptimizer
 
@@ -37,10 +40,10 @@ class Task:
 
     Attributes:
         build: Builds the full network with its initial weights, in the modes in which it trains.
-        train_data: A map-style data set of pairs (input, target): the common one, or the one of this process's worker;
-            empty if the user's own loop reads the data.
+        train_data: A map-style data set of pairs (input, target), or `WholeBatches` with `step`: the common one, or the
+            one of this process's worker; empty if the user's own loop reads the data.
         test_data: A map-style data set for evaluation; None: the network is not evaluated.
-        loss: Mean loss of (outputs, targets).
+        loss: Mean loss of (outputs, targets); not used if there is a step function.
         metric: The metric to report beside the loss; None for none.
         example: The inputs of a batch of two samples, or of a training batch if the network needs more.
         seed: The seed of the run.
@@ -56,6 +59,7 @@ class Task:
         own_data: The data sets that workers have of their own; None: all workers read `train_data`.
         worker: The worker of this process, or the first one, whose own data set `train_data` is; None: this process
             only coordinates, and `train_data` may be empty.
+        step: The user's step function, which computes the loss of a whole batch; None: `loss` does.
     """
 
     build: Callable[[], nn.Module]
@@ -71,14 +75,19 @@ class Task:
     loop: Callable[[Any], object] | None = None
     evaluation: Callable[[nn.Module], Mapping[str, float] | float] | None = None
     statistics: Iterable[Any] | None = None
+    own_data: OwnData | None = None
+    worker: int | None = 0
+    step: StepFunction | None = None
 
     @property
     def is_evaluated(self) -> bool:
         """Whether the full network is evaluated."""
         return self.test_data is not None or self.evaluation is not None
 
-    own_data: OwnData | None = None
-    worker: int | None = 0
+    @property
+    def forward(self) -> Callable[[nn.Module, Any], object]:
+        """Runs a network on the inputs of a batch of `train_data`, as its training does."""
+        return call_model if self.step is None else self.step
 
     def data_of(self, worker: int) -> Dataset[Any]:
         """Return the data set from which a worker of this process reads its samples.
@@ -86,7 +95,9 @@ class Task:
         Raises:
             DataError: The worker's own data set cannot be loaded.
         """
-        return self.train_data if self.own_data is None else self.own_data(worker)
+        if self.own_data is None:
+            return self.train_data
+        return self.own_data(worker) if self.step is None else WholeBatches(self.own_data(worker))
 
     def build_copy(self) -> nn.Module:
         """Return a new full network with its initial weights, on the CPU."""

@@ -61,7 +61,7 @@ class TaskLoop:
         self.schedule = job.schedule
         self.sampler = job.schedule.sampler_for(slot.team.num_workers)
         self.shard: Dataset[Any] = take_shard(job.task.data_of(slot.worker), self.sampler.shard(slot.worker))
-        self.step = LocalStep(job.config.train, job.task.loss, device)
+        self.step = LocalStep(job.config.train, job.task, device)
         self._parts = job.config.train.accumulate
         self._batches = StepBatches(self.shard, self.sampler, slot.worker, self._parts)
         num_batches = job.schedule.total_steps * self._parts

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ist.config.schema import Train
 from ist.data.batches import micro_batches
 from ist.data.nested import call_model
-from ist.evaluation.task import LossFunction
+from ist.evaluation.step_function import step_loss
+from ist.evaluation.task import Task
 from ist.network.failures import loss_errors, loss_of, network_errors
 from ist.rng import Indices
 from ist.subnet.job import Job
@@ -38,11 +39,11 @@ class LocalStep:
 
     Args:
         settings: The configuration's section `train`.
-        loss: Mean loss of (outputs, targets).
+        task: Its loss or step function is used.
         device: The device of the network.
     """
 
-    def __init__(self, settings: Train, loss: LossFunction, device: torch.device) -> None:
+    def __init__(self, settings: Train, task: Task, device: torch.device) -> None:
         self._device = device
         self._dtype = None if settings.autocast is None else _DTYPES[settings.autocast]
         self._scaler: torch.amp.GradScaler | None = None
@@ -53,7 +54,8 @@ class LocalStep:
                 self._dtype = torch.bfloat16
         self._accumulate = settings.accumulate
         self._max_norm = settings.clip_grad_norm
-        self._loss = loss
+        self._loss = task.loss
+        self._step = task.step
 
     def take(
         self,
@@ -98,19 +100,22 @@ class LocalStep:
         return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
 
     def loss(self, module: nn.Module, samples: tuple[Any, Any], numbers: Callable[[], Indices]) -> Tensor:
-        """Return the mean loss of a batch (inputs, targets).
+        """Return the mean loss of a batch.
 
         Args:
             module: The network.
-            samples: The batch, on the module's device.
+            samples: The batch (inputs, targets), on the module's device; with a step function, (whole batch, None).
             numbers: Returns the numbers of its samples in the full data set, for messages.
 
         Raises:
-            DataError: The loss fails.
+            ConfigError: The step function does not return a loss.
+            DataError: The loss or the step function fails.
             ModelError: The network fails.
         """
         inputs, targets = samples
         with self.precision():
+            if self._step is not None:
+                return step_loss(self._step, module, inputs, numbers)
             with network_errors(module):
                 outputs = call_model(module, inputs)
             with loss_errors(numbers):

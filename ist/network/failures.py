@@ -80,6 +80,28 @@ def loss_errors(numbers: Callable[[], Indices], metric: str | None = None) -> It
         raise kind(f"{what} of {named_samples(numbers())} fails: {error_with_line(error)}") from error
 
 
+@contextmanager
+def step_errors(network: nn.Module, numbers: Callable[[], Indices]) -> Iterator[None]:
+    """Turn an exception of a user's `step` function into an error that names the module, or the samples of the batch.
+
+    Args:
+        network: The network that the function calls.
+        numbers: Returns the numbers of the samples in the data set; called only after an error.
+
+    Raises:
+        ModelError: A module of the network raised the exception.
+        DataError: The function raised it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if _passes(error):
+            raise
+        if where := _in_module(error, network):
+            raise ModelError(f"the network fails{where}: {error_with_line(error)}") from error
+        raise DataError(f"'train.step' fails for {named_samples(numbers())}: {error_with_line(error)}") from error
+
+
 def loss_of(loss: Callable[[Any, Any], Tensor], outputs: Any, targets: Any, numbers: Callable[[], Indices]) -> Tensor:
     """Return the loss of a batch; if it fails only for some of the samples, name the first of them.
 

@@ -189,19 +189,21 @@ def train_config(given: Mapping[str, Any]) -> Config:
         return _own_loop_config(given)
     if given["data"] is None:
         raise DataError("data is missing: give a data set, or loop=, a training loop of your own with its own data")
+    has_step = given["step"] is not None
     for name in ("example", "statistics"):
-        if given[name] is not None:
+        if given[name] is not None and not (name == "example" and has_step):
             raise ConfigError(f"{name} is for a loop of your own: give loop= as well, or leave it out")
     if not is_function(given["data"]):
-        _check_data(given["data"], "data")
+        _check_data(given["data"], "data", of_pairs=not has_step)
     elif given["shard"] != "own":
         raise ConfigError(
             f"data is a function, but shard is {given['shard']!r}: give shard='own' if it returns the data set of a "
             "worker, or pass a data set"
         )
     if given["test_data"] is not None:
-        _check_data(given["test_data"], "test_data")
-    return _config(given, _data_name(given["data"]), _metric(given["test_data"]), "ist.train")
+        _check_data(given["test_data"], "test_data", of_pairs=not has_step)
+    metric = "none" if has_step else _metric(given["test_data"])
+    return _config(given, _data_name(given["data"]), metric, "ist.train")
 
 
 def _data_name(data: Any) -> str:
@@ -219,11 +221,13 @@ def _own_loop_config(given: Mapping[str, Any]) -> Config:
         raise ConfigError(f"loop is {given['loop']!r}: give a function that makes the steps of an ist.Part")
     for name, default in _OF_BUILT_IN_LOOP.items():
         if given[name] != default:
-            raise ConfigError(f"{name} is for the built-in loop: leave it out, because your loop reads the data")
+            raise ConfigError(
+                f"{name} is for the built-in loop: leave it out, because your loop reads the data and makes the steps"
+            )
     _refuse_built_in(given["keywords"])
     _check_example(given["example"])
     if given["test_data"] is not None:
-        _check_data(given["test_data"], "test_data")
+        _check_data(given["test_data"], "test_data", of_pairs=True)
     return _config(given, "own loop", _metric(given["test_data"]), "ist.train")
 
 
@@ -235,6 +239,7 @@ _OF_BUILT_IN_LOOP = {
     "shard": "assigned",
     "skew": None,
     "loader": None,
+    "step": None,
 }
 """Arguments of `ist.train` that only the built-in loop uses, and their defaults."""
 
@@ -282,6 +287,7 @@ _NO_DATA = {
     "epochs": None,
     "batch_size": 1,
     "loss": "cross_entropy",
+    "step": None,
     "schedule": None,
     "shuffle": "local",
     "shard": "assigned",
@@ -336,7 +342,7 @@ def _config(given: Mapping[str, Any], data_name: str, metric: str, source: str) 
     sections = {name: _section(name, given[name], keywords) for name in SECTIONS}
     if given["optimizer"] in ("SGD", torch.optim.SGD) and keywords.get("optimizer_args") is None:
         sections["optimizer"]["args"] = {"lr": 0.1}
-    loss = given["loss"]
+    loss, step = given["loss"], given["step"]
     tree = {
         "name": "api",
         "seed": given["seed"],
@@ -354,6 +360,7 @@ def _config(given: Mapping[str, Any], data_name: str, metric: str, source: str) 
             **{key: given[key] for key in ("workers", "rounds", "epochs", "local_steps")},
             "batch_size": 32 if given["batch_size"] is None else given["batch_size"],
             "loss": loss if isinstance(loss, str) else getattr(loss, "__name__", type(loss).__name__),
+            "step": step if isinstance(step, str | None) else FROM_PYTHON + plain(step),
             "optimizer": sections.pop("optimizer"),
             "schedule": sections.pop("schedule") or None,
             **{key: keywords[key] for key in TrainKeys.__annotations__ if key in keywords},
@@ -434,6 +441,9 @@ def _check_classes(given: Mapping[str, Any]) -> None:
     if isinstance(given["loss"], type):
         name = given["loss"].__name__
         raise ConfigError(f"loss is the class {name}: give a function, such as {name}()")
+    step = given["step"]
+    if isinstance(step, type) or not (step is None or isinstance(step, str) or callable(step)):
+        raise ConfigError(f"step is {step!r}: give a function of (network, batch), or its import path")
 
 
 def _check_made_later(name: str, value: Any) -> None:
@@ -481,8 +491,8 @@ def _name_of(name: str, function: Any) -> str:
     return str(function.__name__) if _is_torchs(name, function) else f"{FROM_PYTHON}{plain(function)}"
 
 
-def _check_data(data: Any, name: str) -> None:
-    """Check that an argument is a data set of pairs.
+def _check_data(data: Any, name: str, of_pairs: bool) -> None:
+    """Check that an argument is a data set, and with `of_pairs` that its items are pairs.
 
     Raises:
         DataError: It is a sequence of tensors, is empty, or its items are not pairs.
@@ -501,7 +511,7 @@ def _check_data(data: Any, name: str) -> None:
         raise DataError(
             f"item 0 of {type(data).__name__} cannot be read: {type(error).__name__}: {first_line(error)}"
         ) from error
-    if not isinstance(item, tuple | list) or len(item) != 2:
+    if of_pairs and (not isinstance(item, tuple | list) or len(item) != 2):
         raise DataError(f"an item of {type(data).__name__} is a {type(item).__name__}, not a pair (input, target)")
 
 

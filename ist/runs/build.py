@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from ist.config.registry import call, resolve
 from ist.config.runtime import Loader
 from ist.config.schema import Config
+from ist.data.batched import WholeBatches
 from ist.data.batches import ShardedSampler, fetch, length
 from ist.data.loading.loader import LoaderSettings
 from ist.data.nested import scores
@@ -32,6 +33,7 @@ from ist.errors import ConfigError, DataError, ModelError
 from ist.evaluation.evaluate import batch_norms
 from ist.evaluation.losses import LOSSES
 from ist.evaluation.metrics import METRICS, Metric
+from ist.evaluation.step_function import StepFunction, network_inputs
 from ist.evaluation.task import NO_SAMPLES, LossFunction, Task
 from ist.loops.part import Part
 from ist.models import MODELS
@@ -94,14 +96,14 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
         return model
 
     template = _template(make)
-    loss = loss_function(config.train.loss)
+    loss, step = loss_function(config.train.loss), step_function(config.train.step)
     if config.data.shard == "own":
         splits, own = load_own(config)
         if has_other_coordinator(config) and (theirs := load_data(config)).train is None:
             _check_without_data(config, template, theirs.test, None)
-        return make_job(config, template, build, splits.train, splits.test, loss, own=own)
+        return make_job(config, template, build, splits.train, splits.test, loss, own=own, step=step)
     splits = collated(config, splits or load_data(config))
-    return make_job(config, template, build, splits.train, splits.test, loss)
+    return make_job(config, template, build, splits.train, splits.test, loss, step=step)
 
 
 @seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # every process must find the same groups
@@ -118,6 +120,7 @@ def make_job(
     loader: LoaderSettings | None = None,
     test_loader: LoaderSettings | None = None,
     own: OwnData | None = None,
+    step: StepFunction | None = None,
 ) -> Job:
     """Build a job from a network and data in memory; see `build_job` and `ist.train`.
 
@@ -134,6 +137,7 @@ def make_job(
         loader: How batches of the training data are read; None: as the configuration says.
         test_loader: How batches of the test data are read; None: like those of the training data.
         own: The data sets that workers have of their own; None: all workers read `train_data`.
+        step: Computes the loss of a whole batch, instead of `loss`; items of the data may then be anything.
 
     Raises:
         ConfigError: The optimizer or the schedule is wrong, or a step has fewer samples than micro-batches.
@@ -150,6 +154,8 @@ def make_job(
     metric = metric_named(config.evaluate.metric)
     if own is not None and length(train_data) == 0:
         _check_without_data(config, template, test_data, example)
+    if step is not None:
+        train_data, test_data = WholeBatches(train_data), None if test_data is None else WholeBatches(test_data)
     examples = train_data if length(train_data) or test_data is None else test_data
     found, example = _found(config, template, build, examples, example)
     make = optimizer_factory(config.train.optimizer, optimizer)
@@ -157,7 +163,7 @@ def make_job(
     loader = loader or _loader_settings(config.data.loader)
     task = Task(
         build, train_data, test_data, loss, metric, example, config.seed, make, loader, test_loader or loader,
-        own_data=own, worker=worker,
+        own_data=own, worker=worker, step=step,
     )  # fmt: skip
     return Job(config, task, split, _schedule(config, template, sampler, make, optimizer, scheduler))
 
@@ -297,7 +303,7 @@ def _found(
     Raises:
         ModelError: The network fails on the example.
     """
-    given, example = example, example_inputs(data) if example is None else example
+    given, example = example, example_inputs(template, data) if example is None else example
     if not config.method_spec.needs_groups:
         return Neurons((), (), {}), example
     try:
@@ -306,7 +312,7 @@ def _found(
         if given is not None or config.train.batch_size <= 2:
             raise
         # Some networks need more than two samples, such as those that normalize parts of a batch.
-        example = example_inputs(data, config.train.batch_size)
+        example = example_inputs(template, data, config.train.batch_size)
         return find_neurons(template, example, build), example
 
 
@@ -420,13 +426,15 @@ def _schedule(
     return Schedule(rounds, config.recipe, sampler, staged, group_of)
 
 
-def example_inputs(data: Dataset[Any], size: int = 2) -> Any:
-    """Return the inputs of a batch of `size` samples, or of all samples if there are fewer.
+def example_inputs(network: nn.Module, data: Dataset[Any], size: int = 2) -> Any:
+    """Return a network's inputs in a batch of `size` samples, or of all samples if there are fewer.
 
     Raises:
+        ConfigError: The data are whole batches, and it is unclear what in them is an input.
         DataError: The samples cannot be collated.
     """
-    return fetch(data, np.arange(min(size, length(data))), torch.device("cpu"))[0]
+    inputs = fetch(data, np.arange(min(size, length(data))), torch.device("cpu"))[0]
+    return network_inputs(network, inputs) if isinstance(data, WholeBatches) else inputs
 
 
 def loss_function(name: str) -> LossFunction:
@@ -440,6 +448,21 @@ def loss_function(name: str) -> LossFunction:
     if ":" in name:
         return function
     return lambda outputs, targets: function(scores(outputs), targets)
+
+
+def step_function(name: str | None) -> StepFunction | None:
+    """Return the step function that a configuration names; None if it names none.
+
+    Raises:
+        ConfigError: It cannot be imported, or is a class.
+    """
+    if name is None:
+        return None
+    found = resolve(name, "train.step", {})
+    if isinstance(found, type):
+        raise ConfigError(f"'train.step' is '{name}', a class: expected a function of (network, batch)")
+    function: StepFunction = found
+    return function
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

@@ -8,17 +8,18 @@ Not here: the single checks (`ist/checks/`), real training (`ist/training/worker
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ist.checks.drift import warn_of_counters
 from ist.checks.finite_values import check_start, non_finite_values
 from ist.checks.gradient_reach import check_reach
 from ist.checks.optimizer_trial import check_optimizer
 from ist.checks.verify import verify_cuts
-from ist.data.batches import length, take_shard
+from ist.data.batches import class_name, length, take_shard
 from ist.data.nested import call_model
 from ist.distributed.device import check_autocast, compute_device
 from ist.errors import ConfigError, DataError, ISTError, ModelError
@@ -83,7 +84,7 @@ def _warn_of_unrepeatable(job: Job) -> None:
     ):
         if dataset is not None and content.unrepeatable is not None:
             warnings.warn(
-                f"the {which} data ({type(dataset).__name__}): item {content.unrepeatable} differs between two reads "
+                f"the {which} data ({class_name(dataset)}): item {content.unrepeatable} differs between two reads "
                 "with the same seeds of torch, random and numpy.random, so runs with the same seed, and resumed runs, "
                 "will differ. Draw random numbers from these generators, not from one of the data set, and do not let "
                 "an item depend on earlier reads",
@@ -134,12 +135,20 @@ def _one_step(job: Job, device: torch.device) -> None:
         return loop.numbers(batch)
 
     inputs, targets = loop.read(batch)
+    outputs: Any = None
+
+    def loss_again() -> Tensor:
+        if job.task.step is None:
+            return job.task.loss(outputs, targets)
+        return loop.step.loss(worker.module, (inputs, targets), numbers)
+
     with located("network, data and loss do not work together"), loop.step.precision():
-        outputs = call_model(worker.module, inputs)
-        loss = loss_of(job.task.loss, outputs, targets, numbers)
-    check_reach(
-        loss, lambda: job.task.loss(outputs, targets), worker.module, (inputs, targets), outputs, job.task.build
-    )
+        if job.task.step is None:
+            outputs = call_model(worker.module, inputs)
+            loss = loss_of(job.task.loss, outputs, targets, numbers)
+        else:
+            loss = loss_again()
+    check_reach(loss, loss_again, worker.module, (inputs, targets), outputs, job.task.build)
     if not torch.isfinite(loss.detach()).all() and (bad := non_finite_values(inputs, targets)):
         raise DataError(
             f"the loss is not finite: a batch of the training data ({len(batch)} samples from {int(numbers()[0])} on) "
@@ -155,10 +164,10 @@ def _one_step(job: Job, device: torch.device) -> None:
     with located(f"evaluating with evaluate.batch_size {job.config.evaluate.batch_size}"):
         if job.config.train.running_statistics == "reestimate":
             batches = statistics_batches(job.task.train_data, size, 1, job.config.seed, device)
-            reestimate_statistics(worker.module, batches)
+            reestimate_statistics(worker.module, batches, job.task.forward)
         if job.task.test_data is not None:
             few = take_shard(job.task.test_data, np.arange(min(2, length(job.task.test_data))))
-            evaluate(worker.module, few, job.task.loss, size, device, job.task.metric)
+            evaluate(worker.module, few, job.task.loss, size, device, job.task.metric, step=job.task.step)
 
 
 def _warn_of_settings_by_shape(job: Job, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

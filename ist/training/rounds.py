@@ -202,7 +202,7 @@ def refresh_statistics(job: Job, model: nn.Module, device: torch.device) -> None
         if batches is None:
             return  # `make_loop_job` has checked that the network has no batch norm
         with scaled_blocks(model, assignments(job).block_scales()), seeded(device, config.seed, Purpose.STATISTICS):
-            reestimate_statistics(model, batches)
+            reestimate_statistics(model, batches, job.task.forward)
 
 
 def evaluate_full_network(job: Job, model: nn.Module, device: torch.device) -> Metrics:
@@ -223,6 +223,7 @@ def evaluate_full_network(job: Job, model: nn.Module, device: torch.device) -> M
             task.metric,
             config.seed,
             task.test_loader,
+            task.step,
         )
 
 

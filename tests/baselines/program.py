@@ -24,7 +24,7 @@ from ist.errors import DataError, ModelError
 from ist.loops.part import completed
 from ist.rng import Purpose
 from ist.rng import seeded as seeded_generators
-from ist.runs.build import make_job
+from ist.runs.build import make_job, step_function
 from ist.runs.execute import execute
 from ist.runs.open import FollowerPart, open_run
 from ist.storage.checkpoint import write_tensors
@@ -74,6 +74,9 @@ RUNS: dict[str, dict[str, Any]] = {
         for method in ("ddp", "local_sgd")
     },
     "ddp, in bfloat16": {"method": "ddp", "train__autocast": "bfloat16"},
+    "ddp, by a step function": {
+        "method": "ddp", "train__step": "tests.steps:of_pairs", "train__accumulate": 3, "train__clip_grad_norm": CLIPPED,
+    },
     "ist that keeps": {
         "method": "ist", **ADAM, "train__optimizer_state": "kept",
         "exchange": {"up": "int8", "values": "deltas", "error_feedback": True},
@@ -161,7 +164,8 @@ def job(name: str) -> Job:
     """The job of a run."""
     settings, make = RUNS.get(name, {"method": name.partition(",")[0]}), OTHER_NETWORKS.get(name, build)
     config = small_config(train__workers=WORKERS, pool=POOL, **settings)
-    return make_job(config, make(), make, data(), data(40, seed=4), nn.functional.cross_entropy)
+    loss, step = nn.functional.cross_entropy, step_function(config.train.step)
+    return make_job(config, make(), make, data(), data(40, seed=4), loss, step=step)
 
 
 class PowerCutError(Exception):

@@ -205,6 +205,10 @@ def test_a_method_clips_and_accumulates_like_a_plain_pytorch_loop_and_sends_no_m
     assert records(runs, name)[-1]["sent_bytes"] == records(runs, method)[-1]["sent_bytes"]
 
 
+def test_a_step_function_trains_as_a_loss_does(runs: Path) -> None:
+    assert_same(weights(runs, "ddp, by a step function"), weights(runs, "ddp, clipped, accumulated"))
+
+
 def test_ddp_computes_in_fewer_bits_like_a_plain_pytorch_loop(runs: Path) -> None:
     found, expected = (
         weights(runs, "ddp, in bfloat16"),

@@ -28,6 +28,7 @@ from tests.augmented import Augmented
 from tests.conftest import data, job_for, returned, whole_state
 from tests.networks import NETWORKS, frozen_first, seeded
 from tests.neurons.networks import stack
+from tests.steps import Named
 
 WORKERS = 3
 
@@ -76,6 +77,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "half precision, varying shares": {
         "network": "attention", "partition__strategy": "categorical", "exchange__down": "float16",
         "exchange__up": "bfloat16",
+    },
+    "by a step function, in parts, clipped": {
+        "network": "one hidden layer", "items": Named, "train__step": "tests.steps:of_mappings", "train__accumulate": 3,
+        "train__clip_grad_norm": 0.4, "train__autocast": "bfloat16", "evaluate__metric": "none",
     },
     "whole blocks": {
         "network": "blocks", "partition__strategy": "blocks", "partition__blocks": ["1.*"], "partition__min_depth": 2,
