@@ -21,7 +21,7 @@ ROOMS = (
     "neurons evaluation distributed",
     "subnet storage",
     "loops",
-    "transport checks launch monitoring",
+    "transport checks launch monitoring export",
     "training report callbacks",
     "baselines pools",
     "runs",

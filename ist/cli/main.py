@@ -2,8 +2,8 @@
 
 Where it sits: the entry point of `ist` and `python -m ist`. Only this file prints errors and ends the process. Progress
 goes to stderr, results to stdout.
-Not here: algorithms, exit codes (`ist/launch/signals.py`), the command `ist theory` (`ist/cli/theory.py`). Each command
-imports torch only if it needs it, so that `--help` is fast.
+Not here: algorithms, exit codes (`ist/launch/signals.py`), the commands `ist theory` (`ist/cli/theory.py`) and `ist
+export` (`ist/cli/export.py`). Each command imports torch only if it needs it, so that `--help` is fast.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 import typer
 
 from ist._version import VERSION
+from ist.cli.export import export
 from ist.cli.theory import theory
 from ist.config.base import describe_keys
 from ist.config.load import config_for_method, load_config, overridden_keys, with_methods
@@ -279,6 +280,7 @@ def plan(
         _say(f"report: {write_plan_page(found, page)}", err=True)
 
 
+app.command()(export)
 app.command()(theory)
 
 

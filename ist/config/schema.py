@@ -86,8 +86,8 @@ class Model(Component):
 
     weights: str | None = Field(
         default=None,
-        description="safetensors file with the initial weights (fine-tuning), such as a run's model.safetensors; "
-        "default: random weights from the run's seed",
+        description="file or folder with the initial weights (fine-tuning): a safetensors file, such as a run's "
+        "model.safetensors, or a folder of torch.distributed.checkpoint; default: random weights from the run's seed",
     )
 
 

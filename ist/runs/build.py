@@ -29,7 +29,7 @@ from ist.data.nested import scores
 from ist.data.registry import Splits
 from ist.data.shards.dirichlet import class_numbers
 from ist.data.shards.unequal import OwnData, OwnSampler, Sampler, SkewedSampler
-from ist.errors import ConfigError, DataError, ModelError
+from ist.errors import CheckpointError, ConfigError, DataError, ModelError
 from ist.evaluation.evaluate import batch_norms
 from ist.evaluation.losses import LOSSES
 from ist.evaluation.metrics import METRICS, Metric
@@ -75,18 +75,7 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
         DataError: The data set is missing, malformed or too small.
         ModelError: The network cannot be split among that many workers.
     """
-    model_class = resolve(config.model.name, "model.name", MODELS)
-
-    def make() -> nn.Module:
-        with seeded(torch.device("cpu"), config.seed, Purpose.MODEL):
-            model = _make(model_class, config.model.args)
-        if not isinstance(model, nn.Module):
-            raise ConfigError(
-                f"'model.name' is '{config.model.name}', which returns a {type(model).__name__}, not a torch.nn.Module"
-            )
-        model = without_compilation(model)
-        check_network(model, is_split=config.method_spec.needs_groups)
-        return model
+    make = partial(build_network, config)
 
     def build() -> nn.Module:
         model = make()
@@ -104,6 +93,25 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
         return make_job(config, template, build, splits.train, splits.test, loss, own=own, step=step)
     splits = collated(config, splits or load_data(config))
     return make_job(config, template, build, splits.train, splits.test, loss, step=step)
+
+
+def build_network(config: Config) -> nn.Module:
+    """Build the network that a configuration names, with random weights from the run's seed.
+
+    Raises:
+        ConfigError: The name or an argument is wrong.
+        ModelError: IST cannot train the network.
+    """
+    model_class = resolve(config.model.name, "model.name", MODELS)
+    with seeded(torch.device("cpu"), config.seed, Purpose.MODEL):
+        model = _make(model_class, config.model.args)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"'model.name' is '{config.model.name}', which returns a {type(model).__name__}, not a torch.nn.Module"
+        )
+    model = without_compilation(model)
+    check_network(model, is_split=config.method_spec.needs_groups)
+    return model
 
 
 @seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # every process must find the same groups
@@ -466,11 +474,19 @@ def step_function(name: str | None) -> StepFunction | None:
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
-    """Load the values of a safetensors file into a network.
+    """Load the values of a safetensors file, or of a folder of torch.distributed.checkpoint, into a network.
 
     Raises:
-        ConfigError: The file cannot be read, or belongs to another network.
+        ConfigError: The file or folder cannot be read, or belongs to another network.
     """
+    if path.is_dir():
+        from ist.export.distributed_checkpoint import read_distributed  # takes half a second to import
+
+        try:
+            model.load_state_dict(read_distributed(path, model.state_dict()))
+        except CheckpointError as error:
+            raise ConfigError(f"'model.weights' is '{path}', which does not match the network: {error}") from error
+        return
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -1,0 +1,1 @@
+"""The network of a run in the formats of other libraries: transformers and torch.distributed.checkpoint."""

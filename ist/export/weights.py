@@ -1,0 +1,83 @@
+"""The weights of a run: those of the trained network, or of its newest checkpoint.
+
+Where it sits: `ist export` reads weights here, and writes them by the other files of this room.
+Not here: building the network (`ist/runs/build.py`), reading a checkpoint (`ist/storage/checkpoint.py`).
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from ist.errors import RunFolderError
+from ist.network.compiled import plain_name
+from ist.storage.checkpoint import load_newest, read_tensors
+from ist.storage.run_folder import RunFolder
+
+_AVERAGE = "average/module."
+"""Prefix of the average over rounds in a checkpoint (`ist/training/average.py`)."""
+
+
+@dataclass(frozen=True)
+class RunWeights:
+    """The weights of a run.
+
+    Attributes:
+        tensors: The tensors of the network's state dict.
+        rounds_done: The rounds after which they were saved, if the run has not finished; None for a finished run.
+    """
+
+    tensors: Mapping[str, Tensor]
+    rounds_done: int | None
+
+
+def run_weights(folder: RunFolder, names: Collection[str] | None) -> RunWeights:
+    """Return the weights of a run: of the trained network, or of the newest checkpoint if the run has not finished.
+
+    With `recipe.average`, they are the average over rounds.
+
+    Args:
+        folder: The run folder.
+        names: The names in the network's state dict; None if the network cannot be built. They are needed only for a
+            run that has not finished, because a checkpoint has other tensors too.
+
+    Raises:
+        CheckpointError: The file is damaged, or lacks a tensor of the network.
+        RunFolderError: The run has no weights yet, or it has not finished and the names are unknown.
+    """
+    if folder.is_finished():
+        return RunWeights(_plain(read_tensors(folder.path / "model.safetensors")[0]), None)
+    newest = load_newest(folder.storage)
+    if newest is None:
+        raise RunFolderError(
+            f"{folder.path}: the run has no checkpoint yet, so there are no weights: run ist train --resume "
+            f"{folder.path}"
+        )
+    if names is None:
+        raise RunFolderError(
+            f"{folder.path}: the run has not finished, and its network was passed from Python, so that its tensors in "
+            "the checkpoint are unknown: resume the run to its end first"
+        )
+    saved, progress = _plain(newest[0]), newest[1]
+    prefix = _AVERAGE if any(name.startswith(_AVERAGE) for name in saved) else ""
+    if missing := [name for name in names if prefix + name not in saved]:
+        raise RunFolderError(
+            f"{folder.path}: the newest checkpoint has no '{missing[0]}' ({len(missing)} tensors missing): it belongs "
+            "to another network than that of config.yaml (model)"
+        )
+    return RunWeights({name: saved[prefix + name] for name in names}, progress.rounds_done)
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {plain_name(name): tensor for name, tensor in tensors.items()}
+
+
+def check_target(path: Path) -> None:
+    """Refuse a folder to write to that contains files.
+
+    Raises:
+        RunFolderError: It is a file, or not empty.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise RunFolderError(f"{path}: is not empty: give a new folder")
