@@ -30,6 +30,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "schedule": ist.Schedule(name="LinearLR", args={"total_iters": 6}),
         "optimizer_state": "carried",
     },
+    "Muon, groups, schedule by a function": {
+        "optimizer": ist.Optimizer(
+            name="MuonWithAdamW",
+            groups=[ist.ParameterGroup(max_dims=1, args={"weight_decay": 0.0})],
+        ),
+        "schedule": ist.Schedule(factor=lambda step: 0.9**step),
+        "optimizer_state": "carried",
+    },
     "int8 and stages": {
         "optimizer": ist.Optimizer(name="AdamW", args={"lr": 0.01}),
         "exchange": ist.Exchange(up="int8", down="int8", values="deltas", error_feedback=True),

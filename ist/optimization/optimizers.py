@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ist.config.schema import Optimizer
 from ist.errors import CheckpointError, ConfigError
-from ist.optimization.factory import MakeOptimizer, optimizer_factory, small_parameters, stepped
+from ist.optimization.factory import MakeOptimizer, is_users_function, optimizer_factory, small_parameters, stepped
 from ist.tensors import TensorSpec
 
 _NUMBER = "#"
@@ -251,24 +251,30 @@ def restore_named_state(
 _SCHEDULED = ("lr", "momentum", "weight_decay")
 """Settings of a parameter group that schedules change."""
 
-_ARGUMENT = re.compile(r"train\.optimizer\.(?:groups\.\d+\.)?args\.([^.]+)")
+_ARGUMENT = re.compile(r"train\.optimizer\.(?:groups\.\d+\.)?args\.(.+)")
 
 
-def without_changed_settings(state: Mapping[str, Tensor], changed: Iterable[str]) -> dict[str, Tensor]:
+def without_changed_settings(state: Mapping[str, Tensor], changed: Iterable[str], spec: Optimizer) -> dict[str, Tensor]:
     """Leave out of a saved state the settings of parameter groups that a changed configuration replaces.
+
+    A changed argument replaces the setting of its name, also within another argument (`adamw.lr`). Any setting may
+    depend on an argument of a user's function, so a changed one replaces all of them.
 
     Args:
         state: Tensors named by `named_state`, with or without a prefix; other tensors stay.
         changed: The changed keys of the configuration.
+        spec: The section `train.optimizer`.
     """
     changed = tuple(changed)
-    replaced = {found[1] for key in changed if (found := _ARGUMENT.match(key))}
+    replaced = {part for key in changed if (found := _ARGUMENT.match(key)) for part in found[1].split(".")}
+    replaces_all = bool(replaced) and is_users_function(spec, None)
     if any(key.startswith(("train.schedule", "recipe.stages")) for key in changed):
         replaced |= set(_SCHEDULED)
 
     def is_replaced(name: str) -> bool:
         key, _, owner = name.partition("@")
-        return owner.startswith(_GROUP) and key.rpartition("/")[2].removesuffix(_NUMBER) in replaced
+        setting = key.rpartition("/")[2].removesuffix(_NUMBER)
+        return owner.startswith(_GROUP) and (replaces_all or setting in replaced)
 
     return {name: tensor for name, tensor in state.items() if not is_replaced(name)}
 

@@ -226,7 +226,7 @@ def _opened(
     check_method(config)
     # Read the checkpoint before joining the group: a damaged one must not leave the other ranks waiting.
     tensors, before = folder.rewind() if leads and resume and folder else ({}, Progress())
-    tensors = without_changed_settings(tensors, folder.changed if folder else ())
+    tensors = without_changed_settings(tensors, folder.changed if folder else (), config.train.optimizer)
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.pool.threads)

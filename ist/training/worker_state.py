@@ -148,7 +148,7 @@ class WorkerState:
         if self._optimizer_is_used_after(round_number - 1):
             state = {name: t for name, t in found.items() if not name.startswith((_RESIDUAL, _LOADERS))}
             changed = self._location.changed if is_resumed else ()
-            self._restored = optimizers.without_changed_settings(state, changed)
+            self._restored = optimizers.without_changed_settings(state, changed, self._job.config.train.optimizer)
         return _part(found, _RESIDUAL)
 
     def optimizer(self, named: Mapping[str, nn.Parameter], round_number: int) -> torch.optim.Optimizer:

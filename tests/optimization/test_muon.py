@@ -13,7 +13,9 @@ from torch.optim import lr_scheduler
 import ist
 from ist.checks.optimizer_trial import try_steps
 from ist.errors import ConfigError
+from ist.optimization.factory import optimizer_factory
 from ist.optimization.muon import ADAMW_FOR, muon_with_adamw, uses_muon
+from ist.optimization.optimizers import named_state, restore_named_state, without_changed_settings
 from ist.runs.recorder import RunRecorder
 from tests.conftest import assert_same, clone, data, job_for, naming, plain_loop
 from tests.networks import NETWORKS, seeded
@@ -127,6 +129,32 @@ def test_a_resumed_run_is_the_same_run(tmp_path: Path) -> None:
     resumed = train(**options, run_dir=tmp_path / "run", resume=True)
 
     assert_same(clone(resumed.state_dict()), clone(uninterrupted.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("spec", "changed", "key", "expected"),
+    [
+        (SPEC, {"args": {**ARGS, "adamw": {"lr": 0.5}}}, "train.optimizer.args.adamw.lr", {0.02, 0.5}),
+        ({**SPEC, "groups": [{"match": ["*.bias"], "args": {"lr": 0.3}}]},
+         {"groups": [{"match": ["*.bias"], "args": {"lr": 0.5}}]}, "train.optimizer.groups.0.args.lr", {0.02, 0.01, 0.5}),
+        ({"name": "tests.optimizers:no_decay_on_biases", "args": {"lr": 0.2}},
+         {"args": {"lr": 0.4}}, "train.optimizer.args.lr", {0.4, 0.2}),
+    ],
+    ids=["of AdamW", "of a group", "of a function"],
+)  # fmt: skip
+def test_a_rate_that_is_changed_for_a_resumed_run_is_not_restored(
+    spec: dict[str, Any], changed: dict[str, Any], key: str, expected: set[float]
+) -> None:
+    named = dict(network().named_parameters())
+    before, after = ist.Optimizer(**spec), ist.Optimizer(**{**spec, **changed})
+    state = named_state(optimizer_factory(before)(named), named)
+
+    made = optimizer_factory(after)(named)
+    restore_named_state(made, named, without_changed_settings(state, [key], after))
+
+    assert {group["lr"] for group in made.param_groups} == expected
+    restore_named_state(made, named, without_changed_settings(state, [], after))
+    assert {group["lr"] for group in made.param_groups} != expected
 
 
 def test_groups_reach_both_parts() -> None:
