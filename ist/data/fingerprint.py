@@ -1,7 +1,8 @@
-"""A fingerprint of a data set, computed from a few items: do two processes have the same data?
+"""A fingerprint of a data set: do two processes have the same data?
 
-Items are compared with a tolerance, because two kinds of processors, or two versions of a decoder, may round
-differently.
+A few items are read and compared, and all samples that are in memory: class numbers exactly, other numbers by a sum.
+Numbers are compared with a tolerance, because two kinds of processors, or two versions of a decoder, may round
+differently. Samples that are read from files, other than these few, are not compared.
 
 Where it sits: `ist/distributed/process_group.py` compares the fingerprints of all ranks before a run;
 `ist/runs/rehearsal.py` warns of data that differ between two reads.
@@ -16,15 +17,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
-from ist.data.batched import BatchedDataset, WholeBatches
+from ist.data.batched import BatchedDataset, Collated, WholeBatches
 from ist.data.batches import fetch, item_at, length
 from ist.rng import Purpose, seeded, uniform
 
 _DRAWN = 3
 NUM_COMPARED = 2 + _DRAWN
 """The number of items in a fingerprint: the first, the last, and some at random, perhaps with repetitions."""
+
+ALL = -1
+"""Stands for all samples in memory, in place of the index of an item."""
 
 _FEW = 16  # a tensor of at most this many integers, such as a target, must agree exactly
 _MOST = 100_000  # at most about this many numbers of a tensor enter the sum
@@ -61,8 +65,8 @@ class DataFingerprint:
 
     Attributes:
         count: The number of items in the data set.
-        indices: The indices of the items in the fingerprint.
-        items: The fingerprints of these items.
+        indices: The indices of the items in the fingerprint; the last one is `ALL`.
+        items: The fingerprints of these items, and of all samples in memory.
     """
 
     count: int
@@ -87,26 +91,29 @@ class DataFingerprint:
     @staticmethod
     def from_numbers(numbers: list[float]) -> "DataFingerprint":
         """Return the fingerprint from the result of `to_numbers`."""
-        indices, rest = numbers[1 : 1 + NUM_COMPARED], numbers[1 + NUM_COMPARED :]
+        indices, rest = numbers[1 : 2 + NUM_COMPARED], numbers[2 + NUM_COMPARED :]
         items = [
             Item(int(form), total, size) for form, total, size in zip(*(rest[i::3] for i in range(3)), strict=True)
         ]
         return DataFingerprint(int(numbers[0]), tuple(map(int, indices)), tuple(items))
 
     def first_different_item(self, other: "DataFingerprint") -> int | None:
-        """Return the index of the first compared item that differs between two data sets of equal length, or None."""
+        """Return the index of the first compared item that differs between two data sets of equal length.
+
+        `ALL`: no compared item differs, but others do; None: no difference was found.
+        """
         for index, mine, theirs in zip(self.indices, self.items, other.items, strict=True):
             if _UNKNOWN not in (mine, theirs) and not mine.is_close(theirs):
                 return index
         return None
 
 
-NO_DATA = DataFingerprint(0, (0,) * NUM_COMPARED, (_UNKNOWN,) * NUM_COMPARED)
+NO_DATA = DataFingerprint(0, (0,) * NUM_COMPARED + (ALL,), (_UNKNOWN,) * (NUM_COMPARED + 1))
 """The fingerprint that stands for no data set."""
 
 
 def data_fingerprint(dataset: Dataset[Any], seed: int) -> DataFingerprint:
-    """Read a few items of a data set, twice each with the same seeds, and return the fingerprint.
+    """Return the fingerprint of a data set: of a few items, read twice with the same seeds, and of all in memory.
 
     Args:
         dataset: The data set.
@@ -118,7 +125,8 @@ def data_fingerprint(dataset: Dataset[Any], seed: int) -> DataFingerprint:
     count = length(dataset)
     drawn = (uniform(_DRAWN, seed, Purpose.CONTENT) * count).astype(np.int64)
     indices = (0, count - 1, *map(int, drawn))
-    return DataFingerprint(count, indices, tuple(_item(dataset, index, seed) for index in indices))
+    items = (*(_item(dataset, index, seed) for index in indices), _in_memory(dataset))
+    return DataFingerprint(count, (*indices, ALL), items)
 
 
 def _item(dataset: Dataset[Any], index: int, seed: int) -> Item:
@@ -131,6 +139,35 @@ def _item(dataset: Dataset[Any], index: int, seed: int) -> Item:
             else:
                 reads.append(_summary(item_at(dataset, index)))
     return reads[0] if reads[0].is_close(reads[1], tolerance=1e-9) else _UNKNOWN
+
+
+def _in_memory(dataset: Dataset[Any]) -> Item:
+    """Return the fingerprint of all samples in memory: exact for rows of few integers, such as class numbers."""
+    tensors = [
+        tensor
+        for tensor in _tensors(dataset)
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_quantized
+    ]
+    found = _summary(tensors)
+    form = found.form
+    for tensor in tensors:
+        if not tensor.is_floating_point() and not tensor.is_complex() and tensor.numel() <= _FEW * len(tensor):
+            form = zlib.crc32(tensor.numpy().data, form)
+    return Item(form, found.total, found.size)
+
+
+def _tensors(dataset: Dataset[Any]) -> list[Tensor]:
+    """Return the tensors in which a data set holds samples, targets, or the indices of a part, as far as known."""
+    if isinstance(dataset, Collated | WholeBatches):
+        return _tensors(dataset.items)
+    if isinstance(dataset, Subset):
+        return [torch.as_tensor(dataset.indices, dtype=torch.int64), *_tensors(dataset.dataset)]
+    if isinstance(dataset, TensorDataset):
+        return [tensor.detach() for tensor in dataset.tensors if tensor.layout is torch.strided and tensor.ndim]
+    targets = getattr(dataset, "targets", None)  # as the image data sets of torchvision have it
+    if isinstance(targets, list) and targets and all(type(target) is int for target in targets):
+        return [torch.tensor(targets)]
+    return [targets.detach()] if isinstance(targets, Tensor) and targets.ndim else []
 
 
 def _summary(value: Any) -> Item:

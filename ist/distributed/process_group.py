@@ -25,7 +25,7 @@ from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: i
 from torch.distributed.rendezvous import rendezvous
 
 from ist.config.runtime import Pool
-from ist.data.fingerprint import DataFingerprint
+from ist.data.fingerprint import ALL, DataFingerprint
 from ist.distributed.environment import PRIVATE_STORE, end_with_launcher
 from ist.distributed.ports import closed_afterwards, refuse_public, store_socket
 from ist.distributed.secret import FILE_VARIABLE, is_proven, new_challenge, prove, run_secret, seal, unseal
@@ -323,10 +323,10 @@ def _differing(contents: Mapping[int, DataFingerprint], which: str) -> str:
     apart = [rank for rank, item in items.items() if item is not None]
     if not apart:
         return ""
-    compared = _listed(sorted(set(first.indices)))
+    compared = _listed(sorted(set(first.indices) - {ALL}))
+    what = f"sample {items[apart[0]]} differs" if items[apart[0]] != ALL else "samples differ that are in memory"
     return (
-        f"the {which} data of rank {_listed(apart)} differ from those of rank 0: sample {items[apart[0]]} differs "
-        f"(compared samples {compared})"
+        f"the {which} data of rank {_listed(apart)} differ from those of rank 0: {what} (compared samples {compared})"
     )
 
 

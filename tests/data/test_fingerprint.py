@@ -1,19 +1,21 @@
 """Fingerprints of data sets: whether two processes have loaded the same data."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
-from ist.data.fingerprint import NO_DATA, DataFingerprint, data_fingerprint
+from ist.data.batched import Collated
+from ist.data.fingerprint import ALL, NO_DATA, DataFingerprint, data_fingerprint
 from ist.distributed import process_group as group
 from ist.errors import DataError
 from ist.runs.rehearsal import rehearse
 from tests.augmented import Augmented
-from tests.conftest import data, generators_left_alone, job_for
+from tests.conftest import data, generators_left_alone, job_for, naming
 from tests.networks import NETWORKS, seeded
 
 
@@ -162,3 +164,50 @@ def test_rank_0_warns_of_different_test_data(monkeypatch: pytest.MonkeyPatch) ->
         agreed(monkeypatch, [(train, ours), (train, NO_DATA), (train, theirs)])
     agreed(monkeypatch, [(train, ours), (train, NO_DATA), (train, theirs)], rank=2)
     agreed(monkeypatch, [(train, ours), (train, NO_DATA), (train, ours)])
+
+
+class WithTargets(Items):
+    """Items whose targets are at hand, as in torchvision."""
+
+    def __init__(self, targets: Any) -> None:
+        super().__init__(*((torch.zeros(3), int(target)) for target in targets))
+        self.targets = targets
+
+
+def test_samples_in_memory_that_are_not_among_the_compared_items_are_compared_as_well() -> None:
+    inputs, targets = data(1000).tensors
+    compared = set(data_fingerprint(TensorDataset(inputs, targets), 3).indices)
+    other = next(index for index in range(1000) if index not in compared)
+    relabelled = targets.clone()
+    relabelled[other] = (relabelled[other] + 1) % 5
+    changed = inputs.clone()
+    hidden = [index for index in range(0, 1000, 50) if index not in compared]
+    changed[hidden] = changed[hidden] + 3
+    swapped = torch.arange(1000)
+    swapped[[other, other + 1]] = swapped[[other + 1, other]]
+    whole = TensorDataset(inputs, targets)
+
+    for one, two in (
+        (whole, TensorDataset(inputs, relabelled)),
+        (whole, TensorDataset(changed, targets)),
+        (WithTargets(targets), WithTargets(relabelled)),
+        (WithTargets(targets.tolist()), WithTargets(relabelled.tolist())),
+        (Subset(whole, list(range(1000))), Subset(whole, swapped.tolist())),
+        (Collated(whole, default_collate), Collated(TensorDataset(inputs, relabelled), default_collate)),
+    ):
+        assert not alike(one, two)
+        assert alike(one, one)
+        assert data_fingerprint(one, 3).first_different_item(data_fingerprint(two, 3)) == ALL
+    assert alike(whole, TensorDataset(inputs * (1 + 1e-5), targets))
+    assert alike(TensorDataset(inputs[:, :0], targets), TensorDataset(inputs[:, :0], targets))
+
+
+def test_ranks_whose_samples_in_memory_differ_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, targets = data(1000).tensors
+    relabelled = targets.roll(1)
+    ours = data_fingerprint(TensorDataset(inputs, targets), 3)
+    theirs = data_fingerprint(TensorDataset(inputs, relabelled), 3)
+    items = (*ours.items[:-1], theirs.items[-1])
+
+    with pytest.raises(DataError, match=naming("training data", "rank 1", "rank 0", "in memory", "data.shard", "own")):
+        agreed(monkeypatch, [(ours, NO_DATA), (replace(ours, items=items), NO_DATA)], 0)
