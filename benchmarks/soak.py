@@ -105,7 +105,7 @@ def soak(minutes: float, every_s: float) -> dict[str, Any]:
                 "data": {"name": "digits"},
                 "train": {
                     "workers": WORKERS,
-                    "rounds": 10_000_000,
+                    "rounds": 1_000_000,
                     "local_steps": 50,
                     "batch_size": 32,
                     "optimizer": {"name": "SGD", "args": {"lr": 0.05}},

@@ -204,6 +204,15 @@ def as_a_rank(out: Path) -> None:
             (out / f"{name}.json").write_text(json.dumps(part.recorder.history))
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_address")
+def test_a_callback_ends_a_run_on_ray(tmp_path: Path) -> None:
+    run(small_config(pool={"kind": "ray"}, train__rounds=9), tmp_path / "run", Log(ends_after=1))
+
+    result = RunFolder(tmp_path / "run").result()
+    assert (result["stopped_early"], result["rounds"]) == ("enough", 2)
+
+
 def test_the_command_line_says_why_a_run_ended_and_resumes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
