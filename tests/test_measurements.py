@@ -31,7 +31,7 @@ from ist.measurements import (
     combined,
     worker_slots,
 )
-from ist.monitoring.exporters import Prometheus, scalars
+from ist.monitoring.exporters import scalars
 from ist.monitoring.meter import Meter
 from ist.monitoring.meter import worker_numbers as measured_by_workers
 from ist.pools import torchrun
@@ -43,6 +43,7 @@ from ist.storage.run_folder import create_run_folder
 from ist.tensors import TensorSpec
 from ist.transport.message import HEADER_BYTES, Header, Message, layout_of
 from tests.conftest import ROOT, a_record, job_for, naming, round_numbers, small_config, worker_numbers
+from tests.monitoring.test_watch import exporter_for
 from tests.networks import NETWORKS, seeded
 from tests.pools.test_ranks import Ranks, by_ranks
 
@@ -145,7 +146,7 @@ def test_a_new_number_is_recorded_and_shown_everywhere_by_one_entry_in_the_table
     folder = create_run_folder(config, tmp_path / "run")
     execute(build_job(config), folder, progress=False)
     records, result = folder.records(), folder.result()
-    exporter = Prometheus(config, "run", 4, 0, records)
+    exporter = exporter_for(history=records)
 
     assert [record["energy_j"] for record in records] == [10.0, 20.0, 30.0, 40.0]
     assert records[0]["energy_j_by_worker"] == [2.5] * 4
@@ -166,7 +167,7 @@ def test_a_new_number_is_checked_when_a_run_is_read_and_may_be_missing_in_older_
 
     metrics.write_text(json.dumps(a_record(0)) + "\n")
     assert "energy_j" not in folder.records()[0]
-    Prometheus(small_config(), "run", 4, 1, folder.records())
+    exporter_for(first_round=1, history=folder.records())
     metrics.write_text(json.dumps(a_record(0, energy_j="much")) + "\n")
     with pytest.raises(RunFolderError, match=naming("line 1", "'energy_j'")):
         folder.records()

@@ -19,7 +19,6 @@ import yaml
 from torch import Tensor
 
 from ist.loops.part import completed
-from ist.monitoring.display import Display
 from ist.monitoring.meter import MemoryGauge, Meter
 from ist.pools.inline import InlinePool
 from ist.pools.ray_pool import RayPool
@@ -68,9 +67,7 @@ class LeavingOut(InlinePool):
 def run(pool_of: Any, job: Job, on_save: Any = None) -> Ended:
     model, meter = job.task.build(), Meter()
     pool = pool_of(job, meter)
-    recorder = RunRecorder(
-        job, None, [Display("", ROUNDS, 0, enabled=False)], Progress(), meter, MemoryGauge(torch.device("cpu"))
-    )
+    recorder = RunRecorder(job, None, [], Progress(), meter, MemoryGauge(torch.device("cpu")))
     if on_save:
         recorder.save = lambda *_: on_save(pool)  # type: ignore[method-assign]
     try:
