@@ -25,6 +25,7 @@ from ist.config.schema import Optimizer, Schedule, num_processes
 from ist.distributed.environment import is_launched, own_rank, world_size
 from ist.distributed.process_group import leave
 from ist.errors import ConfigError, LoopError
+from ist.evaluation.task import OwnEvaluation
 from ist.loops.part import Part
 from ist.monitoring.callback import Callback, Record, Stop
 from ist.monitoring.display import Progress, check_progress
@@ -128,9 +129,7 @@ class Joined:
             raise LoopError("run.evaluate was called after the loop has started: call it before the loop")
         if not isinstance(every, int) or every < 1:
             raise ConfigError(f"run.evaluate: every is {every!r}: give a positive number of rounds")
-        config = self._job.config
-        config = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"every": every})})
-        self._job = replace(self._job, config=config, task=replace(self._job.task, evaluation=function))
+        self._job = replace(self._job, task=replace(self._job.task, evaluation=OwnEvaluation(function, every)))
 
     def stop(self, reason: str) -> None:
         """End the run on all processes when this round is merged; only the coordinator's call counts.

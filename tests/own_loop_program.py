@@ -164,6 +164,8 @@ def resumed(folder: Path, rank: int) -> None:
 def stopped(_: Path, rank: int) -> None:
     """Every rank asks for the end; the coordinator's wish counts."""
     run = joined(network("plain"))
+    if run.is_coordinator:
+        run.evaluate(lambda _: 0.5, every=2)
     loader, seen = Loader(run.worker, run.num_workers), 0
     for part in run:
         for inputs, targets in part.take(loader):
@@ -174,6 +176,7 @@ def stopped(_: Path, rank: int) -> None:
         if part.round == 1:
             run.stop("enough")
     assert seen == 2
+    assert [record.get("test_loss") for record in run.history] == ([None, 0.5] if rank == 0 else [])
     assert run.stopped_early == ("enough" if rank == 0 else None)
 
 

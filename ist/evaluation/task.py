@@ -35,6 +35,19 @@ LossFunction = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
+class OwnEvaluation:
+    """The user's own evaluation of the full network.
+
+    Attributes:
+        function: Receives the network; returns numbers by name, or the loss alone.
+        every: The number of rounds between evaluations.
+    """
+
+    function: Callable[[nn.Module], Mapping[str, float] | float]
+    every: int
+
+
+@dataclass(frozen=True)
 class Task:
     """The network, its data, its loss, its optimizer and its metric; the same in every process.
 
@@ -73,7 +86,7 @@ class Task:
     loader: LoaderSettings
     test_loader: LoaderSettings
     loop: Callable[[Any], object] | None = None
-    evaluation: Callable[[nn.Module], Mapping[str, float] | float] | None = None
+    evaluation: OwnEvaluation | None = None
     statistics: Iterable[Any] | None = None
     own_data: OwnData | None = None
     worker: int | None = 0

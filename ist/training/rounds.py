@@ -134,7 +134,8 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
         DataError: A sample cannot be read, or its loss or metric fails.
         ModelError: The network fails.
     """
-    config = job.config
+    config, own = job.config, job.task.evaluation
+    every = config.evaluate.every if own is None else own.every
     for round_number in range(first_round, job.schedule.num_rounds):
         started = time.perf_counter()
         report = yield from method.train_round(round_number)
@@ -143,7 +144,7 @@ def run_rounds(job: Job, method: Method, recorder: Recorder, first_round: int, d
         last = rounds_done == job.schedule.num_rounds
         metrics = None
         with located(f"evaluating the full network after round {round_number}"):
-            if job.task.is_evaluated and (last or rounds_done % config.evaluate.every == 0):
+            if job.task.is_evaluated and (last or rounds_done % every == 0):
                 metrics = evaluate_full_network(job, method.model, device)
             elif last:
                 refresh_statistics(job, method.model, device)
@@ -212,7 +213,7 @@ def evaluate_full_network(job: Job, model: nn.Module, device: torch.device) -> M
     # Every evaluation draws the same random numbers, so that rounds are comparable if test data are random.
     with scaled_blocks(model, assignments(job).block_scales()), seeded(device, config.seed, Purpose.EVALUATION):
         if task.evaluation is not None:
-            return evaluate_by(task.evaluation, model)
+            return evaluate_by(task.evaluation.function, model)
         assert task.test_data is not None
         return evaluate(
             model,
