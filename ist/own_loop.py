@@ -9,20 +9,20 @@ Not here: the object of the loop's body (`ist/loops/part.py`), the built-in loop
 import logging
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import Unpack
 
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
 from ist.config.runtime import Checkpoint, Pool, Watch
-from ist.config.schema import Optimizer, Schedule, num_processes
-from ist.distributed.environment import is_launched, own_rank, world_size
+from ist.config.schema import Config, Optimizer, Schedule, num_processes
+from ist.distributed.environment import is_launched, is_rank_zero, own_rank, world_size
 from ist.distributed.process_group import leave
 from ist.errors import ConfigError, LoopError
 from ist.evaluation.task import OwnEvaluation
@@ -40,9 +40,10 @@ from ist.rng import Purpose, seeded
 from ist.runs.arguments import LoopKeys, join_config, optimizer_function, scheduler_function
 from ist.runs.build import make_loop_job
 from ist.runs.execute import sole_run
-from ist.runs.open import FollowerPart, open_run
+from ist.runs.open import CoordinatorPart, FollowerPart, open_run
 from ist.runs.preflight import resumed_folder
 from ist.runs.rehearsal import rehearse
+from ist.storage.checkpoint import Progress as SavedProgress
 from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.subnet.job import Job
 from ist.training.rounds import follow_rounds, run_rounds
@@ -89,12 +90,12 @@ class Joined:
         resume: bool,
         progress: Progress,
         callbacks: Sequence[Callback],
+        state: Mapping[str, Any] | None = None,
     ) -> None:
-        rank = own_rank() if is_launched() else 0
-        self.worker = rank - (num_processes(job.config) - job.config.train.workers)
+        self.worker = _own_worker(job.config)
         self.num_workers = job.config.train.workers
         self.num_rounds = job.schedule.num_rounds
-        self.is_coordinator = rank == 0
+        self.is_coordinator = is_rank_zero()
         self.history: list[dict[str, Any]] = []
         self.stopped_early: str | None = None
         self._job = job
@@ -104,7 +105,10 @@ class Joined:
         self._progress = progress
         self._stopping = _Stopping()
         self._callbacks = (*callbacks, self._stopping)
+        self._state = state
         self._is_started = False
+        self._part: Part | None = None
+        self._coordinator: CoordinatorPart | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -131,6 +135,40 @@ class Joined:
             raise ConfigError(f"run.evaluate: every is {every!r}: give a positive number of rounds")
         self._job = replace(self._job, task=replace(self._job.task, evaluation=OwnEvaluation(function, every)))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what this process needs to resume the run later, for a checkpoint of your own.
+
+        Call it in every process at the top of the loop's body, before the first step of the round, and give it to
+        `ist.join(..., state=...)`. With `run_dir`, checkpoints are written without this.
+
+        Returns:
+            Nested dictionaries of tensors on the CPU, numbers and strings, as `torch.save` writes and
+            `torch.load(weights_only=True)` reads them: `rounds_done`; `worker`, this worker's state and the positions
+            in its loaders; on the coordinator also `network`, the full network with the state of the method.
+
+        Raises:
+            LoopError: The loop has not started, or a step was already made in this round.
+        """
+        if self._part is None:
+            raise LoopError("run.state_dict was called before the loop: call it at the top of the loop's body")
+        state: dict[str, Any] = {
+            "rounds_done": self._part.round,
+            "workers": [self.worker, self.num_workers],
+            "worker": self._part.state_dict(),
+        }
+        if self._coordinator is not None:
+            tensors = self._coordinator.method.checkpoint_state()
+            progress = self._coordinator.recorder.progress(self._part.round)
+            state["network"] = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+            state["progress"] = asdict(progress)
+        return state
+
+    def _saved(self) -> tuple[Mapping[str, Tensor], SavedProgress] | None:
+        """Return the coordinator's part of the state that was given."""
+        if self._state is None or "network" not in self._state:
+            return None
+        return self._state["network"], SavedProgress(**self._state["progress"])
+
     def stop(self, reason: str) -> None:
         """End the run on all processes when this round is merged; only the coordinator's call counts.
 
@@ -151,12 +189,15 @@ class Joined:
         if self._is_started:
             raise LoopError("the loop over ist.join was already run: call ist.join again, with resume=True to continue")
         self._is_started = True
-        rounds, part = self._rounds(), None
+        rounds = self._rounds()
         try:
             for part in rounds:
+                if self._part is None and self._state is not None:
+                    part.load_state_dict(self._state["worker"])
+                self._part = part
                 yield part
         except GeneratorExit:  # the caller has left the loop
-            where = f"in round {part.round} of {self.num_rounds}" if part else "before its first round"
+            where = f"in round {self._part.round} of {self.num_rounds}" if self._part else "before its first round"
             left = LoopError(
                 f"worker {self.worker} has left the loop over ist.join {where} (a break, a return or an exception in "
                 "its body)"
@@ -179,10 +220,18 @@ class Joined:
             plain = stack.enter_context(uncompiled(self._model))
             stack.enter_context(preserve_modes(plain))
             device_before = next(plain.parameters()).device
-            run = stack.enter_context(open_run(self._job, self._folder, self._resume, self._progress, self._callbacks))
+            run = stack.enter_context(
+                open_run(self._job, self._folder, self._resume, self._progress, self._callbacks, self._saved())
+            )
+            if self._state is not None and self._state["rounds_done"] != run.first_round:
+                raise LoopError(
+                    f"worker {self.worker} has the state after {self._state['rounds_done']} rounds, but the "
+                    f"coordinator has that after {run.first_round}: give all processes a state of the same round"
+                )
             if isinstance(run, FollowerPart):
                 yield from follow_rounds(run.job, run.follower, run.first_round, run.ends_early)
                 return
+            self._coordinator = run
             self.history = run.recorder.history
             yield from run_rounds(run.job, run.method, run.recorder, run.first_round, run.device)
             run.recorder.finish(run.method.model)
@@ -211,6 +260,7 @@ def join(
     watch: Watch | Mapping[str, Any] | None = None,
     run_dir: str | Path | None = None,
     resume: bool = False,
+    state: Mapping[str, Any] | None = None,
     seed: int = 0,
     progress: Progress = True,
     callbacks: Sequence[Callback] = (),
@@ -249,6 +299,8 @@ def join(
         watch: TensorBoard and Prometheus. Default: neither.
         run_dir: Folder for metrics, checkpoints and the trained network; default: nothing is written.
         resume: Whether to resume from the newest checkpoint in `run_dir`; arguments may change as in `ist.train`.
+        state: What `state_dict` of an earlier run returned in this process; the run continues from there, with the same
+            arguments, and this process is the same worker. Give it to all processes, instead of `resume`.
         seed: Seed of everything random except the network's initial weights; >= 0.
         progress: How to show progress, as in `ist.train`.
         callbacks: Receive the records of the rounds, and may end the run early; see `ist.Callback`. Only the
@@ -296,11 +348,37 @@ def join(
             scheduler=scheduler,
         )  # fmt: skip
         rehearse(job)
+    if state is not None:
+        _check_state(state, config, resume)
     folder: RunFolder | None = None
-    if run_dir is not None and (not is_launched() or own_rank() == 0):
+    if run_dir is not None and is_rank_zero():
         path = Path(run_dir)
         folder = resumed_folder(job, config, path) if resume else create_run_folder(config, path)
-    return Joined(job, model, folder, resume, progress, callbacks)
+    return Joined(job, model, folder, resume, progress, callbacks, state)
+
+
+def _own_worker(config: Config) -> int:
+    """Return the number of this process's worker; -1 for a dedicated coordinator."""
+    rank = own_rank() if is_launched() else 0
+    return rank - (num_processes(config) - config.train.workers)
+
+
+def _check_state(state: Mapping[str, Any], config: Config, resume: bool) -> None:
+    """Check that a state is one of this worker.
+
+    Raises:
+        ConfigError: It is not, or `resume` is given as well.
+    """
+    if resume:
+        raise ConfigError("state and resume=True both say where to continue: leave one out")
+    needed = {"rounds_done", "workers", "worker"} | ({"network", "progress"} if is_rank_zero() else set())
+    if missing := sorted(needed - state.keys()):
+        raise ConfigError(f"state has no '{missing[0]}': give this process what its run.state_dict() returned")
+    own, (worker, workers) = _own_worker(config), state["workers"]
+    if (worker, workers) != (own, config.train.workers):
+        raise ConfigError(
+            f"state is of worker {worker} of {workers}, but this process is worker {own} of {config.train.workers}"
+        )
 
 
 class _Stopping(Callback):

@@ -97,13 +97,18 @@ def joined(model: nn.Module, **settings: Any) -> ist.Joined:
 def train(run: ist.Joined, loader: Any, accumulate: int = 1) -> None:
     """A training loop as its user would write it."""
     for part in run:
-        for number, (inputs, targets) in enumerate(part.take(loader)):
-            loss = nn.functional.cross_entropy(part.model(inputs), targets)
-            (loss / accumulate).backward()
-            if (number + 1) % accumulate == 0:
-                part.optimizer.step()
-                part.optimizer.zero_grad()
-            part.log(loss, len(inputs))
+        step_all(part, loader, accumulate)
+
+
+def step_all(part: ist.Part, loader: Any, accumulate: int = 1) -> None:
+    """The body of such a loop."""
+    for number, (inputs, targets) in enumerate(part.take(loader)):
+        loss = nn.functional.cross_entropy(part.model(inputs), targets)
+        (loss / accumulate).backward()
+        if (number + 1) % accumulate == 0:
+            part.optimizer.step()
+            part.optimizer.zero_grad()
+        part.log(loss, len(inputs))
 
 
 def same_as_built_in(_: Path, rank: int) -> None:
@@ -159,6 +164,25 @@ def resumed(folder: Path, rank: int) -> None:
     if rank == 0:
         assert all(torch.equal(mine, whole.get_parameter(name)) for name, mine in continued.named_parameters())
         assert [record["round"] for record in run.history] == list(range(ROUNDS))
+
+
+def state_saved(folder: Path, rank: int) -> None:
+    """Continue from a state that the user saved, in the middle of an uninterrupted run."""
+    settings = SETTINGS["int8 and stages"]
+    whole, continued = network("plain"), network("plain")
+    run = joined(whole, **settings)
+    loader, path = Loader(run.worker, run.num_workers), folder / f"state-{rank}.pt"
+    for part in run:
+        if part.round == 2:
+            torch.save(run.state_dict(), path)
+        step_all(part, loader)
+    again = joined(continued, state=torch.load(path, weights_only=True), **settings)
+    loader = Loader(again.worker, again.num_workers)
+    for part in again:
+        step_all(part, loader)
+    if rank == 0:
+        assert all(torch.equal(mine, whole.get_parameter(name)) for name, mine in continued.named_parameters())
+        assert [record["samples"] for record in again.history] == [record["samples"] for record in run.history[2:]]
 
 
 def stopped(_: Path, rank: int) -> None:
@@ -217,7 +241,10 @@ def users_group(folder: Path, rank: int) -> None:
     (folder / f"rank-{rank}").write_text(f"{run.worker} of {run.num_workers}")
 
 
-SCENARIOS = {found.__name__: found for found in (same_as_built_in, interrupted, resumed, stopped, no_step, users_group)}
+SCENARIOS = {
+    found.__name__: found
+    for found in (same_as_built_in, interrupted, resumed, state_saved, stopped, no_step, users_group)
+}
 
 if __name__ == "__main__":
     import os

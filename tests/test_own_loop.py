@@ -44,7 +44,7 @@ def trained_by(function: Any, model: nn.Module, **settings: Any) -> ist.TrainRes
 
 @pytest.mark.procs
 def test_own_loops_on_two_ranks_train_as_the_built_in_loop_fail_together_and_resume(tmp_path: Path) -> None:
-    names = ("same_as_built_in", "interrupted", "resumed", "stopped", "no_step", "users_group")
+    names = ("same_as_built_in", "interrupted", "resumed", "state_saved", "stopped", "no_step", "users_group")
 
     run_forked_ranks(*((2, PROGRAM, tmp_path, name) for name in names))
 
@@ -209,6 +209,24 @@ class Epochs:
 
     def __iter__(self) -> Iterator[Any]:
         return iter([data()[number : number + 4] for number in range(3)])
+
+
+def test_a_state_is_complete_only_before_the_steps_of_a_round_and_belongs_to_one_worker(tmp_path: Path) -> None:
+    run = joined(network("plain"), workers=1)
+    with pytest.raises(ist.LoopError, match="before the loop"):
+        run.state_dict()
+    for part in run:
+        state = run.state_dict()
+        loop(part)
+        with pytest.raises(ist.LoopError, match=naming("round", "after 3 steps", "top of the loop's body")):
+            run.state_dict()
+
+    with pytest.raises(ist.ConfigError, match=naming("state", "resume=True")):
+        joined(network("plain"), workers=1, state=state, run_dir=tmp_path, resume=True)
+    with pytest.raises(ist.ConfigError, match=naming("state", "'network'", "state_dict()")):
+        joined(network("plain"), workers=1, state={key: state[key] for key in ("rounds_done", "workers", "worker")})
+    with pytest.raises(ist.ConfigError, match=naming("worker 3 of 4", "worker 0 of 1")):
+        joined(network("plain"), workers=1, state={**state, "workers": [3, 4]})
 
 
 def test_a_loader_that_ends_starts_its_next_epoch_where_the_round_is() -> None:

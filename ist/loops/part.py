@@ -38,6 +38,18 @@ class LocalLoop(Protocol):
         ...
 
 
+class StateOwner(Protocol):
+    """Holds a worker's state between rounds; `ist.training.worker.Worker`."""
+
+    def state_dict(self, part: "Part") -> dict[str, Tensor]:
+        """Return copies of the state with which a part starts, on the CPU."""
+        ...
+
+    def load_state_dict(self, part: "Part", state: Mapping[str, Tensor]) -> None:
+        """Undo `state_dict`, in the first part of a resumed run."""
+        ...
+
+
 class Part:
     """A worker's part of one round: the module to train, its optimizer, and how many steps to make.
 
@@ -177,6 +189,24 @@ class Part:
         """
         self._local.loop.run(self)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return this worker's state: of the optimizer, of error feedback, and the positions in its loaders.
+
+        Raises:
+            LoopError: An optimizer step was already made in this round.
+        """
+        if self.steps_made or self._local.owner is None:
+            raise LoopError(
+                f"worker {self.worker}, round {self.round}: the state was asked for after {self.steps_made} steps: "
+                "ask at the top of the loop's body, before the first step of the round"
+            )
+        return self._local.owner.state_dict(self)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a state that `state_dict` returned, before the first step of the run."""
+        assert self._local.owner is not None
+        self._local.owner.load_state_dict(self, state)
+
     def check_not_over(self) -> None:
         """Raise an error if the coordinator has continued the round without this worker.
 
@@ -206,6 +236,7 @@ class LocalSteps:
     Attributes:
         sources: The positions in the loaders of the user's own loop.
         state: The dictionary `Part.state`.
+        owner: Holds the worker's state between rounds; None: nobody does.
     """
 
     def __init__(self, schedule: Schedule, seed: int, slot: WorkerSlot, device: torch.device, loop: LocalLoop) -> None:
@@ -215,6 +246,7 @@ class LocalSteps:
         self.loop = loop
         self.sources = BatchSources()
         self.state: dict[str, Any] = {}
+        self.owner: StateOwner | None = None
         self._seed = seed
 
     def close(self) -> None:

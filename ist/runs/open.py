@@ -184,6 +184,7 @@ def open_run(
     resume: bool,
     progress: ProgressDisplay = True,
     callbacks: Sequence[Callback] = (),
+    saved: tuple[Mapping[str, Tensor], Progress] | None = None,
 ) -> Iterator[CoordinatorPart | FollowerPart]:
     """Build this process's part of a run, and release it afterwards.
 
@@ -194,6 +195,7 @@ def open_run(
         resume: Whether to resume from the newest checkpoint in `folder`.
         progress: How to show progress.
         callbacks: Callbacks besides the configured ones; used only in the process that coordinates.
+        saved: A checkpoint's tensors and progress to resume from, instead of one in `folder`; only rank 0's is used.
 
     Raises:
         CallbackError: A callback fails.
@@ -208,7 +210,7 @@ def open_run(
             folder.sweep()
             if not resume:
                 folder.begin()
-        with _opened(job, folder, leads, resume, progress, callbacks) as run:
+        with _opened(job, folder, leads, resume, progress, callbacks, saved) as run:
             yield run
 
 
@@ -220,12 +222,13 @@ def _opened(
     resume: bool,
     progress: ProgressDisplay,
     callbacks: Sequence[Callback],
+    saved: tuple[Mapping[str, Tensor], Progress] | None,
 ) -> Iterator[CoordinatorPart | FollowerPart]:
     """Do the work of `open_run`, while this process is the only one that writes to the folder, if it leads."""
     config = job.config
     check_method(config)
     # Read the checkpoint before joining the group: a damaged one must not leave the other ranks waiting.
-    tensors, before = folder.rewind() if leads and resume and folder else ({}, Progress())
+    tensors, before = folder.rewind() if leads and resume and folder else saved or ({}, Progress())
     tensors = without_changed_settings(tensors, folder.changed if folder else (), config.train.optimizer)
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())

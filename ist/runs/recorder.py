@@ -163,6 +163,10 @@ class RunRecorder:
         before, self._seen[which] = self._seen[which], counts
         return [now - then for now, then in zip(counts, before, strict=True)]
 
+    def progress(self, rounds_done: int) -> Progress:
+        """Return the progress entry of a checkpoint."""
+        return Progress(rounds_done, {**self._totals, **self._faults}, dict(self._numbers), self._run_id)
+
     def save(self, rounds_done: int, state: Mapping[str, Tensor]) -> None:
         """Save a checkpoint, if there is a run folder.
 
@@ -170,8 +174,7 @@ class RunRecorder:
             RunFolderError: The checkpoint cannot be written.
         """
         if self._folder:
-            progress = Progress(rounds_done, {**self._totals, **self._faults}, dict(self._numbers), self._run_id)
-            self._folder.save_checkpoint(state, progress, self._job.config.checkpoint.keep)
+            self._folder.save_checkpoint(state, self.progress(rounds_done), self._job.config.checkpoint.keep)
             observers.checkpoint_saved(self._callbacks, rounds_done)
 
     def finish(self, model: nn.Module) -> None:

@@ -7,9 +7,10 @@ assignment of neurons (`ist/subnet/assignments.py`), merging (`ist/training/coor
 
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from ist.checks.drift import Operators, check_forward, is_due, operators
 from ist.loops.local_loop import worker_loop
@@ -24,7 +25,7 @@ from ist.subnet.module import bind, collect, multiply
 from ist.subnet.residual_blocks import scaled_blocks
 from ist.subnet.split_model import ShapeKeys
 from ist.tensors import checksums, is_finite
-from ist.training.worker_state import CheckpointLocation, WorkerState
+from ist.training.worker_state import CheckpointLocation, WorkerState, named_tensors_of, split_state
 from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import WorkerEndpoint
 from ist.transport.frozen_parameters import FrozenCache, check_frozen
@@ -59,6 +60,7 @@ class Worker:
         self.device = device
         loop = loop or worker_loop(job, slot, device)
         self.local = LocalSteps(job.schedule, job.config.seed, slot, device, loop)
+        self.local.owner = self
         self._state = WorkerState(job, slot, held, location, self.local.sources)
         self.gauge = MemoryGauge(device)
         self._held = held
@@ -162,6 +164,17 @@ class Worker:
     def close(self) -> None:
         """Release what the worker's loop holds."""
         self.local.close()
+
+    def state_dict(self, part: Part) -> dict[str, Tensor]:
+        """Return copies of the state with which a part starts; see `StateOwner`."""
+        tensors = named_tensors_of(part.optimizer, part.named, self._end.residuals, self.local.sources)
+        return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+    def load_state_dict(self, part: Part, state: Mapping[str, Tensor]) -> None:
+        """Undo `state_dict`; see `StateOwner`."""
+        optimizer, residuals = split_state(state, self.local.sources)
+        optimizers.restore_named_state(part.optimizer, part.named, optimizer)
+        self._end.residuals = {name: tensor.to(self.device, copy=True) for name, tensor in residuals.items()}
 
     def _restore(self, round_number: int) -> None:
         """Load this worker's saved state if its first round follows a checkpoint."""

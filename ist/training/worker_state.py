@@ -144,12 +144,11 @@ class WorkerState:
                     self._worker, round_number + 1, redacted(checkpoint.storage or self._location.folder), why,
                 )  # fmt: skip
             return {}
-        self._sources.restore(_part(found, _LOADERS))
+        state, residuals = split_state(found, self._sources)
         if self._optimizer_is_used_after(round_number - 1):
-            state = {name: t for name, t in found.items() if not name.startswith((_RESIDUAL, _LOADERS))}
             changed = self._location.changed if is_resumed else ()
             self._restored = optimizers.without_changed_settings(state, changed, self._job.config.train.optimizer)
-        return _part(found, _RESIDUAL)
+        return residuals
 
     def optimizer(self, named: Mapping[str, nn.Parameter], round_number: int) -> torch.optim.Optimizer:
         """Return the optimizer of a round: the last round's if its state and neurons are the same, or a new one."""
@@ -187,10 +186,8 @@ class WorkerState:
         checkpoint = self._location.checkpoint
         if rounds_done == job.schedule.num_rounds or not checkpoint.is_due(rounds_done):
             return
-        state = optimizers.named_state(optimizer, named) if is_used else {}
-        tensors = {**state, **{_RESIDUAL + name: tensor for name, tensor in residuals.items()}}
         try:
-            tensors |= {_LOADERS + name: tensor for name, tensor in self._sources.state().items()}
+            tensors = named_tensors_of(optimizer if is_used else None, named, residuals, self._sources)
             of = self._fingerprint(held, self._location.run_id)
             save_worker_state(self._storage, self._worker, rounds_done, tensors, of, checkpoint.keep)
         except (ConfigError, RunFolderError) as error:
@@ -223,6 +220,37 @@ class WorkerState:
         for held in neurons:
             code = zlib.crc32(held.tobytes(), zlib.crc32(str(len(held)).encode(), code))
         return f"{code:08x} of {self._slot.team.num_workers} by {run_id}"
+
+
+def named_tensors_of(
+    optimizer: torch.optim.Optimizer | None,
+    named: Mapping[str, nn.Parameter],
+    residuals: Mapping[str, Tensor],
+    sources: BatchSources,
+) -> dict[str, Tensor]:
+    """Return a worker's state as tensors by name.
+
+    Args:
+        optimizer: The optimizer; None: its state is not needed.
+        named: Its parameters, by their names in the full network.
+        residuals: The error-feedback buffer, by name.
+        sources: The positions in the loaders of the user's own loop.
+
+    Raises:
+        CheckpointError: A loader's state holds something that cannot be saved.
+    """
+    return {
+        **(optimizers.named_state(optimizer, named) if optimizer is not None else {}),
+        **{_RESIDUAL + name: tensor for name, tensor in residuals.items()},
+        **{_LOADERS + name: tensor for name, tensor in sources.state().items()},
+    }
+
+
+def split_state(tensors: Mapping[str, Tensor], sources: BatchSources) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Undo `named_tensors_of`: return the optimizer's state and the residuals, and restore the positions in loaders."""
+    sources.restore(_part(tensors, _LOADERS))
+    optimizer = {name: tensor for name, tensor in tensors.items() if not name.startswith((_RESIDUAL, _LOADERS))}
+    return optimizer, _part(tensors, _RESIDUAL)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
