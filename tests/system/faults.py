@@ -65,7 +65,7 @@ class FaultyWorker(RayWorker):
     def train(self, ticket: int, round_number: int, slot: WorkerSlot, received: Any, *beside: Any) -> Any:
         mine = [f for f in self.faults if (f.round, f.worker) == (round_number, slot.worker)]
         now = {f.phase: f.what for f in mine if self._is_new(f)}
-        fetch = ist.loops.local_loop.fetch
+        fetch = ist.data.loading.loader.fetch
         calls = 0
 
         def faulty_fetch(*arguments: Any) -> Any:
@@ -76,11 +76,11 @@ class FaultyWorker(RayWorker):
             return fetch(*arguments)
 
         if "while training" in now:
-            ist.loops.local_loop.fetch = faulty_fetch
+            ist.data.loading.loader.fetch = faulty_fetch
         try:
             trained = super().train(ticket, round_number, slot, received, *beside)
         finally:
-            ist.loops.local_loop.fetch = fetch
+            ist.data.loading.loader.fetch = fetch
         before, self.last = self.last, trained.copy()
         match now.get("while sending back"):
             case None:
