@@ -6,6 +6,7 @@ Not here: ending the run (`ist/training/rounds.py`).
 
 import difflib
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from ist.errors import ConfigError
@@ -49,17 +50,29 @@ class EarlyStopping(Callback):
 
     def on_start(self, run: RunStart) -> None:
         """Count the earlier rounds of a resumed run."""
-        if self._metric not in run.numbers:
-            near = difflib.get_close_matches(self._metric, run.numbers, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
+        if self._metric not in run.numbers and not run.more_numbers:
             without = "" if "test_loss" in run.numbers else "; without test data there is no evaluation"
-            raise ConfigError(
-                f"EarlyStopping: metric is '{self._metric}', which the records of this run do not have: {hint}They "
-                f"have {', '.join(run.numbers)}{without}"
-            )
+            raise self._unknown(run.numbers, without)
         self._best, self._best_round, self._without = math.nan, -1, 0
         for record in run.history:
             self.on_round(record)
+
+    def _unknown(self, numbers: Sequence[str], without: str = "") -> ConfigError:
+        near = difflib.get_close_matches(self._metric, numbers, n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        return ConfigError(
+            f"EarlyStopping: metric is '{self._metric}', which the records of this run do not have: {hint}They have "
+            f"{', '.join(numbers)}{without}"
+        )
+
+    def on_evaluate(self, record: Record) -> None:
+        """Check that the user's own evaluation returns the number.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        if record.get(self._metric) is None:
+            raise self._unknown([name for name, value in record.items() if type(value) in (int, float)])
 
     def on_round(self, record: Record) -> Stop | None:
         """Compare a round with the best one so far."""

@@ -45,6 +45,7 @@ class RunStart:
         trained_parameters: Number of those that are trained.
         numbers: Names of the numbers that a record may have. Those of the evaluation are missing in rounds without one.
         history: The records of the rounds before `first_round`, if the run folder still has them.
+        more_numbers: Whether records may have further numbers, which your own evaluation returns (`run.evaluate`).
 
     Example:
         >>> run = ist.RunStart("mine-1", {"seed": 0}, None, 20, 0, 354, 354, ("loss", "accuracy"), ())
@@ -61,6 +62,7 @@ class RunStart:
     trained_parameters: int
     numbers: Sequence[str]
     history: Sequence[Record]
+    more_numbers: bool = False
 
 
 class Callback:

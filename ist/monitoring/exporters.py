@@ -28,9 +28,12 @@ def scalars(record: Record) -> dict[str, float]:
     """Return the numbers of a record by their names in TensorBoard."""
     faults = record.get("lost", [])
     metric = record.get("metric") or "accuracy"
+    measured = {"round", *(m.name for m in MEASUREMENTS)}
+    numbers = {name: value for name, value in record.items() if type(value) in (int, float)}
     found = {
         **{m.tensorboard: record.get(m.name) for m in MEASUREMENTS if m.tensorboard},
         f"{metric}/test": record.get(metric),
+        **{f"{name}/test": value for name, value in numbers.items() if name not in measured},
         **{f"workers/{kind}": sum(fault["kind"] == kind for fault in faults) for kind in FAULTS},
     }
     return {name: value for name, value in found.items() if value is not None}

@@ -101,7 +101,7 @@ def run_start(config: Config, job: Job, folder: RunFolder | None, first_round: i
     """
     parameters = list(job.split.template.parameters())
     numbers = [m.name for m in MEASUREMENTS if m.recorded and not m.is_list and m.source != "evaluation"]
-    if job.task.test_data is not None:
+    if job.task.is_evaluated:
         metrics = job.task.metric.names if job.task.metric else ()
         numbers += dict.fromkeys(["test_loss", *metrics])
     return RunStart(
@@ -114,6 +114,7 @@ def run_start(config: Config, job: Job, folder: RunFolder | None, first_round: i
         trained_parameters=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         numbers=tuple(numbers),
         history=tuple(folder.records()) if folder else (),
+        more_numbers=job.task.evaluation is not None,
     )
 
 

@@ -114,6 +114,31 @@ def test_early_stopping_needs_a_number_that_the_run_has() -> None:
         ist.train(torch.nn.Linear(12, 5), data(), workers=1, rounds=1, progress=False, callbacks=[EarlyStopping()])
 
 
+def joined(*callbacks: ist.Callback) -> Any:
+    """A run with a loop and an evaluation of one's own."""
+    rows = data()
+    run = ist.join(
+        torch.nn.Linear(12, 5), example=rows[:2][0], workers=1, rounds=5, local_steps=1, progress=False, callbacks=callbacks,
+    )  # fmt: skip
+    perplexities = iter([9.0, 8.0, 8.0, 7.0, 6.0])
+    run.evaluate(lambda _: {"perplexity": next(perplexities)})
+    for part in run:
+        for inputs, targets in part.take([rows[:16]]):
+            loss = torch.nn.functional.cross_entropy(part.model(inputs), targets)
+            loss.backward()
+            part.optimizer.step()
+            part.log(loss, len(inputs))
+    return run
+
+
+def test_early_stopping_reads_the_numbers_of_an_own_evaluation() -> None:
+    assert "perplexity" in joined(EarlyStopping("perplexity", patience=1)).stopped_early
+    with pytest.raises(ConfigError, match=naming("'perplexities'", "did you mean 'perplexity'?")):
+        joined(EarlyStopping("perplexities"))
+    with pytest.raises(ConfigError, match=naming("'test_loss'", "perplexity")):
+        joined(EarlyStopping())
+
+
 # W&B
 
 

@@ -112,15 +112,15 @@ def test_a_record_lists_the_workers_that_were_left_out_with_reasons(job: Job) ->
 def test_the_totals_of_a_run_survive_the_loss_of_its_records(job: Job, tmp_path: Path) -> None:
     folder = create_run_folder(small_config(), tmp_path / "run")
     first = recorder_for(job, folder=folder)
-    first.round_done(0, report(LOST, LATE), Metrics(0.3, {"accuracy": 0.9}, 50), Seconds(1.0, 0.5), 10)
-    first.round_done(1, report(), Metrics(0.4, {"accuracy": 0.8}, 50), Seconds(1.0, 0.5), 20)
+    first.round_done(0, report(LOST, LATE), Metrics(0.3, {"accuracy": 0.9}), Seconds(1.0, 0.5), 10)
+    first.round_done(1, report(), Metrics(0.4, {"accuracy": 0.8}), Seconds(1.0, 0.5), 20)
     first.save(2, {"weight": torch.zeros(2)})
     (folder.path / "metrics.jsonl").unlink()
 
     _, before = folder.rewind()
     second = recorder_for(job, before=before, folder=folder)
     assert second.result() == first.result()
-    second.round_done(2, report(LATE), Metrics(0.2, {"accuracy": 0.85}, 50), Seconds(1.0, 0.5), 5)
+    second.round_done(2, report(LATE), Metrics(0.2, {"accuracy": 0.85}), Seconds(1.0, 0.5), 5)
 
     expected = {
         "rounds": 3, "faults": {"lost": 1, "late": 2, "rejected": 0}, "accuracy": 0.85, "best_accuracy": 0.9,
@@ -468,6 +468,9 @@ def test_event_files_get_every_number_and_continue_where_the_run_does(
     assert made["closed"]
     assert {("loss/train", 0.5, 5), ("accuracy/test", 0.875, 5), ("workers/late", 1, 5)} <= set(made["scalars"])
     assert "accuracy/test" not in scalars(a_record(accuracy=None))
+    several = scalars(a_record(metric="precision_at_1", precision_at_1=0.5, precision_at_3=0.75, accuracy=None))
+    assert (several["precision_at_1/test"], several["precision_at_3/test"]) == (0.5, 0.75)
+    assert scalars(a_record(perplexity=9.0)).keys() - scalars(a_record()).keys() == {"perplexity/test"}
 
 
 @pytest.mark.system
