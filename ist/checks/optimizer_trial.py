@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ist.errors import ConfigError
 from ist.optimization import optimizers
+from ist.optimization.factory import plain_name
 from ist.subnet.job import Job, assignments
 from ist.tensors import checksum
 
@@ -53,7 +54,7 @@ def check_optimizer(job: Job, named: Mapping[str, nn.Parameter]) -> None:
     if not found.outside and found.period == 1:
         return
     config, train = job.config, job.config.train
-    name = train.optimizer.name
+    name = plain_name(train.optimizer)
     keeps = f"{name} keeps {' and '.join(found.outside)}" if found.outside else name
     if not config.method_spec.needs_groups or (train.optimizer_state == "kept" and _same_neurons(job)):
         unsaved = [what for what, is_saved in found.outside.items() if not is_saved]

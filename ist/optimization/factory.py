@@ -159,8 +159,13 @@ def _called(function: Any, named: Mapping[str, nn.Parameter], args: Mapping[str,
 def shown(spec: Optimizer) -> str:
     """Return the optimizer's name for a message: the key and its value, or the argument of `ist.train`."""
     if spec.name.startswith(FROM_PYTHON):
-        return f"optimizer is {spec.name.removeprefix(FROM_PYTHON)}"
+        return f"optimizer is {plain_name(spec)}"
     return f"'train.optimizer.name' is '{spec.name}'"
+
+
+def plain_name(spec: Optimizer) -> str:
+    """Return the name of the optimizer's class or function."""
+    return spec.name.removeprefix(FROM_PYTHON)
 
 
 def warn_of_untrained(spec: Optimizer, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> None:
@@ -263,5 +268,5 @@ def stepped(
                 parameter.grad = None
     assert first is not None
     raise ConfigError(
-        f"'train.optimizer.args' {spec.args}: a step of {spec.name} raises {error_with_line(first)}"
+        f"'train.optimizer.args' {spec.args}: a step of {plain_name(spec)} raises {error_with_line(first)}"
     ) from first

@@ -6,7 +6,9 @@ layers are no such matrices, and vectors have no singular values: they use AdamW
 A subnet's matrices are narrower. With `adjust_lr_fn: match_rms_adamw`, the default here, the root mean square of an
 update's entries is about 0.2 times the learning rate for every shape, as AdamW's is: an entry changes as much in a
 subnet as in the full network, and both parts can use one learning rate. With `original`, torch's default, the entries
-grow as the matrix narrows: by sqrt(n) if rows and columns are divided by n.
+grow as the matrix narrows: by sqrt(n) if rows and columns are divided by n. In either case, a weight that is scaled up
+while it is trained (`train.activation_scale: folded`) is scaled down afterwards together with its update, as with any
+optimizer.
 
 Where it sits: `factory.py` makes it if `train.optimizer.name` is `MuonWithAdamW`.
 Not here: Muon itself (`torch.optim.Muon`).

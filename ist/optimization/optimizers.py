@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from ist.config.schema import Optimizer
 from ist.errors import CheckpointError, ConfigError
-from ist.optimization.factory import MakeOptimizer, is_users_function, optimizer_factory, small_parameters, stepped
+from ist.optimization.factory import (
+    MakeOptimizer,
+    is_users_function,
+    optimizer_factory,
+    plain_name,
+    small_parameters,
+    stepped,
+)
 from ist.tensors import TensorSpec
 
 _NUMBER = "#"
@@ -65,7 +72,7 @@ def state_slots(spec: Optimizer, make: MakeOptimizer, dims: Mapping[str, int]) -
     """
     named = small_parameters(dims)
     optimizer = stepped(spec, make, named, 0.0, 1)
-    found = {name: _slots_of(spec.name, optimizer, parameter) for name, parameter in named.items()}
+    found = {name: _slots_of(plain_name(spec), optimizer, parameter) for name, parameter in named.items()}
     return {name: slots for name, slots in found.items() if slots}
 
 

@@ -91,6 +91,25 @@ FAULTS = (
         "every step has the settings of the first", "ist/loops/local_loop.py", "apply_settings(optimizer, groups, schedule.settings[step])",
         "apply_settings(optimizer, groups, schedule.settings[0])", ("tests/training/test_one_worker.py",),
     ),
+    # Optimizers
+    Fault(
+        "the settings of a parameter group are not used", "ist/optimization/parameter_groups.py",
+        "found.append({\"params\": part, **settings, **own})", "found.append({\"params\": part, **settings})",
+        ("tests/optimization/test_configured_groups.py",),
+    ),
+    Fault(
+        "an optimizer of another network is accepted", "ist/optimization/factory.py", "            if id(parameter) not in own:",
+        "            if False:", ("tests/optimization/test_factories.py",),
+    ),
+    Fault(
+        "Muon is made with AdamW's learning rate", "ist/optimization/muon.py",
+        "matrices, lr=lr, weight_decay=weight_decay, momentum=momentum",
+        "matrices, lr=(adamw or {}).get(\"lr\", lr), weight_decay=weight_decay, momentum=momentum", ("tests/optimization/test_muon.py",),
+    ),
+    Fault(
+        "a factor by step is asked for the first step only", "ist/optimization/schedulers.py", "        value = function(step, **args)",
+        "        value = function(0, **args)", ("tests/optimization/test_schedule_functions.py",),
+    ),
     # Worker state
     Fault(
         "a kept optimizer is used for other neurons", "ist/training/worker_state.py", "    return all(map(np.array_equal, neurons, others))",

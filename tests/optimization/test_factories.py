@@ -127,6 +127,19 @@ def test_a_resumed_run_with_a_function_is_the_same_run(tmp_path: Path) -> None:
     assert_same(clone(resumed.state_dict()), clone(uninterrupted.state_dict()))
 
 
+@pytest.mark.ray
+def test_a_function_of_the_script_makes_optimizers_on_ray_as_inline(ray_address: str) -> None:
+    options: dict[str, Any] = {
+        "optimizer": lambda named: optimizers.no_decay_on_biases(named, lr=0.02),
+        "schedule": lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.8),
+        "optimizer_state": "carried",
+    }
+
+    on_ray = train(**options, pool=ist.Pool(kind="ray", ray=ist.Ray(address=ray_address)))
+
+    assert_same(clone(on_ray.state_dict()), clone(train(**options).state_dict()))
+
+
 def returns_a_list(named: Named) -> Any:
     return [*named.values()]
 
@@ -175,6 +188,15 @@ def test_parameters_that_nothing_trains_are_warned_of_by_name() -> None:
     assert len(said) == 1
     assert torch.equal(model.linear_1.bias, before.linear_1.bias)
     assert not torch.equal(model.linear_1.weight, before.linear_1.weight)
+
+
+def test_state_of_a_functions_optimizer_that_cannot_be_carried_is_refused_by_name() -> None:
+    def adafactor(named: Named) -> torch.optim.Optimizer:
+        return torch.optim.Adafactor(named.values())
+
+    with pytest.raises(ConfigError, match=naming("'carried'", "adafactor stores 'row_var'", "'reset'")) as raised:
+        train(optimizer=adafactor, optimizer_state="carried")
+    assert "from-python" not in str(raised.value)
 
 
 def by_size(named: Named) -> torch.optim.Optimizer:
