@@ -153,12 +153,12 @@ def train(
             path. It gets each batch as it was collated, so items of `data` may be anything: tuples, mappings, single
             tensors. It calls the network that it gets, which is a submodel; not `model`. It is also used for the test
             loss, in evaluation mode and without gradients.
-        optimizer: A class of torch.optim or its name, with torch's default arguments (but lr 0.1 for SGD); or
-            `ist.Optimizer(name="AdamW", args={"lr": 3e-4})`, with exactly those arguments and, if given, with parameter
-            groups (`ist.ParameterGroup`); or a function that makes an
-            optimizer of a subnet's parameters, which it gets in a mapping by their names in `model`. It is called for
-            every new subnet, and on stand-ins of all parameters without values. So it decides by a parameter's name,
-            number of dims or dtype, not by its shape, and uses only the parameters that it gets.
+        optimizer: A class of torch.optim or its name, with torch's default arguments (but lr 0.1 for SGD), or a
+            `functools.partial` of a class; or `ist.Optimizer(name="AdamW", args={"lr": 3e-4})`, with exactly those
+            arguments and, if given, with parameter groups (`ist.ParameterGroup`); or a function that makes an optimizer
+            of a subnet's parameters, which it gets in a mapping by their names in `model`. It is called for every new
+            subnet, and on stand-ins of all parameters without values. So it decides by a parameter's name, number of
+            dims or dtype, not by its shape, and uses only the parameters that it gets.
         schedule: A class of torch.optim.lr_scheduler or its name, or `ist.Schedule` with its arguments; or a function
             that makes a scheduler of the optimizer that it gets; or `ist.Schedule(factor=...)` with a function of the
             local step that returns a factor of the learning rate. It advances with every local step, over the whole

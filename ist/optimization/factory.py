@@ -50,8 +50,8 @@ def optimizer_factory(spec: Optimizer, given: MakeOptimizer | None = None) -> Ma
     return partial(_make, spec, given)
 
 
-def of_class(cls: type[torch.optim.Optimizer]) -> MakeOptimizer:
-    """Return a function that makes optimizers of a class with its default arguments."""
+def of_class(cls: Callable[..., torch.optim.Optimizer]) -> MakeOptimizer:
+    """Return a function that makes optimizers of a class, or of a `functools.partial` of one."""
     return partial(_of_class, cls)
 
 

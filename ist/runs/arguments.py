@@ -473,7 +473,8 @@ def optimizer_function(value: Any) -> MakeOptimizer | None:
     """Return the function that makes optimizers if one was given, or a class that the configuration cannot name."""
     if not callable(value) or _is_torchs("optimizer", value):
         return None
-    return of_class(value) if isinstance(value, type) else value
+    called = value.func if isinstance(value, partial) else value  # such as partial(torch.optim.AdamW, lr=0.01)
+    return of_class(value) if isinstance(called, type) else value
 
 
 def scheduler_function(value: Any) -> MakeScheduler | None:

@@ -1,6 +1,7 @@
 """Optimizers made by a user's function of named parameters: as in a plain loop, in every place that makes one."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,43 @@ def test_a_class_is_the_same_as_its_name() -> None:
     for cls in (torch.optim.AdamW, Mine):
         assert_same(clone(train(optimizer=cls).state_dict()), clone(by_name.state_dict()))
     assert_same(clone(train(optimizer=torch.optim.SGD).state_dict()), clone(train(optimizer="SGD").state_dict()))
+
+
+def test_a_partial_of_a_class_is_the_class_with_these_arguments() -> None:
+    args = {"lr": 0.02, "weight_decay": 0.5}
+    by_name = train(optimizer=ist.Optimizer(name="AdamW", args=args))
+
+    by_partial = train(optimizer=partial(torch.optim.AdamW, **args))
+
+    assert_same(clone(by_partial.state_dict()), clone(by_name.state_dict()))
+
+
+@pytest.mark.parametrize("state", ["carried", "kept"])
+def test_an_optimizer_that_knows_the_names_of_its_parameters_is_a_plain_loop_with_it(state: str) -> None:
+    """torch names parameters in its groups if it gets pairs (name, parameter)."""
+    ours, plain = network(), network()
+    job = job_for(
+        ours,
+        train__workers=1,
+        train__rounds=3,
+        train__optimizer={"name": f"{__name__}:of_pairs", "groups": [{"max_dims": 1, "args": {"weight_decay": 0.0}}]},
+        train__optimizer_state=state,
+        train__schedule={"name": "LinearLR"},
+    )
+
+    run(job)
+    named = named_of(plain)
+    vectors, matrices = ([p for p in named.values() if (p.ndim == 1) == wanted] for wanted in (True, False))
+    optimizer = torch.optim.AdamW([{"params": vectors, "weight_decay": 0.0}, {"params": matrices}], lr=0.05)
+    plain_loop(plain, job, optimizer, lr_scheduler.LinearLR(optimizer))
+
+    assert_same(clone(ours.state_dict()), clone(plain.state_dict()))
+    made = job.task.make_optimizer(named)
+    assert [len(group["param_names"]) for group in made.param_groups] == [3, 3]
+
+
+def of_pairs(named: Named) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(named.items(), lr=0.05)
 
 
 def test_a_split_carries_the_state_of_a_functions_optimizer() -> None:
