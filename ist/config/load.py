@@ -35,25 +35,33 @@ def load_config(path: Path, overrides: Sequence[str] = (), is_saved: bool = Fals
     Raises:
         ConfigError: The file is missing or malformed, or a key or value is not allowed.
     """
-    tree = parse_yaml(read_text(path), str(path))
+    return parse_config(read_text(path), str(path), overrides, is_saved)
+
+
+def parse_config(text: str, source: str, overrides: Sequence[str] = (), is_saved: bool = False) -> Config:
+    """Parse, override and validate the text of a configuration; `source` names its origin in messages.
+
+    Args and errors are those of `load_config`.
+    """
+    tree = parse_yaml(text, source)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected a mapping of keys to values, found {kind_of(tree)}")
-    tree, old_keys = with_current_keys(tree, str(path))
+        raise ConfigError(f"{source}: expected a mapping of keys to values, found {kind_of(tree)}")
+    tree, old_keys = with_current_keys(tree, source)
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"--set {short(override)}: expected dotted.key=value, such as train.local_steps=20")
-        source = f"--set {short(override)}"
+        option = f"--set {short(override)}"
         try:
-            tree, of_value = with_current_keys(_with_override(tree, key, parse_yaml(value, source)), source)
+            tree, of_value = with_current_keys(_with_override(tree, key, parse_yaml(value, option)), option)
         except ConfigError as error:
-            raise ConfigError(str(error) if str(error).startswith(source) else f"{source}: {error}") from error
-        old_keys += [(source, key)] if key in RENAMED else of_value
-    config = validate(tree, str(path))
+            raise ConfigError(str(error) if str(error).startswith(option) else f"{option}: {error}") from error
+        old_keys += [(option, key)] if key in RENAMED else of_value
+    config = validate(tree, source)
     if not is_saved:
         for where, old in old_keys:
             warnings.warn(f"{where}: '{old}' is now called '{RENAMED[old]}': rename it", FutureWarning, stacklevel=2)
-    return with_methods(config, config.compare.methods, str(path))
+    return with_methods(config, config.compare.methods, source)
 
 
 def overridden_keys(overrides: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ Not here: opening an existing folder in order to resume it (`ist/storage/reopen.
 (`ist/runs/recorder.py`), showing them (`ist/report/page.py`).
 """
 
+import functools
 import json
 import logging
 import os
@@ -31,9 +32,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ist.config.load import dump_config, load_config, validate
+from ist.config.load import dump_config, parse_config, validate
 from ist.config.schema import Config
-from ist.config.yaml_text import parse_yaml
+from ist.config.yaml_text import parse_yaml, read_text
 from ist.errors import CheckpointError, RunFolderError
 from ist.redact import holds_secret, redacted
 from ist.storage.backend import LocalStorage, Storage, is_url, refuse_link, run_storage, sweep, write_atomically
@@ -74,6 +75,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._config_text = ""
+        self._parsed: tuple[str, Config] | None = None
         self.changed: tuple[str, ...] = ()
         for name in (CONFIG, _CHANGES, "metrics.jsonl", "model.safetensors", "result.json", "tensorboard", LOCK):
             refuse_link(path / name)
@@ -91,8 +93,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     def load_config(self) -> Config:
-        """Return the run's configuration."""
-        return load_config(self.config_path, is_saved=True)
+        """Return the run's configuration; the file is parsed again only if it has changed."""
+        text = read_text(self.config_path)
+        if self._parsed is None or self._parsed[0] != text:
+            self._parsed = text, parse_config(text, str(self.config_path), is_saved=True)
+        return self._parsed[1]
 
     @cached_property
     def storage(self) -> Storage:
@@ -239,8 +244,7 @@ class RunFolder:
         """Return the configuration with which a checkpoint was saved; None if it has none."""
         if not progress.config:
             return None
-        where = f"{self.storage.where()}: the configuration in the newest checkpoint"
-        return validate(parse_yaml(progress.config, where), where)
+        return _saved_config(progress.config, f"{self.storage.where()}: the configuration in the newest checkpoint")
 
     def edited_text(self, changes: Sequence[Change]) -> str:
         """Return the message for a config.yaml that was edited; `changes` may be empty if they are unknown."""
@@ -391,6 +395,11 @@ class RunFolder:
             write_atomically(self.path / name, data)
         except OSError as error:
             raise RunFolderError(f"{self.path / name}: cannot be written: {error.strerror or error}") from error
+
+
+@functools.lru_cache(maxsize=2)  # a resumed run asks several times
+def _saved_config(text: str, where: str) -> Config:
+    return validate(parse_yaml(text, where), where)
 
 
 def create_run_folder(config: Config, path: Path | None = None) -> RunFolder:

@@ -11,6 +11,7 @@ Law: `is_edited(saved_text(config))` is False, for every configuration.
 Not here: which keys may change (`ist/storage/same_run.py`), opening files (`ist/storage/run_folder.py`).
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -97,6 +98,7 @@ def saved_text(config: Config) -> str:
     return f"{text}# sha256:{_digest(text)} To change a key of this run: ist train --resume RUN --set KEY=VALUE\n"
 
 
+@functools.lru_cache(maxsize=4)  # parsing takes a hundredth of a second, and a resumed run asks several times
 def is_edited(text: str) -> bool | None:
     """Return whether config.yaml was edited in keys that say what is trained; None if it has no digest."""
     found = _DIGEST.findall(text)

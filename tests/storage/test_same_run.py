@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from ist.config.load import dump_config, load_config
+from ist.config.yaml_text import parse_yaml
 from ist.errors import RunFolderError
 from ist.redact import redacted
+from ist.runs.build import build_job
+from ist.runs.execute import execute
 from ist.storage.checkpoint import Progress, load_checkpoint, save_checkpoint
 from ist.storage.reopen import reopen, save_config
 from ist.storage.run_folder import RunFolder, create_run_folder
@@ -155,6 +158,27 @@ def test_a_checkpoint_has_the_configuration_from_the_start_of_the_run_not_a_late
 
     with pytest.raises(RunFolderError, match=naming("'seed'", "3", "4")):
         RunFolder(folder.path).rewind()
+
+
+def test_config_yaml_is_parsed_once_for_a_run_and_again_after_an_edit(
+    broken: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed: list[str] = []
+    real = parse_yaml
+
+    def counted(text: str, source: str) -> Any:
+        parsed.append(source)
+        return real(text, source)
+
+    monkeypatch.setattr("ist.config.load.parse_yaml", counted)
+    folder = RunFolder(broken)
+    job = build_job(folder.load_config())
+
+    execute(job, folder, resume=True, progress=False)
+
+    assert parsed == [str(folder.config_path)]
+    edited(broken, ("label: null", "label: mine"))
+    assert folder.load_config().label == "mine"
 
 
 WHERE_AND_BY_WHOM: list[dict[str, Any]] = [
