@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ist.data.batches import fetch
+from ist.data.batches import fetch, take_shard
 from ist.data.nested import tensors_in
 from ist.errors import DataError, ISTError, ModelError
 from ist.rng import Purpose, seeded
@@ -54,15 +54,17 @@ def find_non_finite_sample(job: Job, num_workers: int, worker: int, round_number
     """Describe a non-finite value in a worker's samples of a round, with the number of the sample; None: all finite."""
     if job.task.loop is not None:
         return None  # the data are the user's own
-    if job.task.own_data is not None and not (job.config.pool.spec.in_process or worker == job.task.worker):
+    if not (job.task.holds_data_of(worker) or job.config.pool.spec.in_process):
         return None  # the worker's data are in another process
     cpu, sampler = torch.device("cpu"), job.schedule.sampler_for(num_workers)
     try:
+        numbers = sampler.shard(worker)
+        shard = take_shard(job.task.data_of(worker), numbers)
         with seeded(cpu, job.config.seed, Purpose.TRAINING, round_number, worker):
             for step in job.schedule.steps(round_number):
-                for number in sampler.shard(worker)[sampler.batch(worker, step)].tolist():
-                    if bad := non_finite_values(*fetch(job.task.data_of(worker), np.array([number]), cpu)):
-                        return f"sample {number} of the training data holds {bad}"
+                for position in sampler.batch(worker, step).tolist():
+                    if bad := non_finite_values(*fetch(shard, np.array([position]), cpu)):
+                        return f"sample {numbers[position]} of the training data holds {bad}"
     except (ISTError, RuntimeError, ValueError, TypeError, IndexError):
         return None  # the caller reports the error for which it called this function
     return None

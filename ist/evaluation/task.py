@@ -73,6 +73,8 @@ class Task:
         worker: The worker of this process, or the first one, whose own data set `train_data` is; None: this process
             only coordinates, and `train_data` may be empty.
         step: The user's step function, which computes the loss of a whole batch; None: `loss` does.
+        compared: The fingerprints of the training data and of the test data, if `train_data` has become the shard of
+            `worker` only; None: `train_data` has all samples that this process can read.
     """
 
     build: Callable[[], nn.Module]
@@ -91,6 +93,7 @@ class Task:
     own_data: OwnData | None = None
     worker: int | None = 0
     step: StepFunction | None = None
+    compared: tuple[DataFingerprint, DataFingerprint] | None = None
 
     @property
     def is_evaluated(self) -> bool:
@@ -119,6 +122,8 @@ class Task:
     @cached_property
     def contents(self) -> tuple[DataFingerprint, DataFingerprint]:
         """The fingerprints of the training data and of the test data."""
+        if self.compared is not None:
+            return self.compared
         train, test = (
             NO_DATA if data is None or length(data) == 0 else data_fingerprint(data, self.seed)
             for data in (self.train_data, self.test_data)
@@ -129,6 +134,10 @@ class Task:
     def statistics_inputs(self) -> InputCache:
         """The inputs from which batch norm's running statistics are re-estimated, once they are read."""
         return InputCache()
+
+    def holds_data_of(self, worker: int) -> bool:
+        """Return whether this process can read a worker's samples without loading further data."""
+        return worker == self.worker or (self.own_data is None and self.compared is None)
 
     def for_workers(self) -> "Task":
         """Return the task for a worker, which needs neither the initial weights nor the test data.

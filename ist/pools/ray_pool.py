@@ -32,7 +32,7 @@ from ist.config.schema import min_returned
 from ist.errors import PoolError, WorkerLostError, first_line
 from ist.monitoring.meter import Meter
 from ist.pools.ray_actor import RayWorker, as_tensor
-from ist.subnet.job import Job, for_workers
+from ist.subnet.job import Job, for_one_worker, for_workers
 from ist.training.worker_state import CheckpointLocation
 from ist.transport.codec import MessageBuffers, MessageLayouts
 from ist.transport.interfaces import Lost, Subnet
@@ -129,7 +129,7 @@ class RayPool:
         remote: Any = ray.remote  # its annotations lack concurrency groups
         self._class = remote(concurrency_groups={"control": 1})(worker_class)
         try:
-            self._job = ray.put(for_workers(job))
+            self._jobs = _put_jobs(job)
         except RayError as error:
             raise PoolError(
                 f"could not put the network and the data into Ray's object store: {first_line(error)}"
@@ -311,7 +311,7 @@ class RayPool:
                 scheduling_strategy=strategy,
                 max_restarts=0,
                 max_task_retries=0,
-            ).remote(self._job, name, self._location)
+            ).remote(self._jobs[slot], name, self._location)
             self._members[slot] = _Member(slot, name, actor, actor.where.remote())
 
     def _dismiss_dead(self) -> int:
@@ -395,6 +395,17 @@ class RayPool:
             "resources (pool.ray), or allow fewer workers "
             f"(train.workers: {{min: 1, max: {self._max_workers}}}).{cause}"
         )
+
+
+def _put_jobs(job: Job) -> list[Any]:
+    """Put the run into the object store, and return a reference for each worker slot.
+
+    A worker that has one slot to the end of the run gets its own samples only.
+    """
+    slots = range(job.config.train.workers)
+    if for_one_worker(job, 0) is job:
+        return [ray.put(for_workers(job))] * len(slots)
+    return [ray.put(for_workers(for_one_worker(job, slot))) for slot in slots]
 
 
 def _bundle(settings: Ray) -> dict[str, float]:

@@ -56,8 +56,8 @@ from ist.optimization.schedule import Schedule, run_spans
 from ist.optimization.schedulers import MakeScheduler
 from ist.optimization.step_settings import groups_by_name, schedule_settings, staged_settings, stand_ins
 from ist.rng import Purpose, seeded
-from ist.runs.loading.load import collated, has_other_coordinator, load_data, load_own, own_worker
-from ist.subnet.job import Job
+from ist.runs.loading.load import collated, following_worker, has_other_coordinator, load_data, load_own, own_worker
+from ist.subnet.job import Job, for_one_worker
 from ist.subnet.partition import check_workers
 from ist.subnet.split_model import SplitModel, carried_groups, try_submodel
 from ist.tensors import constant_tensors, tensor_specs
@@ -92,7 +92,9 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
             _check_without_data(config, template, theirs.test, None)
         return make_job(config, template, build, splits.train, splits.test, loss, own=own, step=step)
     splits = collated(config, splits or load_data(config))
-    return make_job(config, template, build, splits.train, splits.test, loss, step=step)
+    job = make_job(config, template, build, splits.train, splits.test, loss, step=step)
+    worker = following_worker(config)
+    return job if worker is None else for_one_worker(job, worker)
 
 
 def build_network(config: Config) -> nn.Module:

@@ -7,6 +7,7 @@ Not here: methods, which each of the four has of its own. Code that needs only o
 from dataclasses import dataclass, replace
 
 from ist.config.schema import Config
+from ist.data.batches import take_shard
 from ist.evaluation.task import Task
 from ist.optimization.schedule import Schedule, run_spans
 from ist.subnet.assignments import Assignments, Team, WorkerSlot
@@ -55,6 +56,19 @@ def is_saved_after(job: Job, round_number: int) -> bool:
     """Return whether the run is saved after a round."""
     rounds_done = round_number + 1
     return rounds_done == job.schedule.num_rounds or job.config.checkpoint.is_due(rounds_done)
+
+
+def for_one_worker(job: Job, worker: int) -> Job:
+    """Return the part of a run that a process needs which is one worker to its end, with no other worker's samples.
+
+    The whole data set stays in memory only if something else holds it. It is needed if workers may get other numbers
+    during the run, or other samples in every epoch.
+    """
+    train, task = job.config.train, job.task
+    if train.is_elastic or job.config.data.shuffle == "global" or task.own_data is not None or task.loop is not None:
+        return job
+    shard = take_shard(task.train_data, job.schedule.sampler.shard(worker))
+    return replace(job, task=replace(task, train_data=shard, test_data=None, worker=worker, compared=task.contents))
 
 
 def for_workers(job: Job) -> Job:

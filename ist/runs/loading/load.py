@@ -94,6 +94,15 @@ def _which_worker(config: Config, loader: Callable[..., Any], worker: int | None
     return {name: value for name, value in told.items() if name in known}
 
 
+def following_worker(config: Config) -> int | None:
+    """Return the worker that this rank is to the end of the run; None for the coordinator, or if there are no ranks."""
+    if not (config.pool.spec.is_launched and is_launched()):
+        return None
+    rank, world_size, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), num_processes(config)
+    is_follower = rank > 0 and world_size == processes
+    return rank - (processes - config.train.workers) if is_follower else None
+
+
 def own_worker(config: Config) -> int | None:
     """Return the worker that this process is; the first one if it is all of them; None if it only coordinates.
 
