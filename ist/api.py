@@ -152,7 +152,8 @@ def train(
         step: A function of (network, batch) that returns the mean loss of the batch, instead of `loss`; or its import
             path. It gets each batch as it was collated, so items of `data` may be anything: tuples, mappings, single
             tensors. It calls the network that it gets, which is a submodel; not `model`. It is also used for the test
-            loss, in evaluation mode and without gradients.
+            loss, in evaluation mode and without gradients. It may also return (loss, {name: number}); `logged` names
+            the numbers whose means are recorded.
         optimizer: A class of torch.optim or its name, with torch's default arguments (but lr 0.1 for SGD), or a
             `functools.partial` of a class; or `ist.Optimizer(name="AdamW", args={"lr": 3e-4})`, with exactly those
             arguments and, if given, with parameter groups (`ist.ParameterGroup`); or a function that makes an optimizer
@@ -196,11 +197,11 @@ def train(
         seed: Seed of everything random except the network's initial weights, which are those of `model`; >= 0.
         progress: Whether to show progress on stderr: a bar on a terminal or in a notebook, otherwise lines; 'tqdm': a
             bar of tqdm in any case.
-        **keywords: Further keys of the section `train`: `accumulate`, `autocast`, `clip_grad_norm`, `min_workers`,
-            `schedule_unit`, `optimizer_state`, `activation_scale`, `running_statistics`. Keywords of earlier versions
-            are also accepted: mappings with the keys of a section (`data_options`, `train_options`, `evaluate_options`,
-            `pool_options`, `checkpoint_options`, `watch_options`) or with arguments (`optimizer_args`,
-            `schedule_args`).
+        **keywords: Further keys of the section `train`: `logged`, `accumulate`, `autocast`, `clip_grad_norm`,
+            `min_workers`, `schedule_unit`, `optimizer_state`, `activation_scale`, `running_statistics`. Keywords of
+            earlier versions are also accepted: mappings with the keys of a section (`data_options`, `train_options`,
+            `evaluate_options`, `pool_options`, `checkpoint_options`, `watch_options`) or with arguments
+            (`optimizer_args`, `schedule_args`).
 
     Returns:
         The trained network and the history.

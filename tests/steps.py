@@ -13,10 +13,26 @@ def of_pairs(net: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(net(inputs), targets)
 
 
+def counting(net: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """The usual loss, the number of samples, and the fraction of right classes."""
+    inputs, targets = batch
+    scores = net(inputs)
+    right = (scores.argmax(dim=1) == targets).float().mean()
+    return nn.functional.cross_entropy(scores, targets), {"samples": len(inputs), "right": right}
+
+
 def of_mappings(net: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A loss of mappings with a weight for each sample."""
-    losses = nn.functional.cross_entropy(net(batch["input"]), batch["classes"], reduction="none")
-    return {"loss": (batch["weight"] * losses).mean()}
+    scores, classes = net(batch["input"]), batch["classes"]
+    losses = nn.functional.cross_entropy(scores, classes, reduction="none")
+    return {"loss": (batch["weight"] * losses).mean(), "scores": scores}
+
+
+def with_numbers(net: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor | float]]:
+    """The loss of mappings, the fraction of right classes, and the mean weight of a sample."""
+    found = of_mappings(net, batch)
+    right = (found["scores"].argmax(dim=1) == batch["classes"]).float().mean()
+    return found["loss"], {"right": right, "weight": float(batch["weight"].double().mean())}
 
 
 class Named(Dataset[Any]):

@@ -114,7 +114,7 @@ class DataParallel:
         exchange.start_round()
         with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):
             part = yield from self._local.of_round(round_number, self._ddp, self._named, self._optimizer)
-            loss_sum = part.loss_sum
+            loss_sum, logged = part.loss_sum, part.value_sums(self.job.config.train.logged)
             seconds = time.perf_counter() - started
             on_gpu = self._membership.device.type != "cpu"
             cpu_s = seconds - sum(exchange.transfers_s) if on_gpu else time.thread_time() - cpu_started
@@ -122,7 +122,7 @@ class DataParallel:
                 steps=part.steps_made, samples=part.samples, loss_sum=loss_sum,
                 compute_s=seconds - sum(exchange.transfers_s), cpu_s=cpu_s, gauge=self._gauge,
             )  # fmt: skip
-            own = RankRound(numbers, is_finite(self._named.values()), exchange.sent_bytes, exchange.transfers_s)
+            own = RankRound(numbers, is_finite(self._named.values()), exchange.sent_bytes, exchange.transfers_s, logged)
             report = report_round(self.job, self._membership, self._meter, own, round_number)
             trained = time.perf_counter()
             if exchange.powersgd is not None and is_saved_after(self.job, round_number):

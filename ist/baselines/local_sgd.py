@@ -123,7 +123,7 @@ class LocalTraining:
         started, cpu_started = time.perf_counter(), time.thread_time()
         self._saved = {}
         part = yield from self._local.of_round(round_number, self._model, self._named, self._optimizer)
-        loss_sum = part.loss_sum
+        loss_sum, logged = part.loss_sum, part.value_sums(self.job.config.train.logged)
         trained, cpu_trained = time.perf_counter(), time.thread_time()
         with peer_errors(f"rank {self._membership.rank} lost a peer in round {round_number}"):
             self._average()
@@ -137,7 +137,7 @@ class LocalTraining:
                 steps=part.steps_made, samples=part.samples, loss_sum=loss_sum,
                 compute_s=seconds - sum(transfers), cpu_s=cpu_s, gauge=self._gauge,
             )  # fmt: skip
-            own = RankRound(numbers, is_finite(self._named.values()), self._sent_bytes, transfers)
+            own = RankRound(numbers, is_finite(self._named.values()), self._sent_bytes, transfers, logged)
             report = report_round(self.job, self._membership, self._meter, own, round_number)
             ended = time.perf_counter()
             if is_saved_after(self.job, round_number):

@@ -18,7 +18,7 @@ from ist.measurements import Numbers, check_worker, combined, worker_slots
 from ist.monitoring.meter import Meter
 from ist.subnet.job import Job
 from ist.training.coordinator import diverged
-from ist.training.rounds import RoundReport
+from ist.training.rounds import RoundReport, logged_means
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class RankRound:
         finite: Whether all values of its network are finite.
         sent_bytes: Bytes that it has sent so far in the run.
         transfers_s: For each exchange, the seconds in which it did not compute, including waits for slower ranks.
+        logged: The sums over its samples of the numbers that `train.logged` names.
     """
 
     numbers: Numbers
     finite: bool
     sent_bytes: float
     transfers_s: Sequence[float]
+    logged: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_worker(self.numbers)
@@ -60,18 +62,18 @@ def report_round(job: Job, membership: Membership, meter: Meter, own: RankRound,
     Raises:
         DivergedError: A rank's loss or network is not finite.
     """
-    ranks = [_unflattened(row) for row in _gather(membership, _flattened(own))]
+    ranks = [_unflattened(row, len(own.logged)) for row in _gather(membership, _flattened(own))]
     for rank, did in enumerate(ranks):
         loss = did.numbers["loss_sum"]
         if not math.isfinite(loss) or not did.finite:
             what = "non-finite weights" if math.isfinite(loss) else f"a loss of {loss}"
             raise diverged(job, len(ranks), rank, what, round_number)
         meter.sent[rank] = round(did.sent_bytes)
-    return summarise(ranks)
+    return summarise(ranks, job.config.train.logged)
 
 
-def summarise(ranks: Sequence[RankRound]) -> RoundReport:
-    """Return the report of a round from the measurements of all ranks."""
+def summarise(ranks: Sequence[RankRound], names: Sequence[str] = ()) -> RoundReport:
+    """Return the report of a round from the measurements of all ranks; `names` are those of `train.logged`."""
     measured = [did.numbers for did in ranks]
     numbers = combined(measured, parallel=True)
     # The last rank to enter an exchange does not wait, so the shortest time is that of the transfer itself.
@@ -86,7 +88,7 @@ def summarise(ranks: Sequence[RankRound]) -> RoundReport:
         "merge_s": 0.0,
         "virtual_s": max(of_rank["cpu_s"] for of_rank in measured) + transfer,
     }
-    return RoundReport(numbers, measured)
+    return RoundReport(numbers, measured, logged=logged_means(names, [did.logged for did in ranks], numbers["samples"]))
 
 
 def broadcast_tensors(membership: Membership, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -112,14 +114,15 @@ def gather_tensors(membership: Membership, tensors: Mapping[str, Tensor]) -> lis
 
 def _flattened(own: RankRound) -> list[float]:
     numbers = [own.numbers[measured.name] for _, measured in worker_slots()]
-    return [own.finite, own.sent_bytes, *numbers, *own.transfers_s]
+    return [own.finite, own.sent_bytes, *own.logged, *numbers, *own.transfers_s]
 
 
-def _unflattened(row: Sequence[float]) -> RankRound:
+def _unflattened(row: Sequence[float], num_logged: int) -> RankRound:
     finite, sent_bytes, *others = row
+    logged, others = tuple(others[:num_logged]), others[num_logged:]
     slots = worker_slots()
     numbers = {m.name: m.kind(value) for (_, m), value in zip(slots, others, strict=False)}
-    return RankRound(numbers, bool(finite), sent_bytes, others[len(slots) :])
+    return RankRound(numbers, bool(finite), sent_bytes, others[len(slots) :], logged)
 
 
 def _gather(membership: Membership, own: Sequence[float]) -> list[list[float]]:

@@ -213,7 +213,13 @@ class Train(Section):
         default=None,
         description="import path 'package.module:name' of a function of (network, batch) that returns the mean loss of "
         "the batch, in place of 'loss'. It gets each batch as it was collated, on the worker's device: a tuple, a "
-        "mapping, or anything else. It must call the network that it gets, and is also used for the test loss",
+        "mapping, or anything else. It must call the network that it gets, and is also used for the test loss. It may "
+        "also return (loss, {name: number}), or a mapping with 'loss' and other numbers; see 'logged'",
+    )
+    logged: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list,
+        description="names of the numbers that 'step' returns beside the loss: in each round, their mean over the "
+        "samples of all workers is recorded, in metrics.jsonl under 'logged'",
     )
     optimizer: Optimizer = Field(
         description="class of torch.optim; 'MuonWithAdamW', which trains hidden matrices with Muon and the rest with "
@@ -271,6 +277,10 @@ class Train(Section):
     def _one_loss(self) -> "Train":
         if self.step is not None and self.loss != Train.model_fields["loss"].default:
             raise ValueError(f"'step' computes the loss, but 'loss' is '{self.loss}': leave one of the two out")
+        if twice := [name for name in dict.fromkeys(self.logged) if self.logged.count(name) > 1]:
+            raise ValueError(f"'logged' names '{twice[0]}' twice: name each number once")
+        if "loss" in self.logged:
+            raise ValueError("'logged' names 'loss', which is recorded in any case: leave it out")
         return self
 
     @model_validator(mode="after")

@@ -87,7 +87,7 @@ def evaluate(
                 return batch
 
             if step is not None:
-                loss_sum += float(step_loss(step, model, inputs, numbers)) * len(batch)
+                loss_sum += float(step_loss(step, model, inputs, numbers).loss) * len(batch)
                 if metric is None:
                     continue
                 inputs, targets = _pair(inputs, metric)

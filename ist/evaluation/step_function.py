@@ -6,7 +6,8 @@ Not here: optimizer steps.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +18,30 @@ from ist.network.failures import step_errors
 from ist.rng import Indices
 
 StepFunction = Callable[[nn.Module, Any], Any]
-"""Computes the mean loss of a batch from (network, batch): a tensor with one number, or a mapping with 'loss'."""
+"""Computes the mean loss of a batch from (network, batch): a tensor with one number; or a mapping with 'loss' and other
+values; or a pair of the loss and a mapping of other values."""
 
 _WHAT = "return the mean loss of the batch, a tensor with one number, or a mapping with 'loss'"
 
+Values = Mapping[str, Tensor | float]
+"""Numbers by name; tensors have one number and no gradient."""
 
-def step_loss(step: StepFunction, network: nn.Module, batch: Any, numbers: Callable[[], Indices]) -> Tensor:
-    """Return the mean loss of a batch, shape ().
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """What a step function computes of a batch.
+
+    Attributes:
+        loss: The mean loss, shape ().
+        values: The other numbers that it returns: means over the batch.
+    """
+
+    loss: Tensor
+    values: Values
+
+
+def step_loss(step: StepFunction, network: nn.Module, batch: Any, numbers: Callable[[], Indices]) -> BatchLoss:
+    """Return the mean loss of a batch, and the other numbers that the function returns.
 
     Args:
         step: The user's function.
@@ -38,11 +56,14 @@ def step_loss(step: StepFunction, network: nn.Module, batch: Any, numbers: Calla
     """
     with step_errors(network, numbers):
         result = step(network, batch)
+    others: Mapping[Any, Any] = {}
     if isinstance(result, Mapping):
         if "loss" not in result:
             names = ", ".join(map(str, result)) or "nothing"
             raise ConfigError(f"'train.step' returns a {type(result).__name__} with {names}: {_WHAT}")
-        result = result["loss"]
+        result, others = result["loss"], {name: value for name, value in result.items() if name != "loss"}
+    elif isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping):
+        result, others = result
     if not isinstance(result, Tensor):
         raise ConfigError(f"'train.step' returns a {type(result).__name__}: {_WHAT}")
     if result.numel() != 1:
@@ -54,7 +75,39 @@ def step_loss(step: StepFunction, network: nn.Module, batch: Any, numbers: Calla
             "'train.step' returns a loss without gradient: compute it from the outputs of the network that the "
             "function gets, without detach(), item() or torch.no_grad()"
         )
-    return result.reshape(())
+    values = {
+        str(name): value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
+        for name, value in others.items()
+        if (isinstance(value, Tensor) and value.numel() == 1) or isinstance(value, int | float)
+    }
+    return BatchLoss(result.reshape(()), values)
+
+
+def checked_values(values: Values, names: Sequence[str]) -> Values:
+    """Return the numbers that a step function returns beside the loss, in the order of `train.logged`.
+
+    Args:
+        values: The numbers by name.
+        names: The names in `train.logged`.
+
+    Raises:
+        ConfigError: The two do not have the same names.
+    """
+    if missing := [name for name in names if name not in values]:
+        found = f"returns only {_listed(values)}" if values else "returns no number beside the loss"
+        raise ConfigError(
+            f"'train.logged' names '{missing[0]}', but 'train.step' {found}: let it return all in every step"
+        )
+    if further := [name for name in values if name not in names]:
+        raise ConfigError(
+            f"'train.step' returns {_listed(further)} beside the loss, but 'train.logged' does not name it: add it to "
+            f"have its mean recorded in each round (logged: {[*names, *further]}), or do not return it"
+        )
+    return {name: values[name] for name in names}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
 
 
 def network_inputs(network: nn.Module, batch: Any) -> Any:

@@ -8,7 +8,7 @@ Not here: one step (`ist/loops/local_step.py`), a user's own loop (`ist/loops/pa
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from ist.data.batches import fetch, take_shard
 from ist.data.loading.loader import BatchReader, StepBatches
+from ist.evaluation.step_function import Values
 from ist.loops.local_step import LocalStep
 from ist.loops.part import LocalLoop, OwnLoop, Part
 from ist.network.failures import located
@@ -33,10 +34,12 @@ class StepDone:
     Attributes:
         loss: Mean loss over the samples of the step, shape (), detached.
         samples: Number of samples.
+        values: Means of other numbers over the samples of the step, by name.
     """
 
     loss: Tensor
     samples: int
+    values: Values = field(default_factory=dict)
 
 
 class TaskLoop:
@@ -89,8 +92,8 @@ class TaskLoop:
                 apply_settings(optimizer, groups, schedule.settings[step])
             batch = self.sampler.batch(self.slot.worker, step)
             with located(f"round {round_number}, worker {self.slot.worker}"):
-                loss = self.step.take(module, parameters, optimizer, batch, self._read_in(step), self.numbers)
-            yield StepDone(loss, len(batch))
+                done = self.step.take(module, parameters, optimizer, batch, self._read_in(step), self.numbers)
+            yield StepDone(done.loss, len(batch), done.values)
 
     def run(self, part: Part) -> None:
         """Make the steps of a part; see `LocalLoop`.
@@ -109,7 +112,7 @@ class TaskLoop:
                     return
                 if part.steps_made == before:  # float16: the scaler skips a step whose gradient overflows
                     part.count_step()
-                part.log(done.loss, done.samples)
+                part.log(done.loss, done.samples, done.values)
 
     def read(self, batch: Indices) -> tuple[Any, Any]:
         """Return the samples at some positions in the worker's shard as a batch (inputs, targets).

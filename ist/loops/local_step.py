@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ist.config.schema import Train
 from ist.data.batches import micro_batches
 from ist.data.nested import call_model
-from ist.evaluation.step_function import step_loss
+from ist.errors import ConfigError
+from ist.evaluation.step_function import BatchLoss, Values, checked_values, step_loss
 from ist.evaluation.task import Task
 from ist.network.failures import loss_errors, loss_of, network_errors
 from ist.rng import Indices
@@ -56,6 +57,9 @@ class LocalStep:
         self._max_norm = settings.clip_grad_norm
         self._loss = task.loss
         self._step = task.step
+        self._logged = settings.logged
+        if self._logged and self._step is None:
+            raise ConfigError(f"'train.logged' is {self._logged}, but no 'train.step' returns these numbers")
 
     def take(
         self,
@@ -65,7 +69,7 @@ class LocalStep:
         batch: Indices,
         read: Callable[[Indices], tuple[Any, Any]],
         numbers: Callable[[Indices], Indices],
-    ) -> Tensor:
+    ) -> BatchLoss:
         """Make one step.
 
         Args:
@@ -77,7 +81,8 @@ class LocalStep:
             numbers: Returns the numbers of these samples in the full data set, for messages.
 
         Returns:
-            The mean loss of the step's samples, detached.
+            The mean loss of the step's samples, detached, and the means of the other numbers that the step function
+            returns.
 
         Raises:
             DataError: A sample cannot be read, or its loss fails.
@@ -85,22 +90,28 @@ class LocalStep:
         """
         parts = micro_batches(batch, self._accumulate)
         optimizer.zero_grad(set_to_none=True)
-        losses = []
+        losses: list[Tensor] = []
+        values: Values = dict.fromkeys(self._logged, 0.0)
         for part in parts:
             samples = read(part)
             with _gradients_kept(module) if part is not parts[-1] else nullcontext():
-                loss = self.loss(module, samples, partial(numbers, part))
+                found = self.result(module, samples, partial(numbers, part))
                 # For parts of equal size this divides by their number, as plain loops do.
-                share = loss if len(parts) == 1 else loss / (len(batch) / len(part))
+                share = found.loss if len(parts) == 1 else found.loss / (len(batch) / len(part))
                 scaled = share if self._scaler is None else self._scaler.scale(share)
                 with network_errors(module, "the backward pass"):
                     scaled.backward()  # type: ignore[no-untyped-call]
             losses.append(share.detach())
+            values = {name: sum_ + found.values[name] * len(part) / len(batch) for name, sum_ in values.items()}
         self.finish(module, parameters, optimizer)
-        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+        return BatchLoss(losses[0] if len(losses) == 1 else torch.stack(losses).sum(), values)
 
     def loss(self, module: nn.Module, samples: tuple[Any, Any], numbers: Callable[[], Indices]) -> Tensor:
-        """Return the mean loss of a batch.
+        """Return the mean loss of a batch; see `result`."""
+        return self.result(module, samples, numbers).loss
+
+    def result(self, module: nn.Module, samples: tuple[Any, Any], numbers: Callable[[], Indices]) -> BatchLoss:
+        """Return the mean loss of a batch, and the other numbers that a step function returns.
 
         Args:
             module: The network.
@@ -108,18 +119,19 @@ class LocalStep:
             numbers: Returns the numbers of its samples in the full data set, for messages.
 
         Raises:
-            ConfigError: The step function does not return a loss.
+            ConfigError: The step function does not return a loss, or other numbers than `train.logged` names.
             DataError: The loss or the step function fails.
             ModelError: The network fails.
         """
         inputs, targets = samples
         with self.precision():
             if self._step is not None:
-                return step_loss(self._step, module, inputs, numbers)
+                found = step_loss(self._step, module, inputs, numbers)
+                return BatchLoss(found.loss, checked_values(found.values, self._logged))
             with network_errors(module):
                 outputs = call_model(module, inputs)
             with loss_errors(numbers):
-                return loss_of(self._loss, outputs, targets, numbers)
+                return BatchLoss(loss_of(self._loss, outputs, targets, numbers), {})
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return the context in which the forward pass and the loss run."""

@@ -6,7 +6,7 @@ arrived. It reaches the caller that iterates the rounds: `completed` runs each p
 Not here: the built-in loop (`ist/loops/local_loop.py`), receiving and returning weights (`ist/training/worker.py`).
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -106,6 +106,7 @@ class Part:
         self._steps_made = 0
         self._is_over = is_over
         self._loss_sum = torch.zeros((), device=local.device)
+        self._value_sums: dict[str, Tensor | float] = {}
 
     @property
     def local_steps(self) -> int:
@@ -156,16 +157,22 @@ class Part:
                 )
             yield source.next_batch(f"worker {self.worker}, round {self.round}")
 
-    def log(self, loss: Tensor | float, samples: int = 1) -> None:
+    def log(self, loss: Tensor | float, samples: int = 1, values: Mapping[str, Tensor | float] | None = None) -> None:
         """Add the loss of a batch to the round's record.
 
         Args:
             loss: The mean loss of the samples: a tensor with one element, or a number.
             samples: The number of samples.
+            values: Means of other numbers over the samples, by name: exactly those that `train.logged` names.
 
         Raises:
-            LoopError: The loss is not a single number.
+            LoopError: The loss, or a value, is not a single number.
         """
+        for name, value in (values or {}).items():
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise LoopError(f"part.log: '{name}' has shape {tuple(value.shape)}: give a mean, one number")
+            number = value.detach().reshape(()).double() if isinstance(value, Tensor) else float(value)
+            self._value_sums[name] = self._value_sums.get(name, 0.0) + number * samples
         if isinstance(loss, Tensor):
             if loss.numel() != 1:
                 raise LoopError(f"part.log: the loss has shape {tuple(loss.shape)}: give the mean loss, one number")
@@ -173,6 +180,19 @@ class Part:
         else:
             self._loss_sum.add_(float(loss), alpha=samples)
         self.samples += samples
+
+    def value_sums(self, names: Sequence[str]) -> tuple[float, ...]:
+        """Return the sums over all samples of logged values, in the order of `names`. This waits for the device.
+
+        Raises:
+            LoopError: Other names were logged.
+        """
+        if other := sorted(self._value_sums.keys() ^ set(names)):
+            raise LoopError(
+                f"worker {self.worker}, round {self.round}: logged values are {sorted(self._value_sums)}, but "
+                f"'train.logged' is {list(names)}: log exactly these with part.log, '{other[0]}' differs"
+            )
+        return tuple(float(self._value_sums[name]) for name in names)
 
     def is_over(self) -> bool:
         """Return whether the coordinator has continued the round without this worker."""

@@ -34,6 +34,7 @@ def scalars(record: Record) -> dict[str, float]:
         **{m.tensorboard: record.get(m.name) for m in MEASUREMENTS if m.tensorboard},
         f"{metric}/test": record.get(metric),
         **{f"{name}/test": value for name, value in numbers.items() if name not in measured},
+        **{f"logged/{name}": value for name, value in record.get("logged", {}).items()},
         **{f"workers/{kind}": sum(fault["kind"] == kind for fault in faults) for kind in FAULTS},
     }
     return {name: value for name, value in found.items() if value is not None}

@@ -76,6 +76,7 @@ class LoopKeys(TypedDict, total=False):
 class TrainKeys(LoopKeys, total=False):
     """Keys of the section `train` that few runs set; `ist keys` explains them."""
 
+    logged: list[str]
     accumulate: int
     autocast: Literal["bfloat16", "float16"] | None
     clip_grad_norm: float | None

@@ -363,6 +363,7 @@ def _split_model(
         constants=_constants(template, build),
         declared=config.partition.sizes,
         activation_scale=train.activation_scale,
+        num_logged=len(train.logged),
     )
     if not is_split:
         return split

@@ -21,7 +21,7 @@ from ist.subnet.split_model import ShapeKeys, SplitModel
 from ist.tensors import TensorSpec, tensor_specs
 from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.frozen_parameters import frozen_bytes, message_bytes
-from ist.transport.message import HEADER_BYTES
+from ist.transport.message import header_bytes
 
 Shape = tuple[int, ...]
 
@@ -252,7 +252,7 @@ def inspect_split(
             for name, spec in whole.items()
         ),
         shares=shares,
-        header_bytes=HEADER_BYTES,
+        header_bytes=header_bytes(split.num_logged),
         bytes_per_round=RoundBytes(ist, ddp, ddp / ist if ist else None),
         bytes_of_run=run_bytes(config, split, schedule, held),
     )

@@ -5,6 +5,7 @@ Not here: measuring (`ist/training/coordinator.py`, `ist/baselines/ranks.py`), s
 `ist/report/`).
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -112,6 +113,8 @@ class RunRecorder:
                 record[f"{measured.name}_by_worker"] = [of_worker[measured.name] for of_worker in report.by_worker]
         if metrics:
             record |= self._evaluation(metrics)
+        if report.logged:
+            record["logged"] = {k: value if math.isfinite(value) else None for k, value in report.logged.items()}
         if report.lost:
             record["lost"] = [{"worker": lost.worker, "kind": lost.kind, "reason": lost.reason} for lost in report.lost]
         for lost in report.lost:

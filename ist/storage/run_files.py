@@ -42,6 +42,7 @@ class _Record(_Written):
     steps: NonNegativeInt = 0
     metric: str | None = None
     lost: list[_Lost] = []
+    logged: dict[str, Number | None] = {}
 
     @model_validator(mode="after")
     def _metric_is_a_number(self) -> "_Record":

@@ -41,6 +41,7 @@ class SplitModel:
         constants: Values of tensors that are neither trained nor in the network's `state_dict`.
         declared: Sizes that the user declares (`partition.sizes`): pattern of module paths to attribute to tensor.
         activation_scale: Whether and how inputs of a worker's layers are scaled for the neurons that it lacks.
+        num_logged: How many numbers a step logs; a message has a place for each (`train.logged`).
     """
 
     template: nn.Module
@@ -53,6 +54,7 @@ class SplitModel:
     constants: Mapping[str, Tensor]
     declared: Mapping[str, Mapping[str, str]]
     activation_scale: Literal["none", "width", "folded"]
+    num_logged: int = 0
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:

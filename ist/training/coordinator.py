@@ -27,7 +27,7 @@ from ist.subnet.store import LocalStore, ParameterStore
 from ist.tensors import is_finite
 from ist.training.outer_optimizer import PREFIX as OUTER
 from ist.training.outer_optimizer import OuterOptimizer
-from ist.training.rounds import RoundReport
+from ist.training.rounds import RoundReport, logged_means
 from ist.training.speed_balance import SpeedBalance
 from ist.transport.codec import SCALE
 from ist.transport.endpoints import SubnetWriter, read_trained
@@ -151,7 +151,10 @@ class Coordinator:
                 failed += arrivals.lost
         self._note_speed(round_number, names, arrivals, watch)
         report = _report(arrivals.headers, arrivals.lost, watch.seconds, self._pool.parallel)
-        return replace(report, lost=(*failed, *report.lost))
+        headers = sorted(arrivals.headers, key=lambda header: header.worker)
+        sums = [header.logged for header in headers]
+        logged = logged_means(self.job.config.train.logged, sums, report.numbers["samples"])
+        return replace(report, lost=(*failed, *report.lost), logged=logged)
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
         """Return the full network's tensors, carried optimizer state, and the outer optimizer's momentum."""

@@ -8,7 +8,7 @@ Not here: training of a round, files, printing.
 
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
@@ -34,14 +34,27 @@ class RoundReport:
         numbers: Every number of `ist/measurements.py` that a method measures in a round, by name.
         by_worker: The numbers of each worker whose result was merged, ordered by worker.
         lost: Workers whose results are not in the merge.
+        logged: The means over all samples of the numbers that `train.logged` names, by name.
     """
 
     numbers: Numbers
     by_worker: Sequence[Numbers]
     lost: tuple[Lost, ...] = ()
+    logged: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_round(self.numbers)
+
+
+def logged_means(names: Sequence[str], sums: Sequence[Sequence[float]], samples: float) -> dict[str, float]:
+    """Return the means of logged numbers from each worker's sums over its samples.
+
+    Args:
+        names: The names of the numbers (`train.logged`).
+        sums: For each worker, the sums in the order of `names`.
+        samples: The number of samples of all workers.
+    """
+    return {name: sum(of_worker[place] for of_worker in sums) / samples for place, name in enumerate(names)}
 
 
 class Method(Protocol):

@@ -135,7 +135,7 @@ class Worker:
             optimizers.load_state(optimizer, named, job.split.state_slots, message.tensors)
         with scaled_blocks(module, self._held.training_block_scales(round_number, self.slot.team)):
             part = yield from self.local.of_round(round_number, module, named, optimizer, is_over)
-            total = part.loss_sum
+            total, logged = part.loss_sum, part.value_sums(job.config.train.logged)
         optimizer.zero_grad(set_to_none=True)  # free the gradients' memory until the next round
         collect(module, message.tensors)
         check_frozen(module, fixed, sums)
@@ -159,7 +159,7 @@ class Worker:
             with located(f"round {round_number}, worker {self.number}"):
                 self._operators = check_forward(job, module, neurons, self._operators, self.device)
         numbers["aside_s"] = time.perf_counter() - started - elapsed
-        buffers.up.write_header(Header(round_number, self.number, numbers))
+        buffers.up.write_header(Header(round_number, self.number, numbers, logged=logged))
 
     def close(self) -> None:
         """Release what the worker's loop holds."""

@@ -154,7 +154,7 @@ def coded_specs(specs: Mapping[str, TensorSpec], coding: Coding) -> dict[str, Te
 
 
 def _coded(plain: Layout, coding: Coding) -> Layout:
-    return layout_of(coded_specs(plain.specs, coding))
+    return layout_of(coded_specs(plain.specs, coding), plain.header_bytes)
 
 
 def _is_matrix(name: str, spec: TensorSpec) -> bool:

@@ -28,7 +28,7 @@ from ist.transport.codec import (
     sent_bytes,
     travels_as_delta,
 )
-from ist.transport.message import Layout, Message, layout_of
+from ist.transport.message import Layout, Message, header_bytes, layout_of
 
 
 def message_layouts(split: SplitModel, exchange: Exchange, cut: Cut) -> MessageLayouts:
@@ -39,7 +39,7 @@ def message_layouts(split: SplitModel, exchange: Exchange, cut: Cut) -> MessageL
         exchange: How messages are encoded.
         cut: The worker's positions: `split.cut`.
     """
-    return coded_layouts(layout_of(cut_specs(split.specs, cut)), exchange)
+    return coded_layouts(layout_of(cut_specs(split.specs, cut), header_bytes(split.num_logged)), exchange)
 
 
 def sent_names(split: SplitModel, layout: Layout, round_number: int) -> list[str]:

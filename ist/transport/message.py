@@ -1,9 +1,9 @@
 """A message: a header and tensors in one flat buffer.
 
-A message is a header of 128 bytes, followed by the tensors; each starts at a multiple of 64 bytes. So a worker can
-train on the received buffer itself, without unpacking, and return the trained buffer. Both ends derive the layout from
-the partition, so only values are sent. The header contains a fingerprint of the layout, which the receiver compares
-with its own.
+A message is a header of 128 bytes (more, if a step logs numbers), followed by the tensors; each starts at a multiple
+of 64 bytes. So a worker can train on the received buffer itself, without unpacking, and return the trained buffer. Both
+ends derive the layout from the partition, so only values are sent. The header contains a fingerprint of the layout,
+which the receiver compares with its own.
 
 Where it sits: `ist/transport/codec.py` and `frozen_parameters.py` derive layouts; pools send `Message.flat`.
 Law: `Message.tensors` are views; writing them packs the message, reading them unpacks it.
@@ -24,6 +24,8 @@ from ist.tensors import TensorSpec
 HEADER_BYTES = 128
 _FINGERPRINT, _ROUND, _WORKER, _REUSES_FROZEN = 0, 1, 2, 10
 """Slots of a header, of 8 bytes each; `ist/measurements.py` names the slots of measured numbers."""
+_LOGGED = HEADER_BYTES // 8
+"""The slot of the first logged number; a header is longer if numbers are logged."""
 ALIGNMENT = 64  # a cache line; torch's allocator guarantees the same to its kernels
 
 
@@ -36,12 +38,14 @@ class Header:
         worker: The worker that receives or returns the message.
         numbers: The numbers that the worker has measured; all are 0 in a message to it.
         reuses_frozen: In a message to a worker: whether it must reuse the frozen parameters that it already has.
+        logged: The sums over the worker's samples of the numbers that `train.logged` names; empty in a message to it.
     """
 
     round_number: int
     worker: int
     numbers: Numbers = field(default_factory=nothing_measured)
     reuses_frozen: bool = False
+    logged: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_worker(self.numbers)
@@ -56,12 +60,14 @@ class Layout:
         offsets: The first byte of each tensor.
         nbytes: Bytes of the message.
         fingerprint: A checksum of names, shapes and dtypes.
+        header_bytes: Bytes of the header.
     """
 
     specs: Mapping[str, TensorSpec]
     offsets: Mapping[str, int]
     nbytes: int
     fingerprint: int
+    header_bytes: int = HEADER_BYTES
 
     def end_of(self, names: Sequence[str]) -> int:
         """Return the bytes of the header and of `names`, which are the first tensors of the layout."""
@@ -70,14 +76,19 @@ class Layout:
         return after[0] if after else self.nbytes
 
 
-def layout_of(specs: Mapping[str, TensorSpec]) -> Layout:
-    """Lay out tensors in a message, in the order given."""
-    offsets, end = {}, HEADER_BYTES
+def header_bytes(num_logged: int) -> int:
+    """Return the bytes of a header with as many logged numbers."""
+    return HEADER_BYTES + -(-8 * num_logged // ALIGNMENT) * ALIGNMENT
+
+
+def layout_of(specs: Mapping[str, TensorSpec], header: int = HEADER_BYTES) -> Layout:
+    """Lay out tensors in a message, in the order given, after a header of so many bytes."""
+    offsets, end = {}, header
     for name, spec in specs.items():
         offsets[name] = end
         end += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
     text = ";".join(f"{name}:{spec.shape}:{spec.dtype}" for name, spec in specs.items())
-    return Layout(dict(specs), offsets, end, zlib.crc32(text.encode()))
+    return Layout(dict(specs), offsets, end, zlib.crc32(text.encode()), header)
 
 
 class Message:
@@ -105,7 +116,7 @@ class Message:
 
     def write_header(self, header: Header) -> None:
         """Write the header, with the layout's fingerprint."""
-        values = torch.zeros(HEADER_BYTES // 8, dtype=torch.float64)
+        values = torch.zeros(self.layout.header_bytes // 8, dtype=torch.float64)
         values[_FINGERPRINT] = self.layout.fingerprint
         values[_ROUND], values[_WORKER], values[_REUSES_FROZEN] = (
             header.round_number,
@@ -114,6 +125,8 @@ class Message:
         )
         for slot, measured in worker_slots():
             values[slot] = header.numbers[measured.name]
+        for place, number in enumerate(header.logged, start=_LOGGED):
+            values[place] = number
         self._header().copy_(values)
 
     def read_header(self, round_number: int, worker: int) -> Header:
@@ -125,7 +138,9 @@ class Message:
         values = self._header().tolist()
         found = values[_FINGERPRINT]
         numbers = {measured.name: measured.kind(values[slot]) for slot, measured in worker_slots()}
-        header = Header(int(values[_ROUND]), int(values[_WORKER]), numbers, bool(values[_REUSES_FROZEN]))
+        header = Header(
+            int(values[_ROUND]), int(values[_WORKER]), numbers, bool(values[_REUSES_FROZEN]), tuple(values[_LOGGED:])
+        )
         expected = (self.layout.fingerprint, round_number, worker)
         if (found, header.round_number, header.worker) != expected:
             raise PoolError(
@@ -136,4 +151,4 @@ class Message:
         return header
 
     def _header(self) -> Tensor:
-        return self.flat[:HEADER_BYTES].view(torch.float64)
+        return self.flat[: self.layout.header_bytes].view(torch.float64)

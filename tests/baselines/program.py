@@ -75,7 +75,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "ddp, in bfloat16": {"method": "ddp", "train__autocast": "bfloat16"},
     "ddp, by a step function": {
-        "method": "ddp", "train__step": "tests.steps:of_pairs", "train__accumulate": 3, "train__clip_grad_norm": CLIPPED,
+        "method": "ddp", "train__step": "tests.steps:counting", "train__logged": ["samples", "right"], "train__accumulate": 3, "train__clip_grad_norm": CLIPPED,
     },
     "ist that keeps": {
         "method": "ist", **ADAM, "train__optimizer_state": "kept",

@@ -209,6 +209,19 @@ def test_a_step_function_trains_as_a_loss_does(runs: Path) -> None:
     assert_same(weights(runs, "ddp, by a step function"), weights(runs, "ddp, clipped, accumulated"))
 
 
+def test_numbers_that_a_step_returns_are_recorded_as_means_over_the_samples_of_all_ranks(runs: Path) -> None:
+    made = job("ddp, by a step function")
+    for record in records(runs, "ddp, by a step function"):
+        batches = [
+            made.schedule.sampler.batch(rank, step)
+            for rank in range(WORKERS)
+            for step in made.schedule.steps(record["round"])
+        ]
+        sizes = [len(part) for batch in batches for part in np.array_split(batch, 3)]
+        assert record["logged"]["samples"] == pytest.approx(sum(size**2 for size in sizes) / sum(sizes))
+        assert 0 < record["logged"]["right"] < 1
+
+
 def test_ddp_computes_in_fewer_bits_like_a_plain_pytorch_loop(runs: Path) -> None:
     found, expected = (
         weights(runs, "ddp, in bfloat16"),

@@ -79,7 +79,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "exchange__up": "bfloat16",
     },
     "by a step function, in parts, clipped": {
-        "network": "one hidden layer", "items": Named, "train__step": "tests.steps:of_mappings", "train__accumulate": 3,
+        "network": "one hidden layer", "items": Named, "train__step": "tests.steps:with_numbers", "train__accumulate": 3,
+        "train__logged": ["right", "weight"],
         "train__clip_grad_norm": 0.4, "train__autocast": "bfloat16", "evaluate__metric": "none",
     },
     "whole blocks": {

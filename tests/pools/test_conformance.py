@@ -35,7 +35,7 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 QUICK_DEDICATED = (
     "batch norm, reset", "carried Adam, uneven", "varying shares", "quantized, error feedback", "kept state, full width, global shuffle",
-    "frozen, quantized", "own data",
+    "frozen, quantized", "own data", "by a step function, in parts, clipped",
 )  # fmt: skip
 """One scenario for every kind of message: a dedicated coordinator changes the numbers of ranks, but no message."""
 
@@ -83,6 +83,7 @@ def test_torchrun_and_inline_end_with_identical_weights(
     keys = ("loss", "accuracy", "samples", "steps", *(("sent_bytes",) if coordinator == "trains" else ()))
     for key in keys:
         assert [record[key] for record in found_history] == [record[key] for record in history]
+    assert [record.get("logged") for record in found_history] == [record.get("logged") for record in history]
 
 
 @pytest.mark.procs

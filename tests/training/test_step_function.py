@@ -13,11 +13,12 @@ from torch.utils.data import Dataset, TensorDataset
 from ist.api import train
 from ist.data.batched import BatchedDataset
 from ist.errors import ConfigError, DataError, ISTError, ModelError
+from ist.monitoring.exporters import scalars
 from ist.rng import Indices
 from ist.runs.execute import execute
 from tests.conftest import assert_same, clone, data, job_for, naming
 from tests.networks import NETWORKS, seeded
-from tests.steps import Named, of_mappings, of_pairs
+from tests.steps import Named, of_mappings, of_pairs, with_numbers
 
 NORM = "two hidden layers, batch norm"
 
@@ -204,6 +205,45 @@ def test_a_step_that_holds_the_network_is_refused() -> None:
 def test_inputs_that_cannot_be_told_from_a_batch_are_asked_for(make: Any, message: list[str]) -> None:
     with pytest.raises(ConfigError, match=naming(*message)):
         train(seeded(NETWORKS["no batch norm"]), Items(make), step=of_pairs, workers=2, rounds=1)
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_numbers_that_a_step_returns_are_recorded_as_means_over_all_samples(parts: int) -> None:
+    items = Named(data())
+
+    result = train(
+        seeded(NETWORKS["no batch norm"]), items, step=with_numbers, logged=["weight", "right"], workers=2, epochs=2,
+        batch_size=10, local_steps=5, accumulate=parts, progress=False,
+    )  # fmt: skip
+
+    expected = sum(items[number]["weight"] for number in range(len(items))) / len(items)
+    assert len(result.history) == 2  # each an epoch
+    for record in result.history:
+        assert list(record["logged"]) == ["weight", "right"]
+        assert record["logged"]["weight"] == pytest.approx(expected)
+        assert 0 < record["logged"]["right"] < 1
+        assert scalars(record)["logged/right"] == record["logged"]["right"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"step": with_numbers}, ["'train.step' returns 'right', 'weight'", "'train.logged'", "logged: ['right', 'weight']"]),
+        ({"step": with_numbers, "logged": ["right"]}, ["returns 'weight'", "logged: ['right', 'weight']"]),
+        ({"step": of_mappings, "logged": ["right"]}, ["'train.logged' names 'right'", "no number beside the loss"]),
+        ({"step": with_numbers, "logged": ["right", "wait"]}, ["names 'wait'", "only 'right', 'weight'"]),
+        ({"step": with_numbers, "logged": ["right", "right"]}, ["'logged' names 'right' twice"]),
+        ({"step": with_numbers, "logged": ["loss"]}, ["'logged' names 'loss'"]),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_not_the_named_ones_are_refused(arguments: dict[str, Any], message: list[str]) -> None:
+    with pytest.raises(ConfigError, match=naming(*message)):
+        train(seeded(NETWORKS["no batch norm"]), Named(data()), workers=2, rounds=1, **arguments)
+
+
+def test_names_of_numbers_without_a_step_function_are_refused() -> None:
+    with pytest.raises(ConfigError, match=naming("'train.logged' is ['right']", "'train.step'")):
+        train(seeded(NETWORKS["no batch norm"]), data(), workers=2, rounds=1, logged=["right"])
 
 
 @pytest.mark.parametrize(
