@@ -138,6 +138,42 @@ def test_neurons_that_reach_an_operator_without_a_rule_are_not_split_and_a_warni
     verify_cuts(job)
 
 
+class WithLoss(nn.Module):
+    """Computes its loss itself, as models of transformers do if they get labels."""
+
+    def __init__(self, loss: Any) -> None:
+        super().__init__()
+        self.first, self.second, self.loss = nn.Linear(12, 8), nn.Linear(8, 5), loss
+
+    def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        scores = self.second(nn.functional.logsigmoid(self.first(x)))
+        return self.loss(scores, labels), scores
+
+
+CLASSES, SHARES = torch.tensor([0, 2, 4]), torch.tensor([[0.0, 1.0, 0.0, 1.0, 1.0]] * 3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "labels"),
+    [
+        (nn.functional.cross_entropy, CLASSES),
+        (nn.functional.multi_margin_loss, CLASSES),
+        (nn.functional.mse_loss, SHARES),
+        (nn.functional.huber_loss, SHARES),
+        (nn.functional.smooth_l1_loss, SHARES),
+        (nn.functional.binary_cross_entropy_with_logits, SHARES),
+        (nn.functional.soft_margin_loss, SHARES),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_network_that_computes_its_loss_is_split_without_a_warning(loss: Any, labels: Tensor) -> None:
+    job = job_of(seeded(lambda: WithLoss(loss)), {"x": rand(3, 12), "labels": labels})
+
+    assert not job.split.found.unknown
+    assert {group.name: group.size for group in job.split.groups} == {"first": 8}
+    verify_cuts(job)
+
+
 class Mixing(nn.Module):
     """Mixes along the hidden axis, so its first layer cannot be split."""
 

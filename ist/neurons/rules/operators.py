@@ -41,7 +41,8 @@ _MOVES = """
 _VIEWS = ("view", "_unsafe_view", "_reshape_alias")
 _SPLITTING = (*_VIEWS, "reshape", "unfold", "pixel_shuffle", "pixel_unshuffle")
 _SAME = (
-    "detach alias clone contiguous _to_copy lift_fresh lift_fresh_copy to positive _conj resolve_conj native_dropout"
+    "detach alias clone contiguous _to_copy lift_fresh lift_fresh_copy to positive _conj resolve_conj native_dropout "
+    "log_sigmoid_forward"
 )
 _FILLED = """
     zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty
@@ -71,6 +72,11 @@ _POOLS = """
     _upsample_nearest_exact2d upsample_bilinear2d upsample_linear1d upsample_trilinear3d upsample_bicubic2d
     _upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad1d reflection_pad2d reflection_pad3d
     fractional_max_pool2d fractional_max_pool3d replication_pad1d replication_pad2d replication_pad3d grid_sampler_2d
+"""
+_LOSSES = """
+    nll_loss_forward nll_loss nll_loss2d_forward nll_loss2d nll_loss_nd mse_loss binary_cross_entropy
+    binary_cross_entropy_with_logits smooth_l1_loss huber_loss soft_margin_loss multi_margin_loss
+    multilabel_margin_loss_forward _ctc_loss
 """
 _BATCH_NORMS = """
     native_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional
@@ -110,6 +116,13 @@ def _restrided(state: TraceState, call: Call) -> Sequence[Value]:
     if call.values[0].shape == call.shape() and call.operator._schema.is_mutable:
         return [call.values[0]]
     state.labels.freeze(state.activation(call.values[0]).core)
+    return frozen(state, call)
+
+
+def _loss(state: TraceState, call: Call) -> Sequence[Value]:
+    """A loss that the network itself computes: what it compares with targets is an output, which is not split."""
+    for value in call.values:
+        state.labels.freeze(state.activation(value).core)
     return frozen(state, call)
 
 
@@ -237,7 +250,7 @@ def _table() -> dict[str, Rule]:
         ("copy", copy),
         ("index_put", index_put), (_LOOKED_UP, looked_up), ("topk", _topk), ("constant_pad_nd", pad),
         ("view_as_complex view_as_real", _complex), ("im2col", im2col),
-        ("_weight_norm_interface", weight_norm), ("_trilinear", bilinear),
+        (_LOSSES, _loss), ("_weight_norm_interface", weight_norm), ("_trilinear", bilinear),
     ]  # fmt: skip
     for names, rule in families:
         rules |= dict.fromkeys(names.split(), rule)
