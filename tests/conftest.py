@@ -255,8 +255,10 @@ def run_torchrun(program: Sequence[str], processes: int, timeout: float, **env: 
     assert done.returncode == 0, done.stderr
 
 
-def run_forked_ranks(*groups: tuple[object, ...], timeout: float = 100) -> None:
+def run_forked_ranks(*groups: tuple[object, ...], timeout: float = 100) -> str:
     """Run groups of ranks, one after the other: (number, program, argument, ...); see that all of them end well.
+
+    Returns what they have printed.
 
     Ranks are forks of one process that has loaded torch: they start at once, where torchrun takes some ten seconds.
     """
@@ -264,6 +266,7 @@ def run_forked_ranks(*groups: tuple[object, ...], timeout: float = 100) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = run_group([sys.executable, "-m", "tests.forked_ranks", *words], ROOT, environment, timeout)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ STORED = {"benchmarks/recipes.py"}
 
 PAGES = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "pyproject.toml", "Makefile")
 PATTERNS = ("ist/**/*.py", "ist/**/*.html", "tests/**/*.py", "benchmarks/**/*.py", "benchmarks/*.md", "docs/*.py",
-            "docs/*.md", "examples/*.py", "configs/*.yaml", "launch/*")  # fmt: skip
+            "docs/*.md", "examples/**/*.py", "examples/*.md", "configs/*.yaml", "launch/*")  # fmt: skip
 
 
 def texts() -> list[Path]:
