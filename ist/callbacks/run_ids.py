@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from ist.errors import RunFolderError
 from ist.monitoring.callback import RunStart
+from ist.storage.backend import write_atomically
 
 
 def kept_id(run: RunStart, file: str, make: Callable[[], str]) -> str:
@@ -27,7 +28,7 @@ def kept_id(run: RunStart, file: str, make: Callable[[], str]) -> str:
         if run.first_round and path.is_file():
             return path.read_text(encoding="utf-8").strip()
         made = make()
-        path.write_text(made + "\n", encoding="utf-8")
+        write_atomically(path, f"{made}\n".encode())
     except (OSError, UnicodeDecodeError) as error:
         raise RunFolderError(f"{path}: cannot be read or written: {error}") from error
     return made
