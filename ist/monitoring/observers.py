@@ -8,6 +8,7 @@ Not here: the methods of a callback (`ist/monitoring/callback.py`), what the bui
 
 import copy
 import difflib
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -129,7 +130,7 @@ def started(callbacks: Sequence[Callback], run: RunStart) -> Iterator[None]:
         for callback in callbacks:
             with _errors_of(callback, "on_start"):
                 callback.on_start(run)
-            stack.push(_Closing(callback))
+            stack.push(functools.partial(_close, callback))
         yield
 
 
@@ -199,25 +200,17 @@ def _errors_of(callback: Callback, event: str, when: str = "") -> Iterator[None]
         ) from error
 
 
-class _Closing:
-    """Closes a callback at the end of a context; if the context failed, its error is the one that is raised."""
-
-    def __init__(self, callback: Callback) -> None:
-        self._callback = callback
-
-    def __enter__(self) -> None:
-        """Do nothing."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            with _errors_of(self._callback, "close"):
-                self._callback.close()
-        except ISTError as failure:
-            if error is None:
-                raise
-            _log.warning("%s", failure)
+def _close(
+    callback: Callback, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+) -> None:
+    """Close a callback at the end of a context; if the context failed, its error is the one that is raised."""
+    try:
+        with _errors_of(callback, "close"):
+            callback.close()
+    except ISTError as failure:
+        if error is None:
+            raise
+        _log.warning("%s", failure)
 
 
 def _configured(config: Config) -> list[Callback]:
