@@ -65,7 +65,8 @@ class Data(Component):
         "'own': each worker's process loads a data set of its own, of any length, which never leaves it (needs "
         "'train.rounds'). The loader gets the arguments worker (from 0; None for a coordinator that does not train, "
         "which may return None as training data) and num_workers, if it has them. Each worker goes through its own "
-        "epochs, and the merge gives workers equal weight",
+        "epochs, and the merge gives workers equal weight. Batch norm's running statistics are re-estimated from the "
+        "coordinator's own data, if it has any",
     )
     skew: Skew | None = Field(
         default=None,

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
 
 import ist
+from ist.data.batched import Collated, WholeBatches
 from ist.data.shards.dirichlet import class_numbers, dirichlet_split
 from ist.data.shards.unequal import SkewedSampler
 from ist.errors import ConfigError, DataError
@@ -87,13 +88,37 @@ class WithTargets(Items):
         raise AssertionError("an item was read")
 
 
+class Columns:
+    """A data set as of Hugging Face: no PyTorch class, and columns by name."""
+
+    column_names = ["text", "label"]  # noqa: RUF012
+
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, key: Any) -> Any:
+        assert key == "label"
+        return self.numbers
+
+
+class Mappings(Items):
+    """Items that are mappings."""
+
+    def __getitem__(self, index: int) -> Any:
+        return {"inputs": torch.zeros(2), "labels": self.given[index]}
+
+
 def test_class_numbers_come_from_any_data_set_with_class_numbers_as_targets() -> None:
     numbers = [2, 0, 1, 1]
     tensors = TensorDataset(torch.zeros(4, 2), torch.tensor(numbers))
 
     for labels in (
         numbers, np.array(numbers), torch.tensor(numbers), tensors, Items(numbers), Items(torch.tensor(numbers)),
-        WithTargets(numbers), Subset(WithTargets([9, *numbers]), [1, 2, 3, 4]),
+        Columns(numbers), Mappings(torch.tensor(numbers)), WholeBatches(Mappings(numbers)),
+        Collated(tensors, default_collate), WithTargets(numbers), Subset(WithTargets([9, *numbers]), [1, 2, 3, 4]),
     ):  # fmt: skip
         assert class_numbers(labels).tolist() == numbers
 

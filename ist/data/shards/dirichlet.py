@@ -4,7 +4,7 @@ Where it sits: `ist.dirichlet_split`; `unequal.py` beside this file assigns the 
 Not here: data that workers really have of their own (`unequal.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from ist.data.batched import BatchedDataset
+from ist.data.batched import BatchedDataset, Collated, WholeBatches
 from ist.data.batches import fetch, item_at, length
 from ist.errors import DataError
 from ist.rng import Indices, Purpose, permutation, uniform
@@ -33,8 +33,9 @@ def dirichlet_split(
     worker with the most.
 
     Args:
-        labels: The class number of each sample, shape (samples,); or a data set of pairs (input, class number). The
-            items of a data set are read one by one, unless it is a `TensorDataset` or has an attribute `targets`.
+        labels: The class number of each sample, shape (samples,); or a data set of pairs (input, class number), or of
+            mappings with a class number `label` or `labels`. The items of a data set are read one by one, unless it is
+            a `TensorDataset`, has an attribute `targets`, or is one of Hugging Face.
         num_workers: The number of workers.
         alpha: The concentration, > 0; studies use 0.1 to 1 for skewed data, and 100 for nearly equal mixes.
         seed: The seed of the split, >= 0; a run's split with `data.skew` has the run's seed.
@@ -115,13 +116,14 @@ def class_numbers(labels: Dataset[Any] | Tensor | NDArray[Any] | Sequence[int]) 
     Raises:
         DataError: They are not class numbers, or a sample cannot be read.
     """
-    values = _targets(labels) if isinstance(labels, Dataset) else labels
+    is_given = isinstance(labels, Tensor | np.ndarray | Sequence) and not isinstance(labels, Dataset)
+    values = labels if is_given else _targets(labels)  # type: ignore[arg-type]
     found = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
     if found.ndim != 1 or found.dtype.kind not in "iu" or (len(found) and found.min() < 0):
         what = (
             f"{found.dtype} of shape {found.shape}" if found.dtype.kind not in "iu" or found.ndim != 1 else "negative"
         )
-        of = f"the targets of {type(labels).__name__}" if isinstance(labels, Dataset) else "the labels"
+        of = "the labels" if is_given else f"the targets of {type(labels).__name__}"
         raise DataError(
             f"{of} are {what}: a split by classes (data.skew, ist.dirichlet_split) needs one class number >= 0 for "
             "each sample"
@@ -129,14 +131,23 @@ def class_numbers(labels: Dataset[Any] | Tensor | NDArray[Any] | Sequence[int]) 
     return found.astype(np.int64)
 
 
+_LABELS = ("labels", "label")
+"""Names of the class number in an item that is a mapping."""
+
+
 def _targets(dataset: Dataset[Any]) -> Any:
     count = length(dataset)
+    if isinstance(dataset, Collated | WholeBatches):
+        return class_numbers(dataset.items)
     if type(dataset) is TensorDataset:
         return dataset.tensors[1] if len(dataset.tensors) > 1 else dataset.tensors[0]
     if isinstance(dataset, Subset):
         return class_numbers(dataset.dataset)[np.asarray(dataset.indices, dtype=np.int64)]
     if isinstance(dataset, BatchedDataset):
         return fetch(dataset, np.arange(count), torch.device("cpu"))[1]
+    columns = getattr(dataset, "column_names", None)  # of a data set of Hugging Face
+    if isinstance(columns, list) and (named := [name for name in _LABELS if name in columns]):
+        return list(dataset[named[0]])
     given = getattr(dataset, "targets", None)  # as the image data sets of torchvision have it
     if isinstance(given, Tensor | np.ndarray | list | tuple) and len(given) == count:
         return given
@@ -145,6 +156,8 @@ def _targets(dataset: Dataset[Any]) -> Any:
 
 def _target(item: Any, index: int) -> int:
     target = item[1] if isinstance(item, tuple | list) and len(item) == 2 else None
+    if isinstance(item, Mapping):
+        target = next((item[name] for name in _LABELS if name in item), None)
     if isinstance(target, Tensor | np.ndarray | np.generic) and target.ndim == 0:
         target = target.item()
     if type(target) is not int:
