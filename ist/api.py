@@ -133,7 +133,8 @@ def train(
 
     Args:
         model: Any network. It is trained in place, and its modules stay in their modes: a module in evaluation mode
-            (such as a frozen batch norm) stays in it. A compiled network is trained uncompiled. IST runs the network
+            (such as a frozen batch norm) stays in it. A compiled network is trained uncompiled, unless
+            `compile` names a backend. IST runs the network
             on two inputs of `data` to find its neuron groups.
         data: Pairs (input, target), or any items if `step` is given; they are assigned to the workers. A tuple as input
             gives positional arguments, a mapping gives keyword arguments. For items that do not stack, give
@@ -198,10 +199,10 @@ def train(
         progress: Whether to show progress on stderr: a bar on a terminal or in a notebook, otherwise lines; 'tqdm': a
             bar of tqdm in any case.
         **keywords: Further keys of the section `train`: `logged`, `accumulate`, `autocast`, `clip_grad_norm`,
-            `min_workers`, `schedule_unit`, `optimizer_state`, `activation_scale`, `running_statistics`. Keywords of
-            earlier versions are also accepted: mappings with the keys of a section (`data_options`, `train_options`,
-            `evaluate_options`, `pool_options`, `checkpoint_options`, `watch_options`) or with arguments
-            (`optimizer_args`, `schedule_args`).
+            `compile`, `min_workers`, `schedule_unit`, `optimizer_state`, `activation_scale`, `running_statistics`.
+            Keywords of earlier versions are also accepted: mappings with the keys of a section (`data_options`,
+            `train_options`, `evaluate_options`, `pool_options`, `checkpoint_options`, `watch_options`) or with
+            arguments (`optimizer_args`, `schedule_args`).
 
     Returns:
         The trained network and the history.
@@ -245,7 +246,7 @@ def train(
     check_captured_network(step, model)
     function = loss_function(loss) if isinstance(loss, str) else loss
     step_given = step_function(step) if isinstance(step, str) else step
-    with uncompiled(model) as plain, preserve_modes(plain):
+    with uncompiled(model, config.train.compile) as plain, preserve_modes(plain):
         check_network(plain, is_split=True)
         check_values(plain)
         test = found.given["test_data"]

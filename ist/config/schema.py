@@ -202,6 +202,12 @@ class Train(Section):
         "float32 parameters; null: no autocast. 'float16' needs a GPU and uses a torch.amp.GradScaler, whose state is "
         "not saved: a resumed run, and a worker that is replaced, start with a new one. Evaluation is never autocast",
     )
+    compile: str | None = Field(
+        default=None,
+        description="backend of torch.compile for local steps, such as inductor (on CPUs it needs a C++ compiler) or "
+        "aot_eager; null: not compiled. A subnet module is compiled again when its shapes change. Evaluation is never "
+        "compiled",
+    )
     clip_grad_norm: PositiveFloat | None = Field(
         default=None,
         description="largest norm of a step's gradient; a longer one is scaled down to it, as by "

@@ -21,6 +21,7 @@ from ist.data.nested import call_model
 from ist.errors import ConfigError
 from ist.evaluation.step_function import BatchLoss, Values, checked_values, step_loss
 from ist.evaluation.task import Task
+from ist.network.compiled import Compiler
 from ist.network.failures import loss_errors, loss_of, network_errors
 from ist.rng import Indices
 from ist.subnet.job import Job
@@ -57,6 +58,7 @@ class LocalStep:
         self._max_norm = settings.clip_grad_norm
         self._loss = task.loss
         self._step = task.step
+        self._compiler = Compiler(settings.compile)
         self._logged = settings.logged
         if self._logged and self._step is None:
             raise ConfigError(f"'train.logged' is {self._logged}, but no 'train.step' returns these numbers")
@@ -124,12 +126,13 @@ class LocalStep:
             ModelError: The network fails.
         """
         inputs, targets = samples
+        network = self._compiler.compiled(module)
         with self.precision():
             if self._step is not None:
-                found = step_loss(self._step, module, inputs, numbers)
+                found = step_loss(self._step, network, inputs, numbers)
                 return BatchLoss(found.loss, checked_values(found.values, self._logged))
             with network_errors(module):
-                outputs = call_model(module, inputs)
+                outputs = call_model(network, inputs)
             with loss_errors(numbers):
                 return BatchLoss(loss_of(self._loss, outputs, targets, numbers), {})
 

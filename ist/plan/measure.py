@@ -24,6 +24,7 @@ from ist.errors import ConfigError, DataError, ISTError, ModelError
 from ist.loops.local_loop import TaskLoop
 from ist.loops.local_step import smallest_micro_batch
 from ist.loops.part import LocalSteps, completed
+from ist.network.compiled import separated
 from ist.optimization import optimizers
 from ist.optimization.schedule import run_spans
 from ist.rng import Purpose, seeded
@@ -144,7 +145,8 @@ def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
 
         frozen, _ = FrozenSender(job.split, exchange, whole, device).write("", number, 0, job.split.frozen_cut(neurons))
         fixed = worker.frozen.update(neurons, number, 0, frozen, device)
-        bind(worker.module, {**WorkerEndpoint(job.split, exchange, device).open(buffers).tensors, **fixed})
+        tensors = WorkerEndpoint(job.split, exchange, device).open(buffers).tensors
+        bind(worker.module, {**separated(tensors, job.config.train.compile), **fixed})
         _try_smallest(job, loop, worker.module)
         step_s = _step_s(train, job, device)
         batch, loss = _micro_batch(job, loop, worker.module)

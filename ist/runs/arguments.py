@@ -80,6 +80,7 @@ class TrainKeys(LoopKeys, total=False):
     accumulate: int
     autocast: Literal["bfloat16", "float16"] | None
     clip_grad_norm: float | None
+    compile: str | None
 
 
 class Keywords(TrainKeys, total=False):

@@ -37,7 +37,7 @@ from ist.evaluation.step_function import StepFunction, network_inputs
 from ist.evaluation.task import NO_SAMPLES, LossFunction, Task
 from ist.loops.part import Part
 from ist.models import MODELS
-from ist.network.compiled import plain_name, without_compilation
+from ist.network.compiled import check_backend, plain_name, without_compilation
 from ist.network.copies import copied, on_meta
 from ist.network.modes import enter_training_modes, set_modes
 from ist.network.supported import check_network, check_values
@@ -111,7 +111,7 @@ def build_network(config: Config) -> nn.Module:
         raise ConfigError(
             f"'model.name' is '{config.model.name}', which returns a {type(model).__name__}, not a torch.nn.Module"
         )
-    model = without_compilation(model)
+    model = without_compilation(model, config.train.compile)
     check_network(model, is_split=config.method_spec.needs_groups)
     return model
 
@@ -161,6 +161,8 @@ def make_job(
     train_data = NO_SAMPLES if train_data is None else train_data
     sampler = _sampler(config, train_data) if own is None else _own_sampler(config, own, worker)
     _check_micro_batches(config, sampler)
+    if config.train.compile is not None:
+        check_backend(config.train.compile)
     metric = metric_named(config.evaluate.metric)
     if own is not None and length(train_data) == 0:
         _check_without_data(config, template, test_data, example)

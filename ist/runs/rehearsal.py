@@ -26,6 +26,7 @@ from ist.errors import ConfigError, DataError, ISTError, ModelError
 from ist.evaluation.evaluate import evaluate, reestimate_statistics, statistics_batches
 from ist.loops.local_loop import TaskLoop
 from ist.loops.local_step import smallest_micro_batch
+from ist.network.compiled import separated
 from ist.network.failures import located, loss_of
 from ist.optimization.factory import shown
 from ist.optimization.step_settings import apply_settings, group_settings, matching_groups, stand_ins
@@ -122,7 +123,7 @@ def _one_step(job: Job, device: torch.device) -> None:
         for name, spec in specs.items()
     }
     sums = checksums(fixed)
-    bind(worker.module, {**message.tensors, **fixed})
+    bind(worker.module, {**separated(message.tensors, job.config.train.compile), **fixed})
     named = {name: parameter for name, parameter in worker.module.named_parameters() if parameter.requires_grad}
     optimizer = job.task.make_optimizer(named)
     if job.schedule.settings:
@@ -148,6 +149,8 @@ def _one_step(job: Job, device: torch.device) -> None:
             loss = loss_of(job.task.loss, outputs, targets, numbers)
         else:
             loss = loss_again()
+        if job.config.train.compile is not None:
+            loop.step.loss(worker.module, (inputs, targets), numbers)  # compiled, which may fail
     check_reach(loss, loss_again, worker.module, (inputs, targets), outputs, job.task.build)
     if not torch.isfinite(loss.detach()).all() and (bad := non_finite_values(inputs, targets)):
         raise DataError(

@@ -16,6 +16,7 @@ from ist.checks.drift import Operators, check_forward, is_due, operators
 from ist.loops.local_loop import worker_loop
 from ist.loops.part import LocalLoop, LocalSteps, Part
 from ist.monitoring.meter import MemoryGauge, worker_numbers
+from ist.network.compiled import separated
 from ist.network.failures import located
 from ist.optimization import optimizers
 from ist.rng import Indices
@@ -123,8 +124,9 @@ class Worker:
         fixed |= {name: fixed[name].clone() for name in scales if name in fixed}
         multiply(fixed, {name: scale for name, scale in scales.items() if name in fixed})
         sums = checksums(fixed)
-        bind(module, {**message.tensors, **fixed})
-        multiply(message.tensors, folded)
+        trained = separated(message.tensors, job.config.train.compile)
+        bind(module, {**trained, **fixed})
+        multiply(trained, folded)
         trace_started, trace_cpu_started = time.perf_counter(), time.thread_time()
         if self._operators is None:
             self._operators = operators(job, module, self.device)

@@ -77,6 +77,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "ddp, by a step function": {
         "method": "ddp", "train__step": "tests.steps:counting", "train__logged": ["samples", "right"], "train__accumulate": 3, "train__clip_grad_norm": CLIPPED,
     },
+    "ddp, compiled": {"method": "ddp", "train__compile": "eager", "train__accumulate": 2},
+    "ddp, in two parts": {"method": "ddp", "train__accumulate": 2},
     "ist that keeps": {
         "method": "ist", **ADAM, "train__optimizer_state": "kept",
         "exchange": {"up": "int8", "values": "deltas", "error_feedback": True},

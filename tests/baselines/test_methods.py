@@ -209,6 +209,10 @@ def test_a_step_function_trains_as_a_loss_does(runs: Path) -> None:
     assert_same(weights(runs, "ddp, by a step function"), weights(runs, "ddp, clipped, accumulated"))
 
 
+def test_a_compiled_rank_trains_as_a_plain_one(runs: Path) -> None:
+    assert_same(weights(runs, "ddp, compiled"), weights(runs, "ddp, in two parts"))
+
+
 def test_numbers_that_a_step_returns_are_recorded_as_means_over_the_samples_of_all_ranks(runs: Path) -> None:
     made = job("ddp, by a step function")
     for record in records(runs, "ddp, by a step function"):

@@ -13,7 +13,7 @@ data.name data.args data.root data.shuffle data.shard data.skew data.skew.alpha
 data.collate data.loader.workers data.loader.prefetch
 data.loader.pin_memory data.loader.timeout_s data.loader.start_method
 train.workers train.min_workers train.epochs train.rounds train.local_steps train.batch_size train.loss train.step train.logged
-train.accumulate train.autocast train.clip_grad_norm
+train.accumulate train.autocast train.compile train.clip_grad_norm
 train.optimizer.name train.optimizer.args train.optimizer.groups
 train.optimizer.groups.N.match train.optimizer.groups.N.max_dims train.optimizer.groups.N.args
 train.schedule train.schedule.name train.schedule.factor train.schedule.args

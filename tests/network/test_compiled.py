@@ -1,5 +1,6 @@
-"""A compiled network trains uncompiled, with a warning, and is compiled again afterwards."""
+"""A compiled network trains uncompiled, with a warning, or compiled (`train.compile`), and is as before afterwards."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ist
-from ist.errors import ModelError
+from ist.errors import ConfigError, ModelError
 from ist.runs.build import build_job
+from ist.runs.execute import execute
 from ist.runs.open import _restored
-from tests.conftest import assert_same, data, small_config
-from tests.networks import seeded
+from tests.conftest import assert_same, data, job_for, naming, plain_loop, small_config
+from tests.networks import NETWORKS, seeded
 
-pytestmark = pytest.mark.timeout(60)  # importing the compiler takes seconds
+pytestmark = [
+    pytest.mark.timeout(60),  # importing the compiler takes seconds
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # of the compiler itself
+]
 
 
 def plain() -> Any:
@@ -77,6 +82,63 @@ def test_a_module_compiled_in_place_is_compiled_again() -> None:
 
     assert model[2]._compiled_call_impl is not None
     assert hasattr(by_hand[0].forward, "_torchdynamo_orig_callable")
+
+
+COMPILED: list[int] = []
+"""A number for each graph that the backend `counting` compiles."""
+
+
+def counting(graph: torch.fx.GraphModule, _: Any) -> Any:
+    COMPILED.append(len(COMPILED))
+    return graph.forward
+
+
+@pytest.mark.parametrize("build", [plain, compiled, in_part])
+def test_submodels_are_compiled_once_for_all_rounds_if_the_run_says_so(build: Callable[[], Any]) -> None:
+    torch._dynamo.reset()
+    if "counting" not in torch.compiler.list_backends(exclude_tags=()):
+        torch._dynamo.register_backend(counting, "counting")
+    expected = train(plain(), rounds=4).state_dict()
+
+    counts, trained = [], []
+    for rounds in (1, 4):
+        COMPILED.clear()
+        torch._dynamo.reset()
+        trained.append(train(build(), compile="counting", rounds=rounds).state_dict())  # a warning would be an error
+        counts.append(len(COMPILED))
+
+    assert counts[0] == counts[1] > 0
+    assert_same({name.replace("_orig_mod.", ""): tensor for name, tensor in trained[1].items()}, expected)
+
+
+def test_one_compiled_worker_makes_the_steps_of_a_compiled_plain_loop_bit_for_bit() -> None:
+    ours, theirs = seeded(NETWORKS["two hidden layers, batch norm"]), seeded(NETWORKS["two hidden layers, batch norm"])
+    job = job_for(
+        ours, train__workers=1, train__compile="aot_eager", train__optimizer_state="carried",
+        train__running_statistics="carried",
+    )  # fmt: skip
+
+    execute(job, progress=False)
+    plain_loop(
+        torch.compile(theirs, backend="aot_eager"), job, torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9)
+    )
+
+    assert_same(dict(ours.state_dict()), dict(theirs.state_dict()))
+
+
+@pytest.mark.system
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_submodels_are_compiled_by_inductor() -> None:
+    found = train(plain(), compile="inductor").state_dict()
+
+    for name, tensor in train(plain()).state_dict().items():
+        assert torch.allclose(found[name], tensor, rtol=0, atol=1e-5)  # sums in another order
+
+
+def test_a_backend_that_torch_does_not_have_is_refused() -> None:
+    with pytest.raises(ConfigError, match=naming("'train.compile' is 'inductr'", "inductor", "aot_eager")):
+        train(plain(), compile="inductr")
 
 
 def for_digits() -> Any:
