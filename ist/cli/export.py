@@ -71,7 +71,9 @@ def export(
     if tokenizer is not None:
         write_tokenizer(tokenizer, target)
     if weights.rounds_done is not None:
+        has_statistics = any(name.endswith("running_mean") for name in weights.tensors)
+        old = ". Its batch norm statistics are those of the last evaluation before it" if has_statistics else ""
         typer.echo(
-            f"{run}: the run has not finished: exported its checkpoint after round {weights.rounds_done}", err=True
+            f"{run}: the run has not finished: exported its checkpoint after round {weights.rounds_done}{old}", err=True
         )
     typer.echo(f"exported: {target}")

@@ -35,7 +35,8 @@ def write_pretrained(network: nn.Module, settings: Model, tensors: Mapping[str, 
         )
     model: Any = network
     model.load_state_dict(tensors)
-    _restore_cache_setting(model, settings.args)
+    if settings.name.rpartition(":")[2] == type(network).__name__:  # made of a config, not by a user's function
+        _restore_cache_setting(model, settings.args)
     model.save_pretrained(path)
 
 

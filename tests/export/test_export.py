@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.utils.data import TensorDataset
 
+from ist.config.schema import Model
 from ist.errors import CheckpointError, ConfigError
 from ist.export.distributed_checkpoint import read_distributed, write_distributed
+from ist.export.hugging_face import write_pretrained
 from ist.runs.build import build_job, build_network
 from ist.storage.run_folder import RunFolder, create_run_folder
 from tests.cli.test_cli import ist
@@ -89,6 +91,26 @@ def test_a_given_tokenizer_is_exported_too(ist: Any, gpt2: RunFolder, tmp_path: 
     assert outcome.code == 0, outcome.err
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")("beginning")["input_ids"] == [2]
     assert (tmp_path / "hf" / "config.json").exists()
+
+
+def test_a_network_that_a_users_function_made_keeps_its_own_cache_setting(tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    network = build_network(small_config(**GPT2))
+
+    write_pretrained(network, Model(name="mine:net", args={"hidden": 4}), network.state_dict(), tmp_path / "hf")
+
+    assert not AutoConfig.from_pretrained(tmp_path / "hf").use_cache
+
+
+def test_an_unfinished_run_with_batch_norm_says_how_old_its_statistics_are(ist: Any, tmp_path: Path) -> None:
+    folder = create_run_folder(small_config(checkpoint={"every": 1}), tmp_path / "run")
+    with pytest.raises(PowerCutError):
+        run(folder, resume=False, stop_after=2)
+
+    outcome = ist("export", folder.path, tmp_path / "out", "--to", "dcp")
+
+    assert re.search(naming("round 2", "batch norm", "last evaluation"), outcome.err)
 
 
 @pytest.mark.parametrize("to", ["safetensors", "dcp"])

@@ -184,6 +184,7 @@ def test_config_yaml_is_parsed_once_for_a_run_and_again_after_an_edit(
 WHERE_AND_BY_WHOM: list[dict[str, Any]] = [
     {"output": "elsewhere"}, {"label": "mine"}, {"checkpoint": {"every": 9}}, {"watch": {"tensorboard": True}},
     {"pool": {"kind": "torchrun"}}, {"compare": {"methods": ["ddp"]}}, {"data__root": "/data"},
+    {"data__loader": {"workers": 2}},
 ]  # fmt: skip
 WHAT: list[dict[str, Any]] = [
     {"seed": 4}, {"train__rounds": 5}, {"data__shuffle": "global"}, {"model__args": {"widths": [64, 8, 8, 10]}},
