@@ -29,7 +29,8 @@ from torch import nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from ist.config.load import load_config
-from ist.data.batches import fetch, take_shard
+from ist.data.batches import fetch
+from ist.data.loading.loader import worker_data
 from ist.data.nested import call_model
 from ist.loops.local_loop import TaskLoop
 from ist.loops.part import LocalSteps, completed
@@ -221,7 +222,7 @@ def train_with_hivemind(job: Job, model: nn.Module, place: Place, notes: Notes) 
         tracker_opts={"min_refresh_period": 0.1, "default_refresh_period": 0.2, "max_refresh_period": 0.5},
         verbose=True,
     )
-    shard = take_shard(job.task.train_data, job.schedule.sampler.shard(place.rank))
+    shard = worker_data(job.task.train_data, job.schedule.sampler, place.rank)
     place.meet("the start")
     started = time.perf_counter()
     while optimizer.local_epoch < job.schedule.num_rounds:

@@ -140,7 +140,8 @@ def train(
             gives positional arguments, a mapping gives keyword arguments. For items that do not stack, give
             `collate_fn`, or see `ist.BatchedDataset`. Of a `torch.utils.data.DataLoader`, its data set, batch size,
             collate function and loader processes are used. The run decides which samples are in a batch, so a loader
-            with a sampler of its own is refused.
+            with a sampler of its own is refused. Of a stream (an `IterableDataset`), item number i belongs to worker
+            i % workers.
         workers: Number of subnets in a round. If neurons are assigned disjointly, at most the size of the smallest
             group. A range {"min": 2, "max": 16} allows workers to join and leave.
         local_steps: Optimizer steps of a worker in a round.

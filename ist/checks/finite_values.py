@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ist.data.batches import fetch, take_shard
+from ist.data.loading.stream import StreamSampler
 from ist.data.nested import tensors_in
 from ist.errors import DataError, ISTError, ModelError
 from ist.rng import Purpose, seeded
@@ -57,6 +58,8 @@ def find_non_finite_sample(job: Job, num_workers: int, worker: int, round_number
     if not (job.task.holds_data_of(worker) or job.config.pool.spec.in_process):
         return None  # the worker's data are in another process
     cpu, sampler = torch.device("cpu"), job.schedule.sampler_for(num_workers)
+    if isinstance(sampler, StreamSampler):
+        return None  # the items have passed
     try:
         numbers = sampler.shard(worker)
         shard = take_shard(job.task.data_of(worker), numbers)

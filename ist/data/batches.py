@@ -11,7 +11,7 @@ Not here: loading a data set (`registry.py`).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from ist.data.batched import BatchedDataset, Collated, WholeBatches
+from ist.data.loading.stream import StreamPart
 from ist.data.nested import moved
 from ist.errors import DataError, ISTError, error_with_line, is_out_of_memory
 from ist.rng import Indices, ItemDraws, Purpose, drawing, permutation
@@ -114,8 +115,8 @@ def length(dataset: Dataset[Any]) -> int:
         return length(dataset.items)
     if isinstance(dataset, IterableDataset):
         raise DataError(
-            f"{type(dataset).__name__} is an IterableDataset: IST assigns samples to workers by number, and needs a "
-            "map-style data set (with __getitem__ and __len__)"
+            f"{type(dataset).__name__} is an IterableDataset, which can only be training data that all workers share: "
+            "give a map-style data set here (with __getitem__ and __len__)"
         )
     try:
         return len(dataset)  # type: ignore[arg-type]
@@ -123,6 +124,38 @@ def length(dataset: Dataset[Any]) -> int:
         raise DataError(
             f"{type(dataset).__name__} has no length: IST needs a map-style data set (with __getitem__ and __len__)"
         ) from error
+
+
+def as_numbered(dataset: Dataset[Any], seed: int) -> Dataset[Any]:
+    """Return a stream as a data set whose items have positions (`StreamPart`), and any other data set as it is.
+
+    Args:
+        dataset: The data set.
+        seed: The seed of the run, for what a stream draws.
+    """
+    if isinstance(dataset, Collated | WholeBatches):
+        return replace(dataset, items=as_numbered(dataset.items, seed))
+    return StreamPart(dataset, seed) if isinstance(dataset, IterableDataset) else dataset
+
+
+def is_stream(dataset: Any) -> bool:
+    """Return whether a data set is a stream, whose items have no numbers and which has no length."""
+    if isinstance(dataset, Collated | WholeBatches):
+        return is_stream(dataset.items)
+    return isinstance(dataset, IterableDataset | StreamPart)
+
+
+def is_empty(dataset: Dataset[Any]) -> bool:
+    """Return whether a data set has no samples; whether a stream has some, only reading it shows."""
+    return not is_stream(dataset) and length(dataset) == 0
+
+
+def stream_part(dataset: Dataset[Any], num_workers: int, worker: int) -> Dataset[Any]:
+    """Return a worker's part of a stream that `as_numbered` has wrapped."""
+    if isinstance(dataset, Collated | WholeBatches):
+        return replace(dataset, items=stream_part(dataset.items, num_workers, worker))
+    assert isinstance(dataset, StreamPart)
+    return dataset.part(num_workers, worker)
 
 
 def take_shard(dataset: Dataset[Any], indices: Indices) -> Dataset[Any]:
@@ -298,6 +331,8 @@ def _stacked(dataset: Dataset[Any], items: list[Any], numbers: Callable[[], Indi
 
 def class_name(dataset: Dataset[Any]) -> str:
     """Return the name of a data set's class; of a `Subset`, that of the full data set."""
+    if isinstance(dataset, StreamPart):
+        return type(dataset.stream).__name__
     if isinstance(dataset, Collated | WholeBatches):
         return class_name(dataset.items)
     return type(dataset.dataset if isinstance(dataset, Subset) else dataset).__name__

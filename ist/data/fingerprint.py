@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 
 from ist.data.batched import BatchedDataset, Collated, WholeBatches
-from ist.data.batches import fetch, item_at, length
+from ist.data.batches import fetch, is_stream, item_at, length
 from ist.rng import Purpose, seeded, uniform
 
 _DRAWN = 3
@@ -115,6 +115,8 @@ NO_DATA = DataFingerprint(0, (0,) * NUM_COMPARED + (ALL,), (_UNKNOWN,) * (NUM_CO
 def data_fingerprint(dataset: Dataset[Any], seed: int) -> DataFingerprint:
     """Return the fingerprint of a data set: of a few items, read twice with the same seeds, and of all in memory.
 
+    Of a stream, these are its first items.
+
     Args:
         dataset: The data set.
         seed: The seed of the run; it determines which items are read, and the random draws of the items.
@@ -122,6 +124,9 @@ def data_fingerprint(dataset: Dataset[Any], seed: int) -> DataFingerprint:
     Raises:
         DataError: An item cannot be read.
     """
+    if is_stream(dataset):
+        first = tuple(range(NUM_COMPARED))
+        return DataFingerprint(0, first, tuple(_item(dataset, index, seed) for index in first))
     count = length(dataset)
     drawn = (uniform(_DRAWN, seed, Purpose.CONTENT) * count).astype(np.int64)
     indices = (0, count - 1, *map(int, drawn))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-from ist.data.batches import length
+from ist.data.batches import is_stream, length
 from ist.data.loading.loader import LoaderSettings, read_batches
 from ist.data.nested import call_model, mapped, moved, scores, tensors_in
 from ist.errors import ConfigError, DataError, ISTError, LoopError, error_with_line
@@ -277,6 +277,8 @@ def statistics_batches(
 ) -> Iterable[Any]:
     """Yield the inputs of up to `num_batches` batches, drawn once for the run without replacement.
 
+    Of a stream, these are the first items.
+
     Args:
         dataset: The training data.
         batch_size: The number of samples in a batch.
@@ -286,7 +288,10 @@ def statistics_batches(
         cache: Keeps small inputs between calls with the same arguments; None: samples are read in every call.
         loader: How batches are read.
     """
-    order = permutation(length(dataset), seed, Purpose.STATISTICS)
+    if is_stream(dataset):
+        order: Indices = np.arange(num_batches * batch_size)
+    else:
+        order = permutation(length(dataset), seed, Purpose.STATISTICS)
     # Only full batches: a smaller one would have the same weight in the mean.
     full = max(1, min(num_batches, len(order) // batch_size))
     batches = [order[number * batch_size : (number + 1) * batch_size] for number in range(full)]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from ist.data.batched import WholeBatches
-from ist.data.batches import length
+from ist.data.batches import is_empty
 from ist.data.fingerprint import NO_DATA, DataFingerprint, data_fingerprint
 from ist.data.loading.loader import LoaderSettings
 from ist.data.nested import call_model
@@ -125,7 +125,7 @@ class Task:
         if self.compared is not None:
             return self.compared
         train, test = (
-            NO_DATA if data is None or length(data) == 0 else data_fingerprint(data, self.seed)
+            NO_DATA if data is None or is_empty(data) else data_fingerprint(data, self.seed)
             for data in (self.train_data, self.test_data)
         )
         return NO_DATA if self.loop is not None else train, test

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ist.data.batches import fetch, take_shard
-from ist.data.loading.loader import BatchReader, StepBatches
+from ist.data.batches import fetch, is_stream
+from ist.data.loading.loader import BatchReader, StepBatches, worker_data
 from ist.evaluation.step_function import Values
 from ist.loops.local_step import LocalStep
 from ist.loops.part import LocalLoop, OwnLoop, Part
@@ -63,12 +63,12 @@ class TaskLoop:
         self.seed = job.config.seed
         self.schedule = job.schedule
         self.sampler = job.schedule.sampler_for(slot.team.num_workers)
-        self.shard: Dataset[Any] = take_shard(job.task.data_of(slot.worker), self.sampler.shard(slot.worker))
+        self.shard: Dataset[Any] = worker_data(job.task.data_of(slot.worker), self.sampler, slot.worker)
         self.step = LocalStep(job.config.train, job.task, device)
         self._parts = job.config.train.accumulate
         self._batches = StepBatches(self.shard, self.sampler, slot.worker, self._parts)
         num_batches = job.schedule.total_steps * self._parts
-        self._reader = BatchReader(self._batches, num_batches, job.task.loader, device)
+        self._reader = BatchReader(self._batches, num_batches, job.task.loader, device, is_stream(self.shard))
 
     def steps(
         self, round_number: int, module: nn.Module, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
@@ -124,7 +124,7 @@ class TaskLoop:
 
     def numbers(self, batch: Indices) -> Indices:
         """Return the numbers in the full data set of the samples at some positions in the worker's shard."""
-        return self._batches.numbers[batch]
+        return self._batches.numbers(batch)
 
     def close(self) -> None:
         """End the loader processes."""

@@ -23,7 +23,7 @@ from ist.config.recipe import Recipe
 from ist.config.runtime import Checkpoint, Loader, Pool, Watch
 from ist.config.schema import FROM_PYTHON, Config, Evaluate, Optimizer, Schedule, Skew
 from ist.data.batched import BatchedDataset, Collated
-from ist.data.batches import fetch, length
+from ist.data.batches import fetch, is_stream, length
 from ist.data.loading.given import taken_apart
 from ist.data.loading.loader import LoaderSettings
 from ist.data.nested import tensors_in
@@ -502,6 +502,8 @@ def _check_data(data: Any, name: str, of_pairs: bool) -> None:
     """
     if isinstance(data, tuple | list | Tensor):
         raise DataError(f"{name} is a {type(data).__name__}: pass a data set, such as TensorDataset(inputs, targets)")
+    if name == "data" and is_stream(data):
+        return
     if length(data) == 0:
         raise DataError("the data set is empty" if name == "data" else "the test data set is empty")
     if isinstance(data, BatchedDataset | Collated):
@@ -515,7 +517,10 @@ def _check_data(data: Any, name: str, of_pairs: bool) -> None:
             f"item 0 of {type(data).__name__} cannot be read: {type(error).__name__}: {first_line(error)}"
         ) from error
     if of_pairs and (not isinstance(item, tuple | list) or len(item) != 2):
-        raise DataError(f"an item of {type(data).__name__} is a {type(item).__name__}, not a pair (input, target)")
+        raise DataError(
+            f"an item of {type(data).__name__} is a {type(item).__name__}, not a pair (input, target): give "
+            "collate_fn=, a function that makes a pair (inputs, targets) of a list of such items; or step="
+        )
 
 
 def _metric(test_data: Dataset[Any] | None) -> str:

@@ -23,8 +23,9 @@ from ist.config.registry import call, resolve
 from ist.config.runtime import Loader
 from ist.config.schema import Config
 from ist.data.batched import WholeBatches
-from ist.data.batches import ShardedSampler, fetch, length
+from ist.data.batches import ShardedSampler, as_numbered, fetch, is_empty, is_stream, length
 from ist.data.loading.loader import LoaderSettings
+from ist.data.loading.stream import StreamSampler
 from ist.data.nested import scores
 from ist.data.registry import Splits
 from ist.data.shards.dirichlet import class_numbers
@@ -158,17 +159,17 @@ def make_job(
     worker = 0 if own is None else own_worker(config)
     if own is not None and worker is not None:
         train_data = own(worker)
-    train_data = NO_SAMPLES if train_data is None else train_data
+    train_data = as_numbered(NO_SAMPLES if train_data is None else train_data, config.seed)
     sampler = _sampler(config, train_data) if own is None else _own_sampler(config, own, worker)
     _check_micro_batches(config, sampler)
     if config.train.compile is not None:
         check_backend(config.train.compile)
     metric = metric_named(config.evaluate.metric)
-    if own is not None and length(train_data) == 0:
+    if own is not None and is_empty(train_data):
         _check_without_data(config, template, test_data, example)
     if step is not None:
         train_data, test_data = WholeBatches(train_data), None if test_data is None else WholeBatches(test_data)
-    examples = train_data if length(train_data) or test_data is None else test_data
+    examples = test_data if is_empty(train_data) and test_data is not None else train_data
     found, example = _found(config, template, build, examples, example)
     make = optimizer_factory(config.train.optimizer, optimizer)
     split = _split_model(config, template, build, example, found, make)
@@ -382,12 +383,35 @@ def _sampler(config: Config, data: Dataset[Any]) -> Sampler:
     """Return the assignment of samples to workers and steps.
 
     Raises:
+        ConfigError: The data set is a stream, and a key needs its length, or a sample's number.
         DataError: There are fewer samples than workers, or `data.skew` finds no class numbers.
     """
     workers, batch_size = config.train.workers, config.train.batch_size
+    if is_stream(data):
+        _check_stream(config)
+        return StreamSampler(workers, batch_size, config.seed)
     if config.data.skew is not None:
         return SkewedSampler(class_numbers(data), config.data.skew.alpha, workers, batch_size, config.seed)
     return ShardedSampler(length(data), workers, batch_size, config.seed, config.data.shuffle)
+
+
+def _check_stream(config: Config) -> None:
+    """Check that the configuration is one for a stream.
+
+    Raises:
+        ConfigError: A key needs the length of the data, or the number of a sample.
+    """
+    train, data = config.train, config.data
+    for key, value, is_set, remedy in (
+        ("train.epochs", train.epochs, train.epochs is not None, "has no length: give 'train.rounds'"),
+        ("data.shuffle", data.shuffle, data.shuffle != "local", "has its own order: leave it out"),
+        ("data.skew", data.skew, data.skew is not None, "cannot be assigned by classes: leave it out"),
+        ("data.loader.workers", data.loader.workers, data.loader.workers > 1, "is read in order: set it to 1 or 0"),
+    ):
+        if is_set:
+            raise ConfigError(
+                f"'{key}' is {value}, but the training data are a stream (IterableDataset), which {remedy}"
+            )
 
 
 def _own_sampler(config: Config, own: OwnData, worker: int | None) -> OwnSampler:
@@ -446,7 +470,7 @@ def example_inputs(network: nn.Module, data: Dataset[Any], size: int = 2) -> Any
         ConfigError: The data are whole batches, and it is unclear what in them is an input.
         DataError: The samples cannot be collated.
     """
-    inputs = fetch(data, np.arange(min(size, length(data))), torch.device("cpu"))[0]
+    inputs = fetch(data, np.arange(size if is_stream(data) else min(size, length(data))), torch.device("cpu"))[0]
     return network_inputs(network, inputs) if isinstance(data, WholeBatches) else inputs
 
 

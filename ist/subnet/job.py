@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from ist.config.schema import Config
 from ist.data.batches import take_shard
+from ist.data.loading.stream import StreamSampler
 from ist.evaluation.task import Task
 from ist.optimization.schedule import Schedule, run_spans
 from ist.subnet.assignments import Assignments, Team, WorkerSlot
@@ -67,7 +68,10 @@ def for_one_worker(job: Job, worker: int) -> Job:
     train, task = job.config.train, job.task
     if train.is_elastic or job.config.data.shuffle == "global" or task.own_data is not None or task.loop is not None:
         return job
-    shard = take_shard(task.train_data, job.schedule.sampler.shard(worker))
+    sampler = job.schedule.sampler
+    if isinstance(sampler, StreamSampler):  # no process holds its items
+        return job
+    shard = take_shard(task.train_data, sampler.shard(worker))
     return replace(job, task=replace(task, train_data=shard, test_data=None, worker=worker, compared=task.contents))
 
 

@@ -18,7 +18,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import Sampler as TorchSampler
 
-from ist.data.batches import fetch, micro_batches
+from ist.data.batches import fetch, micro_batches, stream_part, take_shard
+from ist.data.loading.stream import StreamSampler
 from ist.data.nested import mapped, moved
 from ist.data.shards.unequal import Sampler
 from ist.errors import DataError, ISTError, first_line, is_out_of_memory
@@ -62,14 +63,19 @@ class BatchReader:
         count: No batch with this number or a larger one is read ahead.
         settings: How batches are read.
         device: The device of the batches.
+        is_stream: Whether `read` reads a stream. Streams may take other items in a loader process (`get_worker_info`),
+            so a stream does not learn that it is in one.
     """
 
-    def __init__(self, read: Read, count: int, settings: LoaderSettings, device: torch.device) -> None:
+    def __init__(
+        self, read: Read, count: int, settings: LoaderSettings, device: torch.device, is_stream: bool = False
+    ) -> None:
         self._read = read
         self._count = count
         self._settings = settings
         self._device = device
         self._pins = settings.pin_memory and device.type == "cuda"
+        self._is_stream = is_stream
         self._feed = _Feed(count)
         self._batches: Iterator[Any] | None = None
         self._expected = -1
@@ -135,7 +141,7 @@ class BatchReader:
             pin_memory=self._pins,
             timeout=settings.timeout_s,
             multiprocessing_context=settings.start_method,
-            worker_init_fn=partial(_begin, settings.worker_init),
+            worker_init_fn=partial(_begin, settings.worker_init, self._is_stream),
             generator=torch.Generator(),  # PyTorch would draw from the generator that dropout uses
         )
         return iter(loader)
@@ -178,7 +184,7 @@ def _unchanged(item: Any) -> Any:
     return item
 
 
-def _begin(worker_init: Callable[[int], object] | None, number: int) -> None:
+def _begin(worker_init: Callable[[int], object] | None, is_stream: bool, number: int) -> None:
     """Prepare a loader process: its parent decides what ends it, also if the terminal signals both."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in (signal.SIGHUP, signal.SIGQUIT):
@@ -186,6 +192,15 @@ def _begin(worker_init: Callable[[int], object] | None, number: int) -> None:
             signal.signal(name, signal.SIG_DFL)
     if worker_init is not None:
         worker_init(number)
+    if is_stream:
+        torch.utils.data._utils.worker._worker_info = None  # PyTorch has no public name for it
+
+
+def worker_data(dataset: Dataset[Any], sampler: Sampler, worker: int) -> Dataset[Any]:
+    """Return the data of a worker: its shard of a data set, or its part of a stream."""
+    if isinstance(sampler, StreamSampler):
+        return stream_part(dataset, sampler.num_workers, worker)
+    return take_shard(dataset, sampler.shard(worker))
 
 
 @dataclass(frozen=True)
@@ -213,11 +228,17 @@ class StepBatches:
         step, part = divmod(number, self.parts)
         positions = micro_batches(self.sampler.batch(self.worker, step), self.parts)[part]
         draws = ItemDraws(self.sampler.seed, Purpose.TRAINING, self.sampler.epoch(self.worker, step))
-        return fetch(self.shard, positions, device, lambda: self.numbers[positions], draws)
+        return fetch(self.shard, positions, device, lambda: self.numbers(positions), draws)
+
+    def numbers(self, positions: Indices) -> Indices:
+        """Return the numbers in the full data set of the samples at positions in the shard: int64."""
+        if isinstance(self.sampler, StreamSampler):
+            return self.sampler.numbers(self.worker, positions)
+        return self._numbers[positions]
 
     @cached_property
-    def numbers(self) -> Indices:
-        """The numbers in the full data set of the samples in the shard: int64, sorted."""
+    def _numbers(self) -> Indices:
+        assert not isinstance(self.sampler, StreamSampler)
         return self.sampler.shard(self.worker)
 
 

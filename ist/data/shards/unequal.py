@@ -17,6 +17,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ist.data.batches import ShardedSampler, epoch_order, length
+from ist.data.loading.stream import StreamSampler
 from ist.data.shards.dirichlet import dirichlet_split
 from ist.errors import DataError, ISTError, error_with_line, is_out_of_memory
 from ist.rng import Indices
@@ -210,5 +211,5 @@ class OwnSampler:
         return _batch(self._length(worker), self.batch_size, self.seed, worker, step)
 
 
-Sampler = ShardedSampler | SkewedSampler | OwnSampler
+Sampler = ShardedSampler | StreamSampler | SkewedSampler | OwnSampler
 """An assignment of samples to workers and steps."""
