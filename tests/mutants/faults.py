@@ -84,6 +84,22 @@ FAULTS = (
         ("tests/training/test_one_worker.py",),
     ),
     Fault(
+        "a worker of a skewed split may have no sample", "ist/data/shards/dirichlet.py",
+        "    _leave_none_empty(owner, num_workers)\n    return", "    return", ("tests/data/test_shards.py",),
+    ),
+    Fault(
+        "own data travel with the run", "ist/data/shards/unequal.py", 'return {"_load": self._load, "_loaded": {}}',
+        "return vars(self)", ("tests/runs/test_own_data.py",),
+    ),
+    Fault(
+        "samples in memory are not compared", "ist/data/fingerprint.py", "form = zlib.crc32(tensor.numpy().data, form)", "pass",
+        ("tests/data/test_fingerprint.py",),
+    ),
+    Fault(
+        "a re-estimation reads its samples every time", "ist/evaluation/evaluate.py", "self._kept = kept or []", "self._kept = []",
+        ("tests/evaluation/test_evaluate.py",),
+    ),
+    Fault(
         "all workers train on the samples of the first", "ist/loops/local_loop.py", "self.sampler.batch(self.slot.worker, step)",
         "self.sampler.batch(self.slot.worker, schedule.steps(round_number)[0])", ("tests/training/test_one_worker.py",),
     ),
