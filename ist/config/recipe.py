@@ -87,7 +87,13 @@ class Average(Section):
         "bytes",
     )
     decay: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=0.8, description="ema: weight of the previous average in each round"
+        default=0.8, description="ema: weight of the previous average in each round, or step ('decay_unit')"
+    )
+    decay_unit: Literal["round", "step"] = Field(
+        default="round",
+        description="ema: what 'decay' is of. 'step': a round of n local steps counts as n, with decay ** n, as an "
+        "average over steps would if the network changed at the end of a round only: between two merges no process has "
+        "the full network, so what workers do within a round is not averaged",
     )
     start: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="fraction of the rounds before averaging starts"

@@ -10,6 +10,7 @@ Reference: Izmailov et al., arXiv 1803.05407 (SWA); torch.optim.swa_utils.
 
 import math
 from collections.abc import Generator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,9 @@ class Averaged:
     def __init__(
         self, method: Method, settings: Average, num_rounds: int, state: Mapping[str, Tensor] | None = None
     ) -> None:
-        ema = settings.kind == "ema"
-        average = get_ema_multi_avg_fn(settings.decay) if ema else get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
+        average = self._move if settings.kind == "ema" else get_swa_multi_avg_fn()  # type: ignore[no-untyped-call]
+        self._settings = settings
+        self._decay = settings.decay
         self._method = method
         self._averaged = AveragedModel(nn.Identity(), multi_avg_fn=average)
         self._averaged.module = copied(method.model)
@@ -65,6 +67,8 @@ class Averaged:
         report = yield from self._method.train_round(round_number)
         if round_number <= self._first_round:
             self._averaged.n_averaged.zero_()
+        if self._settings.decay_unit == "step":
+            self._decay = self._settings.decay ** report.numbers["steps"]
         self._averaged.update_parameters(self._method.model)
         with torch.no_grad():
             for mine, theirs in zip(self.model.buffers(), self._method.model.buffers(), strict=True):
@@ -82,6 +86,10 @@ class Averaged:
     def close(self) -> None:
         """Release the workers."""
         self._method.close()
+
+    def _move(self, averages: Any, current: Any, count: Any) -> None:
+        """Move an exponential average towards the current tensors, by the decay of this round."""
+        get_ema_multi_avg_fn(self._decay)(averages, current, count)  # type: ignore[no-untyped-call]
 
     def _own_state(self) -> dict[str, Tensor]:
         return {f"{PREFIX}{name}": tensor for name, tensor in self._averaged.state_dict().items()}

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import ist
 from ist.config.recipe import Average, Outer
@@ -28,12 +29,15 @@ from ist.training.average import Averaged
 from ist.training.coordinator import Coordinator
 from ist.training.outer_optimizer import OuterOptimizer
 from ist.training.rounds import RoundReport
-from tests.conftest import assert_same, clone, data, job_for, round_numbers, small_config, worker_numbers
+from tests.conftest import assert_same, clone, data, job_for, plain_loop, round_numbers, small_config, worker_numbers
 from tests.networks import NETWORKS, seeded
 
-REPORT = RoundReport(round_numbers([worker_numbers(samples=1)], loss=0.5), [worker_numbers(samples=1)])
+REPORT = RoundReport(
+    round_numbers([worker_numbers(samples=1, steps=3)], loss=0.5), [worker_numbers(samples=1, steps=3)]
+)
 AVERAGES = {
     "exponential": {"kind": "ema", "decay": 0.6},
+    "exponential, by steps": {"kind": "ema", "decay": 0.9, "decay_unit": "step"},
     "from the middle": {"kind": "ema", "decay": 0.6, "start": 0.5},
     "of all rounds": {"kind": "swa"},
     "of the last rounds": {"kind": "swa", "start": 0.5},
@@ -71,9 +75,34 @@ def by_hand(settings: Average, values: list[Tensor], num_rounds: int) -> Tensor:
     if settings.kind == "swa":
         return torch.stack(averaged).double().mean(dim=0)
     average = averaged[0].double()
+    steps = REPORT.numbers["steps"] if settings.decay_unit == "step" else 1
     for value in averaged[1:]:
-        average = settings.decay * average + (1 - settings.decay) * value
+        for _ in range(int(steps)):
+            average = settings.decay * average + (1 - settings.decay) * value
     return average
+
+
+def test_the_average_by_steps_is_that_of_a_plain_loop_if_every_round_is_a_step() -> None:
+    ours, plain = (seeded(NETWORKS["no batch norm"]) for _ in range(2))
+    job = job_for(
+        ours, train__workers=1, train__local_steps=1, train__rounds=6, train__optimizer_state="carried",
+        recipe__average={"kind": "ema", "decay": 0.9, "decay_unit": "step"},
+    )  # fmt: skip
+    part = execute(job, progress=False)
+
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    average = AveragedModel(plain, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    plain_loop(plain, job, optimizer, Stepped(lambda: average.update_parameters(plain)))
+
+    found = dict(part.method.model.named_parameters())  # type: ignore[union-attr]
+    assert_same(found, dict(average.module.named_parameters()))
+
+
+class Stepped:
+    """A scheduler that calls a function after each step."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self.step = call
 
 
 @pytest.mark.parametrize("settings", AVERAGES.values(), ids=AVERAGES.keys())
