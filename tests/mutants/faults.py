@@ -70,14 +70,43 @@ FAULTS = (
     ),
     # Local steps
     Fault(
-        "local steps are not seeded", "ist/loops/local_loop.py",
-        "        seeded(loop.device, loop.seed, Purpose.TRAINING, round_number, worker),\n", "",
+        "local steps are not seeded", "ist/loops/part.py",
+        "            with seeded(self.device, self._seed, Purpose.TRAINING, round_number, part.worker):\n",
+        "            if True:\n",
         ("tests/pools/test_ranks.py",),
     ),
     Fault(
-        "all workers draw the same random numbers", "ist/loops/local_loop.py",
-        "Purpose.TRAINING, round_number, worker)", "Purpose.TRAINING, round_number, 0)",
+        "all workers draw the same random numbers", "ist/loops/part.py",
+        "Purpose.TRAINING, round_number, part.worker)", "Purpose.TRAINING, round_number, 0)",
         ("tests/training/test_random_state.py", "tests/pools/test_ranks.py"),
+    ),
+    Fault(
+        "the gradients of micro-batches are summed", "ist/loops/local_step.py",
+        "share = found.loss if len(parts) == 1 else found.loss / (len(batch) / len(part))", "share = found.loss",
+        ("tests/training/test_local_step.py",),
+    ),
+    Fault(
+        "logged numbers of all micro-batches have the same weight", "ist/loops/local_step.py",
+        "found.values[name] * len(part) / len(batch)", "found.values[name] / len(parts)",
+        ("tests/training/test_step_function.py",),
+    ),
+    Fault(
+        "gradients are not clipped", "ist/loops/local_step.py",
+        "                nn.utils.clip_grad_norm_(parameters, self._max_norm)\n", "                pass\n",
+        ("tests/training/test_local_step.py",),
+    ),
+    Fault(
+        "the loss is not computed under autocast", "ist/loops/local_step.py",
+        "        with self.precision():\n", "        with nullcontext():\n", ("tests/training/test_local_step.py",),
+    ),
+    Fault(
+        "data-parallel training sends the gradients of every micro-batch", "ist/loops/local_step.py",
+        "return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()",
+        "return nullcontext()", ("tests/baselines/test_methods.py",),
+    ),
+    Fault(
+        "an average over steps counts a round as one", "ist/training/average.py",
+        'self._settings.decay ** report.numbers["steps"]', "self._settings.decay", ("tests/training/test_recipe.py",),
     ),
     Fault(
         "gradients add up over steps", "ist/loops/local_step.py", "        optimizer.zero_grad(set_to_none=True)\n", "",
@@ -193,8 +222,8 @@ FAULTS = (
     # Evaluation
     Fault(
         "evaluation leaves the network in evaluation mode", "ist/evaluation/evaluate.py",
-        "    with preserve_modes(model), _preserve_tensors(model), torch.no_grad():\n        model.eval()\n        for batch in",
-        "    with _preserve_tensors(model), torch.no_grad():\n        model.eval()\n        for batch in", ("tests/evaluation/test_evaluate.py",),
+        "    with preserve_modes(model), _preserve_tensors(model), torch.no_grad(), closing(batches):\n",
+        "    with _preserve_tensors(model), torch.no_grad(), closing(batches):\n", ("tests/evaluation/test_evaluate.py",),
     ),
     Fault(
         "a small last batch weighs as much as a full one", "ist/evaluation/evaluate.py",
@@ -224,8 +253,8 @@ FAULTS = (
         "if config.checkpoint.is_due(rounds_done):", ("tests/pools/test_ranks.py",),
     ),
     Fault(
-        "rounds are evaluated one too early", "ist/training/rounds.py", "(last or rounds_done % config.evaluate.every == 0)",
-        "(last or round_number % config.evaluate.every == 0)", ("tests/pools/test_ranks.py",),
+        "rounds are evaluated one too early", "ist/training/rounds.py", "(last or rounds_done % every == 0)",
+        "(last or round_number % every == 0)", ("tests/pools/test_ranks.py",),
     ),
     # Callbacks
     Fault(
