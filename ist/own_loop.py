@@ -305,8 +305,8 @@ def join(
         progress: How to show progress, as in `ist.train`.
         callbacks: Receive the records of the rounds, and may end the run early; see `ist.Callback`. Only the
             coordinator's are used.
-        **keywords: Further keys of the section `train`: `min_workers`, `schedule_unit`, `optimizer_state`,
-            `activation_scale`, `running_statistics`.
+        **keywords: Further keys of the section `train`: `min_workers`, `logged`, `schedule_unit`,
+            `optimizer_state`, `activation_scale`, `running_statistics`.
 
     Returns:
         The run: iterate over it.

@@ -225,8 +225,8 @@ class Train(Section):
     )
     logged: list[Annotated[str, Field(min_length=1)]] = Field(
         default_factory=list,
-        description="names of the numbers that 'step' returns beside the loss: in each round, their mean over the "
-        "samples of all workers is recorded, in metrics.jsonl under 'logged'",
+        description="names of the numbers that 'step' returns beside the loss, or that a loop of your own logs: in "
+        "each round, their mean over the samples of all workers is recorded, in metrics.jsonl under 'logged'",
     )
     optimizer: Optimizer = Field(
         description="class of torch.optim; 'MuonWithAdamW', which trains hidden matrices with Muon and the rest with "

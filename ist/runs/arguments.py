@@ -67,6 +67,7 @@ class LoopKeys(TypedDict, total=False):
     """Keys of the section `train` that few runs set, and that hold for a loop of the user's own as well."""
 
     min_workers: int | None
+    logged: list[str]
     schedule_unit: Literal["step", "round"]
     optimizer_state: Literal["kept", "reset", "carried"]
     activation_scale: Literal["none", "width", "folded"]
@@ -76,7 +77,6 @@ class LoopKeys(TypedDict, total=False):
 class TrainKeys(LoopKeys, total=False):
     """Keys of the section `train` that few runs set; `ist keys` explains them."""
 
-    logged: list[str]
     accumulate: int
     autocast: Literal["bfloat16", "float16"] | None
     clip_grad_norm: float | None

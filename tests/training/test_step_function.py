@@ -3,6 +3,7 @@
 
 from collections import UserDict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from ist.api import train
 from ist.data.batched import BatchedDataset
-from ist.errors import ConfigError, DataError, ISTError, ModelError
+from ist.errors import ConfigError, DataError, ISTError, LoopError, ModelError
+from ist.loops.part import Part
 from ist.monitoring.exporters import scalars
 from ist.rng import Indices
 from ist.runs.execute import execute
@@ -223,6 +225,30 @@ def test_numbers_that_a_step_returns_are_recorded_as_means_over_all_samples(part
         assert record["logged"]["weight"] == pytest.approx(expected)
         assert 0 < record["logged"]["right"] < 1
         assert scalars(record)["logged/right"] == record["logged"]["right"]
+
+
+def test_a_loop_of_the_users_own_logs_numbers_too() -> None:
+    inputs, classes = data().tensors
+
+    def loop(part: Part, values: tuple[str, ...] = ("right", "worker")) -> None:
+        for rows in part.take([torch.arange(5), torch.arange(5, 20)]):
+            scores = part.model(inputs[rows])
+            loss = cross_entropy(scores, classes[rows])
+            loss.backward()
+            part.optimizer.step()
+            part.optimizer.zero_grad()
+            found = {"right": (scores.argmax(dim=1) == classes[rows]).float().mean(), "worker": part.worker}
+            part.log(loss, len(rows), {name: found[name] for name in values})
+
+    arguments: dict[str, Any] = {
+        "workers": 2, "rounds": 2, "local_steps": 3, "example": inputs[:2], "progress": False, "logged": ["right", "worker"],
+    }  # fmt: skip
+    result = train(seeded(NETWORKS["no batch norm"]), loop=loop, **arguments)
+
+    assert [record["logged"]["worker"] for record in result.history] == [0.5, 0.5]
+    assert all(0 <= record["logged"]["right"] <= 1 for record in result.history)
+    with pytest.raises(LoopError, match=naming("['right']", "['right', 'worker']", "part.log")):
+        train(seeded(NETWORKS["no batch norm"]), loop=partial(loop, values=("right",)), **arguments)
 
 
 @pytest.mark.parametrize(
