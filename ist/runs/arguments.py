@@ -498,9 +498,9 @@ def _check_data(data: Any, name: str, of_pairs: bool) -> None:
     """Check that an argument is a data set, and with `of_pairs` that its items are pairs.
 
     Raises:
-        DataError: It is a sequence of tensors, is empty, or its items are not pairs.
+        DataError: It is a sequence of tensors, is empty, or its items are not pairs; a list of other items is allowed.
     """
-    if isinstance(data, tuple | list | Tensor):
+    if isinstance(data, tuple | Tensor) or (isinstance(data, list) and any(isinstance(item, Tensor) for item in data)):
         raise DataError(f"{name} is a {type(data).__name__}: pass a data set, such as TensorDataset(inputs, targets)")
     if name == "data" and is_stream(data):
         return

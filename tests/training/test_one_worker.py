@@ -137,10 +137,25 @@ def test_a_regression_by_several_workers_has_the_right_scale(batch_norm: bool) -
     assert error < 0.25 * targets.var()
 
 
+@pytest.mark.parametrize("in_loader", [False, True])
+def test_a_list_of_samples_is_a_data_set(in_loader: bool) -> None:
+    of_tensors, of_samples = seeded(NETWORKS["no batch norm"]), seeded(NETWORKS["no batch norm"])
+    samples: Any = [data()[row] for row in range(len(data()))]
+    if in_loader:
+        samples = DataLoader(samples, batch_size=32, shuffle=True)
+
+    train(of_tensors, data(), workers=2, local_steps=3, rounds=2, progress=False)
+    train(of_samples, samples, workers=2, local_steps=3, rounds=2, progress=False)
+
+    assert_same(clone(of_tensors.state_dict()), clone(of_samples.state_dict()))
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ((torch.zeros(4, 2), torch.zeros(4)), "data is a tuple.*TensorDataset"),
+        ([torch.zeros(4, 2), torch.zeros(4)], "data is a list.*TensorDataset"),
+        ([{"x": torch.zeros(2)}], "list.*dict.*pair"),
         (DataLoader(data(), drop_last=True), "data is a DataLoader with drop_last"),
         (TensorDataset(torch.zeros(4, 12)), "TensorDataset.*tuple.*pair"),
     ],
