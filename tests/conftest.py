@@ -312,6 +312,7 @@ def node(*options: str) -> Iterator[tuple[psutil.Process, str]]:
                 _, alive = psutil.wait_procs(family, timeout=10)
                 for left in alive:
                     left.kill()
+                process.wait()
 
 
 def free_port() -> int:
