@@ -4,6 +4,7 @@ import contextlib
 import doctest
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,8 @@ def wandb_service(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """W&B's own process, which otherwise lives until this one ends."""
     import wandb
 
+    for hook in ("exit", "excepthook"):  # W&B replaces them; they are restored after the test
+        monkeypatch.setattr(sys, hook, getattr(sys, hook))
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     monkeypatch.setenv("WANDB_SILENT", "true")
     yield
