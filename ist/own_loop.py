@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from typing_extensions import Unpack
 
+from ist.config.base import run_fingerprint
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
 from ist.config.runtime import Checkpoint, Pool, Watch
 from ist.config.schema import Config, Optimizer, Schedule, num_processes
 from ist.distributed.environment import is_launched, is_rank_zero, own_rank, world_size
 from ist.distributed.process_group import leave
-from ist.errors import ConfigError, LoopError
+from ist.errors import ConfigError, LoopError, PoolError
 from ist.evaluation.task import OwnEvaluation
 from ist.loops.part import Part
 from ist.monitoring.callback import Callback, Record, Stop
@@ -36,6 +37,7 @@ from ist.network.modes import preserve_modes
 from ist.network.supported import check_network, check_values
 from ist.optimization.factory import MakeOptimizer
 from ist.optimization.schedulers import MakeScheduler
+from ist.pools.torchrun import for_world_size
 from ist.rng import Purpose, seeded
 from ist.runs.arguments import LoopKeys, join_config, optimizer_function, scheduler_function
 from ist.runs.build import make_loop_job
@@ -47,12 +49,13 @@ from ist.storage.checkpoint import Progress as SavedProgress
 from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.subnet.job import Job
 from ist.training.rounds import follow_rounds, run_rounds
+from ist.training.worker_state import GIVEN_STATE
 
 _log = logging.getLogger(__name__)
 
 
 class Joined:
-    """This process's part of a run whose local steps you make: iterate over it once.
+    """This process's part of a run whose local steps you make: iterate over it once, with `for`.
 
     Each item is an `ist.Part`. When the body ends, its subnet is sent back and merged, and the next part arrives. All
     processes must make the whole loop: if one leaves it early, or raises an exception, the others raise an error.
@@ -68,11 +71,11 @@ class Joined:
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> model, batch = nn.Linear(2, 1), (torch.ones(4, 2), torch.ones(4, 1))
-        >>> run = ist.join(model, example=batch[0], workers=1, local_steps=5, rounds=3, progress=False)
-        >>> run.evaluate(lambda network: {"loss": float((network(batch[0]) - batch[1]).square().mean())})
+        >>> model, loader = nn.Linear(2, 1), [(torch.ones(4, 2), torch.ones(4, 1))]
+        >>> run = ist.join(model, example=loader[0][0], workers=1, local_steps=5, rounds=3, progress=False)
+        >>> run.evaluate(lambda network: {"loss": float((network(loader[0][0]) - loader[0][1]).square().mean())})
         >>> for part in run:
-        ...     for inputs, targets in part.take([batch]):
+        ...     for inputs, targets in part.take(loader):
         ...         loss = nn.functional.mse_loss(part.model(inputs), targets)
         ...         loss.backward()
         ...         part.optimizer.step()
@@ -147,13 +150,17 @@ class Joined:
             in its loaders; on the coordinator also `network`, the full network with the state of the method.
 
         Raises:
-            LoopError: The loop has not started, or a step was already made in this round.
+            LoopError: The loop has not started, or a batch was already taken in this round.
+            ConfigError: The coordinator is dedicated: it has no part, so it cannot call this in its loop's body.
         """
+        if is_dedicated(self._job.config):
+            raise ConfigError(_DEDICATED)
         if self._part is None:
             raise LoopError("run.state_dict was called before the loop: call it at the top of the loop's body")
         state: dict[str, Any] = {
             "rounds_done": self._part.round,
             "workers": [self.worker, self.num_workers],
+            "run": run_fingerprint(self._job.config),
             "worker": self._part.state_dict(),
         }
         if self._coordinator is not None:
@@ -167,7 +174,7 @@ class Joined:
         """Return the coordinator's part of the state that was given."""
         if self._state is None or "network" not in self._state:
             return None
-        return self._state["network"], SavedProgress(**self._state["progress"])
+        return self._state["network"], SavedProgress(**{**self._state["progress"], "start": GIVEN_STATE})
 
     def stop(self, reason: str) -> None:
         """End the run on all processes when this round is merged; only the coordinator's call counts.
@@ -197,6 +204,11 @@ class Joined:
                 self._part = part
                 yield part
         except GeneratorExit:  # the caller has left the loop
+            if self._part is not None and self._part.peer_error is not None:  # because another process has failed
+                with suppress(PoolError):
+                    rounds.throw(self._part.peer_error)
+                self._leave()
+                raise
             where = f"in round {self._part.round} of {self.num_rounds}" if self._part else "before its first round"
             left = LoopError(
                 f"worker {self.worker} has left the loop over ist.join {where} (a break, a return or an exception in "
@@ -204,14 +216,22 @@ class Joined:
             )
             with suppress(LoopError):
                 rounds.throw(left)
-            if self.num_workers > 1:
-                _log.error("%s: the process group is closed, so that the other workers stop", left)
-                leave()
+            closes = "; the process group is closed, so that the other processes stop" if self._has_peers else ""
+            _log.error("%s%s", left, closes)
+            self._leave()
             raise
         except BaseException:
-            if self.num_workers > 1:
-                leave()  # this process may go on after the error, but the others must not wait for it
+            self._leave()  # this process may go on after the error, but the others must not wait for it
             raise
+
+    @property
+    def _has_peers(self) -> bool:
+        return num_processes(self._job.config) > 1
+
+    def _leave(self) -> None:
+        """Close the process group, if there are other processes."""
+        if self._has_peers:
+            leave()
 
     def _rounds(self) -> Generator[Part]:
         """Open the run, yield the parts of this process, and write the result."""
@@ -227,6 +247,11 @@ class Joined:
                 raise LoopError(
                     f"worker {self.worker} has the state after {self._state['rounds_done']} rounds, but the "
                     f"coordinator has that after {run.first_round}: give all processes a state of the same round"
+                )
+            if run.first_round > 0 and self._state is None and not self._resume:
+                raise LoopError(
+                    f"worker {self.worker} has no state=, but the coordinator continues after {run.first_round} "
+                    "rounds: give all processes their own state, or none"
                 )
             if isinstance(run, FollowerPart):
                 yield from follow_rounds(run.job, run.follower, run.first_round, run.ends_early)
@@ -274,7 +299,7 @@ def join(
     `numpy.random` are seeded for the round and the worker, and restored afterwards.
 
     What is given up against `ist.train`: a resumed run equals an uninterrupted one only if the loader can save its
-    position (`state_dict` and `load_state_dict`); other loaders start a new epoch.
+    position (`state_dict` and `load_state_dict`); other loaders start their next epoch.
 
     Args:
         model: Any network, the same on every process. Rank 0's is trained in place.
@@ -286,8 +311,9 @@ def join(
         rounds: Length of the run in rounds.
         optimizer: As in `ist.train`: most often a function of the subnet's named parameters, such as
             `lambda named: torch.optim.AdamW(named.values(), lr=3e-4)`. It makes `part.optimizer`.
-        schedule: As in `ist.train`; `part.take` applies it before each batch. Default: the learning rate is constant.
-            Your own schedule can set the rate by `part.step`.
+        schedule: As in `ist.train`; it is applied before each optimizer step. Default: the learning rate is constant.
+            Your own schedule can set the rate by `part.step`; a scheduler of torch on `part.optimizer` would lose its
+            optimizer, which is another object in each round with other neurons.
         statistics: Inputs of training batches, from which rank 0 re-estimates the running statistics of batch norm
             before evaluations and at the end. Needed only for a network with batch norm.
         partition: How neurons are assigned to workers. Default: each neuron to one worker, at random every round.
@@ -300,7 +326,8 @@ def join(
         run_dir: Folder for metrics, checkpoints and the trained network; default: nothing is written.
         resume: Whether to resume from the newest checkpoint in `run_dir`; arguments may change as in `ist.train`.
         state: What `state_dict` of an earlier run returned in this process; the run continues from there, with the same
-            arguments, and this process is the same worker. Give it to all processes, instead of `resume`.
+            arguments, and this process is the same worker. Give it to all processes, instead of `resume`; a dedicated
+            coordinator cannot use it.
         seed: Seed of everything random except the network's initial weights; >= 0.
         progress: How to show progress, as in `ist.train`.
         callbacks: Receive the records of the rounds, and may end the run early; see `ist.Callback`. Only the
@@ -347,9 +374,11 @@ def join(
             config, on_meta(plain), lambda: plain, example, _made_outside, statistics, optimizer=make,
             scheduler=scheduler,
         )  # fmt: skip
+        if is_launched():
+            job = for_world_size(job)
         rehearse(job)
     if state is not None:
-        _check_state(state, config, resume)
+        _check_state(state, job.config, resume)
     folder: RunFolder | None = None
     if run_dir is not None and is_rank_zero():
         path = Path(run_dir)
@@ -371,7 +400,9 @@ def _check_state(state: Mapping[str, Any], config: Config, resume: bool) -> None
     """
     if resume:
         raise ConfigError("state and resume=True both say where to continue: leave one out")
-    needed = {"rounds_done", "workers", "worker"} | ({"network", "progress"} if is_rank_zero() else set())
+    if is_dedicated(config):
+        raise ConfigError(_DEDICATED)
+    needed = {"rounds_done", "workers", "worker", "run"} | ({"network", "progress"} if is_rank_zero() else set())
     if missing := sorted(needed - state.keys()):
         raise ConfigError(f"state has no '{missing[0]}': give this process what its run.state_dict() returned")
     own, (worker, workers) = _own_worker(config), state["workers"]
@@ -379,6 +410,23 @@ def _check_state(state: Mapping[str, Any], config: Config, resume: bool) -> None
         raise ConfigError(
             f"state is of worker {worker} of {workers}, but this process is worker {own} of {config.train.workers}"
         )
+
+    if state["run"] != run_fingerprint(config):
+        raise ConfigError(
+            "state is of a run with other arguments, such as seed, local_steps, rounds, partition or exchange: give "
+            "the same ones, or resume from a run_dir, where some may change"
+        )
+
+
+def is_dedicated(config: Config) -> bool:
+    """Return whether rank 0 coordinates and is no worker."""
+    return num_processes(config) > config.train.workers
+
+
+_DEDICATED = (
+    "pool.coordinator is 'dedicated', and a dedicated coordinator has no part in whose body it could save its state: "
+    "use run_dir and resume=True"
+)
 
 
 class _Stopping(Callback):

@@ -115,6 +115,18 @@ def seeded(device: torch.device, seed: int, purpose: Purpose, *counters: int) ->
             np.random.set_state(numpy_state)
 
 
+@contextmanager
+def preserved_generators() -> Iterator[None]:
+    """Restore the state of the process's global generators on the CPU after the context."""
+    python, numpy_state = random.getstate(), np.random.get_state(legacy=False)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy_state)
+
+
 @dataclass(frozen=True)
 class ItemDraws:
     """The key of the random numbers that a data set draws while its items are read.

@@ -80,7 +80,7 @@ class Loader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         assert torch.equal(state["unused"][0], torch.tensor([1, 2]))
-        assert state["unused"][1] == [b"bytes", None, 0.5]
+        assert state["unused"][1] == (b"bytes", None, 0.5)
         self.position = state["position"]
 
 

@@ -15,7 +15,19 @@ import ist
 from ist.loops.batch_source import MAX_LOADERS
 from tests.conftest import assert_same, clone, data, naming, run_forked_ranks
 from tests.networks import seeded
-from tests.own_loop_program import BATCH, ROUNDS, SEED, SETTINGS, STEPS, Dropped, Loader, joined, network, train
+from tests.own_loop_program import (
+    BATCH,
+    ROUNDS,
+    SEED,
+    SETTINGS,
+    STEPS,
+    Dropped,
+    Loader,
+    joined,
+    network,
+    step_all,
+    train,
+)
 
 PROGRAM = "tests/own_loop_program.py"
 
@@ -123,11 +135,11 @@ def test_the_module_is_the_same_object_while_shapes_hold_and_steps_are_counted()
 
 
 def test_a_schedule_is_applied_before_each_step() -> None:
-    rates = []
+    rates, loader = [], Loader(0, 1)
     run = joined(network("plain"), workers=1, schedule=ist.Schedule(name="ExponentialLR", args={"gamma": 0.5}))
 
     for part in run:
-        for inputs, targets in part.take(Loader(0, 1)):
+        for inputs, targets in part.take(loader):
             rates.append(part.optimizer.param_groups[0]["lr"])
             nn.functional.cross_entropy(part.model(inputs), targets).backward()
             part.optimizer.step()
@@ -195,7 +207,7 @@ def test_a_run_that_is_left_alone_can_be_resumed_with_any_loader(
         train(run, loader)
 
     assert [record["round"] for record in run.history] == list(range(ROUNDS))
-    assert all(word in caplog.text for word in ("DataLoader", "state_dict", "new epoch"))
+    assert all(word in caplog.text for word in ("DataLoader", "state_dict", "next epoch"))
 
 
 class Epochs:
@@ -218,15 +230,136 @@ def test_a_state_is_complete_only_before_the_steps_of_a_round_and_belongs_to_one
     for part in run:
         state = run.state_dict()
         loop(part)
-        with pytest.raises(ist.LoopError, match=naming("round", "after 3 steps", "top of the loop's body")):
+        with pytest.raises(
+            ist.LoopError, match=naming("round", "after 3 batches and 3 steps", "top of the loop's body")
+        ):
             run.state_dict()
 
     with pytest.raises(ist.ConfigError, match=naming("state", "resume=True")):
         joined(network("plain"), workers=1, state=state, run_dir=tmp_path, resume=True)
     with pytest.raises(ist.ConfigError, match=naming("state", "'network'", "state_dict()")):
-        joined(network("plain"), workers=1, state={key: state[key] for key in ("rounds_done", "workers", "worker")})
+        joined(network("plain"), workers=1, state={key: state[key] for key in state if key != "network"})
     with pytest.raises(ist.ConfigError, match=naming("worker 3 of 4", "worker 0 of 1")):
         joined(network("plain"), workers=1, state={**state, "workers": [3, 4]})
+    with pytest.raises(ist.ConfigError, match=naming("other arguments", "seed")):
+        joined(network("plain"), workers=1, state=state, seed=SEED + 1)
+
+
+class Halved(torch.optim.SGD):
+    """An optimizer whose step calls that of its base class, so that torch calls the hooks of a step twice."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def test_a_step_that_calls_the_base_class_counts_once() -> None:
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # torch wraps the step of every class when it is first used
+    made = []
+    for part in joined(network("plain"), workers=1, optimizer=lambda named: Halved(named.values(), lr=0.1)):
+        loader = part.state.setdefault("loader", Loader(0, 1))
+        step_all(part, loader)
+        made.append((part.steps_made, loader.position))
+
+    assert made == [(STEPS, STEPS * (number + 1)) for number in range(ROUNDS)]
+
+
+def test_a_schedule_reaches_a_loop_that_does_not_take() -> None:
+    rates = []
+    stages = ist.Recipe(stages=[ist.Stage(), ist.Stage(rounds=1, keep=1, lr_scale=0.5)])
+    for part in joined(network("plain"), workers=1, recipe=stages):
+        for _ in range(part.local_steps):
+            rates.append(part.optimizer.param_groups[0]["lr"])
+            part.optimizer.step()
+            part.log(1.0)
+
+    assert rates == [0.1] * (ROUNDS - 1) * STEPS + [0.05] * STEPS
+
+
+def test_a_scheduler_of_torch_on_an_optimizer_that_is_gone_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    def scheduled(part: ist.Part) -> None:
+        if part.round == 0:
+            torch.optim.lr_scheduler.ExponentialLR(part.optimizer, 0.5)
+        loop(part)
+
+    with caplog.at_level(logging.WARNING):
+        trained_by(scheduled, network("plain"))
+
+    assert all(word in caplog.text for word in ("worker 0", "scheduler", "schedule=", "part.step"))
+
+
+def test_state_and_loaders_last_when_the_shares_of_workers_change() -> None:
+    rounds: list[int] = []
+
+    def remembering(part: ist.Part) -> None:
+        loop(part)
+        if part.worker == 0:
+            rounds.append(part.state.setdefault("rounds", 0))
+            part.state["rounds"] += 1
+            rounds.append(part.state["loader"].position)
+
+    trained_by(remembering, network("plain"), partition=ist.Partition(balance="speed"), rounds=3)
+
+    assert rounds == [0, STEPS, 1, 2 * STEPS, 2, 3 * STEPS]
+
+
+def test_a_loader_with_one_position_is_not_shared_by_workers_of_a_process() -> None:
+    shared = Loader(0, 1)
+
+    with pytest.raises(ist.LoopError, match=naming("two workers", "Loader", "part.state")):
+        trained_by(lambda part: step_all(part, shared), network("plain"))
+
+
+class Shuffled(Loader):
+    """A loader that draws from torch's generator whenever it is started, as a DataLoader does."""
+
+    def __iter__(self) -> Iterator[Any]:
+        torch.rand(3)
+        return super().__iter__()
+
+
+def test_a_resumed_loop_with_dropout_draws_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole, continued = seeded(Dropped), seeded(Dropped)
+    train(joined(whole, workers=1), Shuffled(0, 1))
+    loader = Shuffled(0, 1)
+    for part in joined(seeded(Dropped), workers=1, run_dir=tmp_path / "run"):
+        step_all(part, loader)
+        if part.round == 2:
+            break
+
+    train(joined(continued, workers=1, run_dir=tmp_path / "run", resume=True), Shuffled(0, 1))
+
+    assert_same(dict(whole.named_parameters()), dict(continued.named_parameters()))
+
+
+def test_a_loader_without_a_position_goes_on_with_its_next_epoch(tmp_path: Path) -> None:
+    loader = Epochs()
+    for part in joined(network("plain"), workers=1, run_dir=tmp_path / "run"):
+        step_all(part, loader)
+        if part.round == 1:
+            break
+    loader = Epochs()
+
+    train(joined(network("plain"), workers=1, run_dir=tmp_path / "run", resume=True), loader)
+
+    assert loader.epochs[1] == 1  # the one after the epoch of the last checkpoint, which ended with the first round
+
+
+def test_positions_of_other_loaders_are_refused(tmp_path: Path) -> None:
+    for part in joined(network("plain"), workers=1, run_dir=tmp_path / "run"):
+        step_all(part, part.state.setdefault("loader", Loader(0, 1)))
+        if part.round == 2:
+            break
+
+    with pytest.raises(ist.LoopError, match=naming("Epochs", "Loader", "same order")):
+        train(joined(network("plain"), workers=1, run_dir=tmp_path / "run", resume=True), Epochs())
+
+
+def test_inline_workers_are_refused_where_each_process_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+    with pytest.raises(ist.ConfigError, match=naming("'inline'", "workers is 2", "loop=function")):
+        joined(network("plain"), pool="inline")
 
 
 def test_a_loader_that_ends_starts_its_next_epoch_where_the_round_is() -> None:
@@ -268,6 +401,29 @@ def never_a_step(part: ist.Part) -> None:
         part.log(1.0)
 
 
+def another_optimizer(part: ist.Part) -> None:
+    optimizer = torch.optim.SGD(part.model.parameters(), lr=0.1)
+    for inputs, targets in part.take(Loader(0, 1)):
+        nn.functional.cross_entropy(part.model(inputs), targets).backward()
+        optimizer.step()
+        part.log(1.0, len(inputs))
+
+
+def no_step_after_nan(part: ist.Part) -> None:
+    for number, _ in enumerate(part.take(Loader(0, 1))):
+        part.log(float("nan") if number else 1.0)
+        if not number:
+            part.optimizer.step()
+
+
+def negative(part: ist.Part) -> None:
+    part.log(1.0, -4)
+
+
+def a_new_loader_each_round(part: ist.Part) -> None:
+    step_all(part, Loader(0, 1))
+
+
 def losses(part: ist.Part) -> None:
     part.log(torch.ones(3), 3)
 
@@ -286,6 +442,10 @@ def new_loaders(part: ist.Part) -> None:
         (no_step, ("no optimizer step", "round 0", "part.optimizer.step()")),
         (never_a_step, ("10,000 batches", "part.optimizer.step()")),
         (losses, ("part.log", "(3,)", "mean")),
+        (negative, ("part.log", "-4", "at least 1")),
+        (another_optimizer, ("part.model", "part.optimizer", "round 0")),
+        (no_step_after_nan, ("not finite", "100 batches", "learning rate")),
+        (a_new_loader_each_round, ("three rounds", "part.state")),
         (new_loaders, ("loaders", "part.state")),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

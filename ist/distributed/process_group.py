@@ -38,6 +38,7 @@ _ATTEMPTS = 3
 _PROOF_TIMEOUT_S = 30.0
 _POLL_S = 0.02
 _MAX_CAUSE_CHARACTERS = 500
+_WATCH_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -391,7 +392,7 @@ def failures_published(membership: Membership) -> Iterator[None]:
     """
     store = dist.distributed_c10d._get_default_store()
     secret = run_secret()
-    keys = [f"ist/cause/{membership.start}/{rank}" for rank in range(membership.world_size)]
+    keys = _cause_keys(membership)
     with suppress(RuntimeError):  # a rank must not fail because it cannot publish
         store.set(keys[membership.rank], "")  # clear a value from an earlier run of these processes
     try:
@@ -405,6 +406,36 @@ def failures_published(membership: Membership) -> Iterator[None]:
             key = keys[membership.rank]
             store.set(key, seal(secret, key, f"{type(error).__name__}: {first_line(error)}"))
         raise
+
+
+class PeerWatch:
+    """Looks, now and then, whether another rank has published that it failed.
+
+    Args:
+        membership: This rank.
+    """
+
+    def __init__(self, membership: Membership) -> None:
+        self._keys = _cause_keys(membership)
+        self._secret = run_secret()
+        self._next = time.monotonic() + _WATCH_S
+
+    def is_over(self) -> bool:
+        """Return False: this rank's round is never continued without it.
+
+        Raises:
+            PoolError: Another rank has failed; the message is that rank's error.
+        """
+        if time.monotonic() < self._next or not dist.is_initialized():
+            return False
+        self._next = time.monotonic() + _WATCH_S
+        if cause := _published_cause(dist.distributed_c10d._get_default_store(), self._keys, self._secret):
+            raise PoolError(cause)
+        return False
+
+
+def _cause_keys(membership: Membership) -> list[str]:
+    return [f"ist/cause/{membership.start}/{rank}" for rank in range(membership.world_size)]
 
 
 def _published_cause(store: Store, keys: Sequence[str], secret: bytes) -> str:

@@ -21,7 +21,6 @@ from ist.evaluation.step_function import Values
 from ist.loops.local_step import LocalStep
 from ist.loops.part import LocalLoop, OwnLoop, Part
 from ist.network.failures import located
-from ist.optimization.step_settings import apply_settings, matching_groups
 from ist.rng import Indices
 from ist.subnet.assignments import WorkerSlot
 from ist.subnet.job import Job
@@ -51,7 +50,7 @@ class TaskLoop:
         device: The device of the module.
 
     Attributes:
-        schedule: The steps of each round, and their settings.
+        schedule: The steps of each round; the part applies their settings.
         sampler: The samples of each step.
         shard: The worker's data.
         step: Makes a step.
@@ -85,11 +84,8 @@ class TaskLoop:
             DataError: A sample cannot be read, or its loss fails; the message names it, the round and the worker.
             ModelError: The network fails; the message names the module.
         """
-        schedule, parameters = self.schedule, list(named.values())
-        groups = matching_groups(optimizer, named, schedule.group_of) if schedule.settings else []
-        for step in schedule.steps(round_number):
-            if schedule.settings:
-                apply_settings(optimizer, groups, schedule.settings[step])
+        parameters = list(named.values())
+        for step in self.schedule.steps(round_number):
             batch = self.sampler.batch(self.slot.worker, step)
             with located(f"round {round_number}, worker {self.slot.worker}"):
                 done = self.step.take(module, parameters, optimizer, batch, self._read_in(step), self.numbers)

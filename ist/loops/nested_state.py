@@ -1,7 +1,7 @@
 """Nested state of a user's object (a loader, a scheduler) as flat tensors, for safetensors files: no pickle.
 
 Where it sits: workers save the state of the user's loaders so (`ist/loops/batch_source.py`).
-Law: `unpack_state(pack_state(state)) == state`, up to tuples, which come back as lists.
+Law: `unpack_state(pack_state(state)) == state`; a named tuple comes back as a tuple.
 Not here: writing files (`ist/storage/checkpoint.py`).
 """
 
@@ -50,7 +50,8 @@ def pack_state(state: Any) -> dict[str, Tensor]:
             pairs = [[plain(key, path), plain(item, f"{path}[{key!r}]")] for key, item in value.items()]
             return {_KIND: "mapping", "pairs": pairs}
         if isinstance(value, list | tuple):
-            return [plain(item, f"{path}[{number}]") for number, item in enumerate(value)]
+            items = [plain(item, f"{path}[{number}]") for number, item in enumerate(value)]
+            return {_KIND: "tuple", "items": items} if isinstance(value, tuple) else items
         raise TypeError(f"{path or 'it'} is a {type(value).__name__}")
 
     tree = json.dumps(plain(state, ""))
@@ -68,6 +69,8 @@ def unpack_state(tensors: Mapping[str, Tensor]) -> Any:
         kind = value[_KIND]
         if kind == "mapping":
             return {full(key): full(item) for key, item in value["pairs"]}
+        if kind == "tuple":
+            return tuple(full(item) for item in value["items"])
         if kind == "bytes":
             return base64.b64decode(value["data"])
         tensor = tensors[value["name"]].clone()

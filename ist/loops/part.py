@@ -6,13 +6,17 @@ arrived. It reaches the caller that iterates the rounds: `completed` runs each p
 Not here: the built-in loop (`ist/loops/local_loop.py`), receiving and returning weights (`ist/training/worker.py`).
 """
 
+import logging
+import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ist.errors import AbandonedRoundError, ISTError, LoopError, error_with_line
+from ist.errors import AbandonedRoundError, ISTError, LoopError, PoolError, error_with_line
 from ist.loops.batch_source import BatchSources
 from ist.optimization.schedule import Schedule
 from ist.optimization.step_settings import apply_settings, matching_groups
@@ -22,8 +26,12 @@ from ist.subnet.assignments import WorkerSlot
 _Result = TypeVar("_Result")
 _Batch = TypeVar("_Batch")
 
+_log = logging.getLogger(__name__)
+
 MAX_BATCHES_WITHOUT_STEP = 10_000
 """After as many batches without an optimizer step, `Part.take` reports that the loop makes none."""
+
+_BATCHES_OF_A_CHECK = 100
 
 
 class LocalLoop(Protocol):
@@ -69,8 +77,9 @@ class Part:
     Example:
         >>> import torch
         >>> from torch import nn
+        >>> loader = [(torch.ones(4, 2), torch.ones(4, 1))]
         >>> def loop(part: ist.Part) -> None:
-        ...     for inputs, targets in part.take([(torch.ones(4, 2), torch.ones(4, 1))]):
+        ...     for inputs, targets in part.take(loader):
         ...         loss = nn.functional.mse_loss(part.model(inputs), targets)
         ...         loss.backward()
         ...         part.optimizer.step()
@@ -104,7 +113,12 @@ class Part:
         self.samples = 0
         self._local = local
         self._steps_made = 0
+        self._open_steps = 0
+        self._batches = 0
+        self._batches_since_step = 0
+        self._versions = self._version()
         self._is_over = is_over
+        self.peer_error: PoolError | None = None
         self._loss_sum = torch.zeros((), device=local.device)
         self._value_sums: dict[str, Tensor | float] = {}
 
@@ -132,30 +146,51 @@ class Part:
         """Yield batches until this round's optimizer steps are made.
 
         The next round continues where this one stopped. A loader that ends is started again, as at a new epoch; if its
-        sampler has `set_epoch`, that is called first. Several batches may make one step (gradient accumulation): what
-        is counted is `optimizer.step()`, not batches. Before each batch, the settings of `schedule` are applied.
+        sampler, batch sampler or data set has `set_epoch`, that is called first. Several batches may make one step
+        (gradient accumulation): what is counted is `part.optimizer.step()`, not batches. A step that a GradScaler skips
+        is not counted.
 
         Args:
             loader: A DataLoader, or any iterable of batches. Give the same object in every round.
 
         Raises:
-            LoopError: The loader is empty, or it is an iterator that has ended; or the loop makes no optimizer step.
+            PoolError: Another process has failed.
+            LoopError: The loader is empty, or it is an iterator that has ended; or the loop makes no optimizer step, or
+                none any more.
         """
-        source = self._local.sources.of(loader)
-        settings, groups = self._local.schedule.settings, []
-        if settings:
-            groups = matching_groups(self.optimizer, self.named, self._local.schedule.group_of)
-        batches = 0
+        source, where = self._local.sources.of(loader, self.round), f"worker {self.worker}, round {self.round}"
         while self._steps_made < self.local_steps and not self.is_over():
-            if settings:
-                apply_settings(self.optimizer, groups, settings[self.step])
-            batches += 1
-            if batches > MAX_BATCHES_WITHOUT_STEP and not self._steps_made:
-                raise LoopError(
-                    f"worker {self.worker}, round {self.round}: no step of part.optimizer after "
-                    f"{MAX_BATCHES_WITHOUT_STEP:,} batches: call part.optimizer.step()"
-                )
-            yield source.next_batch(f"worker {self.worker}, round {self.round}")
+            self._check_progress(where)
+            self._batches += 1
+            self._batches_since_step += 1
+            yield source.next_batch(where)
+
+    def _check_progress(self, where: str) -> None:
+        """Raise an error if batches pass without steps.
+
+        Raises:
+            LoopError: The loop steps another optimizer, makes no step, or none any more.
+        """
+        if self._batches and not self._steps_made and self._version() != self._versions:
+            raise LoopError(
+                f"{where}: the parameters of part.model have changed, but part.optimizer has made no step: step "
+                "part.optimizer, which is another object in each round with other neurons, and no optimizer of your own"
+            )
+        waited = self._batches_since_step
+        if waited >= MAX_BATCHES_WITHOUT_STEP:
+            raise LoopError(
+                f"{where}: no step of part.optimizer in {MAX_BATCHES_WITHOUT_STEP:,} batches: call "
+                "part.optimizer.step()"
+            )
+        if waited and waited % _BATCHES_OF_A_CHECK == 0 and not math.isfinite(self.loss_sum):
+            raise LoopError(
+                f"{where}: the logged loss is not finite, and part.optimizer has made no step in {waited} batches: "
+                "training has diverged. Lower the learning rate"
+            )
+
+    def _version(self) -> int:
+        """Return a number that grows whenever a trained parameter is changed in place."""
+        return sum(parameter._version for parameter in self.named.values())
 
     def log(self, loss: Tensor | float, samples: int = 1, values: Mapping[str, Tensor | float] | None = None) -> None:
         """Add the loss of a batch to the round's record.
@@ -168,6 +203,8 @@ class Part:
         Raises:
             LoopError: The loss, or a value, is not a single number.
         """
+        if samples < 1:
+            raise LoopError(f"part.log: samples is {samples}: give the number of samples of the batch, at least 1")
         for name, value in (values or {}).items():
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise LoopError(f"part.log: '{name}' has shape {tuple(value.shape)}: give a mean, one number")
@@ -195,8 +232,16 @@ class Part:
         return tuple(float(self._value_sums[name]) for name in names)
 
     def is_over(self) -> bool:
-        """Return whether the coordinator has continued the round without this worker."""
-        return self._is_over is not None and self._is_over()
+        """Return whether the coordinator has continued the round without this worker.
+
+        Raises:
+            PoolError: Another process has failed.
+        """
+        try:
+            return self._is_over is not None and self._is_over()
+        except PoolError as error:
+            self.peer_error = error
+            raise
 
     def run(self) -> None:
         """Make the steps with the worker's own loop.
@@ -213,12 +258,12 @@ class Part:
         """Return this worker's state: of the optimizer, of error feedback, and the positions in its loaders.
 
         Raises:
-            LoopError: An optimizer step was already made in this round.
+            LoopError: A batch was already taken, or a step made, in this round.
         """
-        if self.steps_made or self._local.owner is None:
+        if self._batches or self.steps_made or self._local.owner is None:
             raise LoopError(
-                f"worker {self.worker}, round {self.round}: the state was asked for after {self.steps_made} steps: "
-                "ask at the top of the loop's body, before the first step of the round"
+                f"worker {self.worker}, round {self.round}: the state was asked for after {self._batches} batches and "
+                f"{self.steps_made} steps: ask at the top of the loop's body, before the first batch of the round"
             )
         return self._local.owner.state_dict(self)
 
@@ -238,9 +283,53 @@ class Part:
                 f"worker {self.worker}: the coordinator has continued round {self.round} without it"
             )
 
-    def count_step(self, *_: object) -> None:
-        """Count an optimizer step."""
+    def count_step(self) -> None:
+        """Count an optimizer step, and apply the settings of the schedule for the next one."""
         self._steps_made += 1
+        self._batches_since_step = 0
+        self._apply_settings()
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the steps of the optimizer within the context, and apply the settings of the schedule to them."""
+        schedule = self._local.schedule
+        self._groups = matching_groups(self.optimizer, self.named, schedule.group_of) if schedule.settings else []
+        self._apply_settings()
+        # The only hooks: they count. Gradient accumulation, `accelerate` and GradScaler make fewer steps than batches.
+        # A class whose step calls that of its base class calls the hooks twice.
+        begun = self.optimizer.register_step_pre_hook(self._step_begins)
+        ended = self.optimizer.register_step_post_hook(self._step_ends)
+        try:
+            yield
+        finally:
+            begun.remove()
+            ended.remove()
+
+    def _step_begins(self, *_: object) -> None:
+        self._open_steps += 1
+
+    def _step_ends(self, *_: object) -> None:
+        self._open_steps -= 1
+        if not self._open_steps:
+            self.count_step()
+
+    def _apply_settings(self) -> None:
+        schedule = self._local.schedule
+        if schedule.settings and self.step < self.steps.stop:
+            apply_settings(self.optimizer, self._groups, schedule.settings[self.step])
+
+
+@dataclass(frozen=True)
+class LoopMemory:
+    """What the user's own loop keeps in a process, also when the worker's number or team changes.
+
+    Attributes:
+        sources: The positions in its loaders.
+        state: The dictionary `Part.state`.
+    """
+
+    sources: BatchSources = field(default_factory=BatchSources)
+    state: dict[str, Any] = field(default_factory=dict)
 
 
 class LocalSteps:
@@ -252,6 +341,7 @@ class LocalSteps:
         slot: The worker.
         device: The device on which it computes.
         loop: Makes the steps, unless the caller that iterates the rounds makes them.
+        memory: What the user's own loop keeps; None: nothing yet.
 
     Attributes:
         sources: The positions in the loaders of the user's own loop.
@@ -259,13 +349,24 @@ class LocalSteps:
         owner: Holds the worker's state between rounds; None: nobody does.
     """
 
-    def __init__(self, schedule: Schedule, seed: int, slot: WorkerSlot, device: torch.device, loop: LocalLoop) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        seed: int,
+        slot: WorkerSlot,
+        device: torch.device,
+        loop: LocalLoop,
+        memory: "LoopMemory | None" = None,
+    ) -> None:
+        memory = memory or LoopMemory()
         self.schedule = schedule
         self.slot = slot
         self.device = device
         self.loop = loop
-        self.sources = BatchSources()
-        self.state: dict[str, Any] = {}
+        self.sources = memory.sources
+        self.state = memory.state
+        self._last_optimizer: torch.optim.Optimizer | None = None
+        self._warned = False
         self.owner: StateOwner | None = None
         self._seed = seed
 
@@ -297,13 +398,9 @@ class LocalSteps:
             LoopError: No optimizer step was made, or no loss was logged.
         """
         part = Part(self, round_number, model, named, optimizer, is_over)
-        # The only hook: it counts. Gradient accumulation, `accelerate` and GradScaler make fewer steps than batches.
-        counting = optimizer.register_step_post_hook(part.count_step)
-        try:
-            with seeded(self.device, self._seed, Purpose.TRAINING, round_number, part.worker):
-                yield part
-        finally:
-            counting.remove()
+        self._warn_of_scheduler(optimizer)
+        with part.counted(), seeded(self.device, self._seed, Purpose.TRAINING, round_number, part.worker):
+            yield part
         part.check_not_over()
         if not part.steps_made:
             raise LoopError(
@@ -316,6 +413,22 @@ class LocalSteps:
                 "batch, so that the run is recorded and a loss that is not finite is noticed"
             )
         return part
+
+    def _warn_of_scheduler(self, optimizer: torch.optim.Optimizer) -> None:
+        """Warn once of a scheduler of torch that was made for an earlier round's optimizer, and has no effect now."""
+        last, self._last_optimizer = self._last_optimizer, optimizer
+        if (
+            last is not None
+            and last is not optimizer
+            and hasattr(last.step, "_wrapped_by_lr_sched")
+            and not self._warned
+        ):
+            self._warned = True
+            _log.warning(
+                "worker %d: a scheduler of torch was made for part.optimizer, which is another object now, so "
+                "the scheduler has no effect: give schedule= to ist.join, or set the rate by part.step",
+                self.slot.worker,
+            )  # fmt: skip
 
 
 class OwnLoop:

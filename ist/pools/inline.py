@@ -10,7 +10,8 @@ from collections.abc import Generator
 
 import torch
 
-from ist.loops.part import Part
+from ist.loops.batch_source import BatchSources
+from ist.loops.part import LoopMemory, Part
 from ist.monitoring.meter import Meter
 from ist.subnet.job import Job, assignments, remote_workers
 from ist.training.worker import WorkerHost
@@ -29,7 +30,8 @@ class InlinePool:
     ) -> None:
         self._names = tuple(f"worker {number}" for number in range(job.config.train.workers))
         held = assignments(job)
-        self._hosts = [WorkerHost(job, device, held, location) for _ in self._names]
+        owners: dict[int, BatchSources] = {}
+        self._hosts = [WorkerHost(job, device, held, location, LoopMemory(BatchSources(owners))) for _ in self._names]
         self._cache = BufferCache(device)
         self._meter = meter
         self._submitted: deque[tuple[int, Subnet]] = deque()

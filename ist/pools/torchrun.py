@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ist.config.schema import num_processes
 from ist.distributed.environment import world_size
-from ist.distributed.process_group import Membership, peer_errors
+from ist.distributed.process_group import Membership, PeerWatch, peer_errors
 from ist.errors import ConfigError, PoolError
 from ist.loops.part import Part
 from ist.monitoring.meter import Meter
@@ -117,6 +117,7 @@ class TorchrunPool:
         self._local = _worker(job, 0, membership, location) if self._first_rank == 0 else None
         self._names = tuple(f"rank {self._rank(worker)}" for worker in range(job.config.train.workers))
         self._cache = BufferCache(membership.device)
+        self._peers = PeerWatch(membership)
         self._own: tuple[int, Subnet] | None = None  # worker 0's subnet, if rank 0 is a worker
         self._outstanding: list[Subnet] = []
         self._sends: list[dist.Work] = []
@@ -161,7 +162,7 @@ class TorchrunPool:
         if own is not None:
             assert self._local is not None
             round_number, subnet = own
-            yield from self._local.train(round_number, subnet.buffers, subnet.frozen)
+            yield from self._local.train(round_number, subnet.buffers, subnet.frozen, self._peers.is_over)
             yield subnet
         if not self._early:  # a pending NCCL receive would use the GPU while this rank trains
             receives = self._channel.receive([self._back(subnet) for subnet in remote])
@@ -214,6 +215,7 @@ class RankWorker:
         self._number = membership.rank - (membership.world_size - job.config.train.workers)
         self._worker = _worker(job, self._number, membership, location)
         self._channel = Channel(membership, Meter())
+        self._peers = PeerWatch(membership)
         self._carrier = membership.carrier
         self._keys = ShapeKeys(job.split)
         self._key: Hashable = None
@@ -238,7 +240,7 @@ class RankWorker:
         if frozen is not None:
             _wait(self._channel.receive([(0, self._number, frozen.flat)]), gone)
             self._channel.finish(self._number, frozen.flat)
-        yield from self._worker.train(round_number, buffers, frozen)
+        yield from self._worker.train(round_number, buffers, frozen, self._peers.is_over)
         _wait(self._channel.send([(0, self._number, buffers.up.flat)]), gone)
 
     def _buffers_for(self, neurons: Sequence[Indices]) -> MessageBuffers:

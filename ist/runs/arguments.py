@@ -268,6 +268,11 @@ def join_config(given: Mapping[str, Any]) -> Config:
             f"pool.kind is '{config.pool.kind}', whose workers are processes of its own: use "
             "ist.train(model, loop=function, pool='ray'), which runs your loop there"
         )
+    if config.pool.spec.in_process and config.train.workers > 1:
+        raise ConfigError(
+            f"pool.kind is 'inline' and workers is {config.train.workers}, but each process of ist.join is one worker: "
+            "use ist.train(model, loop=function, pool='inline') to train all of them in this process"
+        )
     if "threads" in config.pool.model_fields_set:
         return config
     pool = config.pool.model_copy(update={"threads": torch.get_num_threads()})  # the script's own choice

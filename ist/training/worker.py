@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ist.checks.drift import Operators, check_forward, is_due, operators
 from ist.loops.local_loop import worker_loop
-from ist.loops.part import LocalLoop, LocalSteps, Part
+from ist.loops.part import LocalLoop, LocalSteps, LoopMemory, Part
 from ist.monitoring.meter import MemoryGauge, worker_numbers
 from ist.network.compiled import separated
 from ist.network.failures import located
@@ -44,6 +44,7 @@ class Worker:
         location: Where the worker saves its state; None: nowhere.
         frozen: The process's cache of frozen parameters; None: a new, empty one.
         loop: Makes the local steps; None: the loop of the task.
+        memory: What the user's own loop has kept in this process; None: nothing yet.
     """
 
     def __init__(
@@ -55,12 +56,13 @@ class Worker:
         location: CheckpointLocation | None = None,
         frozen: FrozenCache | None = None,
         loop: LocalLoop | None = None,
+        memory: LoopMemory | None = None,
     ) -> None:
         self.job = job
         self.slot = slot
         self.device = device
         loop = loop or worker_loop(job, slot, device)
-        self.local = LocalSteps(job.schedule, job.config.seed, slot, device, loop)
+        self.local = LocalSteps(job.schedule, job.config.seed, slot, device, loop, memory)
         self.local.owner = self
         self._state = WorkerState(job, slot, held, location, self.local.sources)
         self.gauge = MemoryGauge(device)
@@ -204,23 +206,32 @@ class WorkerHost:
         device: The device on which the worker computes.
         held: The neurons of each worker in each round.
         location: Where workers save their state; None: nowhere.
+        memory: What the user's own loop keeps; None: a new, empty one.
     """
 
     def __init__(
-        self, job: Job, device: torch.device, held: Assignments, location: CheckpointLocation | None = None
+        self,
+        job: Job,
+        device: torch.device,
+        held: Assignments,
+        location: CheckpointLocation | None = None,
+        memory: LoopMemory | None = None,
     ) -> None:
         self._job = job
         self._held = held
         self._location = location
         self._device = device
         self._frozen = FrozenCache(job.split, job.config.exchange)
+        self._memory = memory or LoopMemory()
         self._worker: Worker | None = None
 
     def worker(self, slot: WorkerSlot) -> Worker:
         """Return the worker for a slot; the previous worker if the slot has not changed."""
         if self._worker is None or self._worker.slot != slot:
             self.close()
-            self._worker = Worker(self._job, slot, self._device, self._held, self._location, self._frozen)
+            self._worker = Worker(
+                self._job, slot, self._device, self._held, self._location, self._frozen, memory=self._memory
+            )
         return self._worker
 
     def close(self) -> None:

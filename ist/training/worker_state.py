@@ -40,6 +40,9 @@ _RESIDUAL = "taken/"
 _LOADERS = "loaders/"
 _A_URL = "url"
 
+GIVEN_STATE = "given"
+"""Instead of the id of an incarnation: the user's program loads the state of workers itself (`ist.join(state=)`)."""
+
 
 @dataclass(frozen=True)
 class CheckpointLocation:
@@ -126,6 +129,8 @@ class WorkerState:
             The residuals by name; empty without error feedback, or if no state was found.
         """
         if self._location is None or round_number == 0 or not self._is_saved_after(round_number - 1):
+            return {}
+        if round_number == self._location.first_round and self._location.previous_run_id == GIVEN_STATE:
             return {}
         checkpoint = self._location.checkpoint
         of = self._fingerprint(self._held(round_number - 1), self._location.saved_by(round_number))
