@@ -76,7 +76,7 @@ class DataFingerprint:
     @property
     def unrepeatable(self) -> int | None:
         """The index of the first item that differs between two reads, if there is one."""
-        if self.count == 0:
+        if self == NO_DATA:
             return None
         return next((index for index, item in zip(self.indices, self.items, strict=True) if item == _UNKNOWN), None)
 
@@ -126,7 +126,7 @@ def data_fingerprint(dataset: Dataset[Any], seed: int) -> DataFingerprint:
     """
     if is_stream(dataset):
         first = tuple(range(NUM_COMPARED))
-        return DataFingerprint(0, first, tuple(_item(dataset, index, seed) for index in first))
+        return DataFingerprint(0, (*first, ALL), (*(_item(dataset, index, seed) for index in first), _summary([])))
     count = length(dataset)
     drawn = (uniform(_DRAWN, seed, Purpose.CONTENT) * count).astype(np.int64)
     indices = (0, count - 1, *map(int, drawn))

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset, TensorDataset, default_collate
+from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset, default_collate
 
 from ist.data.batched import Collated
+from ist.data.batches import as_numbered
 from ist.data.fingerprint import ALL, NO_DATA, DataFingerprint, data_fingerprint
 from ist.distributed import process_group as group
 from ist.errors import DataError
@@ -211,3 +212,26 @@ def test_ranks_whose_samples_in_memory_differ_are_refused(monkeypatch: pytest.Mo
 
     with pytest.raises(DataError, match=naming("training data", "rank 1", "rank 0", "in memory", "data.shard", "own")):
         agreed(monkeypatch, [(ours, NO_DATA), (replace(ours, items=items), NO_DATA)], 0)
+
+
+class Stream(IterableDataset[Any]):
+    """Items that come one after the other; with noise from a generator of its own, other ones in each pass."""
+
+    def __init__(self, first: float, noise: bool = False) -> None:
+        self.first, self.draws = first, np.random.default_rng(1) if noise else None
+
+    def __iter__(self) -> Any:
+        for number in range(20):
+            shift = self.draws.normal() if self.draws is not None else 0.0
+            yield torch.arange(4.0) * (self.first + number) + shift, number
+
+
+def test_streams_are_compared_by_their_first_items() -> None:
+    ours, theirs = (data_fingerprint(as_numbered(Stream(first), 3), 3) for first in (1.0, 2.0))
+
+    assert DataFingerprint.from_numbers(ours.to_numbers()) == ours
+    assert len(ours.to_numbers()) == len(NO_DATA.to_numbers())
+    assert ours.first_different_item(data_fingerprint(as_numbered(Stream(1.0), 3), 3)) is None
+    assert ours.first_different_item(theirs) == 0
+    assert ours.unrepeatable is None
+    assert data_fingerprint(as_numbered(Stream(1.0, noise=True), 3), 3).unrepeatable == 0
