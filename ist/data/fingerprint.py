@@ -64,7 +64,7 @@ class DataFingerprint:
     """The fingerprint of a data set.
 
     Attributes:
-        count: The number of items in the data set.
+        count: The number of items in the data set; of a stream, the number of compared items.
         indices: The indices of the items in the fingerprint; the last one is `ALL`.
         items: The fingerprints of these items, and of all samples in memory.
     """
@@ -126,7 +126,8 @@ def data_fingerprint(dataset: Dataset[Any], seed: int) -> DataFingerprint:
     """
     if is_stream(dataset):
         first = tuple(range(NUM_COMPARED))
-        return DataFingerprint(0, (*first, ALL), (*(_item(dataset, index, seed) for index in first), _summary([])))
+        items = (*(_item(dataset, index, seed) for index in first), _in_memory(dataset))
+        return DataFingerprint(NUM_COMPARED, (*first, ALL), items)
     count = length(dataset)
     drawn = (uniform(_DRAWN, seed, Purpose.CONTENT) * count).astype(np.int64)
     indices = (0, count - 1, *map(int, drawn))

@@ -153,7 +153,7 @@ class Slow(Squares):
 @pytest.mark.parametrize(
     ("dataset", "settings", "named"),
     [
-        (Killed(), TWO, ["data.loader.workers 2", "DataLoader worker"]),
+        (Killed(), LoaderSettings(workers=1), ["data.loader.workers 1", "DataLoader worker"]),
         (Slow(), LoaderSettings(workers=1, timeout_s=0.2), ["data.loader.workers 1", "timed out after 0.2"]),
     ],
 )

@@ -129,8 +129,24 @@ FAULTS = (
         ("tests/evaluation/test_evaluate.py",),
     ),
     Fault(
-        "all workers train on the samples of the first", "ist/loops/local_loop.py", "self.sampler.batch(self.slot.worker, step)",
-        "self.sampler.batch(self.slot.worker, schedule.steps(round_number)[0])", ("tests/training/test_one_worker.py",),
+        "every step trains on the samples of the first", "ist/data/loading/loader.py", "self.sampler.batch(self.worker, step)",
+        "self.sampler.batch(self.worker, 0)", ("tests/training/test_one_worker.py",),
+    ),
+    Fault(
+        "the items of a batch draw the same random numbers", "ist/data/batches.py", "        seed(place)\n",
+        "        seed(0)\n", ("tests/data/test_loader.py",),
+    ),
+    Fault(
+        "every epoch draws the same random numbers for an item", "ist/data/loading/loader.py",
+        "self.sampler.epoch(self.worker, step))", "0)", ("tests/data/test_loader.py",),
+    ),
+    Fault(
+        "a loader process that has read ahead is not told to skip", "ist/data/loading/loader.py",
+        "            self._feed.next = number\n        batch, error", "            pass\n        batch, error", ("tests/data/test_loader.py",),
+    ),
+    Fault(
+        "all workers read the same items of a stream", "ist/data/loading/stream.py",
+        "position * self._num_parts + self._number", "position * self._num_parts", ("tests/data/test_stream.py",),
     ),
     Fault(
         "every step has the settings of the first", "ist/loops/local_loop.py", "apply_settings(optimizer, groups, schedule.settings[step])",

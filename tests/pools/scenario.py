@@ -24,7 +24,7 @@ from ist.subnet.store import LocalStore
 from ist.transport.endpoints import SubnetWriter
 from ist.transport.interfaces import Subnet, WorkerPool
 from ist.transport.message import Header
-from tests.augmented import Augmented
+from tests.augmented import Augmented, Stream
 from tests.conftest import data, job_for, returned, whole_state
 from tests.networks import NETWORKS, frozen_first, seeded
 from tests.neurons.networks import stack
@@ -64,6 +64,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "random items, loader": {
         "network": "two hidden layers, batch norm", "items": Augmented, "data__loader": {"workers": 1},
     },
+    "random stream, loader": {"network": "no batch norm", "stream": Stream, "data__loader": {"workers": 1}},
     "attention, carried": {"network": "attention", "train__optimizer_state": "carried"},
     "varying shares": {"network": "uneven widths", "partition__strategy": "categorical"},
     "overlapping shares": {
@@ -150,9 +151,10 @@ def job(name: str, **changes: Any) -> tuple[Job, nn.Module]:
     settings = {**SCENARIOS[name], **changes}
     build = {**NETWORKS, **EXTRA}[settings.pop("network")]
     items = settings.pop("items", lambda dataset: dataset)
+    train_items = settings.pop("stream", items)
     model = seeded(build)
     own = OwnData(own_data) if settings.get("data__shard") == "own" else None
-    train = None if own else items(data())
+    train = None if own else train_items(data())
     made = job_for(model, train, items(data(40, seed=4)), own=own, **{"train__workers": WORKERS, **settings})
     return replace(made, task=replace(made.task, build=lambda: model)), model
 

@@ -102,10 +102,13 @@ class BatchReader:
 
     def close(self) -> None:
         """End the loader processes."""
-        if self._batches is not None:
-            self._batches._shutdown_workers()  # type: ignore[attr-defined]  # PyTorch has no public name for it
-        self._batches = None
-        self._expected = -1
+        batches, self._batches, self._expected = self._batches, None, -1
+        while batches is not None:
+            try:
+                batches._shutdown_workers()  # type: ignore[attr-defined]  # PyTorch has no public name for it
+                return
+            except RuntimeError:  # PyTorch's signal handler reports another process that was killed meanwhile
+                continue
 
     def _received(self, number: int) -> tuple[Any, ISTError | None]:
         """Return what the loader processes have read for a number, and discard what they have read before it."""
