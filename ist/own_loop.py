@@ -7,6 +7,7 @@ Not here: the object of the loop's body (`ist/loops/part.py`), the built-in loop
 """
 
 import logging
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
@@ -61,7 +62,8 @@ class Joined:
     processes must make the whole loop: if one leaves it early, or raises an exception, the others raise an error.
 
     Attributes:
-        worker: The number of this process's worker, from 0; -1 for a dedicated coordinator, which yields no part.
+        worker: The number of this process's worker, from 0; -1 for a dedicated coordinator, which yields no part and
+            needs no loader (a DistributedSampler refuses -1: give it `max(run.worker, 0)`).
         num_workers: The number of workers.
         num_rounds: The number of rounds of the run.
         is_coordinator: Whether this process has the full network: `model` is trained, and `history` is filled.
@@ -305,8 +307,8 @@ def join(
         model: Any network, the same on every process. Rank 0's is trained in place.
         example: Inputs of a small batch (two samples), as the network accepts them: a tensor, a tuple of positional
             arguments, or a mapping of keyword arguments. The network is run on it to find its neuron groups.
-        workers: Number of workers; it must be the number of processes. Default: the number of processes, which must
-            then be more than one.
+        workers: Number of workers; it must be the number of processes, less a dedicated coordinator. Default: that
+            number; a process that is alone must ask for one worker.
         local_steps: Optimizer steps of a worker in a round.
         rounds: Length of the run in rounds.
         optimizer: As in `ist.train`: most often a function of the subnet's named parameters, such as
@@ -363,7 +365,7 @@ def join(
         >>> [record["samples"] for record in run.history]
         [64, 128]
     """
-    config = join_config({**locals(), "workers": _num_workers(workers)})
+    config = join_config({**locals(), "workers": _num_workers(workers, pool)})
     check_progress(progress)
     check_callbacks(config, callbacks)
     with uncompiled(model) as plain, preserve_modes(plain):
@@ -443,21 +445,24 @@ def _made_outside(part: Part) -> None:
     raise AssertionError(f"the steps of round {part.round} are made by the loop over ist.join")
 
 
-def _num_workers(given: int | None) -> int:
-    """Return the number of workers.
+def _num_workers(given: int | None, pool: str | Pool | Mapping[str, Any]) -> int:
+    """Return the number of workers; by default, the number of processes without a dedicated coordinator.
 
     Raises:
-        ConfigError: It is not the number of processes; one process alone must be asked for.
+        ConfigError: This process is alone, which must be asked for.
     """
     started = world_size() if is_launched() else 1
+    remedy = f"start several processes (torchrun --nproc-per-node {given or 4} script.py)"
+    if os.environ.get("SLURM_NTASKS", "1") != "1":
+        remedy = "set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for every task of Slurm"
     if given is None and started == 1:
         raise ConfigError(
-            "ist.join: this process is alone, so there is nothing to split: start several processes (torchrun "
-            "--nproc-per-node 4 script.py), or give workers=1 to train in this process"
+            f"ist.join: this process is alone, so there is nothing to split: {remedy}, or give workers=1 to train in "
+            "this process"
         )
     if isinstance(given, int) and given > 1 and not is_launched():
-        raise ConfigError(
-            f"ist.join: workers is {given}, but this process is alone: start {given} processes (torchrun "
-            f"--nproc-per-node {given} script.py), or give workers=1"
-        )
-    return started if given is None else given
+        raise ConfigError(f"ist.join: workers is {given}, but this process is alone: {remedy}, or give workers=1")
+    if given is not None:
+        return given
+    coordinator = pool.get("coordinator") if isinstance(pool, Mapping) else getattr(pool, "coordinator", None)
+    return started - (coordinator == "dedicated")

@@ -12,13 +12,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import ist
 from ist.data.batches import ShardedSampler
-from tests.conftest import data
+from tests.conftest import data, naming
 from tests.networks import NETWORKS, seeded
 
 ROUNDS, STEPS, BATCH, SEED = 4, 3, 8, 5
@@ -222,6 +223,18 @@ def no_step(folder: Path, rank: int) -> None:
             time.sleep(6)
 
 
+def dedicated(_: Path, rank: int) -> None:
+    """Rank 0 only coordinates, so one of two processes is a worker; other numbers of workers are refused."""
+    pool = ist.Pool(coordinator="dedicated")
+    for workers, kind in ((2, pool), (3, "torchrun")):
+        with pytest.raises(ist.ConfigError, match=naming("2 processes", f"train.workers is {workers}")):
+            joined(network("plain"), workers=workers, pool=kind)
+    run = joined(network("plain"), pool=pool)
+    assert (run.worker, run.num_workers, run.is_coordinator) == (rank - 1, 1, rank == 0)
+    train(run, Loader(max(run.worker, 0), run.num_workers))
+    assert [record["steps"] for record in run.history] == ([STEPS] * ROUNDS if rank == 0 else [])
+
+
 def users_group(folder: Path, rank: int) -> None:
     """The user's program forms the group itself, without the variables of a launcher."""
     import os
@@ -243,7 +256,7 @@ def users_group(folder: Path, rank: int) -> None:
 
 SCENARIOS = {
     found.__name__: found
-    for found in (same_as_built_in, interrupted, resumed, state_saved, stopped, no_step, users_group)
+    for found in (same_as_built_in, interrupted, resumed, state_saved, stopped, no_step, dedicated, users_group)
 }
 
 if __name__ == "__main__":

@@ -56,7 +56,16 @@ def trained_by(function: Any, model: nn.Module, **settings: Any) -> ist.TrainRes
 
 @pytest.mark.procs
 def test_own_loops_on_two_ranks_train_as_the_built_in_loop_fail_together_and_resume(tmp_path: Path) -> None:
-    names = ("same_as_built_in", "interrupted", "resumed", "state_saved", "stopped", "no_step", "users_group")
+    names = (
+        "same_as_built_in",
+        "interrupted",
+        "resumed",
+        "state_saved",
+        "stopped",
+        "no_step",
+        "dedicated",
+        "users_group",
+    )
 
     run_forked_ranks(*((2, PROGRAM, tmp_path, name) for name in names))
 
@@ -269,7 +278,9 @@ def test_a_schedule_reaches_a_loop_that_does_not_take() -> None:
     for part in joined(network("plain"), workers=1, recipe=stages):
         for _ in range(part.local_steps):
             rates.append(part.optimizer.param_groups[0]["lr"])
+            backward(part)
             part.optimizer.step()
+            part.optimizer.zero_grad()
             part.log(1.0)
 
     assert rates == [0.1] * (ROUNDS - 1) * STEPS + [0.05] * STEPS
@@ -388,7 +399,13 @@ def empty(part: ist.Part) -> None:
         pass
 
 
+def backward(part: ist.Part) -> None:
+    inputs, targets = data()[:4]
+    nn.functional.cross_entropy(part.model(inputs), targets).backward()
+
+
 def no_loss(part: ist.Part) -> None:
+    backward(part)
     part.optimizer.step()
 
 
@@ -413,6 +430,7 @@ def no_step_after_nan(part: ist.Part) -> None:
     for number, _ in enumerate(part.take(Loader(0, 1))):
         part.log(float("nan") if number else 1.0)
         if not number:
+            backward(part)
             part.optimizer.step()
 
 
@@ -422,6 +440,14 @@ def negative(part: ist.Part) -> None:
 
 def a_new_loader_each_round(part: ist.Part) -> None:
     step_all(part, Loader(0, 1))
+
+
+def by_the_full_network(part: ist.Part) -> None:
+    full = network("plain")
+    for inputs, targets in part.take([data()[:4]]):
+        nn.functional.cross_entropy(full(inputs), targets).backward()
+        part.optimizer.step()
+        part.log(1.0)
 
 
 def losses(part: ist.Part) -> None:
@@ -441,6 +467,7 @@ def new_loaders(part: ist.Part) -> None:
         (no_loss, ("no loss", "round 0", "part.log(")),
         (no_step, ("no optimizer step", "round 0", "part.optimizer.step()")),
         (never_a_step, ("10,000 batches", "part.optimizer.step()")),
+        (by_the_full_network, ("worker 0", "round 0", "gradient", "part.model", "backward()")),
         (losses, ("part.log", "(3,)", "mean")),
         (negative, ("part.log", "-4", "at least 1")),
         (another_optimizer, ("part.model", "part.optimizer", "round 0")),
@@ -453,6 +480,13 @@ def new_loaders(part: ist.Part) -> None:
 def test_a_loop_that_does_not_do_what_a_round_needs_is_named(body: Any, named: tuple[str, ...]) -> None:
     with pytest.raises(ist.LoopError, match=naming(*named)):
         failing(body)
+
+
+def test_a_task_of_slurm_without_a_rank_learns_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+
+    with pytest.raises(ist.ConfigError, match=naming("alone", "Slurm", "RANK", "WORLD_SIZE", "workers=1")):
+        joined(network("plain"))
 
 
 def raising(part: ist.Part) -> None:
@@ -526,6 +560,7 @@ def test_a_function_as_the_loop_can_be_evaluated_on_test_data() -> None:
 
 def test_a_loss_that_is_not_finite_ends_the_run() -> None:
     def diverging(part: ist.Part) -> None:
+        backward(part)
         part.optimizer.step()
         part.log(float("nan"))
 

@@ -284,7 +284,18 @@ class Part:
             )
 
     def count_step(self) -> None:
-        """Count an optimizer step, and apply the settings of the schedule for the next one."""
+        """Count an optimizer step, and apply the settings of the schedule for the next one.
+
+        Raises:
+            LoopError: It is the round's first one in the user's own loop, and no parameter has a gradient.
+        """
+        is_first = self._local.is_own_loop and not self._steps_made
+        if is_first and not any(parameter.grad is not None for parameter in self.named.values()):
+            raise LoopError(
+                f"worker {self.worker}, round {self.round}: part.optimizer makes a step, but no parameter of "
+                "part.model has a gradient: compute the loss by part.model, not by the full network, and call "
+                "loss.backward() before part.optimizer.step()"
+            )
         self._steps_made += 1
         self._batches_since_step = 0
         self._apply_settings()
@@ -347,6 +358,7 @@ class LocalSteps:
         sources: The positions in the loaders of the user's own loop.
         state: The dictionary `Part.state`.
         owner: Holds the worker's state between rounds; None: nobody does.
+        is_own_loop: Whether the loop is the user's own.
     """
 
     def __init__(
@@ -368,6 +380,7 @@ class LocalSteps:
         self._last_optimizer: torch.optim.Optimizer | None = None
         self._warned = False
         self.owner: StateOwner | None = None
+        self.is_own_loop = isinstance(loop, OwnLoop)
         self._seed = seed
 
     def close(self) -> None:
