@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,22 @@ class Squares(Dataset[tuple[Tensor, int]]):
         return torch.full((12,), float(index)), index % 5
 
 
+READERS: list[BatchReader] = []
+
+
+@pytest.fixture(autouse=True)
+def readers_closed() -> Iterator[None]:
+    """End the loader processes of a test that fails, before another fixture kills them."""
+    yield
+    while READERS:
+        READERS.pop().close()
+
+
 def reader(dataset: Dataset[Any], settings: LoaderSettings = TWO, parts: int = 1, steps: int = 12) -> BatchReader:
     sampler = ShardedSampler(40, 2, 5, 3)
     batches = StepBatches(take_shard(dataset, sampler.shard(1)), sampler, 1, parts)
-    return BatchReader(batches, steps * parts, settings, CPU)
+    READERS.append(BatchReader(batches, steps * parts, settings, CPU))
+    return READERS[-1]
 
 
 def plain(number: int, parts: int = 1, dataset: Dataset[Any] | None = None) -> Any:
