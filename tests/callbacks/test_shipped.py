@@ -118,13 +118,14 @@ def test_early_stopping_needs_a_number_that_the_run_has() -> None:
 def joined(*callbacks: ist.Callback) -> Any:
     """A run with a loop and an evaluation of one's own."""
     rows = data()
+    loader = [rows[:16]]
     run = ist.join(
         torch.nn.Linear(12, 5), example=rows[:2][0], workers=1, rounds=5, local_steps=1, progress=False, callbacks=callbacks,
     )  # fmt: skip
     perplexities = iter([9.0, 8.0, 8.0, 7.0, 6.0])
     run.evaluate(lambda _: {"perplexity": next(perplexities)})
     for part in run:
-        for inputs, targets in part.take([rows[:16]]):
+        for inputs, targets in part.take(loader):
             loss = torch.nn.functional.cross_entropy(part.model(inputs), targets)
             loss.backward()
             part.optimizer.step()

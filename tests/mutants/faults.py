@@ -71,8 +71,8 @@ FAULTS = (
     # Local steps
     Fault(
         "local steps are not seeded", "ist/loops/part.py",
-        "            with seeded(self.device, self._seed, Purpose.TRAINING, round_number, part.worker):\n",
-        "            if True:\n",
+        "with part.counted(), seeded(self.device, self._seed, Purpose.TRAINING, round_number, part.worker):",
+        "with part.counted():",
         ("tests/pools/test_ranks.py",),
     ),
     Fault(
@@ -149,8 +149,8 @@ FAULTS = (
         "position * self._num_parts + self._number", "position * self._num_parts", ("tests/data/test_stream.py",),
     ),
     Fault(
-        "every step has the settings of the first", "ist/loops/local_loop.py", "apply_settings(optimizer, groups, schedule.settings[step])",
-        "apply_settings(optimizer, groups, schedule.settings[0])", ("tests/training/test_one_worker.py",),
+        "every step has the settings of the first", "ist/loops/part.py", "self._groups, schedule.settings[self.step])",
+        "self._groups, schedule.settings[0])", ("tests/training/test_one_worker.py",),
     ),
     # Optimizers
     Fault(
@@ -348,6 +348,24 @@ FAULTS = (
         "a split shows the module of another worker", "ist/runs/split.py",
         "        return self.held.of(round_number)[worker]\n", "        return self.held.of(round_number)[0]\n",
         ("tests/runs/test_split.py",),
+    ),
+    # A user's own loop
+    Fault(
+        "a step that calls the base class counts twice", "ist/loops/part.py", "        if not self._open_steps:\n", "        if True:\n",
+        ("tests/test_own_loop.py",),
+    ),
+    Fault(
+        "a resumed loader draws random numbers when it starts", "ist/loops/batch_source.py",
+        "with preserved_generators() if self._is_restored else nullcontext():", "with nullcontext():", ("tests/test_own_loop.py",),
+    ),
+    Fault(
+        "a process that leaves the loop keeps its process group", "ist/own_loop.py", "        if self._has_peers:\n", "        if False:\n",
+        ("tests/test_own_loop.py",),
+    ),
+    Fault(
+        "a loader starts its first epoch again in each round", "ist/loops/batch_source.py",
+        "        found = self._by_loader.get(id(loader))  # a source keeps its loader, so the id stays unique\n", "        found = None\n",
+        ("tests/test_own_loop.py",),
     ),
     # Methods that IST is compared with, on real ranks
     Fault(

@@ -183,7 +183,6 @@ class Unreadable(Dataset[Any]):
 @pytest.mark.parametrize(
     ("model", "options", "kind", "message"),
     [
-        (plain, {"dataset": Stream()}, DataError, "Stream .*IterableDataset"),
         (plain, {"test_data": Stream()}, DataError, "Stream .*IterableDataset"),
         (plain, {"dataset": Unreadable()}, DataError, "0 of Unreadable .*KeyError: 'row 0'"),
         (lambda: len, {}, ConfigError, r"model .*<built-in function len>.*torch\.nn\.Module"),
