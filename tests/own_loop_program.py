@@ -219,8 +219,10 @@ def no_step(folder: Path, rank: int) -> None:
     except ist.ISTError as error:
         (folder / f"time-{rank}").write_text(str(time.time()))
         (folder / f"failed-{rank}").write_text(f"{type(error).__name__}: {error}")
-        if rank == 1:  # it lives on: the other must not wait for its end
-            time.sleep(6)
+        deadline = time.monotonic() + 30
+        while rank == 1 and not (folder / "failed-0").exists():  # it lives on: the other must not wait for its end
+            assert time.monotonic() < deadline, "rank 0 has not learnt that rank 1 has failed"
+            time.sleep(0.02)
 
 
 def dedicated(_: Path, rank: int) -> None:
