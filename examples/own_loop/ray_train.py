@@ -2,7 +2,7 @@
 
 python examples/own_loop/ray_train.py [FOLDER]      # for Ray Train's results; default: ~/ray_results
 
-On two cores: accuracy 89.9% in one minute, most of it for starting Ray; the weights are those of `torchrun_ist.py`.
+On two cores: accuracy 89.9%, as by `torchrun_ist.py`, in one minute, most of it for starting Ray.
 
 Ray Train places the workers and forms the process group; `ist.join` uses it. Every worker is one of the run's, and
 needs the same run secret, as on any cluster (README.md, Security). `pip install 'ray[train]' scikit-learn`.

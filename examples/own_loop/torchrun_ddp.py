@@ -2,7 +2,7 @@
 
 torchrun --nproc-per-node 2 examples/own_loop/torchrun_ddp.py
 
-On two cores: accuracy 92.4% in 5 s, and 1.0 GB of gradients.
+On two cores: accuracy 92.4% in 5 s, and by formula 1.0 GB of gradients (440 steps, 1.2 MB up and down).
 """
 
 import torch
