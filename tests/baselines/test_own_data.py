@@ -51,7 +51,7 @@ def local_sgd(rounds: int, local_steps: int) -> dict[str, Tensor]:
     return clone(models[0].state_dict())
 
 
-@pytest.mark.procs
+@pytest.mark.system
 def test_ranks_of_a_baseline_read_their_own_data(tmp_path: Path) -> None:
     run_forked_ranks((WORKERS, "tests/baselines/own_data.py", tmp_path, "ddp", "local_sgd"))
 

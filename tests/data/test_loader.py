@@ -167,7 +167,12 @@ class Slow(Squares):
     ("dataset", "settings", "named"),
     [
         (Killed(), LoaderSettings(workers=1), ["data.loader.workers 1", "DataLoader worker"]),
-        (Slow(), LoaderSettings(workers=1, timeout_s=0.2), ["data.loader.workers 1", "timed out after 0.2"]),
+        pytest.param(
+            Slow(),
+            LoaderSettings(workers=1, timeout_s=0.2),
+            ["data.loader.workers 1", "timed out after 0.2"],
+            marks=pytest.mark.system,  # its process takes five seconds to end
+        ),
     ],
 )
 def test_a_lost_loader_process_ends_the_run_with_one_line(

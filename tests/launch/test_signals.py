@@ -154,7 +154,14 @@ def end(process: "subprocess.Popen[str]", number: signal.Signals, tmp_path: Path
 
 
 @pytest.mark.procs
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, pytest.param(signal.SIGQUIT, marks=many_processes)])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGHUP, marks=many_processes),
+        pytest.param(signal.SIGQUIT, marks=many_processes),
+    ],
+)
 def test_a_run_in_one_process_reports_the_signal_and_how_to_resume(tmp_path: Path, number: signal.Signals) -> None:
     with running(tmp_path, "inline") as process:
         error = end(process, number, tmp_path)

@@ -318,7 +318,7 @@ def test_the_same_keys_may_change_in_python(tmp_path: Path) -> None:
         trained(rounds=4, workers=3, optimizer=slower, batch_size=8, resume=True)
 
 
-@pytest.mark.procs
+@pytest.mark.system
 def test_ranks_continue_a_run_of_another_number_of_ranks(tmp_path: Path) -> None:
     run_forked_ranks(*((ranks, "tests/runs/resized.py", tmp_path, to) for ranks, to in ((3, 2), (2, 4), (3, 6))))
 

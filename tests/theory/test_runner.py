@@ -155,7 +155,7 @@ def test_published_cells_are_found_by_their_coordinates() -> None:
     assert figure2c.published((1,), (20,)) is None
 
 
-@pytest.mark.procs
+@pytest.mark.system
 def test_the_command_writes_everything(tmp_path: Path, ist_command: Command) -> None:
     done = ist_command(
         "theory", "figure2b", "--quick", "--data", "sphere", "--out", tmp_path, "--set", "K=20", "--processes", "1"
