@@ -100,30 +100,28 @@ def seeded(device: torch.device, seed: int, purpose: Purpose, *counters: int) ->
     """
     number = torch_seed(seed, purpose, *counters)
     on_gpu = device.type == "cuda"
+    with preserved_generators(on_gpu):
+        (torch if on_gpu else torch.default_generator).manual_seed(number)
+        random.seed(number)
+        mtrand.set_bit_generator(np.random.MT19937(number))
+        yield
+
+
+@contextmanager
+def preserved_generators(on_gpu: bool = False) -> Iterator[None]:
+    """Restore the state of the process's global generators after the context: of torch, `random` and `numpy.random`.
+
+    Args:
+        on_gpu: Whether the generators of all GPUs are restored as well; `torch.manual_seed` seeds every one.
+    """
     python = random.getstate()
     numpy, numpy_state = mtrand.get_bit_generator(), np.random.get_state(legacy=False)
-    # manual_seed seeds every GPU, so every GPU's generator is restored.
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if on_gpu else []):
         try:
-            (torch if on_gpu else torch.default_generator).manual_seed(number)
-            random.seed(number)
-            mtrand.set_bit_generator(np.random.MT19937(number))
             yield
         finally:
             random.setstate(python)
             mtrand.set_bit_generator(numpy)  # the user may have chosen another kind, which cannot be seeded again
-            np.random.set_state(numpy_state)
-
-
-@contextmanager
-def preserved_generators() -> Iterator[None]:
-    """Restore the state of the process's global generators on the CPU after the context."""
-    python, numpy_state = random.getstate(), np.random.get_state(legacy=False)
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python)
             np.random.set_state(numpy_state)
 
 
@@ -173,18 +171,10 @@ def drawing(draws: ItemDraws | None) -> Iterator[Callable[[int], None]]:
     if draws is None:
         yield lambda _: None
         return
-    python, torch_state = random.getstate(), torch.get_rng_state()
-    numpy, numpy_state = mtrand.get_bit_generator(), np.random.get_state(legacy=False)
-    try:
-        if type(numpy) is not np.random.MT19937:  # only this kind can be seeded again
+    with preserved_generators():
+        if type(mtrand.get_bit_generator()) is not np.random.MT19937:  # only this kind can be seeded again
             mtrand.set_bit_generator(np.random.MT19937(0))
         yield _seed_generators
-    finally:
-        torch.set_rng_state(torch_state)
-        random.setstate(python)
-        if mtrand.get_bit_generator() is not numpy:
-            mtrand.set_bit_generator(numpy)
-        np.random.set_state(numpy_state)
 
 
 def _seed_generators(number: int) -> None:
