@@ -250,6 +250,10 @@ def users_group(folder: Path, rank: int) -> None:
     loader = Loader(run.worker, run.num_workers)
     train(run, loader, accumulate=2)
     assert loader.position == ROUNDS * STEPS * 2  # two batches make a step
+    built_in = ist.train(
+        network("plain"), lambda worker: data(seed=worker), shard="own", workers=2, rounds=1, progress=False
+    )
+    assert built_in.is_coordinator == (rank == 0)
     assert dist.is_initialized()
     if rank == 0:
         assert [record["steps"] for record in run.history] == [STEPS] * ROUNDS

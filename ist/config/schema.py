@@ -527,13 +527,17 @@ class Config(Section):
         return self
 
 
-def num_processes(config: Config) -> int:
-    """Return the number of processes of the torchrun pool: one per worker, plus a dedicated coordinator if configured.
+def first_worker_rank(config: Config) -> int:
+    """Return the rank of worker 0 in the torchrun pool: 1 beside a dedicated coordinator, otherwise 0.
 
     Methods without a coordinator need no such process: all their ranks are workers.
     """
-    dedicated = config.method_spec.has_coordinator and config.pool.coordinator == "dedicated"
-    return config.train.workers + (1 if dedicated else 0)
+    return int(config.method_spec.has_coordinator and config.pool.coordinator == "dedicated")
+
+
+def num_processes(config: Config) -> int:
+    """Return the number of processes of the torchrun pool: the workers, and a dedicated coordinator if there is one."""
+    return config.train.workers + first_worker_rank(config)
 
 
 def min_returned(config: Config) -> int:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ist.config.schema import num_processes
+from ist.config.schema import first_worker_rank, num_processes
 from ist.distributed.environment import world_size
 from ist.distributed.process_group import Membership, PeerWatch, peer_errors
 from ist.errors import ConfigError, PoolError
@@ -37,7 +37,7 @@ def for_world_size(job: Job) -> Job:
         ConfigError: The configuration needs another number of processes; the message names both numbers.
     """
     started, needed = world_size(), num_processes(job.config)
-    spare = needed - job.config.train.workers
+    spare = first_worker_rank(job.config)
     least = job.config.train.min_workers or job.config.train.workers
     if least <= started - spare < job.config.train.workers:
         return with_workers(job, started - spare)

@@ -22,7 +22,7 @@ from torch import Tensor
 from ist.config.base import run_fingerprint
 from ist.config.methods import METHODS
 from ist.config.registry import resolve
-from ist.config.schema import Config, num_processes
+from ist.config.schema import Config, first_worker_rank
 from ist.distributed.device import check_autocast, compute_device
 from ist.distributed.environment import PRIVATE_STORE, is_launched, is_rank_zero
 from ist.distributed.memory_limit import limited_memory
@@ -260,7 +260,7 @@ def _opened(
         workers_have_state = config.workers_have_state or job.task.loop is not None  # the positions in its loaders
         location = _location(config, folder, membership, run_id, before) if workers_have_state else None
         process = _Process(job, folder, membership, Meter(), device, location, stack)
-        if not (leads and num_processes(config) > config.train.workers):  # a dedicated coordinator is not a worker
+        if not (leads and first_worker_rank(config)):  # a dedicated coordinator is not a worker
             stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))
         may_end = bool(callbacks or config.watch.callbacks)
         announce = None

@@ -6,7 +6,6 @@ Not here: the shipped data sets (`ist/data/registry.py`), the samples of each st
 """
 
 import inspect
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,11 +15,11 @@ import torch
 from torch.utils.data import Dataset
 
 from ist.config.registry import call, resolve
-from ist.config.schema import Config, num_processes
+from ist.config.schema import Config, first_worker_rank, num_processes
 from ist.data.batched import BatchedDataset, Collated
 from ist.data.registry import DATASETS, Splits
 from ist.data.shards.unequal import OwnData
-from ist.distributed.environment import is_launched
+from ist.distributed.environment import is_launched, own_rank, world_size
 from ist.errors import ConfigError, DataError
 from ist.rng import Purpose, seeded
 
@@ -98,9 +97,8 @@ def following_worker(config: Config) -> int | None:
     """Return the worker that this rank is to the end of the run; None for the coordinator, or if there are no ranks."""
     if not (config.pool.spec.is_launched and is_launched()):
         return None
-    rank, world_size, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), num_processes(config)
-    is_follower = rank > 0 and world_size == processes
-    return rank - (processes - config.train.workers) if is_follower else None
+    rank = own_rank()
+    return rank - first_worker_rank(config) if rank > 0 and world_size() == num_processes(config) else None
 
 
 def own_worker(config: Config) -> int | None:
@@ -113,20 +111,19 @@ def own_worker(config: Config) -> int | None:
         return None
     if not (config.pool.spec.is_launched and is_launched()):
         return 0
-    processes = num_processes(config)
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if world_size != processes:
+    started, processes = world_size(), num_processes(config)
+    if started != processes:
         raise ConfigError(
-            f"{world_size} processes were started (WORLD_SIZE), but train.workers is {config.train.workers} and "
+            f"{started} processes were started (WORLD_SIZE), but train.workers is {config.train.workers} and "
             f"pool.coordinator is '{config.pool.coordinator}': start {processes} processes, or change train.workers"
         )
-    worker = rank - (processes - config.train.workers)
+    worker = own_rank() - first_worker_rank(config)
     return worker if worker >= 0 else None
 
 
 def has_other_coordinator(config: Config) -> bool:
     """Return whether this process will start a coordinator that does not train, and is not one of the ranks itself."""
-    return config.pool.spec.is_launched and not is_launched() and num_processes(config) > config.train.workers
+    return config.pool.spec.is_launched and not is_launched() and first_worker_rank(config) > 0
 
 
 def load_own(config: Config) -> tuple[Splits, OwnData]:
