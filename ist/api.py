@@ -21,7 +21,6 @@ from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
 from ist.config.runtime import Checkpoint, Loader, Pool, Watch
 from ist.config.schema import Evaluate, Optimizer, Schedule, Skew
-from ist.distributed.environment import is_rank_zero
 from ist.evaluation.step_function import StepFunction
 from ist.loops.part import Part
 from ist.monitoring.callback import Callback
@@ -44,14 +43,13 @@ from ist.runs.arguments import (
     train_config,
 )
 from ist.runs.build import loss_function, make_job, make_loop_job, split_network, step_function
-from ist.runs.execute import execute, sole_run
+from ist.runs.execute import execute, give_back, sole_run
 from ist.runs.inspection import inspect_split
 from ist.runs.loading.load import own_from_python
 from ist.runs.open import FollowerPart
-from ist.runs.preflight import resumed_folder
+from ist.runs.preflight import folder_of_run
 from ist.runs.rehearsal import rehearse
 from ist.runs.split import Split, values_of
-from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.subnet.assignments import Assignments
 from ist.subnet.job import Job
 
@@ -341,17 +339,11 @@ def _train(
     callbacks: Sequence[Callback],
 ) -> TrainResult:
     """Rehearse a job and run it; see `train`."""
-    config = job.config
     device_before = next(model.parameters()).device
     rehearse(job)
-    folder: RunFolder | None = None
-    if run_dir is not None and is_rank_zero():
-        path = Path(run_dir)
-        folder = resumed_folder(job, config, path) if resume else create_run_folder(config, path)
+    folder = folder_of_run(job, job.config, run_dir, resume)
     part = execute(job, folder, resume, progress, callbacks=callbacks)
     if isinstance(part, FollowerPart):
         return TrainResult(model, [], is_coordinator=False)
-    if part.method.model is not model:  # an average of it
-        model.load_state_dict(part.method.model.state_dict())
-    model.to(device_before)
+    give_back(part, model, device_before)
     return TrainResult(model, part.recorder.history, is_coordinator=True, stopped_early=part.recorder.stopped_early)

@@ -23,7 +23,7 @@ from ist.config.base import run_fingerprint
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
 from ist.config.runtime import Checkpoint, Pool, Watch
-from ist.config.schema import Config, Optimizer, Schedule, num_processes
+from ist.config.schema import Config, Optimizer, Schedule, first_worker_rank, num_processes
 from ist.distributed.environment import is_launched, is_rank_zero, own_rank, world_size
 from ist.distributed.process_group import leave
 from ist.errors import ConfigError, LoopError, PoolError
@@ -42,14 +42,13 @@ from ist.pools.torchrun import for_world_size
 from ist.rng import Purpose, seeded
 from ist.runs.arguments import LoopKeys, join_config, optimizer_function, scheduler_function
 from ist.runs.build import make_loop_job
-from ist.runs.execute import sole_run
-from ist.runs.open import CoordinatorPart, FollowerPart, open_run
-from ist.runs.preflight import resumed_folder
+from ist.runs.execute import give_back, run_parts, sole_run
+from ist.runs.open import CoordinatorPart, FollowerPart
+from ist.runs.preflight import folder_of_run
 from ist.runs.rehearsal import rehearse
 from ist.storage.checkpoint import Progress as SavedProgress
-from ist.storage.run_folder import RunFolder, create_run_folder
+from ist.storage.run_folder import RunFolder
 from ist.subnet.job import Job
-from ist.training.rounds import follow_rounds, run_rounds
 from ist.training.worker_state import GIVEN_STATE
 
 _log = logging.getLogger(__name__)
@@ -155,7 +154,7 @@ class Joined:
             LoopError: The loop has not started, or a batch was already taken in this round.
             ConfigError: The coordinator is dedicated: it has no part, so it cannot call this in its loop's body.
         """
-        if is_dedicated(self._job.config):
+        if first_worker_rank(self._job.config):
             raise ConfigError(_DEDICATED)
         if self._part is None:
             raise LoopError("run.state_dict was called before the loop: call it at the top of the loop's body")
@@ -242,30 +241,32 @@ class Joined:
             plain = stack.enter_context(uncompiled(self._model))
             stack.enter_context(preserve_modes(plain))
             device_before = next(plain.parameters()).device
-            run = stack.enter_context(
-                open_run(self._job, self._folder, self._resume, self._progress, self._callbacks, self._saved())
+            run = yield from run_parts(
+                self._job, self._folder, self._resume, self._progress, self._opened, self._callbacks, self._saved()
             )
-            if self._state is not None and self._state["rounds_done"] != run.first_round:
-                raise LoopError(
-                    f"worker {self.worker} has the state after {self._state['rounds_done']} rounds, but the "
-                    f"coordinator has that after {run.first_round}: give all processes a state of the same round"
-                )
-            if run.first_round > 0 and self._state is None and not self._resume:
-                raise LoopError(
-                    f"worker {self.worker} has no state=, but the coordinator continues after {run.first_round} "
-                    "rounds: give all processes their own state, or none"
-                )
-            if isinstance(run, FollowerPart):
-                yield from follow_rounds(run.job, run.follower, run.first_round, run.ends_early)
-                return
+            if isinstance(run, CoordinatorPart):
+                self.stopped_early = run.recorder.stopped_early
+                give_back(run, plain, device_before)
+
+    def _opened(self, run: CoordinatorPart | FollowerPart) -> None:
+        """Check that all processes continue from the same round.
+
+        Raises:
+            LoopError: This process has the state of another round, or none.
+        """
+        if self._state is not None and self._state["rounds_done"] != run.first_round:
+            raise LoopError(
+                f"worker {self.worker} has the state after {self._state['rounds_done']} rounds, but the "
+                f"coordinator has that after {run.first_round}: give all processes a state of the same round"
+            )
+        if run.first_round > 0 and self._state is None and not self._resume:
+            raise LoopError(
+                f"worker {self.worker} has no state=, but the coordinator continues after {run.first_round} rounds: "
+                "give all processes their own state, or none"
+            )
+        if isinstance(run, CoordinatorPart):
             self._coordinator = run
             self.history = run.recorder.history
-            yield from run_rounds(run.job, run.method, run.recorder, run.first_round, run.device)
-            run.recorder.finish(run.method.model)
-            self.stopped_early = run.recorder.stopped_early
-            if run.method.model is not plain:  # an average of it
-                plain.load_state_dict(run.method.model.state_dict())
-            plain.to(device_before)
 
 
 @seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # checking the network must not change the caller's generators
@@ -381,17 +382,13 @@ def join(
         rehearse(job)
     if state is not None:
         _check_state(state, job.config, resume)
-    folder: RunFolder | None = None
-    if run_dir is not None and is_rank_zero():
-        path = Path(run_dir)
-        folder = resumed_folder(job, config, path) if resume else create_run_folder(config, path)
+    folder = folder_of_run(job, config, run_dir, resume)
     return Joined(job, model, folder, resume, progress, callbacks, state)
 
 
 def _own_worker(config: Config) -> int:
     """Return the number of this process's worker; -1 for a dedicated coordinator."""
-    rank = own_rank() if is_launched() else 0
-    return rank - (num_processes(config) - config.train.workers)
+    return (own_rank() if is_launched() else 0) - first_worker_rank(config)
 
 
 def _check_state(state: Mapping[str, Any], config: Config, resume: bool) -> None:
@@ -402,7 +399,7 @@ def _check_state(state: Mapping[str, Any], config: Config, resume: bool) -> None
     """
     if resume:
         raise ConfigError("state and resume=True both say where to continue: leave one out")
-    if is_dedicated(config):
+    if first_worker_rank(config):
         raise ConfigError(_DEDICATED)
     needed = {"rounds_done", "workers", "worker", "run"} | ({"network", "progress"} if is_rank_zero() else set())
     if missing := sorted(needed - state.keys()):
@@ -418,11 +415,6 @@ def _check_state(state: Mapping[str, Any], config: Config, resume: bool) -> None
             "state is of a run with other arguments, such as seed, local_steps, rounds, partition or exchange: give "
             "the same ones, or resume from a run_dir, where some may change"
         )
-
-
-def is_dedicated(config: Config) -> bool:
-    """Return whether rank 0 coordinates and is no worker."""
-    return num_processes(config) > config.train.workers
 
 
 _DEDICATED = (

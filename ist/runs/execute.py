@@ -5,17 +5,52 @@ Not here: building this process's part (`ist/runs/open.py`), the round loop (`is
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
+from torch import Tensor, nn
+
 from ist.errors import ConfigError
-from ist.loops.part import completed
+from ist.loops.part import Part, completed
 from ist.monitoring.callback import Callback
 from ist.monitoring.display import Progress
 from ist.runs.open import CoordinatorPart, FollowerPart, open_run
+from ist.storage.checkpoint import Progress as SavedProgress
 from ist.storage.run_folder import RunFolder
 from ist.subnet.job import Job
 from ist.training.rounds import follow_rounds, run_rounds
+
+
+def run_parts(
+    job: Job,
+    folder: RunFolder | None = None,
+    resume: bool = False,
+    progress: Progress = True,
+    opened: Callable[[CoordinatorPart | FollowerPart], object] | None = None,
+    callbacks: Sequence[Callback] = (),
+    saved: tuple[Mapping[str, Tensor], SavedProgress] | None = None,
+) -> Generator[Part, None, CoordinatorPart | FollowerPart]:
+    """Run a job to its end in this process, as `execute` does; yield each part whose steps the caller makes.
+
+    Args:
+        job: The run.
+        folder: The run folder, in which rank 0 writes; None writes nothing.
+        resume: Whether to resume from the newest checkpoint in `folder`.
+        progress: How to show progress.
+        opened: Called in every process, after the run is opened and before its first round.
+        callbacks: Callbacks besides the configured ones; used only on the coordinator.
+        saved: What to resume from, instead of a checkpoint in `folder`; see `ist.runs.open.open_run`.
+    """
+    with open_run(job, folder, resume, progress, callbacks, saved) as run:
+        if opened is not None:
+            opened(run)
+        if isinstance(run, FollowerPart):
+            yield from follow_rounds(run.job, run.follower, run.first_round, run.ends_early)
+            return run
+        yield from run_rounds(run.job, run.method, run.recorder, run.first_round, run.device)
+        run.recorder.finish(run.method.model)
+    return run
 
 
 def execute(
@@ -43,15 +78,25 @@ def execute(
     Raises:
         ISTError: See `ist.runs.open.open_run` and `ist.training.rounds.run_rounds`.
     """
-    with open_run(job, folder, resume, progress, callbacks) as part:
-        if isinstance(part, FollowerPart):
-            completed(follow_rounds(part.job, part.follower, part.first_round, part.ends_early))
-            return part
-        if opened is not None:
-            opened(part)
-        completed(run_rounds(part.job, part.method, part.recorder, part.first_round, part.device))
-        part.recorder.finish(part.method.model)
-    return part
+
+    def on_coordinator(run: CoordinatorPart | FollowerPart) -> None:
+        if opened is not None and isinstance(run, CoordinatorPart):
+            opened(run)
+
+    return completed(run_parts(job, folder, resume, progress, on_coordinator, callbacks))
+
+
+def give_back(run: CoordinatorPart, model: nn.Module, device: torch.device) -> None:
+    """Leave the trained values in the user's network, on its own device.
+
+    Args:
+        run: The coordinator's part of a run that has ended.
+        model: The user's network.
+        device: The device on which it was before the run.
+    """
+    if run.method.model is not model:  # an average of it
+        model.load_state_dict(run.method.model.state_dict())
+    model.to(device)
 
 
 _running: dict[int, object] = {}

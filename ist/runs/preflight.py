@@ -13,7 +13,7 @@ from pathlib import Path
 from ist.config.load import validate
 from ist.config.schema import Config
 from ist.distributed.device import compute_device
-from ist.distributed.environment import is_launched
+from ist.distributed.environment import is_launched, is_rank_zero
 from ist.errors import RunFolderError
 from ist.launch.lab_run import check_hosts
 from ist.monitoring.observers import check_callbacks
@@ -24,7 +24,7 @@ from ist.runs.build import build_job
 from ist.runs.open import check_method
 from ist.runs.rehearsal import rehearse
 from ist.storage.reopen import Reopened, reopen, save_config
-from ist.storage.run_folder import RunFolder
+from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.subnet.job import Job
 
 
@@ -54,6 +54,25 @@ def checked_job(config: Config) -> Job:
     job = build_job(config)
     rehearse(job)
     return job
+
+
+def folder_of_run(job: Job, config: Config, run_dir: str | Path | None, resume: bool) -> RunFolder | None:
+    """Create the folder of a run that Python starts, or open that of a run that it resumes; None on other ranks.
+
+    Args:
+        job: The run with this configuration.
+        config: The configuration, without what a launcher has decided.
+        run_dir: The folder; None: nothing is written.
+        resume: Whether the run is resumed.
+
+    Raises:
+        RunFolderError: The folder cannot be created, or the run in it cannot continue with this configuration.
+        CheckpointError: All checkpoints are damaged.
+    """
+    if run_dir is None or not is_rank_zero():
+        return None
+    path = Path(run_dir)
+    return resumed_folder(job, config, path) if resume else create_run_folder(config, path)
 
 
 def resumed_folder(job: Job, config: Config, path: Path, explicit: Sequence[str] | None = None) -> RunFolder:
