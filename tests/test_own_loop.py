@@ -500,6 +500,18 @@ def test_the_exception_of_a_function_names_worker_round_and_line() -> None:
     assert isinstance(caught.value.__cause__, KeyError)
 
 
+def on_another_device(part: ist.Part) -> None:
+    for inputs, _ in part.take(Loader(0, 1)):
+        part.model(inputs.to("meta")).sum().backward()
+
+
+def test_a_batch_on_another_device_than_the_model_is_one_line() -> None:
+    with pytest.raises(ist.LoopError, match=naming("worker 0", "round 0", "device", "test_own_loop.py")) as caught:
+        trained_by(on_another_device, network("plain"))
+
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "named"),
     [
