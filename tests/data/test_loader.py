@@ -32,10 +32,24 @@ from tests.networks import NETWORKS, seeded
 
 CPU = torch.device("cpu")
 TWO = LoaderSettings(workers=2)
+EARLIER: set[int] = set()
+
+
+def all_children() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline())]
+
+
+@pytest.fixture(autouse=True)
+def earlier_children() -> set[int]:
+    """Processes that an earlier test of the same process has left on purpose, such as Ray's."""
+    EARLIER.clear()
+    EARLIER.update(child.pid for child in all_children())
+    return EARLIER
 
 
 def children() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline())]
+    """Return the processes that the running test has started and not ended."""
+    return [child for child in all_children() if child.pid not in EARLIER]
 
 
 def trained(dataset: Any, **arguments: Any) -> dict[str, Tensor]:
