@@ -8,7 +8,9 @@ Not here: the meaning of the bytes (`ist/storage/checkpoint.py`).
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -19,15 +21,22 @@ WHOLE_PUTS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", 
 """Protocols whose writes are atomic; with other protocols a file is written under a temporary name and renamed."""
 
 
+Sink = Callable[[bytes | memoryview], object]
+"""Appends data to a file that is being written."""
+
+
 class Storage(Protocol):
-    """A flat collection of files."""
+    """A collection of files, and of folders with files (checkpoints in shards); the name of a file is 'FOLDER/FILE'."""
 
     def where(self, name: str = "") -> str:
         """Return the path or URL of a file, or of the storage, for messages."""
         ...
 
-    def names(self) -> list[str]:
-        """Return the sorted names of the files; an empty list if the storage does not exist yet.
+    def names(self, folder: str = "") -> list[str]:
+        """Return the sorted names of the files and folders; an empty list if there is no such folder yet.
+
+        Args:
+            folder: A folder of the storage; default: the storage itself.
 
         Raises:
             RunFolderError: The storage cannot be read.
@@ -51,8 +60,33 @@ class Storage(Protocol):
         """
         ...
 
+    def create(self, name: str) -> AbstractContextManager[Sink]:
+        """Write a file piece by piece; it may be partial until the `with` block has ended.
+
+        Raises:
+            RunFolderError: It cannot be written.
+        """
+        ...
+
+    def size(self, name: str) -> int | None:
+        """Return the size of a file in bytes; None if there is no such file.
+
+        Raises:
+            RunFolderError: The storage cannot be read.
+        """
+        ...
+
+    def read(self, name: str, start: int, stop: int) -> bytearray:
+        """Return the bytes `start` to `stop` (exclusive) of a file; fewer if it ends before.
+
+        Raises:
+            CheckpointError: There is no such file.
+            RunFolderError: It cannot be read.
+        """
+        ...
+
     def rename(self, name: str, new: str) -> None:
-        """Rename a file.
+        """Rename a file or a folder.
 
         Raises:
             RunFolderError: It cannot be renamed.
@@ -61,6 +95,14 @@ class Storage(Protocol):
 
     def delete(self, name: str) -> None:
         """Delete a file.
+
+        Raises:
+            RunFolderError: It cannot be deleted.
+        """
+        ...
+
+    def delete_folder(self, name: str) -> None:
+        """Delete a folder and its files.
 
         Raises:
             RunFolderError: It cannot be deleted.
@@ -81,35 +123,70 @@ class LocalStorage:
         """Return the path of a file, or of the folder."""
         return str(self.folder / name)
 
-    def names(self) -> list[str]:
-        """Return the names of the files, sorted."""
-        refuse_link(self.folder)
+    def names(self, folder: str = "") -> list[str]:
+        """Return the names of the files and folders, sorted."""
+        path = self._path(folder)
         try:
-            return sorted(path.name for path in self.folder.iterdir())
+            return sorted(found.name for found in path.iterdir())
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
-            raise RunFolderError(f"{self.folder}: cannot be read: {error.strerror or error}") from error
+            raise RunFolderError(f"{path}: cannot be read: {error.strerror or error}") from error
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file under a temporary name, sync it to disk, and rename it."""
         path = self.folder / name
-        refuse_link(self.folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+        for link in (self.folder, *([path.parent] if "/" in name else [])):
+            refuse_link(link)
+        with _named(path, "written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, data)
-        except OSError as error:
-            raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
 
     def load(self, name: str) -> Path:
         """Return the path of a file."""
-        path = self.folder / name
-        for link in (self.folder, path):
-            refuse_link(link)
-        return path
+        return self._path(name)
+
+    @contextlib.contextmanager
+    def create(self, name: str) -> Iterator[Sink]:
+        """Write a file piece by piece, and sync it to disk."""
+        path = self._path(name)
+        with _named(path, "written"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666), "wb")
+
+        def write(data: bytes | memoryview) -> None:
+            with _named(path, "written"):
+                file.write(data)
+
+        with file:
+            yield write
+            with _named(path, "written"):
+                file.flush()
+                os.fsync(file.fileno())
+
+    def size(self, name: str) -> int | None:
+        """Return the size of a file in bytes; None if there is no such file."""
+        path = self._path(name)
+        with _named(path, "read"):
+            return path.stat().st_size if path.is_file() else None
+
+    def read(self, name: str, start: int, stop: int) -> bytearray:
+        """Return some bytes of a file."""
+        path = self._path(name)
+        found, filled = bytearray(stop - start), 0
+        with _named(path, "read"):
+            try:
+                file = path.open("rb", buffering=0)
+            except FileNotFoundError as error:
+                raise CheckpointError(f"{path}: no such checkpoint") from error
+            with file:
+                file.seek(start)
+                while count := file.readinto(memoryview(found)[filled:]):
+                    filled += count
+        return found[:filled] if filled < len(found) else found
 
     def rename(self, name: str, new: str) -> None:
-        """Rename a file."""
+        """Rename a file or a folder."""
         path = self.folder / name
         try:
             path.rename(self.folder / new)
@@ -123,6 +200,19 @@ class LocalStorage:
             path.unlink()
         except OSError as error:
             raise RunFolderError(f"{path}: cannot be deleted: {error.strerror or error}") from error
+
+    def delete_folder(self, name: str) -> None:
+        """Delete a folder and its files."""
+        path = self._path(name)
+        with _named(path, "deleted"):
+            shutil.rmtree(path)
+
+    def _path(self, name: str) -> Path:
+        """Return a path, and refuse links on the way from the storage to it."""
+        path = self.folder / name
+        for link in (self.folder, *([path.parent] if "/" in name else []), path):
+            refuse_link(link)
+        return path
 
 
 class RemoteStorage:
@@ -146,25 +236,26 @@ class RemoteStorage:
         """Return the URL of a file, or of the folder, without passwords."""
         return f"{self._url}/{name}" if name else self._url
 
-    def names(self) -> list[str]:
-        """Return the names of the files, sorted."""
-        with self._translated(self._url, "read"):
+    def names(self, folder: str = "") -> list[str]:
+        """Return the names of the files and folders, sorted."""
+        with self._translated(self.where(folder), "read"):
             self._system.invalidate_cache()
             try:
-                found = self._system.ls(self._folder, detail=False)
+                found = self._system.ls(self._path(folder) if folder else self._folder, detail=False)
             except FileNotFoundError:
                 return []
         return sorted(PurePosixPath(path).name for path in found)
 
     def write(self, name: str, data: bytes) -> None:
         """Put an object, or write a file under a temporary name and rename it; then check its size."""
-        path, temporary = self._path(name), self._path(f".{name}.{os.getpid()}.tmp")
+        parent, _, file = name.rpartition("/")
+        path, temporary = self._path(name), self._path(f"{parent}/.{file}.{os.getpid()}.tmp".lstrip("/"))
         with self._translated(self.where(name), "written"):
             if self._puts_whole:
                 self._system.pipe_file(path, data)
                 self._check_size(path, len(data))
                 return
-            self._system.makedirs(self._folder, exist_ok=True)
+            self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
             try:
                 self._system.pipe_file(temporary, data)
                 self._check_size(temporary, len(data))
@@ -182,15 +273,68 @@ class RemoteStorage:
                 raise CheckpointError(f"{self.where(name)}: no such checkpoint") from error
         return found
 
+    @contextlib.contextmanager
+    def create(self, name: str) -> Iterator[Sink]:
+        """Write a file piece by piece; then check its size. Many file systems keep a few MB of it in memory."""
+        path, where = self._path(name), self.where(name)
+        with self._translated(where, "written"):
+            if not self._puts_whole:
+                self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            file = self._system.open(path, "wb")
+        num_bytes = 0
+
+        def write(data: bytes | memoryview) -> None:
+            nonlocal num_bytes
+            with self._translated(where, "written"):
+                file.write(data)
+            num_bytes += len(data)
+
+        try:
+            yield write
+        except BaseException:
+            with contextlib.suppress(Exception):  # what is closed here is partial, and no checkpoint lists it
+                file.close()
+            raise
+        with self._translated(where, "written"):
+            file.close()
+            self._check_size(path, num_bytes)
+
+    def size(self, name: str) -> int | None:
+        """Return the size of a file in bytes; None if there is no such file."""
+        with self._translated(self.where(name), "read"):
+            self._system.invalidate_cache()
+            try:
+                found: int = self._system.size(self._path(name))
+            except FileNotFoundError:
+                return None
+        return found
+
+    def read(self, name: str, start: int, stop: int) -> bytearray:
+        """Return some bytes of a file."""
+        with self._translated(self.where(name), "read"):
+            try:
+                return bytearray(
+                    self._system.cat_file(self._path(name), start=start, end=stop) if stop > start else b""
+                )
+            except FileNotFoundError as error:
+                raise CheckpointError(f"{self.where(name)}: no such checkpoint") from error
+
     def rename(self, name: str, new: str) -> None:
-        """Rename a file; object stores copy it and delete the original."""
+        """Rename a file or a folder; object stores copy it and delete the original."""
+        path = self._path(name)
         with self._translated(self.where(name), "renamed"):
-            self._system.mv(self._path(name), self._path(new))
+            self._system.mv(path, self._path(new), **({"recursive": True} if self._system.isdir(path) else {}))
 
     def delete(self, name: str) -> None:
         """Delete a file."""
         with self._translated(self.where(name), "deleted"):
             self._system.rm_file(self._path(name))
+
+    def delete_folder(self, name: str) -> None:
+        """Delete a folder and its files."""
+        with self._translated(self.where(name), "deleted"):
+            self._system.invalidate_cache()
+            self._system.rm(self._path(name), recursive=True)
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}"
@@ -276,6 +420,15 @@ def open_storage(storage: str, name: str) -> Storage:
     if isinstance(system, LocalFileSystem):
         return LocalStorage(Path(folder))
     return RemoteStorage(system, folder, url)
+
+
+@contextlib.contextmanager
+def _named(path: Path, what: str) -> Iterator[None]:
+    """Turn an error of the operating system into ours, which names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be {what}: {error.strerror or error}") from error
 
 
 def refuse_link(path: Path) -> None:

@@ -1,20 +1,21 @@
 """Save and load checkpoints: atomically, and verified by a checksum.
 
 A checkpoint is one safetensors file: the network's tensors under their names, optimizer state under `key@name`, and
-metadata with the round, counters, and a SHA-256 over everything else. A crash while writing leaves the previous
-checkpoint (`ist/storage/backend.py`). A damaged checkpoint is renamed, and the newest intact one is used. Each worker
-saves its own state in a file beside the checkpoint.
+metadata with the round, counters, and a SHA-256 over everything else. If no process holds the network, the checkpoint
+is a folder with several such files (`ist/storage/shards/`). Runs resume from either kind. A crash while writing leaves
+the previous checkpoint (`ist/storage/backend.py`). A damaged checkpoint is renamed, and the newest intact one is used.
+Each worker saves its own state in a file beside the checkpoint.
 
 Where it sits: `ist/storage/run_folder.py` saves and loads a run here, `ist/training/worker_state.py` a worker's state.
 Law: load(save(x)) == x, bit for bit. Nothing is pickled.
-Not here: where files are written (`ist/storage/backend.py`).
+Not here: where files are written (`ist/storage/backend.py`), and by whom, if in shards (`ist/storage/shards/`).
 """
 
 import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
@@ -31,11 +32,17 @@ from ist.config.base import NonNegativeInt
 from ist.distributed.memory_limit import lifted_limit
 from ist.errors import CheckpointError, RunFolderError
 from ist.storage.backend import Storage, write_atomically
+from ist.storage.shards.plan import ShardFile
+from ist.storage.shards.read import SavedTensors, is_complete, open_file, open_shards
+from ist.storage.shards.write import COMMIT, INDEX, Written, commit, delete_shards
 
 _log = logging.getLogger(__name__)
 
+_FOLDER = "round-{:08d}"
 _NAME = "round-{:08d}.safetensors"
 _PATTERN = re.compile(r"round-\d{8}\.safetensors")
+_FOLDER_PATTERN = re.compile(r"round-\d{8}")
+_SHARD_PATTERN = re.compile(r"(model|state)-\d{5}-of-\d{5}\.safetensors|\.?" + re.escape(INDEX) + r"(\.\d+\.tmp)?")
 _DAMAGED = ".damaged"
 _NAMES = "tensors"
 _MISMATCH = "the checkpoint does not match the configured network and run"
@@ -85,9 +92,61 @@ def save_checkpoint(storage: Storage, tensors: Mapping[str, Tensor], progress: P
     name = _NAME.format(progress.rounds_done)
     metadata = {"progress": json.dumps(asdict(progress)), _NAMES: json.dumps(sorted(tensors))}
     storage.write(name, _serialized(tensors, metadata))
-    for old in _checkpoints(storage)[:-keep]:
-        storage.delete(old)
+    _delete_old(storage, keep)
     return name
+
+
+def shards_folder(rounds_done: int) -> str:
+    """Return the name of the folder of a checkpoint in shards."""
+    return _FOLDER.format(rounds_done)
+
+
+def commit_shards(
+    storage: Storage, files: Sequence[ShardFile], written: Mapping[str, Written], progress: Progress, keep: int
+) -> str:
+    """Make a checkpoint in shards valid, after all ranks have written their files, and delete all but the newest.
+
+    Args:
+        storage: The storage of the run's checkpoints.
+        files: The plan of the files.
+        written: What all ranks have written, by the name of the file.
+        progress: The progress of the run.
+        keep: Number of checkpoints to keep, >= 1.
+
+    Returns:
+        The name of the folder.
+
+    Raises:
+        RunFolderError: A file of another rank is not there, or rank 0 cannot write; earlier checkpoints are unchanged.
+    """
+    folder = shards_folder(progress.rounds_done)
+    commit(storage, folder, files, written, json.dumps(asdict(progress)))
+    _delete_old(storage, keep)
+    return folder
+
+
+def sweep_shards(storage: Storage) -> None:
+    """Delete what interrupted saves have left: folders with files of a checkpoint, but without its last one.
+
+    No other process may be saving. Folders that cannot be deleted are ignored.
+
+    Raises:
+        RunFolderError: The storage cannot be read.
+    """
+    for name in storage.names():
+        if _FOLDER_PATTERN.fullmatch(name):
+            files = storage.names(name)
+            if COMMIT not in files and files and all(map(_SHARD_PATTERN.fullmatch, files)):
+                with suppress(RunFolderError):
+                    storage.delete_folder(name)
+
+
+def _delete_old(storage: Storage, keep: int) -> None:
+    for old in _checkpoints(storage)[:-keep]:
+        if _FOLDER_PATTERN.fullmatch(old):
+            delete_shards(storage, old)
+        else:
+            storage.delete(old)
 
 
 def latest_checkpoint(storage: Storage) -> str | None:
@@ -99,10 +158,14 @@ def latest_checkpoint(storage: Storage) -> str | None:
     return max(_checkpoints(storage), default=None)
 
 
-def load_newest(storage: Storage) -> tuple[dict[str, Tensor], Progress] | None:
+def load_newest(storage: Storage, lazily: bool = False) -> tuple[Mapping[str, Tensor], Progress] | None:
     """Load the newest intact checkpoint; rename newer, damaged ones.
 
     A damaged file gets a name that is not recognized as a checkpoint, and a warning names it.
+
+    Args:
+        storage: The storage of the run's checkpoints.
+        lazily: Whether to read each tensor only when it is asked for, as from a checkpoint in shards.
 
     Returns:
         The result of `load_checkpoint`; None if there is no checkpoint at all.
@@ -114,13 +177,14 @@ def load_newest(storage: Storage) -> tuple[dict[str, Tensor], Progress] | None:
     damaged: dict[str, CheckpointError] = {}
     for name in reversed(_checkpoints(storage)):
         try:
-            found = load_checkpoint(storage, name)
+            found = load_checkpoint(storage, name, lazily)
         except CheckpointError as error:
             damaged[name] = error
             continue
         for bad, reason in damaged.items():
             renamed = _rename_damaged(storage, bad)
-            _log.warning("%s. The file was renamed to %s; resuming from %s", reason, renamed, name)
+            what = "folder" if _FOLDER_PATTERN.fullmatch(bad) else "file"
+            _log.warning("%s. The %s was renamed to %s; resuming from %s", reason, what, renamed, name)
         return found
     if not damaged:
         return None
@@ -131,16 +195,29 @@ def load_newest(storage: Storage) -> tuple[dict[str, Tensor], Progress] | None:
     )
 
 
-def load_checkpoint(storage: Storage, name: str) -> tuple[dict[str, Tensor], Progress]:
+def load_checkpoint(storage: Storage, name: str, lazily: bool = False) -> tuple[Mapping[str, Tensor], Progress]:
     """Load and verify a checkpoint.
 
+    Args:
+        storage: The storage of the run's checkpoints.
+        name: The checkpoint: a file, or a folder with shards.
+        lazily: Whether to read each tensor only when it is asked for; one in shards is always read so.
+
     Raises:
-        CheckpointError: The file is missing, truncated or altered, or its progress entry is malformed or does not match
+        CheckpointError: A file is missing, truncated or altered, or its progress entry is malformed or does not match
             its name.
         RunFolderError: The storage cannot be read.
     """
     where = storage.where(name)
-    tensors, metadata = _verified(storage.load(name), where)
+    if in_shards := _FOLDER_PATTERN.fullmatch(name) is not None:
+        saved, text = open_shards(storage, name)
+        tensors: Mapping[str, Tensor] = saved
+        metadata = {"progress": text}
+    elif lazily:
+        tensors, metadata = open_file(storage, name)
+        _check_sum(tensors, metadata, where)
+    else:
+        tensors, metadata = _verified(storage.load(name), where)
     try:
         progress = _PROGRESS.validate_json(metadata["progress"])
     except (KeyError, ValidationError) as error:
@@ -148,11 +225,25 @@ def load_checkpoint(storage: Storage, name: str) -> tuple[dict[str, Tensor], Pro
     missing = set(json.loads(metadata.get(_NAMES, "[]"))) - set(tensors)  # earlier versions did not list the names
     if missing:
         raise CheckpointError(f"{where}: was altered: '{min(missing)}' is missing ({len(missing)} tensors missing)")
-    if name != _NAME.format(progress.rounds_done):
+    if name != (_FOLDER if in_shards else _NAME).format(progress.rounds_done):
         raise CheckpointError(
-            f"{where}: its progress entry says round {progress.rounds_done}, which does not match the file's name"
+            f"{where}: its progress entry says round {progress.rounds_done}, which does not match the "
+            f"{'folder' if in_shards else 'file'}'s name"
         )
     return tensors, progress
+
+
+def saved_tensors(storage: Storage, rounds_done: int) -> SavedTensors:
+    """Open the checkpoint of a round, which rank 0 has verified, on another rank; no tensor is read.
+
+    Raises:
+        CheckpointError: There is no such checkpoint, or a file of it is missing or truncated.
+        RunFolderError: The storage cannot be read.
+    """
+    folder = shards_folder(rounds_done)
+    if is_complete(storage, folder):
+        return open_shards(storage, folder, verify=False)[0]
+    return open_file(storage, _NAME.format(rounds_done))[0]
 
 
 def _explain(error: KeyError | ValidationError) -> str:
@@ -164,11 +255,15 @@ def _explain(error: KeyError | ValidationError) -> str:
 
 
 def _checkpoints(storage: Storage) -> list[str]:
-    return [name for name in storage.names() if _PATTERN.fullmatch(name)]
+    return [
+        name
+        for name in storage.names()
+        if _PATTERN.fullmatch(name) or (_FOLDER_PATTERN.fullmatch(name) and is_complete(storage, name))
+    ]
 
 
 def _rename_damaged(storage: Storage, name: str) -> str:
-    """Rename a damaged file, so that it is not recognized as a checkpoint; return its new name."""
+    """Rename a damaged file or folder, so that it is not recognized as a checkpoint; return its new name."""
     existing = storage.names()
     renamed = name + _DAMAGED
     number = 1
@@ -301,10 +396,19 @@ def _verified(source: Path | bytes, where: str) -> tuple[dict[str, Tensor], dict
         raise RunFolderError(f"{where}: cannot be read: {error.strerror or error}") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{where}: truncated or not a safetensors file: {error}") from error
+    _check_sum(tensors, metadata, where)
+    return tensors, metadata
+
+
+def _check_sum(tensors: Mapping[str, Tensor], metadata: dict[str, str], where: str) -> None:
+    """Compare the checksum of a file's tensors, which it removes from their metadata.
+
+    Raises:
+        CheckpointError: It differs.
+    """
     expected = metadata.pop("sha256", None)
     if expected != _checksum(tensors, metadata):
         raise CheckpointError(f"{where}: was altered: its contents do not match its checksum")
-    return tensors, metadata
 
 
 def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

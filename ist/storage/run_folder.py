@@ -3,7 +3,8 @@
     config.yaml        the configuration with all keys, and a digest of them
     changes.jsonl      one JSON object for each change of the configuration when the run was resumed
     metrics.jsonl      one JSON object per round
-    checkpoints/       the newest checkpoints (safetensors); during the run also the state of workers
+    checkpoints/       the newest checkpoints (safetensors, a file or a folder each); during the run also the state of
+                       workers
     tensorboard/       event files, with watch.tensorboard
     model.safetensors  state_dict of the trained network, at the end
     result.json        final numbers, at the end
@@ -44,6 +45,7 @@ from ist.storage.checkpoint import (
     latest_checkpoint,
     load_newest,
     save_checkpoint,
+    sweep_shards,
     write_tensors,
 )
 from ist.storage.run_files import Lines, parse_records, parse_result
@@ -149,6 +151,7 @@ class RunFolder:
         """Delete temporary files of killed processes; no other process may be writing into the folder."""
         for storage in (LocalStorage(self.path.resolve()), self.storage):
             sweep(storage)
+        sweep_shards(self.storage)
 
     def begin(self) -> None:
         """Check that no other process has started this run in the meantime.
@@ -163,11 +166,14 @@ class RunFolder:
                 f"{self.path}"
             )
 
-    def rewind(self) -> tuple[dict[str, Tensor], Progress]:
+    def rewind(self, lazily: bool = False) -> tuple[Mapping[str, Tensor], Progress]:
         """Return the newest intact checkpoint, and delete records of later rounds, and the result of an early end.
 
         Without a checkpoint, there are no tensors and no completed rounds. Records of earlier rounds may be missing if
         only the checkpoints survived. A damaged end of metrics.jsonl is deleted, with a warning.
+
+        Args:
+            lazily: Whether to read each tensor only when it is asked for.
 
         Raises:
             CheckpointError: All checkpoints are damaged, or a checkpoint must exist and does not.
@@ -176,7 +182,7 @@ class RunFolder:
         """
         self._keep_config()
         lines = self._lines_for_resume()
-        newest = load_newest(self.storage)
+        newest = load_newest(self.storage, lazily)
         if newest is None:
             self._check_never_saved(len(lines.records))
         tensors, progress = newest or ({}, Progress())
