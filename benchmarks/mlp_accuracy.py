@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, write_result
+from benchmarks.held import Held, held
 from ist.config.load import load_config
+from ist.config.schema import Config
 from ist.launch.start import launch
 from ist.monitoring.display import format_bytes
 from ist.runs.build import build_job
@@ -35,9 +38,9 @@ SEEDS = (0, 1, 2)
 CONTENDERS = {"ddp, 8 epochs": ("ddp", 8), "ist, 64 epochs": ("ist", 64), "ist, 8 epochs": ("ist", 8)}
 
 
-def run(method: str, epochs: int, rate: float, seed: int, validation: bool) -> dict[str, Any]:
-    """Train once, in separate processes, and return the result."""
-    config = load_config(
+def configured(method: str, epochs: int, rate: float, seed: int, validation: bool) -> Config:
+    """Return the configuration of a run."""
+    return load_config(
         CONFIG,
         [
             f"method={method}",
@@ -49,6 +52,11 @@ def run(method: str, epochs: int, rate: float, seed: int, validation: bool) -> d
             "checkpoint.every=100000",
         ],
     )
+
+
+def run(method: str, epochs: int, rate: float, seed: int, validation: bool) -> dict[str, Any]:
+    """Train once, in separate processes, and return the result."""
+    config = configured(method, epochs, rate, seed, validation)
     build_job(config)
     with tempfile.TemporaryDirectory() as scratch:
         folder = create_run_folder(config, Path(scratch) / "run")
@@ -72,6 +80,7 @@ def contend(method: str, epochs: int, grid: Sequence[float], seeds: Sequence[int
         "spread": statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
         "sent_bytes": finals[0]["sent_bytes"],
         "memory_bytes": max(final["memory_bytes"] for final in finals),
+        "held": asdict(held(build_job(configured(method, epochs, best, seeds[0], validation=False)))),
         "compute_samples": finals[0]["samples"],
     }
 
@@ -86,8 +95,9 @@ def main() -> None:
     }
     base = found["ddp, 8 epochs"]
     table = Table(
-        "method", "lr of grid", "test accuracy (mean, spread)", "behind", "bytes sent", "fewer", "memory per worker"
-    )
+        "method", "lr of grid", "test accuracy (mean, spread)", "behind", "bytes sent", "fewer", "memory per worker",
+        "most of the network that a worker ever held",
+    )  # fmt: skip
     for label, row in found.items():
         table.add_row(
             label,
@@ -97,6 +107,7 @@ def main() -> None:
             format_bytes(row["sent_bytes"]),
             f"{base['sent_bytes'] / row['sent_bytes']:.1f}x",
             format_bytes(row["memory_bytes"]),
+            str(Held(**row["held"])),
         )
     Console(width=140).print(table)
     name = "mlp_accuracy_quick" if quick else "mlp_accuracy"

@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import RESULTS, ROOT, add_run, finished_runs, write_result
+from benchmarks.held import Held, held
 from ist.config.load import load_config
+from ist.config.schema import Config
 from ist.launch.lab_run import launch_on_hosts
 from ist.launch.start import launch
 from ist.monitoring.display import format_bytes, format_ratio
@@ -92,9 +94,9 @@ CONTENDERS = {
 }
 
 
-def run(contender: Contender, rate: float, seed: int, validation: bool, link: str | None = None) -> dict[str, Any]:
-    """Train once, in separate processes, and return the result; with a link, also the accuracy by round."""
-    config = load_config(
+def configured(contender: Contender, rate: float, seed: int, validation: bool, link: str | None = None) -> Config:
+    """Return the configuration of a run."""
+    return load_config(
         CONFIG,
         [
             *contender.overrides(),
@@ -106,6 +108,11 @@ def run(contender: Contender, rate: float, seed: int, validation: bool, link: st
             f"pool.link={link or 'null'}",
         ],
     )
+
+
+def run(contender: Contender, rate: float, seed: int, validation: bool, link: str | None = None) -> dict[str, Any]:
+    """Train once, in separate processes, and return the result; with a link, also the accuracy by round."""
+    config = configured(contender, rate, seed, validation, link)
     build_job(config)
     with tempfile.TemporaryDirectory() as scratch:
         folder = create_run_folder(config, Path(scratch) / "run")
@@ -156,6 +163,7 @@ def accuracy(
         "test_accuracies": finals,
         "mean": statistics.mean(finals),
         "spread": statistics.stdev(finals) if len(finals) > 1 else 0.0,
+        "held": asdict(held(build_job(configured(contender, best, seeds[0], validation=False)))),
     }
 
 
@@ -163,7 +171,8 @@ def table(found: Mapping[str, Mapping[str, Any]], link: str) -> Table:
     """Return the table of all contenders and the reference."""
     shown = Table(
         "contender", "lr", "test accuracy", "reaches", "sent", "on the wire", "fewer", "seconds", "faster",
-        "own cores, s", "faster", title=f"Fashion-MNIST, links of {link}",
+        "own cores, s", "faster", "most of the network that a worker ever held",
+        title=f"Fashion-MNIST, links of {link}",
     )  # fmt: skip
     base = found[REFERENCE]
     for label, row in found.items():
@@ -179,6 +188,7 @@ def table(found: Mapping[str, Mapping[str, Any]], link: str) -> Table:
             f"{base['train_s'] / row['train_s']:.1f}x",
             f"{row['virtual_s']:.1f}",
             f"{base['virtual_s'] / row['virtual_s']:.1f}x",
+            str(Held(**row["held"])),
         )
     return shown
 

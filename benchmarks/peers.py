@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, write_result
+from benchmarks.held import Held, held
 from ist.config.load import config_for_method, dump_config, load_config
 from ist.config.runtime import Link
 from ist.config.schema import Config, num_processes
@@ -140,6 +142,7 @@ def measure(method: str, config: Config, timeout_s: float) -> dict[str, Any]:
         "rounds": job.schedule.num_rounds,
         "local_steps_a_round": config.train.local_steps,
         "local_steps": [job.schedule.total_steps] * config.train.workers,
+        "held": asdict(held(job)),
     }
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -168,8 +171,9 @@ def measure(method: str, config: Config, timeout_s: float) -> dict[str, Any]:
 def show(found: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return the table of all methods."""
     table = Table(
-        "method", "lr", "epochs", "rounds", "averaged over all", "test accuracy", "bytes sent", "seconds", "processor"
-    )
+        "method", "lr", "epochs", "rounds", "averaged over all", "test accuracy", "bytes sent", "seconds", "processor",
+        "most of the network that a worker ever held",
+    )  # fmt: skip
     for method, row in found.items():
         table.add_row(
             method,
@@ -181,6 +185,7 @@ def show(found: Mapping[str, Mapping[str, Any]]) -> Table:
             format_bytes(row["interfaces_sent_bytes"]),
             f"{row['train_s']:.1f}",
             f"{row['processor_s']:.0f} s",
+            str(Held(**row["held"])),
         )
     return table
 

@@ -9,6 +9,7 @@ training data. Finished runs are lines of `results/recipes_runs.jsonl`; see `ben
 
 import argparse
 import statistics
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import ROOT, write_result
+from benchmarks.held import Held, held
 from benchmarks.session import Run, Session
 from benchmarks.workloads import LOWER, WORKLOADS, value
 from ist.config.load import load_config
 from ist.monitoring.display import format_bytes, format_metric, metric_title
+from ist.runs.build import build_job
 
 PLAIN = (
     "recipe.stages=[]",
@@ -81,8 +84,6 @@ def runs_of(workload: str, variant: str, given: tuple[str, ...], seed: int) -> d
 
 def plain_rounds(workload: str, given: tuple[str, ...]) -> int:
     """Return the number of rounds of plain IST."""
-    from ist.runs.build import build_job
-
     if workload not in _ROUNDS:
         _ROUNDS[workload] = build_job(Run("", workload, "ist", (*PLAIN, *given)).load()).schedule.num_rounds
     return _ROUNDS[workload]
@@ -114,6 +115,7 @@ def study(session: Session, workload: str, given: tuple[str, ...], seeds: int) -
             "lr_factor": best,
             "sent_bytes": results[0]["sent_bytes"],
             "virtual_s": statistics.median(result["virtual_s"] for result in results),
+            "held": asdict(held(build_job(all_seeds[0].load()))),
         }
     return {"metric": metric, "rows": rows}
 
@@ -140,8 +142,9 @@ def main() -> None:
     for workload, found in studies.items():
         metric = found["metric"]
         shown = Table(
-            "variant", metric_title(metric), "against plain", "sent", "own cores, s", "lr of the grid", title=workload
-        )
+            "variant", metric_title(metric), "against plain", "sent", "own cores, s", "lr of the grid",
+            "most of the network that a worker ever held", title=workload,
+        )  # fmt: skip
         plain = found["rows"]["plain"]["mean"]
         for variant, row in found["rows"].items():
             change = (
@@ -152,6 +155,7 @@ def main() -> None:
             shown.add_row(
                 variant, f"{format_metric(metric, row['mean'])} ± {format_metric(metric, row['spread'])}", change,
                 format_bytes(row["sent_bytes"]), f"{row['virtual_s']:.1f}", f"{row['lr_factor']:.2g}x",
+                str(Held(**row["held"])),
             )  # fmt: skip
         Console(width=120).print(shown)
 

@@ -21,7 +21,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import RESULTS, ROOT, write_result
+from benchmarks.held import Held, held
 from benchmarks.session import Run, Session
 from ist.config.load import config_for_method, load_config
 from ist.monitoring.display import format_bytes, format_metric, format_ratio, metric_title
+from ist.runs.build import build_job
 
 SEEDS = (0, 1, 2)
 REFERENCE = "ddp"
@@ -158,7 +160,7 @@ def memory(workload: str, given: Sequence[str]) -> dict[str, Run]:
 
 
 def summary(
-    workload: str, found: Mapping[str, Any], runs: Mapping[tuple[str, int], Run], held: Mapping[str, Run]
+    workload: str, found: Mapping[str, Any], runs: Mapping[tuple[str, int], Run], memories: Mapping[str, Run]
 ) -> dict[str, Any]:
     """Return the results of a workload's contenders."""
     metric = WORKLOADS[workload].metric
@@ -174,8 +176,9 @@ def summary(
             "mean": statistics.mean(values),
             "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
             "others": {name: statistics.mean(v) for name, v in others.items() if not name.startswith("best_")},
-            "memory_bytes": found[held[label].key]["memory_bytes"],
-            "coordinator_memory_bytes": found[held[label].key]["coordinator_memory_bytes"],
+            "memory_bytes": found[memories[label].key]["memory_bytes"],
+            "coordinator_memory_bytes": found[memories[label].key]["coordinator_memory_bytes"],
+            "held": asdict(held(build_job(runs[label, 0].load()))),
             "sent_bytes": results[0]["sent_bytes"],
             "train_s": statistics.median(r["train_s"] for r in results),
             "virtual_s": statistics.median(r["virtual_s"] for r in results),
@@ -201,6 +204,7 @@ HEADS = (
     "own cores, s",
     "memory per worker",
     "of rank 0",
+    "most of the network that a worker ever held",
 )
 
 
@@ -220,6 +224,7 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
                 f"{row['virtual_s']:.1f}",
                 format_bytes(row["memory_bytes"]),
                 format_bytes(row["coordinator_memory_bytes"]),
+                str(Held(**row["held"])),
             )
 
 
@@ -278,10 +283,10 @@ def main() -> None:
             best |= {label: better(rates, key=lambda rate: rates[rate]) for label, rates in reached.items() if rates}
             tuned[workload] = reached
         last = finals(workload, best, given, asked.quick)
-        held = memory(workload, given)
+        memories = memory(workload, given)
         session.run(last.values())
-        session.run(held.values(), alone=True)
-        summaries[workload] = {**summary(workload, session.found(), last, held), "rates": best}
+        session.run(memories.values(), alone=True)
+        summaries[workload] = {**summary(workload, session.found(), last, memories), "rates": best}
         summaries = {known: summaries[known] for known in WORKLOADS if known in summaries}
         write_result(name, {"tuning": tuned, "workloads": summaries})
     Console(width=160).print(table(summaries))

@@ -226,6 +226,14 @@ MEASUREMENTS: tuple[Measurement, ...] = (
         tensorboard="memory/coordinator_bytes", prometheus=Sample(_MEMORY, "coordinator"),
     ),
     Measurement(
+        name="held_fraction", unit="fraction", kind=float, source="recorder", over_rounds="peak",
+        meaning=(
+            "Largest fraction of the network's parameters that a worker held in the round, from 0 to 1. A run that an "
+            "older version began has none."
+        ),
+        column="most held by a worker",
+    ),
+    Measurement(
         name="test_loss", unit="", kind=float, source="evaluation", over_rounds="latest",
         meaning="Mean loss of the full network on the test data.",
         tensorboard="loss/test",

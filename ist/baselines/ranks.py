@@ -88,7 +88,8 @@ def summarise(ranks: Sequence[RankRound], names: Sequence[str] = ()) -> RoundRep
         "merge_s": 0.0,
         "virtual_s": max(of_rank["cpu_s"] for of_rank in measured) + transfer,
     }
-    return RoundReport(numbers, measured, logged=logged_means(names, [did.logged for did in ranks], numbers["samples"]))
+    logged = logged_means(names, [did.logged for did in ranks], numbers["samples"])
+    return RoundReport(numbers, measured, logged=logged, held_fraction=1.0)
 
 
 def broadcast_tensors(membership: Membership, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

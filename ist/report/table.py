@@ -113,6 +113,8 @@ def _shown(result: Result, measured: Measurement) -> str:
     if measured.name not in result:
         return "not counted"
     value = result[measured.name]
+    if measured.unit == "fraction":
+        return f"{value:.0%}"
     return format_bytes(value) if measured.unit == "bytes" else f"{value:.1f}"
 
 

@@ -105,6 +105,9 @@ class RunRecorder:
         num_samples = self._job.schedule.sampler.num_samples
         if self._job.task.loop is None and num_samples is not None:  # otherwise it is unknown
             found["epoch"] = self._totals["samples"] / num_samples
+        # What a worker held in rounds of an older version is unknown, and so is the most of the run.
+        if report.held_fraction is not None and (not self._rounds_done or "held_fraction" in self._numbers):
+            found["held_fraction"] = report.held_fraction
         record: dict[str, Any] = {"round": round_number}
         for measured in MEASUREMENTS:
             if measured.recorded and measured.source != "evaluation" and measured.name in found:

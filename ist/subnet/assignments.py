@@ -14,7 +14,7 @@ from ist.optimization.schedule import Schedule
 from ist.rng import Indices
 from ist.subnet.cut import Cut
 from ist.subnet.partition import Assignment, assign, at_stage, is_disjoint, is_full_width
-from ist.subnet.split_model import SplitModel
+from ist.subnet.split_model import HeldFractions, SplitModel
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Assignments:
         self._partition = partition
         self._team = Team(schedule.sampler.num_workers)
         self._known: dict[tuple[int, Team], Assignment] = {}
+        self._held = HeldFractions(split)
 
     def partition(self, round_number: int, team: Team | None = None) -> Partition:
         """Return how neurons are assigned in a round; for `team` see `of`."""
@@ -92,6 +93,10 @@ class Assignments:
     def cuts(self, round_number: int, team: Team | None = None) -> list[Cut]:
         """Return each worker's positions in every tensor that is sent and returned; for the arguments see `of`."""
         return [self._split.cut(neurons) for neurons in self.of(round_number, team)]
+
+    def held_fraction(self, round_number: int, team: Team | None = None) -> float:
+        """Return the largest fraction of the network's parameters that a worker holds; for the arguments see `of`."""
+        return max(self._held.of(neurons) for neurons in self.of(round_number, team))
 
     def exclusive(self, round_number: int) -> frozenset[str]:
         """Return the tensors in which no entry has two holders in a round."""

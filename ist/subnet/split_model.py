@@ -6,6 +6,7 @@ Nothing here depends on the round, the worker or the pool.
 Not here: values of trained tensors (`ist/subnet/store.py`), messages (`ist/transport/endpoints.py`).
 """
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -162,6 +163,35 @@ class ShapeKeys:
         if self._by_position[sizes] or self._split.depends_on_which_neurons:
             return tuple(tuple(numbers.tolist()) for numbers in neurons)
         return sizes
+
+
+class HeldFractions:
+    """The fraction of the network's parameters that a worker holds, computed once for each shape of its module.
+
+    Args:
+        split: The split network.
+    """
+
+    def __init__(self, split: SplitModel) -> None:
+        self._split = split
+        self._keys = ShapeKeys(split)
+        self._parameters = [name for name, _ in split.template.named_parameters()]
+        self._whole = sum(parameter.numel() for parameter in split.template.parameters())
+        self._known: dict[Hashable, float] = {}
+
+    def of(self, neurons: Sequence[Indices]) -> float:
+        """Return the fraction, from 0 to 1, for a worker that holds these neurons of each group."""
+        sizes = tuple(map(len, neurons))
+        if sizes == tuple(group.size for group in self._split.groups):
+            return 1.0
+        key = self._keys.of(neurons)
+        if key not in self._known:
+            if len(self._known) > 64:  # shares of fixed sizes have few keys; with others every round has new ones
+                self._known.clear()
+            specs = self._split.submodel_plan(neurons).specs
+            held = sum(math.prod(specs[name].shape) for name in self._parameters if name in specs)
+            self._known[key] = held / self._whole
+        return self._known[key]
 
 
 def try_submodel(

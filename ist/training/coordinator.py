@@ -154,7 +154,8 @@ class Coordinator:
         headers = sorted(arrivals.headers, key=lambda header: header.worker)
         sums = [header.logged for header in headers]
         logged = logged_means(self.job.config.train.logged, sums, report.numbers["samples"])
-        return replace(report, lost=(*failed, *report.lost), logged=logged)
+        held = self._held.held_fraction(round_number, team)
+        return replace(report, lost=(*failed, *report.lost), logged=logged, held_fraction=held)
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
         """Return the full network's tensors, carried optimizer state, and the outer optimizer's momentum."""

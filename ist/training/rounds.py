@@ -35,12 +35,14 @@ class RoundReport:
         by_worker: The numbers of each worker whose result was merged, ordered by worker.
         lost: Workers whose results are not in the merge.
         logged: The means over all samples of the numbers that `train.logged` names, by name.
+        held_fraction: The largest fraction of the network's parameters that a worker held; None: unknown.
     """
 
     numbers: Numbers
     by_worker: Sequence[Numbers]
     lost: tuple[Lost, ...] = ()
     logged: Mapping[str, float] = field(default_factory=dict)
+    held_fraction: float | None = None
 
     def __post_init__(self) -> None:
         check_round(self.numbers)

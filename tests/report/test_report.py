@@ -122,8 +122,10 @@ def test_names_of_runs_in_folders_of_the_same_name_show_their_paths(tmp_path: Pa
 
 def test_the_ratio_says_how_many_times_fewer_bytes_a_run_sends() -> None:
     base = {"seed": 0, "accuracy": 0.9, "test_loss": 0.1, "train_s": 2.0, "virtual_s": 1.5, "memory_bytes": 2_000_000}
+    ours = {**base, "method": "ist", "sent_bytes": 1000, "held_fraction": 0.251}
 
-    rows = table_rows([{**base, "method": "ist", "sent_bytes": 1000}, {**base, "method": "ddp", "sent_bytes": 60_000}])
+    rows = table_rows([ours, {**base, "method": "ddp", "sent_bytes": 60_000}])
 
-    assert rows[0] == ("ist", "90.00%", "1.0 kB", "60x fewer", "2.0", "1.5", "2.0 MB")
+    assert rows[0] == ("ist", "90.00%", "1.0 kB", "60x fewer", "2.0", "1.5", "2.0 MB", "25%")
     assert rows[1][3] == "1x"
+    assert rows[1][-1] == "not counted"
