@@ -72,7 +72,7 @@ class Measurement:
         source: What measures it: each `worker`; the `method`, for a round; the `recorder`, for the run and its own
             process; or the `evaluation`, in rounds that have one.
         slot: The slot of 8 bytes in a message's header in which a worker sends it, from 0; None for other sources. The
-            slots 0, 1, 2 and 10 hold other fields of the header (`ist/transport/message.py`).
+            slots 0, 1, 2, 10 and 11 hold other fields of the header (`ist/transport/message.py`).
         combine: How the workers' values give the round's value; None: the round has none, formulas use the values.
         recorded: Whether metrics.jsonl has it.
         by_worker: Whether metrics.jsonl also has the value of each worker, as the list `NAME_by_worker`.

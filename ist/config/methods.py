@@ -332,6 +332,7 @@ POOLS: dict[str, PoolSpec] = {
             keys={
                 "memory_limit": "only its workers are separate processes that this machine can limit",
                 "link": "only its processes can run on simulated hosts",
+                "store": "only its ranks can own shards of the network",
             },
         ),
         PoolSpec(

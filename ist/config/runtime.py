@@ -185,6 +185,12 @@ class Pool(Section):
         description="'trains': rank 0 coordinates and is also a worker, whose subnet crosses no link; 'dedicated': "
         "rank 0 only coordinates, in its own process",
     )
+    store: Literal["coordinator", "sharded"] = Field(
+        default="coordinator",
+        description="where the full network is stored. 'coordinator': in rank 0's process; 'sharded': every rank owns "
+        "1/n of the rows of every tensor, so that no process holds the network and no link carries all subnets "
+        "(torchrun)",
+    )
     backend: Literal["auto", "gloo", "nccl"] = Field(
         default="auto", description="'auto': nccl if every process has its own GPU, else gloo"
     )

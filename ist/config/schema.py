@@ -474,6 +474,17 @@ class Config(Section):
                     f"'train.autocast' is 'float16', which needs a GPU for every worker, but '{key}' is {value!r}: use "
                     "'bfloat16', which CPUs support too"
                 )
+        if self.pool.store == "sharded":
+            if self.pool.coordinator == "dedicated":
+                raise ValueError(
+                    "'pool.store' is 'sharded' and 'pool.coordinator' is 'dedicated', but every rank is an owner and a "
+                    "worker then: set 'pool.coordinator' to 'trains'"
+                )
+            if not (self.method_spec.needs_groups and self.method_spec.has_coordinator):
+                raise ValueError(
+                    f"'pool.store' is 'sharded' and 'method' is '{self.method}', whose ranks hold the full network: "
+                    "set 'pool.store' to 'coordinator'"
+                )
         if self.pool.min_returned is not None and self.pool.min_returned > self.train.workers:
             raise ValueError(
                 f"'pool.min_returned' is {self.pool.min_returned}, more than the {self.train.workers} workers "

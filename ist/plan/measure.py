@@ -143,7 +143,7 @@ def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
             buffers.flat.copy_(fresh)
             completed(worker.train(0, buffers))
 
-        frozen, _ = FrozenSender(job.split, exchange, whole, device).write("", number, 0, job.split.frozen_cut(neurons))
+        frozen, _ = FrozenSender(job.split, exchange, whole, device).write("", number, 0, neurons)
         fixed = worker.frozen.update(neurons, number, 0, frozen, device)
         tensors = WorkerEndpoint(job.split, exchange, device).open(buffers).tensors
         bind(worker.module, {**separated(tensors, job.config.train.compile), **fixed})

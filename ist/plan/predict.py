@@ -234,8 +234,8 @@ class Planner:
         workers = job.config.train.workers
         if workers not in self._parts:
             held = assignments(job)
-            split, schedule, exchange = job.split, job.schedule, job.config.exchange
-            messages = [message_bytes(split, schedule, exchange, held, worker) for worker in range(workers)]
+            split, schedule = job.split, job.schedule
+            messages = [message_bytes(job.config, split, schedule, held, worker) for worker in range(workers)]
             largest = max(range(workers), key=lambda worker: messages[worker][1])
             step = measure_subnet(job, largest, self.device)
             self._parts[workers] = Parts(messages, step, measure_coordinator(job, self.device))
@@ -255,8 +255,16 @@ class Planner:
         parts = self.parts(job)
         messages, step = parts.messages, parts.step
         remote = [messages[worker] for worker in remote_workers(job.config)]
-        compute_s, exchange_s = ist_seconds(remote, step.step_s, workers, steps, hosts)
         sent = [sum(message[way] for message in remote) for way in (0, 1)]
+        is_sharded = job.config.pool.store == "sharded"
+        if is_sharded:  # every link carries one worker's pieces, and as much of its own shard, in both directions
+            most = max(down for down, _ in remote), max(up for _, up in remote)
+            link = [sum(most)]
+            _, exchange_s = ist_seconds([most], step.step_s, workers, steps, hosts)
+            compute_s = steps * step.step_s * hosts.crowding(workers)
+        else:
+            link = sent
+            compute_s, exchange_s = ist_seconds(remote, step.step_s, workers, steps, hosts)
         # A worker trains in the message's own buffer, and also holds its part of the frozen parameters.
         shares = assignments(job).of(job.schedule.main_round)
         frozen = max(frozen_bytes(job.split, job.config.exchange, neurons, None) for neurons in shares)
@@ -265,7 +273,7 @@ class Planner:
         specs = (*job.split.specs.values(), *job.split.frozen_specs.values())
         whole = sum(spec.nbytes for spec in specs) + sum(back for _, back in messages) + own
         coordinate_s = parts.coordinator.cut_s + parts.coordinator.merge_s
-        return _prediction(job, sum(sent), max(sent), worker_bytes, whole, compute_s, exchange_s, coordinate_s)
+        return _prediction(job, sum(sent), max(link), worker_bytes, whole, compute_s, exchange_s, coordinate_s)
 
 
 def _held_bytes(step: StepCost) -> int:

@@ -64,19 +64,25 @@ class Channel:
 
     def send(self, flats: Sequence[tuple[int, int, Tensor]]) -> list[dist.Work]:
         """Start sending (rank, worker, flat) buffers; they must not change before the returned works are done."""
-        operations = []
-        for rank, worker, flat in flats:
-            staged = self._staged(flat)
-            if staged is not flat:
-                staged.copy_(flat)
-            operations.append(dist.P2POp(dist.isend, staged, rank))
-            self._meter.sent[worker] += flat.nbytes
-        return _begin(operations)
+        return _begin(self._sending(flats))
 
     def receive(self, flats: Sequence[tuple[int, int, Tensor]]) -> list[dist.Work]:
         """Start receiving (rank, worker, flat) buffers; call `finish` for each when its work is done."""
-        operations = [dist.P2POp(dist.irecv, self._staged(flat), rank) for rank, _, flat in flats]
-        return _begin(operations)
+        return _begin(self._receiving(flats))
+
+    def swap(
+        self, sends: Sequence[tuple[int, int, Tensor]], receives: Sequence[tuple[int, int, Tensor]]
+    ) -> tuple[list[dist.Work], list[dist.Work]]:
+        """Start to send and to receive buffers in one batch, which NCCL needs if both sides do both.
+
+        Returns:
+            The works of the sends, and one for each receive; see `send` and `receive`.
+        """
+        operations = [*self._sending(sends), *self._receiving(receives)]
+        works = _begin(operations)
+        if len(works) == len(operations):
+            return works[: len(sends)], works[len(sends) :]
+        return works, works * len(receives)  # NCCL makes one work of a batch
 
     def finish(self, worker: int, flat: Tensor) -> None:
         """Count a received buffer, and copy it to the GPU if it was staged."""
@@ -84,6 +90,19 @@ class Channel:
         if staged is not flat:
             flat.copy_(staged)
         self._meter.received[worker] += flat.nbytes
+
+    def _sending(self, flats: Sequence[tuple[int, int, Tensor]]) -> list[dist.P2POp]:
+        operations = []
+        for rank, worker, flat in flats:
+            staged = self._staged(flat)
+            if staged is not flat:
+                staged.copy_(flat)
+            operations.append(dist.P2POp(dist.isend, staged, rank))
+            self._meter.sent[worker] += flat.nbytes
+        return operations
+
+    def _receiving(self, flats: Sequence[tuple[int, int, Tensor]]) -> list[dist.P2POp]:
+        return [dist.P2POp(dist.irecv, self._staged(flat), rank) for rank, _, flat in flats]
 
     def _staged(self, flat: Tensor) -> Tensor:
         if flat.device.type == "cpu" or self._membership.backend == "nccl":
@@ -217,10 +236,7 @@ class RankWorker:
         self._channel = Channel(membership, Meter())
         self._peers = PeerWatch(membership)
         self._carrier = membership.carrier
-        self._keys = ShapeKeys(job.split)
-        self._key: Hashable = None
-        self._buffers: MessageBuffers | None = None
-        self._device = membership.device
+        self._buffers = WorkerBuffers(job, membership.device)
 
     def train_round(self, round_number: int) -> Generator[Part]:
         """Receive a subnet, yield its part, and send the result.
@@ -229,7 +245,7 @@ class RankWorker:
             PoolError: The coordinator is lost, or its message is not this round's subnet.
         """
         neurons = self._worker.neurons(round_number)
-        buffers = self._buffers_for(neurons)
+        buffers = self._buffers.of(neurons)
         incoming = buffers.flat[: down_bytes(self._job.split, buffers.layouts, round_number)]
         gone = f"worker {self._number} lost the coordinator (rank 0) in round {round_number}"
         _wait(self._channel.receive([(0, self._number, incoming)]), gone)
@@ -243,7 +259,27 @@ class RankWorker:
         yield from self._worker.train(round_number, buffers, frozen, self._peers.is_over)
         _wait(self._channel.send([(0, self._number, buffers.up.flat)]), gone)
 
-    def _buffers_for(self, neurons: Sequence[Indices]) -> MessageBuffers:
+    def close(self) -> None:
+        """Release what the worker holds; the process group outlives the run."""
+        self._worker.close()
+
+
+class WorkerBuffers:
+    """The memory of the messages of one worker, kept while the layouts stay the same.
+
+    Args:
+        job: The run.
+        device: The device of the memory.
+    """
+
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self._job = job
+        self._device = device
+        self._keys = ShapeKeys(job.split)
+        self._key: Hashable = None
+        self._buffers: MessageBuffers | None = None
+
+    def of(self, neurons: Sequence[Indices]) -> MessageBuffers:
         """Return the buffers for the messages of a round; the previous ones if the layouts are the same."""
         key = self._keys.of(neurons)
         if self._buffers is None or self._key != key:
@@ -253,10 +289,6 @@ class RankWorker:
             if self._buffers is None or layouts != self._buffers.layouts:
                 self._buffers = MessageBuffers(layouts, self._device)
         return self._buffers
-
-    def close(self) -> None:
-        """Release what the worker holds; the process group outlives the run."""
-        self._worker.close()
 
 
 def _worker(job: Job, number: int, membership: Membership, location: CheckpointLocation | None) -> Worker:

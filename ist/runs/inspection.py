@@ -19,8 +19,7 @@ from ist.subnet.job import remote_workers
 from ist.subnet.partition import coverage, is_full_width
 from ist.subnet.split_model import ShapeKeys, SplitModel
 from ist.tensors import TensorSpec, tensor_specs
-from ist.transport.endpoints import down_bytes, message_layouts
-from ist.transport.frozen_parameters import frozen_bytes, message_bytes
+from ist.transport.frozen_parameters import frozen_bytes, message_bytes, round_bytes, stores_for
 from ist.transport.message import header_bytes
 
 Shape = tuple[int, ...]
@@ -260,19 +259,19 @@ def inspect_split(
 
 def run_bytes(config: Config, split: SplitModel, schedule: Schedule, held: Assignments) -> int:
     """Return the bytes of all messages of an IST run, including all stages, if no worker is lost."""
-    exchange, keys = config.exchange, ShapeKeys(split)
+    keys = ShapeKeys(split)
     known: dict[tuple[int, Hashable, bool], int] = {}
     total = 0
     for round_number in range(schedule.num_rounds):
         for worker in remote_workers(config):
             neurons = held.of(round_number)[worker]
-            if split.frozen_specs:
-                before = held.of(round_number - 1)[worker] if round_number > 0 else None
-                total += frozen_bytes(split, exchange, neurons, before)
+            before = held.of(round_number - 1)[worker] if round_number > 0 else None
+            if split.frozen_specs or config.pool.store == "sharded":  # the neurons' numbers count
+                total += sum(round_bytes(config, split, worker, neurons, before, round_number))
+                continue
             key = (worker, keys.of(neurons), round_number > 0)
             if key not in known:
-                layouts = message_layouts(split, exchange, split.cut(neurons))
-                known[key] = down_bytes(split, layouts, round_number) + layouts.up.nbytes
+                known[key] = sum(round_bytes(config, split, worker, neurons, before, round_number))
             total += known[key]
     return total
 
@@ -289,13 +288,16 @@ def _share(
 ) -> Share:
     """Describe a worker's share; `plan` contains the specs of its tensors."""
     neurons = held.of(schedule.main_round)[worker]
+    sent, returned = message_bytes(config, split, schedule, held, worker)
     return Share(
         worker,
         parameters=sum(math.prod(plan[name].shape) for name in parameters if name in plan),
         trained_parameters=sum(math.prod(plan[name].shape) for name in trained if name in plan),
-        frozen_bytes=frozen_bytes(split, config.exchange, neurons, None),
-        sent_bytes=message_bytes(split, schedule, config.exchange, held, worker)[0],
-        returned_bytes=message_layouts(split, config.exchange, split.cut(neurons)).up.nbytes,
+        frozen_bytes=sum(
+            frozen_bytes(store, config.exchange, neurons, None) for store in stores_for(config, split, worker)
+        ),
+        sent_bytes=sent,
+        returned_bytes=returned,
     )
 
 

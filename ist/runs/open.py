@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -43,12 +43,15 @@ from ist.monitoring.observers import make_callbacks, run_start, started
 from ist.network.compiled import plain_name
 from ist.optimization.optimizers import without_changed_settings
 from ist.pools.inline import InlinePool
+from ist.pools.shard_pool import ShardPool
+from ist.pools.shard_store import ShardedMethod, ShardFollower, ShardStore, shard_network
 from ist.pools.torchrun import RankWorker, TorchrunPool, for_world_size
 from ist.runs.recorder import RunRecorder
 from ist.storage.checkpoint import Progress, check_tensors
 from ist.storage.run_folder import RunFolder
 from ist.storage.run_lock import sole_writer
 from ist.subnet.job import Job
+from ist.subnet.shards import shard_of
 from ist.training.average import PREFIX as AVERAGE
 from ist.training.average import Averaged
 from ist.training.rounds import Follower, Method
@@ -264,7 +267,11 @@ def _opened(
             stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))
         may_end = bool(callbacks or config.watch.callbacks)
         announce = None
-        if membership and broadcast_flag(membership, may_end):
+        if config.pool.store == "sharded" and membership and not leads:
+            follower = _shard_follower(process, membership)
+            yield FollowerPart(job, follower, first_round, lambda: follower.is_ended)
+            return
+        if membership and config.pool.store != "sharded" and broadcast_flag(membership, may_end):
             announce = functools.partial(broadcast_flag, membership)
         if membership and not leads:
             ends_early = functools.partial(announce, False) if announce else None
@@ -276,37 +283,88 @@ def _opened(
         stack.enter_context(started(made, run_start(config, job, folder, first_round)))
         recorder = RunRecorder(job, folder, made, before, process.meter, gauge, run_id, announce)
         yield CoordinatorPart(job, method, recorder, first_round, device)
+        if isinstance(method, ShardedMethod):
+            method.end()
 
 
 def _method(process: _Process, saved: Mapping[str, Tensor] | None) -> Method:
     """Create the method, with a checkpoint's tensors if the run is resumed; the stack releases what it needs."""
     job, config, meter = process.job, process.job.config, process.meter
+    if config.pool.store == "sharded":
+        assert process.membership is not None
+        return _sharded_method(process, process.membership, saved)
     model, further = _restored(job, saved)
-    average_state = {name: tensor for name, tensor in further.items() if name.startswith(AVERAGE)}
-    method_state = {name: tensor for name, tensor in further.items() if not name.startswith(AVERAGE)}
+    model = model.to(process.device)
     make = implementation(config)
-    method: Method
+    average_state, method_state = _by_owner(further)
     if config.method_spec.has_coordinator:
         state = method_state if saved is not None else None
-        method = make(job, _pool(process), model.to(process.device), meter, state)
+        method = make(job, _pool(process), model, meter, state)
     else:
-        method = make(job, process.membership, model.to(process.device), method_state, meter)
+        method = make(job, process.membership, model, method_state, meter)
+    return _completed(process, method, average_state, saved is not None)
+
+
+def _by_owner(further: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Divide a checkpoint's tensors besides the network's into those of the average and those of the method."""
+    average = {name: tensor for name, tensor in further.items() if name.startswith(AVERAGE)}
+    return average, {name: tensor for name, tensor in further.items() if name not in average}
+
+
+def _completed(process: _Process, method: Any, average_state: Mapping[str, Tensor], is_resumed: bool) -> Method:
+    """Return a method with its average over rounds, if one is configured; the stack closes it.
+
+    Raises:
+        ConfigError: It does not yield its workers' parts.
+        CheckpointError: The checkpoint contains an average, and none is configured.
+    """
+    job, config = process.job, process.job.config
     if not inspect.isgeneratorfunction(method.train_round):
         raise ConfigError(
             f"'method' is '{config.method}', whose train_round is not a generator: it yields the Part of each of its "
             "workers in this process (see ist.training.rounds.Method), and returns a RoundReport"
         )
+    made: Method = method
     if config.recipe.average.kind != "none":
-        method = Averaged(
-            method, config.recipe.average, job.schedule.num_rounds, average_state if saved is not None else None
-        )
+        made = Averaged(method, config.recipe.average, job.schedule.num_rounds, average_state if is_resumed else None)
     elif average_state:
         raise CheckpointError(
             "the checkpoint contains an average over rounds, but 'recipe.average.kind' is 'none': restore the value of "
             "the saved run"
         )
-    process.stack.callback(method.close)
-    return method
+    process.stack.callback(made.close)
+    return made
+
+
+def _sharded_method(process: _Process, membership: Membership, saved: Mapping[str, Tensor] | None) -> ShardedMethod:
+    """Create rank 0's method for a network in shards, and give every rank its rows."""
+    model, further = _restored(process.job, saved)
+    method, store = _shard_method(process, membership, {**model.state_dict(), **further}, saved is not None)
+    prefix = "" if process.job.config.recipe.average.kind == "none" else f"{AVERAGE}module."
+    return ShardedMethod(method, store, process.job.split, prefix, process.device)
+
+
+def _shard_follower(process: _Process, membership: Membership) -> ShardFollower:
+    return ShardFollower(*_shard_method(process, membership, None, False))
+
+
+def _shard_method(
+    process: _Process, membership: Membership, tensors: Mapping[str, Tensor] | None, is_resumed: bool
+) -> tuple[Method, ShardStore]:
+    """Create the method that trains this rank's shard, with rows of rank 0's tensors; all ranks call this together."""
+    job = process.job
+    store = ShardStore(job.split, membership)
+    is_resumed = broadcast_flag(membership, is_resumed)
+    rows = store.scatter(tensors)
+    shard = shard_of(job.split, membership.rank, membership.world_size)
+    network = shard_network(shard, rows)
+    names = network.state_dict()
+    average_state, method_state = _by_owner({name: part for name, part in rows.items() if name not in names})
+    pool = ShardPool(job, membership, process.meter, process.location)
+    method = implementation(job.config)(
+        replace(job, split=shard), pool, network.to(process.device), process.meter, method_state if is_resumed else None
+    )
+    return _completed(process, method, average_state, is_resumed), store
 
 
 def _pool(process: _Process) -> WorkerPool:

@@ -57,6 +57,11 @@ class SplitModel:
     activation_scale: Literal["none", "width", "folded"]
     num_logged: int = 0
 
+    @property
+    def whole(self) -> "SplitModel":
+        """The full split network: this one, unless it is a shard."""
+        return self
+
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """Every tensor that is sent and returned: first the network's, then carried optimizer state."""

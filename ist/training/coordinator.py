@@ -193,9 +193,7 @@ class Coordinator:
         buffers = self._pool.buffers(worker, self._writer.layouts(cut))
         sent = self._writer.write(self._store, cut, round_number, buffers)
         neurons = self._held.of(round_number, slot.team)[worker]
-        frozen, reuses_frozen = self._frozen.write(
-            self._pool.process(worker), worker, round_number, self.job.split.frozen_cut(neurons)
-        )
+        frozen, reuses_frozen = self._frozen.write(self._pool.process(worker), worker, round_number, neurons)
         buffers.down.write_header(Header(round_number, worker, reuses_frozen=reuses_frozen))
         return Subnet(slot, buffers, sent, frozen)
 
@@ -225,6 +223,10 @@ class Coordinator:
     def _check_finite(self, header: Header, tensors: Mapping[str, Tensor], num_workers: int) -> None:
         if not math.isfinite(loss := header.numbers["loss_sum"]):
             what = f"a loss of {loss}"
+        elif self.job.split.whole is not self.job.split:  # all shards must merge the same results
+            if not header.non_finite:
+                return
+            what = f"non-finite values in '{list(self.job.split.whole.specs)[header.non_finite - 1]}'"
         else:
             checked = (name for name in tensors if name.removesuffix(SCALE) not in self._never_finite)
             bad = next((name for name in checked if not is_finite([tensors[name]])), None)

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from ist.config.partition import Exchange
+from ist.config.schema import Config
 from ist.errors import ModelError, PoolError
 from ist.optimization.schedule import Schedule
 from ist.rng import Indices
 from ist.subnet.assignments import Assignments
 from ist.subnet.cut import Cut, cut_specs, on_device
+from ist.subnet.shards import shard_of
 from ist.subnet.split_model import SplitModel
 from ist.subnet.store import LocalStore
 from ist.tensors import TensorSpec, checksum
@@ -78,32 +80,85 @@ def frozen_bytes(
         neurons: For each group, the neurons that the worker holds.
         before: The same in its last round; None: it has no frozen parameters yet.
     """
-    cached = part_keys(split.frozen_cut(before)) if before is not None else {}
-    cut = split.frozen_cut(neurons)
-    specs = missing_specs(split, cut, part_keys(cut), cached)
+    if not split.frozen_specs:
+        return 0
+    cached = part_keys(split.whole.frozen_cut(before)) if before is not None else {}
+    needed = part_keys(split.whole.frozen_cut(neurons))
+    specs = missing_specs(split, split.frozen_cut(neurons), needed, cached)
     return frozen_layout(exchange, specs).nbytes if specs else 0
 
 
-def message_bytes(
-    split: SplitModel, schedule: Schedule, exchange: Exchange, assignments: Assignments, worker: int
+def exchanged_bytes(
+    split: SplitModel,
+    exchange: Exchange,
+    neurons: Sequence[Indices],
+    before: Sequence[Indices] | None,
+    round_number: int,
 ) -> tuple[int, int]:
-    """Return (bytes to a worker, bytes from it) of all messages in a full round after the first.
+    """Return (bytes to a worker, bytes from it) of a round's messages between a store and a worker.
 
     Args:
+        split: The split network, or the shard that an owner stores.
+        exchange: How messages are encoded.
+        neurons: For each group, the neurons that the worker holds.
+        before: The same in its last round; None: it has no frozen parameters yet.
+        round_number: The round, from 0.
+    """
+    layouts = message_layouts(split, exchange, split.cut(neurons))
+    frozen = frozen_bytes(split, exchange, neurons, before)
+    return down_bytes(split, layouts, round_number) + frozen, layouts.up.nbytes
+
+
+def stores_for(config: Config, split: SplitModel, worker: int) -> Sequence[SplitModel]:
+    """Return what a worker exchanges with over a link: the full network, or the shards of all other ranks."""
+    if config.pool.store != "sharded":
+        return [split]
+    owners = config.train.workers
+    return [shard_of(split, owner, owners) for owner in range(owners) if owner != worker]
+
+
+def round_bytes(
+    config: Config,
+    split: SplitModel,
+    worker: int,
+    neurons: Sequence[Indices],
+    before: Sequence[Indices] | None,
+    round_number: int,
+) -> tuple[int, int]:
+    """Return (bytes to a worker, bytes from it) that cross a link in a round; for the arguments see `exchanged_bytes`.
+
+    With a sharded store every owner sends and receives a piece; the worker's own piece crosses no link.
+    """
+    pieces = [
+        exchanged_bytes(store, config.exchange, neurons, before, round_number)
+        for store in stores_for(config, split, worker)
+    ]
+    return sum(down for down, _ in pieces), sum(up for _, up in pieces)
+
+
+def message_bytes(
+    config: Config, split: SplitModel, schedule: Schedule, assignments: Assignments, worker: int
+) -> tuple[int, int]:
+    """Return (bytes to a worker, bytes from it) that cross a link in a full round after the first.
+
+    Args:
+        config: The configuration.
         split: The split network.
         schedule: The rounds of the run.
-        exchange: How messages are encoded.
         assignments: The neurons of every worker in every round.
         worker: Which worker.
     """
     main = schedule.main_round
-    layouts = message_layouts(split, exchange, split.cut(assignments.of(main)[worker]))
+    held = assignments.of(main)[worker]
+    down, up = round_bytes(config, split, worker, held, held, 1)
     continues = main + 1 < schedule.num_rounds and schedule.spans[main + 1].stage == schedule.spans[main].stage
     earlier, later = (main, main + 1) if continues else (max(0, main - 1), main)
-    frozen = 0
-    if split.frozen_specs:
-        frozen = frozen_bytes(split, exchange, assignments.of(later)[worker], assignments.of(earlier)[worker])
-    return down_bytes(split, layouts, 1) + frozen, layouts.up.nbytes
+    if split.frozen_specs:  # what is lacking depends on the round before
+        before, neurons = assignments.of(earlier)[worker], assignments.of(later)[worker]
+        down += sum(
+            frozen_bytes(store, config.exchange, neurons, before) for store in stores_for(config, split, worker)
+        )
+    return down, up
 
 
 class FrozenSender:
@@ -132,20 +187,23 @@ class FrozenSender:
         self._cached = {process: keys for process, keys in self._cached.items() if process in present}
         self._sent.clear()
 
-    def write(self, process: str, worker: int, round_number: int, cut: Cut) -> tuple[Message | None, bool]:
+    def write(
+        self, process: str, worker: int, round_number: int, neurons: Sequence[Indices]
+    ) -> tuple[Message | None, bool]:
         """Write the frozen parameters that a process lacks in a round.
 
         Args:
             process: The process that runs the worker; until `returned`, the content of its cache is unknown.
             worker: Which worker of the round.
             round_number: The round.
-            cut: The positions that the worker needs.
+            neurons: For each group, the neurons that the worker holds.
 
         Returns:
             The message, or None if the process lacks nothing; and whether the process must reuse its cache.
         """
         cached = self._cached.pop(process, None)
-        needed = self._sent[process] = part_keys(cut)
+        cut = self._split.frozen_cut(neurons)
+        needed = self._sent[process] = part_keys(self._split.whole.frozen_cut(neurons))
         specs = missing_specs(self._split, cut, needed, cached or {})
         if not specs:
             return None, cached is not None
@@ -187,9 +245,13 @@ class FrozenCache:
             neurons: For each group, the neurons that the worker holds in the round.
             reuses_frozen: Whether the worker must reuse this cache, as the subnet's header says.
         """
-        cut = self._split.frozen_cut(neurons)
-        specs = missing_specs(self._split, cut, part_keys(cut), self._keys if reuses_frozen else {})
+        specs = self.missing(neurons, reuses_frozen)
         return frozen_layout(self._exchange, specs) if specs else None
+
+    def missing(self, neurons: Sequence[Indices], reuses_frozen: bool) -> dict[str, TensorSpec]:
+        """Return the specs of the parts that are sent beside a subnet; see `layout`."""
+        cut = self._split.frozen_cut(neurons)
+        return missing_specs(self._split, cut, part_keys(cut), self._keys if reuses_frozen else {})
 
     def update(
         self,

@@ -22,7 +22,7 @@ from ist.measurements import Numbers, check_worker, nothing_measured, worker_slo
 from ist.tensors import TensorSpec
 
 HEADER_BYTES = 128
-_FINGERPRINT, _ROUND, _WORKER, _REUSES_FROZEN = 0, 1, 2, 10
+_FINGERPRINT, _ROUND, _WORKER, _REUSES_FROZEN, _NON_FINITE = 0, 1, 2, 10, 11
 """Slots of a header, of 8 bytes each; `ist/measurements.py` names the slots of measured numbers."""
 _LOGGED = HEADER_BYTES // 8
 """The slot of the first logged number; a header is longer if numbers are logged."""
@@ -39,6 +39,8 @@ class Header:
         numbers: The numbers that the worker has measured; all are 0 in a message to it.
         reuses_frozen: In a message to a worker: whether it must reuse the frozen parameters that it already has.
         logged: The sums over the worker's samples of the numbers that `train.logged` names; empty in a message to it.
+        non_finite: In a message with a piece of a returned subnet, whose other pieces go to other processes: which
+            tensor of the subnet holds non-finite values, counted from 1; 0: none.
     """
 
     round_number: int
@@ -46,6 +48,7 @@ class Header:
     numbers: Numbers = field(default_factory=nothing_measured)
     reuses_frozen: bool = False
     logged: tuple[float, ...] = ()
+    non_finite: int = 0
 
     def __post_init__(self) -> None:
         check_worker(self.numbers)
@@ -118,11 +121,8 @@ class Message:
         """Write the header, with the layout's fingerprint."""
         values = torch.zeros(self.layout.header_bytes // 8, dtype=torch.float64)
         values[_FINGERPRINT] = self.layout.fingerprint
-        values[_ROUND], values[_WORKER], values[_REUSES_FROZEN] = (
-            header.round_number,
-            header.worker,
-            header.reuses_frozen,
-        )
+        values[_ROUND], values[_WORKER] = header.round_number, header.worker
+        values[_REUSES_FROZEN], values[_NON_FINITE] = header.reuses_frozen, header.non_finite
         for slot, measured in worker_slots():
             values[slot] = header.numbers[measured.name]
         for place, number in enumerate(header.logged, start=_LOGGED):
@@ -139,8 +139,9 @@ class Message:
         found = values[_FINGERPRINT]
         numbers = {measured.name: measured.kind(values[slot]) for slot, measured in worker_slots()}
         header = Header(
-            int(values[_ROUND]), int(values[_WORKER]), numbers, bool(values[_REUSES_FROZEN]), tuple(values[_LOGGED:])
-        )
+            int(values[_ROUND]), int(values[_WORKER]), numbers, bool(values[_REUSES_FROZEN]), tuple(values[_LOGGED:]),
+            int(values[_NON_FINITE]),
+        )  # fmt: skip
         expected = (self.layout.fingerprint, round_number, worker)
         if (found, header.round_number, header.worker) != expected:
             raise PoolError(

@@ -145,7 +145,7 @@ def test_bytes_are_those_that_inspect_shows(coordinator: str) -> None:
     shown = split_of(job).inspection.bytes_per_round
 
     sent = sum(
-        sum(message_bytes(job.split, job.schedule, job.config.exchange, assignments(job), worker))
+        sum(message_bytes(job.config, job.split, job.schedule, assignments(job), worker))
         for worker in remote_workers(job.config)
     )
     all_reduced = 4 * COLLECTIVES["ddp"].rank_bytes(

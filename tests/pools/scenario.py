@@ -1,6 +1,6 @@
 """Runs with the same results on every pool; this file is also the program of the torchrun pool's ranks.
 
-python -m tests.forked_ranks N tests/pools/scenario.py OUT COORDINATOR [DEVICE [SCENARIO ...]]   (or under torchrun)
+python -m tests.forked_ranks N tests/pools/scenario.py OUT COORDINATOR|sharded [DEVICE [SCENARIO ...]]   (or under torchrun)
 """
 
 import json
@@ -199,4 +199,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     out, coordinator, device, *chosen = [*sys.argv[1:], "cpu"] if len(sys.argv) < 4 else sys.argv[1:]
     for scenario in chosen or SCENARIOS:
-        run(scenario, Path(out), pool={"kind": "torchrun", "coordinator": coordinator, "device": device})
+        kind = {"store": "sharded"} if coordinator == "sharded" else {"coordinator": coordinator}
+        run(scenario, Path(out), pool={"kind": "torchrun", "device": device, **kind})

@@ -12,8 +12,7 @@ from ist.runs.split import split_of
 from ist.storage.checkpoint import read_tensors
 from ist.subnet.job import Job, assignments
 from ist.subnet.partition import sizes_vary
-from ist.transport.endpoints import down_bytes, message_layouts
-from ist.transport.frozen_parameters import frozen_bytes
+from ist.transport.frozen_parameters import round_bytes
 from tests.conftest import assert_same, run_forked_ranks
 from tests.pools.scenario import SCENARIOS, WORKERS, job, run
 
@@ -39,35 +38,46 @@ QUICK_DEDICATED = (
 )  # fmt: skip
 """One scenario for every kind of message: a dedicated coordinator changes the numbers of ranks, but no message."""
 
-BY_RANKS = [("trains", name) for name in SCENARIOS] + [
-    pytest.param("dedicated", name, marks=[] if name in QUICK_DEDICATED else pytest.mark.system) for name in SCENARIOS
+QUICK_SHARDED = (
+    "batch norm, reset", "carried Adam, uneven", "overlapping shares", "quantized, error feedback",
+    "stages, outer momentum, averaged", "frozen, quantized",
+)  # fmt: skip
+"""One scenario for every kind of tensor in the store, and of arithmetic on it."""
+
+QUICK = {"trains": tuple(SCENARIOS), "dedicated": QUICK_DEDICATED, "sharded": QUICK_SHARDED}
+BY_RANKS = [
+    pytest.param(kind, name, marks=[] if name in quick else pytest.mark.system)
+    for kind, quick in QUICK.items()
+    for name in SCENARIOS
 ]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of ranks, in a folder for each kind of coordinator."""
+    """The results of ranks, in a folder for each kind of coordinator, and one for a sharded store."""
     folder, program = tmp_path_factory.mktemp("ranks"), "tests/pools/scenario.py"
-    for coordinator in ("trains", "dedicated"):
-        (folder / coordinator).mkdir()
-    run_forked_ranks(
-        (WORKERS, program, folder / "trains", "trains"),
-        (WORKERS + 1, program, folder / "dedicated", "dedicated", "cpu", *QUICK_DEDICATED),
-    )
+    for kind in QUICK:
+        (folder / kind).mkdir()
+    run_forked_ranks(*((num_ranks(kind), program, folder / kind, kind, "cpu", *names) for kind, names in QUICK.items()))
     return folder
 
 
+def num_ranks(kind: str) -> int:
+    return WORKERS + (kind == "dedicated")
+
+
 @pytest.fixture(scope="module")
-def others_dedicated(ranks: Path) -> None:
-    rest = [name for name in SCENARIOS if name not in QUICK_DEDICATED]
-    run_forked_ranks((WORKERS + 1, "tests/pools/scenario.py", ranks / "dedicated", "dedicated", "cpu", *rest))
+def others(ranks: Path) -> None:
+    for kind, quick in QUICK.items():
+        if rest := [name for name in SCENARIOS if name not in quick]:
+            run_forked_ranks((num_ranks(kind), "tests/pools/scenario.py", ranks / kind, kind, "cpu", *rest))
 
 
 @pytest.fixture
 def torchrun(request: pytest.FixtureRequest, ranks: Path, coordinator: str, name: str) -> Outcome:
     """The outcome of a scenario on ranks."""
-    if coordinator == "dedicated" and name not in QUICK_DEDICATED:
-        request.getfixturevalue("others_dedicated")
+    if name not in QUICK[coordinator]:
+        request.getfixturevalue("others")
     return outcome(ranks / coordinator, name)
 
 
@@ -90,10 +100,12 @@ def test_torchrun_and_inline_end_with_identical_weights(
 @pytest.mark.parametrize(("coordinator", "name"), BY_RANKS)
 def test_the_bytes_counted_are_the_bytes_of_the_formula(torchrun: Outcome, coordinator: str, name: str) -> None:
     _, history = torchrun
-    made, _ = job(name, pool__kind="torchrun", pool__coordinator=coordinator)
+    where = {"store": "sharded"} if coordinator == "sharded" else {"coordinator": coordinator}
+    made, _ = job(name, pool={"kind": "torchrun", "device": "cpu", **where})
 
     partition = made.config.partition
     varies = sizes_vary(partition) or partition.strategy == "blocks" or bool(made.config.recipe.stages)
+    varies |= coordinator == "sharded"  # the padding of pieces depends on the neurons
 
     first = 1 if coordinator == "trains" else 0  # worker 0 is then rank 0: its subnet crosses no link
     for record in history:
@@ -109,13 +121,11 @@ def test_the_bytes_counted_are_the_bytes_of_the_formula(torchrun: Outcome, coord
 
 def message_bytes(made: Job, round_number: int) -> list[tuple[int, int]]:
     """The bytes to and from each worker in a round."""
-    split, exchange, held = made.split, made.config.exchange, assignments(made)
-    all_layouts = [message_layouts(split, exchange, cut) for cut in held.cuts(round_number)]
+    held = assignments(made)
     before = held.of(round_number - 1) if round_number else [None] * WORKERS
-    beside = [frozen_bytes(split, exchange, *both) for both in zip(held.of(round_number), before, strict=True)]
     return [
-        (down_bytes(made.split, layouts, round_number) + b, layouts.up.nbytes)
-        for layouts, b in zip(all_layouts, beside, strict=True)
+        round_bytes(made.config, made.split, worker, neurons, earlier, round_number)
+        for worker, (neurons, earlier) in enumerate(zip(held.of(round_number), before, strict=True))
     ]
 
 

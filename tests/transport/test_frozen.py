@@ -151,8 +151,8 @@ def test_shared_frozen_parameters_stay_cached_when_the_number_of_workers_changes
 
     written, write = [], made._frozen.write
 
-    def noted(process: str, worker: int, round_number: int, cut: Any) -> Any:
-        message, reuses_frozen = write(process, worker, round_number, cut)
+    def noted(process: str, worker: int, round_number: int, neurons: Any) -> Any:
+        message, reuses_frozen = write(process, worker, round_number, neurons)
         written.append((round_number, worker, message.nbytes if message else 0))
         return message, reuses_frozen
 
@@ -179,7 +179,7 @@ def test_a_frozen_part_that_is_neither_cached_nor_sent_is_an_error() -> None:
         FrozenSender(job.split, job.config.exchange, model.state_dict(), torch.device("cpu")),
         FrozenCache(job.split, job.config.exchange),
     )
-    message, reuses_frozen = sender.write("a", 0, 0, job.split.frozen_cut(assignments(job).of(0)[0]))
+    message, reuses_frozen = sender.write("a", 0, 0, assignments(job).of(0)[0])
     assert message is not None
     assert not reuses_frozen
 
@@ -202,9 +202,7 @@ def test_both_ends_derive_the_same_message() -> None:
     whole = dict(model.named_parameters())
     for round_number in range(6):
         sender.begin(["a"])
-        message, reuses_frozen = sender.write(
-            "a", 1, round_number, job.split.frozen_cut(assignments(job).of(round_number)[1])
-        )
+        message, reuses_frozen = sender.write("a", 1, round_number, assignments(job).of(round_number)[1])
         layout = worker.layout(assignments(job).of(round_number)[1], reuses_frozen)
         assert reuses_frozen == (round_number not in (0, 4))
         assert (message.layout if message else None) == layout

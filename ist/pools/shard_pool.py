@@ -1,0 +1,234 @@
+"""The exchange of subnets if the full network is stored in shards: each rank owns a shard, and is a worker.
+
+In a round every owner sends every worker a piece, the part of the worker's subnet that is in the owner's shard. A
+worker joins the pieces of all owners, trains the subnet, and returns a piece to every owner. So no link carries more
+than about 1/n of what the link of a single coordinator carries.
+
+Each rank runs its own `Coordinator`, of its own shard, with a `ShardPool`. For this coordinator a piece is a subnet, so
+that it cuts, checks, merges and optimizes as a single coordinator does.
+Law: the store has the same values as with one coordinator, bit for bit. All arithmetic on values of the store is entry
+by entry, and a rounded matrix has a scale for each row, which one owner holds completely.
+Where it sits: `ist/runs/open.py` creates it if `pool.store` is `sharded`.
+Not here: which rows a rank owns (`ist/subnet/shards.py`), what happens between rounds (`shard_store.py`).
+"""
+
+from collections.abc import Generator, Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ist.distributed.process_group import Membership, PeerWatch, peer_errors
+from ist.loops.part import Part
+from ist.monitoring.meter import Meter
+from ist.pools.torchrun import Channel, WorkerBuffers
+from ist.rng import Indices
+from ist.subnet.cut import Cut, cut_specs
+from ist.subnet.job import Job, assignments, slot_of
+from ist.subnet.shards import rows_within, shard_of
+from ist.tensors import TensorSpec, is_finite
+from ist.training.worker import Worker
+from ist.training.worker_state import CheckpointLocation
+from ist.transport.codec import SCALE, MessageBuffers, MessageLayouts
+from ist.transport.endpoints import down_bytes, message_layouts
+from ist.transport.frozen_parameters import frozen_layout
+from ist.transport.interfaces import BufferCache, Lost, Subnet
+from ist.transport.message import Header, Message
+
+
+class ShardPool:
+    """A rank's part of the exchange, as owner of a shard and as a worker; a `WorkerPool`.
+
+    Args:
+        job: The run, with the full split network.
+        membership: This rank.
+        meter: Counts payload bytes: those of all ranks.
+        location: Where workers save their state; None: nowhere.
+    """
+
+    parallel = True
+
+    def __init__(
+        self, job: Job, membership: Membership, meter: Meter, location: CheckpointLocation | None = None
+    ) -> None:
+        me, ranks = membership.rank, membership.world_size
+        self._job = job
+        self._me = me
+        self._owners = [shard_of(job.split, owner, ranks) for owner in range(ranks)]
+        self._names = tuple(f"rank {rank}" for rank in range(ranks))
+        self._membership = membership
+        self._meter = meter
+        self._own_traffic = Meter()
+        self._channel = Channel(membership, self._own_traffic)
+        self._early = membership.backend == "gloo"
+        self._worker = Worker(job, slot_of(job, me), membership.device, assignments(job), location)
+        self._subnet = WorkerBuffers(job, membership.device)
+        self._outgoing = BufferCache(membership.device)  # by worker: this owner's pieces
+        self._incoming = BufferCache(membership.device)  # by owner: this worker's pieces
+        self._peers = PeerWatch(membership)
+        self._round = 0
+        self._submitted: dict[int, Subnet] = {}
+
+    def gather(self, round_number: int) -> tuple[str, ...]:  # noqa: ARG002
+        """Return the names of all ranks, which are always available: torch.distributed ends the run if one is lost."""
+        return self._names
+
+    def process(self, worker: int) -> str:
+        """Return the name of a worker's rank, which is the same process during the whole run."""
+        return self._names[worker]
+
+    def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:
+        """Return the buffers of the piece that this rank's shard has of a worker's subnet."""
+        return self._outgoing.buffers(worker, layouts)
+
+    def submit(self, round_number: int, subnet: Subnet) -> None:
+        """Note a piece; `results` sends all pieces."""
+        self._round = round_number
+        self._submitted[subnet.worker] = subnet
+
+    def results(self) -> Generator[Subnet | Lost | Part]:
+        """Exchange the pieces, yield the part of this rank's worker, and then each worker's piece for this shard."""
+        outgoing, self._submitted = self._submitted, {}
+        neurons = self._worker.neurons(self._round)
+        buffers = self._subnet.of(neurons)
+        cut = self._job.split.cut(neurons)
+        pieces = self._pieces(cut)
+        self._exchange_down(outgoing, pieces, cut, buffers)
+        frozen = self._exchange_frozen(outgoing, neurons, pieces)
+        infinite = {name for name, tensor in buffers.down.tensors.items() if not is_finite([tensor])}
+        returning = [(rank, rank, subnet.buffers.up.flat) for rank, subnet in outgoing.items() if rank != self._me]
+        # With gloo, post the receives now, so that pieces arrive while this rank trains. A piece overwrites the memory
+        # of the one that was sent, which is safe: that one has been sent completely.
+        receives = self._channel.receive(returning) if self._early else []
+        yield from self._worker.train(self._round, buffers, frozen, self._peers.is_over)
+        self._write_returned(buffers, infinite, pieces, cut)
+        returned = [(owner, self._me, piece.up.flat) for owner, piece in pieces.items() if owner != self._me]
+        sends, late = self._channel.swap(returned, [] if self._early else returning)
+        yield outgoing[self._me]
+        for (rank, _, flat), work in zip(returning, receives or late, strict=True):
+            _wait([work], f"rank {rank}")
+            self._channel.finish(rank, flat)
+            yield outgoing[rank]
+        _wait(sends, "returning a subnet")
+        self._count()
+
+    def _pieces(self, cut: Cut) -> dict[int, MessageBuffers]:
+        """Return the buffers of the pieces of this worker's subnet, by owner."""
+        return {
+            owner: (self._outgoing if owner == self._me else self._incoming).buffers(
+                owner, message_layouts(shard, self._job.config.exchange, shard.within(cut))
+            )
+            for owner, shard in enumerate(self._owners)
+        }
+
+    def _exchange_down(
+        self, outgoing: Mapping[int, Subnet], pieces: Mapping[int, MessageBuffers], cut: Cut, buffers: MessageBuffers
+    ) -> None:
+        """Send this shard's pieces, receive those of this worker's subnet, and join them."""
+        down = [(w, w, subnet.buffers.flat[: subnet.sent_bytes]) for w, subnet in outgoing.items() if w != self._me]
+        lengths = {
+            owner: down_bytes(self._owners[owner], piece.layouts, self._round) for owner, piece in pieces.items()
+        }
+        wanted = [
+            (owner, self._me, piece.flat[: lengths[owner]]) for owner, piece in pieces.items() if owner != self._me
+        ]
+        self._complete(down, wanted)
+        for owner, piece in pieces.items():
+            piece.down.read_header(self._round, self._me)
+            self._copy(piece.down.tensors, buffers.down.tensors, self._job.split.specs, cut, owner, joins=True)
+
+    def _exchange_frozen(
+        self, outgoing: Mapping[int, Subnet], neurons: Sequence[Indices], pieces: Mapping[int, MessageBuffers]
+    ) -> Message | None:
+        """Exchange the frozen parameters that workers lack; return this worker's message, None if it lacks none."""
+        split, exchange = self._job.split, self._job.config.exchange
+        if not split.frozen_specs:
+            return None
+        reuses = {piece.down.read_header(self._round, self._me).reuses_frozen for piece in pieces.values()}
+        assert len(reuses) == 1, "owners disagree on what the worker has"
+        missing = self._worker.frozen.missing(neurons, reuses.pop())
+        cut = split.frozen_cut(neurons)
+        incoming: dict[int, Message] = {}
+        for owner, shard in enumerate(self._owners):
+            within = {name: dims for name, dims in shard.within(cut).items() if name in missing}
+            if owner != self._me and within:
+                specs = cut_specs({name: shard.frozen_specs[name] for name in within}, within)
+                incoming[owner] = Message(frozen_layout(exchange, specs), self._membership.carrier)
+        carrier = self._membership.carrier
+        sent = [(w, w, s.frozen.flat.to(carrier)) for w, s in outgoing.items() if s.frozen and w != self._me]
+        self._complete(sent, [(owner, self._me, message.flat) for owner, message in incoming.items()])
+        own = outgoing[self._me].frozen
+        if own is not None:
+            incoming[self._me] = own
+        if not missing:
+            return None
+        message = Message(frozen_layout(exchange, missing), carrier)
+        message.write_header(Header(self._round, self._me))
+        for owner, piece in incoming.items():
+            self._copy(piece.tensors, message.tensors, split.frozen_specs, cut, owner, joins=True)
+        return message
+
+    def _write_returned(
+        self, buffers: MessageBuffers, infinite: set[str], pieces: Mapping[int, MessageBuffers], cut: Cut
+    ) -> None:
+        """Write the pieces of the trained subnet, each with the whole header."""
+        header = buffers.up.read_header(self._round, self._me)
+        checked = (name for name in buffers.up.tensors if name.removesuffix(SCALE) not in infinite)
+        bad = next((name for name in checked if not is_finite([buffers.up.tensors[name]])), None)
+        number = 0 if bad is None else list(self._job.split.specs).index(bad.removesuffix(SCALE)) + 1
+        for owner, piece in pieces.items():
+            self._copy(piece.up.tensors, buffers.up.tensors, self._job.split.specs, cut, owner, joins=False)
+            piece.up.write_header(
+                Header(self._round, self._me, header.numbers, logged=header.logged, non_finite=number)
+            )
+
+    def _copy(
+        self,
+        piece: Mapping[str, Tensor],
+        subnet: Mapping[str, Tensor],
+        specs: Mapping[str, TensorSpec],
+        cut: Cut,
+        owner: int,
+        joins: bool,
+    ) -> None:
+        """Copy a piece into a subnet (`joins`), or a subnet's rows into a piece."""
+        for name, tensor in piece.items():
+            base = name.removesuffix(SCALE)
+            rows = subnet[name]
+            if specs[base].shape:
+                rows = rows[rows_within(specs[base], cut[base], owner, len(self._owners))]
+            rows.copy_(tensor) if joins else tensor.copy_(rows)
+
+    def _complete(self, sent: Sequence[tuple[int, int, Tensor]], wanted: Sequence[tuple[int, int, Tensor]]) -> None:
+        """Send and receive (rank, worker, flat) buffers, and wait for all of them."""
+        sends, receives = self._channel.swap(sent, wanted)
+        for (rank, _, _), work in zip(wanted, receives, strict=True):
+            _wait([work], f"worker {self._me} lost rank {rank} in round {self._round}")
+        for _, worker, flat in wanted:
+            self._channel.finish(worker, flat)
+        _wait(sends, "sending pieces of subnets")
+
+    def _count(self) -> None:
+        """Add the bytes to and from each worker, of all owners, to the meter."""
+        sent, received = self._own_traffic.sent, self._own_traffic.received
+        ranks = range(len(self._owners))
+        # As an owner, a rank sends to other workers; what it sent as worker `me` it counts under its own number.
+        counts = torch.tensor(
+            [[sent[w] if w != self._me else 0 for w in ranks], [received[w] if w != self._me else 0 for w in ranks]],
+            device=self._membership.carrier,
+        )
+        with peer_errors("counting bytes"):
+            dist.all_reduce(counts)
+        for worker in ranks:
+            self._meter.sent[worker] = int(counts[0, worker])
+            self._meter.received[worker] = int(counts[1, worker])
+
+    def close(self) -> None:
+        """Release what the worker holds; the process group outlives the run."""
+        self._worker.close()
+
+
+def _wait(works: Sequence[dist.Work], what: str) -> None:
+    with peer_errors(what):
+        for work in works:
+            work.wait()
