@@ -31,7 +31,7 @@ from ist.rng import Purpose, seeded
 from ist.subnet.cut import Cut, reassemble
 from ist.subnet.job import Job, assignments, slot_of
 from ist.subnet.module import bind
-from ist.subnet.store import LocalStore
+from ist.subnet.stores.parameter_store import LocalStore
 from ist.training.worker import Worker
 from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import SubnetWriter, WorkerEndpoint, message_layouts, read_trained

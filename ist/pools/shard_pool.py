@@ -9,7 +9,7 @@ that it cuts, checks, merges and optimizes as a single coordinator does.
 Law: the store has the same values as with one coordinator, bit for bit. All arithmetic on values of the store is entry
 by entry, and a rounded matrix has a scale for each row, which one owner holds completely.
 Where it sits: `ist/runs/open.py` creates it if `pool.store` is `sharded`.
-Not here: which rows a rank owns (`ist/subnet/shards.py`), what happens between rounds (`shard_store.py`).
+Not here: which rows a rank owns (`ist/subnet/stores/shards.py`), what happens between rounds (`shard_store.py`).
 """
 
 from collections.abc import Generator, Mapping, Sequence
@@ -25,7 +25,7 @@ from ist.pools.torchrun import Channel, WorkerBuffers
 from ist.rng import Indices
 from ist.subnet.cut import Cut, cut_specs
 from ist.subnet.job import Job, assignments, slot_of
-from ist.subnet.shards import rows_within, shard_of
+from ist.subnet.stores.shards import rows_within, shard_of
 from ist.tensors import TensorSpec, is_finite
 from ist.training.worker import Worker
 from ist.training.worker_state import CheckpointLocation

@@ -4,7 +4,7 @@ Between two rounds only rank 0 acts: it evaluates, saves, and ends the run. What
 every other rank serves requests from the end of its part of a round until rank 0 starts the next round or ends the run.
 Where it sits: `ist/runs/open.py` creates a `ShardedMethod` on rank 0 and a `ShardFollower` on every other rank. Both
 contain the `Coordinator` of their own shard, which trains through `shard_pool.py`.
-Not here: the exchange in a round (`shard_pool.py`), which rows a rank owns (`ist/subnet/shards.py`).
+Not here: the exchange in a round (`shard_pool.py`), which rows a rank owns (`ist/subnet/stores/shards.py`).
 """
 
 import json
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ist.distributed.process_group import Membership, broadcast_text, peer_errors
 from ist.loops.part import Part
 from ist.network.copies import copied, like
-from ist.subnet.shards import ModelShard, owned_rows, shard_shape
 from ist.subnet.split_model import SplitModel
+from ist.subnet.stores.shards import ModelShard, owned_rows, shard_shape
 from ist.tensors import TensorSpec, constant_tensors, named_tensors
 from ist.training.average import PREFIX as AVERAGE
 from ist.training.outer_optimizer import PREFIX as OUTER

@@ -51,7 +51,7 @@ from ist.storage.checkpoint import Progress, check_tensors
 from ist.storage.run_folder import RunFolder
 from ist.storage.run_lock import sole_writer
 from ist.subnet.job import Job
-from ist.subnet.shards import shard_of
+from ist.subnet.stores.shards import shard_of
 from ist.training.average import PREFIX as AVERAGE
 from ist.training.average import Averaged
 from ist.training.rounds import Follower, Method

@@ -3,7 +3,7 @@
 Where it sits: `ist/runs/build.py` makes it once in each process. `ist/subnet/assignments.py` returns the neurons that a
 worker holds in a round. With these, the coordinator gets cuts from here, a worker gets its module, checks get both.
 Nothing here depends on the round, the worker or the pool.
-Not here: values of trained tensors (`ist/subnet/store.py`), messages (`ist/transport/endpoints.py`).
+Not here: values of trained tensors (`ist/subnet/stores/parameter_store.py`), messages (`ist/transport/endpoints.py`).
 """
 
 import math

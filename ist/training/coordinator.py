@@ -23,7 +23,7 @@ from ist.subnet.assignments import Team, WorkerSlot
 from ist.subnet.cut import Cut, on_device
 from ist.subnet.job import Job, assignments
 from ist.subnet.partition import is_full_width
-from ist.subnet.store import LocalStore, ParameterStore
+from ist.subnet.stores.parameter_store import LocalStore, ParameterStore
 from ist.tensors import is_finite
 from ist.training.outer_optimizer import PREFIX as OUTER
 from ist.training.outer_optimizer import OuterOptimizer

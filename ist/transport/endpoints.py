@@ -1,7 +1,7 @@
 """Write and read subnets as messages, for the coordinator and for a worker.
 
-Where it sits: on the coordinator's side between the parameter store (`ist/subnet/store.py`) and a pool, on the worker's
-side between a pool and training (`ist/training/worker.py`).
+Where it sits: on the coordinator's side between the parameter store (`ist/subnet/stores/parameter_store.py`) and a
+pool, on the worker's side between a pool and training (`ist/training/worker.py`).
 Law: without rounding ('exact'), a worker that reads a subnet and writes it back unchanged does not change the network.
 Not here: how matrices are encoded (`ist/transport/codec.py`), sending messages (`ist/pools/`).
 """
@@ -15,7 +15,7 @@ from ist.config.partition import Coding, Exchange
 from ist.rng import Indices
 from ist.subnet.cut import Cut, cut_specs, extract, positions, reassemble
 from ist.subnet.split_model import SplitModel
-from ist.subnet.store import ParameterStore
+from ist.subnet.stores.parameter_store import ParameterStore
 from ist.tensors import TensorSpec
 from ist.transport.codec import (
     MessageBuffers,

@@ -27,9 +27,9 @@ from ist.optimization.schedule import Schedule
 from ist.rng import Indices
 from ist.subnet.assignments import Assignments
 from ist.subnet.cut import Cut, cut_specs, on_device
-from ist.subnet.shards import shard_of
 from ist.subnet.split_model import SplitModel
-from ist.subnet.store import LocalStore
+from ist.subnet.stores.parameter_store import LocalStore
+from ist.subnet.stores.shards import shard_of
 from ist.tensors import TensorSpec, checksum
 from ist.transport.codec import coded_specs, decoded, encode
 from ist.transport.endpoints import down_bytes, message_layouts

@@ -20,7 +20,7 @@ from ist.runs.open import CoordinatorPart
 from ist.storage.checkpoint import write_tensors
 from ist.subnet.assignments import Team, WorkerSlot
 from ist.subnet.job import Job, assignments
-from ist.subnet.store import LocalStore
+from ist.subnet.stores.parameter_store import LocalStore
 from ist.transport.endpoints import SubnetWriter
 from ist.transport.interfaces import Subnet, WorkerPool
 from ist.transport.message import Header

@@ -11,7 +11,7 @@ from torch import nn
 from ist.errors import ConfigError
 from ist.subnet.cut import cut_specs, extract
 from ist.subnet.job import assignments
-from ist.subnet.shards import owned_rows, rows_within, shard_of, shard_shape
+from ist.subnet.stores.shards import owned_rows, rows_within, shard_of, shard_shape
 from tests.conftest import job_for, naming, small_config, whole_state
 from tests.networks import NETWORKS, seeded
 

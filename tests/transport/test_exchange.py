@@ -12,7 +12,7 @@ from torch import Tensor
 from ist.runs.execute import execute
 from ist.subnet.cut import reassemble
 from ist.subnet.job import Job, assignments
-from ist.subnet.store import LocalStore
+from ist.subnet.stores.parameter_store import LocalStore
 from ist.transport.codec import MessageBuffers
 from ist.transport.endpoints import SubnetWriter, WorkerEndpoint, message_layouts, read_trained
 from ist.transport.quantize import dequantize, packed_columns, quantize

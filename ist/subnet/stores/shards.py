@@ -6,7 +6,7 @@ the worker's cut in the full network, without the rows that other ranks own. So 
 and optimizes it as one coordinator does with the full network.
 Law: a worker's part of a tensor is the concatenation of its parts of all shards, in the order of the owners.
 Where it sits: `ist/pools/shard_pool.py` exchanges pieces of subnets between owners and workers.
-Not here: which neurons a worker holds (`assignments.py`), sending (`ist/pools/`).
+Not here: which neurons a worker holds (`ist/subnet/assignments.py`), sending (`ist/pools/`).
 
 Shape letters: R rows of a full tensor, n owners, c = ceil(R / n) rows of a shard; the last shards may have fewer.
 """

@@ -1,0 +1,1 @@
+"""Where the full network is stored: in one process, or in shards."""
