@@ -23,7 +23,12 @@ from typing import Any
 from benchmarks.common import RESULTS, ROOT, add_run, finished_runs
 from ist.config.load import config_for_method, load_config
 from ist.config.schema import Config
+from ist.distributed.environment import is_rank_zero
+from ist.runs.build import build_job
 from ist.runs.execute import execute
+from ist.runs.loading.load import load_data
+from ist.runs.open import FollowerPart
+from ist.subnet.job import Job
 
 REPORTED = (
     "metrics", "test_loss", "loss", "sent_bytes", "train_s", "virtual_s", "coordinator_memory_bytes", "rounds",
@@ -107,16 +112,23 @@ class Session:
             subprocess.run(command, check=False, cwd=ROOT)
 
 
+def made(job: Job) -> dict[str, Any] | None:
+    """Make a run in this process; return its results, or None on a rank other than 0."""
+    part = execute(job, progress=False)
+    if isinstance(part, FollowerPart) or not is_rank_zero():
+        return None
+    result: Mapping[str, Any] = part.recorder.result()
+    reported = {key: result[key] for key in REPORTED}
+    others = part.recorder.history[-1]["memory_bytes_by_worker"][1:]
+    reported["memory_bytes"] = max(others, default=result["memory_bytes"])
+    return reported
+
+
 def main() -> None:
     """Make the runs of a queue, as one of the processes."""
     import ctypes
 
     import torch
-
-    from ist.distributed.environment import is_rank_zero
-    from ist.runs.build import build_job
-    from ist.runs.loading.load import load_data
-    from ist.runs.open import FollowerPart
 
     torch.set_num_threads(1)
 
@@ -134,13 +146,8 @@ def main() -> None:
         gc.collect()
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         started = time.perf_counter()
-        part = execute(job, progress=False)
-        if is_rank_zero():
-            assert not isinstance(part, FollowerPart)
-            result: Mapping[str, Any] = part.recorder.result()
-            reported = {key: result[key] for key in REPORTED}
-            others = part.recorder.history[-1]["memory_bytes_by_worker"][1:]
-            reported["memory_bytes"] = max(others, default=result["memory_bytes"])
+        reported = made(job)
+        if reported is not None:
             add_run(Path(sys.argv[2]), run.key, reported)
             shown = {**reported["metrics"], "test_loss": reported["test_loss"], "MB": reported["sent_bytes"] / 1e6}
             shown |= {

@@ -1,0 +1,381 @@
+"""The dial: what it costs and what it gives if workers hold more of the network, for a part of their steps.
+
+    python -m benchmarks.dial [--only crime_mlp,kjv_decoder] [--seeds 3] [--crime FOLDER] [--fsdd FILE] [--quick]
+
+Claim: none. A point is a run whose workers hold their own share of the network (1/n of each group of neurons) and, in
+the last part of their steps, a keep fraction of it: 1/2, 3/4 or 1, for a quarter, a half, three quarters or all of the
+steps. All points of a workload have the same number of steps, the same length of rounds and the same exchange. For each
+point: the final metric; all bytes; the memory of the largest share with its gradients and the optimizer's state (by
+formula; activations and messages come on top); and the floating-point operations of a worker's steps.
+
+*Controls*: the widest network of the same kind that fits into the memory of a share (`benchmarks/fitting.py`), trained
+by local SGD, which sends the same bytes, and by data-parallel training, with as many steps. And data-parallel training
+of the full network.
+*Trials*: settings with a keep fraction of at most 1/2 throughout.
+
+Each point runs with the same learning rates for the first seed, on held-out training data, and with the best one for
+all seeds on the test data. Workers are in one process, except in data-parallel training. Finished runs are lines of
+`results/dial_runs.jsonl`; `results/dial.json` has the results, `results/dial_WORKLOAD.svg` is the plot of a workload.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import RESULTS, add_run, finished_runs, write_result
+from benchmarks.fitting import fitting, num_parameters, resized, run_flops, state_bytes
+from benchmarks.held import held
+from benchmarks.session import Run, Session, made
+from benchmarks.workloads import LOWER, WORKLOADS, behind, value
+from ist.config.schema import Config
+from ist.errors import DivergedError
+from ist.monitoring.display import format_bytes, format_metric, metric_title
+from ist.report.plots import svg
+from ist.runs.build import build_job
+from ist.runs.loading.load import load_data
+
+KEEPS = (0.5, 0.75, 1.0)
+SHARES = (0.25, 0.5, 0.75, 1.0)
+FULL = "full network, data-parallel"
+NARROW = "own shares throughout"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the dial of a workload is measured.
+
+    Attributes:
+        metric: The name of the compared metric, or test_loss.
+        overrides: The length of the runs, as overrides of the configuration.
+        factors: The learning rates, relative to that of the configuration.
+        files: For keys of the configuration, the option of this command with their file.
+        tunes: Whether the data set has a held-out part for tuning.
+    """
+
+    metric: str
+    overrides: tuple[str, ...] = ()
+    factors: tuple[float, ...] = (1 / 3, 1.0)
+    files: Mapping[str, str] = field(default_factory=dict)
+    tunes: bool = True
+
+
+def _of(workload: str, *overrides: str, factors: tuple[float, ...] = (1 / 3, 1.0)) -> Settings:
+    known = WORKLOADS[workload]
+    return Settings(known.metric, overrides, factors, known.files)
+
+
+DIALS = {
+    "crime_mlp": _of("crime_mlp"),
+    "speech_mlp": _of("speech_mlp", "train.epochs=24"),
+    "kjv_decoder": _of("kjv_decoder", "train.epochs=1", factors=(0.5, 1.0)),
+    "cora_gcn": _of("cora_gcn"),
+    "fashion_mnist_loft": _of("fashion_mnist_loft", "train.rounds=16"),
+    "wordnet_hypernyms": _of("wordnet_hypernyms", "train.rounds=null", "train.epochs=16", factors=(1.0,)),
+    "quickstart": Settings("accuracy", ("train.epochs=20",), (1.0,), tunes=False),
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A setting of the dial, a control or a trial.
+
+    Attributes:
+        label: Its name.
+        method: Its entry in the configuration's `compare.methods`, or a method.
+        overrides: Its overrides of the configuration.
+        keep: The keep fraction of its last steps; 0: own shares throughout; None: it is not on the dial.
+        share: The share of the steps with that fraction.
+        longer: The length of its rounds, relative to that of the configuration.
+        wider: The width of its network, relative to that of the configuration.
+    """
+
+    label: str
+    method: str = "ist"
+    overrides: tuple[str, ...] = ()
+    keep: float | None = None
+    share: float = 0.0
+    longer: float = 1.0
+    wider: float = 1.0
+
+
+def stages(*found: Mapping[str, Any]) -> str:
+    """Return an override that sets the stages of a run."""
+    return f"recipe.stages={json.dumps(list(found))}"
+
+
+def dial() -> list[Point]:
+    """Return the points of the dial; those with own shares throughout are one point."""
+    points = [Point(NARROW, overrides=(stages(),), keep=0.0)]
+    for keep in KEEPS:
+        for share in SHARES:
+            last = {"keep": keep} if share == 1 else {"keep": keep, "share": share}
+            stage = stages(last) if share == 1 else stages({}, last)
+            points.append(Point(f"keep {keep:g} for {share:g}", overrides=(stage,), keep=keep, share=share))
+    return points
+
+
+HALF = stages({"keep": 0.5})
+GROWTH = stages({}, {"keep": 0.375, "share": 0.3}, {"keep": 0.5, "share": 0.4})
+TRIALS = (
+    Point("trial: keep 0.5, EMA of 0.8", overrides=(HALF, "recipe.average.kind=ema")),
+    Point("trial: keep 0.5, no average", overrides=(HALF, "recipe.average.kind=none")),
+    Point("trial: keep 0.5, rounds four times as long", overrides=(HALF,), longer=4),
+    Point("trial: keep 0.5, rounds half as long", overrides=(HALF,), longer=0.5),
+    Point("trial: keep 0.5, optimizer state carried", overrides=(HALF, "train.optimizer_state=carried")),
+    Point("trial: growth from own shares over 3/8 to 0.5", overrides=(GROWTH,)),
+    Point("trial: twice the width, own shares", overrides=(stages(),), wider=2),
+)
+"""Settings in which no worker ever holds more than half of each group, or as much memory as that."""
+
+
+def configuration(workload: str, point: Point, given: Sequence[str]) -> Config:
+    """Return the configuration of a point at the configuration's learning rate."""
+    return run_of(workload, point, given, 1.0, 0, tune=False).load()
+
+
+def run_of(workload: str, point: Point, given: Sequence[str], factor: float, seed: int, tune: bool) -> Run:
+    """Return a point's run, in one process unless it is data-parallel training."""
+    settings = DIALS[workload]
+    base = Run("", workload, "ist", settings.overrides).load()
+    changes = [*point.overrides]
+    if point.longer != 1:
+        changes.append(f"train.local_steps={round(base.train.local_steps * point.longer)}")
+    if point.wider != 1:
+        changes.append(f"model.args={json.dumps(resized(base, point.wider))}")
+    rate = float(base.train.optimizer.args["lr"]) * factor
+    pool = () if point.method == "ddp" else ("pool.kind=inline",)
+    part = ("data.args.validation=true",) if tune else ()
+    length = " ".join(settings.overrides)
+    key = f"{workload} {length}: {point.label}, lr {rate:.3g}, seed {seed}, {'tune' if tune else 'test'}"
+    return Run(
+        key, workload, point.method,
+        (*settings.overrides, *pool, *given, *changes, *part, f"train.optimizer.args.lr={rate:.3g}", f"seed={seed}"),
+    )  # fmt: skip
+
+
+def controls(workload: str, given: Sequence[str]) -> list[Point]:
+    """Return the controls: the network that fits into each kind of share, and the full network."""
+    config = configuration(workload, Point(NARROW, overrides=(stages(),)), given)
+    same = tuple(f"{key}={json.dumps(value)}" for key, value in (("train.epochs", config.train.epochs),
+        ("train.rounds", config.train.rounds), ("train.local_steps", config.train.local_steps)))  # fmt: skip
+    points = []
+    for point in dial():
+        if point.keep == 1 or point.share not in (0, 1):
+            continue
+        of = f"1/{config.train.workers}" if not point.keep else f"{point.keep:g}"
+        job = build_job(configuration(workload, point, given))
+        parameters = sum(parameter.numel() for parameter in job.split.template.parameters())
+        budget = state_bytes(config, held(job).fraction * parameters)
+        network = f"model.args={json.dumps(fitting(config, budget))}"
+        name = f"small network in the memory of {of}"
+        points.append(Point(f"{name}, local SGD", overrides=(stages({"keep": 1}), network)))
+        points.append(Point(f"{name}, data-parallel", "ddp", (*same, "recipe.average.kind=none", network)))
+    return [*points, Point(FULL, "ddp", (*same, "recipe.average.kind=none"))]
+
+
+class Study:
+    """The finished runs, and the processes that make further ones.
+
+    Args:
+        name: The name of the study.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._path = RESULTS / f"{name}_runs.jsonl"
+        self._session = Session(name)
+        self._data: dict[str, Any] = {}
+
+    def results(self, runs: Iterable[Run]) -> list[Any]:
+        """Make the missing runs, and return the results; None for a run that diverged."""
+        runs = list(runs)
+        self._session.run(run for run in runs if run.label == "ddp")  # in one set of processes
+        for run in runs:
+            if run.label != "ddp" and run.key not in finished_runs(self._path):
+                self._make(run)
+        found = finished_runs(self._path)
+        return [found[run.key] for run in runs]
+
+    def _make(self, run: Run) -> None:
+        config = run.load()
+        data = config.data.model_dump_json()
+        if data not in self._data:
+            self._data = {data: load_data(config)}  # only the last one, for memory
+        try:
+            result = made(build_job(config, self._data[data]))
+        except DivergedError as error:
+            print(f"{run.key}: {error}", file=sys.stderr, flush=True)
+            result = None
+        add_run(self._path, run.key, result)
+        if result is not None:
+            print(f"{run.key}: {result['metrics']}, loss {result['test_loss']}", file=sys.stderr, flush=True)
+
+
+def tuning(workload: str, point: Point, given: Sequence[str]) -> list[Run]:
+    """Return a point's runs with each learning rate, of which there is one if none is tuned."""
+    settings = DIALS[workload]
+    factors = settings.factors if len(settings.factors) > 1 else ()
+    return [run_of(workload, point, given, factor, 0, settings.tunes) for factor in factors]
+
+
+def measured(study: Study, workload: str, point: Point, given: Sequence[str], seeds: int) -> dict[str, Any] | None:
+    """Return the results of a point; None if it diverged at every learning rate."""
+    settings = DIALS[workload]
+    factors, best = settings.factors, settings.factors[-1]
+    if len(factors) > 1:
+        runs = tuning(workload, point, given)
+        reached = {f: value(r, settings.metric) for f, r in zip(factors, study.results(runs), strict=True) if r}
+        if not reached:
+            return None
+        better = min if settings.metric in LOWER else max
+        best = better(reached, key=lambda factor: reached[factor])
+    found = study.results(run_of(workload, point, given, best, seed, tune=False) for seed in range(seeds))
+    results = [result for result in found if result]
+    if not results:
+        return None
+    values = [value(result, settings.metric) for result in results]
+    config = configuration(workload, point, given)
+    job = build_job(config)
+    parameters = num_parameters(config)
+    most = held(job)
+    return {
+        "values": values,
+        "mean": statistics.mean(values),
+        "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "lr_factor": best,
+        "sent_bytes": results[0]["sent_bytes"],
+        "held": asdict(most),
+        "parameters": parameters,
+        "state_bytes": state_bytes(config, most.fraction * parameters),
+        "flops": run_flops(job),
+        "keep": point.keep,
+        "share": point.share,
+    }
+
+
+HEADS = (
+    "workload", "setting", "metric", "mean, spread (seeds)", "against data-parallel", "sent",
+    "state of a worker", "most of the network that a worker ever held", "arithmetic of a worker",
+)  # fmt: skip
+
+
+def rows(found: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
+    """Yield all points of all workloads under `HEADS`."""
+    for workload, entry in found.items():
+        metric, base = entry["metric"], entry["points"].get(FULL)
+        for label, row in entry["points"].items():
+            steps = "" if row["held"]["steps"] == 1 else f", in {row['held']['steps']:.0%} of its steps"
+            # Small and wide networks have another number of parameters than the workload's network.
+            fraction = row["held"]["fraction"] * row["parameters"] / entry["parameters"]
+            yield (
+                workload,
+                label,
+                "loss" if metric == "test_loss" else metric_title(metric),
+                f"{format_metric(metric, row['mean'])} ± {format_metric(metric, row['spread'])} ({len(row['values'])})",
+                behind(metric, row["mean"], base["mean"]) if base and label != FULL else "",
+                format_bytes(row["sent_bytes"]),
+                format_bytes(row["state_bytes"]),
+                f"{fraction:.0%}{steps}",
+                f"{row['flops'] / 1e9:.3g} GFLOP",
+            )
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """Return the table of `benchmarks/README.md`."""
+    lines = (HEADS, ["---"] * len(HEADS), *((f"`{workload}`", *others) for workload, *others in rows(found)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+PANELS = (("mean", ""), ("sent_bytes", "bytes sent"), ("state_bytes", "state of a worker, bytes"),
+          ("flops", "arithmetic of a worker, FLOP"))  # fmt: skip
+
+
+def plot(entry: Mapping[str, Any]) -> str:
+    """Return the plot of a workload as an `<svg>` element: a panel for the metric and for each cost."""
+    points, figure = entry["points"], Figure(figsize=(11, 8), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
+        narrow = [row for row in points.values() if row["keep"] == 0]
+        for number, keep in enumerate(KEEPS):
+            curve = narrow + [row for row in points.values() if row["keep"] == keep]
+            places = [row["share"] for row in curve], [row[key] for row in curve]
+            axes.plot(*places, marker=".", color=f"C{number}", label=f"keep {keep:g}")
+        others = [(label, row) for label, row in points.items() if "small network" in label or label == FULL]
+        for number, (label, row) in enumerate(others):
+            style = "dotted" if "data-parallel" in label else "dashed"
+            color = "black" if label == FULL else f"C{len(KEEPS) + number // 2}"
+            axes.axhline(row[key], linestyle=style, color=color, linewidth=1, label=label)
+        axes.set_xlabel("share of the steps with this keep fraction")
+        metric = entry["metric"]
+        axes.set_ylabel(title or ("test loss" if metric == "test_loss" else f"test {metric_title(metric)}"))
+        if key == "sent_bytes":
+            axes.set_yscale("log")
+        axes.grid(visible=True, alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if key == "mean":
+            axes.legend(fontsize="x-small")
+    return svg(figure)
+
+
+def shown(found: Mapping[str, Any]) -> Table:
+    """Return the table for a terminal."""
+    table = Table(*HEADS)
+    for row in rows(found):
+        table.add_row(*row)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="crime_mlp,speech_mlp,kjv_decoder", help="names of configurations")
+    parser.add_argument("--parts", default="dial,controls,trials", help="which points: dial, controls, trials")
+    parser.add_argument("--points", help="only points whose labels contain one of these, separated by semicolons")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--crime", default=".data/crime", help="Communities and Crime")
+    parser.add_argument("--fsdd", default="fsdd.npz", help="the Free Spoken Digits")
+    parser.add_argument("--cora", default="cora.npz", help="Cora")
+    parser.add_argument("--quick", action="store_true", help="digits, four rounds: only check that it runs")
+    parser.add_argument("--markdown", action="store_true", help="only print the table of the finished runs")
+    asked = parser.parse_args(arguments)
+    name = "dial_quick" if asked.quick else "dial"
+    path = RESULTS / f"{name}.json"
+    summaries = json.loads(path.read_text())["workloads"] if path.exists() else {}
+    if asked.markdown:
+        print(markdown(summaries))
+        return
+    torch.set_num_threads(1)
+    study = Study(name)
+    for workload in ["quickstart"] if asked.quick else asked.only.split(","):
+        files = {key: Path(getattr(asked, option)).absolute() for key, option in DIALS[workload].files.items()}
+        given = [f"{key}={file}" for key, file in files.items()]
+        if asked.quick:
+            given += ["train.epochs=null", "train.rounds=4", "train.local_steps=2"]
+        parts = {"dial": dial(), "controls": controls(workload, given), "trials": TRIALS}
+        points = [point for part in asked.parts.split(",") for point in parts[part]]
+        if asked.points:
+            points = [point for point in points if any(text in point.label for text in asked.points.split(";"))]
+        entry = summaries.setdefault(workload, {"metric": DIALS[workload].metric, "points": {}})
+        entry["overrides"] = list(DIALS[workload].overrides)
+        entry["parameters"] = num_parameters(configuration(workload, dial()[0], given))
+        study.results(run for point in points if point.method == "ddp" for run in tuning(workload, point, given))
+        for point in points:
+            row = measured(study, workload, point, given, 1 if asked.quick else asked.seeds)
+            if row is not None:
+                entry["points"][point.label] = row
+            summaries = {known: summaries[known] for known in DIALS if known in summaries}
+            write_result(name, {"workloads": summaries})
+        (RESULTS / f"{name}_{workload}.svg").write_text(plot(entry))
+    Console(width=200).print(shown(summaries))
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
