@@ -164,6 +164,16 @@ MEASUREMENTS: tuple[Measurement, ...] = (
         axis=Axis("samples used by all workers", "linear"),
     ),
     Measurement(
+        name="evaluate_bytes", unit="bytes", kind=int, source="recorder", over_rounds="total",
+        meaning=(
+            "Bytes so far that rank 0 has fetched from other ranks to evaluate a network in shards (`pool.store: "
+            "sharded`), which are not in `sent_bytes`: with `pool.evaluation: layers`, the network for every batch."
+        ),
+        prometheus=Sample(
+            Family("ist_evaluate_bytes", "counter", "Bytes fetched from other ranks to evaluate a network in shards.")
+        ),
+    ),
+    Measurement(
         name="evaluate_s", unit="s", kind=float, source="recorder", over_rounds="total",
         meaning="Wall-clock seconds of evaluation.",
         prometheus=Sample(_PHASES, "evaluate"),

@@ -156,6 +156,11 @@ class Joined:
         """
         if first_worker_rank(self._job.config):
             raise ConfigError(_DEDICATED)
+        if self._job.config.pool.store == "sharded":
+            raise ConfigError(
+                "run.state_dict() with pool.store 'sharded': no process holds the network, and other processes train "
+                "at this point: give ist.join a run_dir, in which all processes write checkpoints"
+            )
         if self._part is None:
             raise LoopError("run.state_dict was called before the loop: call it at the top of the loop's body")
         state: dict[str, Any] = {

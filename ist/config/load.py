@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ist.config.base import explained, kind_of, plain, short
-from ist.config.methods import RENAMED
+from ist.config.methods import RENAMED, method_spec
+from ist.config.runtime import Pool
 from ist.config.schema import Config
 from ist.config.yaml_text import MAX_DEPTH, dump_yaml, parse_yaml, read_text
 from ist.errors import ConfigError
@@ -141,6 +142,11 @@ def config_for_method(config: Config, label: str, source: str = "configuration")
             tree = _with_override(tree, key, value)
         except ConfigError as error:
             raise ConfigError(f"{source}: compare.overrides.{label}: {error}") from error
+    spec = method_spec(str(tree["method"]))
+    if not (spec.needs_groups and spec.has_coordinator):  # its ranks hold the full network
+        for key in ("store", "evaluation"):
+            if f"pool.{key}" not in config.compare.overrides.get(label, {}):
+                tree = _with_override(tree, f"pool.{key}", Pool.model_fields[key].default)
     return validate(tree, f"{source}: compare.overrides.{label}")
 
 

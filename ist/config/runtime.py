@@ -191,6 +191,13 @@ class Pool(Section):
         "1/n of the rows of every tensor, so that no process holds the network and no link carries all subnets "
         "(torchrun)",
     )
+    evaluation: Literal["layers", "whole"] | None = Field(
+        default=None,
+        description="with store 'sharded': what rank 0 holds of the network when it evaluates it. 'layers': one tensor "
+        "at a time, which it fetches from the owners whenever the forward uses it, so that no process holds the "
+        "network; every batch then costs the bytes of the network, so use few large batches. 'whole': rank 0 gathers "
+        "the network once for each evaluation. Default: 'layers'; a GPU needs 'whole'",
+    )
     backend: Literal["auto", "gloo", "nccl"] = Field(
         default="auto", description="'auto': nccl if every process has its own GPU, else gloo"
     )

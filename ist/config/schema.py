@@ -474,6 +474,11 @@ class Config(Section):
                     f"'train.autocast' is 'float16', which needs a GPU for every worker, but '{key}' is {value!r}: use "
                     "'bfloat16', which CPUs support too"
                 )
+        if self.pool.evaluation is not None and self.pool.store != "sharded":
+            raise ValueError(
+                f"'pool.evaluation' is '{self.pool.evaluation}', but 'pool.store' is '{self.pool.store}', where rank 0 "
+                "holds the network anyway: leave 'pool.evaluation' out, or set 'pool.store' to 'sharded'"
+            )
         if self.pool.store == "sharded":
             if self.pool.coordinator == "dedicated":
                 raise ValueError(

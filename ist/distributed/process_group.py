@@ -349,6 +349,23 @@ def broadcast_text(membership: Membership, text: str) -> str:
     return bytes(data.tolist()).decode()
 
 
+def gather_texts(membership: Membership, text: str) -> list[str]:
+    """Return the texts of all ranks, on every rank, in the order of the ranks.
+
+    Raises:
+        PoolError: A peer is lost.
+    """
+    mine = torch.tensor(list(text.encode()), dtype=torch.uint8, device=membership.carrier)
+    with peer_errors(f"rank {membership.rank} lost a peer between two rounds"):
+        sizes = [torch.empty(1, dtype=torch.int64, device=membership.carrier) for _ in range(membership.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(mine)], device=membership.carrier))
+        padded = torch.zeros(max(map(int, sizes)), dtype=torch.uint8, device=membership.carrier)
+        padded[: len(mine)] = mine
+        texts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(texts, padded)
+    return [bytes(found[: int(size)].tolist()).decode() for found, size in zip(texts, sizes, strict=True)]
+
+
 def broadcast_flag(membership: Membership, flag: bool) -> bool:
     """Return rank 0's flag on every rank; other ranks' flag is ignored.
 

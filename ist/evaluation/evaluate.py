@@ -21,11 +21,12 @@ from torch.utils.data import Dataset, TensorDataset
 from ist.data.batches import is_stream, length
 from ist.data.loading.loader import LoaderSettings, read_batches
 from ist.data.nested import call_model, mapped, moved, scores, tensors_in
-from ist.errors import ConfigError, DataError, ISTError, LoopError, error_with_line
+from ist.errors import ConfigError, DataError, ISTError, LoopError, ModelError, error_with_line
 from ist.evaluation.metrics import Metric
 from ist.evaluation.step_function import StepFunction, step_loss
 from ist.measurements import MEASUREMENTS
 from ist.network.failures import loss_errors, loss_of, network_errors
+from ist.network.lazy_tensor import LazyTensor
 from ist.network.modes import preserve_modes
 from ist.rng import Indices, ItemDraws, Purpose, permutation
 
@@ -204,8 +205,12 @@ def _preserve_tensors(model: nn.Module) -> Iterator[None]:
     """Put the original tensors back if a forward in the `with` block replaces parameters or buffers.
 
     The original tensors get the new values, so that other references to them still refer to the network's tensors.
+
+    Raises:
+        ModelError: A forward writes to a parameter that has no values in this process.
     """
-    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    lazy = {name: parameter for name, parameter in model.named_parameters() if isinstance(parameter, LazyTensor)}
+    parameters = [(p, p.data) for p in model.parameters() if not isinstance(p, LazyTensor)]
     places: list[tuple[dict[str, Any], str, Tensor]] = [
         (held, name, tensor)
         for module in model.modules()
@@ -225,6 +230,12 @@ def _preserve_tensors(model: nn.Module) -> Iterator[None]:
             if parameter.data_ptr() != data.data_ptr() and parameter.shape == data.shape:
                 data.copy_(parameter.detach())
                 parameter.data = data
+        written = next((name for name, parameter in lazy.items() if parameter.kept_bytes), None)
+        if written is not None:
+            raise ModelError(
+                f"the forward writes to the parameter '{written}', but no process holds it (pool.store 'sharded'): set "
+                "pool.store to 'coordinator'"
+            )
 
 
 MOST_CACHED_BYTES = 64 * 2**20

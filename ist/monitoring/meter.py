@@ -56,11 +56,13 @@ class Meter:
     Attributes:
         sent: Bytes sent so far, by the worker they went to.
         received: Bytes received so far, by the worker they came from.
+        gathered: Bytes that rank 0 has received so far, between rounds, of a network in shards.
     """
 
     def __init__(self) -> None:
         self.sent: Counter[int] = Counter()
         self.received: Counter[int] = Counter()
+        self.gathered = 0
 
     @property
     def total_bytes(self) -> int:

@@ -144,6 +144,11 @@ class LazyTensor(Tensor):
         return tree_map_only(Tensor, lambda tensor: lazy.get(id(tensor), tensor), result)
 
 
+def with_values(tensor: Tensor) -> Tensor:
+    """Return a tensor's values as an ordinary tensor; an ordinary tensor itself."""
+    return tensor.clone() if isinstance(tensor, LazyTensor) else tensor
+
+
 def make_lazy(
     network: nn.Module, values: Callable[[str], Tensor], dtypes: Callable[[torch.dtype], torch.dtype] = lambda it: it
 ) -> nn.Module:

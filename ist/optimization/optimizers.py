@@ -262,13 +262,18 @@ _ARGUMENT = re.compile(r"train\.optimizer\.(?:groups\.\d+\.)?args\.(.+)")
 
 
 def without_changed_settings(state: Mapping[str, Tensor], changed: Iterable[str], spec: Optimizer) -> dict[str, Tensor]:
-    """Leave out of a saved state the settings of parameter groups that a changed configuration replaces.
+    """Leave out of a saved state the settings that `unchanged_names` leaves out; arguments as there."""
+    return {name: state[name] for name in unchanged_names(state, changed, spec)}
+
+
+def unchanged_names(state: Iterable[str], changed: Iterable[str], spec: Optimizer) -> list[str]:
+    """Return the names of a saved state without settings of parameter groups that a changed configuration replaces.
 
     A changed argument replaces the setting of its name, also within another argument (`adamw.lr`). Any setting may
     depend on an argument of a user's function, so a changed one replaces all of them.
 
     Args:
-        state: Tensors named by `named_state`, with or without a prefix; other tensors stay.
+        state: Names of `named_state`, with or without a prefix; other names stay.
         changed: The changed keys of the configuration.
         spec: The section `train.optimizer`.
     """
@@ -283,7 +288,7 @@ def without_changed_settings(state: Mapping[str, Tensor], changed: Iterable[str]
         setting = key.rpartition("/")[2].removesuffix(_NUMBER)
         return owner.startswith(_GROUP) and (replaces_all or setting in replaced)
 
-    return {name: tensor for name, tensor in state.items() if not is_replaced(name)}
+    return [name for name in state if not is_replaced(name)]
 
 
 def _restore_extra(optimizer: torch.optim.Optimizer, key: str, owner: str, tensor: Tensor) -> None:

@@ -1,27 +1,43 @@
 """The full network in shards between rounds: rank 0 asks the owners for rows, the other ranks serve.
 
 Between two rounds only rank 0 acts: it evaluates, saves, and ends the run. What it needs of other shards it requests;
-every other rank serves requests from the end of its part of a round until rank 0 starts the next round or ends the run.
+every other rank serves requests until rank 0 starts the next round or ends the run.
 Where it sits: `ist/runs/open.py` creates a `ShardedMethod` on rank 0 and a `ShardFollower` on every other rank. Both
 contain the `Coordinator` of their own shard, which trains through `shard_pool.py`.
-Not here: the exchange in a round (`shard_pool.py`), which rows a rank owns (`ist/subnet/stores/shards.py`).
+Not here: the exchange in a round (`shard_pool.py`), which rows a rank owns (`ist/subnet/stores/shards.py`), the files
+of a checkpoint (`ist/storage/shards/`), networks as modules (`shard_network.py`).
 """
 
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from enum import IntEnum
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ist.distributed.process_group import Membership, broadcast_text, peer_errors
+from ist.distributed.process_group import (
+    Membership,
+    broadcast_flag,
+    broadcast_text,
+    gather_texts,
+    peer_errors,
+)
+from ist.errors import ConfigError
 from ist.loops.part import Part
-from ist.network.copies import copied, like
+from ist.monitoring.meter import Meter
+from ist.pools.shard_network import lazy_network
+from ist.storage.backend import Storage
+from ist.storage.checkpoint import shards_folder
+from ist.storage.shards.plan import ShardFile, plan_shards
+from ist.storage.shards.read import SavedTensors
+from ist.storage.shards.write import ShardedTensors, Written, write_shards
 from ist.subnet.split_model import SplitModel
-from ist.subnet.stores.shards import ModelShard, owned_rows, shard_shape
-from ist.tensors import TensorSpec, constant_tensors, named_tensors
+from ist.subnet.stores.shards import owned_rows, shard_shape
+from ist.tensors import TensorSpec, constant_tensors
 from ist.training.average import PREFIX as AVERAGE
 from ist.training.outer_optimizer import PREFIX as OUTER
 from ist.training.rounds import Method, RoundReport
@@ -32,7 +48,8 @@ class Request(IntEnum):
 
     NEXT_ROUND = 0
     GATHER = 1
-    END = 2
+    SAVE = 2
+    END = 3
 
 
 class ShardStore:
@@ -41,10 +58,12 @@ class ShardStore:
     Args:
         split: The full split network.
         membership: This rank.
+        storage: Where checkpoints are saved, which all ranks share; None: nowhere.
     """
 
-    def __init__(self, split: SplitModel, membership: Membership) -> None:
+    def __init__(self, split: SplitModel, membership: Membership, storage: Storage | None = None) -> None:
         self._membership = membership
+        self._storage = storage
         self._specs = {**split.specs, **split.frozen_specs}
         first: dict[int, str] = {}
         state = split.template.state_dict(keep_vars=True)
@@ -74,6 +93,22 @@ class ShardStore:
             for name, shape, dtype in listed
         }
 
+    def read(self, saved: SavedTensors) -> dict[str, Tensor]:
+        """Return this rank's rows of a checkpoint's tensors; tensors without shards are returned as a whole.
+
+        Raises:
+            CheckpointError: A file is truncated.
+            RunFolderError: A file cannot be read.
+        """
+        found = {}
+        for name, spec in saved.specs().items():
+            if self.spec(name) is None:
+                found[name] = saved[name]
+                continue
+            owned = owned_rows(spec.shape[0] if spec.shape else 1, self._membership.rank, self._membership.world_size)
+            found[name] = saved.rows(name, owned.start, owned.stop)
+        return found
+
     def _own_rows(self, name: str, full: TensorSpec, values: Tensor | None) -> Tensor:
         me, ranks = self._membership.rank, self._membership.world_size
         if self.spec(name) is None:
@@ -90,23 +125,26 @@ class ShardStore:
         self._transfer(f"sending '{name}'", sends=list(enumerate(rows))[1:])
         return rows[0].clone()
 
-    def gather(self, name: str, own: Tensor) -> Tensor:
-        """Return a full tensor on rank 0, whose other ranks serve this request.
+    def gather(self, name: str, own: Tensor, to: int = 0) -> Tensor | None:
+        """Return a full tensor on one rank, None on the others; all ranks call this together.
 
         Args:
             name: The tensor's name.
-            own: This rank's rows.
+            own: This rank's rows. Of a tensor that every rank has as a whole, rank 0's values are returned.
+            to: The rank that gets the full tensor.
         """
-        full = self.spec(name)
-        if full is None:
+        me, full = self._membership.rank, self.spec(name)
+        holders: Sequence[int] = range(self._membership.world_size) if full else [0]
+        if me != to:
+            self._transfer(f"sending '{name}' to rank {to}", sends=[(to, own)] if me in holders else [])
+            return None
+        if holders == [to]:
             return own
-        whole = torch.empty(full.shape, dtype=own.dtype)
-        rows = [self._rows_of(whole, full, owner) for owner in range(self._membership.world_size)]
-        rows[0].copy_(own)
-        received = [(owner, torch.empty_like(part)) for owner, part in enumerate(rows) if owner > 0]
-        self._transfer(f"gathering '{name}'", receives=received)
-        for owner, part in received:
-            rows[owner].copy_(part)
+        whole = torch.empty(full.shape if full else own.shape, dtype=own.dtype)
+        rows = {owner: self._rows_of(whole, full, owner) if full else whole for owner in holders}
+        if to in rows:
+            rows[to].copy_(own)
+        self._transfer(f"gathering '{name}'", receives=[(owner, part) for owner, part in rows.items() if owner != to])
         return whole
 
     def _rows_of(self, whole: Tensor, full: TensorSpec, owner: int) -> Tensor:
@@ -115,6 +153,39 @@ class ShardStore:
             return whole if owner == 0 else whole.new_empty(0)
         owned = owned_rows(full.shape[0], owner, self._membership.world_size)
         return whole[owned.start : owned.stop]
+
+    def save(
+        self, state: Mapping[str, Tensor], network: Mapping[str, Tensor], rounds_done: int
+    ) -> tuple[Sequence[ShardFile], Mapping[str, Written]]:
+        """Write this rank's files of a checkpoint; all ranks call this together.
+
+        Args:
+            state: This rank's rows of every tensor of the checkpoint.
+            network: The names of the network's tensors.
+            rounds_done: The number of completed rounds.
+
+        Returns:
+            The files, and what all ranks have written.
+
+        Raises:
+            RunFolderError: A file cannot be written.
+        """
+        assert self._storage is not None
+        me, ranks = self._membership.rank, self._membership.world_size
+        specs = {}
+        for name, own in state.items():
+            full = self.spec(name)
+            specs[name] = TensorSpec(full.shape if full else tuple(own.shape), own.dtype)
+        of_network = {name: spec for name, spec in specs.items() if name in network}
+        others = {name: spec for name, spec in specs.items() if name not in network}
+        files = plan_shards(of_network, others, ranks)
+
+        def gathered(name: str, to: int) -> Tensor | None:
+            return self.gather(name, state[name], to)
+
+        mine = write_shards(self._storage, shards_folder(rounds_done), files, gathered, me)
+        texts = gather_texts(self._membership, json.dumps({name: asdict(entry) for name, entry in mine.items()}))
+        return files, {name: Written(**entry) for text in texts for name, entry in json.loads(text).items()}
 
     def request(self, what: Request, number: int = 0) -> None:
         """Ask all other ranks for something, on rank 0."""
@@ -129,12 +200,14 @@ class ShardStore:
             with peer_errors("waiting for rank 0"):
                 dist.broadcast(message, src=0)
             what, number = message.tolist()
-            if what != Request.GATHER:
+            if what in (Request.NEXT_ROUND, Request.END):
                 return bool(what == Request.END)
             state = state or method.checkpoint_state()
-            name = list(state)[number]
-            if self.spec(name) is not None:
-                self._transfer(f"sending '{name}' to rank 0", sends=[(0, state[name])])
+            if what == Request.SAVE:
+                self.save(state, method.model.state_dict(), number)
+            else:
+                name = list(state)[number]
+                self.gather(name, state[name])
 
     def _transfer(
         self, what: str, sends: list[tuple[int, Tensor]] | None = None, receives: list[tuple[int, Tensor]] | None = None
@@ -159,17 +232,64 @@ class ShardStore:
         return tensor.detach().contiguous().view(-1).view(torch.uint8).to(self._membership.carrier)
 
 
-def shard_network(shard: ModelShard, rows: Mapping[str, Tensor]) -> nn.Module:
-    """Return a network whose parameters and buffers have only the rows of a shard; it cannot compute anything.
+def check_shared(storage: Storage, membership: Membership, run_id: str) -> None:
+    """Check that all ranks save checkpoints in the same place; all ranks call this together.
+
+    Raises:
+        ConfigError: A rank does not see a file of rank 0. Every rank raises it.
+    """
+    name = f".shared-{run_id}"
+    if membership.rank == 0:
+        storage.write(name, b"")
+    broadcast_flag(membership, True)  # the file is there
+    seen = gather_texts(membership, "" if storage.size(name) is None else "seen")
+    if membership.rank == 0:
+        storage.delete(name)
+    if "" in seen:
+        raise ConfigError(
+            f"'pool.store' is 'sharded', but rank {seen.index('')} does not see the folder of rank 0's checkpoints, "
+            f"{storage.where()}: set checkpoint.storage to a folder or URL that all nodes share"
+        )
+
+
+class StoredState(ShardedTensors):
+    """Every tensor of a checkpoint on rank 0: one that is asked for is gathered.
 
     Args:
-        shard: The shard.
-        rows: By name, the shard's rows, and buffers that every rank has as a whole.
+        store: This rank's side of the store; the other ranks serve.
+        method: The method that trains this rank's shard.
+        meter: Counts the bytes that are gathered.
     """
-    memo = {
-        id(tensor): like(tensor, rows[name]) for name, tensor in named_tensors(shard.template).items() if name in rows
-    }
-    return copied(shard.template, memo)
+
+    def __init__(self, store: ShardStore, method: Method, meter: Meter) -> None:
+        self._store = store
+        self._own = method.checkpoint_state()
+        self._network = method.model.state_dict()
+        self._meter = meter
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Gather a tensor."""
+        own = self._own[name]
+        if self._store.spec(name) is None:
+            return own
+        self._store.request(Request.GATHER, list(self._own).index(name))
+        found = self._store.gather(name, own)
+        assert found is not None
+        self._meter.gathered += found.nbytes - own.nbytes
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names."""
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        """Return the number of tensors."""
+        return len(self._own)
+
+    def write(self, rounds_done: int) -> tuple[Sequence[ShardFile], Mapping[str, Written]]:
+        """Let every rank write its files of a checkpoint."""
+        self._store.request(Request.SAVE, rounds_done)
+        return self._store.save(self._own, self._network, rounds_done)
 
 
 class ShardedMethod:
@@ -181,61 +301,96 @@ class ShardedMethod:
         split: The full split network.
         prefix: The prefix, in a checkpoint, of the tensors of the method's network.
         device: The device on which the full network is evaluated.
+        meter: Counts the bytes that are gathered.
+        evaluation: Whether rank 0 evaluates the network in `layers`, or gathers it as a `whole` (`pool.evaluation`).
     """
 
-    def __init__(self, method: Method, store: ShardStore, split: SplitModel, prefix: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        method: Method,
+        store: ShardStore,
+        split: SplitModel,
+        prefix: str,
+        device: torch.device,
+        meter: Meter,
+        evaluation: Literal["layers", "whole"] = "layers",
+    ) -> None:
         self._method = method
         self._store = store
+        self._split = split
         self._prefix = prefix
-        self._is_started = self._is_ended = False
-        self._full = split.module([np.arange(group.size) for group in split.groups], device)
-        # Re-estimated statistics, which every rank has as a whole, belong to the network that is saved.
-        constants = constant_tensors(split.template)
-        for path, child in self._full.named_modules():
-            for name, buffer in child._buffers.items():
-                full_name = f"{path}.{name}" if path else name
-                if buffer is not None and full_name not in constants and store.spec(full_name) is None:
-                    child._buffers[name] = method.model.get_buffer(full_name)
+        self._device = device
+        self._meter = meter
+        self._is_whole = evaluation == "whole"
+        self._full: nn.Module | None = None
+        self._ended: nn.Module | None = None
 
     @property
     def model(self) -> nn.Module:
-        """The full network with its current values, which are gathered whenever this is read."""
-        if self._is_ended:
-            return self._full
-        state = self._method.checkpoint_state()
+        """The full network with its current values: gathered whenever this is read, or fetched by its operators.
+
+        After the end of the run, it is the trained network; see `end`.
+        """
+        if self._ended is not None:
+            return self._ended
+        state = StoredState(self._store, self._method, self._meter)
+        if self._is_whole:
+            return self._whole(state)
+        return lazy_network(self._split, lambda name: state[self._prefix + name], self._buffers(state))
+
+    def _buffers(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the persistent buffers: those in shards are gathered; re-estimated statistics are those of the store.
+
+        They are shared with the network that is saved.
+        """
+        constants = constant_tensors(self._split.template)
+        names = [name for name, _ in self._split.template.named_buffers() if name not in constants]
+        own = self._method.model
+        return {
+            name: own.get_buffer(name) if self._store.spec(name) is None else state[self._prefix + name]
+            for name in names
+        }
+
+    def _whole(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """Return the full network with all values, in the same memory in every call."""
+        if self._full is None:
+            self._full = self._split.module([np.arange(group.size) for group in self._split.groups], self._device)
+        buffers = self._buffers(state)
         with torch.no_grad():
-            for name, tensor in named_tensors(self._full).items():
-                if self._store.spec(name) is not None:
-                    tensor.copy_(self._gather(state, self._prefix + name))
+            for path, child in self._full.named_modules():
+                for name in child._buffers:
+                    full_name = f"{path}.{name}" if path else name
+                    if full_name in buffers:
+                        child._buffers[name] = buffers[full_name].to(self._device)
+            for name, tensor in self._full.named_parameters():
+                tensor.copy_(state[self._prefix + name])
         return self._full
 
     def train_round(self, round_number: int) -> Generator[Part, None, RoundReport]:
         """Train for a round, together with all other ranks."""
-        if self._is_started:
-            self._store.request(Request.NEXT_ROUND)
-        self._is_started = True
+        self._store.request(Request.NEXT_ROUND)
         return (yield from self._method.train_round(round_number))
 
-    def checkpoint_state(self) -> Mapping[str, Tensor]:
-        """Return every tensor that the method needs to resume, as a whole."""
-        state = self._method.checkpoint_state()
-        return {name: self._gather(state, name) for name in state}
-
-    def _gather(self, state: Mapping[str, Tensor], name: str) -> Tensor:
-        if self._is_started and self._store.spec(name) is not None:
-            self._store.request(Request.GATHER, list(state).index(name))
-        return self._store.gather(name, state[name])
+    def checkpoint_state(self) -> StoredState:
+        """Return every tensor that the method needs to resume; one that is asked for is gathered."""
+        return StoredState(self._store, self._method, self._meter)
 
     def bytes_sent(self) -> int:
         """Return the payload bytes that all ranks have sent."""
         return self._method.bytes_sent()
 
-    def end(self) -> None:
-        """End the run of all other ranks, which serve requests until then."""
-        _ = self.model  # the last values, which nobody can gather later
-        if self._is_started:
-            self._store.request(Request.END)
-        self._is_ended = True
+    def end(self, saved: Callable[[str], Tensor] | None) -> None:
+        """End the run of all other ranks, which serve requests until then.
+
+        Args:
+            saved: Reads the trained parameters, which nobody can gather later; None: they are gathered now.
+        """
+        state = StoredState(self._store, self._method, self._meter)
+        if saved is None:
+            self._ended = self._whole(state)
+        else:
+            self._ended = lazy_network(self._split, saved, self._buffers(state))
+        self._store.request(Request.END)
 
     def close(self) -> None:
         """Release this rank's worker."""
@@ -258,11 +413,17 @@ class ShardFollower:
         self._store = store
         self.is_ended = False
 
-    def train_round(self, round_number: int) -> Generator[Part, None, object]:
-        """Take part in a round, and serve rank 0 until the next round starts."""
-        yield from self._method.train_round(round_number)
+    def train_round(self, round_number: int) -> Generator[Part]:
+        """Serve rank 0 until it starts the round, and take part in it; rank 0 may end the run instead."""
         self.is_ended = self._store.serve(self._method)
-        return None
+        if not self.is_ended:
+            yield from self._method.train_round(round_number)
+
+    def finish(self) -> None:
+        """Serve rank 0 after the last round, until it ends the run."""
+        if not self.is_ended:
+            self.is_ended = self._store.serve(self._method)
+            assert self.is_ended, "rank 0 starts a round after the last one"
 
     def close(self) -> None:
         """Release this rank's worker."""

@@ -41,15 +41,18 @@ from ist.monitoring.display import Progress as ProgressDisplay
 from ist.monitoring.meter import MemoryGauge, Meter
 from ist.monitoring.observers import make_callbacks, run_start, started
 from ist.network.compiled import plain_name
-from ist.optimization.optimizers import without_changed_settings
+from ist.optimization.optimizers import unchanged_names, without_changed_settings
 from ist.pools.inline import InlinePool
+from ist.pools.shard_network import shard_network
 from ist.pools.shard_pool import ShardPool
-from ist.pools.shard_store import ShardedMethod, ShardFollower, ShardStore, shard_network
+from ist.pools.shard_store import ShardedMethod, ShardFollower, ShardStore, check_shared
 from ist.pools.torchrun import RankWorker, TorchrunPool, for_world_size
 from ist.runs.recorder import RunRecorder
-from ist.storage.checkpoint import Progress, check_tensors
+from ist.storage.backend import Storage
+from ist.storage.checkpoint import Progress, check_tensors, saved_tensors
 from ist.storage.run_folder import RunFolder
 from ist.storage.run_lock import sole_writer
+from ist.storage.shards.read import SavedTensors
 from ist.subnet.job import Job
 from ist.subnet.stores.shards import shard_of
 from ist.training.average import PREFIX as AVERAGE
@@ -96,6 +99,19 @@ class FollowerPart:
 
 
 @dataclass(frozen=True)
+class _Shared:
+    """The checkpoints that all ranks write and read together, if the full network is stored in shards.
+
+    Attributes:
+        storage: Where they are saved; None: nowhere.
+        saved: The tensors of the one from which the run is resumed; None: there is none, or not in the storage.
+    """
+
+    storage: Storage | None = None
+    saved: SavedTensors | None = None
+
+
+@dataclass(frozen=True)
 class _Process:
     """The objects from which this process's part of a run is built.
 
@@ -106,6 +122,7 @@ class _Process:
         meter: Counts payload bytes.
         device: The device on which this process computes.
         location: Where its workers save their state; None: nowhere.
+        shared: The checkpoints of a network in shards.
         stack: Releases everything when the run ends.
     """
 
@@ -115,6 +132,7 @@ class _Process:
     meter: Meter
     device: torch.device
     location: CheckpointLocation | None
+    shared: _Shared
     stack: ExitStack
 
 
@@ -231,8 +249,10 @@ def _opened(
     config = job.config
     check_method(config)
     # Read the checkpoint before joining the group: a damaged one must not leave the other ranks waiting.
-    tensors, before = folder.rewind() if leads and resume and folder else saved or ({}, Progress())
-    tensors = without_changed_settings(tensors, folder.changed if folder else (), config.train.optimizer)
+    is_sharded = config.pool.store == "sharded"
+    tensors, before = folder.rewind(is_sharded) if leads and resume and folder else saved or ({}, Progress())
+    if not (is_sharded and isinstance(tensors, SavedTensors)):
+        tensors = without_changed_settings(tensors, folder.changed if folder else (), config.train.optimizer)
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(config.pool.threads)
@@ -261,17 +281,27 @@ def _opened(
             )
         run_id = secrets.token_hex(4)
         workers_have_state = config.workers_have_state or job.task.loop is not None  # the positions in its loaders
-        location = _location(config, folder, membership, run_id, before) if workers_have_state else None
-        process = _Process(job, folder, membership, Meter(), device, location, stack)
+        location = None
+        if workers_have_state or is_sharded:
+            location = _location(config, folder, membership, run_id, before)
+        shared = _Shared()
+        if is_sharded and membership:
+            _check_evaluation(config, device)
+            shared = _shared(
+                config, membership, location, broadcast_flag(membership, isinstance(tensors, SavedTensors))
+            )
+        own_location = location if workers_have_state else None
+        process = _Process(job, folder, membership, Meter(), device, own_location, shared, stack)
         if not (leads and first_worker_rank(config)):  # a dedicated coordinator is not a worker
             stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))
         may_end = bool(callbacks or config.watch.callbacks)
         announce = None
-        if config.pool.store == "sharded" and membership and not leads:
+        if is_sharded and membership and not leads:
             follower = _shard_follower(process, membership)
             yield FollowerPart(job, follower, first_round, lambda: follower.is_ended)
+            follower.finish()
             return
-        if membership and config.pool.store != "sharded" and broadcast_flag(membership, may_end):
+        if membership and not is_sharded and broadcast_flag(membership, may_end):
             announce = functools.partial(broadcast_flag, membership)
         if membership and not leads:
             ends_early = functools.partial(announce, False) if announce else None
@@ -284,7 +314,7 @@ def _opened(
         recorder = RunRecorder(job, folder, made, before, process.meter, gauge, run_id, announce)
         yield CoordinatorPart(job, method, recorder, first_round, device)
         if isinstance(method, ShardedMethod):
-            method.end()
+            method.end(folder.trained().__getitem__ if folder else None)
 
 
 def _method(process: _Process, saved: Mapping[str, Tensor] | None) -> Method:
@@ -338,10 +368,49 @@ def _completed(process: _Process, method: Any, average_state: Mapping[str, Tenso
 
 def _sharded_method(process: _Process, membership: Membership, saved: Mapping[str, Tensor] | None) -> ShardedMethod:
     """Create rank 0's method for a network in shards, and give every rank its rows."""
-    model, further = _restored(process.job, saved)
-    method, store = _shard_method(process, membership, {**model.state_dict(), **further}, saved is not None)
-    prefix = "" if process.job.config.recipe.average.kind == "none" else f"{AVERAGE}module."
-    return ShardedMethod(method, store, process.job.split, prefix, process.device)
+    config = process.job.config
+    tensors: Mapping[str, Tensor] = {}
+    if process.shared.saved is None:
+        model, further = _restored(process.job, saved)
+        tensors = {**model.state_dict(), **further}
+    method, store = _shard_method(process, membership, tensors, saved is not None)
+    prefix = "" if config.recipe.average.kind == "none" else f"{AVERAGE}module."
+    return ShardedMethod(
+        method, store, process.job.split, prefix, process.device, process.meter, config.pool.evaluation or "layers"
+    )
+
+
+def _shared(config: Config, membership: Membership, location: CheckpointLocation | None, is_resumed: bool) -> _Shared:
+    """Open the checkpoints of a network in shards; all ranks call this together.
+
+    Raises:
+        ConfigError: Not all ranks see them.
+        CheckpointError: A file is missing or truncated. Rank 0 has verified the checkpoint.
+        RunFolderError: A file cannot be read.
+    """
+    if location is None:
+        return _Shared()
+    storage = location.storage()
+    check_shared(storage, membership, location.run_id)
+    if not is_resumed:
+        return _Shared(storage)
+    saved = saved_tensors(storage, location.first_round)
+    kept = unchanged_names(saved, location.changed, config.train.optimizer)
+    return _Shared(storage, saved.named({plain_name(name): name for name in kept}))
+
+
+def _check_evaluation(config: Config, device: torch.device) -> None:
+    """Check that rank 0 can evaluate a network that no process holds.
+
+    Raises:
+        ConfigError: Its device is a GPU, and the network is evaluated in layers.
+    """
+    if device.type != "cpu" and config.pool.evaluation != "whole":
+        raise ConfigError(
+            f"'pool.store' is 'sharded' and the device is '{device.type}', but the network is evaluated in layers on "
+            "CPUs alone: set pool.evaluation to 'whole' (rank 0 then holds the network while it evaluates), or "
+            "pool.device to 'cpu'"
+        )
 
 
 def _shard_follower(process: _Process, membership: Membership) -> ShardFollower:
@@ -351,11 +420,17 @@ def _shard_follower(process: _Process, membership: Membership) -> ShardFollower:
 def _shard_method(
     process: _Process, membership: Membership, tensors: Mapping[str, Tensor] | None, is_resumed: bool
 ) -> tuple[Method, ShardStore]:
-    """Create the method that trains this rank's shard, with rows of rank 0's tensors; all ranks call this together."""
-    job = process.job
-    store = ShardStore(job.split, membership)
+    """Create the method that trains this rank's shard; all ranks call this together.
+
+    It has the rows of the checkpoint, which each rank reads, or else of rank 0's tensors.
+    """
+    job, saved = process.job, process.shared.saved
+    store = ShardStore(job.split, membership, process.shared.storage)
     is_resumed = broadcast_flag(membership, is_resumed)
-    rows = store.scatter(tensors)
+    if saved is not None:
+        state = job.split.template.state_dict()
+        check_tensors({name: spec for name, spec in saved.specs().items() if name in state}, state)
+    rows = store.scatter(tensors) if saved is None else store.read(saved)
     shard = shard_of(job.split, membership.rank, membership.world_size)
     network = shard_network(shard, rows)
     names = network.state_dict()

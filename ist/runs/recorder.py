@@ -71,6 +71,7 @@ class RunRecorder:
         self._rounds_done = before.rounds_done
         self._numbers: dict[str, float] = {}
         self._bytes_before = self._totals["sent_bytes"]
+        self._gathered_before = meter.gathered
         self.history: list[dict[str, Any]] = folder.records() if folder else []
         for record in self.history:
             self._note_numbers(record)
@@ -93,12 +94,14 @@ class RunRecorder:
         found: dict[str, Any] = {
             **report.numbers,
             "sent_bytes": self._bytes_before + sent_bytes - self._totals["sent_bytes"],
+            "evaluate_bytes": self._meter.gathered - self._gathered_before,
             "train_s": seconds.train,
             "evaluate_s": seconds.evaluate,
             "bytes_to_worker": self._since_last_round(self._meter.sent, 0),
             "bytes_from_worker": self._since_last_round(self._meter.received, 1),
             "coordinator_memory_bytes": self._gauge.peak_bytes(),
         }
+        self._gathered_before = self._meter.gathered
         for total in self._totals:
             self._totals[total] += found[total]
         found |= self._totals

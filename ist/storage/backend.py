@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from ist.errors import CheckpointError, ConfigError, RunFolderError
 from ist.redact import holds_secret, redacted
@@ -477,13 +477,28 @@ def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
     Raises:
         OSError: It cannot be written; an existing file is unchanged.
     """
+    with atomic_file(path, private) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, private: bool = False) -> Iterator[BinaryIO]:
+    """Open a file for writing that gets its name when the `with` block ends, and is deleted if the block fails.
+
+    Args:
+        path: The file.
+        private: Whether only the owner may read it (mode 600).
+
+    Raises:
+        OSError: It cannot be written; an existing file is unchanged.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         descriptor = os.open(
             temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600 if private else 0o666
         )
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
@@ -31,10 +31,12 @@ from torch import Tensor
 from ist.config.base import NonNegativeInt
 from ist.distributed.memory_limit import lifted_limit
 from ist.errors import CheckpointError, RunFolderError
-from ist.storage.backend import Storage, write_atomically
+from ist.storage.backend import LocalStorage, Storage, atomic_file, write_atomically
+from ist.storage.shards.layout import header, in_file_order
 from ist.storage.shards.plan import ShardFile
 from ist.storage.shards.read import SavedTensors, is_complete, open_file, open_shards
-from ist.storage.shards.write import COMMIT, INDEX, Written, commit, delete_shards
+from ist.storage.shards.write import COMMIT, INDEX, ShardedTensors, Written, begin, commit, delete_shards, values
+from ist.tensors import TensorSpec
 
 _log = logging.getLogger(__name__)
 
@@ -79,16 +81,19 @@ def save_checkpoint(storage: Storage, tensors: Mapping[str, Tensor], progress: P
 
     Args:
         storage: The storage of the run's checkpoints.
-        tensors: Full tensors, on any device.
+        tensors: Full tensors, on any device; those in shards are written by all ranks.
         progress: The progress of the run.
         keep: Number of checkpoints to keep, >= 1.
 
     Returns:
-        The name of the file written.
+        The name of the file or folder written.
 
     Raises:
         RunFolderError: It cannot be written; earlier checkpoints are unchanged.
     """
+    if isinstance(tensors, ShardedTensors):
+        begin(storage, shards_folder(progress.rounds_done))
+        return commit_shards(storage, *tensors.write(progress.rounds_done), progress, keep)
     name = _NAME.format(progress.rounds_done)
     metadata = {"progress": json.dumps(asdict(progress)), _NAMES: json.dumps(sorted(tensors))}
     storage.write(name, _serialized(tensors, metadata))
@@ -274,12 +279,14 @@ def _rename_damaged(storage: Storage, name: str) -> str:
     return renamed
 
 
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_tensors(
+    found: Mapping[str, Tensor] | Mapping[str, TensorSpec], expected: Mapping[str, Tensor] | Mapping[str, TensorSpec]
+) -> None:
     """Check that a part of a checkpoint has exactly the tensors that a run needs to resume.
 
     Args:
-        found: Tensors of the checkpoint.
-        expected: Tensors with the expected names, shapes and dtypes.
+        found: Tensors of the checkpoint, or their specs.
+        expected: Tensors with the expected names, shapes and dtypes, or specs of them.
 
     Raises:
         CheckpointError: A tensor is missing or unexpected, or has another shape or dtype.
@@ -375,6 +382,53 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     return _verified(path, str(path))
 
 
+def stream_tensors(
+    path: Path, specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write the file that `write_tensors` writes, but hold only one tensor at a time.
+
+    Args:
+        path: The file.
+        specs: The tensors.
+        read: Returns the values of a tensor; it is called once for each, in the order of sorted names.
+        metadata: Strings to store with them.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    ordered = in_file_order(dict(sorted(specs.items())))
+    unknown = "0" * 64  # the checksum, which is known at the end
+    first = header(ordered, {**metadata, "sha256": unknown})
+    starts, start = {}, len(first)
+    for name, spec in ordered.items():
+        starts[name], start = start, start + spec.nbytes
+    digest = _digest(metadata)
+    with atomic_file(path) as file:
+        file.write(first)
+        for name in sorted(specs):
+            tensor = read(name).detach().cpu().contiguous()
+            assert (tuple(tensor.shape), tensor.dtype) == (specs[name].shape, specs[name].dtype), name
+            _add(digest, name, tensor)
+            file.seek(starts[name])
+            file.write(values(tensor))
+            del tensor  # before the next one is read
+        file.seek(first.index(unknown.encode()))
+        file.write(digest.hexdigest().encode())
+
+
+def open_tensors(path: Path) -> SavedTensors:
+    """Open a file of `write_tensors`, and verify its checksum; no more than one tensor is held at a time.
+
+    Raises:
+        CheckpointError: The file is missing, truncated or altered.
+        RunFolderError: It cannot be read.
+    """
+    storage = LocalStorage(path.parent)
+    tensors, metadata = open_file(storage, path.name)
+    _check_sum(tensors, metadata, str(path))
+    return tensors
+
+
 def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     seen: set[int] = set()
@@ -419,14 +473,23 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _parsed(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = load(data)  # raises for anything but safetensors, so the header below is well formed
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return tensors, dict(header.get("__metadata__", {}))
+    tree = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, dict(tree.get("__metadata__", {}))
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+    digest = _digest(metadata)
     for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        _add(digest, name, tensors[name])
     return digest.hexdigest()
+
+
+def _digest(metadata: Mapping[str, str]) -> "hashlib._Hash":
+    """Start a checksum."""
+    return hashlib.sha256(json.dumps(dict(metadata), sort_keys=True).encode())
+
+
+def _add(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
+    """Add a tensor to a checksum, in the order of sorted names."""
+    digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -37,6 +37,7 @@ from ist.config.load import dump_config, parse_config, validate
 from ist.config.schema import Config
 from ist.config.yaml_text import parse_yaml, read_text
 from ist.errors import CheckpointError, RunFolderError
+from ist.network.lazy_tensor import with_values
 from ist.redact import holds_secret, redacted
 from ist.storage.backend import LocalStorage, Storage, is_url, refuse_link, run_storage, sweep, write_atomically
 from ist.storage.checkpoint import (
@@ -45,13 +46,15 @@ from ist.storage.checkpoint import (
     latest_checkpoint,
     load_newest,
     save_checkpoint,
+    stream_tensors,
     sweep_shards,
-    write_tensors,
 )
 from ist.storage.run_files import Lines, parse_records, parse_result
 from ist.storage.run_lock import LOCK, sole_writer
 from ist.storage.same_run import CHANGEABLE, Change, allowed_changes, is_in, run_changes
 from ist.storage.saved_config import ConfigChange, changes_text, config_change, is_edited, parse_changes, saved_text
+from ist.storage.shards.read import SavedTensors, open_file
+from ist.tensors import TensorSpec
 
 _log = logging.getLogger(__name__)
 
@@ -337,13 +340,23 @@ class RunFolder:
         """
         path = self.path / "model.safetensors"
         try:
-            write_tensors(path, model_state, {})
+            specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in model_state.items()}
+            stream_tensors(path, specs, lambda name: with_values(model_state[name]), {})
         except OSError as error:
             raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
         self._write("result.json", json.dumps(result, indent=2).encode())
         if not self.stopped_early():
             with suppress(RunFolderError):  # these files are no longer needed, and harmless
                 delete_worker_states(self.storage)
+
+    def trained(self) -> SavedTensors:
+        """Open the tensors of the trained network, which `finish` has written; none is read yet.
+
+        Raises:
+            CheckpointError: There is no such file.
+            RunFolderError: It cannot be read.
+        """
+        return open_file(LocalStorage(self.path.resolve()), "model.safetensors")[0]
 
     def result(self) -> dict[str, Any]:
         """Return the final numbers.

@@ -68,6 +68,14 @@ class CheckpointLocation:
         """Return the id of the incarnation that saved the run before a round; files with other ids are stale."""
         return self.previous_run_id if round_number == self.first_round else self.run_id
 
+    def storage(self) -> Storage:
+        """Return the storage of the run's checkpoints, on any machine.
+
+        Raises:
+            ConfigError: It cannot be opened.
+        """
+        return run_storage(self.checkpoint.storage, Path(self.folder))
+
     def to_text(self) -> str:
         """Return the location as text that may be sent unencrypted: without the storage URL and its password."""
         checkpoint = self.checkpoint
@@ -206,7 +214,7 @@ class WorkerState:
     @cached_property
     def _storage(self) -> Storage:
         assert self._location is not None
-        return run_storage(self._location.checkpoint.storage, Path(self._location.folder))
+        return self._location.storage()
 
     def _held(self, round_number: int) -> Sequence[Indices]:
         return self._assignments.of(round_number, self._slot.team)[self._worker]

@@ -225,7 +225,7 @@ FAULTS = (
     ),
     Fault(
         "a checksum does not cover the values", "ist/storage/checkpoint.py",
-        "        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)\n", "", ("tests/storage/test_checkpoint.py",),
+        "    digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)\n", "", ("tests/storage/test_checkpoint.py",),
     ),
     Fault(
         "a checksum does not cover the metadata", "ist/storage/checkpoint.py", "json.dumps(dict(metadata), sort_keys=True).encode()",

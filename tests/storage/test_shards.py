@@ -53,12 +53,15 @@ def specs(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
 
 
 def saved(
-    storages: Sequence[Storage], progress: Progress = PROGRESS, keep: int = 2, tensors: Mapping[str, Tensor] = ALL
+    storages: Sequence[Storage],
+    progress: Progress = PROGRESS,
+    keep: int = 2,
+    network: Mapping[str, Tensor] = NETWORK,
+    others: Mapping[str, Tensor] = OTHERS,
 ) -> tuple[ShardFile, ...]:
     """Save as that many ranks, one after the other: a gather needs no other rank here, as everybody has the tensors."""
     num_ranks, folder = len(storages), shards_folder(progress.rounds_done)
-    network = {name: tensor for name, tensor in tensors.items() if name in NETWORK}
-    others = {name: tensor for name, tensor in tensors.items() if name not in NETWORK}
+    tensors = {**network, **others}
     files = plan_shards(specs(network), specs(others), num_ranks)
     begin(storages[0], folder)
     written, orders = {}, []

@@ -70,6 +70,7 @@ def test_a_number_without_dims_belongs_to_rank_0() -> None:
     ("changes", "named"),
     [
         ({"pool": {"kind": "inline", "store": "sharded"}}, ["pool.store", "torchrun"]),
+        ({"pool": {"kind": "torchrun", "evaluation": "layers"}}, ["pool.evaluation", "pool.store"]),
         (
             {"pool": {"kind": "torchrun", "store": "sharded", "coordinator": "dedicated"}},
             ["pool.store", "pool.coordinator", "trains"],

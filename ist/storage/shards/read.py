@@ -76,6 +76,18 @@ class SavedTensors(Mapping[str, Tensor]):
         """Return the shape and dtype of a tensor, which is not read."""
         return self._places[name].spec
 
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return the shape and dtype of every tensor, by name."""
+        return {name: place.spec for name, place in self._places.items()}
+
+    def named(self, names: Mapping[str, str]) -> "SavedTensors":
+        """Return some of the tensors under other names.
+
+        Args:
+            names: The name of each tensor here, by its new name.
+        """
+        return SavedTensors(self._storage, {new: self._places[old] for new, old in names.items()})
+
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Read rows `start` to `stop` (exclusive) of a tensor, along its first dim.
 

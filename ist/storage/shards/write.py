@@ -11,6 +11,7 @@ Not here: moving tensors between ranks, which is the caller's `gather`.
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -28,6 +29,24 @@ from ist.storage.shards.plan import MODEL, ShardFile, waves
 COMMIT = "checkpoint.json"
 INDEX = "model.safetensors.index.json"
 FORMAT = 1
+
+
+class ShardedTensors(Mapping[str, Tensor]):
+    """The tensors of a run of which no process holds more than its rows; one that is asked for is collected here."""
+
+    @abstractmethod
+    def write(self, rounds_done: int) -> "tuple[Sequence[ShardFile], Mapping[str, Written]]":
+        """Let every rank write its files of a checkpoint.
+
+        Args:
+            rounds_done: The number of completed rounds.
+
+        Returns:
+            The plan of the files, and what each rank has written, by the name of the file.
+
+        Raises:
+            RunFolderError: A file cannot be written.
+        """
 
 
 class Gather(Protocol):
