@@ -43,8 +43,8 @@ def export(
     from ist.export.distributed_checkpoint import write_distributed
     from ist.export.hugging_face import check_tokenizer, write_pretrained, write_tokenizer
     from ist.export.weights import check_target, run_weights
-    from ist.runs.build import build_network
-    from ist.storage.checkpoint import write_tensors
+    from ist.runs.build import build_network, network_template
+    from ist.storage.checkpoint import stream_tensors
     from ist.storage.run_folder import RunFolder
 
     folder = RunFolder(run)
@@ -56,7 +56,8 @@ def export(
             f"{run}: its network was passed from Python, so it cannot be built here: use --to safetensors, or "
             "model.save_pretrained(...) in the program after ist.train"
         )
-    network = None if is_from_python else build_network(config)
+    is_whole = to == "hf" and config.pool.store == "coordinator"  # then transformers writes it, with values
+    network = None if is_from_python else (build_network if is_whole else network_template)(config)
     weights = run_weights(folder, None if network is None else network.state_dict().keys())
     if tokenizer is not None:
         check_tokenizer(tokenizer)
@@ -64,10 +65,12 @@ def export(
         assert network is not None
         write_pretrained(network, config.model, weights.tensors, target)
     elif to == "dcp":
-        write_distributed(weights.tensors, target)
+        write_distributed(weights.tensors.specs(), weights.tensors.__getitem__, target)
     else:
         target.mkdir(parents=True, exist_ok=True)
-        write_tensors(target / "model.safetensors", weights.tensors, {"format": "pt"})
+        stream_tensors(
+            target / "model.safetensors", weights.tensors.specs(), weights.tensors.__getitem__, {"format": "pt"}
+        )
     if tokenizer is not None:
         write_tokenizer(tokenizer, target)
     if weights.rounds_done is not None:

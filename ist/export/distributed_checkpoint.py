@@ -12,7 +12,7 @@ Not here: the weights of a run (`weights.py`).
 import inspect
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ist.errors import CheckpointError, first_line
+from ist.tensors import TensorSpec
 
 _INDEX = ".metadata"
 _PREFIXES = ("", "model.")
@@ -69,15 +71,32 @@ class _Reader(FileSystemReader):
         return self._index
 
 
-def write_distributed(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write tensors as a checkpoint of torch.distributed.checkpoint.
+class _Planner(DefaultSavePlanner):
+    """PyTorch's planner, with tensors that are read when they are written."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self._read = read
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._read(index.fqn)
+
+
+def write_distributed(specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], path: Path) -> None:
+    """Write tensors as a checkpoint of torch.distributed.checkpoint, of which any number of ranks load their parts.
+
+    No more than two tensors are held at a time: each is in a file of its own, because PyTorch holds the tensors of a
+    file until it has written the file.
 
     Args:
-        tensors: The tensors by name, on the CPU.
+        specs: The tensors by name.
+        read: Returns the values of a tensor, on the CPU.
         path: The folder to create.
     """
+    state = {name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for name, spec in specs.items()}
+    writer = FileSystemWriter(path, single_file_per_rank=False)
     with _in_one_process():
-        save(dict(tensors), storage_writer=FileSystemWriter(path), **_alone(save))
+        save(state, storage_writer=writer, planner=_Planner(read), **_alone(save))
 
 
 def read_distributed(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from ist.config.schema import Model
 from ist.errors import ConfigError, error_with_line
+from ist.storage.checkpoint import stream_tensors
+from ist.tensors import tensor_specs
 
 
 def write_pretrained(network: nn.Module, settings: Model, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a network in the format of transformers.
 
     Args:
-        network: The network, with any values; it gets those of `tensors`.
+        network: The network, with any values; it gets those of `tensors`. On the `meta` device it gets none: then the
+            tensors are written one at a time, so that no more than one is held.
         settings: The section `model` from which it was built.
         tensors: The tensors of its state dict.
         path: The folder to create.
@@ -34,10 +37,16 @@ def write_pretrained(network: nn.Module, settings: Model, tensors: Mapping[str, 
             "transformers: use --to safetensors"
         )
     model: Any = network
-    model.load_state_dict(tensors)
+    if not (is_streamed := any(parameter.is_meta for parameter in network.parameters())):
+        model.load_state_dict(tensors)
     if settings.name.rpartition(":")[2] == type(network).__name__:  # made of a config, not by a user's function
         _restore_cache_setting(model, settings.args)
-    model.save_pretrained(path)
+    if not is_streamed:
+        model.save_pretrained(path)
+        return
+    model.save_pretrained(path, state_dict={})  # all files but the weights
+    first = tensor_specs(network, with_statistics=True)  # one name of tied tensors, which transformers ties again
+    stream_tensors(path / "model.safetensors", first, tensors.__getitem__, {"format": "pt"})
 
 
 def _is_of_transformers(network: nn.Module) -> bool:

@@ -4,16 +4,15 @@ Where it sits: `ist export` reads weights here, and writes them by the other fil
 Not here: building the network (`ist/runs/build.py`), reading a checkpoint (`ist/storage/checkpoint.py`).
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
 from ist.errors import RunFolderError
 from ist.network.compiled import plain_name
-from ist.storage.checkpoint import load_newest, read_tensors
+from ist.storage.checkpoint import load_newest, open_tensors
 from ist.storage.run_folder import RunFolder
+from ist.storage.shards.read import SavedTensors
 
 _AVERAGE = "average/module."
 """Prefix of the average over rounds in a checkpoint (`ist/training/average.py`)."""
@@ -24,11 +23,11 @@ class RunWeights:
     """The weights of a run.
 
     Attributes:
-        tensors: The tensors of the network's state dict.
+        tensors: The tensors of the network's state dict; each is read when it is asked for.
         rounds_done: The rounds after which they were saved, if the run has not finished; None for a finished run.
     """
 
-    tensors: Mapping[str, Tensor]
+    tensors: SavedTensors
     rounds_done: int | None
 
 
@@ -47,8 +46,8 @@ def run_weights(folder: RunFolder, names: Collection[str] | None) -> RunWeights:
         RunFolderError: The run has no weights yet, or it has not finished and the names are unknown.
     """
     if folder.is_finished():
-        return RunWeights(_plain(read_tensors(folder.path / "model.safetensors")[0]), None)
-    newest = load_newest(folder.storage)
+        return RunWeights(_plain(open_tensors(folder.path / "model.safetensors")), None)
+    newest = load_newest(folder.storage, lazily=True)
     if newest is None:
         raise RunFolderError(
             f"{folder.path}: the run has no checkpoint yet, so there are no weights: run ist train --resume "
@@ -59,6 +58,7 @@ def run_weights(folder: RunFolder, names: Collection[str] | None) -> RunWeights:
             f"{folder.path}: the run has not finished, and its network was passed from Python, so that its tensors in "
             "the checkpoint are unknown: resume the run to its end first"
         )
+    assert isinstance(newest[0], SavedTensors)
     saved, progress = _plain(newest[0]), newest[1]
     prefix = _AVERAGE if any(name.startswith(_AVERAGE) for name in saved) else ""
     if missing := [name for name in names if prefix + name not in saved]:
@@ -66,11 +66,11 @@ def run_weights(folder: RunFolder, names: Collection[str] | None) -> RunWeights:
             f"{folder.path}: the newest checkpoint has no '{missing[0]}' ({len(missing)} tensors missing): it belongs "
             "to another network than that of config.yaml (model)"
         )
-    return RunWeights({name: saved[prefix + name] for name in names}, progress.rounds_done)
+    return RunWeights(saved.named({name: prefix + name for name in names}), progress.rounds_done)
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {plain_name(name): tensor for name, tensor in tensors.items()}
+def _plain(tensors: SavedTensors) -> SavedTensors:
+    return tensors.named({plain_name(name): name for name in tensors})
 
 
 def check_target(path: Path) -> None:

@@ -117,6 +117,16 @@ def build_network(config: Config) -> nn.Module:
     return model
 
 
+def network_template(config: Config) -> nn.Module:
+    """Return the network that a configuration names on the `meta` device, without values.
+
+    Raises:
+        ConfigError: The name or an argument is wrong.
+        ModelError: IST cannot train the network.
+    """
+    return _template(partial(build_network, config))
+
+
 @seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)  # every process must find the same groups
 def make_job(
     config: Config,

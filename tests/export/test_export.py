@@ -2,6 +2,8 @@
 
 import pickle
 import re
+import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,18 @@ from torch.utils.data import TensorDataset
 
 from ist.config.schema import Model
 from ist.errors import CheckpointError, ConfigError
-from ist.export.distributed_checkpoint import read_distributed, write_distributed
+from ist.export.distributed_checkpoint import read_distributed
+from ist.export.distributed_checkpoint import write_distributed as write_read
 from ist.export.hugging_face import write_pretrained
 from ist.runs.build import build_job, build_network
+from ist.storage.checkpoint import Progress
 from ist.storage.run_folder import RunFolder, create_run_folder
+from ist.storage.shards.read import SavedTensors
+from ist.tensors import TensorSpec
 from tests.cli.test_cli import ist
 from tests.conftest import assert_same, naming, small_config
 from tests.runs.test_resume import PowerCutError, run
+from tests.storage.test_shards import saved
 
 __all__ = ["ist"]
 
@@ -141,6 +148,47 @@ def test_an_unfinished_run_exports_its_newest_checkpoint_and_says_so(ist: Any, t
     assert set(found) == set(build_network(folder.load_config()).state_dict())
 
 
+@pytest.fixture(scope="module")
+def in_shards(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of GPT2 that was interrupted, with a checkpoint in shards."""
+    config = small_config(**GPT2, pool={"kind": "torchrun", "store": "sharded", "device": "cpu"})
+    folder = create_run_folder(config, tmp_path_factory.mktemp("shards") / "run")
+    saved([folder.storage] * 3, Progress(1), network=build_network(config).state_dict(), others={})
+    return folder
+
+
+@pytest.mark.parametrize("to", ["hf", "safetensors", "dcp"])
+def test_a_checkpoint_in_shards_is_exported_without_holding_the_network(
+    ist: Any, in_shards: RunFolder, tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = build_network(in_shards.load_config())
+    held: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    read = SavedTensors.__getitem__
+
+    def noted(self: SavedTensors, name: str) -> Tensor:
+        assert len(held) <= 1
+        found = read(self, name)
+        held.add(found)
+        return found
+
+    monkeypatch.setattr(SavedTensors, "__getitem__", noted)
+
+    outcome = ist("export", in_shards.path, tmp_path / "out", "--to", to)
+
+    assert outcome.code == 0, outcome.err
+    if to == "hf":
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.equal(logits(model), logits(expected))
+        assert model.transformer.wte.weight.data_ptr() == model.lm_head.weight.data_ptr()
+        assert model.config.use_cache
+    elif to == "dcp":
+        assert_same(read_distributed(tmp_path / "out", expected.state_dict()), expected.state_dict())
+    else:
+        assert_same(load_file(tmp_path / "out" / "model.safetensors"), expected.state_dict())
+
+
 def test_what_cannot_be_exported_is_refused_by_name_and_nothing_is_written(
     ist: Any, gpt2: RunFolder, tmp_path: Path
 ) -> None:
@@ -165,6 +213,11 @@ def test_what_cannot_be_exported_is_refused_by_name_and_nothing_is_written(
     outcome = ist("export", mlp.path, tmp_path / "out", "--to", "hf")
     assert re.search(naming("'model.name' is 'mlp'", "MLP", "--to safetensors"), outcome.err)
     assert not (tmp_path / "out").exists()
+
+
+def write_distributed(tensors: Mapping[str, Tensor], path: Path) -> None:
+    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    write_read(specs, tensors.__getitem__, path)
 
 
 TENSORS = {"weight": torch.randn(5, 3), "half": torch.randn(4).bfloat16(), "steps": torch.tensor(7)}
@@ -206,7 +259,7 @@ def test_a_foreign_checkpoint_is_refused_and_runs_no_code(tmp_path: Path, monkey
             read_distributed(path, TENSORS)
     assert not Path("unpickled").exists()
     (path / ".metadata").write_bytes(good)
-    (data,) = path.glob("*.distcp")
+    data = max(path.glob("*.distcp"), key=lambda file: file.stat().st_size)
     data.write_bytes(data.read_bytes()[:100])
     with pytest.raises(CheckpointError, match=naming(str(path), "cannot be read")):
         read_distributed(path, TENSORS)
