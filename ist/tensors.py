@@ -5,11 +5,12 @@ Not here: how tensors are split (`ist/subnet/`) or sent (`ist/transport/`).
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 Shape = tuple[int, ...]
 
@@ -63,6 +64,11 @@ def constant_tensors(module: nn.Module) -> dict[str, Tensor]:
         plain = {name: value for name, value in vars(child).items() if isinstance(value, Tensor)}
         constants |= {f"{path}.{name}" if path else name: value for name, value in plain.items()}
     return constants
+
+
+def memory_key(tensor: Tensor) -> Hashable:
+    """Return a key that is the same for all views of the same memory; it is not used again, also once they are gone."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
 
 
 def statistics_names(module: nn.Module) -> list[str]:

@@ -18,6 +18,7 @@ ROOMS = (
     "_version errors measurements redact tensors rng models",
     "config data",
     "network optimization",
+    "initialization",
     "neurons evaluation distributed",
     "subnet storage",
     "loops",

@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ist.data.nested import call_model, mapped, moved, tensors_in
 from ist.errors import ModelError, first_line
+from ist.initialization.in_files import files_if_large, warn_if_large
 from ist.network.copies import copied, on_meta
 from ist.neurons.attribute_sizes import (
     Size,
@@ -142,19 +143,24 @@ def trace(template: nn.Module, example: Any, build: Any = None) -> Traced:
     except Exception as error:  # a forward that reads values may fail in any way without them
         if build is None:
             raise ModelError(f"the network fails on the example: {first_line(error)}") from error
+        reason = first_line(error)
 
     def fresh() -> nn.Module:
         return without_inner_dropout(copied(build()).cpu())
 
     inputs = moved(example, torch.device("cpu"))
-    try:
-        with comparable(), fixed_draws(Draws(0)), torch.no_grad():
-            call_model(fresh(), inputs)
-    except Exception as error:  # whatever a forward raises
-        raise ModelError(
-            f"the network fails on an example of the data: {type(error).__name__}: {first_line(error)}"
-        ) from error
-    return _trace(fresh(), inputs, fresh)
+    with files_if_large(template):
+        network = fresh()
+        try:
+            with comparable(), fixed_draws(Draws(0)), torch.no_grad():
+                call_model(network, inputs)
+        except Exception as error:  # whatever a forward raises
+            raise ModelError(
+                f"the network fails on an example of the data: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        warn_if_large(template, f"the forward fails without values ({reason})", "let it not read values")
+        del network  # before another is built
+        return _trace(fresh(), inputs, fresh)
 
 
 def dry_run(module: nn.Module, example: Any, watched: AbstractContextManager[Any] | None = None) -> None:

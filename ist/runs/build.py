@@ -36,6 +36,8 @@ from ist.evaluation.losses import LOSSES
 from ist.evaluation.metrics import METRICS, Metric
 from ist.evaluation.step_function import StepFunction, network_inputs
 from ist.evaluation.task import NO_SAMPLES, LossFunction, Task
+from ist.initialization.constants import built_without_parameters, constants
+from ist.initialization.in_files import built_whole
 from ist.loops.part import Part
 from ist.models import MODELS
 from ist.network.compiled import check_backend, plain_name, without_compilation
@@ -61,7 +63,7 @@ from ist.runs.loading.load import collated, following_worker, has_other_coordina
 from ist.subnet.job import Job, for_one_worker
 from ist.subnet.partition import check_workers
 from ist.subnet.split_model import SplitModel, carried_groups, try_submodel
-from ist.tensors import constant_tensors, tensor_specs
+from ist.tensors import tensor_specs
 
 
 def build_job(config: Config, splits: Splits | None = None) -> Job:
@@ -91,9 +93,9 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
         splits, own = load_own(config)
         if has_other_coordinator(config) and (theirs := load_data(config)).train is None:
             _check_without_data(config, template, theirs.test, None)
-        return make_job(config, template, build, splits.train, splits.test, loss, own=own, step=step)
+        return make_job(config, template, build, splits.train, splits.test, loss, own=own, step=step, construct=make)
     splits = collated(config, splits or load_data(config))
-    job = make_job(config, template, build, splits.train, splits.test, loss, step=step)
+    job = make_job(config, template, build, splits.train, splits.test, loss, step=step, construct=make)
     worker = following_worker(config)
     return job if worker is None else for_one_worker(job, worker)
 
@@ -142,6 +144,7 @@ def make_job(
     test_loader: LoaderSettings | None = None,
     own: OwnData | None = None,
     step: StepFunction | None = None,
+    construct: Callable[[], nn.Module] | None = None,
 ) -> Job:
     """Build a job from a network and data in memory; see `build_job` and `ist.train`.
 
@@ -159,6 +162,7 @@ def make_job(
         test_loader: How batches of the test data are read; None: like those of the training data.
         own: The data sets that workers have of their own; None: all workers read `train_data`.
         step: Computes the loss of a whole batch, instead of `loss`; items of the data may then be anything.
+        construct: Builds the network without the given weights, which its constants do not need; None: `build` does.
 
     Raises:
         ConfigError: The optimizer or the schedule is wrong, or a step has fewer samples than micro-batches.
@@ -182,7 +186,7 @@ def make_job(
     examples = test_data if is_empty(train_data) and test_data is not None else train_data
     found, example = _found(config, template, build, examples, example)
     make = optimizer_factory(config.train.optimizer, optimizer)
-    split = _split_model(config, template, build, example, found, make)
+    split = _split_model(config, template, build, example, found, make, construct)
     loader = loader or _loader_settings(config.data.loader)
     task = Task(
         build, train_data, test_data, loss, metric, example, config.seed, make, loader, test_loader or loader,
@@ -346,8 +350,9 @@ def _split_model(
     example: Any,
     found: Neurons,
     make: MakeOptimizer,
+    construct: Callable[[], nn.Module] | None = None,
 ) -> SplitModel:
-    """Return the split of the network.
+    """Return the split of the network; arguments as in `make_job`.
 
     Raises:
         ConfigError: The optimizer's state cannot be carried.
@@ -373,7 +378,7 @@ def _split_model(
         frozen_specs=frozen,
         state_slots=slots,
         state_specs=optimizers.carried_specs(slots, parameters),
-        constants=_constants(template, build),
+        constants=constants(template, construct or build),
         declared=config.partition.sizes,
         activation_scale=train.activation_scale,
         num_logged=len(train.logged),
@@ -564,16 +569,19 @@ def _make(model_class: Any, args: Mapping[str, Any]) -> Any:
     return call(model_class, {"config": settings}, "model.args")
 
 
-def _constants(template: nn.Module, build: Callable[[], nn.Module]) -> dict[str, Tensor]:
-    if not constant_tensors(template):
-        return {}
-    return {name: tensor.detach().clone().cpu() for name, tensor in constant_tensors(build()).items()}
+def _template(make: Callable[[], nn.Module]) -> nn.Module:
+    """Return the network on the `meta` device: built there, or with values if its constructor reads values.
 
-
-def _template(build: Callable[[], nn.Module]) -> nn.Module:
-    """Return the network on the `meta` device: built there, or moved there if its constructor reads values."""
+    Args:
+        make: Builds the network.
+    """
     try:
         with torch.device("meta"):
-            return build()
+            return make()
     except (RuntimeError, NotImplementedError, ConfigError):
-        return on_meta(build())
+        pass
+    try:
+        return on_meta(built_without_parameters(make))
+    except Exception:  # a constructor that needs values of parameters may fail in any way without them
+        remedy = "do not use values of parameters or random numbers in the constructor"
+        return on_meta(built_whole(make, "the network cannot be created without values", remedy))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ist.initialization.in_files import files_if_large
 from ist.neurons.find import Neurons, submodel_calls, submodel_sizes
 from ist.neurons.group import Group
 from ist.neurons.trace import dry_run
@@ -228,8 +229,9 @@ def try_submodel(
     module = split.module(neurons, device)
     if device.type == "cpu":
         cut = positions(split.groups, split.all_specs, neurons)
-        full = {name: t.detach().contiguous() for name, t in named_tensors(build()).items() if name in cut}
-        extract(full, cut, into={n: t.data for n, t in named_tensors(module).items() if n in full})
+        with files_if_large(split.template):
+            full = {name: t.detach().contiguous() for name, t in named_tensors(build()).items() if name in cut}
+            extract(full, cut, into={n: t.data for n, t in named_tensors(module).items() if n in full})
     dry_run(module, example, trial.watching(module, held) if trial is not None else None)
 
 
