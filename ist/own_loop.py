@@ -152,15 +152,13 @@ class Joined:
 
         Raises:
             LoopError: The loop has not started, or a batch was already taken in this round.
-            ConfigError: The coordinator is dedicated: it has no part, so it cannot call this in its loop's body.
+            ConfigError: The coordinator is dedicated: it has no part, so it cannot call this in its loop's body. Or the
+                store is sharded: no process holds the network.
         """
         if first_worker_rank(self._job.config):
             raise ConfigError(_DEDICATED)
-        if self._job.config.pool.store == "sharded":
-            raise ConfigError(
-                "run.state_dict() with pool.store 'sharded': no process holds the network, and other processes train "
-                "at this point: give ist.join a run_dir, in which all processes write checkpoints"
-            )
+        if self._job.config.store_is_sharded:
+            raise ConfigError(_SHARDED)
         if self._part is None:
             raise LoopError("run.state_dict was called before the loop: call it at the top of the loop's body")
         state: dict[str, Any] = {
@@ -406,6 +404,8 @@ def _check_state(state: Mapping[str, Any], config: Config, resume: bool) -> None
         raise ConfigError("state and resume=True both say where to continue: leave one out")
     if first_worker_rank(config):
         raise ConfigError(_DEDICATED)
+    if config.store_is_sharded:
+        raise ConfigError(_SHARDED)
     needed = {"rounds_done", "workers", "worker", "run"} | ({"network", "progress"} if is_rank_zero() else set())
     if missing := sorted(needed - state.keys()):
         raise ConfigError(f"state has no '{missing[0]}': give this process what its run.state_dict() returned")
@@ -424,6 +424,12 @@ def _check_state(state: Mapping[str, Any], config: Config, resume: bool) -> None
 
 _DEDICATED = (
     "pool.coordinator is 'dedicated', and a dedicated coordinator has no part in whose body it could save its state: "
+    "use run_dir and resume=True"
+)
+
+
+_SHARDED = (
+    "run.state_dict() returns the full network on rank 0, but pool.store is 'sharded', so that no process holds it: "
     "use run_dir and resume=True"
 )
 

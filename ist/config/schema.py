@@ -436,6 +436,11 @@ class Config(Section):
         return self
 
     @property
+    def store_is_sharded(self) -> bool:
+        """Whether the full network is stored in shards; methods whose ranks are all equal have no store."""
+        return self.pool.store == "sharded" and self.method_spec.has_coordinator
+
+    @property
     def workers_have_state(self) -> bool:
         """Whether workers keep state of their own between rounds (optimizer state, error-feedback residuals)."""
         keeps = self.train.optimizer_state == "kept" or self.exchange.error_feedback
@@ -485,7 +490,7 @@ class Config(Section):
                     "'pool.store' is 'sharded' and 'pool.coordinator' is 'dedicated', but every rank is an owner and a "
                     "worker then: set 'pool.coordinator' to 'trains'"
                 )
-            if not (self.method_spec.needs_groups and self.method_spec.has_coordinator):
+            if not self.store_is_sharded and self.label is None:  # a comparison also has methods without a store
                 raise ValueError(
                     f"'pool.store' is 'sharded' and 'method' is '{self.method}', whose ranks hold the full network: "
                     "set 'pool.store' to 'coordinator'"

@@ -25,8 +25,8 @@ def check_hosts(config: Config) -> None:
 def launch_on_hosts(config: Config, folder: RunFolder, resume: bool) -> None:
     """Run the processes of a job to their end, each on its own simulated host that exists for this run.
 
-    The run's result gets `link`, and `wire_bytes`: the bytes that all hosts sent, including headers. A resumed run has
-    no `wire_bytes`, because the earlier count is lost.
+    The run's result gets `link`, and `wire_bytes`: the bytes that all hosts sent, including headers, and
+    `wire_bytes_by_host`: those of each rank's host. A resumed run has neither, because the earlier count is lost.
 
     Raises:
         LabError: The hosts could not be created.
@@ -37,5 +37,6 @@ def launch_on_hosts(config: Config, folder: RunFolder, resume: bool) -> None:
     assert config.pool.link is not None
     with hosts(num_processes(config), parse_link(config.pool.link)) as where:
         launch(config, folder.path, resume, where)
-        counted = {} if resume else {"wire_bytes": sum(host.wire_bytes() for host in where)}
+        by_host = [host.wire_bytes() for host in where]
+        counted = {} if resume else {"wire_bytes": sum(by_host), "wire_bytes_by_host": by_host}
     folder.add_to_result({"link": config.pool.link, **counted})

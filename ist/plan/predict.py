@@ -256,7 +256,7 @@ class Planner:
         messages, step = parts.messages, parts.step
         remote = [messages[worker] for worker in remote_workers(job.config)]
         sent = [sum(message[way] for message in remote) for way in (0, 1)]
-        is_sharded = job.config.pool.store == "sharded"
+        is_sharded = job.config.store_is_sharded
         if is_sharded:  # every link carries one worker's pieces, and as much of its own shard, in both directions
             most = max(down for down, _ in remote), max(up for _, up in remote)
             link = [sum(most)]

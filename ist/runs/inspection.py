@@ -266,7 +266,7 @@ def run_bytes(config: Config, split: SplitModel, schedule: Schedule, held: Assig
         for worker in remote_workers(config):
             neurons = held.of(round_number)[worker]
             before = held.of(round_number - 1)[worker] if round_number > 0 else None
-            if split.frozen_specs or config.pool.store == "sharded":  # the neurons' numbers count
+            if split.frozen_specs or config.store_is_sharded:  # the neurons' numbers count
                 total += sum(round_bytes(config, split, worker, neurons, before, round_number))
                 continue
             key = (worker, keys.of(neurons), round_number > 0)

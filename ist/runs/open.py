@@ -249,7 +249,7 @@ def _opened(
     config = job.config
     check_method(config)
     # Read the checkpoint before joining the group: a damaged one must not leave the other ranks waiting.
-    is_sharded = config.pool.store == "sharded"
+    is_sharded = config.store_is_sharded
     tensors, before = folder.rewind(is_sharded) if leads and resume and folder else saved or ({}, Progress())
     if not (is_sharded and isinstance(tensors, SavedTensors)):
         tensors = without_changed_settings(tensors, folder.changed if folder else (), config.train.optimizer)
@@ -320,7 +320,7 @@ def _opened(
 def _method(process: _Process, saved: Mapping[str, Tensor] | None) -> Method:
     """Create the method, with a checkpoint's tensors if the run is resumed; the stack releases what it needs."""
     job, config, meter = process.job, process.job.config, process.meter
-    if config.pool.store == "sharded":
+    if config.store_is_sharded:
         assert process.membership is not None
         return _sharded_method(process, process.membership, saved)
     model, further = _restored(job, saved)

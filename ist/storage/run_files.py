@@ -75,6 +75,7 @@ class _Result(_Written):
     stopped_early: str = ""
     link: str = ""
     wire_bytes: NonNegativeFloat = 0
+    wire_bytes_by_host: list[NonNegativeFloat] = []
 
 
 @dataclass(frozen=True)

@@ -84,8 +84,11 @@ def remote_workers(config: Config) -> range:
     """Return the workers whose messages cross a link; measured and predicted bytes count these messages.
 
     If rank 0 is also a worker (`pool.coordinator` is `trains`), its own subnet crosses no link. Workers that share one
-    process count as if each had its own. Ray's driver is not a worker.
+    process count as if each had its own. Ray's driver is not a worker. With a sharded store all workers count: each
+    exchanges pieces with all other ranks.
     """
     pool = config.pool
+    if config.store_is_sharded:
+        return range(config.train.workers)
     trains = pool.coordinator == "trains" and pool.spec.coordinator_may_train
     return range(int(trains), config.train.workers)

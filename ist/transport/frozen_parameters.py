@@ -111,7 +111,7 @@ def exchanged_bytes(
 
 def stores_for(config: Config, split: SplitModel, worker: int) -> Sequence[SplitModel]:
     """Return what a worker exchanges with over a link: the full network, or the shards of all other ranks."""
-    if config.pool.store != "sharded":
+    if not config.store_is_sharded:
         return [split]
     owners = config.train.workers
     return [shard_of(split, owner, owners) for owner in range(owners) if owner != worker]

@@ -72,11 +72,13 @@ def children_of(parent: psutil.Process) -> list[psutil.Process]:
 
 
 @many_processes
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    ("victim", "store"), [(0, {}), (1, {}), (1, {"pool__store": "sharded"})], ids=["rank 0", "rank 1", "an owner"]
+)
 def test_a_killed_process_ends_the_run_in_seconds_by_name_and_the_run_can_be_resumed(
-    tmp_path: Path, ist_command: Run, victim: int
+    tmp_path: Path, ist_command: Run, victim: int, store: dict[str, str]
 ) -> None:
-    config = written(tmp_path, train__rounds=300, checkpoint={"every": 10})
+    config = written(tmp_path, train__rounds=300, checkpoint={"every": 10}, **store)
     run, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
     command = [sys.executable, "-m", "ist", "train", str(config), "--run-dir", str(run)]
     with subprocess.Popen(
@@ -95,7 +97,8 @@ def test_a_killed_process_ends_the_run_in_seconds_by_name_and_the_run_can_be_res
     assert "Traceback" not in err
 
     resumed = ist_command("train", "--resume", run)
-    whole = ist_command("train", config, "--run-dir", tmp_path / "whole", "--pool", "inline")
+    star = ["--set", "pool.store=coordinator", "--pool", "inline"]
+    whole = ist_command("train", config, "--run-dir", tmp_path / "whole", *star)
     assert resumed.returncode == 0, resumed.stderr
     assert whole.returncode == 0, whole.stderr
     assert_same(weights(run), weights(tmp_path / "whole"))
