@@ -225,6 +225,14 @@ MEASUREMENTS: tuple[Measurement, ...] = (
         meaning="Bytes that each worker returned in the round.",
     ),
     Measurement(
+        name="inside_bytes", unit="bytes", kind=int, source="worker", slot=12, combine="sum",
+        meaning=(
+            "Bytes that the ranks of all workers sent to other ranks of their worker in the round (`pool.inside`), by "
+            "formula; `sent_bytes` does not count them. 0 if a worker is one process."
+        ),
+        tensorboard="bytes/inside",
+    ),
+    Measurement(
         name="memory_bytes", unit="bytes", kind=int, source="worker", slot=8, combine="max", by_worker=True,
         required=True, over_rounds="peak",
         meaning="Peak memory of a worker so far, maximum of the workers.",

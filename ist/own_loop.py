@@ -23,8 +23,17 @@ from ist.config.base import run_fingerprint
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
 from ist.config.runtime import Checkpoint, Pool, Watch
-from ist.config.schema import Config, Optimizer, Schedule, first_worker_rank, num_processes
-from ist.distributed.environment import is_launched, is_rank_zero, own_rank, world_size
+from ist.config.schema import (
+    Config,
+    Optimizer,
+    Schedule,
+    first_worker_rank,
+    lead_rank,
+    num_processes,
+    ranks_per_worker,
+    worker_of,
+)
+from ist.distributed.environment import is_launched, is_rank_zero, own_rank, ranks_of_node, world_size
 from ist.distributed.process_group import leave
 from ist.errors import ConfigError, LoopError, PoolError
 from ist.evaluation.task import OwnEvaluation
@@ -64,6 +73,9 @@ class Joined:
         worker: The number of this process's worker, from 0; -1 for a dedicated coordinator, which yields no part and
             needs no loader (a DistributedSampler refuses -1: give it `max(run.worker, 0)`).
         num_workers: The number of workers.
+        rank: The number of this process among the ranks of its worker, from 0; 0 for a dedicated coordinator.
+        ranks: The number of ranks of a worker (`pool.ranks_per_worker`); each reads its own part of the worker's data,
+            as of a DistributedSampler with `num_workers * ranks` replicas of which this is `worker * ranks + rank`.
         num_rounds: The number of rounds of the run.
         is_coordinator: Whether this process has the full network: `model` is trained, and `history` is filled.
         history: One record a round, as in metrics.jsonl; empty on a process that does not coordinate.
@@ -98,6 +110,8 @@ class Joined:
     ) -> None:
         self.worker = _own_worker(job.config)
         self.num_workers = job.config.train.workers
+        self.rank = _rank_in_worker(job.config)
+        self.ranks = ranks_per_worker(job.config)
         self.num_rounds = job.schedule.num_rounds
         self.is_coordinator = is_rank_zero()
         self.history: list[dict[str, Any]] = []
@@ -163,7 +177,7 @@ class Joined:
             raise LoopError("run.state_dict was called before the loop: call it at the top of the loop's body")
         state: dict[str, Any] = {
             "rounds_done": self._part.round,
-            "workers": [self.worker, self.num_workers],
+            "workers": _place(self._job.config),
             "run": run_fingerprint(self._job.config),
             "worker": self._part.state_dict(),
         }
@@ -391,7 +405,26 @@ def join(
 
 def _own_worker(config: Config) -> int:
     """Return the number of this process's worker; -1 for a dedicated coordinator."""
-    return (own_rank() if is_launched() else 0) - first_worker_rank(config)
+    return worker_of(config, own_rank() if is_launched() else 0)
+
+
+def _rank_in_worker(config: Config) -> int:
+    """Return the number of this process among the ranks of its worker; 0 for a dedicated coordinator."""
+    worker = _own_worker(config)
+    return own_rank() - lead_rank(config, worker) if is_launched() and worker >= 0 else 0
+
+
+def _place(config: Config) -> list[int]:
+    """Return the place of this process in a run: worker, number of workers; rank and number of ranks if several."""
+    ranks = ranks_per_worker(config)
+    of_rank = [_rank_in_worker(config), ranks] if ranks > 1 else []
+    return [_own_worker(config), config.train.workers, *of_rank]
+
+
+def _shown_place(place: Sequence[int]) -> str:
+    worker, workers, *of_rank = place
+    ranks = f", rank {of_rank[0]} of {of_rank[1]}" if of_rank else ""
+    return f"worker {worker} of {workers}{ranks}"
 
 
 def _check_state(state: Mapping[str, Any], config: Config, resume: bool) -> None:
@@ -409,12 +442,9 @@ def _check_state(state: Mapping[str, Any], config: Config, resume: bool) -> None
     needed = {"rounds_done", "workers", "worker", "run"} | ({"network", "progress"} if is_rank_zero() else set())
     if missing := sorted(needed - state.keys()):
         raise ConfigError(f"state has no '{missing[0]}': give this process what its run.state_dict() returned")
-    own, (worker, workers) = _own_worker(config), state["workers"]
-    if (worker, workers) != (own, config.train.workers):
-        raise ConfigError(
-            f"state is of worker {worker} of {workers}, but this process is worker {own} of {config.train.workers}"
-        )
-
+    of, own = list(state["workers"]), _place(config)
+    if of != own:
+        raise ConfigError(f"state is of {_shown_place(of)}, but this process is {_shown_place(own)}")
     if state["run"] != run_fingerprint(config):
         raise ConfigError(
             "state is of a run with other arguments, such as seed, local_steps, rounds, partition or exchange: give "
@@ -467,5 +497,16 @@ def _num_workers(given: int | None, pool: str | Pool | Mapping[str, Any]) -> int
         raise ConfigError(f"ist.join: workers is {given}, but this process is alone: {remedy}, or give workers=1")
     if given is not None:
         return given
-    coordinator = pool.get("coordinator") if isinstance(pool, Mapping) else getattr(pool, "coordinator", None)
-    return started - (coordinator == "dedicated")
+    keys = dict(pool) if isinstance(pool, Mapping) else pool.model_dump() if isinstance(pool, Pool) else {}
+    ranks = keys.get("ranks_per_worker", 1)
+    if ranks == "node":
+        ranks = ranks_of_node()
+    spare = int(keys.get("coordinator") == "dedicated")
+    if isinstance(ranks, int) and ranks > 0:
+        if (started - spare) % ranks:
+            raise ConfigError(
+                f"ist.join: {started} processes were started (WORLD_SIZE){', one of them a coordinator' * spare}, but "
+                f"pool.ranks_per_worker is {ranks}: start {ranks} for each worker{', and one more' * spare}"
+            )
+        return (started - spare) // ranks
+    return started - spare

@@ -5,6 +5,7 @@ Not here: how tensors are split (`ist/subnet/`) or sent (`ist/transport/`).
 """
 
 import math
+import sys
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -112,3 +113,23 @@ def checksum(tensor: Tensor) -> int:
     """Return a checksum of a tensor's values; different values very probably have different checksums."""
     flat = tensor.detach().contiguous().flatten()
     return int(flat.view(_INTEGERS[min(8, flat.element_size())]).sum(dtype=torch.int64)) if flat.numel() else 0
+
+
+def local_rows(tensor: Tensor) -> Tensor:
+    """Return the rows of a sharded tensor (DTensor) that this process holds; any other tensor is returned itself."""
+    kinds = sys.modules.get("torch.distributed.tensor")  # slow to import, and if it is not, nothing is sharded
+    if kinds is None or not isinstance(tensor, kinds.DTensor):
+        return tensor
+    rows: Tensor = tensor.to_local()
+    return rows
+
+
+def sharded_like(rows: Tensor, like: Tensor) -> Tensor:
+    """Undo `local_rows` for a tensor of the shape of another one; if that is not sharded, return `rows` itself."""
+    kinds = sys.modules.get("torch.distributed.tensor")
+    if kinds is None or not isinstance(like, kinds.DTensor):
+        return rows
+    made: Tensor = kinds.DTensor.from_local(
+        rows, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+    return made

@@ -50,14 +50,14 @@ from tests.pools.test_ranks import Ranks, by_ranks
 # The fields of a message's header in order, 8 bytes each. Another order would be another format.
 HEADER = (
     "fingerprint", "round_number", "worker", "steps", "samples", "loss_sum", "compute_s", "cpu_s", "memory_bytes",
-    "aside_s", "reuses_frozen",
+    "aside_s", "reuses_frozen", "non_finite", "inside_bytes",
 )  # fmt: skip
 
 
 def test_every_number_has_its_own_name_and_its_own_slot_within_the_header() -> None:
     names = [measured.name for measured in MEASUREMENTS]
     slots = [slot for slot, _ in worker_slots()]
-    reserved = [HEADER.index(name) for name in ("fingerprint", "round_number", "worker", "reuses_frozen")]
+    reserved = [HEADER.index(name) for name in ("fingerprint", "round_number", "worker", "reuses_frozen", "non_finite")]
 
     assert len(set(names)) == len(names)
     assert len({*slots, *reserved}) == len(slots) + len(reserved)
@@ -71,16 +71,23 @@ def test_every_number_has_its_own_name_and_its_own_slot_within_the_header() -> N
 def test_the_bytes_of_a_header_are_frozen() -> None:
     layout = layout_of({"a": TensorSpec((3,), torch.float32)})
     numbers = worker_numbers(
-        steps=4, samples=10, loss_sum=0.1, compute_s=2.5, cpu_s=1 / 3, memory_bytes=2**40 + 1, aside_s=0.25
+        steps=4,
+        samples=10,
+        loss_sum=0.1,
+        compute_s=2.5,
+        cpu_s=1 / 3,
+        memory_bytes=2**40 + 1,
+        aside_s=0.25,
+        inside_bytes=2**41,
     )
     message = Message(layout)
     message.flat.fill_(255)  # bytes of an earlier message in the same buffer
 
     message.write_header(Header(7, 2, numbers, reuses_frozen=True))
 
-    values = (layout.fingerprint, 7, 2, 4, 10, 0.1, 2.5, 1 / 3, 2**40 + 1, 0.25, 1)
+    values = (layout.fingerprint, 7, 2, 4, 10, 0.1, 2.5, 1 / 3, 2**40 + 1, 0.25, 1, 0, 2**41)
     assert len(values) == len(HEADER)
-    assert bytes(message.flat[:HEADER_BYTES].tolist()) == struct.pack("<11d", *values) + bytes(HEADER_BYTES - 88)
+    assert bytes(message.flat[:HEADER_BYTES].tolist()) == struct.pack("<13d", *values) + bytes(HEADER_BYTES - 104)
     back = message.read_header(7, 2)
     assert back == Header(7, 2, numbers, reuses_frozen=True)
     assert {name: type(value) for name, value in back.numbers.items()} == {m.name: m.kind for _, m in worker_slots()}
@@ -93,6 +100,7 @@ def test_the_numbers_of_workers_are_combined_to_those_of_the_round(parallel: boo
 
     assert combined([one, other], parallel) == {
         "steps": 3, "samples": 11, "compute_s": 2.5, "memory_bytes": 70, "aside_s": 1.0 if parallel else 1.5,
+        "inside_bytes": 0,
     }  # fmt: skip
 
 

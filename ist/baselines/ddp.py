@@ -6,7 +6,6 @@ Where it sits: `ist/training/rounds.py` runs it as a `Method` on rank 0, and as 
 Not here: the exchange of gradients (`ist/baselines/gradient_hooks.py`), the round loop, evaluation.
 """
 
-import inspect
 import sys
 import time
 from collections.abc import Generator, Mapping
@@ -15,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ist.baselines.gradient_hooks import GradientExchange
 from ist.baselines.powersgd import restore_powersgd, saved_powersgd
 from ist.baselines.ranks import RankRound, broadcast_tensors, report_round, wait_for_all_ranks
 from ist.distributed.process_group import Membership, peer_errors
 from ist.errors import ConfigError, ModelError
+from ist.loops.inside import distributed
 from ist.loops.local_loop import TaskLoop
 from ist.loops.part import LocalSteps, Part
 from ist.monitoring.meter import MemoryGauge, Meter, worker_numbers
@@ -71,16 +70,13 @@ class DataParallel:
                 "pool.device is 'cpu', but PyTorch's PowerSGD synchronizes with a GPU whenever one is visible: set "
                 "CUDA_VISIBLE_DEVICES to an empty string for these processes, or pool.device to 'cuda'"
             )
-        # Do not broadcast buffers in every step: they are batch norm's running statistics, which are re-estimated
-        # before evaluation. Newer versions of torch have renamed this option.
-        names = inspect.signature(DistributedDataParallel).parameters
-        option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-        options: dict[str, Any] = {option: False}
+        options: dict[str, Any] = {}
         if self._exchange.powersgd is not None:
             # Use one bucket: with several over gloo, PowerSGD's callbacks wait forever for each other's all-reduces.
             options["bucket_cap_mb"] = sys.maxsize >> 21
         with peer_errors("starting together"):
-            self._ddp = DistributedDataParallel(self._model, gradient_as_bucket_view=True, **options)
+            # Buffers are not broadcast: they are batch norm's running statistics, re-estimated before evaluation.
+            self._ddp = distributed(self._model, **options)
         self._ddp.register_comm_hook(None, self._exchange.hook)
         self._named = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         dtypes = {parameter.dtype for parameter in self._named.values()}

@@ -117,6 +117,10 @@ def run_fingerprint(config: BaseModel) -> int:
         "pool": {"allow_insecure"},
     }
     tree = plain(config.model_dump(exclude=local))
+    # Absent from the configuration of earlier versions, whose states (`ist.join(state=)`) have their number.
+    for key, value in {"ranks_per_worker": 1, "inside": "ddp", "store": "coordinator", "evaluation": None}.items():
+        if tree.get("pool", {}).get(key) == value:
+            del tree["pool"][key]
     return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
 
 

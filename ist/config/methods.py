@@ -333,6 +333,8 @@ POOLS: dict[str, PoolSpec] = {
                 "memory_limit": "only its workers are separate processes that this machine can limit",
                 "link": "only its processes can run on simulated hosts",
                 "store": "only its ranks can own shards of the network",
+                "ranks_per_worker": "only its workers can be groups of processes",
+                "inside": "only its workers can be groups of processes",
             },
         ),
         PoolSpec(

@@ -229,6 +229,19 @@ class Pool(Section):
         "GPU's memory; on a CPU, in addition to interpreter, libraries and data (enforced by Linux). A dedicated "
         "coordinator is not limited. Default: no limit",
     )
+    ranks_per_worker: Annotated[int, Field(gt=0, le=1024)] | Literal["node"] = Field(
+        default=1,
+        description="torchrun: processes that train one subnet together, each on its part of the worker's batch, such "
+        "as one for each GPU of a node. Worker w has consecutive ranks, of which the first one communicates with the "
+        "coordinator; a run needs 'train.workers' times as many processes. 'node': as many as the launcher has started "
+        "on each node (LOCAL_WORLD_SIZE)",
+    )
+    inside: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="torchrun: how the ranks of a worker train its subnet. 'ddp': each holds all of it, and gradients "
+        "are averaged (PyTorch's DistributedDataParallel); 'fsdp': parameters, gradients and optimizer state are "
+        "sharded among them (PyTorch's fully_shard)",
+    )
     link: Annotated[str, AfterValidator(checked_link)] | None = Field(
         default=None,
         description="torchrun: run every process on its own simulated host on this machine, with a link of this rate: "

@@ -25,6 +25,7 @@ from ist.config.methods import METHODS, POOLS, Baseline, MethodSpec, method_spec
 from ist.config.partition import Exchange, Partition
 from ist.config.recipe import Recipe
 from ist.config.runtime import Checkpoint, Loader, Pool, Watch
+from ist.errors import ConfigError
 
 TOTAL_STEPS = "total_steps"
 """An argument of a schedule with this value is replaced by the run's number of local steps."""
@@ -503,6 +504,53 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _can_train_inside(self) -> "Config":
+        ranks, train = self.pool.ranks_per_worker, self.train
+        if ranks == 1:
+            return self
+        what = f"'pool.ranks_per_worker' is {ranks!r}"
+        if not self.method_spec.has_coordinator:
+            raise ValueError(
+                f"{what}, but with method '{self.method}' every process is a worker: set it to 1, and 'train.workers' "
+                "to the number of processes"
+            )
+        if self.pool.store == "sharded":
+            raise ValueError(
+                f"{what}, but with 'pool.store' 'sharded' every rank is a worker that owns a shard of the network: use "
+                "'coordinator', or set 'pool.ranks_per_worker' to 1"
+            )
+        if ranks == "node" and self.pool.coordinator == "dedicated":
+            raise ValueError(
+                f"{what}, but with 'pool.coordinator' 'dedicated' rank 0 is one of the processes of the first node, "
+                "which then has one process less for its worker: use 'trains', or give the number of processes"
+            )
+        if self.pool.inside == "fsdp":
+            sharded = f"{what} and 'pool.inside' is 'fsdp', which shards parameters and optimizer state, but"
+            if train.optimizer_state == "carried":
+                raise ValueError(
+                    f"{sharded} 'train.optimizer_state' is 'carried', which sends whole state: use 'kept' or 'reset', "
+                    "or 'inside' 'ddp'"
+                )
+            if train.optimizer.name == "MuonWithAdamW":
+                raise ValueError(
+                    f"{sharded} 'train.optimizer.name' is 'MuonWithAdamW', which orthogonalizes whole matrices: use "
+                    "another optimizer, or 'inside' 'ddp'"
+                )
+            if train.activation_scale == "width":
+                raise ValueError(
+                    f"{sharded} 'train.activation_scale' is 'width', which scales whole weights in the forward pass: "
+                    "use 'folded' or 'none', or 'inside' 'ddp'"
+                )
+            if train.compile is not None:
+                raise ValueError(f"{sharded} 'train.compile' is '{train.compile}': leave it out, or use 'ddp'")
+            if train.autocast == "float16":
+                raise ValueError(
+                    f"{sharded} 'train.autocast' is 'float16', whose scaler needs whole gradients: use 'bfloat16', or "
+                    "'inside' 'ddp'"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _has_no_common_epoch(self) -> "Config":
         is_own = self.data.shard == "own"
         if not is_own and self.data.skew is None:
@@ -556,9 +604,34 @@ def first_worker_rank(config: Config) -> int:
     return int(config.method_spec.has_coordinator and config.pool.coordinator == "dedicated")
 
 
+def ranks_per_worker(config: Config) -> int:
+    """Return the number of processes of each worker in the torchrun pool.
+
+    Raises:
+        ConfigError: It is 'node', and no launcher has started this process on a node.
+    """
+    ranks = config.pool.ranks_per_worker
+    if not isinstance(ranks, int):
+        raise ConfigError(
+            f"'pool.ranks_per_worker' is '{ranks}', but no launcher tells how many processes a node has "
+            "(LOCAL_WORLD_SIZE): start the run with torchrun, or give the number of processes of a worker"
+        )
+    return ranks
+
+
 def num_processes(config: Config) -> int:
-    """Return the number of processes of the torchrun pool: the workers, and a dedicated coordinator if there is one."""
-    return config.train.workers + first_worker_rank(config)
+    """Return the number of processes of the torchrun pool: those of all workers, and a dedicated coordinator."""
+    return config.train.workers * ranks_per_worker(config) + first_worker_rank(config)
+
+
+def worker_of(config: Config, rank: int) -> int:
+    """Return the worker to which a rank of the torchrun pool belongs; -1 for a dedicated coordinator."""
+    return (rank - first_worker_rank(config)) // ranks_per_worker(config)
+
+
+def lead_rank(config: Config, worker: int) -> int:
+    """Return the first rank of a worker in the torchrun pool, which exchanges its messages with the coordinator."""
+    return first_worker_rank(config) + worker * ranks_per_worker(config)
 
 
 def min_returned(config: Config) -> int:

@@ -81,6 +81,28 @@ def world_size() -> int:
     return _group().get_world_size() if _has_group() else _number("WORLD_SIZE")
 
 
+def ranks_of_node() -> int:
+    """Return how many processes the launcher has started on each node: LOCAL_WORLD_SIZE.
+
+    Raises:
+        ConfigError: The launcher does not tell, or the nodes have different numbers.
+    """
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            "'pool.ranks_per_worker' is 'node', but LOCAL_WORLD_SIZE, the number of processes of a node, is not set: "
+            "start the run with torchrun, or give the number of processes of a worker"
+        )
+    here, started = _number("LOCAL_WORLD_SIZE"), world_size()
+    nodes = _number("GROUP_WORLD_SIZE") if "GROUP_WORLD_SIZE" in os.environ else started // here
+    if nodes * here != started:
+        raise ConfigError(
+            f"'pool.ranks_per_worker' is 'node', but the nodes have different numbers of processes: this one has "
+            f"{here} (LOCAL_WORLD_SIZE), and there are {started} on {nodes} nodes: start the same number on each node "
+            "(--nproc-per-node), or give the number of processes of a worker, which divides those of every node"
+        )
+    return here
+
+
 def is_started_by_ist() -> bool:
     """Return whether the parent process started this one by `ist/launch/start.py` and will report its error."""
     return os.environ.get(LAUNCHER) == str(os.getppid()) and ERROR_FILE in os.environ

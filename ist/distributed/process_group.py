@@ -21,7 +21,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import FileStore, PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, PrefixStore, ProcessGroup, Store, TCPStore  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from ist.config.runtime import Pool
@@ -82,7 +82,7 @@ def join(settings: Pool, device: torch.device) -> Membership:
     if dist.is_initialized():  # by an earlier run of this process, or by the user's own program
         membership = Membership(dist.get_rank(), dist.get_world_size(), device, dist.get_backend())
         if wrong := _ranks_without(secret, membership, settings.timeout_s):
-            raise PoolError(_secrets_differ(membership.rank, wrong))
+            raise PoolError(secrets_differ(membership.rank, wrong))
         return membership
     if not settings.allow_insecure:
         refuse_public(backend)
@@ -113,7 +113,7 @@ def _form_group(membership: Membership, secret: bytes, settings: Pool) -> str:
             try:
                 _init_group(membership, meeting, settings.timeout_s)
                 if wrong := _ranks_without(secret, membership, min(settings.timeout_s, _PROOF_TIMEOUT_S)):
-                    verdict, problem = "wrong", _secrets_differ(rank, wrong)
+                    verdict, problem = "wrong", secrets_differ(rank, wrong)
             except PoolError as error:
                 verdict, problem = "stranger", str(error)
             verdicts = _exchange_verdicts(meeting, membership, verdict)
@@ -218,29 +218,51 @@ def _ranks_without(secret: bytes, membership: Membership, timeout_s: float) -> l
     """Prove the secret to the ranks that this one communicates with; return those that did not prove it in turn."""
     me, world_size = membership.rank, membership.world_size
     peers = [rank for rank in range(world_size) if rank != me and (membership.backend == "gloo" or 0 in (rank, me))]
+    return unproven(secret, membership, peers, timeout_s)
+
+
+def unproven(
+    secret: bytes, membership: Membership, peers: Sequence[int], timeout_s: float, group: ProcessGroup | None = None
+) -> list[int]:
+    """Prove the secret to other ranks, and return those that did not prove it in turn.
+
+    Args:
+        secret: The run secret.
+        membership: This rank.
+        peers: The other ranks, which prove it at the same time.
+        timeout_s: Seconds to wait for an answer.
+        group: The group whose connections are used; None: the group of all ranks.
+
+    Raises:
+        PoolError: A peer does not answer.
+    """
+    me, world_size = membership.rank, membership.world_size
     posed = {peer: new_challenge() for peer in peers}
     with peer_errors(f"rank {me} found a peer that does not prove the run secret"):
-        answered = _exchange(membership, posed, timeout_s)
+        answered = _exchange(membership, posed, timeout_s, group)
         own = {peer: prove(secret, me, peer, world_size, answered[peer], posed[peer]) for peer in peers}
-        theirs = _exchange(membership, own, timeout_s)
+        theirs = _exchange(membership, own, timeout_s, group)
     return [
         peer for peer in peers if not is_proven(secret, peer, me, world_size, posed[peer], answered[peer], theirs[peer])
     ]
 
 
-def _exchange(membership: Membership, outgoing: Mapping[int, bytes], timeout_s: float) -> dict[int, bytes]:
+def _exchange(
+    membership: Membership, outgoing: Mapping[int, bytes], timeout_s: float, group: ProcessGroup | None = None
+) -> dict[int, bytes]:
     """Send 32 bytes to each of these ranks, and return the 32 bytes that each sends back."""
     where = membership.carrier
     mine = {peer: torch.frombuffer(bytearray(data), dtype=torch.uint8).to(where) for peer, data in outgoing.items()}
     theirs = {peer: torch.zeros_like(data) for peer, data in mine.items()}
-    operations = [dist.P2POp(dist.isend, data, peer) for peer, data in mine.items()]
-    operations += [dist.P2POp(dist.irecv, data, peer) for peer, data in theirs.items()]
+    operations = [dist.P2POp(dist.isend, data, peer, group) for peer, data in mine.items()]
+    operations += [dist.P2POp(dist.irecv, data, peer, group) for peer, data in theirs.items()]
     for work in dist.batch_isend_irecv(operations) if operations else []:
         work.wait(timedelta(seconds=timeout_s))
     return {peer: data.cpu().numpy().tobytes() for peer, data in theirs.items()}
 
 
-def _secrets_differ(rank: int, others: Sequence[int]) -> str:
+def secrets_differ(rank: int, others: Sequence[int]) -> str:
+    """Return the message of a rank that finds others with another run secret."""
     return (
         f"rank {rank} and rank {_listed(others)} hold different run secrets: give all ranks the same "
         f"{FILE_VARIABLE}, or copy ~/.ist/secret from one machine to the others"
@@ -257,6 +279,7 @@ def agree_on_start(
     fingerprint: int,
     contents: tuple[DataFingerprint, DataFingerprint],
     own_data: bool = False,
+    workers: Sequence[int] = (),
 ) -> int:
     """Check that all ranks have the same configuration and data, and return rank 0's first round.
 
@@ -268,7 +291,8 @@ def agree_on_start(
         first_round: The first round on rank 0; the value on other ranks is ignored.
         fingerprint: A number derived from the configuration.
         contents: Summaries of the training data and of the test data.
-        own_data: Whether each rank has training data of its own (`data.shard`).
+        own_data: Whether each worker has training data of its own (`data.shard`).
+        workers: The worker of each rank; its ranks must have the same data.
 
     Raises:
         PoolError: A rank's configuration differs from rank 0's. Every rank raises it.
@@ -288,7 +312,15 @@ def agree_on_start(
         training[rank] = DataFingerprint.from_numbers(numbers[:half])
         testing[rank] = DataFingerprint.from_numbers(numbers[half:])
     if own_data:
-        _warn_of_same(training, membership)
+        for worker in set(workers):
+            ranks = [rank for rank in training if workers[rank] == worker]
+            if differing := _differing({rank: training[rank] for rank in ranks}, "training"):
+                raise DataError(
+                    f"{differing}, but both are ranks of worker {worker} ('pool.ranks_per_worker'): all ranks of a "
+                    "worker must load the same data"
+                )
+        leads = {workers.index(worker) for worker in workers} if workers else set(training)
+        _warn_of_same({rank: content for rank, content in training.items() if rank in leads}, membership)
     elif differing := _differing(training, "training"):
         raise DataError(
             f"{differing}: every process must load the same full data set, which IST shards among workers. Load it "
@@ -314,21 +346,20 @@ def _warn_of_same(training: Mapping[int, DataFingerprint], membership: Membershi
 
 
 def _differing(contents: Mapping[int, DataFingerprint], which: str) -> str:
-    """Describe which ranks have other data than rank 0, and the first difference; '' if none has."""
-    first = contents[0]
+    """Describe which ranks have other data than the first one, and the first difference; '' if none has."""
+    lead, first = next(iter(contents.items()))
     counts = {rank: theirs.count for rank, theirs in contents.items() if theirs.count != first.count}
     if counts:
         rank, count = next(iter(counts.items()))
-        return f"rank {rank} has {count} {which} samples, rank 0 has {first.count}"
+        return f"rank {rank} has {count} {which} samples, rank {lead} has {first.count}"
     items = {rank: first.first_different_item(theirs) for rank, theirs in contents.items()}
     apart = [rank for rank, item in items.items() if item is not None]
     if not apart:
         return ""
     compared = _listed(sorted(set(first.indices) - {ALL}))
     what = f"sample {items[apart[0]]} differs" if items[apart[0]] != ALL else "samples differ that are in memory"
-    return (
-        f"the {which} data of rank {_listed(apart)} differ from those of rank 0: {what} (compared samples {compared})"
-    )
+    theirs = f"the {which} data of rank {_listed(apart)}"
+    return f"{theirs} differ from those of rank {lead}: {what} (compared samples {compared})"
 
 
 def broadcast_bytes(membership: Membership, data: Tensor) -> Tensor:

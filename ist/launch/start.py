@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from ist import errors
-from ist.config.schema import Config, first_worker_rank, num_processes
+from ist.config.schema import Config, num_processes, worker_of
 from ist.distributed.environment import ERROR_FILE, LAUNCHER, PRIVATE_STORE, is_started_by_ist
 from ist.distributed.secret import SECRET_VARIABLE, new_secret
 from ist.errors import (
@@ -153,7 +153,7 @@ def _is_consequence(failure: Failure) -> bool:
 
 def _who(failure: Failure, config: Config) -> str:
     rank = failure.death.rank
-    worker = rank - first_worker_rank(config)
+    worker = worker_of(config, rank)
     return f"rank {rank} (worker {worker})" if worker >= 0 else f"rank {rank} (the coordinator)"
 
 

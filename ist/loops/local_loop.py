@@ -65,7 +65,7 @@ class TaskLoop:
         self.shard: Dataset[Any] = worker_data(job.task.data_of(slot.worker), self.sampler, slot.worker)
         self.step = LocalStep(job.config.train, job.task, device)
         self._parts = job.config.train.accumulate
-        self._batches = StepBatches(self.shard, self.sampler, slot.worker, self._parts)
+        self._batches = StepBatches(self.shard, self.sampler, slot.worker, self._parts, slot.rank, slot.ranks)
         num_batches = job.schedule.total_steps * self._parts
         self._reader = BatchReader(self._batches, num_batches, job.task.loader, device, is_stream(self.shard))
 
@@ -86,9 +86,11 @@ class TaskLoop:
         """
         parameters = list(named.values())
         for step in self.schedule.steps(round_number):
-            batch = self.sampler.batch(self.slot.worker, step)
+            batch = self._batches.of_step(step)
+            of_worker = len(batch) if self.slot.ranks == 1 else len(self.sampler.batch(self.slot.worker, step))
+            weight = len(batch) * self.slot.ranks / of_worker  # the ranks' gradients are averaged with equal weights
             with located(f"round {round_number}, worker {self.slot.worker}"):
-                done = self.step.take(module, parameters, optimizer, batch, self._read_in(step), self.numbers)
+                done = self.step.take(module, parameters, optimizer, batch, self._read_in(step), self.numbers, weight)
             yield StepDone(done.loss, len(batch), done.values)
 
     def run(self, part: Part) -> None:

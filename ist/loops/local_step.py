@@ -71,16 +71,18 @@ class LocalStep:
         batch: Indices,
         read: Callable[[Indices], tuple[Any, Any]],
         numbers: Callable[[Indices], Indices],
+        weight: float = 1.0,
     ) -> BatchLoss:
         """Make one step.
 
         Args:
-            module: The network to train. If it averages its gradients (DDP), it does so once, for the whole step.
+            module: The network to train. If it averages its gradients (DDP, FSDP), it does so once, for the whole step.
             parameters: Its trained parameters.
             optimizer: Their optimizer.
             batch: Positions of the step's samples in the worker's data: int64.
             read: Returns the samples at some of these positions as a batch (inputs, targets), on the module's device.
             numbers: Returns the numbers of these samples in the full data set, for messages.
+            weight: A factor of the gradient: that of this rank's samples among those of its worker.
 
         Returns:
             The mean loss of the step's samples, detached, and the means of the other numbers that the step function
@@ -100,7 +102,8 @@ class LocalStep:
                 found = self.result(module, samples, partial(numbers, part))
                 # For parts of equal size this divides by their number, as plain loops do.
                 share = found.loss if len(parts) == 1 else found.loss / (len(batch) / len(part))
-                scaled = share if self._scaler is None else self._scaler.scale(share)
+                weighted = share if weight == 1 else share * weight
+                scaled = weighted if self._scaler is None else self._scaler.scale(weighted)
                 with network_errors(module, "the backward pass"):
                     scaled.backward()  # type: ignore[no-untyped-call]
             losses.append(share.detach())

@@ -70,6 +70,9 @@ class Part:
         steps: The numbers of this round's local steps in the whole run.
         worker: The number of this worker, from 0.
         num_workers: The number of workers in this round.
+        rank: The number of this process among the ranks of its worker, from 0 (`pool.ranks_per_worker`).
+        ranks: The number of ranks of a worker. With several, `model` is wrapped by DDP or FSDP, gradients are averaged
+            over the ranks in the backward pass, and each rank takes its own part of the worker's data.
         device: The device of the module.
         state: A dictionary of this worker, empty at first, that lasts from round to round but is not saved; a loop
             that runs in another process keeps its loader here.
@@ -108,6 +111,8 @@ class Part:
         self.steps = local.schedule.steps(round_number)
         self.worker = local.slot.worker
         self.num_workers = local.slot.team.num_workers
+        self.rank = local.slot.rank
+        self.ranks = local.slot.ranks
         self.device = local.device
         self.state = local.state
         self.samples = 0
@@ -397,7 +402,7 @@ class LocalSteps:
     ) -> Generator[Part, None, Part]:
         """Yield the part of a round, and return it when its steps are made.
 
-        Random numbers drawn meanwhile depend only on seed, round and worker.
+        Random numbers drawn meanwhile depend only on seed, round and worker, and on the rank of several of a worker.
 
         Args:
             round_number: The round, from 0.
@@ -412,7 +417,8 @@ class LocalSteps:
         """
         part = Part(self, round_number, model, named, optimizer, is_over)
         self._warn_of_scheduler(optimizer)
-        with part.counted(), seeded(self.device, self._seed, Purpose.TRAINING, round_number, part.worker):
+        key = (round_number, part.worker, part.rank) if part.rank else (round_number, part.worker)
+        with part.counted(), seeded(self.device, self._seed, Purpose.TRAINING, *key):
             yield part
         part.check_not_over()
         if not part.steps_made:

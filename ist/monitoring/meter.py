@@ -99,7 +99,8 @@ def worker_numbers(
 ) -> dict[str, float]:
     """Return the measurements of a worker, or of a rank that trains the full network, at the end of a round.
 
-    `ist/measurements.py` describes each number. `aside_s` is 0; callers that do more than train set it.
+    `ist/measurements.py` describes each number. `aside_s` and `inside_bytes` are 0; callers
+    that do more than train, or have several ranks, set them.
     """
     return {
         "steps": steps,
@@ -108,6 +109,7 @@ def worker_numbers(
         "compute_s": compute_s,
         "cpu_s": cpu_s,
         "memory_bytes": gauge.peak_bytes(),
+        "inside_bytes": 0.0,
         "aside_s": 0.0,
     }
 

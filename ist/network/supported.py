@@ -18,7 +18,13 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ist.data.nested import tensors_in
 from ist.errors import ModelError, first_line
 
-_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
+_WRAPPERS = {
+    "DataParallel": ("pass the module inside it (model.module)", "ddp"),
+    "DistributedDataParallel": ("pass the module inside it (model.module)", "ddp"),
+    "FullyShardedDataParallel": ("pass the module inside it (model.module)", "fsdp"),
+    "FSDPModule": ("pass the network before fully_shard", "fsdp"),
+}
+"""Classes that train a network on several devices: what to pass instead, and the value of `pool.inside`."""
 
 
 def check_network(network: nn.Module, is_split: bool) -> None:
@@ -38,9 +44,13 @@ def check_network(network: nn.Module, is_split: bool) -> None:
             "the network is TorchScript, whose forward cannot be traced: pass the module from which it was made"
         )
     for path, module in network.named_modules():
-        for kind in {kind.__name__ for kind in type(module).__mro__} & _WRAPPERS:
-            where = f"'{path}'" if path else "the network"
-            raise ModelError(f"{where} is a {kind}, which uses its own processes or devices: pass the module inside it")
+        for kind in [kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS]:
+            where, (remedy, inside) = f"'{path}'" if path else "the network", _WRAPPERS[kind]
+            raise ModelError(
+                f"{where} is a {kind}, which uses its own processes or devices: {remedy}. To train each subnet on "
+                "several GPUs, start a process for each of them and give pool=ist.Pool(ranks_per_worker='node', "
+                f"inside='{inside}')"
+            )
     for name, tensor in _saved_tensors(network).items():
         if isinstance(tensor, nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer):
             raise ModelError(f"'{name}' (of a lazy module) has no shape yet: run the network on an input first")

@@ -29,7 +29,7 @@ from ist.optimization.factory import (
     small_parameters,
     stepped,
 )
-from ist.tensors import TensorSpec
+from ist.tensors import TensorSpec, local_rows, sharded_like
 
 _NUMBER = "#"
 
@@ -174,6 +174,7 @@ def store_state(
 def named_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Return an optimizer's state as tensors by `state_name`; the names of plain numbers are marked with '#'.
 
+    Of sharded state (FSDP), it has the rows that this process holds.
     The result includes state that a class stores in itself or in its parameter groups; see `named_extras`.
     """
     found: dict[str, Tensor] = {}
@@ -188,7 +189,7 @@ def named_state(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Paramet
 
 def _named_value(key: str, owner: str, value: Any) -> dict[str, Tensor]:
     if isinstance(value, Tensor):
-        return {state_name(key, owner): value.to_dense() if value.is_sparse else value}
+        return {state_name(key, owner): value.to_dense() if value.is_sparse else local_rows(value)}
     if isinstance(value, int | float):
         dtype = torch.float64 if isinstance(value, float) else None
         return {state_name(key + _NUMBER, owner): torch.tensor(value, dtype=dtype)}
@@ -252,7 +253,8 @@ def restore_named_state(
             continue
         like_parameter = tensor.ndim > 0 or (parameter.ndim == 0 and key != "step")
         device = parameter.device if like_parameter else scalar_device(optimizer, parameter)
-        optimizer.state[parameter][key] = tensor.to(device)
+        value = tensor.to(device)
+        optimizer.state[parameter][key] = sharded_like(value, parameter) if like_parameter else value
 
 
 _SCHEDULED = ("lr", "momentum", "weight_decay")

@@ -1,21 +1,25 @@
 """The torchrun pool: workers are the ranks of a torch.distributed process group.
 
 Rank 0 coordinates. It is also worker 0, unless the coordinator is dedicated: then rank r is worker r - 1. In a round
-every worker receives one message (and, if it lacks frozen parameters, a second one) and returns one.
+every worker receives one message (and, if it lacks frozen parameters, a second one) and returns one. If a worker is
+several ranks (`pool.ranks_per_worker`), the first of them receives, passes the message on to the others, and returns
+the result.
 Where it sits: `ist/runs/open.py` creates `TorchrunPool` on rank 0, and `RankWorker` on every other rank.
 Not here: starting processes (`ist/launch/start.py`, or torchrun itself), forming the process group
 (`ist/distributed/process_group.py`).
 """
 
 from collections.abc import Generator, Hashable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ist.config.schema import first_worker_rank, num_processes
+from ist.config.schema import first_worker_rank, num_processes, ranks_per_worker
 from ist.distributed.environment import world_size
 from ist.distributed.process_group import Membership, PeerWatch, peer_errors
+from ist.distributed.worker_group import WorkerGroup
 from ist.errors import ConfigError, PoolError
 from ist.loops.part import Part
 from ist.monitoring.meter import Meter
@@ -37,15 +41,18 @@ def for_world_size(job: Job) -> Job:
         ConfigError: The configuration needs another number of processes; the message names both numbers.
     """
     started, needed = world_size(), num_processes(job.config)
-    spare = first_worker_rank(job.config)
+    spare, ranks = first_worker_rank(job.config), ranks_per_worker(job.config)
     least = job.config.train.min_workers or job.config.train.workers
-    if least <= started - spare < job.config.train.workers:
-        return with_workers(job, started - spare)
+    possible, rest = divmod(started - spare, ranks)
+    if not rest and least <= possible < job.config.train.workers:
+        return with_workers(job, possible)
     if started != needed:
+        of_several = f", pool.ranks_per_worker is {ranks}" if ranks > 1 else ""
         raise ConfigError(
-            f"{started} processes were started (WORLD_SIZE), but train.workers is {job.config.train.workers} and "
-            f"pool.coordinator is '{job.config.pool.coordinator}', which makes {needed}: start {needed} processes, or "
-            f"give --workers {started - spare} (workers={started - spare} in Python)"
+            f"{started} processes were started (WORLD_SIZE), but train.workers is {job.config.train.workers}"
+            f"{of_several} and pool.coordinator is '{job.config.pool.coordinator}', which makes {needed}: start "
+            f"{needed} processes"
+            + ("" if rest or possible < 1 else f", or give --workers {possible} (workers={possible} in Python)")
             + (", or --set pool.coordinator=trains" if spare else "")
         )
     return job
@@ -122,18 +129,26 @@ class TorchrunPool:
         membership: This rank.
         meter: Counts payload bytes.
         location: Where workers save their state; None: nowhere.
+        group: The ranks of rank 0's worker; None: it is one rank, or none.
     """
 
     parallel = True
 
     def __init__(
-        self, job: Job, membership: Membership, meter: Meter, location: CheckpointLocation | None = None
+        self,
+        job: Job,
+        membership: Membership,
+        meter: Meter,
+        location: CheckpointLocation | None = None,
+        group: WorkerGroup | None = None,
     ) -> None:
         self._channel = Channel(membership, meter)
         self._early = membership.backend == "gloo"
         self._carrier = membership.carrier
-        self._first_rank = membership.world_size - job.config.train.workers
-        self._local = _worker(job, 0, membership, location) if self._first_rank == 0 else None
+        self._ranks = ranks_per_worker(job.config)
+        self._first_rank = _first_rank(job, membership)
+        self._group = group
+        self._local = _worker(job, 0, membership, location, group) if self._rank(0) == 0 else None
         self._names = tuple(f"rank {self._rank(worker)}" for worker in range(job.config.train.workers))
         self._cache = BufferCache(membership.device)
         self._peers = PeerWatch(membership)
@@ -181,6 +196,10 @@ class TorchrunPool:
         if own is not None:
             assert self._local is not None
             round_number, subnet = own
+            if self._group is not None:
+                self._group.broadcast(subnet.buffers.flat[: subnet.sent_bytes])
+                if subnet.frozen is not None:
+                    self._group.broadcast(subnet.frozen.flat)
             yield from self._local.train(round_number, subnet.buffers, subnet.frozen, self._peers.is_over)
             yield subnet
         if not self._early:  # a pending NCCL receive would use the GPU while this rank trains
@@ -217,7 +236,7 @@ class TorchrunPool:
             self._local.close()
 
     def _rank(self, worker: int) -> int:
-        return worker + self._first_rank
+        return self._first_rank + worker * self._ranks
 
 
 class RankWorker:
@@ -227,12 +246,20 @@ class RankWorker:
         job: The run.
         membership: This rank.
         location: Where workers save their state; None: nowhere.
+        group: The ranks of its worker; None: this rank alone.
     """
 
-    def __init__(self, job: Job, membership: Membership, location: CheckpointLocation | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        membership: Membership,
+        location: CheckpointLocation | None = None,
+        group: WorkerGroup | None = None,
+    ) -> None:
         self._job = job
-        self._number = membership.rank - (membership.world_size - job.config.train.workers)
-        self._worker = _worker(job, self._number, membership, location)
+        self._number = (membership.rank - _first_rank(job, membership)) // ranks_per_worker(job.config)
+        self._worker = _worker(job, self._number, membership, location, group)
+        self._group = group
         self._channel = Channel(membership, Meter())
         self._peers = PeerWatch(membership)
         self._carrier = membership.carrier
@@ -248,16 +275,24 @@ class RankWorker:
         buffers = self._buffers.of(neurons)
         incoming = buffers.flat[: down_bytes(self._job.split, buffers.layouts, round_number)]
         gone = f"worker {self._number} lost the coordinator (rank 0) in round {round_number}"
-        _wait(self._channel.receive([(0, self._number, incoming)]), gone)
-        self._channel.finish(self._number, incoming)
+        self._receive(incoming, gone)
         header = buffers.down.read_header(round_number, self._number)
         layout = self._worker.frozen.layout(neurons, header.reuses_frozen)
         frozen = Message(layout, self._carrier) if layout is not None else None
         if frozen is not None:
-            _wait(self._channel.receive([(0, self._number, frozen.flat)]), gone)
-            self._channel.finish(self._number, frozen.flat)
-        yield from self._worker.train(round_number, buffers, frozen, self._peers.is_over)
-        _wait(self._channel.send([(0, self._number, buffers.up.flat)]), gone)
+            self._receive(frozen.flat, gone)
+        with peer_errors(f"worker {self._number} lost a rank of its own in round {round_number}"):
+            yield from self._worker.train(round_number, buffers, frozen, self._peers.is_over)
+        if self._group is None or self._group.is_lead:
+            _wait(self._channel.send([(0, self._number, buffers.up.flat)]), gone)
+
+    def _receive(self, flat: Tensor, gone: str) -> None:
+        """Receive a message: the worker's first rank from the coordinator, the others from the first one."""
+        if self._group is None or self._group.is_lead:
+            _wait(self._channel.receive([(0, self._number, flat)]), gone)
+            self._channel.finish(self._number, flat)
+        if self._group is not None:
+            self._group.broadcast(flat)
 
     def close(self) -> None:
         """Release what the worker holds; the process group outlives the run."""
@@ -291,9 +326,19 @@ class WorkerBuffers:
         return self._buffers
 
 
-def _worker(job: Job, number: int, membership: Membership, location: CheckpointLocation | None) -> Worker:
+def _first_rank(job: Job, membership: Membership) -> int:
+    """Return the first rank of worker 0."""
+    return membership.world_size - job.config.train.workers * ranks_per_worker(job.config)
+
+
+def _worker(
+    job: Job, number: int, membership: Membership, location: CheckpointLocation | None, group: WorkerGroup | None
+) -> Worker:
     """Create the worker of a rank for the whole run."""
-    return Worker(job, slot_of(job, number), membership.device, assignments(job), location)
+    slot = slot_of(job, number)
+    if group is not None:
+        slot = replace(slot, rank=group.rank, ranks=group.size)
+    return Worker(job, slot, membership.device, assignments(job), location, group=group)
 
 
 def _begin(operations: list[dist.P2POp]) -> list[dist.Work]:

@@ -27,7 +27,7 @@ from ist.data.batches import fetch, is_stream, length
 from ist.data.loading.given import taken_apart
 from ist.data.loading.loader import LoaderSettings
 from ist.data.nested import tensors_in
-from ist.distributed.environment import is_launched
+from ist.distributed.environment import is_launched, ranks_of_node
 from ist.errors import ConfigError, DataError, ISTError, first_line
 from ist.network.compiled import original
 from ist.optimization.factory import MakeOptimizer, of_class
@@ -377,6 +377,8 @@ def _config(given: Mapping[str, Any], data_name: str, metric: str, source: str) 
         "evaluate": {"metric": metric, **sections["evaluate"]},
         "pool": {"kind": "torchrun" if is_launched() else "inline", **sections["pool"]},
     }
+    if is_launched() and tree["pool"].get("ranks_per_worker") == "node" and tree["pool"]["kind"] == "torchrun":
+        tree["pool"]["ranks_per_worker"] = ranks_of_node()
     return validate(python_numbers(tree), source)
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
 from ist.config.registry import call, resolve
@@ -170,6 +171,7 @@ def make_job(
         ModelError: The network cannot be split among that many workers.
     """
     template, build = _in_modes(template, build)
+    _check_ranks(config, template)
     worker = 0 if own is None else own_worker(config)
     if own is not None and worker is not None:
         train_data = own(worker)
@@ -236,6 +238,7 @@ def make_loop_job(
     """
     train = config.train
     template, build = _in_modes(template, build)
+    _check_ranks(config, template)
     if statistics is None and train.running_statistics == "reestimate" and (norms := batch_norms(template)):
         raise ModelError(
             f"'{next(iter(norms))}' is a batch norm, whose running statistics are re-estimated from training inputs: "
@@ -295,12 +298,41 @@ def _check_micro_batches(config: Config, sampler: Sampler) -> None:
     train = config.train
     for workers in range(train.min_workers or train.workers, train.workers + 1):
         smallest = replace(sampler, num_workers=workers).smallest_batch
+        ranks = config.pool.ranks_per_worker
+        if isinstance(ranks, int) and ranks > 1 and smallest < ranks * train.accumulate:
+            raise ConfigError(
+                f"'pool.ranks_per_worker' is {ranks} and 'train.accumulate' is {train.accumulate}, but a step of a "
+                f"worker has as few as {smallest} samples ('train.batch_size' is {train.batch_size}): each rank needs "
+                f"a sample in every micro-batch, {ranks * train.accumulate} in all. 'train.batch_size' counts the "
+                "samples of all ranks of a worker"
+            )
         if smallest < train.accumulate:
             raise ConfigError(
                 f"'train.accumulate' is {train.accumulate}, but a step has as few as {smallest} samples "
                 f"('train.batch_size' is {train.batch_size}): set 'train.accumulate' to at most {smallest}; "
                 "'train.batch_size' counts all samples of an optimizer step"
             )
+
+
+def _check_ranks(config: Config, template: nn.Module) -> None:
+    """Check that several ranks can train the network together, each on its part of a batch.
+
+    Raises:
+        ConfigError: This version of torch cannot shard it.
+        ModelError: A batch norm would normalize over the part.
+    """
+    if config.pool.ranks_per_worker != 1 and config.pool.inside == "fsdp" and torch.__version__ < "2.6":
+        raise ConfigError(
+            f"'pool.inside' is 'fsdp', which needs torch 2.6 or newer, but this is {torch.__version__}: use 'ddp'"
+        )
+    norms = [path for path, module in template.named_modules() if isinstance(module, _BatchNorm) and module.training]
+    if config.pool.ranks_per_worker != 1 and norms:
+        raise ModelError(
+            f"'{norms[0]}' is a batch norm, which normalizes over the samples of one process, but "
+            f"'pool.ranks_per_worker' is {config.pool.ranks_per_worker!r}, so a process has a part of a batch only: "
+            "use a norm of single samples (GroupNorm, LayerNorm), set the batch norm to evaluation mode, or set "
+            "'pool.ranks_per_worker' to 1"
+        )
 
 
 def _in_modes(template: nn.Module, build: Callable[[], nn.Module]) -> tuple[nn.Module, Callable[[], nn.Module]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from ist.config.base import run_fingerprint
 from ist.config.methods import METHODS
 from ist.config.registry import resolve
-from ist.config.schema import Config, first_worker_rank
+from ist.config.schema import Config, first_worker_rank, worker_of
 from ist.distributed.device import check_autocast, compute_device
 from ist.distributed.environment import PRIVATE_STORE, is_launched, is_rank_zero
 from ist.distributed.memory_limit import limited_memory
@@ -34,6 +34,7 @@ from ist.distributed.process_group import (
     failures_published,
     join,
 )
+from ist.distributed.worker_group import WorkerGroup, worker_group
 from ist.errors import CheckpointError, ConfigError
 from ist.launch.signals import resume_command
 from ist.monitoring.callback import Callback
@@ -124,6 +125,7 @@ class _Process:
         location: Where its workers save their state; None: nowhere.
         shared: The checkpoints of a network in shards.
         stack: Releases everything when the run ends.
+        group: The ranks of this process's worker; None: it is one rank, or none.
     """
 
     job: Job
@@ -134,6 +136,7 @@ class _Process:
     location: CheckpointLocation | None
     shared: _Shared
     stack: ExitStack
+    group: WorkerGroup | None = None
 
 
 def check_method(config: Config) -> None:
@@ -276,8 +279,10 @@ def _opened(
                 f"{job.schedule.num_rounds}: restore the configuration of the saved run"
             )
         if membership:
+            of_rank = [worker_of(job.config, rank) for rank in range(membership.world_size)]
+            own_data = config.data.shard == "own"
             first_round = agree_on_start(
-                membership, first_round, run_fingerprint(config), job.task.contents, config.data.shard == "own"
+                membership, first_round, run_fingerprint(config), job.task.contents, own_data, of_rank
             )
         run_id = secrets.token_hex(4)
         workers_have_state = config.workers_have_state or job.task.loop is not None  # the positions in its loaders
@@ -291,7 +296,8 @@ def _opened(
                 config, membership, location, broadcast_flag(membership, isinstance(tensors, SavedTensors))
             )
         own_location = location if workers_have_state else None
-        process = _Process(job, folder, membership, Meter(), device, own_location, shared, stack)
+        group = worker_group(job.config, membership) if membership else None
+        process = _Process(job, folder, membership, Meter(), device, own_location, shared, stack, group)
         if not (leads and first_worker_rank(config)):  # a dedicated coordinator is not a worker
             stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))
         may_end = bool(callbacks or config.watch.callbacks)
@@ -446,7 +452,7 @@ def _pool(process: _Process) -> WorkerPool:
     """Create the pool; the stack releases what it needs when the run ends."""
     job, folder, meter, location = process.job, process.folder, process.meter, process.location
     if process.membership:
-        return TorchrunPool(job, process.membership, meter, location)
+        return TorchrunPool(job, process.membership, meter, location, process.group)
     if job.config.pool.spec.in_process:
         return InlinePool(job, process.device, meter, location)
     from ist.pools.ray_cluster import connected
@@ -481,7 +487,7 @@ def _follower(process: _Process, membership: Membership) -> Follower:
     job = process.job
     follower: Follower
     if job.config.method_spec.has_coordinator:
-        follower = RankWorker(job, membership, process.location)
+        follower = RankWorker(job, membership, process.location, process.group)
     else:
         follower = implementation(job.config)(job, membership, job.task.build(), {}, process.meter)
     process.stack.callback(follower.close)

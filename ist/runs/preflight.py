@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ist.config.load import validate
-from ist.config.schema import Config
+from ist.config.schema import Config, num_processes
 from ist.distributed.device import compute_device
-from ist.distributed.environment import is_launched, is_rank_zero
+from ist.distributed.environment import is_launched, is_rank_zero, ranks_of_node
 from ist.errors import RunFolderError
 from ist.launch.lab_run import check_hosts
 from ist.monitoring.observers import check_callbacks
@@ -34,7 +34,9 @@ def with_pool_of_launcher(config: Config) -> Config:
         return config
     pool = {**config.pool.model_dump(), "kind": "torchrun"}
     for key in config.pool.spec.keys if not config.pool.spec.is_launched else ():  # keys of the other pool only
-        del pool[key]
+        pool.pop(key, None)
+    if pool.get("ranks_per_worker") == "node":
+        pool["ranks_per_worker"] = ranks_of_node()
     return validate({**config.model_dump(), "pool": pool}, "under torchrun")
 
 
@@ -49,6 +51,8 @@ def checked_job(config: Config) -> Job:
     check_method(config)
     check_callbacks(config)
     check_hosts(config)
+    if config.pool.spec.is_launched:
+        num_processes(config)  # known
     if config.pool.spec.coordinator_may_train:
         compute_device(config.pool)
     job = build_job(config)

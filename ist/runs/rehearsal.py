@@ -158,6 +158,7 @@ def _one_step(job: Job, device: torch.device) -> None:
             f"holds {bad}. Remove or correct such samples"
         )
     loss.backward()  # type: ignore[no-untyped-call]
+    _check_gradients(job, named)
     check_optimizer(job, named)
     loop.step.finish(worker.module, list(named.values()), optimizer)
     check_frozen(worker.module, fixed, sums)
@@ -171,6 +172,21 @@ def _one_step(job: Job, device: torch.device) -> None:
         if job.task.test_data is not None:
             few = take_shard(job.task.test_data, np.arange(min(2, length(job.task.test_data))))
             evaluate(worker.module, few, job.task.loss, size, device, job.task.metric, step=job.task.step)
+
+
+def _check_gradients(job: Job, named: Mapping[str, nn.Parameter]) -> None:
+    """Check that several ranks can average the gradients of a worker: each parameter has one.
+
+    Raises:
+        ModelError: A parameter has none.
+    """
+    unused = [name for name, parameter in named.items() if parameter.grad is None]
+    if job.config.pool.ranks_per_worker != 1 and unused:
+        raise ModelError(
+            f"'{unused[0]}' gets no gradient ({len(unused)} such parameters), but 'pool.ranks_per_worker' is "
+            f"{job.config.pool.ranks_per_worker!r}, and the ranks of a worker average all gradients: freeze unused "
+            "parameters (requires_grad_(False))"
+        )
 
 
 def _warn_of_settings_by_shape(job: Job, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:

@@ -37,10 +37,14 @@ class WorkerSlot:
     Attributes:
         worker: The worker's number in this round, from 0.
         team: All workers of the round.
+        rank: The number of this process among those that train the worker's subnet together, from 0.
+        ranks: How many they are; each uses its part of the worker's samples.
     """
 
     worker: int
     team: Team
+    rank: int = 0
+    ranks: int = 1
 
 
 class Assignments:

@@ -8,11 +8,14 @@ assignment of neurons (`ist/subnet/assignments.py`), merging (`ist/training/coor
 import math
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ist.checks.drift import Operators, check_forward, is_due, operators
+from ist.distributed.worker_group import WorkerGroup
+from ist.loops.inside import inside_of, opened
 from ist.loops.local_loop import worker_loop
 from ist.loops.part import LocalLoop, LocalSteps, LoopMemory, Part
 from ist.monitoring.meter import MemoryGauge, worker_numbers
@@ -33,6 +36,17 @@ from ist.transport.frozen_parameters import FrozenCache, check_frozen
 from ist.transport.message import Header, Message
 
 
+@dataclass(frozen=True)
+class _Did:
+    """What the ranks of a worker together did in a round; see `ist/measurements.py`."""
+
+    loss_sum: float
+    samples: int
+    memory_bytes: int
+    logged: tuple[float, ...]
+    inside_bytes: float
+
+
 class Worker:
     """One worker: its shard of the data, its subnet module, and the loop that trains it.
 
@@ -45,6 +59,7 @@ class Worker:
         frozen: The process's cache of frozen parameters; None: a new, empty one.
         loop: Makes the local steps; None: the loop of the task.
         memory: What the user's own loop has kept in this process; None: nothing yet.
+        group: The ranks that are this worker together, each with a `Worker`; None: this process alone.
     """
 
     def __init__(
@@ -57,6 +72,7 @@ class Worker:
         frozen: FrozenCache | None = None,
         loop: LocalLoop | None = None,
         memory: LoopMemory | None = None,
+        group: WorkerGroup | None = None,
     ) -> None:
         self.job = job
         self.slot = slot
@@ -64,6 +80,8 @@ class Worker:
         loop = loop or worker_loop(job, slot, device)
         self.local = LocalSteps(job.schedule, job.config.seed, slot, device, loop, memory)
         self.local.owner = self
+        self._group = group
+        self._inside = inside_of(job.config, group)
         self._state = WorkerState(job, slot, held, location, self.local.sources)
         self.gauge = MemoryGauge(device)
         self._held = held
@@ -133,28 +151,32 @@ class Worker:
         if self._operators is None:
             self._operators = operators(job, module, self.device)
         trace_s, trace_cpu_s = time.perf_counter() - trace_started, time.thread_time() - trace_cpu_started
-        named = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        subnet = opened(self._inside, module)
+        named = subnet.named
         optimizer = self._state.optimizer(named, round_number)
         if job.split.state_slots and round_number > 0:
             optimizers.load_state(optimizer, named, job.split.state_slots, message.tensors)
-        with scaled_blocks(module, self._held.training_block_scales(round_number, self.slot.team)):
-            part = yield from self.local.of_round(round_number, module, named, optimizer, is_over)
-            total, logged = part.loss_sum, part.value_sums(job.config.train.logged)
+        with scaled_blocks(subnet.network, self._held.training_block_scales(round_number, self.slot.team)):
+            part = yield from self.local.of_round(round_number, subnet.model, named, optimizer, is_over)
+            did = self._did(part)
         optimizer.zero_grad(set_to_none=True)  # free the gradients' memory until the next round
+        if self._inside:
+            self._inside.close(module)
         collect(module, message.tensors)
         check_frozen(module, fixed, sums)
         multiply(message.tensors, folded, inverse=True)
         if job.split.state_slots:
             optimizers.store_state(optimizer, named, job.split.state_slots, message.tensors)
-        is_invalid = self._is_invalid(round_number, total, message)
+        is_invalid = self._is_invalid(round_number, did.loss_sum, message)
         self._end.close(buffers, message, neurons)
         elapsed = time.perf_counter() - started - trace_s
         # A GPU serves one process only, so its elapsed time is its compute time.
         cpu_s = time.thread_time() - cpu_started - trace_cpu_s if self.device.type == "cpu" else elapsed
         numbers = worker_numbers(
-            steps=part.steps_made, samples=part.samples, loss_sum=total, compute_s=elapsed, cpu_s=cpu_s,
+            steps=part.steps_made, samples=did.samples, loss_sum=did.loss_sum, compute_s=elapsed, cpu_s=cpu_s,
             gauge=self.gauge,
         )  # fmt: skip
+        numbers |= {"memory_bytes": did.memory_bytes, "inside_bytes": did.inside_bytes}
         if is_invalid:
             self._end.residuals = {}
         else:
@@ -163,7 +185,7 @@ class Worker:
             with located(f"round {round_number}, worker {self.number}"):
                 self._operators = check_forward(job, module, neurons, self._operators, self.device)
         numbers["aside_s"] = time.perf_counter() - started - elapsed
-        buffers.up.write_header(Header(round_number, self.number, numbers, logged=logged))
+        buffers.up.write_header(Header(round_number, self.number, numbers, logged=did.logged))
 
     def close(self) -> None:
         """Release what the worker's loop holds."""
@@ -180,9 +202,24 @@ class Worker:
         optimizers.restore_named_state(part.optimizer, part.named, optimizer)
         self._end.residuals = {name: tensor.to(self.device, copy=True) for name, tensor in residuals.items()}
 
+    def _did(self, part: Part) -> "_Did":
+        """Return what all ranks of this worker did in a part."""
+        own = [part.loss_sum, part.samples, self.gauge.peak_bytes(), *part.value_sums(self.job.config.train.logged)]
+        if self._group is None or self._inside is None:
+            ranks, inside = [own], 0.0
+        else:
+            ranks = self._group.gather(own)
+            inside = part.steps_made * self._inside.step_bytes(self.job.config.train.accumulate)
+        losses, samples, memory, *logged = zip(*ranks, strict=True)
+        return _Did(sum(losses), int(sum(samples)), int(max(memory)), tuple(map(sum, logged)), inside)
+
     def _restore(self, round_number: int) -> None:
         """Load this worker's saved state if its first round follows a checkpoint."""
         residuals = self._state.restore(round_number)
+        # Ranks that continue from different states would no longer train the same subnet.
+        if self._group is not None and not all(found for (found,) in self._group.gather([self._state.is_restored])):
+            self._state.forget()
+            residuals = {}
         self._end.residuals = {name: tensor.to(self.device) for name, tensor in residuals.items()}
         self._is_new = False
 

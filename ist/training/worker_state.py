@@ -110,6 +110,9 @@ class WorkerState:
         held: The neurons of each worker in each round.
         location: Where to save the state; None: nowhere.
         sources: The positions in the loaders of the user's own loop; None: there are none.
+
+    Attributes:
+        is_restored: Whether `restore` has found a saved state.
     """
 
     def __init__(
@@ -124,10 +127,12 @@ class WorkerState:
         self._slot = slot
         self._assignments = held
         self._worker = slot.worker
+        self._file = slot.worker * slot.ranks + slot.rank  # each rank of a worker has a file of its own
         self._location = location
         self._sources = sources or BatchSources()
         self._last: _LastRound | None = None
         self._restored: dict[str, Tensor] | None = None
+        self.is_restored = False
         self._warned_of_failure = False
 
     def restore(self, round_number: int) -> dict[str, Tensor]:
@@ -146,7 +151,7 @@ class WorkerState:
         why, damaged = "no file with matching neurons, number of workers and run id", False
         found = None
         try:
-            found = load_worker_state(self._storage, self._worker, round_number, of)
+            found = load_worker_state(self._storage, self._file, round_number, of)
         except (ConfigError, RunFolderError) as error:
             why = str(error)
             damaged = isinstance(error, CheckpointError)
@@ -157,11 +162,19 @@ class WorkerState:
                     self._worker, round_number + 1, redacted(checkpoint.storage or self._location.folder), why,
                 )  # fmt: skip
             return {}
+        self.is_restored = True
         state, residuals = split_state(found, self._sources)
         if self._optimizer_is_used_after(round_number - 1):
             changed = self._location.changed if is_resumed else ()
             self._restored = optimizers.without_changed_settings(state, changed, self._job.config.train.optimizer)
         return residuals
+
+    def forget(self) -> None:
+        """Start with fresh state after all, because another rank of the worker has no saved state."""
+        if self.is_restored:
+            _log.warning("worker %d: a rank of it has no saved state; its other ranks start fresh too", self._worker)
+        self.is_restored, self._restored = False, None
+        self._sources.restore({})
 
     def optimizer(self, named: Mapping[str, nn.Parameter], round_number: int) -> torch.optim.Optimizer:
         """Return the optimizer of a round: the last round's if its state and neurons are the same, or a new one."""
@@ -202,7 +215,7 @@ class WorkerState:
         try:
             tensors = named_tensors_of(optimizer if is_used else None, named, residuals, self._sources)
             of = self._fingerprint(held, self._location.run_id)
-            save_worker_state(self._storage, self._worker, rounds_done, tensors, of, checkpoint.keep)
+            save_worker_state(self._storage, self._file, rounds_done, tensors, of, checkpoint.keep)
         except (ConfigError, RunFolderError) as error:
             if not self._warned_of_failure:
                 _log.warning(
@@ -232,7 +245,8 @@ class WorkerState:
         code = zlib.crc32(repr(list(capacities) if capacities else self._job.config.partition.capacities).encode())
         for held in neurons:
             code = zlib.crc32(held.tobytes(), zlib.crc32(str(len(held)).encode(), code))
-        return f"{code:08x} of {self._slot.team.num_workers} by {run_id}"
+        ranks = "" if self._slot.ranks == 1 else f" in {self._slot.ranks} by {self._job.config.pool.inside}"
+        return f"{code:08x} of {self._slot.team.num_workers}{ranks} by {run_id}"
 
 
 def named_tensors_of(

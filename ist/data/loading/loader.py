@@ -210,17 +210,23 @@ def worker_data(dataset: Dataset[Any], sampler: Sampler, worker: int) -> Dataset
 class StepBatches:
     """The batches of a worker's local steps: each step has `parts` of nearly equal size, numbered consecutively.
 
+    If several ranks are one worker, each has `parts` of its own in every step, and the step `ranks` times as many.
+
     Attributes:
         shard: The worker's data.
         sampler: The samples of each step.
         worker: The worker's number.
-        parts: The number of batches in a step.
+        parts: The number of this rank's batches in a step.
+        rank: The number of this rank among those of the worker, from 0.
+        ranks: The number of ranks of the worker.
     """
 
     shard: Dataset[Any]
     sampler: Sampler
     worker: int
     parts: int
+    rank: int = 0
+    ranks: int = 1
 
     def __call__(self, number: int, device: torch.device) -> tuple[Any, Any]:
         """Return the batch with a number (inputs, targets), on a device.
@@ -229,9 +235,13 @@ class StepBatches:
             DataError: A sample cannot be read.
         """
         step, part = divmod(number, self.parts)
-        positions = micro_batches(self.sampler.batch(self.worker, step), self.parts)[part]
+        positions = micro_batches(self.of_step(step), self.parts)[part]
         draws = ItemDraws(self.sampler.seed, Purpose.TRAINING, self.sampler.epoch(self.worker, step))
         return fetch(self.shard, positions, device, lambda: self.numbers(positions), draws)
+
+    def of_step(self, step: int) -> Indices:
+        """Return the positions in the shard of this rank's samples of a step: int64."""
+        return micro_batches(self.sampler.batch(self.worker, step), self.ranks)[self.rank]
 
     def numbers(self, positions: Indices) -> Indices:
         """Return the numbers in the full data set of the samples at positions in the shard: int64."""

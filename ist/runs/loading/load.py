@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Dataset
 
 from ist.config.registry import call, resolve
-from ist.config.schema import Config, first_worker_rank, num_processes
+from ist.config.schema import Config, first_worker_rank, num_processes, worker_of
 from ist.data.batched import BatchedDataset, Collated
 from ist.data.registry import DATASETS, Splits
 from ist.data.shards.unequal import OwnData
@@ -98,7 +98,7 @@ def following_worker(config: Config) -> int | None:
     if not (config.pool.spec.is_launched and is_launched()):
         return None
     rank = own_rank()
-    return rank - first_worker_rank(config) if rank > 0 and world_size() == num_processes(config) else None
+    return worker_of(config, rank) if rank > 0 and world_size() == num_processes(config) else None
 
 
 def own_worker(config: Config) -> int | None:
@@ -114,10 +114,11 @@ def own_worker(config: Config) -> int | None:
     started, processes = world_size(), num_processes(config)
     if started != processes:
         raise ConfigError(
-            f"{started} processes were started (WORLD_SIZE), but train.workers is {config.train.workers} and "
-            f"pool.coordinator is '{config.pool.coordinator}': start {processes} processes, or change train.workers"
+            f"{started} processes were started (WORLD_SIZE), but train.workers is {config.train.workers}, "
+            f"pool.ranks_per_worker is {config.pool.ranks_per_worker} and pool.coordinator is "
+            f"'{config.pool.coordinator}': start {processes} processes, or change train.workers"
         )
-    worker = own_rank() - first_worker_rank(config)
+    worker = worker_of(config, own_rank())
     return worker if worker >= 0 else None
 
 

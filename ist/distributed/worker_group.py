@@ -1,0 +1,124 @@
+"""The ranks that together are one worker (`pool.ranks_per_worker`): a group of their own inside the process group.
+
+The first of them, the lead, exchanges the worker's messages with the coordinator. The others get them from the lead,
+over the links inside a node.
+Where it sits: `ist/runs/open.py` forms the groups after the process group; `ist/pools/torchrun.py` passes messages on,
+and `ist/loops/inside.py` trains a subnet on all ranks of a worker.
+Not here: the process group of all ranks (`ist/distributed/process_group.py`).
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ist.config.schema import Config, lead_rank, ranks_per_worker, worker_of
+from ist.distributed.ports import closed_afterwards
+from ist.distributed.process_group import Membership, peer_errors, secrets_differ, unproven
+from ist.distributed.secret import run_secret
+from ist.errors import PoolError
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """The ranks of one worker, as one of them sees them.
+
+    Attributes:
+        group: Their process group.
+        lead: The rank, among all ranks of the run, of the first of them.
+        rank: The number of this process among them, from 0.
+        size: How many they are.
+        device: The device of this process.
+        carrier: The device on which a tensor must be for the backend to send it.
+    """
+
+    group: ProcessGroup
+    lead: int
+    rank: int
+    size: int
+    device: torch.device
+    carrier: torch.device
+
+    @property
+    def is_lead(self) -> bool:
+        """Whether this process exchanges the worker's messages with the coordinator."""
+        return self.rank == 0
+
+    def broadcast(self, flat: Tensor) -> None:
+        """Overwrite a tensor by the lead's.
+
+        Raises:
+            PoolError: A peer is lost.
+        """
+        with peer_errors(f"rank {self.lead + self.rank} lost a rank of its worker"):
+            dist.broadcast(flat, src=self.lead, group=self.group)
+
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Return the numbers of every rank of the worker, in the order of ranks; each gives as many.
+
+        Raises:
+            PoolError: A peer is lost.
+        """
+        own = torch.tensor(numbers, dtype=torch.float64, device=self.carrier)
+        gathered = [torch.empty_like(own) for _ in range(self.size)]
+        with peer_errors(f"rank {self.lead + self.rank} lost a rank of its worker"):
+            dist.all_gather(gathered, own, group=self.group)
+            return [numbers.tolist() for numbers in gathered]
+
+
+_formed: dict[tuple[int, int], tuple[ProcessGroup, list[ProcessGroup]]] = {}
+"""By first rank and number of ranks of a worker: the process group of all ranks, and the groups of the workers in it.
+
+They live as long as the process group. A run that follows in the same processes uses them again, because PyTorch's
+sharded tensors remember the group of a mesh."""
+
+
+def worker_group(config: Config, membership: Membership) -> WorkerGroup | None:
+    """Return the group of this process's worker; all ranks of the run call it together.
+
+    A group carries data only after its ranks have proven to each other that they hold the run secret.
+
+    Args:
+        config: The run, with the number of workers that the processes allow.
+        membership: This rank.
+
+    Returns:
+        The group; None if workers have one rank each, and for a dedicated coordinator.
+
+    Raises:
+        PoolError: The groups cannot be formed, or a peer holds another secret.
+    """
+    ranks, first = ranks_per_worker(config), lead_rank(config, 0)
+    if ranks == 1:
+        return None
+    everybody, groups = _formed.get((first, ranks), (None, []))
+    if everybody is not dist.group.WORLD:
+        groups = _form(config, membership)
+        everybody = dist.group.WORLD
+        assert everybody is not None
+        _formed[first, ranks] = everybody, groups
+    worker = worker_of(config, membership.rank)
+    if worker < 0:
+        return None
+    lead = lead_rank(config, worker)
+    return WorkerGroup(groups[worker], lead, membership.rank - lead, ranks, membership.device, membership.carrier)
+
+
+def _form(config: Config, membership: Membership) -> list[ProcessGroup]:
+    own, found = worker_of(config, membership.rank), []
+    with (
+        closed_afterwards() if membership.backend == "gloo" else nullcontext(),
+        peer_errors(f"rank {membership.rank} could not form the group of its worker"),
+    ):
+        for worker in range(config.train.workers):
+            ranks = list(range(lead_rank(config, worker), lead_rank(config, worker + 1)))
+            found.append(dist.new_group(ranks))
+            if worker == own:
+                peers = [rank for rank in ranks if rank != membership.rank]
+                if wrong := unproven(run_secret(), membership, peers, config.pool.timeout_s, found[own]):
+                    raise PoolError(secrets_differ(membership.rank, wrong))
+    return found
