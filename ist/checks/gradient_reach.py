@@ -81,7 +81,7 @@ def check_reach(
         ModelError: Another tensor would get gradients.
     """
     known: Leaves = {id(parameter): parameter for parameter in module.parameters()}
-    through = _leaves(tensors_in(outputs))
+    through = leaves(tensors_in(outputs))
     known |= through | {id(tensor): tensor for tensor in tensors_in(data)}
     foreign = _others([loss], known)
     if any(not isinstance(tensor, nn.Parameter) for tensor in foreign.values()):
@@ -115,10 +115,10 @@ def _warn_of_unregistered(module: nn.Module, through: Mapping[int, Tensor]) -> N
 
 
 def _others(results: Iterable[Tensor], known: Mapping[int, Tensor]) -> Leaves:
-    return {key: tensor for key, tensor in _leaves(results).items() if key not in known}
+    return {key: tensor for key, tensor in leaves(results).items() if key not in known}
 
 
-def _leaves(results: Iterable[Tensor]) -> Leaves:
+def leaves(results: Iterable[Tensor]) -> Leaves:
     """Return the tensors to which a backward pass from some results would add gradients."""
     found: Leaves = {}
     nodes = [t.grad_fn for t in results if isinstance(t, Tensor) and t.grad_fn is not None]

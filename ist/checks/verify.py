@@ -5,28 +5,47 @@ of all other neurons set to zero. Groups are inferred from a run of the network,
 attributes of modules. So the identity is checked on the example, for the largest and the smallest share of a round and
 for one neuron of each group. A network for which it does not hold is refused.
 
-Where it sits: `ist/runs/rehearsal.py` calls it before a run.
+Where it sits: `ist/runs/rehearsal.py` calls it before a run. Small networks are checked here, with whole copies of
+them; `ist/checks/lazy_verify.py` checks the others.
 Not here: changes of the forward during training (`ist/checks/drift.py`).
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ist.data.nested import call_model, mapped, tensors_in
+from ist.checks.compared import (
+    ADVICE,
+    GRADIENT,
+    MOST_SEEDS,
+    TOLERANCE,
+    Difference,
+    difference,
+    difference_text,
+    differing,
+    distance,
+    fails_text,
+    not_finite_text,
+    not_residual_text,
+    repeatable,
+    run_differentiated,
+    shares_text,
+    size,
+)  # fmt: skip
+from ist.checks.lazy_verify import CannotRunLazilyError, verify_lazily
+from ist.checks.made_values import Initial, read_initial
+from ist.data.nested import mapped
 from ist.errors import ModelError, first_line
 from ist.evaluation.task import Task
 from ist.network.copies import copied
-from ist.neurons.group import Group
 from ist.neurons.splittable import FAILURES
-from ist.neurons.trace import comparable, without_inner_dropout
 from ist.neurons.tracing.shared_draws import with_same_draws
-from ist.neurons.tracing.untaken_paths import Detour, OnDetour
+from ist.neurons.tracing.untaken_paths import Detour
 from ist.rng import Indices, Purpose, seeded
 from ist.subnet.assignments import Assignments
 from ist.subnet.cut import Cut, cut_specs, extract, positions
@@ -37,38 +56,70 @@ from ist.subnet.split_model import SplitModel
 from ist.tensors import TensorSpec, named_tensors
 
 MOST_FOR_DOUBLE = 100_000_000
-"""Networks with more parameters are compared in their own precision: float64 would need too much memory."""
+"""Networks with more parameters are compared in their own precision, or in float32 instead of 16 bits: float64 would
+need too much memory."""
 
-TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-2}
-"""Largest difference, relative to the largest value. Some networks compute in float32 for inputs of any precision. A
-wrong cut gives differences as large as the values themselves."""
-
-
-MOST_SEEDS = 4
-"""Networks that draw random numbers are compared for at most this many seeds, until each parameter has a gradient."""
+MOST_FOR_WHOLE = 5_000_000
+"""Networks with more parameters are checked with lazy parameters: whole copies of them need too much memory."""
 
 
-def verify_cuts(job: Job, original: nn.Module | None = None) -> None:
+def is_checked_whole(job: Job) -> bool:
+    """Return whether the cuts are checked with whole copies of the network, in float64 if possible."""
+    return job.config.partition.verify == "full" or _num_parameters(job) <= MOST_FOR_WHOLE
+
+
+def verify_cuts(job: Job, original: nn.Module | None = None, initial: Initial | None = None) -> None:
     """Check the cuts of the first and the last worker in a round, and the cut with one neuron of each group.
 
-    It needs the memory of two full networks for a short time, and changes nothing.
+    A small network is checked with whole copies of it. The check of a larger one needs the memory of one share and of
+    the largest layer for a short time. It is weaker in three ways, which `partition.verify` `full` avoids: parameters
+    have pseudo-random values instead of the initial ones; the last worker's cut is not checked if it has the sizes of
+    the first one; and attributes that the class computes from values are not compared with those of a built network.
 
     Args:
         job: The run.
-        original: The full network with its initial weights; None: it is built.
+        original: The full network with its initial weights; None: it is built if it is needed.
+        initial: What a large network's check needs of its initial values; None: they are read from `original`.
 
     Raises:
         ModelError: A submodel fails, or computes other values than the masked full network.
     """
+    by_round = assignments(job)
+    blocks = list(by_round.block_scales())
     with seeded(torch.device("cpu"), job.config.seed, Purpose.TRAINING):
+        if not is_checked_whole(job):
+            if initial is None:
+                given = job.task.build() if original is None else original
+                initial = read_initial(job.split, named_tensors(given).items())
+                del given
+            shares = list(_shares(job, by_round))
+            if len(shares) > 1 and not job.split.depends_on_which_neurons and _sizes(shares[0]) == _sizes(shares[1]):
+                del shares[1]
+            try:
+                verify_lazily(job, initial, shares, blocks, MOST_FOR_DOUBLE)
+                return
+            except CannotRunLazilyError as error:
+                nbytes = sum(p.numel() * p.element_size() for p in job.split.template.parameters())
+                warnings.warn(
+                    f"the cuts are checked with several whole copies of the network ({nbytes:,} bytes each), because "
+                    f"it does not run with parameters whose values are made when they are needed: {error}",
+                    stacklevel=3,
+                )
         original = job.task.build() if original is None else original
         _check_copies(original, job.task.example)
         full, example = _in_double(job.task)
-        by_round = assignments(job)
-        if scales := by_round.block_scales():
-            _verify_blocks(list(scales), full, example)
+        if blocks:
+            _verify_blocks(blocks, full, example)
         for neurons in _shares(job, by_round):
             verify_cut(job.split, full, example, neurons)
+
+
+def _num_parameters(job: Job) -> int:
+    return sum(parameter.numel() for parameter in job.split.template.parameters())
+
+
+def _sizes(neurons: Sequence[Indices]) -> tuple[int, ...]:
+    return tuple(map(len, neurons))
 
 
 def verify_cut(split: SplitModel, full: nn.Module, example: object, neurons: Sequence[Indices]) -> None:
@@ -104,22 +155,18 @@ def verify_cut(split: SplitModel, full: nn.Module, example: object, neurons: Seq
             return _repeatable_results(submodel, example, detour)
         except FAILURES as error:
             raise ModelError(
-                f"{_shares_text(split.groups, neurons)}: a submodel of this class fails: {first_line(error)}. {_ADVICE}"
+                f"{shares_text(split.groups, neurons)}: a submodel of this class fails: {first_line(error)}. {ADVICE}"
             ) from error
 
     for detour in (None, *split.found.detours):
         runs = [partial(run_submodel, detour), partial(_repeatable_results, masked, example, detour)]
         run = partial(_repeatable_results, example=example, detour=detour)
-        expected, found, differing = _compared(split, plan, cut, masked, runs, run, tolerance)
-        if differing:
-            break
-    if differing:
-        name = differing[0]
-        raise ModelError(
-            f"{_shares_text(split.groups, neurons)}: a submodel of this class computes other values than the masked "
-            f"full network: {name} differs by {_distance(expected[name], found.get(name)):.2g}, where values are up to "
-            f"{_size(expected[name]):.2g}. {_ADVICE}"
-        )
+        found, wrong = _compared(split, plan, cut, masked, runs, run, tolerance)
+        if wrong:
+            raise ModelError(
+                f"{shares_text(split.groups, neurons)}: a submodel of this class "
+                f"{difference_text(wrong[0], found[wrong[0]])}. {ADVICE}"
+            )
 
 
 def _compared(
@@ -130,39 +177,32 @@ def _compared(
     runs: Sequence[Callable[[], dict[str, Tensor]]],
     run: Callable[[nn.Module], dict[str, Tensor]],
     tolerance: float,
-) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """Return the results of the masked full network, of the submodel, and the names of results that differ."""
+) -> tuple[dict[str, Difference], list[str]]:
+    """Return the differences between the masked full network and the submodel, and the names of results that differ."""
 
     def restricted(results: dict[str, Tensor]) -> dict[str, Tensor]:
         return _restricted(split, plan, cut, results)
 
     gradients: set[str] = set()
-    absent = {f"{_GRADIENT}{name}" for name in split.found.unreached}
+    absent = {f"{GRADIENT}{name}" for name in split.found.unreached}
     for seed in range(MOST_SEEDS):
         (found, results), is_random = with_same_draws(seed, runs)
         expected = restricted(results)
-        differing = [name for name in expected if not _agree(expected, found, name, tolerance)]
-        gradients |= {name for name in found if name.startswith(_GRADIENT) and _size(found[name]) > 0}
-        wanted = {name for name in found if name.startswith(_GRADIENT)} - absent
-        if differing or not is_random or wanted <= gradients:
+        differences = {name: difference(tensor, found.get(name)) for name, tensor in expected.items()}
+        wrong = differing(differences, tolerance)
+        gradients |= {name for name in found if name.startswith(GRADIENT) and size(found[name]) > 0}
+        wanted = {name for name in found if name.startswith(GRADIENT)} - absent
+        if wrong or not is_random or wanted <= gradients:
             break
-    if differing:
+    if wrong:
         # Batch norm of few samples magnifies rounding errors: measure by how much, and add that to the tolerance.
         rounded = copied(masked)
         _round_differently(rounded)
         three: list[Callable[[], dict[str, Tensor]]] = [*runs, partial(run, rounded)]
         (_, _, other), _ = with_same_draws(seed, three)
-        noise = {name: _distance(expected[name], tensor) for name, tensor in restricted(other).items()}
-        differing = [name for name in differing if not _agree(expected, found, name, tolerance, noise[name])]
-    return expected, found, differing
-
-
-_GRADIENT = "the gradient of "
-
-_ADVICE = (
-    "Its forward depends on a number that could not be changed to the submodel's size. Name the attribute that holds "
-    "it (partition.sizes), or do not split these neurons (partition.exclude); docs/groups.md says how"
-)
+        noise = {name: distance(expected[name], tensor) for name, tensor in restricted(other).items() if name in wrong}
+        wrong = differing(differences, tolerance, noise)
+    return differences, wrong
 
 
 def _check_copies(original: nn.Module, example: object) -> None:
@@ -178,7 +218,7 @@ def _check_copies(original: nn.Module, example: object) -> None:
         _outputs_and_gradients(copied(original).cpu(), example)
         reached = [name for name, parameter in original.named_parameters() if parameter.grad is not None]
     except FAILURES as error:
-        raise ModelError(f"the network fails on an example of the data: {first_line(error)}") from error
+        raise ModelError(fails_text(error)) from error
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
@@ -209,10 +249,7 @@ def _verify_blocks(paths: Sequence[str], full: nn.Module, example: object) -> No
     except (RuntimeError, ValueError, TypeError) as error:
         raise ModelError(f"'partition.blocks' ({names}): leaving them out fails: {error}") from error
     if not same:
-        raise ModelError(
-            f"'partition.blocks' ({names}): with all their weights 0 they do not return their input, so they are not "
-            "residual blocks that can be left out"
-        )
+        raise ModelError(not_residual_text(names))
 
 
 def _in_double(task: Task) -> tuple[nn.Module, object]:
@@ -239,10 +276,7 @@ def _in_double(task: Task) -> tuple[nn.Module, object]:
             found, bad = (full, task.example), plain
     if True in bad.values():
         name = next(name for name, everywhere in bad.items() if everywhere)
-        raise ModelError(
-            f"{name} is not finite on an example of the data (with slightly changed parameters): "
-            "a submodel cannot be compared with the full network"
-        )
+        raise ModelError(not_finite_text(name))
     return found
 
 
@@ -297,16 +331,7 @@ def _part_specs(split: SplitModel, cut: Cut, state: dict[str, Tensor]) -> dict[s
 
 
 def _outputs_and_gradients(module: nn.Module, example: object) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Run a network, and differentiate a fixed random combination of its outputs."""
-    without_inner_dropout(module)
-    module.zero_grad()
-    with comparable():
-        outputs = [t for t in tensors_in(call_model(module, example)) if t.is_floating_point()]
-        generator = np.random.Generator(np.random.Philox(0))  # torch's are replaced while networks are compared
-        weights = [torch.from_numpy(generator.standard_normal(tuple(t.shape))).to(t.dtype) for t in outputs]
-        terms = [(t * w).sum() for t, w in zip(outputs, weights, strict=True) if t.requires_grad]
-        if terms:
-            _differentiate(torch.stack(terms).sum())
+    outputs = run_differentiated(module, example)
     gradients = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.to_dense().clone()
         for name, p in module.named_parameters()
@@ -314,47 +339,23 @@ def _outputs_and_gradients(module: nn.Module, example: object) -> tuple[list[Ten
     return [t.detach() for t in outputs], gradients
 
 
-def _differentiate(total: Tensor) -> None:
-    """Compute the gradients of all parameters.
-
-    `total.backward()` is a torch function, and the mode that switches dropout off is not active inside torch functions.
-    Activations that are recomputed there (checkpointing) would have dropout.
-    """
-    engine: Any = torch.autograd.Variable._execution_engine
-    engine.run_backward((total,), (torch.ones_like(total),), False, False, (), True, True)
-
-
 def _named_results(module: nn.Module, example: object) -> dict[str, Tensor]:
     outputs, gradients = _outputs_and_gradients(module, example)
     named = {f"output {number}": output for number, output in enumerate(outputs)}
-    return named | {f"{_GRADIENT}{name}": gradient for name, gradient in gradients.items()}
+    return named | {f"{GRADIENT}{name}": gradient for name, gradient in gradients.items()}
 
 
 def _repeatable_results(module: nn.Module, example: object, detour: Detour | None) -> dict[str, Tensor]:
-    """Run a network and restore its buffers, so that another run gives the same results.
-
-    Args:
-        module: The network.
-        example: Inputs of a batch.
-        detour: Forces branches that the forward does not take on the example; None: it runs as usual.
-    """
-    before = [
-        (child, {name: None if buffer is None else buffer.clone() for name, buffer in child._buffers.items()})
-        for child in module.modules()
-    ]
-    try:
-        with OnDetour(detour) if detour is not None else nullcontext():
-            return _named_results(module, example)
-    finally:
-        for child, buffers in before:
-            child._buffers.update(buffers)
+    """Run a network so that another run gives the same results."""
+    with repeatable(module, detour):
+        return _named_results(module, example)
 
 
 def _restricted(split: SplitModel, plan: SubmodelPlan, cut: Cut, results: dict[str, Tensor]) -> dict[str, Tensor]:
     """Restrict the gradients of the masked full network to the submodel's part."""
     restricted = {}
     for what, tensor in results.items():
-        name = what.removeprefix(_GRADIENT)
+        name = what.removeprefix(GRADIENT)
         if name == what:
             restricted[what] = tensor
         elif name in cut:
@@ -368,38 +369,9 @@ def _restricted(split: SplitModel, plan: SubmodelPlan, cut: Cut, results: dict[s
     return restricted
 
 
-def _agree(
-    expected: dict[str, Tensor], found: dict[str, Tensor], what: str, tolerance: float, noise: float = 0.0
-) -> bool:
-    """Return whether two results agree up to rounding errors, and differ by at most a twentieth of their size."""
-    size = _size(expected[what])
-    if what.startswith(_GRADIENT):  # a vanishing gradient has the rounding errors of others
-        size = max(size, max(_size(tensor) for name, tensor in expected.items() if name.startswith(_GRADIENT)) / 10)
-    allowed = max(tolerance * size, min(1000 * noise, size / 20))
-    return _distance(expected[what], found.get(what)) <= allowed + 1e-12
-
-
-def _distance(expected: Tensor, found: Tensor | None) -> float:
-    if found is None or expected.shape != found.shape:
-        return float("inf")
-    # Two equal infinities agree, and so do two NaNs.
-    same = (expected == found) | (expected.isnan() & found.isnan())
-    return float((expected - found).masked_fill(same, 0).abs().max()) if expected.numel() else 0.0
-
-
-def _size(tensor: Tensor) -> float:
-    return float(tensor.abs().masked_fill(~tensor.isfinite(), 0).max()) if tensor.numel() else 0.0
-
-
 def _round_differently(module: nn.Module) -> None:
     """Change every parameter by about the smallest possible relative amount."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.is_floating_point():
                 parameter.mul_(1 + torch.randn_like(parameter) * torch.finfo(parameter.dtype).eps)
-
-
-def _shares_text(groups: Sequence[Group], neurons: Sequence[Indices]) -> str:
-    """Describe how many neurons of each group a submodel holds."""
-    shares = [f"{len(held)} of {group.size} in '{group.name}'" for group, held in zip(groups, neurons, strict=True)]
-    return "neurons " + ", ".join(shares[:3]) + (", ..." if len(shares) > 3 else "")

@@ -79,6 +79,12 @@ class Partition(Section):
         default=1,
         description="strategy blocks: smallest number of blocks per worker; several workers may hold the same block",
     )
+    verify: Literal["auto", "full"] = Field(
+        default="auto",
+        description="how the start checks that a worker's part computes the same as the masked full network. 'auto': a "
+        "network of more than 5 million parameters is checked with pseudo-random values that are made one layer at a "
+        "time; 'full': with its initial values, which needs the memory of several copies of the network",
+    )
 
     @field_validator(*USED_BY)
     @classmethod

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ist.checks.drift import warn_of_counters
 from ist.checks.finite_values import check_start, non_finite_values
 from ist.checks.gradient_reach import check_reach
+from ist.checks.made_values import read_initial
 from ist.checks.optimizer_trial import check_optimizer
-from ist.checks.verify import verify_cuts
+from ist.checks.verify import is_checked_whole, verify_cuts
 from ist.data.batches import class_name, length, take_shard
 from ist.data.nested import call_model
 from ist.distributed.device import check_autocast, compute_device
@@ -43,7 +44,7 @@ from ist.transport.message import Message, layout_of
 def rehearse(job: Job) -> None:
     """Check the cuts, run one step of worker 0 on a small batch, and evaluate the result; warn of unrepeatable data.
 
-    This needs memory for two full networks, then for several subnets, and changes nothing.
+    This needs memory for several subnets, and for the check of the cuts (`ist/checks/verify.py`); it changes nothing.
 
     Raises:
         ModelError: A submodel computes other outputs than the masked full network, or its evaluation fails.
@@ -56,11 +57,7 @@ def rehearse(job: Job) -> None:
         check_autocast(config.train, compute_device(config.pool))
     if job.task.loop is None:
         _warn_of_unrepeatable(job)
-    network = job.task.build()
-    check_start(job, network)
-    if job.config.method_spec.needs_groups:
-        verify_cuts(job, network)
-    del network
+    _check_network(job)
     if job.task.loop is not None:
         _try_optimizer(job, device)
         return
@@ -76,6 +73,25 @@ def rehearse(job: Job) -> None:
             f"network, data, loss and optimizer do not work together: a step on a batch of "
             f"{smallest_micro_batch(job)} fails: {type(error).__name__}: {error}".splitlines()[0]
         ) from error
+
+
+def _check_network(job: Job) -> None:
+    """Check the initial values of the network, and the cuts.
+
+    Raises:
+        ModelError: A value is not finite, or a submodel computes other outputs than the masked full network.
+        DataError: The first samples contain NaN.
+    """
+    network = job.task.build()
+    check_start(job, network)
+    if not job.config.method_spec.needs_groups:
+        return
+    if is_checked_whole(job):
+        verify_cuts(job, network)
+        return
+    initial = read_initial(job.split, named_tensors(network).items())
+    del network  # the check itself needs no full network
+    verify_cuts(job, initial=initial)
 
 
 def _warn_of_unrepeatable(job: Job) -> None:

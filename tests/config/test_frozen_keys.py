@@ -19,7 +19,7 @@ train.optimizer.groups.N.match train.optimizer.groups.N.max_dims train.optimizer
 train.schedule train.schedule.name train.schedule.factor train.schedule.args
 train.schedule_unit train.optimizer_state train.activation_scale train.running_statistics
 partition.strategy partition.keep partition.capacities partition.coverage partition.balance partition.residual
-partition.exclude partition.sizes partition.blocks partition.min_depth
+partition.exclude partition.sizes partition.blocks partition.min_depth partition.verify
 recipe.stages recipe.stages.N.rounds recipe.stages.N.share recipe.stages.N.keep recipe.stages.N.local_steps
 recipe.stages.N.lr_scale recipe.stages.N.outer recipe.stages.N.outer.lr recipe.stages.N.outer.momentum
 recipe.outer.lr recipe.outer.momentum recipe.average.kind recipe.average.decay recipe.average.decay_unit recipe.average.start

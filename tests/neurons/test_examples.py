@@ -78,14 +78,14 @@ def test_a_network_that_computes_no_finite_output_is_refused() -> None:
 
 
 def test_a_value_that_is_finite_in_only_one_network_is_a_difference() -> None:
-    from ist.checks.verify import _distance
+    from ist.checks.compared import distance
 
     nothing, infinite = torch.tensor([1.0, float("nan")]), torch.tensor([1.0, float("inf")])
 
-    assert _distance(nothing, nothing) == _distance(infinite, infinite) == 0
-    assert not _distance(nothing, torch.ones(2)) <= 1e9
-    assert not _distance(infinite, torch.ones(2)) <= 1e9
-    assert not _distance(infinite, -infinite) <= 1e9
+    assert distance(nothing, nothing) == distance(infinite, infinite) == 0
+    assert not distance(nothing, torch.ones(2)) <= 1e9
+    assert not distance(infinite, torch.ones(2)) <= 1e9
+    assert not distance(infinite, -infinite) <= 1e9
 
 
 class Ghost(nn.Module):
