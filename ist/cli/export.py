@@ -56,7 +56,7 @@ def export(
             f"{run}: its network was passed from Python, so it cannot be built here: use --to safetensors, or "
             "model.save_pretrained(...) in the program after ist.train"
         )
-    is_whole = to == "hf" and config.pool.store == "coordinator"  # then transformers writes it, with values
+    is_whole = to == "hf" and not config.store_is_sharded  # then transformers writes it, with values
     network = None if is_from_python else (build_network if is_whole else network_template)(config)
     weights = run_weights(folder, None if network is None else network.state_dict().keys())
     if tokenizer is not None:

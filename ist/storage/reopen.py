@@ -71,7 +71,7 @@ def reopen(config: Config, path: Path, num_rounds: int, explicit: Sequence[str] 
     if not run_changes(existing, config) and not folder.is_edited():
         return Reopened(folder, existing)
     with sole_writer(path):
-        _, progress = load_newest(folder.storage) or ({}, Progress())
+        _, progress = load_newest(folder.storage, lazily=True) or ({}, Progress())
     before = folder.config_of(progress)
     if before is None and progress.rounds_done:
         raise RunFolderError(

@@ -225,7 +225,7 @@ class RunFolder:
                 its end.
         """
         lines = self._lines_for_resume()
-        newest = load_newest(self.storage)
+        newest = load_newest(self.storage, lazily=True)
         if newest is None:
             self._check_never_saved(len(lines.records))
         self._changed_since(newest[1] if newest else Progress())

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import shutil
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,12 +21,12 @@ from ist.export.distributed_checkpoint import read_distributed
 from ist.export.distributed_checkpoint import write_distributed as write_read
 from ist.export.hugging_face import write_pretrained
 from ist.runs.build import build_job, build_network
-from ist.storage.checkpoint import Progress
+from ist.storage.checkpoint import Progress, write_tensors
 from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.storage.shards.read import SavedTensors
 from ist.tensors import TensorSpec
 from tests.cli.test_cli import ist
-from tests.conftest import assert_same, naming, small_config
+from tests.conftest import assert_same, naming, run_forked_ranks, small_config
 from tests.runs.test_resume import PowerCutError, run
 from tests.storage.test_shards import saved
 
@@ -187,6 +188,30 @@ def test_a_checkpoint_in_shards_is_exported_without_holding_the_network(
         assert_same(read_distributed(tmp_path / "out", expected.state_dict()), expected.state_dict())
     else:
         assert_same(load_file(tmp_path / "out" / "model.safetensors"), expected.state_dict())
+
+
+@pytest.mark.system
+def test_other_numbers_of_ranks_load_their_rows_of_an_exported_checkpoint(
+    ist: Any, in_shards: RunFolder, tmp_path: Path
+) -> None:
+    assert ist("export", in_shards.path, tmp_path / "dcp", "--to", "dcp").code == 0
+    write_tensors(tmp_path / "expected.safetensors", build_network(in_shards.load_config()).state_dict(), {})
+
+    run_forked_ranks(
+        *((ranks, "tests/export/load_rows.py", tmp_path / "dcp", tmp_path / "expected.safetensors") for ranks in (2, 5))
+    )
+
+
+def test_transformers_loads_the_network_from_a_checkpoint_in_shards(in_shards: RunFolder, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    expected: Any = build_network(in_shards.load_config())
+    shutil.copytree(in_shards.path / "checkpoints" / "round-00000001", tmp_path / "checkpoint")
+    expected.config.save_pretrained(tmp_path / "checkpoint")
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint")
+
+    assert torch.equal(logits(model), logits(expected))
 
 
 def test_what_cannot_be_exported_is_refused_by_name_and_nothing_is_written(

@@ -41,6 +41,7 @@ def run(folder: Path, workers: int, last: int, pool: dict[str, Any], storage: st
         model, data(), test_data=data(40, seed=4), workers=workers, local_steps=2, batch_size=8, rounds=ROUNDS, seed=3,
         optimizer={"name": "Adam", "args": {"lr": 0.01}}, optimizer_state="carried", progress=False, run_dir=folder,
         resume=folder.exists() and (folder / "config.yaml").exists(), pool=pool, checkpoint={"every": 1, "storage": storage},
+        exchange={"down": "int8", "up": "int4", "values": "deltas", "error_feedback": True},
         recipe={"outer": {"lr": 0.9, "momentum": 0.5}, "average": {"kind": "ema", "decay": 0.6}},
         callbacks=[StopsAfter(last)] if last < ROUNDS else [],
     )  # fmt: skip
