@@ -109,6 +109,12 @@ class Measurement:
 
 _PHASES = Family("ist_phase_seconds", "counter", "Seconds by phase; for workers the mean.", "phase")
 _MEMORY = Family("ist_memory_peak_bytes", "gauge", "Peak memory; for workers the maximum.", "process")
+_PROCESS_MEMORY = Family(
+    "ist_process_memory_peak_bytes",
+    "gauge",
+    "Peak memory since the process started; for workers the maximum.",
+    "process",
+)
 
 MEASUREMENTS: tuple[Measurement, ...] = (
     Measurement(
@@ -235,12 +241,27 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     Measurement(
         name="memory_bytes", unit="bytes", kind=int, source="worker", slot=8, combine="max", by_worker=True,
         required=True, over_rounds="peak",
-        meaning="Peak memory of a worker so far, maximum of the workers.",
+        meaning=(
+            "Peak memory of a worker so far, above what its process held before the first round, maximum of the "
+            "workers."
+        ),
         tensorboard="memory/worker_bytes", prometheus=Sample(_MEMORY, "worker"), column="memory a worker",
     ),
     Measurement(
+        name="process_memory_bytes", unit="bytes", kind=int, source="worker", slot=13, combine="max", by_worker=True,
+        over_rounds="peak",
+        meaning=(
+            "Peak resident memory of a worker's process since it started, with interpreter, libraries and data, "
+            "maximum of the workers."
+        ),
+        tensorboard="memory/worker_process_bytes", prometheus=Sample(_PROCESS_MEMORY, "worker"),
+    ),
+    Measurement(
         name="coordinator_memory_bytes", unit="bytes", kind=int, source="recorder", over_rounds="peak",
-        meaning="Peak memory so far of the process that records, merges and evaluates.",
+        meaning=(
+            "Peak memory so far of the process that records, merges and evaluates, above what it held before the first "
+            "round."
+        ),
         tensorboard="memory/coordinator_bytes", prometheus=Sample(_MEMORY, "coordinator"),
     ),
     Measurement(
@@ -250,6 +271,11 @@ MEASUREMENTS: tuple[Measurement, ...] = (
             "older version began has none."
         ),
         column="most held by a worker",
+    ),
+    Measurement(
+        name="coordinator_process_memory_bytes", unit="bytes", kind=int, source="recorder", over_rounds="peak",
+        meaning="Peak resident memory of that process since it started, with interpreter, libraries and data.",
+        tensorboard="memory/coordinator_process_bytes", prometheus=Sample(_PROCESS_MEMORY, "coordinator"),
     ),
     Measurement(
         name="test_loss", unit="", kind=float, source="evaluation", over_rounds="latest",

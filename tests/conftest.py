@@ -196,8 +196,9 @@ def a_record(round_number: int, **changes: Any) -> dict[str, Any]:
     record = {
         "round": round_number, "workers": 4, "loss": 0.5, "samples": 192 * (round_number + 1), "sent_bytes": 1000,
         "train_s": 0.6, "compute_s": 0.1, "exchange_s": 0.2, "idle_s": 0.3, "cut_s": 0.01, "merge_s": 0.02,
-        "evaluate_s": 0.5, "bytes_to_worker": [100, 100], "bytes_from_worker": [150, 150], "memory_bytes": 300,
-        "coordinator_memory_bytes": 700, "test_loss": 0.4, "metric": "accuracy", "accuracy": 0.875,
+        "evaluate_s": 0.5, "evaluate_bytes": 0, "bytes_to_worker": [100, 100], "bytes_from_worker": [150, 150], "memory_bytes": 300,
+        "process_memory_bytes": 3000, "coordinator_memory_bytes": 700, "coordinator_process_memory_bytes": 7000,
+        "test_loss": 0.4, "metric": "accuracy", "accuracy": 0.875,
     }  # fmt: skip
     return record | changes
 

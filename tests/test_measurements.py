@@ -50,7 +50,7 @@ from tests.pools.test_ranks import Ranks, by_ranks
 # The fields of a message's header in order, 8 bytes each. Another order would be another format.
 HEADER = (
     "fingerprint", "round_number", "worker", "steps", "samples", "loss_sum", "compute_s", "cpu_s", "memory_bytes",
-    "aside_s", "reuses_frozen", "non_finite", "inside_bytes",
+    "aside_s", "reuses_frozen", "non_finite", "inside_bytes", "process_memory_bytes",
 )  # fmt: skip
 
 
@@ -79,15 +79,16 @@ def test_the_bytes_of_a_header_are_frozen() -> None:
         memory_bytes=2**40 + 1,
         aside_s=0.25,
         inside_bytes=2**41,
+        process_memory_bytes=2**41 + 1,
     )
     message = Message(layout)
     message.flat.fill_(255)  # bytes of an earlier message in the same buffer
 
     message.write_header(Header(7, 2, numbers, reuses_frozen=True))
 
-    values = (layout.fingerprint, 7, 2, 4, 10, 0.1, 2.5, 1 / 3, 2**40 + 1, 0.25, 1, 0, 2**41)
+    values = (layout.fingerprint, 7, 2, 4, 10, 0.1, 2.5, 1 / 3, 2**40 + 1, 0.25, 1, 0, 2**41, 2**41 + 1)
     assert len(values) == len(HEADER)
-    assert bytes(message.flat[:HEADER_BYTES].tolist()) == struct.pack("<13d", *values) + bytes(HEADER_BYTES - 104)
+    assert bytes(message.flat[:HEADER_BYTES].tolist()) == struct.pack("<14d", *values) + bytes(HEADER_BYTES - 112)
     back = message.read_header(7, 2)
     assert back == Header(7, 2, numbers, reuses_frozen=True)
     assert {name: type(value) for name, value in back.numbers.items()} == {m.name: m.kind for _, m in worker_slots()}
@@ -95,12 +96,13 @@ def test_the_bytes_of_a_header_are_frozen() -> None:
 
 @pytest.mark.parametrize("parallel", [True, False])
 def test_the_numbers_of_workers_are_combined_to_those_of_the_round(parallel: bool) -> None:
-    one = worker_numbers(steps=2, samples=5, compute_s=1.0, memory_bytes=70, aside_s=0.5)
-    other = worker_numbers(steps=3, samples=6, compute_s=4.0, memory_bytes=40, aside_s=1.0)
+    one = worker_numbers(steps=2, samples=5, compute_s=1.0, memory_bytes=70, aside_s=0.5, process_memory_bytes=700)
+    other = worker_numbers(steps=3, samples=6, compute_s=4.0, memory_bytes=40, aside_s=1.0, process_memory_bytes=400)
 
     assert combined([one, other], parallel) == {
         "steps": 3, "samples": 11, "compute_s": 2.5, "memory_bytes": 70, "aside_s": 1.0 if parallel else 1.5,
         "inside_bytes": 0,
+        "process_memory_bytes": 700,
     }  # fmt: skip
 
 
@@ -116,19 +118,14 @@ def test_a_number_that_is_missing_or_not_in_the_table_is_an_error_that_names_it(
 
 
 ENERGY = Measurement(
-    name="energy_j", unit="J", kind=float, source="worker", slot=11, combine="sum", by_worker=True, over_rounds="total",
+    name="energy_j", unit="J", kind=float, source="worker", slot=14, combine="sum", by_worker=True, over_rounds="total",
     meaning="Energy that all workers together have used.",
     tensorboard="energy/joules",
     prometheus=Sample(Family("ist_energy_joules", "counter", "Energy of all workers together.")),
     axis=Axis("joules of all workers", "log"), column="energy",
 )  # fmt: skip
-HEAT = Measurement(
-    name="heat_c", unit="°C", kind=float, source="worker", slot=12, combine="max", over_rounds="peak",
-    meaning="Temperature of the hottest worker.",
-    prometheus=Sample(Family("ist_heat_celsius", "gauge", "Temperature of the hottest worker.")),
-)  # fmt: skip
 STUCK = Measurement(
-    name="stuck_s", unit="s", kind=float, source="worker", slot=13, combine="elapsed", over_rounds="latest",
+    name="stuck_s", unit="s", kind=float, source="worker", slot=15, combine="elapsed", over_rounds="latest",
     meaning="Seconds of the round in which a worker waited for its data.", phase="waiting for data",
     prometheus=Sample(Family("ist_stuck_seconds", "counter", "Seconds of waiting for data.")),
 )  # fmt: skip
@@ -136,11 +133,11 @@ STUCK = Measurement(
 
 @pytest.fixture
 def energy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Add three numbers: their entries in the table, and the line that measures them."""
-    table, rounds = (*MEASUREMENTS, ENERGY, HEAT, STUCK), iter(range(10**6))
+    """Add two numbers: their entries in the table, and the line that measures them."""
+    table = (*MEASUREMENTS, ENERGY, STUCK)
 
     def measure(**others: Any) -> dict[str, float]:
-        return {**measured_by_workers(**others), "energy_j": 2.5, "heat_c": 60.0 - next(rounds), "stuck_s": 0.25}
+        return {**measured_by_workers(**others), "energy_j": 2.5, "stuck_s": 0.25}
 
     for name, module in list(sys.modules.items()):
         for attribute, value in (("MEASUREMENTS", table), ("worker_numbers", measure)):
@@ -158,11 +155,10 @@ def test_a_new_number_is_recorded_and_shown_everywhere_by_one_entry_in_the_table
 
     assert [record["energy_j"] for record in records] == [10.0, 20.0, 30.0, 40.0]
     assert records[0]["energy_j_by_worker"] == [2.5] * 4
-    assert (result["energy_j"], result["heat_c"], result["stuck_s"]) == (40.0, 60.0, 1.0)
-    assert [record["heat_c"] for record in records] == [60.0, 56.0, 52.0, 48.0]  # four workers, each a degree cooler
+    assert (result["energy_j"], result["stuck_s"]) == (40.0, 1.0)
     assert scalars(records[1])["energy/joules"] == 20.0
     served = generate_latest(exporter.registry).decode().splitlines()
-    assert {"ist_energy_joules_total 40.0", "ist_heat_celsius 48.0", "ist_stuck_seconds_total 4.0"} <= set(served)
+    assert {"ist_energy_joules_total 40.0", "ist_stuck_seconds_total 4.0"} <= set(served)
     assert "waiting for data" in phase_plot({"run": records})
     assert ("energy_j", "joules of all workers", "log") in axes_of_curves()
     assert dict(zip(table_columns([result]), table_rows([result])[0], strict=True))["energy"] == "40.0"
@@ -222,9 +218,9 @@ def test_the_documentation_lists_a_new_number_and_the_dashboard_shows_it() -> No
     assert "| `energy_j` | J | total | Energy that all workers together have used. |" in written["page"]()
     before = json.loads((ROOT / "docker" / "grafana-dashboard.json").read_text())
     panels = written["dashboard"](before)["panels"]
-    assert len(panels) == len(before["panels"]) + 3
-    assert "rate(ist_energy_joules_total[" in panels[-3]["targets"][0]["expr"]
-    assert panels[-2]["targets"][0]["expr"].startswith("ist_heat_celsius *")
+    assert len(panels) == len(before["panels"]) + 2
+    assert "rate(ist_energy_joules_total[" in panels[-2]["targets"][0]["expr"]
+    assert panels[-1]["targets"][0]["expr"].startswith("rate(ist_stuck_seconds_total[")
 
 
 def test_the_documentation_is_up_to_date() -> None:

@@ -203,14 +203,14 @@ def inspect(
     workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show the neuron groups, each worker's share, and the bytes of a round."""
+    """Show the neuron groups, each worker's share, its memory, and the bytes of a round."""
     config = load_config(config_file, [*(overrides or []), *_flags(workers=workers, method="ist")])
 
     from ist.monitoring.display import PlainConsole
     from ist.runs.build import build_job
     from ist.runs.split import split_of
 
-    split = split_of(build_job(config))
+    split = split_of(build_job(config), with_memory=True)
     if as_json:
         typer.echo(json.dumps(split.as_dict(), indent=2))
     else:

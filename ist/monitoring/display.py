@@ -7,12 +7,15 @@ Not here: results, which go to stdout (`ist/cli/main.py`), so that a run's outpu
 
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import IO, Any, Literal, Protocol
 
 import rich.progress
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from ist.errors import ConfigError, printable
@@ -20,6 +23,7 @@ from ist.monitoring.callback import Callback, Record, RunStart
 
 _LINE_EVERY_S = 5.0
 _FAULTS_AT_ONCE = 3
+_MOST_COLUMNS = 5
 
 
 class PlainConsole(Console):
@@ -216,3 +220,32 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def memory_cells(processes: Mapping[str, Mapping[str, int]]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Return the titles and the rows of a table of memory in MB: a column for each process and a row for each part.
+
+    Args:
+        processes: For each process, bytes by part.
+    """
+    parts = dict.fromkeys(part for process in processes.values() for part in process)
+    rows = [(part, *(_megabytes(held[part]) if part in held else "" for held in processes.values())) for part in parts]
+    sums = ("sum", *(_megabytes(sum(held.values())) for held in processes.values()))
+    return ["", *processes], [*rows, sums]
+
+
+def memory_tables(title: str, processes: Mapping[str, Mapping[str, int]]) -> Iterator[Table]:
+    """Yield tables of `memory_cells`, each as narrow as a terminal."""
+    names = list(processes)
+    for start in range(0, len(names), _MOST_COLUMNS):
+        titles, rows = memory_cells({name: processes[name] for name in names[start : start + _MOST_COLUMNS]})
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+        for number, name in enumerate(titles):
+            table.add_column(name, justify="right" if number else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        yield table
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.1f}"

@@ -6,6 +6,7 @@ Not here: the meaning of the numbers (`ist/measurements.py`), writing them (`ist
 (`ist/report/page.py`).
 """
 
+import os
 import resource
 import sys
 import time
@@ -74,7 +75,7 @@ class MemoryGauge:
     """Peak memory since this gauge was created, above the memory that the process held then.
 
     On a GPU: bytes that torch allocated. On a CPU: growth of the resident set, so that the interpreter, libraries and
-    earlier data do not count.
+    earlier data do not count. `process_peak_bytes` counts these too.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -110,13 +111,33 @@ def worker_numbers(
         "cpu_s": cpu_s,
         "memory_bytes": gauge.peak_bytes(),
         "inside_bytes": 0.0,
+        "process_memory_bytes": process_peak_bytes(),
         "aside_s": 0.0,
     }
+
+
+def process_peak_bytes() -> int:
+    """Return the peak resident memory of this process since it started, in bytes.
+
+    It includes the interpreter, libraries and data, and everything that was freed before the first round. On a GPU, it
+    is the memory of the host.
+    """
+    return max(_resident_peak_bytes(), _before_resets.get(os.getpid(), 0))
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process now, in bytes; where only its peak is known, the peak."""
+    return _status_bytes("VmRSS") if sys.platform == "linux" else _resident_peak_bytes()
+
+
+_before_resets: dict[int, int] = {}
+"""By process id, the highest peak that a gauge has reset. The id matters after a fork: the child has its own peak."""
 
 
 def _reset_resident_peak() -> None:
     # Linux lets a process reset its own high-water mark. On other systems, and in a sandbox that forbids it, growth
     # below an earlier peak is not seen: the reading is then too low, never too high.
+    _before_resets[os.getpid()] = process_peak_bytes()
     if sys.platform == "linux":
         with suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
@@ -124,8 +145,12 @@ def _reset_resident_peak() -> None:
 
 def _resident_peak_bytes() -> int:
     if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024
+        return _status_bytes("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status_bytes(name: str) -> int:
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) * 1024

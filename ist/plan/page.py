@@ -13,7 +13,16 @@ from matplotlib.figure import Figure
 
 from ist._version import VERSION
 from ist.config.methods import method_spec
-from ist.plan.show import COLUMNS, describe_hosts, ending_lines, plan_rows, round_titles
+from ist.monitoring.display import memory_cells
+from ist.plan.show import (
+    COLUMNS,
+    describe_hosts,
+    ending_lines,
+    memory_by_process,
+    memory_notes,
+    plan_rows,
+    round_titles,
+)
 from ist.report.page import render, write_page
 from ist.report.plots import svg
 
@@ -32,6 +41,8 @@ def write_plan_page(found: Mapping[str, Any], path: Path) -> Path:
         columns=COLUMNS,
         rows=plan_rows(found),
         titles=round_titles(found),
+        memory={n: memory_cells(processes) for n, processes in memory_by_process(found).items()},
+        memory_notes=memory_notes(found),
         plot=Markup(simulation_plot(found["simulation"])),
         ends=ending_lines(found),
     )

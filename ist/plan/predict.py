@@ -16,7 +16,7 @@ Not here: the bytes that are sent (`ist/config/methods.py`), measuring steps (`m
 Shape letters: n workers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -28,13 +28,15 @@ from ist.config.runtime import Link
 from ist.config.schema import Config
 from ist.distributed.device import compute_device
 from ist.errors import ConfigError, ISTError, first_line
+from ist.monitoring.meter import resident_bytes
 from ist.plan.buckets import buckets
 from ist.plan.measure import CoordinatorCost, StepCost, WholeCost, measure_coordinator, measure_subnet, measure_whole
 from ist.plan.request import Hosts, Request
 from ist.runs.build import build_job
 from ist.subnet.job import Job, assignments, remote_workers, with_workers
 from ist.subnet.partition import check_workers
-from ist.transport.frozen_parameters import frozen_bytes, message_bytes
+from ist.training.memory_budget import CountedStep, MemoryBudget, count_step, memory_budgets
+from ist.transport.frozen_parameters import message_bytes
 
 FRAME_PAYLOAD = 1448 / 1514
 """Fraction of payload in a full Ethernet frame with TCP timestamps."""
@@ -60,9 +62,12 @@ class Prediction:
         batch_size: Samples in one step of a worker.
         sent_bytes: Payload that all processes send.
         link_bytes: Payload in the busiest direction of the busiest link.
-        memory_bytes: Memory of a worker: parameters, gradients, optimizer state, activations, and the method's buffers.
-        coordinator_memory_bytes: Memory of IST's coordinator: the full network and all messages, including the part of
-            its own worker; None for other methods.
+        memory_bytes: Memory of a worker, without interpreter, libraries and data: the sum of `memory`.
+        memory: Bytes by part; see `ist.training.memory_budget`.
+        coordinator_memory_bytes: The same of IST's coordinator: the full network and all messages, including the part
+            of its own worker; None for other methods.
+        coordinator_memory: Bytes by part; None for other methods.
+        memory_notes: What is not counted, as sentences.
         compute_s: Seconds of local steps.
         exchange_s: Seconds by which the exchange extends the round.
         coordinate_s: Seconds of cutting and merging.
@@ -77,7 +82,10 @@ class Prediction:
     sent_bytes: int
     link_bytes: int
     memory_bytes: int
+    memory: Mapping[str, int]
     coordinator_memory_bytes: int | None
+    coordinator_memory: Mapping[str, int] | None
+    memory_notes: tuple[str, ...]
     compute_s: float
     exchange_s: float
     coordinate_s: float
@@ -93,11 +101,13 @@ class Parts:
         messages: (bytes to it, bytes from it) for every worker.
         step: Cost of a step of the worker with the largest subnet.
         coordinator: Cost of cutting and merging.
+        counted: Memory of a step of the largest worker.
     """
 
     messages: Sequence[tuple[int, int]]
     step: StepCost
     coordinator: CoordinatorCost
+    counted: CountedStep
 
 
 def transfer_s(nbytes: float, rate_mbit: float, payload: float = FRAME_PAYLOAD) -> float:
@@ -205,7 +215,7 @@ class Planner:
                 )
         self.jobs = {method: build_job(configured) for method, configured in configs.items()}
         self.device = compute_device(config.pool)
-        self._whole: dict[str, WholeCost] = {}
+        self._whole: dict[str, tuple[WholeCost, CountedStep]] = {}
         self._parts: dict[int, Parts] = {}
 
     def predict(self, method: str, num_workers: int, hosts: Hosts) -> Prediction:
@@ -218,15 +228,16 @@ class Planner:
         collective = job.config.method_spec.collective
         return self._by_messages(job, hosts) if collective is None else self._collective(collective, job, hosts)
 
-    def whole(self, job: Job) -> WholeCost:
-        """Return the cost of a step of the full network; measured once for all jobs with the same step."""
+    def whole(self, job: Job) -> tuple[WholeCost, CountedStep]:
+        """Return the cost of a step of the full network and its memory; measured once for jobs with the same step."""
         config = job.config
         optimizer = config.train.optimizer.model_dump()
         optimizer["args"].pop("lr", None)
         parts = (config.model, config.data, config.train.loss, optimizer)
         key = f"{parts} {len(job.schedule.sampler.batch(0, 0))}"
         if key not in self._whole:
-            self._whole[key] = measure_whole(job, self.device)
+            counted = count_step(job, self.device, with_activations=True)
+            self._whole[key] = measure_whole(job, self.device), counted
         return self._whole[key]
 
     def parts(self, job: Job) -> Parts:
@@ -238,17 +249,17 @@ class Planner:
             messages = [message_bytes(job.config, split, schedule, held, worker) for worker in range(workers)]
             largest = max(range(workers), key=lambda worker: messages[worker][1])
             step = measure_subnet(job, largest, self.device)
-            self._parts[workers] = Parts(messages, step, measure_coordinator(job, self.device))
+            counted = count_step(job, self.device, with_activations=True)
+            self._parts[workers] = Parts(messages, step, measure_coordinator(job, self.device), counted)
         return self._parts[workers]
 
     def _collective(self, collective: Collective, job: Job, hosts: Hosts) -> Prediction:
         workers, steps, settings = job.config.train.workers, job.config.train.local_steps, job.config.baseline
-        whole = self.whole(job)
+        whole, counted = self.whole(job)
         compute_s, exchange_s = collective_seconds(collective, whole, workers, steps, hosts, settings)
         sent = collective.rank_bytes(whole.sizes, workers, steps, settings)
-        held = _held_bytes(whole.step) + whole.step.parameter_bytes
-        added = collective.memory(whole.sizes, settings) if workers > 1 else 0
-        return _prediction(job, round(workers * sent), round(sent), round(held + added), None, compute_s, exchange_s)
+        budgets = memory_budgets(job, counted)
+        return _prediction(job, round(workers * sent), round(sent), budgets, compute_s, exchange_s)
 
     def _by_messages(self, job: Job, hosts: Hosts) -> Prediction:
         workers, steps = job.config.train.workers, job.config.train.local_steps
@@ -265,28 +276,16 @@ class Planner:
         else:
             link = sent
             compute_s, exchange_s = ist_seconds(remote, step.step_s, workers, steps, hosts)
-        # A worker trains in the message's own buffer, and also holds its part of the frozen parameters.
-        shares = assignments(job).of(job.schedule.main_round)
-        frozen = max(frozen_bytes(job.split, job.config.exchange, neurons, None) for neurons in shares)
-        worker_bytes = max(back for _, back in messages) + frozen + _held_bytes(step)
-        own = _held_bytes(step) if len(remote) < workers else 0
-        specs = (*job.split.specs.values(), *job.split.frozen_specs.values())
-        whole = sum(spec.nbytes for spec in specs) + sum(back for _, back in messages) + own
         coordinate_s = parts.coordinator.cut_s + parts.coordinator.merge_s
-        return _prediction(job, sum(sent), max(link), worker_bytes, whole, compute_s, exchange_s, coordinate_s)
-
-
-def _held_bytes(step: StepCost) -> int:
-    """Bytes of gradients, optimizer state and activations."""
-    return step.parameter_bytes + step.optimizer_bytes + step.activation_bytes
+        budgets = memory_budgets(job, parts.counted)
+        return _prediction(job, sum(sent), max(link), budgets, compute_s, exchange_s, coordinate_s)
 
 
 def _prediction(
     job: Job,
     sent_bytes: int,
     link_bytes: int,
-    memory_bytes: int,
-    coordinator_memory_bytes: int | None,
+    budgets: Mapping[str, MemoryBudget],
     compute_s: float,
     exchange_s: float,
     coordinate_s: float = 0.0,
@@ -295,6 +294,7 @@ def _prediction(
     round_s = compute_s + exchange_s + coordinate_s
     epoch_steps = job.schedule.sampler.steps_per_epoch
     assert epoch_steps is not None
+    coordinator = budgets.get("coordinator")
     return Prediction(
         method=job.config.method,
         workers=job.config.train.workers,
@@ -302,8 +302,11 @@ def _prediction(
         batch_size=len(job.schedule.sampler.batch(0, 0)),
         sent_bytes=sent_bytes,
         link_bytes=link_bytes,
-        memory_bytes=memory_bytes,
-        coordinator_memory_bytes=coordinator_memory_bytes,
+        memory_bytes=budgets["worker"].nbytes,
+        memory=budgets["worker"].parts,
+        coordinator_memory_bytes=coordinator.nbytes if coordinator else None,
+        coordinator_memory=coordinator.parts if coordinator else None,
+        memory_notes=tuple(dict.fromkeys(note for budget in budgets.values() for note in budget.notes)),
         compute_s=compute_s,
         exchange_s=exchange_s,
         coordinate_s=coordinate_s,
@@ -327,6 +330,7 @@ def make_plan(config: Config, request: Request) -> Plan:
     torch.set_num_threads(config.pool.threads)
     try:
         planner = Planner(config, methods)
+        held_bytes = resident_bytes()
         predictions = [
             planner.predict(method, number, hosts)
             for number in request.workers or (config.train.workers,)
@@ -346,6 +350,7 @@ def make_plan(config: Config, request: Request) -> Plan:
         "cores": hosts.cores,
         "hop_s": hosts.hop_s,
         "measured_on": {"device": str(planner.device), "threads": config.pool.threads},
+        "held_bytes": held_bytes,
         "predictions": [asdict(prediction) for prediction in predictions],
         "simulation": simulation,
     }

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ist.config.runtime import Link
-from ist.monitoring.display import format_bytes
+from ist.monitoring.display import format_bytes, memory_tables
 
 COLUMNS = ("method", "sent", "busiest link", "memory", "compute s", "exchange s", "round s", "epoch s")
 
@@ -34,6 +34,28 @@ def plan_rows(found: Mapping[str, Any]) -> dict[int, list[tuple[str, ...]]]:
         )
         rows.setdefault(row["workers"], []).append(texts)
     return rows
+
+
+def memory_by_process(found: Mapping[str, Any]) -> dict[int, dict[str, Mapping[str, int]]]:
+    """Return bytes by number of workers, process and part: a worker of each method, and the coordinator of ist."""
+    found_in: dict[int, dict[str, Mapping[str, int]]] = {}
+    for row in found["predictions"]:
+        own = found_in.setdefault(row["workers"], {})
+        own[row["method"]] = row["memory"]
+        if row["coordinator_memory"] is not None:
+            own["coordinator"] = row["coordinator_memory"]
+    return found_in
+
+
+def memory_notes(found: Mapping[str, Any]) -> list[str]:
+    """Return sentences about the predicted memory: what a process holds besides, and what is not counted."""
+    notes = dict.fromkeys(note for row in found["predictions"] for note in row["memory_notes"])
+    held = format_bytes(found["held_bytes"])
+    return [f"Interpreter, libraries and data take {held} more in each process, as in this one", *map(_sentence, notes)]
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def round_titles(found: Mapping[str, Any]) -> dict[int, str]:
@@ -85,6 +107,11 @@ def print_plan(found: Mapping[str, Any], console: Console, as_json: bool) -> Non
         for row in rows:
             table.add_row(*row)
         console.print(table)
+    for workers, processes in memory_by_process(found).items():
+        for table in memory_tables(f"Memory of a process in MB, with {workers} workers", processes):
+            console.print(table)
+    for note in memory_notes(found):
+        console.print(f"{note}.", highlight=False)
     for line in ending_lines(found):
         console.print(line, highlight=False)
 

@@ -18,7 +18,16 @@ from ist.errors import RunFolderError
 from ist.redact import redacted
 from ist.report.names import run_names
 from ist.report.plots import axes_of_curves, curve_plot, phase_plot
-from ist.report.table import change_texts, end_text, fault_text, link_text, table_columns, table_rows
+from ist.report.table import (
+    MEMORY_COLUMNS,
+    change_texts,
+    end_text,
+    fault_text,
+    link_text,
+    memory_table,
+    table_columns,
+    table_rows,
+)
 from ist.storage.backend import write_atomically
 from ist.storage.run_folder import RunFolder
 
@@ -63,6 +72,8 @@ def write_report(runs: Sequence[RunFolder], path: Path) -> Path:
         columns=table_columns(results),
         rows=rows,
         results=results,
+        memory_columns=MEMORY_COLUMNS,
+        memory=memory_table(results, labels),
         links=link_text(results, labels),
         ends=[(label, text) for label, text in zip(labels, map(end_text, results), strict=True) if text],
         faults=[(label, text) for label, text in zip(labels, map(fault_text, results), strict=True) if text],

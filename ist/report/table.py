@@ -53,6 +53,30 @@ def table_rows(results: Sequence[Result], names: Sequence[str] = ()) -> list[tup
     return rows
 
 
+MEMORY_COLUMNS = ("run", "process", "predicted", "measured", "whole process")
+
+
+def memory_table(results: Sequence[Result], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return a row of text for each kind of process of every run: its memory, as predicted and as measured.
+
+    Args:
+        results: Results of runs.
+        names: Names of the runs.
+    """
+    rows = []
+    for name, result in zip(names, results, strict=True):
+        budget = result.get("memory_budget", {})
+        for process, prefix in (("worker", ""), ("coordinator", "coordinator_")):
+            measured = [result.get(f"{prefix}{key}") for key in ("memory_bytes", "process_memory_bytes")]
+            if not any(measured):
+                continue
+            parts = budget.get(process)
+            predicted = format_bytes(sum(parts.values())) if parts else "not predicted"
+            shown = (format_bytes(count) if count else "not measured" for count in measured)
+            rows.append((name, process, predicted, *shown))
+    return rows
+
+
 def link_text(results: Sequence[Result], names: Sequence[str] = ()) -> str:
     """Return the links of the runs: '100mbit' for all, or 'ist 100mbit, ddp none'; '' if no run had a link."""
     links = {result.get("link") for result in results}

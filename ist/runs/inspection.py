@@ -19,6 +19,7 @@ from ist.subnet.job import remote_workers
 from ist.subnet.partition import coverage, is_full_width
 from ist.subnet.split_model import ShapeKeys, SplitModel
 from ist.tensors import TensorSpec, tensor_specs
+from ist.training.memory_budget import MemoryBudget
 from ist.transport.frozen_parameters import frozen_bytes, message_bytes, round_bytes, stores_for
 from ist.transport.message import header_bytes
 
@@ -174,6 +175,9 @@ class Inspection:
         bytes_of_run: Bytes of the run, including all stages, if no worker is lost.
         samples_by_class: With `data.skew`, the number of each worker's samples of each class, in the order of class
             numbers; else None.
+        memory: The predicted memory of a worker, and of the coordinator; None if it was not predicted.
+        held_bytes: Memory that this process held after the split was made: interpreter, libraries and data; None if it
+            was not measured.
     """
 
     model: str
@@ -197,6 +201,8 @@ class Inspection:
     bytes_per_round: RoundBytes
     bytes_of_run: int
     samples_by_class: tuple[tuple[int, ...], ...] | None = None
+    memory: Mapping[str, MemoryBudget] | None = None
+    held_bytes: int | None = None
 
 
 def inspect_split(

@@ -272,6 +272,9 @@ def _opened(
             job = for_world_size(job)
             membership = join(config.pool, device)
             stack.enter_context(failures_published(membership))
+        if computes:
+            # The first optimizer imports much of torch, which must not count as memory and time of the first round.
+            torch.optim.SGD([torch.nn.Parameter(torch.zeros(2, 3))])
         first_round = before.rounds_done
         if first_round > job.schedule.num_rounds:
             raise CheckpointError(

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ist.errors import CheckpointError
@@ -17,10 +18,11 @@ from ist.evaluation.evaluate import Metrics
 from ist.measurements import FAULTS, MEASUREMENTS, over_rounds
 from ist.monitoring import observers
 from ist.monitoring.callback import Callback
-from ist.monitoring.meter import MemoryGauge, Meter
+from ist.monitoring.meter import MemoryGauge, Meter, process_peak_bytes
 from ist.storage.checkpoint import Progress
 from ist.storage.run_folder import RunFolder
 from ist.subnet.job import Job, assignments, remote_workers
+from ist.training.memory_budget import count_step, memory_budgets
 from ist.training.rounds import RoundReport, Seconds
 
 
@@ -100,6 +102,7 @@ class RunRecorder:
             "bytes_to_worker": self._since_last_round(self._meter.sent, 0),
             "bytes_from_worker": self._since_last_round(self._meter.received, 1),
             "coordinator_memory_bytes": self._gauge.peak_bytes(),
+            "coordinator_process_memory_bytes": process_peak_bytes(),
         }
         self._gathered_before = self._meter.gathered
         for total in self._totals:
@@ -227,9 +230,21 @@ class RunRecorder:
             "best_accuracy": numbers.get("best_accuracy"),
             **({"stopped_early": self.stopped_early} if self.stopped_early is not None else {}),
             **self._totals,
+            **({"memory_budget": budget} if (budget := self._memory_budget()) else {}),
             **({"remote_workers": len(remote_workers(self._job.config))} if config.method_spec.has_coordinator else {}),
             "faults": dict(self._faults),
             **({"block_scales": scales} if (scales := assignments(self._job).block_scales()) else {}),
             "parameters": sum(parameter.numel() for parameter in parameters),
             "trained_parameters": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         }
+
+    def _memory_budget(self) -> dict[str, dict[str, int]]:
+        """Return the predicted memory of a worker's process and of the coordinator, by part, for a run with a folder.
+
+        Activations are not counted: that would run the user's network and loss again. In a pool whose workers share one
+        process, the prediction would not be that of a process.
+        """
+        if self._folder is None or self._job.config.pool.spec.in_process:
+            return {}
+        step = count_step(self._job, torch.device("cpu"), with_activations=False)
+        return {process: dict(budget.parts) for process, budget in memory_budgets(self._job, step).items()}

@@ -16,8 +16,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from ist.data.shards.unequal import SkewedSampler
+from ist.distributed.device import compute_device
 from ist.errors import ConfigError
-from ist.monitoring.display import PlainConsole, format_bytes, format_ratio
+from ist.monitoring.display import PlainConsole, format_bytes, format_ratio, memory_tables
+from ist.monitoring.meter import resident_bytes
 from ist.network.compiled import plain_name
 from ist.rng import Indices
 from ist.runs.inspection import Inspection, RoundBytes, Shape, Share, SplitGroup, TensorShares, inspect_split
@@ -26,6 +28,7 @@ from ist.subnet.cut import extract, positions
 from ist.subnet.job import Job, assignments
 from ist.subnet.split_model import SplitModel
 from ist.tensors import named_tensors
+from ist.training.memory_budget import count_step, memory_budgets
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,13 +136,22 @@ class Split:
 _MOST_CLASSES = 10
 
 
-def split_of(job: Job) -> Split:
-    """Return the split of a run's network, with the initial values."""
+def split_of(job: Job, with_memory: bool = False) -> Split:
+    """Return the split of a run's network, with the initial values.
+
+    Args:
+        job: The run.
+        with_memory: Whether to predict the memory of its processes, which runs a step without values.
+    """
     held = assignments(job)
     sampler = job.schedule.sampler
     inspection = inspect_split(job.config, job.split, job.schedule, held, sampler.steps_per_epoch)
     if isinstance(sampler, SkewedSampler):
         inspection = replace(inspection, samples_by_class=sampler.samples_by_class)
+    if with_memory:
+        held_bytes, device = resident_bytes(), compute_device(job.config.pool)
+        memory = memory_budgets(job, count_step(job, device, with_activations=True))
+        inspection = replace(inspection, memory=memory, held_bytes=held_bytes)
     return Split(inspection, job.split, held, lambda: values_of(job.task.build()))
 
 
@@ -184,6 +196,15 @@ def print_inspection(found: Inspection, console: Console) -> None:
             f"Frozen parameters are sent to a worker in its first round (at most {format_bytes(most)}), and again when "
             "its part changes; the worker does not return them."
         )
+    if found.memory is not None:
+        parts = {name: budget.parts for name, budget in found.memory.items()}
+        for table in memory_tables("Memory of a process in MB", parts):
+            console.print(table)
+        for note in dict.fromkeys(note for budget in found.memory.values() for note in budget.notes):
+            console.print(f"{note[:1].upper()}{note[1:]}.")
+        if found.held_bytes is not None:
+            libraries = format_bytes(found.held_bytes)
+            console.print(f"Interpreter, libraries and data take {libraries} more in each process, as in this one.")
     total = found.bytes_per_round
     console.print(f"A round sends {format_bytes(total.ist)} in all; data-parallel training sends ", end="")
     ratio = f": {format_ratio(total.ratio)} times more" if total.ratio else ""

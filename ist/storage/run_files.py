@@ -76,6 +76,7 @@ class _Result(_Written):
     link: str = ""
     wire_bytes: NonNegativeFloat = 0
     wire_bytes_by_host: list[NonNegativeFloat] = []
+    memory_budget: dict[str, dict[str, NonNegativeInt]] = {}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,13 @@ from tests.conftest import naming, small_config, worker_numbers
 
 def did(seconds: float, cpu_s: float, *transfers_s: float) -> RankRound:
     numbers = worker_numbers(
-        steps=2, samples=5, loss_sum=10.0, compute_s=seconds - sum(transfers_s), cpu_s=cpu_s, memory_bytes=7
+        steps=2,
+        samples=5,
+        loss_sum=10.0,
+        compute_s=seconds - sum(transfers_s),
+        cpu_s=cpu_s,
+        memory_bytes=7,
+        process_memory_bytes=70,
     )
     return RankRound(numbers, finite=True, sent_bytes=0.0, transfers_s=transfers_s)
 
@@ -27,7 +33,8 @@ def test_waiting_for_a_slow_rank_counts_as_idle_time_not_as_transfer() -> None:
         "compute_s": (1.0 + 11.0) / 2,
         "virtual_s": 11.0 + 1.0,
         "loss": 2.0,
-        "samples": 10, "steps": 2, "workers": 2, "memory_bytes": 7,
+        "samples": 10, "steps": 2, "workers": 2, "memory_bytes": 7, "process_memory_bytes": 70,
+        "inside_bytes": 0,
         "cut_s": 0.0, "merge_s": 0.0, "aside_s": 0.0,
     }  # fmt: skip
     assert report.by_worker == [quick.numbers, slow.numbers]

@@ -55,6 +55,12 @@ def test_train_writes_a_run_folder_and_separates_progress_from_results(ist_comma
     record, result = records[-1], json.loads((tmp_path / "run" / "result.json").read_text())
     for peak in ("memory_bytes", "coordinator_memory_bytes"):
         assert result[peak] == max(one[peak] for one in records) > 0
+    # The start of the process counts too: the interpreter and torch alone take more than 100 MB.
+    for process, above in (
+        ("process_memory_bytes", "memory_bytes"),
+        ("coordinator_process_memory_bytes", "memory_bytes"),
+    ):
+        assert result[process] == max(one[process] for one in records) > result[above] + 100 * 10**6
     assert {"round", "loss", "accuracy", "sent_bytes", "compute_s", "exchange_s", "idle_s", "memory_bytes"} <= set(
         record
     )
@@ -262,6 +268,11 @@ def test_inspect_prints_tables_and_json(ist: Any, tmp_path: Path) -> None:
     found = json.loads(ist("inspect", written(tmp_path), "--json").out)
 
     assert "Neuron groups" in text
+    assert "Memory of a process" in text
+    worker, coordinator = found["memory"]["worker"]["parts"], found["memory"]["coordinator"]["parts"]
+    assert worker["gradients"] == 4 * found["shares"][0]["parameters"]
+    assert coordinator["full network"] > 4 * found["parameters"]
+    assert found["held_bytes"] > 100 * 10**6  # torch alone
     assert [group["neurons"] for group in found["groups"]] == [24, 20]
     assert [share["parameters"] for share in found["shares"]] == [6 * 64 + 6 * 3 + 5 * 6 + 5 * 3 + 10 * 5 + 10] * 4
     assert found["bytes_per_round"]["ddp"] == 2 * 3 * 4 * found["parameters"] * 3
