@@ -88,8 +88,9 @@ class Model(Component):
 
     weights: str | None = Field(
         default=None,
-        description="file or folder with the initial weights (fine-tuning): a safetensors file, such as a run's "
-        "model.safetensors, or a folder of torch.distributed.checkpoint; default: random weights from the run's seed",
+        description="file or folder with the initial weights (fine-tuning), read one tensor at a time: a safetensors "
+        "file, such as a run's model.safetensors, or a folder of transformers (model.safetensors, or several files and "
+        "model.safetensors.index.json) or of torch.distributed.checkpoint; default: random weights from the run's seed",
     )
 
 

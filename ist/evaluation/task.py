@@ -33,6 +33,9 @@ NO_SAMPLES = TensorDataset(torch.empty(0), torch.empty(0))
 LossFunction = Callable[[Any, Any], Tensor]
 """Computes the mean loss of (outputs, targets)."""
 
+GivenWeights = Callable[[], Mapping[str, Tensor]]
+"""Opens the given weights of a network: tensors by the names of its `state_dict`, each read when it is asked for."""
+
 
 @dataclass(frozen=True)
 class OwnEvaluation:
@@ -75,6 +78,7 @@ class Task:
         step: The user's step function, which computes the loss of a whole batch; None: `loss` does.
         compared: The fingerprints of the training data and of the test data, if `train_data` has become the shard of
             `worker` only; None: `train_data` has all samples that this process can read.
+        weights: Opens the weights that the network starts with, if they are in files; None: `build` makes them.
     """
 
     build: Callable[[], nn.Module]
@@ -94,6 +98,7 @@ class Task:
     worker: int | None = 0
     step: StepFunction | None = None
     compared: tuple[DataFingerprint, DataFingerprint] | None = None
+    weights: GivenWeights | None = None
 
     @property
     def is_evaluated(self) -> bool:
@@ -145,7 +150,9 @@ class Task:
         A worker loads its own data itself, if it has such.
         """
         train_data = self.train_data if self.own_data is None else NO_SAMPLES
-        return replace(self, build=_no_build, train_data=train_data, test_data=None, evaluation=None, statistics=None)
+        return replace(
+            self, build=_no_build, train_data=train_data, test_data=None, evaluation=None, statistics=None, weights=None
+        )
 
 
 def _no_build() -> nn.Module:

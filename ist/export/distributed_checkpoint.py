@@ -125,15 +125,68 @@ def read_distributed(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Te
         if shape != tuple(tensor.shape):
             raise CheckpointError(f"{path}: its '{prefix + name}' is {shape}, not {tuple(tensor.shape)}")
     values = {prefix + name: torch.empty_like(tensor, device="cpu") for name, tensor in expected.items()}
+    _read(path, index, values)
+    return {name: values[prefix + name] for name in expected}
+
+
+def _read(path: Path, index: Metadata, into: dict[str, Tensor]) -> None:
+    """Read tensors of a checkpoint into others.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged.
+    """
     try:
         with _in_one_process():
-            load(values, storage_reader=_Reader(path, index), **_alone(load))
+            load(into, storage_reader=_Reader(path, index), **_alone(load))
     except CheckpointException as error:  # it is not an Exception
         cause = next((found[0] for found in error.failures.values()), error)
         raise CheckpointError(
             f"{path}: is damaged, and cannot be read: {type(cause).__name__} {first_line(cause)}"
         ) from error
-    return {name: values[prefix + name] for name in expected}
+
+
+class DistributedTensors:
+    """The tensors of a checkpoint of torch.distributed.checkpoint, each read when it is asked for.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        CheckpointError: It is not such a checkpoint.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._index = _index(path)
+        self._specs = {
+            name: TensorSpec(tuple(entry.size), entry.properties.dtype)
+            for name, entry in self._index.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read a tensor.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged.
+        """
+        spec = self._specs[name]
+        values = {name: torch.empty(spec.shape, dtype=spec.dtype)}
+        _read(self._path, self._index, values)
+        return values[name]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return some rows of a tensor, along its first dim; the tensor is read, because the format has no rows.
+
+        Raises:
+            CheckpointError: The checkpoint is damaged.
+        """
+        found = self[name]
+        return found[start:stop].clone() if found.dim() else found
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Return the shape and dtype of every tensor, by name."""
+        return self._specs
 
 
 def _index(path: Path) -> Metadata:

@@ -23,9 +23,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ist.data.nested import tensors_in
+from ist.errors import ModelError
 from ist.initialization.in_files import built_whole
 from ist.network.copies import like
-from ist.tensors import constant_tensors, memory_key
+from ist.tensors import checksum, constant_tensors, memory_key
 
 _READS = {"tolist", "numpy", "__array__", "__dlpack__"}
 """Methods of a tensor that read its values without an operator."""
@@ -53,6 +54,26 @@ def constants(template: nn.Module, make: Callable[[], nn.Module]) -> dict[str, T
     remedy = "register such tensors as persistent buffers, or compute them without parameters and random numbers"
     made = constant_tensors(built_whole(make, reason, remedy))
     return {name: tensor.detach().clone().cpu() for name, tensor in made.items()}
+
+
+def check_constants(made: Mapping[str, Tensor], network: nn.Module) -> None:
+    """Check that constants are those of a network that was built.
+
+    Args:
+        made: The result of `constants`.
+        network: The network, before it is trained.
+
+    Raises:
+        ModelError: One differs.
+    """
+    built = constant_tensors(network)
+    for name, tensor in made.items():
+        if built[name].is_meta or checksum(built[name].cpu()) != checksum(tensor):
+            raise ModelError(
+                f"'{name}', which is not in the network's state_dict, differs each time the network is created, so "
+                "workers would have other values: let it not depend on anything but the arguments of the network, or "
+                "register it as a persistent buffer"
+            )
 
 
 def built_without_parameters(make: Callable[[], nn.Module]) -> nn.Module:

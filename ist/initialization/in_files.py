@@ -14,7 +14,7 @@ import os
 import tempfile
 import warnings
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -155,6 +155,37 @@ class FileTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.release(made)
             self.release(tensor)
         return made
+
+
+class OneAtATime(Mapping[str, Tensor]):
+    """Tensors in files by name, of which only the one that was asked for last is in memory.
+
+    Args:
+        tensors: The tensors.
+        files: The context in which they were made.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], files: FileTensors) -> None:
+        self._tensors = tensors
+        self._files = files
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a tensor, and give back the memory of the others."""
+        for tensor in self._tensors.values():
+            self._files.release(tensor)
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names."""
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        """Return the number of names."""
+        return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is a tensor of that name."""
+        return name in self._tensors
 
 
 def _outer_first(tensor: Tensor) -> list[int]:

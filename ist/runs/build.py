@@ -7,14 +7,12 @@ Not here: the class `Job` (`ist/subnet/job.py`), running it (`ist/runs/execute.p
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -31,17 +29,20 @@ from ist.data.nested import scores
 from ist.data.registry import Splits
 from ist.data.shards.dirichlet import class_numbers
 from ist.data.shards.unequal import OwnData, OwnSampler, Sampler, SkewedSampler
-from ist.errors import CheckpointError, ConfigError, DataError, ModelError
+from ist.distributed.environment import is_launched, is_rank_zero
+from ist.errors import ConfigError, DataError, ModelError
 from ist.evaluation.evaluate import batch_norms
 from ist.evaluation.losses import LOSSES
 from ist.evaluation.metrics import METRICS, Metric
 from ist.evaluation.step_function import StepFunction, network_inputs
-from ist.evaluation.task import NO_SAMPLES, LossFunction, Task
+from ist.evaluation.task import NO_SAMPLES, GivenWeights, LossFunction, Task
+from ist.export.initial_weights import open_weights
 from ist.initialization.constants import built_without_parameters, constants
+from ist.initialization.fill import built_with
 from ist.initialization.in_files import built_whole
 from ist.loops.part import Part
 from ist.models import MODELS
-from ist.network.compiled import check_backend, plain_name, without_compilation
+from ist.network.compiled import check_backend, without_compilation
 from ist.network.copies import copied, on_meta
 from ist.network.modes import enter_training_modes, set_modes
 from ist.network.supported import check_network, check_values
@@ -80,23 +81,24 @@ def build_job(config: Config, splits: Splits | None = None) -> Job:
         ModelError: The network cannot be split among that many workers.
     """
     make = partial(build_network, config)
+    template = _template(make)
+    weights = given_weights(template, config.model.weights, "model.weights")
 
     def build() -> nn.Module:
-        model = make()
-        if config.model.weights is not None:
-            _load_weights(model, Path(config.model.weights))
+        model = make() if weights is None else built_with(make, weights())
         check_values(model)
         return model
 
-    template = _template(make)
-    loss, step = loss_function(config.train.loss), step_function(config.train.step)
+    step = step_function(config.train.step)
+    made = partial(make_job, config, template, build, step=step, construct=make, weights=weights)
+    loss = loss_function(config.train.loss)
     if config.data.shard == "own":
         splits, own = load_own(config)
         if has_other_coordinator(config) and (theirs := load_data(config)).train is None:
             _check_without_data(config, template, theirs.test, None)
-        return make_job(config, template, build, splits.train, splits.test, loss, own=own, step=step, construct=make)
+        return made(splits.train, splits.test, loss, own=own)
     splits = collated(config, splits or load_data(config))
-    job = make_job(config, template, build, splits.train, splits.test, loss, step=step, construct=make)
+    job = made(splits.train, splits.test, loss)
     worker = following_worker(config)
     return job if worker is None else for_one_worker(job, worker)
 
@@ -146,6 +148,7 @@ def make_job(
     own: OwnData | None = None,
     step: StepFunction | None = None,
     construct: Callable[[], nn.Module] | None = None,
+    weights: GivenWeights | None = None,
 ) -> Job:
     """Build a job from a network and data in memory; see `build_job` and `ist.train`.
 
@@ -164,6 +167,7 @@ def make_job(
         own: The data sets that workers have of their own; None: all workers read `train_data`.
         step: Computes the loss of a whole batch, instead of `loss`; items of the data may then be anything.
         construct: Builds the network without the given weights, which its constants do not need; None: `build` does.
+        weights: Opens the weights that the network starts with, as `build` does; None: `build` initializes it.
 
     Raises:
         ConfigError: The optimizer or the schedule is wrong, or a step has fewer samples than micro-batches.
@@ -192,7 +196,7 @@ def make_job(
     loader = loader or _loader_settings(config.data.loader)
     task = Task(
         build, train_data, test_data, loss, metric, example, config.seed, make, loader, test_loader or loader,
-        own_data=own, worker=worker, step=step,
+        own_data=own, worker=worker, step=step, weights=weights,
     )  # fmt: skip
     return Job(config, task, split, _schedule(config, template, sampler, make, optimizer, scheduler))
 
@@ -549,28 +553,25 @@ def step_function(name: str | None) -> StepFunction | None:
     return function
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
-    """Load the values of a safetensors file, or of a folder of torch.distributed.checkpoint, into a network.
+def given_weights(template: nn.Module, path: str | Path | None, where: str) -> GivenWeights | None:
+    """Return a function that opens the weights that a network starts with; None if none are given.
+
+    A process that leads a run opens them here, so that errors come early. No other process needs the files.
+
+    Args:
+        template: The network, on any device.
+        path: The file or folder; None: none is given.
+        where: The name of the key or argument, for messages.
 
     Raises:
         ConfigError: The file or folder cannot be read, or belongs to another network.
     """
-    if path.is_dir():
-        from ist.export.distributed_checkpoint import read_distributed  # takes half a second to import
-
-        try:
-            model.load_state_dict(read_distributed(path, model.state_dict()))
-        except CheckpointError as error:
-            raise ConfigError(f"'model.weights' is '{path}', which does not match the network: {error}") from error
-        return
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"'model.weights' is '{path}', which cannot be read as safetensors: {error}") from error
-    try:
-        model.load_state_dict({plain_name(name): tensor for name, tensor in tensors.items()})
-    except RuntimeError as error:
-        raise ConfigError(f"'model.weights' is '{path}', which does not match the network: {error}") from error
+    if path is None:
+        return None
+    opened = cache(partial(open_weights, Path(path), template, where))
+    if not is_launched() or is_rank_zero():
+        opened()
+    return opened
 
 
 def metric_named(name: str) -> Metric | None:

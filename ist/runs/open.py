@@ -36,6 +36,8 @@ from ist.distributed.process_group import (
 )
 from ist.distributed.worker_group import WorkerGroup, worker_group
 from ist.errors import CheckpointError, ConfigError
+from ist.initialization.constants import check_constants
+from ist.initialization.in_files import OneAtATime, large_tensors_in_files
 from ist.launch.signals import resume_command
 from ist.monitoring.callback import Callback
 from ist.monitoring.display import Progress as ProgressDisplay
@@ -380,13 +382,28 @@ def _sharded_method(process: _Process, membership: Membership, saved: Mapping[st
     config = process.job.config
     tensors: Mapping[str, Tensor] = {}
     if process.shared.saved is None:
-        model, further = _restored(process.job, saved)
-        tensors = {**model.state_dict(), **further}
+        tensors = _initial_values(process.job) if saved is None else _all_tensors(process.job, saved)
     method, store = _shard_method(process, membership, tensors, saved is not None)
     prefix = "" if config.recipe.average.kind == "none" else f"{AVERAGE}module."
     return ShardedMethod(
         method, store, process.job.split, prefix, process.device, process.meter, config.pool.evaluation or "layers"
     )
+
+
+def _initial_values(job: Job) -> Mapping[str, Tensor]:
+    """Return the network's tensors at the start of a run, without memory for more than one of them."""
+    if job.task.weights is not None:
+        return job.task.weights()
+    with large_tensors_in_files() as files:
+        network = job.task.build()
+    check_constants(job.split.constants, network)
+    return OneAtATime(network.state_dict(), files)
+
+
+def _all_tensors(job: Job, saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the tensors of a state that a process has given, and of the network without them."""
+    model, further = _restored(job, saved)
+    return {**model.state_dict(), **further}
 
 
 def _shared(config: Config, membership: Membership, location: CheckpointLocation | None, is_resumed: bool) -> _Shared:
@@ -500,6 +517,7 @@ def _follower(process: _Process, membership: Membership) -> Follower:
 def _restored(job: Job, saved: Mapping[str, Tensor] | None) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     """Return the full network, with a checkpoint's values if there is one, and the checkpoint's other tensors."""
     model = job.task.build()
+    check_constants(job.split.constants, model)
     if saved is None:
         return model, {}
     saved = {plain_name(name): tensor for name, tensor in saved.items()}

@@ -72,6 +72,10 @@ class SavedTensors(Mapping[str, Tensor]):
         """Return the number of tensors."""
         return len(self._places)
 
+    def __contains__(self, name: object) -> bool:
+        """Return whether there is a tensor of that name, without reading it, as `Mapping` would."""
+        return name in self._places
+
     def spec(self, name: str) -> TensorSpec:
         """Return the shape and dtype of a tensor, which is not read."""
         return self._places[name].spec
@@ -168,6 +172,24 @@ def open_file(storage: Storage, name: str) -> tuple[SavedTensors, dict[str, str]
         raise CheckpointError(f"{storage.where(name)}: no such checkpoint")
     places, metadata = _places(storage, name, size)
     return SavedTensors(storage, places), metadata
+
+
+def open_files(storage: Storage, files: Mapping[str, str]) -> SavedTensors:
+    """Open tensors in several files of safetensors; checksums are not compared.
+
+    Args:
+        storage: The storage of the files.
+        files: The file of each tensor, by name.
+
+    Raises:
+        CheckpointError: A file is missing, truncated or not a safetensors file, or lacks a tensor.
+        RunFolderError: The storage cannot be read.
+    """
+    opened = {file: open_file(storage, file)[0] for file in dict.fromkeys(files.values())}
+    for name, file in files.items():
+        if name not in opened[file]:
+            raise CheckpointError(f"{storage.where(file)}: has no '{name}'")
+    return SavedTensors(storage, {name: opened[file]._places[name] for name, file in files.items()})
 
 
 def _commit(storage: Storage, folder: str) -> _Commit:
