@@ -46,6 +46,7 @@ from ist.runs.loading.load import load_data
 
 KEEPS = (0.5, 0.75, 1.0)
 SHARES = (0.25, 0.5, 0.75, 1.0)
+MOST_SEEDS = 6
 FULL = "full network, data-parallel"
 NARROW = "own shares throughout"
 
@@ -205,6 +206,10 @@ class Study:
         found = finished_runs(self._path)
         return [found[run.key] for run in runs]
 
+    def is_finished(self, run: Run) -> bool:
+        """Return whether a run is in the file of finished runs."""
+        return run.key in finished_runs(self._path)
+
     def _make(self, run: Run) -> None:
         config = run.load()
         data = config.data.model_dump_json()
@@ -238,7 +243,8 @@ def measured(study: Study, workload: str, point: Point, given: Sequence[str], se
             return None
         better = min if settings.metric in LOWER else max
         best = better(reached, key=lambda factor: reached[factor])
-    found = study.results(run_of(workload, point, given, best, seed, tune=False) for seed in range(seeds))
+    finals = [run_of(workload, point, given, best, seed, tune=False) for seed in range(MOST_SEEDS)]
+    found = study.results(run for seed, run in enumerate(finals) if seed < seeds or study.is_finished(run))
     results = [result for result in found if result]
     if not results:
         return None
