@@ -14,7 +14,8 @@ of the full network.
 *Trials*: settings with a keep fraction of at most 1/2 throughout.
 
 Each point runs with the same learning rates for the first seed, on held-out training data, and with the best one for
-all seeds on the test data. Workers are in one process, except in data-parallel training. Finished runs are lines of
+all seeds on the test data; some workloads use the rates that were best in shorter runs. Workers are in one process, except
+in data-parallel training. Finished runs are lines of
 `results/dial_runs.jsonl`; `results/dial.json` has the results, `results/dial_WORKLOAD.svg` is the plot of a workload.
 """
 
@@ -62,6 +63,7 @@ class Settings:
         factors: The learning rates, relative to that of the configuration.
         files: For keys of the configuration, the option of this command with their file.
         tunes: Whether the data set has a held-out part for tuning.
+        tuned_as: Another entry of `DIALS`, with shorter runs, in which the learning rates are tuned.
     """
 
     config: str
@@ -70,18 +72,21 @@ class Settings:
     factors: tuple[float, ...] = (1 / 3, 1.0)
     files: Mapping[str, str] = field(default_factory=dict)
     tunes: bool = True
+    tuned_as: str | None = None
 
 
-def _of(workload: str, *overrides: str, factors: tuple[float, ...] = (1 / 3, 1.0)) -> Settings:
+def _of(
+    workload: str, *overrides: str, factors: tuple[float, ...] = (1 / 3, 1.0), tuned_as: str | None = None
+) -> Settings:
     known = WORKLOADS[workload]
-    return Settings(workload, known.metric, overrides, factors, known.files)
+    return Settings(workload, known.metric, overrides, factors, known.files, tuned_as=tuned_as)
 
 
 # The full lengths are for points in which workers hold little; others would take hours on two cores.
 DIALS = {
     "crime_mlp": _of("crime_mlp"),
     "speech_mlp": _of("speech_mlp", "train.epochs=24"),
-    "speech_mlp_full_length": _of("speech_mlp"),
+    "speech_mlp_full_length": _of("speech_mlp", tuned_as="speech_mlp"),
     "speech_speaker": _of("speech_speaker", "train.epochs=24"),
     "cora_gcn": _of("cora_gcn", "partition.keep=null"),
     "wordnet_gcn": _of("wordnet_gcn", "train.epochs=8", "train.local_steps=32"),
@@ -89,7 +94,7 @@ DIALS = {
         "wordnet_hypernyms", "train.rounds=null", "train.epochs=8", "train.local_steps=256", factors=(1.0,)
     ),
     "kjv_decoder": _of("kjv_decoder", "train.epochs=1", factors=(0.5, 1.0)),
-    "kjv_decoder_full_length": _of("kjv_decoder", factors=(0.5, 1.0)),
+    "kjv_decoder_full_length": _of("kjv_decoder", factors=(0.5, 1.0), tuned_as="kjv_decoder"),
     "fashion_mnist_loft": _of("fashion_mnist_loft", "train.rounds=8", factors=(1.0,)),
     "quickstart": Settings("quickstart", "accuracy", ("train.epochs=20",), (1.0,), tunes=False),
 }
@@ -238,7 +243,7 @@ def tuning(workload: str, point: Point, given: Sequence[str]) -> list[Run]:
     """Return a point's runs with each learning rate, of which there is one if none is tuned."""
     settings = DIALS[workload]
     factors = settings.factors if len(settings.factors) > 1 else ()
-    return [run_of(workload, point, given, factor, 0, settings.tunes) for factor in factors]
+    return [run_of(settings.tuned_as or workload, point, given, factor, 0, settings.tunes) for factor in factors]
 
 
 def measured(study: Study, workload: str, point: Point, given: Sequence[str], seeds: int) -> dict[str, Any] | None:
@@ -285,9 +290,12 @@ HEADS = (
 
 def rows(found: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
     """Yield all points of all workloads under `HEADS`."""
+    order = [point.label for point in (*dial(), *TRIALS)]
     for workload, entry in found.items():
         metric, base = entry["metric"], entry["points"].get(FULL)
-        for label, row in entry["points"].items():
+        ranks = {label: order.index(label) if label in order else len(dial()) - 0.5 for label in entry["points"]}
+        for label in sorted(ranks, key=lambda label: ranks[label]):  # the dial, the controls, the trials
+            row = entry["points"][label]
             steps = "" if row["held"]["steps"] == 1 else f", in {row['held']['steps']:.0%} of its steps"
             # Small and wide networks have another number of parameters than the workload's network.
             fraction = row["held"]["fraction"] * row["parameters"] / entry["parameters"]
@@ -320,7 +328,9 @@ def plot(entry: Mapping[str, Any]) -> str:
     for axes, (key, title) in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
         narrow = [row for row in points.values() if row["keep"] == 0]
         for number, keep in enumerate(KEEPS):
-            curve = narrow + [row for row in points.values() if row["keep"] == keep]
+            curve = narrow + sorted(
+                (row for row in points.values() if row["keep"] == keep), key=lambda row: float(row["share"])
+            )
             places = [row["share"] for row in curve], [row[key] for row in curve]
             axes.plot(*places, marker=".", color=f"C{number}", label=f"keep {keep:g}")
         others = [(label, row) for label, row in points.items() if "small network" in label or label == FULL]
