@@ -14,9 +14,9 @@ of the full network.
 *Trials*: settings with a keep fraction of at most 1/2 throughout.
 
 Each point runs with the same learning rates for the first seed, on held-out training data, and with the best one for
-all seeds on the test data; some workloads use the rates that were best in shorter runs. Workers are in one process, except
-in data-parallel training. Finished runs are lines of
-`results/dial_runs.jsonl`; `results/dial.json` has the results, `results/dial_WORKLOAD.svg` is the plot of a workload.
+all seeds on the test data. Some workloads use the rates that were best in shorter runs. Workers are in one process,
+except in data-parallel training. Finished runs are lines of `results/dial_runs.jsonl`; `results/dial.json` has the
+results, `results/dial_WORKLOAD.svg` is the plot of a workload.
 """
 
 import argparse
@@ -298,12 +298,13 @@ def rows(found: Mapping[str, Any]) -> Iterable[tuple[str, ...]]:
             row = entry["points"][label]
             steps = "" if row["held"]["steps"] == 1 else f", in {row['held']['steps']:.0%} of its steps"
             # Small and wide networks have another number of parameters than the workload's network.
+            spread = f" ± {format_metric(metric, row['spread'])}" if len(row["values"]) > 1 else ""
             fraction = row["held"]["fraction"] * row["parameters"] / entry["parameters"]
             yield (
                 workload,
                 label,
                 "loss" if metric == "test_loss" else metric_title(metric),
-                f"{format_metric(metric, row['mean'])} ± {format_metric(metric, row['spread'])} ({len(row['values'])})",
+                f"{format_metric(metric, row['mean'])}{spread} ({len(row['values'])})",
                 behind(metric, row["mean"], base["mean"]) if base and label != FULL else "",
                 format_bytes(row["sent_bytes"]),
                 format_bytes(row["state_bytes"]),

@@ -73,6 +73,12 @@ def test_every_point_of_the_dial_is_a_valid_run_and_no_trial_holds_more_than_hal
     assert max(held[len(points) :]) == 0.5
 
 
+def test_the_page_has_the_table_of_the_measured_points() -> None:
+    measured = json.loads((ROOT / "benchmarks" / "results" / "dial.json").read_text())["workloads"]
+
+    assert dial.markdown(measured) in (ROOT / "benchmarks" / "README.md").read_text()
+
+
 @pytest.mark.system
 def test_a_small_network_costs_its_workers_what_a_share_costs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (dial, common, session):
