@@ -231,10 +231,10 @@ MEASUREMENTS: tuple[Measurement, ...] = (
         meaning="Bytes that each worker returned in the round.",
     ),
     Measurement(
-        name="inside_bytes", unit="bytes", kind=int, source="worker", slot=12, combine="sum",
+        name="inside_bytes", unit="bytes", kind=int, source="worker", slot=12, combine="sum", over_rounds="total",
         meaning=(
-            "Bytes that the ranks of all workers sent to other ranks of their worker in the round (`pool.inside`), by "
-            "formula; `sent_bytes` does not count them. 0 if a worker is one process."
+            "Bytes that the ranks of all workers sent to other ranks of their worker (`pool.inside`), by formula "
+            "(`ist/loops/inside.py`); `sent_bytes` does not count them. 0 if a worker is one process."
         ),
         tensorboard="bytes/inside",
     ),

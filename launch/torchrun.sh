@@ -10,6 +10,7 @@
 # LOCAL_ADDR is the address by which other machines reach this one, if its host name does not resolve to it.
 # GLOO_SOCKET_IFNAME (or NCCL_SOCKET_IFNAME) is the network interface to use, if there are several.
 # train.workers must be NODES * PER_NODE (one less with pool.coordinator=dedicated).
+# With pool.ranks_per_worker=node, each machine is one worker: train.workers must be NODES.
 set -euo pipefail
 : "${HEAD:?set HEAD to host:port of the first machine}" "${NODES:?set NODES}" "${PER_NODE:?set PER_NODE}"
 where=()

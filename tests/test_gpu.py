@@ -22,6 +22,7 @@ from tests.baselines.program import RESUMED, RUNS
 from tests.baselines.program import WORKERS as RANKS
 from tests.conftest import ROOT, Run, assert_same, clone, config_tree, job_for, run_torchrun, small_config, whole_state
 from tests.networks import NETWORKS, seeded
+from tests.pools import inside_program
 from tests.pools.scenario import SCENARIOS, WORKERS, run
 from tests.pools.test_conformance import outcome
 from tests.runs.test_resume import VARIANTS, PowerCutError
@@ -232,3 +233,17 @@ def test_a_width_that_the_gpu_has_no_room_for_in_data_parallel_training_trains_b
     assert "a worker needs more memory than 'pool.memory_limit' (150MB) gives it" in codes["ddp"].stderr
     assert codes["ist"].returncode == 0, codes["ist"].stderr
     assert json.loads((tmp_path / "ist" / "result.json").read_text())["memory_bytes"] < 150 * MB
+
+
+@pytest.mark.parametrize("inside", ["ddp", "fsdp"])
+def test_workers_of_two_ranks_on_the_gpu_train_as_with_the_whole_batch(tmp_path: Path, inside: str) -> None:
+    if inside == "fsdp" and torch.cuda.device_count() < 4:
+        pytest.skip("sharded parameters on GPUs need NCCL, and so a GPU for each of four ranks")
+    run_torchrun([str(ROOT / inside_program.__file__), str(tmp_path), "cuda", inside], 4, timeout=280)
+
+    for name in inside_program.SCENARIOS:
+        inside_program.run(name, tmp_path, kind="inline", device="cpu")
+        expected, found = (read_tensors(folder / f"{name}.safetensors")[0] for folder in (tmp_path, tmp_path / inside))
+        for key, tensor in expected.items():
+            # Sums of float64 in another order, by other kernels.
+            torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-8, msg=f"{name}, {key}")

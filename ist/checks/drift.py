@@ -113,6 +113,13 @@ def check_forward(
     return known | seen
 
 
+def take_attributes(module: nn.Module, trained: nn.Module) -> None:
+    """Give a module the plain Python values that a copy of it has in its attributes after training."""
+    for (path, name), value in _attributes(trained).items():
+        if not name.startswith("_fsdp") and name != "_is_fsdp_managed_module":  # of PyTorch's own
+            vars(module.get_submodule(path))[name] = value
+
+
 def warn_of_counters(module: nn.Module, fresh: nn.Module) -> None:
     """Warn of numbers in attributes of modules that training changes.
 

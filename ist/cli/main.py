@@ -424,7 +424,8 @@ def _start(job: "Job", folder: "RunFolder | None", resume: bool) -> None:
     with sole_writer(folder.path):  # rank 0 locks the folder once it has started
         if resume:
             folder.check_checkpoint()
-    on_links = f", each on a link of {config.pool.link}" if config.pool.link else ""
+    each = "each" if config.pool.ranks_per_worker == 1 else f"each {config.pool.ranks_per_worker}"
+    on_links = f", {each} on a link of {config.pool.link}" if config.pool.link else ""
     _say(f"{config.method}: starting {num_processes(config)} processes{on_links}", err=True)
     if config.pool.link is None:
         launch(config, folder.path, resume)

@@ -244,7 +244,8 @@ class Pool(Section):
     )
     link: Annotated[str, AfterValidator(checked_link)] | None = Field(
         default=None,
-        description="torchrun: run every process on its own simulated host on this machine, with a link of this rate: "
+        description="torchrun: run every process (all ranks of a worker) on its own simulated host on this machine, "
+        "with a link of this rate: "
         "100mbit, 1gbit, or up/down from the host's view, such as 20mbit/100mbit; default: no simulated hosts",
     )
     ray: Ray = Field(default_factory=Ray, description="where and how Ray runs the workers")

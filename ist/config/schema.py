@@ -510,11 +510,6 @@ class Config(Section):
         if ranks == 1:
             return self
         what = f"'pool.ranks_per_worker' is {ranks!r}"
-        if not self.method_spec.has_coordinator:
-            raise ValueError(
-                f"{what}, but with method '{self.method}' every process is a worker: set it to 1, and 'train.workers' "
-                "to the number of processes"
-            )
         if self.pool.store == "sharded":
             raise ValueError(
                 f"{what}, but with 'pool.store' 'sharded' every rank is a worker that owns a shard of the network: use "

@@ -1,11 +1,13 @@
-"""Start the processes of a run on simulated hosts, one per host, and count the bytes on their links.
+"""Start the processes of a run on simulated hosts, and count the bytes on their links.
+
+A host has one process; if several ranks are one worker (`pool.ranks_per_worker`), it has all of them, as a node has.
 
 Where it sits: `ist/cli/main.py` calls `launch_on_hosts` if `pool.link` is set; it calls `ist/launch/start.py`.
 Not here: the hosts themselves (`ist/launch/lab_hosts.py`).
 """
 
 from ist.config.runtime import parse_link
-from ist.config.schema import Config, num_processes
+from ist.config.schema import Config, first_worker_rank, num_processes, worker_of
 from ist.errors import ConfigError
 from ist.launch.lab_hosts import hosts, why_not
 from ist.launch.start import launch
@@ -23,10 +25,11 @@ def check_hosts(config: Config) -> None:
 
 
 def launch_on_hosts(config: Config, folder: RunFolder, resume: bool) -> None:
-    """Run the processes of a job to their end, each on its own simulated host that exists for this run.
+    """Run the processes of a job to their end, each worker on its own simulated host that exists for this run.
 
     The run's result gets `link`, and `wire_bytes`: the bytes that all hosts sent, including headers, and
-    `wire_bytes_by_host`: those of each rank's host. A resumed run has neither, because the earlier count is lost.
+    `wire_bytes_by_host`: those of each host, in the order of ranks. A resumed run has neither, because the earlier
+    count is lost.
 
     Raises:
         LabError: The hosts could not be created.
@@ -35,8 +38,9 @@ def launch_on_hosts(config: Config, folder: RunFolder, resume: bool) -> None:
         InterruptedRunError: The user or a signal ended the run.
     """
     assert config.pool.link is not None
-    with hosts(num_processes(config), parse_link(config.pool.link)) as where:
-        launch(config, folder.path, resume, where)
-        by_host = [host.wire_bytes() for host in where]
+    host_of = [worker_of(config, rank) + first_worker_rank(config) for rank in range(num_processes(config))]
+    with hosts(host_of[-1] + 1, parse_link(config.pool.link)) as made:
+        launch(config, folder.path, resume, [made[host] for host in host_of])
+        by_host = [host.wire_bytes() for host in made]
         counted = {} if resume else {"wire_bytes": sum(by_host), "wire_bytes_by_host": by_host}
     folder.add_to_result({"link": config.pool.link, **counted})

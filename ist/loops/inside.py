@@ -58,8 +58,13 @@ class Inside(Protocol):
         """Write the trained values into the subnet module that `open` has got, on every rank."""
         ...
 
-    def step_bytes(self, passes: int) -> float:
-        """Return the bytes that all ranks of the worker together send in a step of so many backward passes."""
+    def sent_bytes(self, steps: int, passes: int) -> int:
+        """Return the bytes that all ranks of the worker together send to each other in a round.
+
+        Args:
+            steps: Optimizer steps of the round.
+            passes: Forward and backward passes in a step.
+        """
         ...
 
 
@@ -107,11 +112,11 @@ class DDPInside:
     def close(self, module: nn.Module) -> None:
         """Do nothing: the wrapper has trained the module itself."""
 
-    def step_bytes(self, passes: int) -> float:  # noqa: ARG002  # only the last backward pass sends
-        """Return the bytes of one all-reduce of all gradients in a ring, over all ranks: 2 (k - 1) P."""
+    def sent_bytes(self, steps: int, passes: int) -> int:  # noqa: ARG002  # only the last pass of a step sends
+        """Return the bytes of all-reduces in a ring of P bytes of gradients: 2 (k - 1) P in a step."""
         assert self._module is not None
-        parameters = trained_parameters(self._module).values()
-        return 2.0 * (self._group.size - 1) * sum(parameter.nbytes for parameter in parameters)
+        trained = sum(parameter.nbytes for parameter in trained_parameters(self._module).values())
+        return steps * 2 * (self._group.size - 1) * trained
 
 
 class FSDPInside:
@@ -158,16 +163,16 @@ class FSDPInside:
             for name, buffer in self._sharded.named_buffers():
                 buffers[name].copy_(buffer)
 
-    def step_bytes(self, passes: int) -> float:
-        """Return the bytes of a step, over all ranks, at P bytes of parameters, of which F are freed after use.
+    def sent_bytes(self, steps: int, passes: int) -> int:
+        """Return the bytes of a round, at P bytes of parameters, of which T are trained and F are freed after use.
 
-        Each pass gathers all parameters, gathers the freed ones again for the backward pass, and reduces the gradients
-        to the ranks that own them: (k - 1) (2 P + F).
+        Each pass gathers all parameters, gathers the freed ones again for the backward pass, and sums the gradients
+        where they belong: (k - 1) (P + F + T). All parameters are gathered once more at the end of the round.
         """
         assert self._module is not None
         held = sum(parameter.nbytes for parameter in self._module.parameters())
         trained = sum(parameter.nbytes for parameter in trained_parameters(self._module).values())
-        return float(passes * (self._group.size - 1) * (held + trained + self._freed_bytes))
+        return (self._group.size - 1) * (steps * passes * (held + self._freed_bytes + trained) + held)
 
     def _shard(self, module: nn.Module) -> nn.Module:
         from torch.distributed.fsdp import fully_shard  # slow to import

@@ -149,6 +149,12 @@ def check_method(config: Config) -> None:
             for processes that another launcher has started.
     """
     pool, method = config.pool.spec, config.method_spec
+    if config.pool.ranks_per_worker != 1 and not config.method_spec.has_coordinator:
+        raise ConfigError(
+            f"'pool.ranks_per_worker' is {config.pool.ranks_per_worker!r}, but with method '{config.method}' every "
+            "process is a worker: set it to 1, and 'train.workers' to the number of processes (for `ist compare`, in "
+            f"'compare.overrides.{config.method}')"
+        )
     if config.pool.link is not None and is_launched() and PRIVATE_STORE not in os.environ:
         raise ConfigError(
             f"'pool.link' (--link) is '{config.pool.link}', but torchrun or another launcher started this process. "

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ist.checks.drift import Operators, check_forward, is_due, operators
+from ist.checks.drift import Operators, check_forward, is_due, operators, take_attributes
 from ist.distributed.worker_group import WorkerGroup
 from ist.loops.inside import inside_of, opened
 from ist.loops.local_loop import worker_loop
 from ist.loops.part import LocalLoop, LocalSteps, LoopMemory, Part
-from ist.monitoring.meter import MemoryGauge, worker_numbers
+from ist.monitoring.meter import MemoryGauge, process_peak_bytes, worker_numbers
 from ist.network.compiled import separated
 from ist.network.failures import located
 from ist.optimization import optimizers
@@ -31,7 +31,7 @@ from ist.subnet.split_model import ShapeKeys
 from ist.tensors import checksums, is_finite
 from ist.training.worker_state import CheckpointLocation, WorkerState, named_tensors_of, split_state
 from ist.transport.codec import MessageBuffers
-from ist.transport.endpoints import WorkerEndpoint
+from ist.transport.endpoints import WorkerEndpoint, down_bytes
 from ist.transport.frozen_parameters import FrozenCache, check_frozen
 from ist.transport.message import Header, Message
 
@@ -43,8 +43,9 @@ class _Did:
     loss_sum: float
     samples: int
     memory_bytes: int
+    process_memory_bytes: int
     logged: tuple[float, ...]
-    inside_bytes: float
+    inside_bytes: int
 
 
 class Worker:
@@ -158,10 +159,13 @@ class Worker:
             optimizers.load_state(optimizer, named, job.split.state_slots, message.tensors)
         with scaled_blocks(subnet.network, self._held.training_block_scales(round_number, self.slot.team)):
             part = yield from self.local.of_round(round_number, subnet.model, named, optimizer, is_over)
-            did = self._did(part)
+            down = down_bytes(job.split, buffers.layouts, round_number)
+            did = self._did(part, down + (frozen.nbytes if frozen else 0))
         optimizer.zero_grad(set_to_none=True)  # free the gradients' memory until the next round
         if self._inside:
             self._inside.close(module)
+        if subnet.network is not module:
+            take_attributes(module, subnet.network)
         collect(module, message.tensors)
         check_frozen(module, fixed, sums)
         multiply(message.tensors, folded, inverse=True)
@@ -176,7 +180,9 @@ class Worker:
             steps=part.steps_made, samples=did.samples, loss_sum=did.loss_sum, compute_s=elapsed, cpu_s=cpu_s,
             gauge=self.gauge,
         )  # fmt: skip
-        numbers |= {"memory_bytes": did.memory_bytes, "inside_bytes": did.inside_bytes}
+        numbers["memory_bytes"] = max(numbers["memory_bytes"], did.memory_bytes)
+        numbers["process_memory_bytes"] = max(numbers["process_memory_bytes"], did.process_memory_bytes)
+        numbers["inside_bytes"] = did.inside_bytes
         if is_invalid:
             self._end.residuals = {}
         else:
@@ -202,16 +208,19 @@ class Worker:
         optimizers.restore_named_state(part.optimizer, part.named, optimizer)
         self._end.residuals = {name: tensor.to(self.device, copy=True) for name, tensor in residuals.items()}
 
-    def _did(self, part: Part) -> "_Did":
-        """Return what all ranks of this worker did in a part."""
-        own = [part.loss_sum, part.samples, self.gauge.peak_bytes(), *part.value_sums(self.job.config.train.logged)]
+    def _did(self, part: Part, message_bytes: int) -> "_Did":
+        """Return what all ranks of this worker did in a part; its first rank has sent the message to the others."""
+        memory = [self.gauge.peak_bytes(), process_peak_bytes()]
+        own = [part.loss_sum, part.samples, *memory, *part.value_sums(self.job.config.train.logged)]
         if self._group is None or self._inside is None:
-            ranks, inside = [own], 0.0
+            ranks, inside = [own], 0
         else:
             ranks = self._group.gather(own)
-            inside = part.steps_made * self._inside.step_bytes(self.job.config.train.accumulate)
-        losses, samples, memory, *logged = zip(*ranks, strict=True)
-        return _Did(sum(losses), int(sum(samples)), int(max(memory)), tuple(map(sum, logged)), inside)
+            inside = self._inside.sent_bytes(part.steps_made, self.job.config.train.accumulate)
+            inside += (self._group.size - 1) * message_bytes
+        losses, samples, above, whole, *logged = zip(*ranks, strict=True)
+        peaks = int(max(above)), int(max(whole))
+        return _Did(sum(losses), int(sum(samples)), *peaks, tuple(map(sum, logged)), inside)
 
     def _restore(self, round_number: int) -> None:
         """Load this worker's saved state if its first round follows a checkpoint."""

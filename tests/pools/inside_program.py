@@ -1,12 +1,13 @@
 """Train workers of two ranks each; this file is the program of the ranks.
 
-python -m tests.forked_ranks 4 tests/pools/inside_program.py OUT built_in|own_loop|left [ddp] [fsdp]
+python -m tests.forked_ranks 4 tests/pools/inside_program.py OUT built_in|cuda|own_loop|resumed|left [ddp] [fsdp]
 
 Not here: what is claimed of it (`tests/pools/test_inside.py`).
 """
 
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -24,6 +25,7 @@ from ist.data.batches import ShardedSampler
 from ist.runs.execute import execute
 from ist.runs.open import CoordinatorPart
 from ist.storage.checkpoint import write_tensors
+from ist.storage.run_folder import RunFolder, create_run_folder
 from tests.conftest import data, job_for, naming
 from tests.networks import seeded
 
@@ -71,6 +73,10 @@ class Frozen(nn.Module):
 
 def plain() -> nn.Module:
     return nn.Sequential(nn.Linear(12, 11), nn.ReLU(), nn.Linear(11, 7), nn.Tanh(), nn.Linear(7, 5))
+
+
+def for_digits() -> nn.Module:
+    return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
 def samples() -> TensorDataset:
@@ -148,6 +154,50 @@ def own_loop(_: Path, rank: int) -> None:
             assert [record["samples"] for record in run.history] == [60, 120, 180, 240]
 
 
+def resumed(out: Path, rank: int) -> None:
+    """A run that stops between two rounds with the same neurons, and is resumed, ends with the same weights."""
+    kept = {
+        "train__optimizer": {"name": "AdamW", "args": {"lr": 0.02}}, "train__rounds": 4, "train__workers": 2,
+        "recipe__stages": [{}, {"rounds": 3, "keep": 1}], "checkpoint": {"every": 1},
+    }  # fmt: skip
+
+    def run_to(folder: Path, inside: str, stop: int | None, resume: bool = False) -> dict[str, torch.Tensor]:
+        model = seeded(plain).double()
+        made = job_for(model, samples(), **kept, pool={**RANKS, "inside": inside})
+        made = replace(made, task=replace(made.task, build=lambda: model))
+        run = None
+        if rank == 0:
+            run = RunFolder(folder) if resume else create_run_folder(made.config, folder)
+        stopping = [StopAfter(stop)] if stop is not None else []
+        execute(made, run, resume, False, callbacks=stopping)
+        return dict(model.state_dict())
+
+    for inside in ("ddp", "fsdp"):
+        whole, broken = out / f"{inside}-whole", out / f"{inside}-broken"
+        expected = run_to(whole, inside, None)
+        run_to(broken, inside, 2)
+        if rank == 0:  # each rank has saved its own
+            assert {path.name[:11] for path in broken.rglob("worker-*")} == {f"worker-000{rank}" for rank in range(4)}
+            shutil.copytree(broken, torn := out / f"{inside}-torn")
+            for path in torn.rglob("worker-0003*"):
+                path.unlink()
+        run_to(out / f"{inside}-torn", inside, None, resume=True)  # both ranks of worker 1 start with fresh state
+        found = run_to(broken, inside, None, resume=True)
+        if rank == 0:
+            assert all(torch.equal(found[name], tensor) for name, tensor in expected.items()), inside
+            assert (out / f"{inside}-torn" / "result.json").exists()
+
+
+class StopAfter(ist.Callback):
+    """Ends a run after some rounds."""
+
+    def __init__(self, rounds: int) -> None:
+        self.rounds = rounds
+
+    def on_round(self, record: dict[str, Any]) -> ist.Stop | None:
+        return ist.Stop("enough") if record["round"] + 1 == self.rounds else None
+
+
 def left(out: Path, rank: int) -> None:
     """A rank that is not the first one of its worker leaves its loop."""
     try:
@@ -159,10 +209,10 @@ def left(out: Path, rank: int) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, what, *insides = sys.argv[1:]
-    if what in ("own_loop", "left"):
-        {"own_loop": own_loop, "left": left}[what](Path(folder), int(os.environ["RANK"]))
+    if what not in ("built_in", "cuda"):
+        {"own_loop": own_loop, "left": left, "resumed": resumed}[what](Path(folder), int(os.environ["RANK"]))
     for inside in insides:
         out = Path(folder) / inside
         out.mkdir(exist_ok=True)
         for scenario in SCENARIOS:
-            run(scenario, out, **RANKS, inside=inside)
+            run(scenario, out, **{**RANKS, "device": "cuda" if what == "cuda" else "cpu"}, inside=inside)

@@ -11,11 +11,12 @@ from torch import nn
 import ist
 from ist.config.schema import lead_rank, num_processes, worker_of
 from ist.distributed.environment import ranks_of_node
+from ist.runs.open import check_method
 from ist.runs.rehearsal import rehearse
 from ist.storage.checkpoint import read_tensors
 from tests.conftest import data, job_for, naming, run_forked_ranks, small_config
 from tests.networks import NETWORKS, seeded
-from tests.pools.inside_program import RANKS, SCENARIOS, plain, run
+from tests.pools.inside_program import RANKS, SCENARIOS, plain, run, samples
 
 PROGRAM = "tests/pools/inside_program.py"
 
@@ -44,16 +45,18 @@ def test_two_workers_of_two_ranks_train_as_two_workers_with_the_whole_batch(tmp_
     run_forked_ranks((4, PROGRAM, tmp_path, "built_in", "ddp"))
 
     assert_equal_to_one_rank(tmp_path, "ddp")
-    # In each of three steps, a rank sends half of the gradients (float64) to be summed, and half of the sums.
-    shares = ist.split(plain(), data().tensors[0][:2], workers=2).shares
-    parameters = sum(share.parameters for share in shares)
+    # In each of three steps, a rank sends half of the gradients (float64) to be summed, and half of the sums; before,
+    # the first rank passes the message on.
+    shares = ist.split(plain().double(), samples().tensors[0][:2], workers=2).shares
     (record, *_) = outcome(tmp_path / "ddp", "uneven parts, clipped")[1]
-    assert record["inside_bytes"] == 3 * 2 * parameters * 8
+    assert record["inside_bytes"] == sum(3 * 2 * share.parameters * 8 + share.sent_bytes for share in shares)
 
 
 @pytest.mark.system
 def test_sharded_ranks_and_own_loops_train_as_with_the_whole_batch_and_fail_together(tmp_path: Path) -> None:
-    run_forked_ranks(*((4, PROGRAM, tmp_path, *what) for what in (["built_in", "fsdp"], ["own_loop"], ["left"])))
+    run_forked_ranks(
+        *((4, PROGRAM, tmp_path, *what) for what in (["built_in", "fsdp"], ["own_loop"], ["resumed"], ["left"]))
+    )
 
     assert_equal_to_one_rank(tmp_path, "fsdp")
     left = [json.loads((tmp_path / f"left-{rank}").read_text()) for rank in range(4)]
@@ -93,7 +96,6 @@ def test_the_ranks_of_a_node_are_those_that_the_launcher_started(monkeypatch: py
     [
         ({"pool": {"kind": "inline", "ranks_per_worker": 2}}, ("pool.ranks_per_worker", "2", "torchrun", "inline")),
         ({"pool": {"kind": "ray", "ranks_per_worker": "node"}}, ("pool.ranks_per_worker", "node", "torchrun", "ray")),
-        ({"method": "ddp"}, ("pool.ranks_per_worker", "ddp", "set it to 1")),
         (
             {"pool": {**RANKS, "ranks_per_worker": "node", "coordinator": "dedicated"}},
             ("'node'", "dedicated", "trains"),
@@ -112,6 +114,11 @@ def test_the_ranks_of_a_node_are_those_that_the_launcher_started(monkeypatch: py
 def test_settings_that_several_ranks_cannot_honour_are_refused(changes: dict[str, Any], named: tuple[str, ...]) -> None:
     with pytest.raises(ist.ConfigError, match=naming(*named)):
         small_config(**{"pool": {**RANKS, "inside": "fsdp"}, **changes})
+
+
+def test_a_method_whose_ranks_are_all_workers_is_refused() -> None:
+    with pytest.raises(ist.ConfigError, match=naming("pool.ranks_per_worker", "2", "'ddp'", "train.workers")):
+        check_method(small_config(method="ddp", pool=RANKS))
 
 
 def test_the_ranks_of_a_node_need_a_launcher() -> None:

@@ -18,9 +18,15 @@ import pytest
 import yaml
 
 from ist.config.runtime import Link
+from ist.config.schema import Config
 from ist.errors import LabError
+from ist.launch import lab_run
 from ist.launch.lab_hosts import Host, hosts, why_not
-from tests.conftest import ROOT, Run, config_tree, naming, run_group, wait_for
+from ist.launch.lab_run import launch_on_hosts
+from ist.launch.start import launch
+from ist.storage.run_folder import create_run_folder
+from tests.conftest import ROOT, Run, config_tree, naming, run_group, small_config, wait_for
+from tests.pools.inside_program import RANKS
 
 pytestmark = [
     pytest.mark.system,
@@ -211,6 +217,35 @@ def test_methods_are_compared_on_links(tmp_path: Path, ist_command: Run) -> None
     ddp = json.loads((tmp_path / "both" / "ddp" / "result.json").read_text())
     # Each rank sends half of it, at 20 Mbit/s.
     assert ddp["train_s"] > ddp["sent_bytes"] / 2 * 8 / 20e6
+
+
+def test_ranks_of_a_worker_share_a_host_whose_link_carries_only_subnets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside_bytes: list[int] = []
+
+    def counted_inside(config: Config, folder: Path, resume: bool, where: Sequence[Host]) -> None:
+        launch(config, folder, resume, where)
+        for host in dict.fromkeys(where):
+            lines = Path(f"/proc/{host.pid}/net/dev").read_text().splitlines()
+            (loopback,) = [line.split(":")[1].split() for line in lines if line.strip().startswith("lo:")]
+            inside_bytes.append(int(loopback[8]))
+
+    monkeypatch.setattr(lab_run, "launch", counted_inside)
+    config = small_config(
+        model={"name": "tests.pools.inside_program:for_digits"}, train__workers=2, train__rounds=2,
+        train__local_steps=20, pool={**RANKS, "link": "1gbit"},
+    )  # fmt: skip
+    folder = create_run_folder(config, tmp_path / "run")
+
+    launch_on_hosts(config, folder, resume=False)
+
+    assert_counted(folder.path, "1gbit")
+    result = json.loads((folder.path / "result.json").read_text())
+    assert len(inside_bytes) == 2
+    # The ranks of a worker also greet each other, and add up their losses.
+    assert result["inside_bytes"] < sum(inside_bytes) < 1.05 * result["inside_bytes"] + 40_000
+    assert result["inside_bytes"] > 10 * result["wire_bytes"]
 
 
 def ranks_of(process: psutil.Process) -> list[psutil.Process]:
