@@ -91,6 +91,16 @@ def fault_text(result: Result) -> str:
     return ", ".join(f"{number} {kind}" for kind, number in result.get("faults", {}).items() if number)
 
 
+def evaluation_text(result: Result) -> str:
+    """Return what it cost to evaluate a network that no process holds; '' for other runs."""
+    if not (fetched := result.get("evaluate_bytes", 0)):
+        return ""
+    return (
+        f"rank 0 fetched {format_bytes(fetched)} of the network from other ranks to evaluate it, which are not in the "
+        "bytes sent: with pool.evaluation 'layers', all parameters for every batch"
+    )
+
+
 def end_text(result: Result) -> str:
     """Return why a callback has ended the run and after how many rounds; '' if the run has had all its rounds."""
     reason = result.get("stopped_early")

@@ -235,6 +235,18 @@ FAULTS = (
         "worker state of other neurons is restored", "ist/storage/checkpoint.py",
         'return tensors if metadata.get("of") == of else None', "return tensors", ("tests/storage/test_checkpoint.py",),
     ),
+    Fault(
+        "a damaged file of a checkpoint in shards is accepted", "ist/storage/shards/read.py",
+        "if verify and _sum(storage, path, size) != expected.sha256:", "if False:", ("tests/storage/test_shards.py",),
+    ),
+    Fault(
+        "a rank reads the rows from the start of the tensor", "ist/storage/shards/read.py",
+        "place.start + start * each", "place.start", ("tests/storage/test_shards.py",),
+    ),
+    Fault(
+        "a checkpoint in shards is valid without the files of other ranks", "ist/storage/shards/write.py",
+        "        if size != written[file.name].bytes:", "        if False:", ("tests/storage/test_shards.py",),
+    ),
     # Evaluation
     Fault(
         "evaluation leaves the network in evaluation mode", "ist/evaluation/evaluate.py",

@@ -67,14 +67,18 @@ def test_a_page_says_which_run_a_callback_has_ended(tmp_path: Path) -> None:
     assert "ended: stopped early after 4 rounds: no &lt;better&gt; loss" in text
 
 
-def test_a_page_says_how_often_workers_were_left_out_if_any_were(tmp_path: Path) -> None:
+def test_a_page_says_how_often_workers_were_left_out_and_what_evaluation_fetched_if_any(tmp_path: Path) -> None:
     run = finished(tmp_path / "run")
-    assert "left out" not in write_report([run], tmp_path / "report.html").read_text()
-    (run.path / "result.json").write_text(json.dumps(run.result() | {"faults": {"lost": 0, "late": 3, "rejected": 1}}))
+    before = write_report([run], tmp_path / "report.html").read_text()
+    assert "left out" not in before
+    assert "pool.evaluation" not in before.partition("<details")[0]
+    more = {"faults": {"lost": 0, "late": 3, "rejected": 1}, "evaluate_bytes": 4_200_000}
+    (run.path / "result.json").write_text(json.dumps(run.result() | more))
 
     text = write_report([run], tmp_path / "report.html").read_text()
 
     assert "3 late, 1 rejected" in text
+    assert re.search(naming("4.2 MB", "pool.evaluation"), text)
 
 
 def named(path: Path, **changes: Any) -> RunFolder:

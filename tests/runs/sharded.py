@@ -1,9 +1,11 @@
 """A run whose checkpoints the tests interrupt and resume: in one process, or as the program of ranks.
 
-python -m tests.forked_ranks WORKERS tests/runs/sharded.py FOLDER WORKERS LAST [layers|whole|refused]   (or under torchrun)
+python -m tests.forked_ranks N tests/runs/sharded.py FOLDER N LAST [layers|whole|refused|full disk]   (or under torchrun)
 """
 
+import os
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 import ist
+from ist.storage.backend import LocalStorage
 from tests.conftest import data, naming
 
 ROUNDS = 5
@@ -25,6 +28,10 @@ class StopsAfter(ist.Callback):
 
     def on_round(self, record: Any) -> ist.Stop | None:
         return ist.Stop("interrupted") if record["round"] + 1 == self.rounds else None
+
+
+def no_space(self: LocalStorage, name: str) -> AbstractContextManager[Any]:
+    raise ist.RunFolderError(f"{self.folder / name}: cannot be written: No space left on device")
 
 
 def network() -> nn.Module:
@@ -52,7 +59,14 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, workers, last, evaluation = [*sys.argv[1:], "layers"][:4]
     pool: dict[str, Any] = {"kind": "torchrun", "device": "cpu", "store": "sharded"}
-    if evaluation == "refused":
+    if evaluation == "full disk":
+        if os.environ["RANK"] == "1":
+            LocalStorage.create = no_space  # type: ignore[assignment, method-assign]
+        knows_the_cause = os.environ["RANK"] in "01"  # a rank that asks rank 0 for it may find it gone
+        cause = naming("round-00000001", "No space left on device") if knows_the_cause else None
+        with pytest.raises(ist.ISTError, match=cause):
+            run(Path(folder), int(workers), int(last), pool)
+    elif evaluation == "refused":
         with pytest.raises(ist.ConfigError, match=naming("rank 1", "memory://", "checkpoint.storage")):
             run(Path(folder), int(workers), int(last), pool, "memory://of-each-process")
     else:

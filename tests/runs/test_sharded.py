@@ -56,6 +56,8 @@ def test_runs_that_are_interrupted_and_resumed_end_as_one_coordinator_does(tmp_p
         (3, PROGRAM, tmp_path / "again", 3, ROUNDS),
         (3, PROGRAM, tmp_path / "again", 3, ROUNDS),  # a finished run has nothing to do
         (2, PROGRAM, tmp_path / "refused", 2, ROUNDS, "refused"),
+        (3, PROGRAM, tmp_path / "full disk", 3, ROUNDS, "full disk"),
+        (3, PROGRAM, tmp_path / "full disk", 3, ROUNDS),
     )
     run(tmp_path / "to star", 3, ROUNDS, INLINE)
 
@@ -63,7 +65,8 @@ def test_runs_that_are_interrupted_and_resumed_end_as_one_coordinator_does(tmp_p
         "round-00000004", "round-00000005",
     ]  # fmt: skip
     for folder, like in (
-        ("whole", star), ("resumed", star), ("from star", star), ("to star", star), ("again", star), ("4-2-3", changed),
+        ("whole", star), ("resumed", star), ("from star", star), ("to star", star), ("again", star), ("full disk", star),
+        ("4-2-3", changed),
     ):  # fmt: skip
         found = tmp_path / folder
         assert_same(newest(found), newest(like))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -67,10 +68,21 @@ def saved(
     written, orders = {}, []
     for rank, storage in enumerate(storages):
         order: list[tuple[str, int]] = []
+        held: weakref.WeakSet[Tensor] = weakref.WeakSet()
 
-        def gather(name: str, to: int, rank: int = rank, order: list[tuple[str, int]] = order) -> Tensor | None:
+        def gather(
+            name: str,
+            to: int,
+            rank: int = rank,
+            order: list[tuple[str, int]] = order,
+            held: weakref.WeakSet[Tensor] = held,
+        ) -> Tensor | None:
+            assert not held  # one tensor at a time
             order.append((name, to))
-            return tensors[name].clone() if to == rank else None
+            if to != rank:
+                return None
+            held.add(whole := tensors[name].clone())
+            return whole
 
         written |= write_shards(storage, folder, files, gather, rank)
         orders.append(order)
