@@ -29,7 +29,7 @@ from ist.monitoring.observers import check_callbacks
 from ist.network.compiled import uncompiled
 from ist.network.copies import on_meta
 from ist.network.modes import preserve_modes
-from ist.network.supported import check_network, check_values
+from ist.network.supported import check_network
 from ist.optimization.factory import MakeOptimizer
 from ist.optimization.schedulers import MakeScheduler
 from ist.rng import Purpose, seeded
@@ -42,12 +42,12 @@ from ist.runs.arguments import (
     split_config,
     train_config,
 )
-from ist.runs.build import loss_function, make_job, make_loop_job, split_network, step_function
-from ist.runs.execute import execute, give_back, sole_run
+from ist.runs.build import loss_function, make_job, make_loop_job, split_network, start_of, step_function
+from ist.runs.execute import device_of, execute, give_back, sole_run
 from ist.runs.inspection import inspect_split
 from ist.runs.loading.load import own_from_python
 from ist.runs.open import FollowerPart
-from ist.runs.preflight import folder_of_run
+from ist.runs.preflight import check_result, folder_of_run
 from ist.runs.rehearsal import rehearse
 from ist.runs.split import Split, values_of
 from ist.subnet.assignments import Assignments
@@ -115,6 +115,7 @@ def train(
     run_dir: str | Path | None = None,
     resume: bool = False,
     seed: int = 0,
+    weights: str | Path | None = None,
     progress: Progress = True,
     **keywords: Unpack[Keywords],
 ) -> TrainResult:
@@ -195,6 +196,9 @@ def train(
         resume: Whether to resume from the newest checkpoint in `run_dir`. Arguments that may change are those of
             `ist train --resume RUN --set KEY=VALUE`, such as `rounds`, `workers` and the optimizer's learning rate.
         seed: Seed of everything random except the network's initial weights, which are those of `model`; >= 0.
+        weights: File or folder with the initial weights: a safetensors file, or a folder of transformers or of
+            torch.distributed.checkpoint; they are read one tensor at a time. `model` may then be on the device 'meta',
+            so that no process but the one that coordinates holds it. Default: the values of `model`.
         progress: Whether to show progress on stderr: a bar on a terminal or in a notebook, otherwise lines; 'tqdm': a
             bar of tqdm in any case.
         **keywords: Further keys of the section `train`: `logged`, `accumulate`, `autocast`, `clip_grad_norm`,
@@ -247,21 +251,22 @@ def train(
     step_given = step_function(step) if isinstance(step, str) else step
     with uncompiled(model, config.train.compile) as plain, preserve_modes(plain):
         check_network(plain, is_split=True)
-        check_values(plain)
+        start = start_of(plain, weights)
+        check_result(config, plain, run_dir)
         test = found.given["test_data"]
         make, scheduler = optimizer_function(optimizer), scheduler_function(schedule)
         if loop is not None:
             job = make_loop_job(
-                config, on_meta(plain), lambda: plain, example, loop, statistics, test, function, optimizer=make,
-                scheduler=scheduler, test_loader=found.test_loader,
+                config, on_meta(plain), start.build, example, loop, statistics, test, function, optimizer=make,
+                scheduler=scheduler, test_loader=found.test_loader, construct=start.construct, weights=start.weights,
             )  # fmt: skip
         else:
             own = own_from_python(config, found.given["data"]) if config.data.shard == "own" else None
             train_data = found.given["data"] if own is None else None
             job = make_job(
-                config, on_meta(plain), lambda: plain, train_data, test, function, example, make, scheduler,
+                config, on_meta(plain), start.build, train_data, test, function, example, make, scheduler,
                 loader=found.loader, test_loader=found.test_loader, own=own,
-                step=step_given,
+                step=step_given, construct=start.construct, weights=start.weights,
             )  # fmt: skip
         return replace(_train(job, plain, run_dir, resume, progress, callbacks), model=model)
 
@@ -281,12 +286,13 @@ def split(
     recipe: Recipe | Mapping[str, Any] | None = None,
     pool: Literal["auto", "inline", "torchrun", "ray"] | Pool | Mapping[str, Any] = "auto",
     seed: int = 0,
+    weights: str | Path | None = None,
     **keywords: Unpack[TrainKeys],
 ) -> Split:
     """Split a network as `train` does, and return its groups, shares, modules and bytes. Nothing is trained.
 
     Args:
-        model: Any network; it is not changed.
+        model: Any network; it is not changed. It may be on the device 'meta', where it needs no memory.
         example: Inputs of a batch of two samples, as the network accepts them: a tensor, a tuple of positional
             arguments, or a mapping of keyword arguments.
         workers: Number of subnets in a round.
@@ -298,6 +304,7 @@ def split(
         recipe: Stages of the run, as in `train`.
         pool: Which processes would train; this decides which messages cross a link.
         seed: Seed of the assignments; >= 0.
+        weights: As in `train`; the network gets them when the split's modules need values.
         **keywords: Further keys of the section `train`, as in `train`.
 
     Returns:
@@ -324,10 +331,15 @@ def split(
     config, make = split_config(locals()), optimizer_function(optimizer)
     with uncompiled(model) as plain, preserve_modes(plain):
         check_network(plain, is_split=True)
-        check_values(plain)
-        network, schedule = split_network(config, on_meta(plain), lambda: plain, example, make)
+        start = start_of(plain, weights, is_trained=False)
+        network, schedule = split_network(config, on_meta(plain), start.build, example, make, start.construct)
     held = Assignments(network, schedule, config.partition)
-    return Split(inspect_split(config, network, schedule, held, None), network, held, lambda: values_of(model))
+
+    def values() -> dict[str, Tensor]:
+        start.build()
+        return values_of(model)
+
+    return Split(inspect_split(config, network, schedule, held, None), network, held, values)
 
 
 def _train(
@@ -339,7 +351,7 @@ def _train(
     callbacks: Sequence[Callback],
 ) -> TrainResult:
     """Rehearse a job and run it; see `train`."""
-    device_before = next(model.parameters()).device
+    device_before = device_of(model)
     rehearse(job)
     folder = folder_of_run(job, job.config, run_dir, resume)
     part = execute(job, folder, resume, progress, callbacks=callbacks)

@@ -44,16 +44,16 @@ from ist.monitoring.observers import check_callbacks
 from ist.network.compiled import uncompiled
 from ist.network.copies import on_meta
 from ist.network.modes import preserve_modes
-from ist.network.supported import check_network, check_values
+from ist.network.supported import check_network
 from ist.optimization.factory import MakeOptimizer
 from ist.optimization.schedulers import MakeScheduler
 from ist.pools.torchrun import for_world_size
 from ist.rng import Purpose, seeded
 from ist.runs.arguments import LoopKeys, join_config, optimizer_function, scheduler_function
-from ist.runs.build import make_loop_job
-from ist.runs.execute import give_back, run_parts, sole_run
+from ist.runs.build import make_loop_job, start_of
+from ist.runs.execute import device_of, give_back, run_parts, sole_run
 from ist.runs.open import CoordinatorPart, FollowerPart
-from ist.runs.preflight import folder_of_run
+from ist.runs.preflight import check_result, folder_of_run
 from ist.runs.rehearsal import rehearse
 from ist.storage.checkpoint import Progress as SavedProgress
 from ist.storage.run_folder import RunFolder
@@ -257,7 +257,7 @@ class Joined:
             stack.enter_context(sole_run())
             plain = stack.enter_context(uncompiled(self._model))
             stack.enter_context(preserve_modes(plain))
-            device_before = next(plain.parameters()).device
+            device_before = device_of(plain)
             run = yield from run_parts(
                 self._job, self._folder, self._resume, self._progress, self._opened, self._callbacks, self._saved()
             )
@@ -307,6 +307,7 @@ def join(
     resume: bool = False,
     state: Mapping[str, Any] | None = None,
     seed: int = 0,
+    weights: str | Path | None = None,
     progress: Progress = True,
     callbacks: Sequence[Callback] = (),
     **keywords: Unpack[LoopKeys],
@@ -349,6 +350,7 @@ def join(
             arguments, and this process is the same worker. Give it to all processes, instead of `resume`; a dedicated
             coordinator cannot use it.
         seed: Seed of everything random except the network's initial weights; >= 0.
+        weights: As in `ist.train`. Only rank 0 reads them; on other ranks, a network on `meta` stays there.
         progress: How to show progress, as in `ist.train`.
         callbacks: Receive the records of the rounds, and may end the run early; see `ist.Callback`. Only the
             coordinator's are used.
@@ -388,11 +390,12 @@ def join(
     check_callbacks(config, callbacks)
     with uncompiled(model) as plain, preserve_modes(plain):
         check_network(plain, is_split=True)
-        check_values(plain)
+        start = start_of(plain, weights)
+        check_result(config, plain, run_dir)
         make, scheduler = optimizer_function(optimizer), scheduler_function(schedule)
         job = make_loop_job(
-            config, on_meta(plain), lambda: plain, example, _made_outside, statistics, optimizer=make,
-            scheduler=scheduler,
+            config, on_meta(plain), start.build, example, _made_outside, statistics, optimizer=make,
+            scheduler=scheduler, construct=start.construct, weights=start.weights,
         )  # fmt: skip
         if is_launched():
             job = for_world_size(job)

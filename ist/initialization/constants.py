@@ -88,8 +88,8 @@ def built_without_parameters(make: Callable[[], nn.Module]) -> nn.Module:
     return _built(make)[0]
 
 
-def _built(make: Callable[[], nn.Module]) -> tuple[nn.Module, "_Unknown"]:
-    unknown = _Unknown()
+def _built(make: Callable[[], nn.Module]) -> tuple[nn.Module, "UnknownValues"]:
+    unknown = UnknownValues()
     with _parameters_on_meta(unknown), unknown, _NoReads(unknown), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those about `meta`; the others come when the network is built
         return make(), unknown
@@ -110,7 +110,7 @@ def _without_parameters(make: Callable[[], nn.Module], names: Iterable[str]) -> 
     return found, None
 
 
-class _Unknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class UnknownValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the tensors whose values depend on random numbers or on the initial memory of parameters."""
 
     def __init__(self) -> None:
@@ -147,7 +147,7 @@ class _Unknown(TorchDispatchMode):  # type: ignore[no-untyped-call]
 class _NoReads(TorchFunctionMode):
     """Refuses methods that read unknown values without an operator."""
 
-    def __init__(self, unknown: _Unknown) -> None:
+    def __init__(self, unknown: UnknownValues) -> None:
         super().__init__()
         self._unknown = unknown
 
@@ -178,7 +178,7 @@ def _is_written(argument: Any) -> bool:
 
 
 @contextmanager
-def _parameters_on_meta(unknown: _Unknown) -> Iterator[None]:
+def _parameters_on_meta(unknown: UnknownValues) -> Iterator[None]:
     """Replace each parameter by one on `meta` as soon as a module has it; tied ones stay tied."""
     replaced: dict[int, tuple[weakref.ref[nn.Parameter], Tensor]] = {}
 

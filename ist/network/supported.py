@@ -78,7 +78,8 @@ def check_values(network: nn.Module) -> None:
         if tensor.is_meta:
             raise ModelError(
                 f"'{name}' is on the device 'meta' and has no values: give the network values first "
-                "(model.to_empty(device='cpu') and its initialization, or load_state_dict(..., assign=True))"
+                "(weights=PATH, a file or folder of safetensors; or model.to_empty(device='cpu') and its "
+                "initialization; or load_state_dict(..., assign=True))"
             )
     spans = sorted(
         (start, start + _extent(tensor), name)

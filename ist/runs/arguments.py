@@ -353,7 +353,7 @@ def _config(given: Mapping[str, Any], data_name: str, metric: str, source: str) 
     tree = {
         "name": "api",
         "seed": given["seed"],
-        "model": {"name": FROM_PYTHON + type(original(given["model"])).__name__},
+        "model": {"name": FROM_PYTHON + type(original(given["model"])).__name__, **_weights(given)},
         "data": {
             "name": data_name,
             "shuffle": given["shuffle"],
@@ -380,6 +380,10 @@ def _config(given: Mapping[str, Any], data_name: str, metric: str, source: str) 
     if is_launched() and tree["pool"].get("ranks_per_worker") == "node" and tree["pool"]["kind"] == "torchrun":
         tree["pool"]["ranks_per_worker"] = ranks_of_node()
     return validate(python_numbers(tree), source)
+
+
+def _weights(given: Mapping[str, Any]) -> dict[str, str]:
+    return {} if given["weights"] is None else {"weights": str(given["weights"])}
 
 
 def _section(name: str, value: Any, keywords: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -38,8 +38,9 @@ from ist.evaluation.step_function import StepFunction, network_inputs
 from ist.evaluation.task import NO_SAMPLES, GivenWeights, LossFunction, Task
 from ist.export.initial_weights import open_weights
 from ist.initialization.constants import built_without_parameters, constants
-from ist.initialization.fill import built_with
+from ist.initialization.fill import built_with, fill
 from ist.initialization.in_files import built_whole
+from ist.initialization.on_meta import is_on_meta, restore_constants
 from ist.loops.part import Part
 from ist.models import MODELS
 from ist.network.compiled import check_backend, without_compilation
@@ -220,6 +221,8 @@ def make_loop_job(
     optimizer: MakeOptimizer | None = None,
     scheduler: MakeScheduler | None = None,
     test_loader: LoaderSettings | None = None,
+    construct: Callable[[], nn.Module] | None = None,
+    weights: GivenWeights | None = None,
 ) -> Job:
     """Build a job whose local steps the user's own loop makes, on data of its own; see `ist.join`.
 
@@ -235,6 +238,8 @@ def make_loop_job(
         optimizer: As for `make_job`.
         scheduler: As for `make_job`.
         test_loader: As for `make_job`.
+        construct: As for `make_job`.
+        weights: As for `make_job`.
 
     Raises:
         ConfigError: The optimizer or the schedule is wrong.
@@ -249,12 +254,14 @@ def make_loop_job(
             "give statistics=an iterable of input batches, or running_statistics='carried'"
         )
     make = optimizer_factory(train.optimizer, optimizer)
-    split = _split_model(config, template, build, example, find_neurons(template, example, build), make)
+    found = find_neurons(template, example, build)
+    split = _split_model(config, template, build, example, found, make, construct)
     # A sampler needs a number of samples; the split and the number of rounds do not depend on it.
     sampler = ShardedSampler(train.workers * train.batch_size, train.workers, train.batch_size, config.seed)
     task = Task(
         build, NO_SAMPLES, test_data, loss or _no_loss, metric_named(config.evaluate.metric), example,
         config.seed, make, LoaderSettings(), test_loader or LoaderSettings(), loop=loop, statistics=statistics,
+        weights=weights,
     )  # fmt: skip
     return Job(config, task, split, _schedule(config, template, sampler, make, optimizer, scheduler))
 
@@ -270,6 +277,7 @@ def split_network(
     build: Callable[[], nn.Module],
     example: Any,
     optimizer: MakeOptimizer | None = None,
+    construct: Callable[[], nn.Module] | None = None,
 ) -> tuple[SplitModel, Schedule]:
     """Return the split of a network and the schedule of a run, without data; see `ist.split`.
 
@@ -279,6 +287,7 @@ def split_network(
         build: Builds the network with its initial weights.
         example: The inputs of a batch.
         optimizer: As for `make_job`.
+        construct: As for `make_job`.
 
     Raises:
         ConfigError: The optimizer is wrong.
@@ -287,7 +296,8 @@ def split_network(
     template, build = _in_modes(template, build)
     train = config.train
     make = optimizer_factory(train.optimizer, optimizer)
-    split = _split_model(config, template, build, example, find_neurons(template, example, build), make)
+    found = find_neurons(template, example, build)
+    split = _split_model(config, template, build, example, found, make, construct)
     # A sampler needs a number of samples; the split does not depend on it.
     sampler = ShardedSampler(train.workers * train.batch_size, train.workers, train.batch_size, config.seed)
     return split, _schedule(config, template, sampler, make, optimizer)
@@ -572,6 +582,52 @@ def given_weights(template: nn.Module, path: str | Path | None, where: str) -> G
     if not is_launched() or is_rank_zero():
         opened()
     return opened
+
+
+class Start(NamedTuple):
+    """How a network that is passed from Python starts.
+
+    Attributes:
+        build: Returns the network with its initial values.
+        construct: Returns it, perhaps without the values of its `state_dict`.
+        weights: Opens the weights that it gets from files; None: it has values.
+    """
+
+    build: Callable[[], nn.Module]
+    construct: Callable[[], nn.Module]
+    weights: GivenWeights | None
+
+
+def start_of(network: nn.Module, path: str | Path | None, is_trained: bool = True) -> Start:
+    """Return how a network that is passed from Python starts; it gets given weights when they are needed.
+
+    A network on `meta` at once gets its tensors that are not in its `state_dict`, because no file has them.
+
+    Args:
+        network: The network. Only a network that gets weights, or is not trained, may be on `meta`.
+        path: The file or folder with its weights; None: it has values.
+        is_trained: Whether it is trained, so that it needs values.
+
+    Raises:
+        ConfigError: The file or folder cannot be read, or belongs to another network.
+        ModelError: The network is on `meta` and gets no values.
+    """
+    weights = given_weights(network, path, "weights")
+    is_filled = weights is None
+    if is_on_meta(network) and not (is_trained and is_filled):
+        restore_constants(network)
+    else:
+        check_values(network)
+
+    def build() -> nn.Module:
+        nonlocal is_filled
+        if weights is not None and not is_filled:
+            fill(network, weights())
+            is_filled = True
+        check_values(network)
+        return network
+
+    return Start(build, lambda: network, weights)
 
 
 def metric_named(name: str) -> Metric | None:

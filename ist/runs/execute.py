@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ist.errors import ConfigError
+from ist.initialization.on_meta import is_on_meta
 from ist.loops.part import Part, completed
 from ist.monitoring.callback import Callback
 from ist.monitoring.display import Progress
@@ -94,9 +95,17 @@ def give_back(run: CoordinatorPart, model: nn.Module, device: torch.device) -> N
         model: The user's network.
         device: The device on which it was before the run.
     """
+    if is_on_meta(model):
+        return  # the store is sharded: the trained network is in the run folder
     if run.method.model is not model:  # an average of it
         model.load_state_dict(run.method.model.state_dict())
     model.to(device)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device to which a network returns after a run: a network on `meta` gets its values on the CPU."""
+    device = next(model.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 _running: dict[int, object] = {}

@@ -10,11 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import nn
+
 from ist.config.load import validate
 from ist.config.schema import Config, num_processes
 from ist.distributed.device import compute_device
 from ist.distributed.environment import is_launched, is_rank_zero, ranks_of_node
-from ist.errors import RunFolderError
+from ist.errors import ConfigError, RunFolderError
+from ist.initialization.on_meta import is_on_meta
 from ist.launch.lab_run import check_hosts
 from ist.monitoring.observers import check_callbacks
 from ist.optimization.factory import dims_of, is_users_function
@@ -58,6 +61,19 @@ def checked_job(config: Config) -> Job:
     job = build_job(config)
     rehearse(job)
     return job
+
+
+def check_result(config: Config, network: nn.Module, run_dir: str | Path | None) -> None:
+    """Check that a network that is passed from Python can receive the result of its run, or a folder can.
+
+    Raises:
+        ConfigError: No process holds the network, and no folder is given.
+    """
+    if config.store_is_sharded and is_on_meta(network) and run_dir is None:
+        raise ConfigError(
+            "the network is on the device 'meta' and pool.store is 'sharded', so that no process holds the trained "
+            "network: give run_dir, the folder in which it is saved"
+        )
 
 
 def folder_of_run(job: Job, config: Config, run_dir: str | Path | None, resume: bool) -> RunFolder | None:
