@@ -18,7 +18,7 @@ from ist.subnet.assignments import WorkerSlot
 from ist.subnet.job import Job, assignments
 from ist.training.worker import WorkerHost
 from ist.training.worker_state import CheckpointLocation
-from ist.transport.codec import MessageBuffers
+from ist.transport.codec import MessageBuffers, MessageLayouts
 from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.message import Message
 
@@ -77,9 +77,7 @@ class RayWorker:
         worker = self._host.worker(slot)
         split, neurons = worker.job.split, worker.neurons(round_number)
         layouts = message_layouts(split, worker.job.config.exchange, split.cut(neurons))
-        if self._buffers is None or self._buffers.layouts != layouts:
-            self._buffers = MessageBuffers(layouts, self._device)
-        buffers = self._buffers
+        buffers = self._buffers_for(layouts)
         expected = down_bytes(split, layouts, round_number)
         if received.shape != (expected,):
             raise PoolError(f"{self.name} expected a message of {expected} bytes, received {received.shape}")
@@ -95,6 +93,12 @@ class RayWorker:
         completed(worker.train(round_number, buffers, frozen, lambda: self._over >= ticket))
         trained: Flat = buffers.up.flat.cpu().numpy()
         return trained
+
+    def _buffers_for(self, layouts: MessageLayouts) -> MessageBuffers:
+        """Return the memory of the worker's messages, which is kept while the layouts stay the same."""
+        if self._buffers is None or self._buffers.layouts != layouts:
+            self._buffers = MessageBuffers(layouts, self._device)
+        return self._buffers
 
     @ray.method(concurrency_group="control", enable_task_events=False)
     def abandon(self, ticket: int) -> None:

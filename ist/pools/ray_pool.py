@@ -18,7 +18,7 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import ray
@@ -46,6 +46,18 @@ _DEATHS_WHILE_WAITING = 2
 _POLL_S = 0.2
 _NOWHERE = "?"
 _PING_TIMEOUT_S = 5.0
+
+
+class Addressed(Protocol):
+    """What is sent to a worker of a round."""
+
+    @property
+    def worker(self) -> int:
+        """The number of the worker in the round."""
+        ...
+
+
+_Sent = TypeVar("_Sent", bound=Addressed)
 
 
 @dataclass
@@ -78,22 +90,22 @@ class _Member:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _Call(Generic[_Sent]):
     """A subnet that an actor trains.
 
     Attributes:
-        subnet: The subnet.
+        sent: What was sent to the actor.
         ticket: The number of the call; later calls have larger ones.
         deadline: When it is late, on the monotonic clock, in seconds.
     """
 
-    subnet: Subnet
+    sent: _Sent
     ticket: int
     deadline: float
 
 
-class RayPool:
-    """The driver's side of the pool; a `WorkerPool`.
+class RayActors(Generic[_Sent]):
+    """The actors that run workers: the driver starts and replaces them, and waits for their results.
 
     Args:
         job: The run; its configuration has the number of workers and the resources of each.
@@ -113,7 +125,7 @@ class RayPool:
         job: Job,
         meter: Meter,
         label: str,
-        worker_class: type = RayWorker,
+        worker_class: type,
         location: CheckpointLocation | None = None,
     ) -> None:
         config = job.config
@@ -139,7 +151,6 @@ class RayPool:
                 f"network, data or loss cannot be sent to Ray workers: {first_line(error)}. Define them in a module, "
                 "not inside a function"
             ) from error
-        self._scratch = torch.empty(0, dtype=torch.uint8)
         self._group: Any = None
         if not config.train.is_elastic:
             self._group = placement_group([_bundle(self._settings)] * self._max_workers, self._settings.placement)
@@ -147,7 +158,7 @@ class RayPool:
         self._round_members: list[_Member | None] = []  # None: the round starts without this worker
         self._generation = 0
         self._ticket = -1
-        self._pending: dict[Any, _Call] = {}  # by Ray's reference to the result
+        self._pending: dict[Any, _Call[_Sent]] = {}  # by Ray's reference to the result
         self._missing: list[int] = []  # workers whose subnets were submitted, but who died
         self._failed_starts: dict[int, int] = {}
         self._slots_given_up: set[int] = set()
@@ -194,31 +205,15 @@ class RayPool:
         member = self._round_members[worker]
         return member.name if member else f"no actor for worker {worker}"
 
-    def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:  # noqa: ARG002
-        """Return buffers for a subnet, the same memory for all workers: the object store holds a copy of each."""
-        if self._scratch.nbytes < layouts.nbytes:
-            self._scratch = torch.zeros(layouts.nbytes, dtype=torch.uint8)
-        return MessageBuffers(layouts, flat=self._scratch)
+    def _called(self, ref: Any, sent: _Sent) -> None:
+        """Note a call of `_next_ticket`, whose result is awaited until its deadline."""
+        self._pending[ref] = _Call(sent, self._ticket, time.monotonic() + self._round_s)
 
-    def submit(self, round_number: int, subnet: Subnet) -> None:
-        """Put a subnet into the object store, and call its actor to train it."""
-        if self._round_members[subnet.worker] is None:
-            self._missing.append(subnet.worker)
-            return
-        try:
-            sent = ray.put(subnet.buffers.flat[: subnet.sent_bytes].numpy())
-            beside = [ray.put(subnet.frozen.flat.numpy())] if subnet.frozen is not None else []
-        except RayError as error:
-            raise PoolError(
-                f"could not put a subnet of {subnet.down_bytes} bytes into Ray's object store ({first_line(error)}): "
-                "enlarge the store (ray start --object-store-memory; shm_size in containers)"
-            ) from error
+    def _next_ticket(self) -> int:
         self._ticket += 1
-        call = self._member(subnet).actor.train.remote(self._ticket, round_number, subnet.slot, sent, *beside)
-        self._pending[call] = _Call(subnet, self._ticket, time.monotonic() + self._round_s)
-        self._meter.sent[subnet.worker] += subnet.down_bytes
+        return self._ticket
 
-    def results(self) -> Generator[Subnet | Lost]:
+    def results(self) -> Generator[_Sent | Lost]:
         """Yield each result when it arrives; at its deadline, call `abandon` on a worker that has not answered."""
         pending = self._pending
         try:
@@ -229,7 +224,7 @@ class RayPool:
                 left = min((call.deadline for call in pending.values()), default=0.0) - time.monotonic()
                 done, _ = ray.wait(list(pending), timeout=max(0.0, left)) if pending else ([], [])
                 if done:
-                    yield self._result(done[0], pending.pop(done[0]).subnet)
+                    yield self._result(done[0], pending.pop(done[0]).sent)
                     del done
                     continue
                 for ref in [ref for ref, call in pending.items() if call.deadline <= time.monotonic()]:
@@ -239,6 +234,11 @@ class RayPool:
                 self._abandon(call, ref)
             pending.clear()
             self._missing.clear()
+
+    def restart(self) -> None:
+        """Dismiss all actors, so that new ones start before the next round."""
+        for member in list(self._members.values()):
+            self._dismiss(member)
 
     def close(self) -> None:
         """Kill the actors and release their resources."""
@@ -252,45 +252,44 @@ class RayPool:
         self._members.clear()
         self._round_members.clear()
 
-    def _member(self, subnet: Subnet) -> _Member:
-        member = self._round_members[subnet.worker]
+    def _member(self, sent: _Sent) -> _Member:
+        member = self._round_members[sent.worker]
         assert member is not None
         return member
 
-    def _result(self, ref: Any, subnet: Subnet) -> Subnet | Lost:
-        member = self._member(subnet)
+    def _result(self, ref: Any, sent: _Sent) -> _Sent | Lost:
+        """Return a worker's result."""
+        raise NotImplementedError
+
+    def _answer(self, ref: Any, sent: _Sent) -> Any:
+        """Return what an actor has returned; `Lost` if it has failed or is gone."""
+        member = self._member(sent)
         try:
             # The result may be on a lost node: without a timeout, this would wait forever.
-            trained = ray.get(ref, timeout=self._round_s)
+            answer = ray.get(ref, timeout=self._round_s)
         except RayTaskError as error:  # the actor is alive, but its code failed; replace it after a second failure
             member.failures += 1
             if member.failures > 1:
                 self._dismiss(member)
-            return Lost(subnet.worker, f"{member.name} on {member.where} failed: {first_line(_cause(error))}")
+            return Lost(sent.worker, f"{member.name} on {member.where} failed: {first_line(cause_of(error))}")
         except RayError as error:
             self._dismiss(member)
-            return Lost(subnet.worker, f"{member.name} on {member.where} is gone: {_why_gone(error)}")
+            return Lost(sent.worker, f"{member.name} on {member.where} is gone: {why_gone(error)}")
         member.failures = 0
-        layouts = subnet.buffers.layouts
-        if not isinstance(trained, np.ndarray) or trained.dtype != np.uint8 or trained.shape != (layouts.up.nbytes,):
-            what = f"{trained.dtype} {trained.shape}" if isinstance(trained, np.ndarray) else type(trained).__name__
-            reason = f"{member.name} on {member.where} returned {what} instead of {layouts.up.nbytes} bytes"
-            return Lost(subnet.worker, reason, "rejected")
-        self._meter.received[subnet.worker] += trained.nbytes
-        return Subnet(subnet.slot, MessageBuffers(layouts, flat=as_tensor(trained)), subnet.sent_bytes)
+        return answer
 
-    def _late(self, ref: Any, call: _Call) -> Lost:
-        subnet, member = call.subnet, self._member(call.subnet)
+    def _late(self, ref: Any, call: _Call[_Sent]) -> Lost:
+        sent, member = call.sent, self._member(call.sent)
         waited = f"{member.name} on {member.where} did not answer within {self._round_s:g} s"
         if not self._has_deadline:  # after pool.timeout_s, the actor is replaced
             self._dismiss(member)
-            return Lost(subnet.worker, waited)
+            return Lost(sent.worker, waited)
         self._abandon(call, ref)
-        return Lost(subnet.worker, waited, "late")
+        return Lost(sent.worker, waited, "late")
 
-    def _abandon(self, call: _Call, ref: Any) -> None:
+    def _abandon(self, call: _Call[_Sent], ref: Any) -> None:
         """Notify an actor that the round continues without it; it is free again when it has answered."""
-        member = self._member(call.subnet)
+        member = self._member(call.sent)
         member.busy, member.busy_since = ref, time.monotonic()
         member.actor.abandon.remote(call.ticket)
 
@@ -366,8 +365,8 @@ class RayPool:
 
     def _start_failed(self, member: _Member, error: RayError) -> None:
         self._dismiss(member)
-        cause = _cause(error) if isinstance(error, RayTaskError) else error
-        self._last_cause = f"{member.name}: {_why_gone(cause)}"
+        cause = cause_of(error) if isinstance(error, RayTaskError) else error
+        self._last_cause = f"{member.name}: {why_gone(cause)}"
         failed = self._failed_starts.get(member.slot, 0) + 1
         self._failed_starts[member.slot] = failed
         # An error in the constructor will recur, so wait longer; a process that was killed may start the next time.
@@ -397,6 +396,67 @@ class RayPool:
         )
 
 
+class RayPool(RayActors[Subnet]):
+    """The driver's side of the pool; a `WorkerPool`.
+
+    Args:
+        job: The run; its configuration has the number of workers and the resources of each.
+        meter: Counts payload bytes.
+        label: Prefix of the actors' names; must be unique in the cluster.
+        worker_class: The class of the actors.
+        location: Where workers save their state; None: nowhere.
+
+    Raises:
+        PoolError: The job cannot be sent to actors.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        meter: Meter,
+        label: str,
+        worker_class: type = RayWorker,
+        location: CheckpointLocation | None = None,
+    ) -> None:
+        super().__init__(job, meter, label, worker_class, location)
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:  # noqa: ARG002
+        """Return buffers for a subnet, the same memory for all workers: the object store holds a copy of each."""
+        if self._scratch.nbytes < layouts.nbytes:
+            self._scratch = torch.zeros(layouts.nbytes, dtype=torch.uint8)
+        return MessageBuffers(layouts, flat=self._scratch)
+
+    def submit(self, round_number: int, subnet: Subnet) -> None:
+        """Put a subnet into the object store, and call its actor to train it."""
+        if self._round_members[subnet.worker] is None:
+            self._missing.append(subnet.worker)
+            return
+        try:
+            sent = ray.put(subnet.buffers.flat[: subnet.sent_bytes].numpy())
+            beside = [ray.put(subnet.frozen.flat.numpy())] if subnet.frozen is not None else []
+        except RayError as error:
+            raise PoolError(
+                f"could not put a subnet of {subnet.down_bytes} bytes into Ray's object store ({first_line(error)}): "
+                "enlarge the store (ray start --object-store-memory; shm_size in containers)"
+            ) from error
+        train = self._member(subnet).actor.train
+        self._called(train.remote(self._next_ticket(), round_number, subnet.slot, sent, *beside), subnet)
+        self._meter.sent[subnet.worker] += subnet.down_bytes
+
+    def _result(self, ref: Any, sent: Subnet) -> Subnet | Lost:
+        trained = self._answer(ref, sent)
+        if isinstance(trained, Lost):
+            return trained
+        layouts, member = sent.buffers.layouts, self._member(sent)
+        if not isinstance(trained, np.ndarray) or trained.dtype != np.uint8 or trained.shape != (layouts.up.nbytes,):
+            what = f"{trained.dtype} {trained.shape}" if isinstance(trained, np.ndarray) else type(trained).__name__
+            reason = f"{member.name} on {member.where} returned {what} instead of {layouts.up.nbytes} bytes"
+            return Lost(sent.worker, reason, "rejected")
+        self._meter.received[sent.worker] += trained.nbytes
+        return Subnet(sent.slot, MessageBuffers(layouts, flat=as_tensor(trained)), sent.sent_bytes)
+
+
 def _put_jobs(job: Job) -> list[Any]:
     """Put the run into the object store, and return a reference for each worker slot.
 
@@ -417,11 +477,13 @@ def _plain(resources: dict[str, float]) -> dict[str, float]:
     return {name: amount for name, amount in resources.items() if ":" not in name and "_group_" not in name}
 
 
-def _cause(error: RayTaskError) -> BaseException:
+def cause_of(error: RayTaskError) -> BaseException:
+    """Return what an actor's code has raised."""
     return error.cause if isinstance(error.cause, BaseException) else error
 
 
-def _why_gone(error: BaseException) -> str:
+def why_gone(error: BaseException) -> str:
+    """Return in one line why an actor is gone, or its result."""
     if isinstance(error, GetTimeoutError):
         return "its result could not be fetched in time"
     lines: Sequence[str] = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -23,17 +23,15 @@ from ist.loops.part import Part
 from ist.monitoring.meter import Meter
 from ist.pools.torchrun import Channel, WorkerBuffers
 from ist.rng import Indices
-from ist.subnet.cut import Cut, cut_specs
+from ist.subnet.cut import Cut
 from ist.subnet.job import Job, assignments, slot_of
-from ist.subnet.stores.shards import rows_within, shard_of
-from ist.tensors import TensorSpec, is_finite
+from ist.tensors import is_finite
 from ist.training.worker import Worker
 from ist.training.worker_state import CheckpointLocation
-from ist.transport.codec import SCALE, MessageBuffers, MessageLayouts
-from ist.transport.endpoints import down_bytes, message_layouts
-from ist.transport.frozen_parameters import frozen_layout
+from ist.transport.codec import MessageBuffers, MessageLayouts
 from ist.transport.interfaces import BufferCache, Lost, Subnet
-from ist.transport.message import Header, Message
+from ist.transport.message import Message
+from ist.transport.pieces import Pieces
 
 
 class ShardPool:
@@ -54,7 +52,7 @@ class ShardPool:
         me, ranks = membership.rank, membership.world_size
         self._job = job
         self._me = me
-        self._owners = [shard_of(job.split, owner, ranks) for owner in range(ranks)]
+        self._pieces = Pieces(job.split, job.config.exchange, ranks, me)
         self._names = tuple(f"rank {rank}" for rank in range(ranks))
         self._membership = membership
         self._meter = meter
@@ -92,7 +90,7 @@ class ShardPool:
         neurons = self._worker.neurons(self._round)
         buffers = self._subnet.of(neurons)
         cut = self._job.split.cut(neurons)
-        pieces = self._pieces(cut)
+        pieces = self._buffers_of_pieces(cut)
         self._exchange_down(outgoing, pieces, cut, buffers)
         frozen = self._exchange_frozen(outgoing, neurons, pieces)
         infinite = {name for name, tensor in buffers.down.tensors.items() if not is_finite([tensor])}
@@ -101,7 +99,7 @@ class ShardPool:
         # of the one that was sent, which is safe: that one has been sent completely.
         receives = self._channel.receive(returning) if self._early else []
         yield from self._worker.train(self._round, buffers, frozen, self._peers.is_over)
-        self._write_returned(buffers, infinite, pieces, cut)
+        self._pieces.divide(pieces, buffers, cut, infinite, self._round)
         returned = [(owner, self._me, piece.up.flat) for owner, piece in pieces.items() if owner != self._me]
         sends, late = self._channel.swap(returned, [] if self._early else returning)
         yield outgoing[self._me]
@@ -112,13 +110,11 @@ class ShardPool:
         _wait(sends, "returning a subnet")
         self._count()
 
-    def _pieces(self, cut: Cut) -> dict[int, MessageBuffers]:
+    def _buffers_of_pieces(self, cut: Cut) -> dict[int, MessageBuffers]:
         """Return the buffers of the pieces of this worker's subnet, by owner."""
         return {
-            owner: (self._outgoing if owner == self._me else self._incoming).buffers(
-                owner, message_layouts(shard, self._job.config.exchange, shard.within(cut))
-            )
-            for owner, shard in enumerate(self._owners)
+            owner: (self._outgoing if owner == self._me else self._incoming).buffers(owner, layouts)
+            for owner, layouts in enumerate(self._pieces.layouts(cut))
         }
 
     def _exchange_down(
@@ -126,78 +122,39 @@ class ShardPool:
     ) -> None:
         """Send this shard's pieces, receive those of this worker's subnet, and join them."""
         down = [(w, w, subnet.buffers.flat[: subnet.sent_bytes]) for w, subnet in outgoing.items() if w != self._me]
-        lengths = {
-            owner: down_bytes(self._owners[owner], piece.layouts, self._round) for owner, piece in pieces.items()
-        }
         wanted = [
-            (owner, self._me, piece.flat[: lengths[owner]]) for owner, piece in pieces.items() if owner != self._me
+            (owner, self._me, piece.flat[: self._pieces.down_bytes(owner, piece.layouts, self._round)])
+            for owner, piece in pieces.items()
+            if owner != self._me
         ]
         self._complete(down, wanted)
         for owner, piece in pieces.items():
             piece.down.read_header(self._round, self._me)
-            self._copy(piece.down.tensors, buffers.down.tensors, self._job.split.specs, cut, owner, joins=True)
+            self._pieces.join(owner, piece.down, buffers.down, cut)
 
     def _exchange_frozen(
         self, outgoing: Mapping[int, Subnet], neurons: Sequence[Indices], pieces: Mapping[int, MessageBuffers]
     ) -> Message | None:
         """Exchange the frozen parameters that workers lack; return this worker's message, None if it lacks none."""
-        split, exchange = self._job.split, self._job.config.exchange
+        split = self._job.split
         if not split.frozen_specs:
             return None
         reuses = {piece.down.read_header(self._round, self._me).reuses_frozen for piece in pieces.values()}
         assert len(reuses) == 1, "owners disagree on what the worker has"
         missing = self._worker.frozen.missing(neurons, reuses.pop())
         cut = split.frozen_cut(neurons)
-        incoming: dict[int, Message] = {}
-        for owner, shard in enumerate(self._owners):
-            within = {name: dims for name, dims in shard.within(cut).items() if name in missing}
-            if owner != self._me and within:
-                specs = cut_specs({name: shard.frozen_specs[name] for name in within}, within)
-                incoming[owner] = Message(frozen_layout(exchange, specs), self._membership.carrier)
         carrier = self._membership.carrier
+        incoming = {
+            owner: Message(layout, carrier)
+            for owner, layout in self._pieces.frozen_layouts(cut, missing).items()
+            if owner != self._me
+        }
         sent = [(w, w, s.frozen.flat.to(carrier)) for w, s in outgoing.items() if s.frozen and w != self._me]
         self._complete(sent, [(owner, self._me, message.flat) for owner, message in incoming.items()])
         own = outgoing[self._me].frozen
         if own is not None:
             incoming[self._me] = own
-        if not missing:
-            return None
-        message = Message(frozen_layout(exchange, missing), carrier)
-        message.write_header(Header(self._round, self._me))
-        for owner, piece in incoming.items():
-            self._copy(piece.tensors, message.tensors, split.frozen_specs, cut, owner, joins=True)
-        return message
-
-    def _write_returned(
-        self, buffers: MessageBuffers, infinite: set[str], pieces: Mapping[int, MessageBuffers], cut: Cut
-    ) -> None:
-        """Write the pieces of the trained subnet, each with the whole header."""
-        header = buffers.up.read_header(self._round, self._me)
-        checked = (name for name in buffers.up.tensors if name.removesuffix(SCALE) not in infinite)
-        bad = next((name for name in checked if not is_finite([buffers.up.tensors[name]])), None)
-        number = 0 if bad is None else list(self._job.split.specs).index(bad.removesuffix(SCALE)) + 1
-        for owner, piece in pieces.items():
-            self._copy(piece.up.tensors, buffers.up.tensors, self._job.split.specs, cut, owner, joins=False)
-            piece.up.write_header(
-                Header(self._round, self._me, header.numbers, logged=header.logged, non_finite=number)
-            )
-
-    def _copy(
-        self,
-        piece: Mapping[str, Tensor],
-        subnet: Mapping[str, Tensor],
-        specs: Mapping[str, TensorSpec],
-        cut: Cut,
-        owner: int,
-        joins: bool,
-    ) -> None:
-        """Copy a piece into a subnet (`joins`), or a subnet's rows into a piece."""
-        for name, tensor in piece.items():
-            base = name.removesuffix(SCALE)
-            rows = subnet[name]
-            if specs[base].shape:
-                rows = rows[rows_within(specs[base], cut[base], owner, len(self._owners))]
-            rows.copy_(tensor) if joins else tensor.copy_(rows)
+        return self._pieces.join_frozen(incoming, cut, missing, self._round)
 
     def _complete(self, sent: Sequence[tuple[int, int, Tensor]], wanted: Sequence[tuple[int, int, Tensor]]) -> None:
         """Send and receive (rank, worker, flat) buffers, and wait for all of them."""
@@ -211,7 +168,7 @@ class ShardPool:
     def _count(self) -> None:
         """Add the bytes to and from each worker, of all owners, to the meter."""
         sent, received = self._own_traffic.sent, self._own_traffic.received
-        ranks = range(len(self._owners))
+        ranks = range(len(self._names))
         # As an owner, a rank sends to other workers; what it sent as worker `me` it counts under its own number.
         counts = torch.tensor(
             [[sent[w] if w != self._me else 0 for w in ranks], [received[w] if w != self._me else 0 for w in ranks]],

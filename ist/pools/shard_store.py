@@ -14,10 +14,9 @@ from dataclasses import asdict
 from enum import IntEnum
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ist.distributed.process_group import (
     Membership,
@@ -29,7 +28,7 @@ from ist.distributed.process_group import (
 from ist.errors import ConfigError
 from ist.loops.part import Part
 from ist.monitoring.meter import Meter
-from ist.pools.shard_network import lazy_network
+from ist.pools.shard_network import MethodInShards, StoredSpecs
 from ist.storage.backend import Storage
 from ist.storage.checkpoint import shards_folder
 from ist.storage.shards.plan import ShardFile, plan_shards
@@ -37,9 +36,7 @@ from ist.storage.shards.read import SavedTensors
 from ist.storage.shards.write import ShardedTensors, Written, write_shards
 from ist.subnet.split_model import SplitModel
 from ist.subnet.stores.shards import owned_rows, shard_shape
-from ist.tensors import TensorSpec, constant_tensors
-from ist.training.average import PREFIX as AVERAGE
-from ist.training.outer_optimizer import PREFIX as OUTER
+from ist.tensors import TensorSpec
 from ist.training.rounds import Method, RoundReport
 
 
@@ -64,19 +61,7 @@ class ShardStore:
     def __init__(self, split: SplitModel, membership: Membership, storage: Storage | None = None) -> None:
         self._membership = membership
         self._storage = storage
-        self._specs = {**split.specs, **split.frozen_specs}
-        first: dict[int, str] = {}
-        state = split.template.state_dict(keep_vars=True)
-        self._first_names = {name: first.setdefault(id(tensor), name) for name, tensor in state.items()}
-
-    def spec(self, name: str) -> TensorSpec | None:
-        """Return the full shape and dtype of a tensor in shards; None for a tensor that every rank has as a whole.
-
-        Args:
-            name: A tensor of the network, of carried optimizer state, of the outer optimizer or of the average.
-        """
-        own = name.removeprefix(OUTER).removeprefix(f"{AVERAGE}module.")
-        return self._specs.get(self._first_names.get(own, own))
+        self.spec = StoredSpecs(split)
 
     def scatter(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Return this rank's rows of rank 0's tensors; tensors without shards are returned as a whole.
@@ -292,7 +277,7 @@ class StoredState(ShardedTensors):
         return self._store.save(self._own, self._network, rounds_done)
 
 
-class ShardedMethod:
+class ShardedMethod(MethodInShards):
     """A method on rank 0 whose full network is stored in shards; a `Method`.
 
     Args:
@@ -315,56 +300,14 @@ class ShardedMethod:
         meter: Meter,
         evaluation: Literal["layers", "whole"] = "layers",
     ) -> None:
+        super().__init__(split, store.spec, prefix, device, evaluation)
         self._method = method
         self._store = store
-        self._split = split
-        self._prefix = prefix
-        self._device = device
         self._meter = meter
-        self._is_whole = evaluation == "whole"
-        self._full: nn.Module | None = None
-        self._ended: nn.Module | None = None
 
-    @property
-    def model(self) -> nn.Module:
-        """The full network with its current values: gathered whenever this is read, or fetched by its operators.
-
-        After the end of the run, it is the trained network; see `end`.
-        """
-        if self._ended is not None:
-            return self._ended
-        state = StoredState(self._store, self._method, self._meter)
-        if self._is_whole:
-            return self._whole(state)
-        return lazy_network(self._split, lambda name: state[self._prefix + name], self._buffers(state))
-
-    def _buffers(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the persistent buffers: those in shards are gathered; re-estimated statistics are those of the store.
-
-        They are shared with the network that is saved.
-        """
-        constants = constant_tensors(self._split.template)
-        names = [name for name, _ in self._split.template.named_buffers() if name not in constants]
-        own = self._method.model
-        return {
-            name: own.get_buffer(name) if self._store.spec(name) is None else state[self._prefix + name]
-            for name in names
-        }
-
-    def _whole(self, state: Mapping[str, Tensor]) -> nn.Module:
-        """Return the full network with all values, in the same memory in every call."""
-        if self._full is None:
-            self._full = self._split.module([np.arange(group.size) for group in self._split.groups], self._device)
-        buffers = self._buffers(state)
-        with torch.no_grad():
-            for path, child in self._full.named_modules():
-                for name in child._buffers:
-                    full_name = f"{path}.{name}" if path else name
-                    if full_name in buffers:
-                        child._buffers[name] = buffers[full_name].to(self._device)
-            for name, tensor in self._full.named_parameters():
-                tensor.copy_(state[self._prefix + name])
-        return self._full
+    def own_buffer(self, name: str) -> Tensor:
+        """Return a buffer that every rank has as a whole."""
+        return self._method.model.get_buffer(name)
 
     def train_round(self, round_number: int) -> Generator[Part, None, RoundReport]:
         """Train for a round, together with all other ranks."""
@@ -380,16 +323,8 @@ class ShardedMethod:
         return self._method.bytes_sent()
 
     def end(self, saved: Callable[[str], Tensor] | None) -> None:
-        """End the run of all other ranks, which serve requests until then.
-
-        Args:
-            saved: Reads the trained parameters, which nobody can gather later; None: they are gathered now.
-        """
-        state = StoredState(self._store, self._method, self._meter)
-        if saved is None:
-            self._ended = self._whole(state)
-        else:
-            self._ended = lazy_network(self._split, saved, self._buffers(state))
+        """Keep the trained network, and end the run of all other ranks, which serve requests until then."""
+        super().end(saved)
         self._store.request(Request.END)
 
     def close(self) -> None:

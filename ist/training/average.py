@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
 from ist.config.recipe import Average
+from ist.errors import CheckpointError
 from ist.loops.part import Part
 from ist.network.copies import copied
 from ist.storage.checkpoint import check_tensors
@@ -24,6 +25,31 @@ from ist.training.rounds import Method, RoundReport
 
 PREFIX = "average/"
 """Prefix of the average's tensors in a checkpoint."""
+
+
+def averaged(
+    method: Method, settings: Average, num_rounds: int, state: Mapping[str, Tensor], is_resumed: bool
+) -> Method:
+    """Return a method with its average over rounds, if one is configured.
+
+    Args:
+        method: The method that trains.
+        settings: The kind of average.
+        num_rounds: The number of rounds of the run.
+        state: The average's tensors from a checkpoint, by name.
+        is_resumed: Whether rounds precede the state of the method.
+
+    Raises:
+        CheckpointError: `state` does not match the average, or none is configured.
+    """
+    if settings.kind != "none":
+        return Averaged(method, settings, num_rounds, state if is_resumed else None)
+    if state:
+        raise CheckpointError(
+            "the checkpoint contains an average over rounds, but 'recipe.average.kind' is 'none': restore the value of "
+            "the saved run"
+        )
+    return method
 
 
 class Averaged:

@@ -23,6 +23,7 @@ from ist.subnet.assignments import Team, WorkerSlot
 from ist.subnet.cut import Cut, on_device
 from ist.subnet.job import Job, assignments
 from ist.subnet.partition import is_full_width
+from ist.subnet.split_model import SplitModel
 from ist.subnet.stores.parameter_store import LocalStore, ParameterStore
 from ist.tensors import is_finite
 from ist.training.outer_optimizer import PREFIX as OUTER
@@ -119,7 +120,7 @@ class Coordinator:
         for left in reversed(range(attempts(self.job.config))):
             names = self._pool.gather(round_number)
             team = self._team(names, round_number)
-            arrivals, watch = _Arrivals(team.num_workers, self._min_returned), Stopwatch()
+            arrivals, watch = Arrivals(team.num_workers, self._min_returned), Stopwatch()
             self._frozen.begin(map(self._pool.process, range(team.num_workers)))
             with watch.phase("cut"):
                 cuts = on_device(self._held.cuts(round_number, team), self._device)
@@ -180,7 +181,7 @@ class Coordinator:
         """Return the speed balance for a round; None in a full-width round, whose times do not depend on shares."""
         return None if is_full_width(self._held.partition(round_number)) else self._balance
 
-    def _note_speed(self, round_number: int, names: Sequence[str], arrivals: "_Arrivals", watch: Stopwatch) -> None:
+    def _note_speed(self, round_number: int, names: Sequence[str], arrivals: "Arrivals", watch: Stopwatch) -> None:
         """Record how long each worker of a round took, for the shares of the next round."""
         if balance := self._balance_of(round_number):
             took = {header.worker: header.numbers["compute_s"] for header in arrivals.headers}
@@ -198,7 +199,7 @@ class Coordinator:
         return Subnet(slot, buffers, sent, frozen)
 
     def _accept(
-        self, round_number: int, result: Subnet | Lost, cuts: Sequence[Cut], arrivals: "_Arrivals"
+        self, round_number: int, result: Subnet | Lost, cuts: Sequence[Cut], arrivals: "Arrivals"
     ) -> Mapping[str, Tensor] | None:
         """Check a worker's result, and return its tensors; None if the merge leaves the worker out.
 
@@ -221,22 +222,17 @@ class Coordinator:
         return tensors
 
     def _check_finite(self, header: Header, tensors: Mapping[str, Tensor], num_workers: int) -> None:
-        if not math.isfinite(loss := header.numbers["loss_sum"]):
-            what = f"a loss of {loss}"
-        elif self.job.split.whole is not self.job.split:  # all shards must merge the same results
-            if not header.non_finite:
-                return
-            what = f"non-finite values in '{list(self.job.split.whole.specs)[header.non_finite - 1]}'"
-        else:
+        what = invalid(self.job.split.whole, header)
+        if what is None and self.job.split.whole is self.job.split:  # else all shards must merge the same results
             checked = (name for name in tensors if name.removesuffix(SCALE) not in self._never_finite)
             bad = next((name for name in checked if not is_finite([tensors[name]])), None)
-            if bad is None:
-                return
-            what = f"non-finite values in '{bad.removesuffix(SCALE)}'"
+            what = f"non-finite values in '{bad.removesuffix(SCALE)}'" if bad is not None else None
+        if what is None:
+            return
         raise diverged(self.job, num_workers, header.worker, what, header.round_number)
 
 
-class _Arrivals:
+class Arrivals:
     """The results and losses in one attempt at a round.
 
     Args:
@@ -271,6 +267,18 @@ class _Arrivals:
         if self.num_workers - len(self.lost) < self._needed:
             # Report lost workers first: they can be replaced, invalid results cannot.
             raise next((error for error in self._causes if isinstance(error, WorkerLostError)), self._causes[0])
+
+
+def invalid(split: SplitModel, header: Header) -> str | None:
+    """Return what is not finite in a result, as far as its header says; None: nothing.
+
+    Args:
+        split: The full split network.
+        header: The header of a worker's result, or of a piece of it.
+    """
+    if not math.isfinite(loss := header.numbers["loss_sum"]):
+        return f"a loss of {loss}"
+    return f"non-finite values in '{list(split.specs)[header.non_finite - 1]}'" if header.non_finite else None
 
 
 def attempts(config: Config) -> int:
