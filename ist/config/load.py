@@ -144,7 +144,7 @@ def config_for_method(config: Config, label: str, source: str = "configuration")
             raise ConfigError(f"{source}: compare.overrides.{label}: {error}") from error
     spec = method_spec(str(tree["method"]))
     if not (spec.needs_groups and spec.has_coordinator):  # its ranks hold the full network
-        for key in ("store", "evaluation"):
+        for key in ("store", "store_replicas", "evaluation"):
             if f"pool.{key}" not in config.compare.overrides.get(label, {}):
                 tree = _with_override(tree, f"pool.{key}", Pool.model_fields[key].default)
     return validate(tree, f"{source}: compare.overrides.{label}")

@@ -304,6 +304,7 @@ class PoolSpec:
         replaces_workers: Whether lost workers are replaced, so that a round can be repeated or continue without them.
         measures_speed: Whether shares can follow the measured speed of workers.
         reserves_processors: Whether a worker can use only the processors that are reserved for it.
+        owns_shards: Whether its processes can own shards of the network, so that none holds the whole.
         package: A package that it needs; None: none.
         keys: Keys of the section `pool` that only this pool uses, and the reason.
     """
@@ -314,6 +315,7 @@ class PoolSpec:
     replaces_workers: bool = False
     measures_speed: bool = False
     reserves_processors: bool = False
+    owns_shards: bool = False
     package: str | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
 
@@ -328,18 +330,19 @@ POOLS: dict[str, PoolSpec] = {
     for spec in (
         PoolSpec("inline", in_process=True, measures_speed=True),
         PoolSpec(
-            "torchrun", is_launched=True,
+            "torchrun", is_launched=True, owns_shards=True,
             keys={
                 "memory_limit": "only its workers are separate processes that this machine can limit",
                 "link": "only its processes can run on simulated hosts",
-                "store": "only its ranks can own shards of the network",
                 "ranks_per_worker": "only its workers can be groups of processes",
                 "inside": "only its workers can be groups of processes",
             },
         ),
         PoolSpec(
-            "ray", replaces_workers=True, measures_speed=True, reserves_processors=True, package="ray",
+            "ray", replaces_workers=True, measures_speed=True, reserves_processors=True, owns_shards=True,
+            package="ray",
             keys={
+                "store_replicas": "no other pool can replace a lost owner of a shard",
                 "round_deadline_s": "no other pool can continue a round without a worker",
                 "ray": "leave it out, or use that pool",
             },

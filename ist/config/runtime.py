@@ -187,9 +187,16 @@ class Pool(Section):
     )
     store: Literal["coordinator", "sharded"] = Field(
         default="coordinator",
-        description="where the full network is stored. 'coordinator': in rank 0's process; 'sharded': every rank owns "
-        "1/n of the rows of every tensor, so that no process holds the network and no link carries all subnets "
-        "(torchrun)",
+        description="where the full network is stored. 'coordinator': in one process, of rank 0 or of Ray's driver; "
+        "'sharded': n owners have 1/n of the rows of every tensor each, so that no process holds the network and no "
+        "link carries all subnets. Under torchrun every rank is an owner; on ray the owners are actors, as many as "
+        "workers",
+    )
+    store_replicas: Annotated[int, Field(ge=1, le=2)] = Field(
+        default=1,
+        description="ray with store 'sharded': copies of every owner's rows. 1: if an owner is lost, all rows are "
+        "restored from the last checkpoint, and the rounds since then are trained again; 2: another owner has a copy "
+        "of its rows after every round, so that only the running round is repeated",
     )
     evaluation: Literal["layers", "whole"] | None = Field(
         default=None,

@@ -486,8 +486,26 @@ class Config(Section):
                 f"'pool.evaluation' is '{self.pool.evaluation}', but 'pool.store' is '{self.pool.store}', where rank 0 "
                 "holds the network anyway: leave 'pool.evaluation' out, or set 'pool.store' to 'sharded'"
             )
+        if self.pool.store_replicas > 1 and (self.pool.store != "sharded" or self.train.workers < 2):
+            what = (
+                f"'pool.store' is '{self.pool.store}', which has no owners: set it to 'sharded'"
+                if self.pool.store != "sharded"
+                else f"'train.workers' is {self.train.workers}, and there are as many owners: set it to 2 or more"
+            )
+            raise ValueError(f"'pool.store_replicas' is {self.pool.store_replicas}, but {what}, or leave it out")
         if self.pool.store == "sharded":
-            if self.pool.coordinator == "dedicated":
+            if not pool.owns_shards:
+                able = " or ".join(spec.name for spec in POOLS.values() if spec.owns_shards)
+                raise ValueError(
+                    f"'pool.store' is 'sharded', which needs 'pool.kind' {able}, not {kind}: one process cannot own "
+                    "less than the full network"
+                )
+            if self.partition.balance == "speed":
+                raise ValueError(
+                    "'pool.store' is 'sharded' and 'partition.balance' is 'speed', but every owner derives the shares "
+                    "by itself, and owners measure other times: leave one of the two out"
+                )
+            if pool.is_launched and self.pool.coordinator == "dedicated":
                 raise ValueError(
                     "'pool.store' is 'sharded' and 'pool.coordinator' is 'dedicated', but every rank is an owner and a "
                     "worker then: set 'pool.coordinator' to 'trains'"

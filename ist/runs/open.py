@@ -46,20 +46,20 @@ from ist.monitoring.observers import make_callbacks, run_start, started
 from ist.network.compiled import plain_name
 from ist.optimization.optimizers import unchanged_names, without_changed_settings
 from ist.pools.inline import InlinePool
-from ist.pools.shard_network import shard_network
+from ist.pools.shard_network import MethodInShards, shard_network
 from ist.pools.shard_pool import ShardPool
 from ist.pools.shard_store import ShardedMethod, ShardFollower, ShardStore, check_shared
 from ist.pools.torchrun import RankWorker, TorchrunPool, for_world_size
 from ist.runs.recorder import RunRecorder
 from ist.storage.backend import Storage
-from ist.storage.checkpoint import Progress, check_tensors, saved_tensors
+from ist.storage.checkpoint import Progress, check_tensors, load_newest, saved_tensors
 from ist.storage.run_folder import RunFolder
 from ist.storage.run_lock import sole_writer
 from ist.storage.shards.read import SavedTensors
 from ist.subnet.job import Job
 from ist.subnet.stores.shards import shard_of
 from ist.training.average import PREFIX as AVERAGE
-from ist.training.average import Averaged
+from ist.training.average import averaged
 from ist.training.rounds import Follower, Method
 from ist.training.worker_state import CheckpointLocation
 from ist.transport.interfaces import WorkerPool
@@ -126,6 +126,7 @@ class _Process:
         device: The device on which this process computes.
         location: Where its workers save their state; None: nowhere.
         shared: The checkpoints of a network in shards.
+        first_round: The first round to run.
         stack: Releases everything when the run ends.
         group: The ranks of this process's worker; None: it is one rank, or none.
     """
@@ -137,6 +138,7 @@ class _Process:
     device: torch.device
     location: CheckpointLocation | None
     shared: _Shared
+    first_round: int
     stack: ExitStack
     group: WorkerGroup | None = None
 
@@ -308,7 +310,7 @@ def _opened(
             )
         own_location = location if workers_have_state else None
         group = worker_group(job.config, membership) if membership else None
-        process = _Process(job, folder, membership, Meter(), device, own_location, shared, stack, group)
+        process = _Process(job, folder, membership, Meter(), device, own_location, shared, first_round, stack, group)
         if not (leads and first_worker_rank(config)):  # a dedicated coordinator is not a worker
             stack.enter_context(limited_memory(config.pool.memory_limit_bytes, str(config.pool.memory_limit), device))
         may_end = bool(callbacks or config.watch.callbacks)
@@ -330,7 +332,7 @@ def _opened(
         stack.enter_context(started(made, run_start(config, job, folder, first_round)))
         recorder = RunRecorder(job, folder, made, before, process.meter, gauge, run_id, announce)
         yield CoordinatorPart(job, method, recorder, first_round, device)
-        if isinstance(method, ShardedMethod):
+        if isinstance(method, MethodInShards):
             method.end(folder.trained().__getitem__ if folder else None)
 
 
@@ -338,8 +340,9 @@ def _method(process: _Process, saved: Mapping[str, Tensor] | None) -> Method:
     """Create the method, with a checkpoint's tensors if the run is resumed; the stack releases what it needs."""
     job, config, meter = process.job, process.job.config, process.meter
     if config.store_is_sharded:
-        assert process.membership is not None
-        return _sharded_method(process, process.membership, saved)
+        if process.membership is not None:
+            return _sharded_method(process, process.membership, saved)
+        return _ray_sharded_method(process, saved)
     model, further = _restored(job, saved)
     model = model.to(process.device)
     make = implementation(config)
@@ -371,14 +374,7 @@ def _completed(process: _Process, method: Any, average_state: Mapping[str, Tenso
             f"'method' is '{config.method}', whose train_round is not a generator: it yields the Part of each of its "
             "workers in this process (see ist.training.rounds.Method), and returns a RoundReport"
         )
-    made: Method = method
-    if config.recipe.average.kind != "none":
-        made = Averaged(method, config.recipe.average, job.schedule.num_rounds, average_state if is_resumed else None)
-    elif average_state:
-        raise CheckpointError(
-            "the checkpoint contains an average over rounds, but 'recipe.average.kind' is 'none': restore the value of "
-            "the saved run"
-        )
+    made = averaged(method, config.recipe.average, job.schedule.num_rounds, average_state, is_resumed)
     process.stack.callback(made.close)
     return made
 
@@ -410,6 +406,50 @@ def _all_tensors(job: Job, saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Return the tensors of a state that a process has given, and of the network without them."""
     model, further = _restored(job, saved)
     return {**model.state_dict(), **further}
+
+
+def _ray_sharded_method(process: _Process, saved: Mapping[str, Tensor] | None) -> Method:
+    """Create the driver's method for a network in shards on Ray; the stack releases what it needs."""
+    from ist.pools.ray_shards.method import RayShardedMethod, StartingPoint
+    from ist.pools.ray_shards.owners import Owners
+    from ist.pools.ray_shards.pool import ShardWorkers
+
+    job, folder, meter, first_round = process.job, process.folder, process.meter, process.first_round
+    saved = saved if saved is None else _of_this_run(saved, folder.changed if folder else (), job.config)
+
+    def start(again: bool) -> StartingPoint:
+        newest = load_newest(folder.storage, lazily=True) if again and folder else None
+        if newest is not None and newest[1].rounds_done > first_round:
+            return StartingPoint(newest[1].rounds_done, newest[0], True)
+        if saved is not None:
+            return StartingPoint(first_round, saved, True)
+        return StartingPoint(0, _initial_values(job), False)
+
+    label = _connected(process)
+    workers = ShardWorkers(job, meter, label, location=process.location)
+    process.stack.callback(workers.close)
+    owners = Owners(job, label)
+    process.stack.callback(owners.close)
+    method = RayShardedMethod(job, workers, owners, meter, start, folder.storage if folder else None)
+    workers.gather(0)  # start actors now, so that the first round's time does not include it
+    return method
+
+
+def _of_this_run(saved: Mapping[str, Tensor], changed: Sequence[str], config: Config) -> Mapping[str, Tensor]:
+    """Return a checkpoint's tensors by the names of this run, without those whose settings have changed."""
+    if isinstance(saved, SavedTensors):
+        return saved.named({plain_name(name): name for name in unchanged_names(saved, changed, config.train.optimizer)})
+    return {plain_name(name): tensor for name, tensor in saved.items()}
+
+
+def _connected(process: _Process) -> str:
+    """Connect to a Ray cluster until the run ends; return a prefix of the names of its actors."""
+    from ist.pools.ray_cluster import connected
+
+    job, folder = process.job, process.folder
+    resume_hint = f"Resume from the last checkpoint with: {resume_command(folder.path)}" if folder else ""
+    process.stack.enter_context(connected(job.config, resume_hint))
+    return f"{folder.path.name if folder else job.config.name}-{secrets.token_hex(3)}"
 
 
 def _shared(config: Config, membership: Membership, location: CheckpointLocation | None, is_resumed: bool) -> _Shared:
@@ -476,18 +516,14 @@ def _shard_method(
 
 def _pool(process: _Process) -> WorkerPool:
     """Create the pool; the stack releases what it needs when the run ends."""
-    job, folder, meter, location = process.job, process.folder, process.meter, process.location
+    job, meter, location = process.job, process.meter, process.location
     if process.membership:
         return TorchrunPool(job, process.membership, meter, location, process.group)
     if job.config.pool.spec.in_process:
         return InlinePool(job, process.device, meter, location)
-    from ist.pools.ray_cluster import connected
     from ist.pools.ray_pool import RayPool
 
-    resume_hint = f"Resume from the last checkpoint with: {resume_command(folder.path)}" if folder else ""
-    process.stack.enter_context(connected(job.config, resume_hint))
-    name = folder.path.name if folder else job.config.name
-    pool = RayPool(job, meter, f"{name}-{secrets.token_hex(3)}", location=location)
+    pool = RayPool(job, meter, _connected(process), location=location)
     process.stack.callback(pool.close)
     pool.gather(0)  # start actors now, so that the first round's time does not include it
     return pool

@@ -110,11 +110,14 @@ def exchanged_bytes(
 
 
 def stores_for(config: Config, split: SplitModel, worker: int) -> Sequence[SplitModel]:
-    """Return what a worker exchanges with over a link: the full network, or the shards of all other ranks."""
+    """Return what a worker exchanges with over a link: the full network, or shards.
+
+    Under torchrun these are the shards of all other ranks. On Ray the owners are other processes than the workers.
+    """
     if not config.store_is_sharded:
         return [split]
-    owners = config.train.workers
-    return [shard_of(split, owner, owners) for owner in range(owners) if owner != worker]
+    owners, own = config.train.workers, worker if config.pool.spec.is_launched else None
+    return [shard_of(split, owner, owners) for owner in range(owners) if owner != own]
 
 
 def round_bytes(
@@ -127,7 +130,7 @@ def round_bytes(
 ) -> tuple[int, int]:
     """Return (bytes to a worker, bytes from it) that cross a link in a round; for the arguments see `exchanged_bytes`.
 
-    With a sharded store every owner sends and receives a piece; the worker's own piece crosses no link.
+    With a sharded store every owner sends and receives a piece; under torchrun the worker's own crosses no link.
     """
     pieces = [
         exchanged_bytes(store, config.exchange, neurons, before, round_number)

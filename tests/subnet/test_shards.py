@@ -69,7 +69,17 @@ def test_a_number_without_dims_belongs_to_rank_0() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"pool": {"kind": "inline", "store": "sharded"}}, ["pool.store", "torchrun"]),
+        ({"pool": {"kind": "inline", "store": "sharded"}}, ["pool.store", "torchrun", "ray"]),
+        ({"pool": {"kind": "torchrun", "store": "sharded", "store_replicas": 2}}, ["pool.store_replicas", "ray"]),
+        ({"pool": {"kind": "ray", "store_replicas": 2}}, ["pool.store_replicas", "pool.store", "sharded"]),
+        (
+            {"pool": {"kind": "ray", "store": "sharded", "store_replicas": 2}, "train__workers": 1},
+            ["pool.store_replicas", "train.workers", "2"],
+        ),
+        (
+            {"pool": {"kind": "ray", "store": "sharded"}, "partition__balance": "speed"},
+            ["pool.store", "partition.balance", "speed"],
+        ),
         ({"pool": {"kind": "torchrun", "evaluation": "layers"}}, ["pool.evaluation", "pool.store"]),
         (
             {"pool": {"kind": "torchrun", "store": "sharded", "coordinator": "dedicated"}},
@@ -81,6 +91,8 @@ def test_a_number_without_dims_belongs_to_rank_0() -> None:
         ),
     ],
 )
-def test_a_sharded_store_is_refused_where_no_rank_can_own_a_shard(changes: dict[str, object], named: list[str]) -> None:
+def test_a_sharded_store_is_refused_where_no_process_can_own_a_shard(
+    changes: dict[str, object], named: list[str]
+) -> None:
     with pytest.raises(ConfigError, match=naming(*named)):
         small_config(**changes)
