@@ -86,6 +86,10 @@ class WorkerLostError(PoolError):
     """
 
 
+class StartFailedError(PoolError):
+    """Rank 0 has found a mistake before the run; this is another rank."""
+
+
 class AbandonedRoundError(ISTError):
     """The coordinator continued a round without this worker."""
 

@@ -33,6 +33,7 @@ from ist.errors import (
     MemoryLimitError,
     PoolError,
     RunFolderError,
+    StartFailedError,
     first_line,
     is_out_of_memory,
     printable,
@@ -387,7 +388,7 @@ def _fail(error: ISTError, received: list[signal.Signals]) -> NoReturn:
 
         reported = report_to_launcher(error)
     # Under torchrun every rank finds the same mistake or gets the same signal: one rank per machine prints it.
-    is_echo = isinstance(error, ConfigError | InterruptedRunError) and is_repeated_elsewhere()
+    is_echo = isinstance(error, ConfigError | InterruptedRunError | StartFailedError) and is_repeated_elsewhere()
     if not reported and not is_echo:
         for line in str(error).splitlines():
             print(f"error: {printable(redacted(line))}", file=sys.stderr)

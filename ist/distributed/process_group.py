@@ -29,7 +29,8 @@ from ist.data.fingerprint import ALL, DataFingerprint
 from ist.distributed.environment import PRIVATE_STORE, end_with_launcher
 from ist.distributed.ports import closed_afterwards, refuse_public, store_socket
 from ist.distributed.secret import FILE_VARIABLE, is_proven, new_challenge, prove, run_secret, seal, unseal
-from ist.errors import ConfigError, DataError, PoolError, first_line
+from ist.distributed.start_failure import begin_start, failure_text, publish, raise_if_failed
+from ist.errors import ConfigError, DataError, ISTError, PoolError, StartFailedError, first_line
 from ist.network.failures import is_peer_failure
 
 _log = logging.getLogger(__name__)
@@ -152,6 +153,56 @@ def _store(membership: Membership, settings: Pool) -> Store:
     return made
 
 
+@contextmanager
+def checked_by_rank_zero(settings: Pool, device: torch.device) -> Iterator[bool]:
+    """Let rank 0 check a run before the ranks meet, and tell the others if it fails.
+
+    Args:
+        settings: The configured pool.
+        device: Where this process computes.
+
+    Yields:
+        Whether this process checks. The others do not wait here: they hear of an error while they wait for rank 0.
+
+    Raises:
+        StartFailedError: This is another rank of an existing group, and rank 0 has failed.
+    """
+    if dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        with _told_to_group(Membership(dist.get_rank(), dist.get_world_size(), device, dist.get_backend())) as checks:
+            yield checks
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    begin_start()
+    try:
+        yield rank == 0
+    except Exception as error:
+        if rank == 0 and world_size > 1:
+            with suppress(ISTError, RuntimeError):  # its own error matters more
+                briefly = settings.model_copy(update={"timeout_s": min(settings.timeout_s, _PROOF_TIMEOUT_S)})
+                store = _store(Membership(rank, world_size, device, "gloo"), briefly)
+                publish(store, error, world_size, os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
+        raise
+
+
+@contextmanager
+def _told_to_group(membership: Membership) -> Iterator[bool]:
+    """Do the work of `checked_by_rank_zero` in an existing group, in which ranks wait for each other's messages."""
+    if membership.rank != 0:
+        yield False
+        if cause := broadcast_text(membership, ""):
+            raise StartFailedError(failure_text(cause))
+        return
+    try:
+        yield True
+    except Exception as error:
+        with suppress(PoolError):
+            broadcast_text(membership, f"{type(error).__name__}: {first_line(error)}")
+        raise
+    broadcast_text(membership, "")
+
+
 def _rendezvous(store: Store, membership: Membership, timeout_s: float) -> str:
     """Wait for all ranks, and return a new id for this incarnation of the ranks.
 
@@ -168,6 +219,7 @@ def _rendezvous(store: Store, membership: Membership, timeout_s: float) -> str:
             if me == 0:
                 words = [_read(store, f"ist/word/{rank}") for rank in range(world_size)]
             else:
+                raise_if_failed(store, me)
                 words = _read(store, "ist/words").split(",")
             listed = ",".join(words)
             if listed != confirmed and all(words) and len(words) == world_size and words[me] == word:

@@ -23,6 +23,8 @@ from ist.checks.verify import is_checked_whole, verify_cuts
 from ist.data.batches import class_name, length, take_shard
 from ist.data.nested import call_model
 from ist.distributed.device import check_autocast, compute_device
+from ist.distributed.environment import is_launched
+from ist.distributed.process_group import checked_by_rank_zero
 from ist.errors import ConfigError, DataError, ISTError, ModelError
 from ist.evaluation.evaluate import evaluate, reestimate_statistics, statistics_batches
 from ist.loops.local_loop import TaskLoop
@@ -44,23 +46,43 @@ from ist.transport.message import Message, layout_of
 def rehearse(job: Job) -> None:
     """Check the cuts, run one step of worker 0 on a small batch, and evaluate the result; warn of unrepeatable data.
 
-    This needs memory for several subnets, and for the check of the cuts (`ist/checks/verify.py`); it changes nothing.
+    Among ranks that a launcher has started, only rank 0 does this. Another rank tries a step only if it has data of its
+    own, which no other process can read. This needs memory for several subnets, and for the check of the cuts
+    (`ist/checks/verify.py`); it changes nothing.
 
     Raises:
         ModelError: A submodel computes other outputs than the masked full network, or its evaluation fails.
         DataError: A sample cannot be read, or its loss fails.
         ConfigError: Network, data, loss, metric and optimizer do not work together; the message contains torch's. Or
             the device does not support `train.autocast`.
+        StartFailedError: This is another rank of an existing process group, and rank 0 has failed.
     """
-    device, config = torch.device("cpu"), job.config
+    pool = job.config.pool
+    if not (pool.spec.is_launched and is_launched()):
+        _rehearse(job)
+        return
+    with checked_by_rank_zero(pool, compute_device(pool)) as checks:
+        if checks:
+            _rehearse(job)
+        elif job.task.own_data is not None and job.task.loop is None:
+            _try_step(job)
+
+
+def _rehearse(job: Job) -> None:
+    config = job.config
     if config.pool.spec.coordinator_may_train:
         check_autocast(config.train, compute_device(config.pool))
     if job.task.loop is None:
         _warn_of_unrepeatable(job)
     _check_network(job)
     if job.task.loop is not None:
-        _try_optimizer(job, device)
+        _try_optimizer(job, torch.device("cpu"))
         return
+    _try_step(job)
+
+
+def _try_step(job: Job) -> None:
+    device = torch.device("cpu")
     try:
         with seeded(device, job.config.seed, Purpose.REHEARSAL), warnings.catch_warnings():
             # Torch only warns if it broadcasts (N, 1) and (N,), which gives a wrong loss: refuse it.
