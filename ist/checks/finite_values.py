@@ -4,11 +4,12 @@ Where it sits: `ist/runs/rehearsal.py` calls it before a run; the coordinator ca
 Not here: whether the results of workers are finite (`ist/training/coordinator.py`).
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ist.data.batches import fetch, take_shard
 from ist.data.loading.stream import StreamSampler
@@ -19,36 +20,46 @@ from ist.subnet.job import Job
 from ist.tensors import is_finite
 
 
-def check_start(job: Job, network: nn.Module) -> None:
-    """Check that the first samples, trained parameters, and buffers that are rounded or subtracted are finite.
-
-    Args:
-        job: The run.
-        network: The full network with its initial weights; it does not change.
+def check_example(job: Job) -> None:
+    """Check that the first samples are finite.
 
     Raises:
-        DataError: The first samples contain NaN.
-        ModelError: A trained parameter is not finite, or a buffer that the configured exchange rounds or subtracts.
+        DataError: They contain NaN.
     """
     if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors_in(job.task.example)):
         raise DataError("the first samples of the training data hold nan in their inputs: remove or correct them")
-    if any(tensor.is_meta for tensor in (*network.parameters(), *network.buffers())):
-        return  # it has no values yet; code that needs them raises the error
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad and not is_finite([parameter]):
+
+
+def checked_start(job: Job, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Check that trained parameters, and buffers that are rounded or subtracted, are finite.
+
+    Args:
+        job: The run.
+        tensors: The names and the initial values of parameters and buffers; they do not change.
+
+    Yields:
+        Each tensor, after its check.
+
+    Raises:
+        ModelError: A trained parameter is not finite, or a buffer that the configured exchange rounds or subtracts.
+    """
+    trained = {name for name, parameter in job.split.template.named_parameters() if parameter.requires_grad}
+    exchange = job.config.exchange
+    is_plain = exchange.down == exchange.up == "exact" and exchange.values == "weights"
+    buffers = {name for name, _ in job.split.template.named_buffers() if name in job.split.model_specs}
+    for name, tensor in tensors:
+        # A tensor on `meta` has no value yet: code that needs it raises the error.
+        if not tensor.is_meta and name in trained and not is_finite([tensor]):
             raise ModelError(
-                f"'{name}' holds {_what(parameter)} before training: give it finite values, or freeze it "
+                f"'{name}' holds {_what(tensor)} before training: give it finite values, or freeze it "
                 "(requires_grad_(False)) if it is a mask"
             )
-    exchange = job.config.exchange
-    if exchange.down == exchange.up == "exact" and exchange.values == "weights":
-        return
-    for name, buffer in network.named_buffers():
-        if name in job.split.model_specs and not is_finite([buffer]):
+        if not tensor.is_meta and name in buffers and not is_plain and not is_finite([tensor]):
             raise ModelError(
-                f"buffer '{name}' holds {_what(buffer)}, which can neither be rounded nor subtracted (exchange): leave "
+                f"buffer '{name}' holds {_what(tensor)}, which can neither be rounded nor subtracted (exchange): leave "
                 "it out of the state_dict (register_buffer(..., persistent=False)), or send exact weights"
             )
+        yield name, tensor
 
 
 def find_non_finite_sample(job: Job, num_workers: int, worker: int, round_number: int) -> str | None:

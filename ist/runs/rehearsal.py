@@ -7,15 +7,17 @@ Not here: the single checks (`ist/checks/`), real training (`ist/training/worker
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ist.checks.drift import warn_of_counters
-from ist.checks.finite_values import check_start, non_finite_values
+from ist.checks.finite_values import check_example, checked_start, non_finite_values
 from ist.checks.gradient_reach import check_reach
 from ist.checks.made_values import read_initial
 from ist.checks.optimizer_trial import check_optimizer
@@ -30,6 +32,7 @@ from ist.evaluation.evaluate import evaluate, reestimate_statistics, statistics_
 from ist.loops.local_loop import TaskLoop
 from ist.loops.local_step import smallest_micro_batch
 from ist.network.compiled import separated
+from ist.network.copies import like
 from ist.network.failures import located, loss_of
 from ist.optimization.factory import shown
 from ist.optimization.step_settings import apply_settings, group_settings, matching_groups, stand_ins
@@ -104,16 +107,28 @@ def _check_network(job: Job) -> None:
         ModelError: A value is not finite, or a submodel computes other outputs than the masked full network.
         DataError: The first samples contain NaN.
     """
-    network = job.task.build()
-    check_start(job, network)
-    if not job.config.method_spec.needs_groups:
-        return
+    check_example(job)
+    needs_groups = job.config.method_spec.needs_groups
     if is_checked_whole(job):
-        verify_cuts(job, network)
+        network = job.task.build()
+        deque(checked_start(job, named_tensors(network).items()), maxlen=0)
+        if needs_groups:
+            verify_cuts(job, network)
         return
-    initial = read_initial(job.split, named_tensors(network).items())
-    del network  # the check itself needs no full network
-    verify_cuts(job, initial=initial)
+    initial = read_initial(job.split, checked_start(job, _initial_tensors(job)))
+    if needs_groups:
+        verify_cuts(job, initial=initial)
+
+
+def _initial_tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
+    """Yield the initial values of the network: one tensor at a time, if they are in files."""
+    if job.task.weights is None:
+        yield from named_tensors(job.task.build()).items()
+        return
+    values = job.task.weights()
+    for name in named_tensors(job.split.template):
+        if name in values:
+            yield name, values[name]
 
 
 def _warn_of_unrepeatable(job: Job) -> None:
@@ -195,7 +210,14 @@ def _one_step(job: Job, device: torch.device) -> None:
             f"the loss is not finite: a batch of the training data ({len(batch)} samples from {int(numbers()[0])} on) "
             f"holds {bad}. Remove or correct such samples"
         )
-    loss.backward()  # type: ignore[no-untyped-call]
+    if is_checked_whole(job):
+        loss.backward()  # type: ignore[no-untyped-call]
+    else:
+        named = _with_narrow_gradients(named, loss)
+        optimizer = job.task.make_optimizer(named)
+        if job.schedule.settings:
+            groups = matching_groups(optimizer, named, job.schedule.group_of)
+            apply_settings(optimizer, groups, job.schedule.settings[0])
     _check_gradients(job, named)
     check_optimizer(job, named)
     loop.step.finish(worker.module, list(named.values()), optimizer)
@@ -210,6 +232,41 @@ def _one_step(job: Job, device: torch.device) -> None:
         if job.task.test_data is not None:
             few = take_shard(job.task.test_data, np.arange(min(2, length(job.task.test_data))))
             evaluate(worker.module, few, job.task.loss, size, device, job.task.metric, step=job.task.step)
+
+
+_NARROW = 16
+
+
+def _with_narrow_gradients(named: Mapping[str, nn.Parameter], loss: Tensor) -> dict[str, nn.Parameter]:
+    """Compute the gradients of a loss, and return a corner of each parameter with a corner of its gradient.
+
+    A step of an optimizer on the corners needs no memory. A gradient is dropped as soon as it is complete.
+
+    Args:
+        named: The parameters; they have no gradients afterwards.
+        loss: The loss.
+    """
+    corners = {name: tuple(slice(_NARROW) for _ in parameter.shape) for name, parameter in named.items()}
+    narrow = {name: like(p, p.detach()[corners[name]].clone()) for name, p in named.items()}
+
+    def keep(name: str, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        corner = gradient.to_dense()[corners[name]].clone()
+        before = narrow[name].grad
+        corner = corner if before is None else before.to_dense() + corner
+        narrow[name].grad = corner.to_sparse(1) if gradient.is_sparse else corner
+
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(partial(keep, name))  # type: ignore[no-untyped-call]
+        for name, parameter in named.items()
+    ]
+    try:
+        loss.backward()  # type: ignore[no-untyped-call]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return cast("dict[str, nn.Parameter]", narrow)
 
 
 def _check_gradients(job: Job, named: Mapping[str, nn.Parameter]) -> None:

@@ -13,8 +13,9 @@ from ist.checks.lazy_verify import CannotRunLazilyError
 from ist.checks.made_values import MadeValues, Sketch, sketch
 from ist.checks.verify import verify_cuts
 from ist.errors import ModelError
+from ist.runs.rehearsal import _with_narrow_gradients
 from ist.tensors import TensorSpec
-from tests.conftest import naming
+from tests.conftest import assert_same, clone, data, naming
 from tests.networks import seeded
 from tests.neurons.networks import CASES, IMAGE, Flipped, Heads, rand
 from tests.neurons.test_neurons import case_job, job_of
@@ -174,3 +175,47 @@ def test_the_memory_of_values_is_used_again_only_after_nobody_uses_them() -> Non
     assert other.data_ptr() != address
     del row
     assert values.of("b").data_ptr() == address
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Embedding(40, 24, sparse=True), nn.Linear(24, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.embed(x).mean(1).relu())
+
+
+def test_the_rehearsal_of_a_large_network_keeps_a_corner_of_each_gradient() -> None:
+    torch.manual_seed(0)
+    network = TwoLayers()
+    x = torch.randint(40, (6, 3))
+    network(x).sum().backward()
+    expected = {name: p.grad for name, p in network.named_parameters()}
+    network.zero_grad()
+
+    narrow = _with_narrow_gradients(dict(network.named_parameters()), network(x).sum())
+
+    assert {name: tuple(p.shape) for name, p in narrow.items()} == {
+        "embed.weight": (16, 16), "out.weight": (5, 16), "out.bias": (5,),
+    }  # fmt: skip
+    for name, parameter in narrow.items():
+        gradient, whole = parameter.grad, expected[name]
+        assert gradient is not None
+        assert whole is not None
+        assert gradient.is_sparse == whole.is_sparse
+        assert torch.equal(gradient.to_dense(), whole.to_dense()[tuple(slice(16) for _ in parameter.shape)])
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_a_large_network_trains_to_the_same_bits_as_one_that_is_checked_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained() -> dict[str, Tensor]:
+        model = seeded(lambda: nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 5)))
+        optimizer = {"name": "Adam", "args": {"lr": 0.01}}
+        ist.train(model, data(), workers=2, local_steps=2, rounds=2, optimizer=optimizer, progress=False)
+        return clone(model.state_dict())
+
+    lazy = trained()
+    monkeypatch.setattr(ist.checks.verify, "MOST_FOR_WHOLE", 10**9)
+
+    assert_same(lazy, trained())
