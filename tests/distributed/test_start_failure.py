@@ -41,7 +41,7 @@ def test_a_rank_that_waits_hears_the_error_of_rank_zero_and_not_that_of_an_earli
 def test_an_error_that_a_stranger_publishes_is_ignored() -> None:
     store = HashStore()
     start_failure.begin_start()
-    store.set("ist/failed/1/0", "0" * 64 + "ModelError: nonsense")
+    store.set("ist/failed/1/0", "0" * 64 + "ModelError: made up")
 
     start_failure.raise_if_failed(store, 1)
 
