@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.common import RESULTS, add_run, finished_runs, write_result
-from benchmarks.fitting import fitting, num_parameters, resized, run_flops, state_bytes
+from benchmarks.fitting import num_parameters, resized, run_flops, small_network, state_bytes
 from benchmarks.held import held
 from benchmarks.session import Run, Session, made
 from benchmarks.workloads import LOWER, WORKLOADS, behind, value
@@ -188,10 +188,7 @@ def controls(workload: str, given: Sequence[str]) -> list[Point]:
         if point.keep == 1 or point.share not in (0, 1):
             continue
         of = f"1/{config.train.workers}" if not point.keep else f"{point.keep:g}"
-        job = build_job(configuration(workload, point, given))
-        parameters = sum(parameter.numel() for parameter in job.split.template.parameters())
-        budget = state_bytes(config, held(job).fraction * parameters)
-        network = f"model.args={json.dumps(fitting(config, budget))}"
+        network = f"model.args={json.dumps(small_network(configuration(workload, point, given)))}"
         name = f"small network in the memory of {of}"
         points.append(Point(f"{name}, local SGD", overrides=(stages({"keep": 1}), network)))
         points.append(Point(f"{name}, data-parallel", "ddp", (*same, "recipe.average.kind=none", network)))

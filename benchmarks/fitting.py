@@ -1,23 +1,32 @@
 """The control of the federated literature: the small network that fits into a worker's share, trained by every worker.
 
+    python -m benchmarks.fitting configs/crime_mlp.yaml [--set data.root=.data/crime]
+
+prints the command that trains it by local SGD. `benchmarks/dial.py` compares the two.
+
 A worker of IST holds a share of a network, with its gradients and the optimizer's state. With the same memory it could
 hold a full network of the same kind that is narrower. Trained by local SGD, with as many steps and as many exchanges,
 that network costs a worker the same memory, about the same arithmetic and the same bytes as the share; so it is what
 the share of the large network has to beat.
 """
 
-from collections.abc import Callable, Mapping
+import argparse
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.held import held
+from ist.config.load import load_config
 from ist.config.schema import Config
 from ist.loops.local_loop import TaskLoop
 from ist.optimization.factory import optimizer_factory
-from ist.runs.build import build_network
+from ist.runs.build import build_job, build_network
 from ist.subnet.job import Job, assignments, slot_of
 
 Arguments = Mapping[str, Any]
@@ -152,3 +161,29 @@ def step_flops(job: Job, module: nn.Module) -> int:
     with FlopCounterMode(display=False) as counter:
         loop.step.loss(module, loop.read(rows), lambda: loop.numbers(rows)).backward()  # type: ignore[no-untyped-call]
     return int(counter.get_total_flops())
+
+
+def small_network(config: Config) -> dict[str, Any]:
+    """Return the arguments of the small network that fits into the memory of a worker's share.
+
+    Args:
+        config: The configuration, with the stages in which workers hold the largest share.
+    """
+    job = build_job(config)
+    parameters = sum(parameter.numel() for parameter in job.split.template.parameters())
+    return fitting(config, state_bytes(config, held(job).fraction * parameters))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as for ist train")
+    asked = parser.parse_args(arguments)
+    # The control is for runs in which no worker ever holds the full network.
+    config = load_config(asked.config, ["recipe.stages=[]", *asked.set])
+    overrides = [*asked.set, "recipe.stages=[{keep: 1}]", f"model.args={json.dumps(small_network(config))}"]
+    print(" ".join([f"ist train {asked.config}", *(f"--set '{override}'" for override in overrides)]))
+
+
+if __name__ == "__main__":
+    main()

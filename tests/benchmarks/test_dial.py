@@ -1,6 +1,7 @@
 """The dial and its control: the small network that fits into a worker's share."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,21 @@ def test_every_point_of_the_dial_is_a_valid_run_and_no_trial_holds_more_than_hal
     held = [max((stage.keep or 0.25 for stage in config.recipe.stages), default=0.25) for config in configs]
     assert held[: len(points)] == [0.25, *(keep for keep in (0.5, 0.75, 1.0) for _ in range(4))]
     assert max(held[len(points) :]) == 0.5
+
+
+def test_the_command_of_the_small_network_trains_one_that_every_worker_holds(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = ROOT / "configs" / "quickstart.yaml"
+
+    fitting.main([str(path), "--set", "train.workers=2"])
+
+    words = shlex.split(capsys.readouterr().out)
+    assert words[:3] == ["ist", "train", str(path)]
+    config = load_config(path, words[4::2])
+    assert config.model.args["widths"] == [64, 256, 256, 10]  # half of 512 neurons of each layer
+    assert [stage.keep for stage in config.recipe.stages] == [1]
+    assert config.train.workers == 2
 
 
 def test_the_page_has_the_table_of_the_measured_points() -> None:
