@@ -10,7 +10,7 @@ Not here: the groups of ranks (`ist/distributed/worker_group.py`), the parts of 
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -113,10 +113,9 @@ class DDPInside:
         """Do nothing: the wrapper has trained the module itself."""
 
     def sent_bytes(self, steps: int, passes: int) -> int:  # noqa: ARG002  # only the last pass of a step sends
-        """Return the bytes of all-reduces in a ring of P bytes of gradients: 2 (k - 1) P in a step."""
+        """Return the bytes of `ddp_bytes`."""
         assert self._module is not None
-        trained = sum(parameter.nbytes for parameter in trained_parameters(self._module).values())
-        return steps * 2 * (self._group.size - 1) * trained
+        return ddp_bytes(self._group.size, steps, _nbytes(trained_parameters(self._module).values()))
 
 
 class FSDPInside:
@@ -164,15 +163,10 @@ class FSDPInside:
                 buffers[name].copy_(buffer)
 
     def sent_bytes(self, steps: int, passes: int) -> int:
-        """Return the bytes of a round, at P bytes of parameters, of which T are trained and F are freed after use.
-
-        Each pass gathers all parameters, gathers the freed ones again for the backward pass, and sums the gradients
-        where they belong: (k - 1) (P + F + T). All parameters are gathered once more at the end of the round.
-        """
+        """Return the bytes of `fsdp_bytes`."""
         assert self._module is not None
-        held = sum(parameter.nbytes for parameter in self._module.parameters())
-        trained = sum(parameter.nbytes for parameter in trained_parameters(self._module).values())
-        return (self._group.size - 1) * (steps * passes * (held + self._freed_bytes + trained) + held)
+        held, trained = _nbytes(self._module.parameters()), _nbytes(trained_parameters(self._module).values())
+        return fsdp_bytes(self._group.size, steps * passes, held, self._freed_bytes, trained)
 
     def _shard(self, module: nn.Module) -> nn.Module:
         from torch.distributed.fsdp import fully_shard  # slow to import
@@ -182,10 +176,39 @@ class FSDPInside:
         sharded = copied(module, empty)
         self._freed_bytes = 0
         for block in _blocks(sharded):
-            self._freed_bytes += sum(parameter.nbytes for parameter in block.parameters())
+            self._freed_bytes += _nbytes(block.parameters())
             fully_shard(block, mesh=self._mesh)
         fully_shard(sharded, mesh=self._mesh)
         return sharded.to_empty(device=self._group.device)
+
+
+def ddp_bytes(ranks: int, steps: int, trained: int) -> int:
+    """Return the bytes that the k ranks of a worker send each other in a round, to average P bytes of gradients.
+
+    An all-reduce in a ring sends 2 (k - 1) P in a step.
+    """
+    return steps * 2 * (ranks - 1) * trained
+
+
+def fsdp_bytes(ranks: int, passes: int, held: int, freed: int, trained: int) -> int:
+    """Return the bytes that the k ranks of a worker send each other in a round, if they shard P bytes of parameters.
+
+    Each pass gathers all parameters, gathers the F bytes of those that were freed again for the backward pass, and sums
+    the T bytes of gradients where they belong: (k - 1) (P + F + T). All parameters are gathered once more at the end of
+    the round.
+
+    Args:
+        ranks: k.
+        passes: Forward and backward passes of the round.
+        held: P, the bytes of all parameters.
+        freed: F, the bytes of those that are gathered for the time of their use only.
+        trained: T, the bytes of those that are trained.
+    """
+    return (ranks - 1) * (passes * (held + freed + trained) + held)
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def own_rows(tensor: Tensor, rank: int, ranks: int) -> Tensor:

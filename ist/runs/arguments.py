@@ -377,7 +377,7 @@ def _config(given: Mapping[str, Any], data_name: str, metric: str, source: str) 
         "evaluate": {"metric": metric, **sections["evaluate"]},
         "pool": {"kind": "torchrun" if is_launched() else "inline", **sections["pool"]},
     }
-    if is_launched() and tree["pool"].get("ranks_per_worker") == "node" and tree["pool"]["kind"] == "torchrun":
+    if is_launched() and tree["pool"].get("ranks_per_worker") == "node":
         tree["pool"]["ranks_per_worker"] = ranks_of_node()
     return validate(python_numbers(tree), source)
 

@@ -6,12 +6,13 @@ Not here: printing (`ist/runs/split.py`), the split itself (`ist/runs/build.py`)
 """
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from ist.config.methods import WHOLE_GRADIENTS, trained_sizes
 from ist.config.schema import FROM_PYTHON, Config
+from ist.loops.inside import ddp_bytes, fsdp_bytes
 from ist.neurons.group import Group, Slot
 from ist.optimization.schedule import Schedule
 from ist.subnet.assignments import Assignments
@@ -141,11 +142,14 @@ class RoundBytes:
         ddp: Bytes of data-parallel training for the same number of steps: a ring all-reduce sends 2 (n - 1) times the
             gradient in each step.
         ratio: `ddp` / `ist`; None if IST sends nothing.
+        inside: Bytes that the ranks of all workers send to other ranks of their worker, which `ist` does not count; at
+            most so many with `pool.inside` fsdp. None if the number of ranks depends on the launcher.
     """
 
     ist: int
     ddp: int
     ratio: float | None
+    inside: int | None = 0
 
 
 @dataclass(frozen=True)
@@ -258,9 +262,33 @@ def inspect_split(
         ),
         shares=shares,
         header_bytes=header_bytes(split.num_logged),
-        bytes_per_round=RoundBytes(ist, ddp, ddp / ist if ist else None),
+        bytes_per_round=RoundBytes(
+            ist, ddp, ddp / ist if ist else None, _inside_bytes(config, local_steps, shares, plans, parameters, trained)
+        ),
         bytes_of_run=run_bytes(config, split, schedule, held),
     )
+
+
+def _inside_bytes(
+    config: Config,
+    steps: int,
+    shares: Sequence[Share],
+    plans: Sequence[Mapping[str, TensorSpec]],
+    parameters: Iterable[str],
+    trained: Iterable[str],
+) -> int | None:
+    """Return the bytes that the ranks of all workers send to other ranks of their worker in a round."""
+    ranks, total = config.pool.ranks_per_worker, 0
+    if ranks == 1 or not isinstance(ranks, int):
+        return 0 if ranks == 1 else None
+    for share, plan in zip(shares, plans, strict=True):
+        held, learnt = (sum(plan[name].nbytes for name in names if name in plan) for names in (parameters, trained))
+        total += (ranks - 1) * share.sent_bytes
+        if config.pool.inside == "fsdp":
+            total += fsdp_bytes(ranks, steps * config.train.accumulate, held, held, learnt)
+        else:
+            total += ddp_bytes(ranks, steps, learnt)
+    return total
 
 
 def run_bytes(config: Config, split: SplitModel, schedule: Schedule, held: Assignments) -> int:

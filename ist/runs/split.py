@@ -209,6 +209,8 @@ def print_inspection(found: Inspection, console: Console) -> None:
     console.print(f"A round sends {format_bytes(total.ist)} in all; data-parallel training sends ", end="")
     ratio = f": {format_ratio(total.ratio)} times more" if total.ratio else ""
     console.print(f"{format_bytes(total.ddp)} for the same steps{ratio}.")
+    if total.inside:
+        console.print(f"The ranks of each worker send each other {format_bytes(total.inside)} more (pool.inside).")
     if len(found.stages) > 1:
         for number, stage in enumerate(found.stages, start=1):
             part = stage.steps / sum(other.steps for other in found.stages)

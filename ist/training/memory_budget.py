@@ -113,7 +113,7 @@ def _worker_budget(job: Job, counted: CountedStep) -> MemoryBudget:
     messages = 0 if layouts.is_plain else layouts.nbytes
     if changes:  # the buffers of the next share are made before those of the last one are freed
         messages += layouts.nbytes
-    if job.config.pool.kind == "ray":
+    if not job.config.pool.spec.coordinator_may_train:  # Ray copies messages into and out of its object store
         messages += layouts.down.nbytes + layouts.up.nbytes
     residuals, feedback = 0, 0
     if exchange.error_feedback:
@@ -122,6 +122,12 @@ def _worker_budget(job: Job, counted: CountedStep) -> MemoryBudget:
         feedback = sum(4 * math.prod(plain[name].shape) for name in rounded if name in plain)
         notes.append(
             "error-feedback residuals have the shape of the full network's matrices, in float32, on every worker"
+        )
+    if job.config.pool.ranks_per_worker != 1:
+        notes.append(
+            "a rank of a worker (pool.ranks_per_worker) needs activations of its part of the batch only; with pool.inside "
+            "fsdp it has 1/k of gradients and optimizer state, and besides the message 1/k of the parameters and those "
+            "that are gathered for a while"
         )
     if job.split.state_slots:
         step["optimizer state"] = sum(spec.nbytes for name, spec in plain.items() if name in split.state_specs)

@@ -13,6 +13,7 @@ from ist.config.schema import lead_rank, num_processes, worker_of
 from ist.distributed.environment import ranks_of_node
 from ist.runs.open import check_method
 from ist.runs.rehearsal import rehearse
+from ist.runs.split import split_of
 from ist.storage.checkpoint import read_tensors
 from tests.conftest import data, job_for, naming, run_forked_ranks, small_config
 from tests.networks import NETWORKS, seeded
@@ -47,9 +48,14 @@ def test_two_workers_of_two_ranks_train_as_two_workers_with_the_whole_batch(tmp_
     assert_equal_to_one_rank(tmp_path, "ddp")
     # In each of three steps, a rank sends half of the gradients (float64) to be summed, and half of the sums; before,
     # the first rank passes the message on.
-    shares = ist.split(plain().double(), samples().tensors[0][:2], workers=2).shares
+    split = ist.split(plain().double(), samples().tensors[0][:2], workers=2, local_steps=3)
+    expected = sum(3 * 2 * share.parameters * 8 + share.sent_bytes for share in split.shares)
     (record, *_) = outcome(tmp_path / "ddp", "uneven parts, clipped")[1]
-    assert record["inside_bytes"] == sum(3 * 2 * share.parameters * 8 + share.sent_bytes for share in shares)
+    assert record["inside_bytes"] == expected
+    assert (
+        split_of(job_for(seeded(plain).double(), samples(), train__workers=2, pool=RANKS)).bytes_per_round.inside
+        == expected
+    )
 
 
 @pytest.mark.system
