@@ -34,6 +34,7 @@ class WorkerGroup:
         size: How many they are.
         device: The device of this process.
         carrier: The device on which a tensor must be for the backend to send it.
+        backend: 'gloo' or 'nccl'.
     """
 
     group: ProcessGroup
@@ -42,6 +43,7 @@ class WorkerGroup:
     size: int
     device: torch.device
     carrier: torch.device
+    backend: str
 
     @property
     def is_lead(self) -> bool:
@@ -105,7 +107,9 @@ def worker_group(config: Config, membership: Membership) -> WorkerGroup | None:
     if worker < 0:
         return None
     lead = lead_rank(config, worker)
-    return WorkerGroup(groups[worker], lead, membership.rank - lead, ranks, membership.device, membership.carrier)
+    return WorkerGroup(
+        groups[worker], lead, membership.rank - lead, ranks, membership.device, membership.carrier, membership.backend
+    )
 
 
 def _form(config: Config, membership: Membership) -> list[ProcessGroup]:

@@ -166,7 +166,8 @@ class FSDPInside:
         """Return the bytes of `fsdp_bytes`."""
         assert self._module is not None
         held, trained = _nbytes(self._module.parameters()), _nbytes(trained_parameters(self._module).values())
-        return fsdp_bytes(self._group.size, steps * passes, held, self._freed_bytes, trained)
+        is_gloo = self._group.backend == "gloo"
+        return fsdp_bytes(self._group.size, steps * passes, held, self._freed_bytes, trained, is_gloo)
 
     def _shard(self, module: nn.Module) -> nn.Module:
         from torch.distributed.fsdp import fully_shard  # slow to import
@@ -190,12 +191,12 @@ def ddp_bytes(ranks: int, steps: int, trained: int) -> int:
     return steps * 2 * (ranks - 1) * trained
 
 
-def fsdp_bytes(ranks: int, passes: int, held: int, freed: int, trained: int) -> int:
+def fsdp_bytes(ranks: int, passes: int, held: int, freed: int, trained: int, is_gloo: bool) -> int:
     """Return the bytes that the k ranks of a worker send each other in a round, if they shard P bytes of parameters.
 
     Each pass gathers all parameters, gathers the F bytes of those that were freed again for the backward pass, and sums
     the T bytes of gradients where they belong: (k - 1) (P + F + T). All parameters are gathered once more at the end of
-    the round.
+    the round. PyTorch's gloo sums gradients on all ranks, which takes 2 (k - 1) T.
 
     Args:
         ranks: k.
@@ -203,8 +204,9 @@ def fsdp_bytes(ranks: int, passes: int, held: int, freed: int, trained: int) -> 
         held: P, the bytes of all parameters.
         freed: F, the bytes of those that are gathered for the time of their use only.
         trained: T, the bytes of those that are trained.
+        is_gloo: Whether the ranks communicate by gloo.
     """
-    return (ranks - 1) * (passes * (held + freed + trained) + held)
+    return (ranks - 1) * (passes * (held + freed + (2 if is_gloo else 1) * trained) + held)
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:

@@ -285,7 +285,8 @@ def _inside_bytes(
         held, learnt = (sum(plan[name].nbytes for name in names if name in plan) for names in (parameters, trained))
         total += (ranks - 1) * share.sent_bytes
         if config.pool.inside == "fsdp":
-            total += fsdp_bytes(ranks, steps * config.train.accumulate, held, held, learnt)
+            passes, may_be_gloo = steps * config.train.accumulate, config.pool.backend != "nccl"
+            total += fsdp_bytes(ranks, passes, held, held, learnt, may_be_gloo)
         else:
             total += ddp_bytes(ranks, steps, learnt)
     return total

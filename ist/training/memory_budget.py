@@ -125,9 +125,9 @@ def _worker_budget(job: Job, counted: CountedStep) -> MemoryBudget:
         )
     if job.config.pool.ranks_per_worker != 1:
         notes.append(
-            "a rank of a worker (pool.ranks_per_worker) needs activations of its part of the batch only; with pool.inside "
-            "fsdp it has 1/k of gradients and optimizer state, and besides the message 1/k of the parameters and those "
-            "that are gathered for a while"
+            "a rank of a worker (pool.ranks_per_worker) needs activations of its part of the batch only; with "
+            "pool.inside fsdp it has 1/k of gradients and optimizer state, and besides the message 1/k of the "
+            "parameters and those that are gathered for a while"
         )
     if job.split.state_slots:
         step["optimizer state"] = sum(spec.nbytes for name, spec in plain.items() if name in split.state_specs)

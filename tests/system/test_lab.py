@@ -219,8 +219,9 @@ def test_methods_are_compared_on_links(tmp_path: Path, ist_command: Run) -> None
     assert ddp["train_s"] > ddp["sent_bytes"] / 2 * 8 / 20e6
 
 
+@pytest.mark.parametrize("inside", ["ddp", "fsdp"])
 def test_ranks_of_a_worker_share_a_host_whose_link_carries_only_subnets(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
 ) -> None:
     inside_bytes: list[int] = []
 
@@ -234,7 +235,7 @@ def test_ranks_of_a_worker_share_a_host_whose_link_carries_only_subnets(
     monkeypatch.setattr(lab_run, "launch", counted_inside)
     config = small_config(
         model={"name": "tests.pools.inside_program:for_digits"}, train__workers=2, train__rounds=2,
-        train__local_steps=20, pool={**RANKS, "link": "1gbit"},
+        train__local_steps=20, pool={**RANKS, "inside": inside, "link": "1gbit"},
     )  # fmt: skip
     folder = create_run_folder(config, tmp_path / "run")
 
@@ -243,8 +244,8 @@ def test_ranks_of_a_worker_share_a_host_whose_link_carries_only_subnets(
     assert_counted(folder.path, "1gbit")
     result = json.loads((folder.path / "result.json").read_text())
     assert len(inside_bytes) == 2
-    # The ranks of a worker also greet each other, and add up their losses.
-    assert result["inside_bytes"] < sum(inside_bytes) < 1.05 * result["inside_bytes"] + 40_000
+    # The ranks of a worker also greet each other, and add up their losses; small messages have large headers.
+    assert result["inside_bytes"] < sum(inside_bytes) < 1.08 * result["inside_bytes"] + 40_000
     assert result["inside_bytes"] > 10 * result["wire_bytes"]
 
 
