@@ -1,6 +1,6 @@
 """The inline pool: all workers in this process, one after the other; the reference for every other pool.
 
-Where it sits: `ist/runs/open.py` creates it for `pool.kind: inline`.
+Where it sits: `ist/runs/opening/methods.py` creates it for `pool.kind: inline`.
 It counts the bytes that the same run would send with a process for each worker (`remote_workers`).
 Not here: the workers' training (`ist/training/worker.py`).
 """

@@ -9,7 +9,7 @@ all of them or none. With a range of workers, Ray places each as soon as there i
 before a round starts. If workers of a fixed number repeatedly die while replacements start, the round starts with the
 available workers if they are enough (`pool.min_returned`); the missing ones count as lost in that round.
 
-Where it sits: `ist/runs/open.py` creates it; `ist/training/coordinator.py` uses it through `WorkerPool`.
+Where it sits: `ist/runs/opening/methods.py` creates it; `ist/training/coordinator.py` uses it through `WorkerPool`.
 Not here: connecting to a cluster (`ist/pools/ray_cluster.py`), the actor (`ist/pools/ray_actor.py`), what a round does
 about a lost worker (`ist/training/coordinator.py`).
 """

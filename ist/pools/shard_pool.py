@@ -8,7 +8,7 @@ Each rank runs its own `Coordinator`, of its own shard, with a `ShardPool`. For 
 that it cuts, checks, merges and optimizes as a single coordinator does.
 Law: the store has the same values as with one coordinator, bit for bit. All arithmetic on values of the store is entry
 by entry, and a rounded matrix has a scale for each row, which one owner holds completely.
-Where it sits: `ist/runs/open.py` creates it if `pool.store` is `sharded`.
+Where it sits: `ist/runs/opening/in_shards.py` creates it if `pool.store` is `sharded`.
 Not here: which rows a rank owns (`ist/subnet/stores/shards.py`), what happens between rounds (`shard_store.py`).
 """
 

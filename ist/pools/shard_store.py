@@ -2,8 +2,8 @@
 
 Between two rounds only rank 0 acts: it evaluates, saves, and ends the run. What it needs of other shards it requests;
 every other rank serves requests until rank 0 starts the next round or ends the run.
-Where it sits: `ist/runs/open.py` creates a `ShardedMethod` on rank 0 and a `ShardFollower` on every other rank. Both
-contain the `Coordinator` of their own shard, which trains through `shard_pool.py`.
+Where it sits: `ist/runs/opening/in_shards.py` creates a `ShardedMethod` on rank 0 and a `ShardFollower` on every other
+rank. Both contain the `Coordinator` of their own shard, which trains through `shard_pool.py`.
 Not here: the exchange in a round (`shard_pool.py`), which rows a rank owns (`ist/subnet/stores/shards.py`), the files
 of a checkpoint (`ist/storage/shards/`), networks as modules (`shard_network.py`).
 """

@@ -1,8 +1,8 @@
 """The average of the full network over rounds, for any method.
 
-Where it sits: `ist/runs/open.py` wraps a method in it if the configuration sets `recipe.average`. The round loop then
-evaluates and saves the average, while training continues from the network itself. The average needs memory on the
-device of the full network, and sends no bytes.
+Where it sits: `ist/runs/opening/process.py` wraps a method in it if the configuration sets `recipe.average`. The round
+loop then evaluates and saves the average, while training continues from the network itself. The average needs memory on
+the device of the full network, and sends no bytes.
 Not here: batch norm's running statistics. The round loop re-estimates them for the average as for any network.
 
 Reference: Izmailov et al., arXiv 1803.05407 (SWA); torch.optim.swa_utils.

@@ -13,7 +13,7 @@ from ist.errors import ModelError
 from ist.loops.part import completed
 from ist.monitoring.meter import Meter
 from ist.network.modes import modes_of
-from ist.runs.open import implementation
+from ist.runs.opening.process import implementation
 from ist.training.rounds import evaluate_full_network
 from tests.conftest import data, job_for, naming
 from tests.networks import Router, seeded

@@ -336,7 +336,7 @@ FAULTS = (
         ("tests/baselines/test_registry.py",),
     ),
     Fault(
-        "a method is made without its options", "ist/runs/open.py", "functools.partial(made, **config.method_spec.options)",
+        "a method is made without its options", "ist/runs/opening/process.py", "functools.partial(made, **config.method_spec.options)",
         "functools.partial(made)", ("tests/baselines/test_registry.py",),
     ),
     Fault(

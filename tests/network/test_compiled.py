@@ -14,7 +14,7 @@ import ist
 from ist.errors import ConfigError, ModelError
 from ist.runs.build import build_job
 from ist.runs.execute import execute
-from ist.runs.open import _restored
+from ist.runs.opening.process import restored
 from tests.conftest import assert_same, data, job_for, naming, plain_loop, small_config
 from tests.networks import NETWORKS, seeded
 
@@ -157,7 +157,7 @@ def test_files_of_compiled_networks_can_be_used_as_weights_and_checkpoints(tmp_p
     network = {"name": f"{__name__}:compiled_for_digits", "weights": str(tmp_path / "old.safetensors")}
 
     job = build_job(small_config(model=network))
-    resumed, further = _restored(job, {name: tensor + 1 for name, tensor in old.items()} | {"more": torch.ones(1)})
+    resumed, further = restored(job, {name: tensor + 1 for name, tensor in old.items()} | {"more": torch.ones(1)})
 
     assert_same(job.task.build().state_dict(), values)
     assert_same(resumed.state_dict(), {name: tensor + 1 for name, tensor in values.items()})

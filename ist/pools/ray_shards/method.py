@@ -7,7 +7,7 @@ its neurons keep their values.
 
 If an owner is lost, its rows come back from the replica that another owner holds (`pool.store_replicas`), or else those
 of all owners from the last checkpoint. The rounds since then are trained again, as after a resumption.
-Where it sits: `ist/runs/open.py` creates it if `pool.kind` is `ray` and `pool.store` is `sharded`.
+Where it sits: `ist/runs/opening/in_shards.py` creates it if `pool.kind` is `ray` and `pool.store` is `sharded`.
 Not here: cutting and merging (`owner.py`), training (`worker.py`), starting actors (`owners.py`, `pool.py`).
 """
 

@@ -1,0 +1,1 @@
+"""Open a run: make the method that trains in this process."""
