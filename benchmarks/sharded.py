@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,9 @@ def run(store: str, workers: int, width: int, rounds: int) -> dict[str, Any]:
         result = json.loads((folder / "result.json").read_text())
     return {
         "by_host": result["wire_bytes_by_host"],
-        "round_s": [record["train_s"] for record in records[1:]],
-        "sent_bytes": records[-1]["sent_bytes"] - records[0]["sent_bytes"],
+        "round_s": [after["train_s"] - before["train_s"] for before, after in pairwise(records)],
+        # The payload that a link carries in one direction; a coordinator's link carries all subnets in each.
+        "payload": (records[-1]["sent_bytes"] - records[-2]["sent_bytes"]) / (workers if is_sharded else 2),
         "network_bytes": result["parameters"] * 4,
     }
 
@@ -84,6 +86,7 @@ def measure(store: str, workers: int, width: int, rounds: int) -> dict[str, Any]
         "store": store,
         "workers": workers,
         "network_bytes": network,
+        "payload_bytes": long["payload"],
         "busiest_link_bytes": max(by_host),
         "predicted_bytes": network * (2 * (workers - 1) / workers**2 if store == "sharded" else 1),
         "all_links_bytes": sum(by_host),
@@ -97,16 +100,19 @@ def main() -> None:
     given = parser.parse_args()
     if reason := why_not():
         parser.error(reason)
-    table = Table("store", "workers", "busiest link", "of the prediction", "all links", "a round", title=RATE)
+    columns = ("store", "workers", "payload of a link", "of the prediction", "busiest link", "of the prediction")
+    table = Table(*columns, "all links", "a round", title=RATE)
     found = []
     for workers in (2,) if given.quick else (4, 8, 16):
         for store in STORES:
-            row = measure(store, workers, 500 if given.quick else 16_384, 2 if given.quick else 6)
+            row = measure(store, workers, 500 if given.quick else 49_152, 2 if given.quick else 6)
             found.append(row)
             print(f"{store}, {workers} workers: {row['round_s']:.2f} s a round", file=sys.stderr)
             table.add_row(
                 store,
                 str(workers),
+                f"{row['payload_bytes'] / 1e6:.3f} MB",
+                f"{row['payload_bytes'] / row['predicted_bytes']:.1%}",
                 f"{row['busiest_link_bytes'] / 1e6:.3f} MB",
                 f"{row['busiest_link_bytes'] / row['predicted_bytes']:.1%}",
                 f"{row['all_links_bytes'] / 1e6:.1f} MB",
