@@ -446,6 +446,7 @@ def refuse_link(path: Path) -> None:
 
 _TEMPORARY = re.compile(
     r"\.(config\.yaml|metrics\.jsonl|result\.json|model\.safetensors|(worker-\d{4}\.)?round-\d{8}\.safetensors)\.\d+\.tmp"
+    r"|\.shared-[0-9a-f]{8}"
 )
 
 

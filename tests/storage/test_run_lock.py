@@ -155,7 +155,7 @@ def test_of_two_resumes_at_once_one_trains_and_one_names_it(tmp_path: Path, ist_
 # Temporary files of killed processes
 
 
-LEFT = (".round-00000007.safetensors.123.tmp", ".worker-0001.round-00000007.safetensors.99.tmp")
+LEFT = (".round-00000007.safetensors.123.tmp", ".worker-0001.round-00000007.safetensors.99.tmp", ".shared-0123abcd")
 NOT_OURS = (".round-7.safetensors.123.tmp", "notes.tmp", ".thesis.tex.1.tmp", "round-00000007.safetensors.tmp")
 
 
