@@ -42,7 +42,11 @@ def operators(job: Job, module: nn.Module, device: torch.device) -> Operators:
     Raises:
         ModelError: The network fails.
     """
-    module = copied(module)
+    return _called(job, copied(module), device)
+
+
+def _called(job: Job, module: nn.Module, device: torch.device) -> Operators:
+    """Return the torch functions that the modules of a network call on the example; the network gets hooks."""
     recorder = _OperatorRecorder()
     for path, child in module.named_modules():
         child.register_forward_pre_hook(lambda *_, path=path: recorder.path.append(path), prepend=True)
@@ -88,7 +92,8 @@ def check_forward(
             stacklevel=2,
         )
         return known
-    seen = operators(job, copy, device)
+    seen = _called(job, copy, device)
+    del copy  # a share's memory
     if seen <= known:
         return known
     changed = _changed(module, job.split.module(neurons, torch.device("meta")))

@@ -25,7 +25,7 @@ from ist.config.base import describe_keys
 from ist.config.load import config_for_method, load_config, overridden_keys, with_methods
 from ist.config.methods import users_of
 from ist.config.schema import FROM_PYTHON, Config, num_processes
-from ist.distributed.environment import end_with_launcher, is_launched, is_rank_zero, is_repeated_elsewhere
+from ist.distributed.environment import START_LIMIT, end_with_launcher, is_launched, is_rank_zero, is_repeated_elsewhere
 from ist.errors import (
     ConfigError,
     InterruptedRunError,
@@ -361,9 +361,19 @@ def main() -> None:
             _fail(RunFolderError(f"{os.fsdecode(error.filename)}: {error.strerror or error}"), received)
         except Exception as error:  # a bug: the launcher reports it as the cause, below the traceback
             if is_out_of_memory(error):
-                _fail(MemoryLimitError(f"{_NO_MEMORY} ({first_line(error)})"), received)
+                _fail(MemoryLimitError(_out_of_memory(first_line(error))), received)
             _tell_launcher(error)
             raise
+
+
+def _out_of_memory(cause: str) -> str:
+    limit = os.environ.get(START_LIMIT)
+    if limit is not None:  # training raises its own error: see ist/distributed/memory_limit.py
+        return (
+            f"a worker needs more memory at its start than 'pool.memory_limit' ({limit}) allows, in addition to "
+            f"interpreter, libraries and data ({cause}): raise it, or use a narrower network"
+        )
+    return f"{_NO_MEMORY} ({cause})"
 
 
 _NO_MEMORY = (

@@ -233,8 +233,9 @@ class Pool(Section):
     memory_limit: Annotated[str, Field(pattern=r"^[0-9]{1,9}(\.[0-9]{1,9})?(MB|GB)$")] | None = Field(
         default=None,
         description="torchrun: memory that a worker's process may allocate, such as 300MB or 1.5GB: on a GPU, of the "
-        "GPU's memory; on a CPU, in addition to interpreter, libraries and data (enforced by Linux). A dedicated "
-        "coordinator is not limited. Default: no limit",
+        "GPU's memory; on a CPU, in addition to interpreter, libraries and data (Linux: RLIMIT_DATA, which counts what "
+        "is allocated, touched or not). Workers that 'ist train' starts have it before Python starts; other ranks have "
+        "it from their first round. A dedicated coordinator is not limited. Default: no limit",
     )
     ranks_per_worker: Annotated[int, Field(gt=0, le=1024)] | Literal["node"] = Field(
         default=1,

@@ -22,6 +22,9 @@ PRIVATE_STORE = "IST_STORE"
 LAUNCHER = "IST_LAUNCHED"
 """Set by `ist/launch/start.py`: its process id. That process reports the errors of the ranks that it started."""
 
+START_LIMIT = "IST_MEMORY_LIMIT"
+"""Set by `ist/launch/start.py` for a process that it started under a limit: `pool.memory_limit` as it is configured."""
+
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Names the file in which torchrun and `ist/launch/start.py` look for a rank's error."""
 

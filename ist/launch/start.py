@@ -18,8 +18,10 @@ from tempfile import TemporaryDirectory
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from ist import errors
-from ist.config.schema import Config, num_processes, worker_of
+from ist.config.schema import Config, first_worker_rank, num_processes, worker_of
+from ist.distributed.device import compute_device
 from ist.distributed.environment import ERROR_FILE, LAUNCHER, PRIVATE_STORE, is_started_by_ist
+from ist.distributed.memory_limit import start_environment, start_limit, under_limit
 from ist.distributed.secret import SECRET_VARIABLE, new_secret
 from ist.errors import (
     ConfigError,
@@ -73,7 +75,8 @@ def launch(config: Config, folder: Path, resume: bool, where: Sequence[Host] = (
         environments = [
             {**shared, **_rank_environment(rank, number), ERROR_FILE: str(error_files[rank])} for rank in range(number)
         ]
-        commands = [host.command(command) for host in where] or [command] * number
+        inner = limited_commands(config, command, environments)
+        commands = [host.command(own) for host, own in zip(where, inner, strict=True)] if where else inner
         try:
             deaths = run_ranks(commands, environments)
         except (Stopped, KeyboardInterrupt) as error:
@@ -81,6 +84,27 @@ def launch(config: Config, folder: Path, resume: bool, where: Sequence[Host] = (
         failures = [Failure(death, *_recorded(error_files[death.rank])) for death in deaths]
     if failures:
         raise _explain(failures, config, folder)
+
+
+def limited_commands(
+    config: Config, command: Sequence[str], environments: Sequence[dict[str, str]]
+) -> list[Sequence[str]]:
+    """Return each rank's command; with `pool.memory_limit`, workers on a CPU start under the limit.
+
+    Rank 0 reads checkpoints and builds the full network: if it is a worker too, its limit applies from its first round.
+
+    Args:
+        config: The run's configuration.
+        command: The command of a rank.
+        environments: The environment of each rank; that of a limited rank is completed.
+    """
+    limit, text = config.pool.memory_limit_bytes, str(config.pool.memory_limit)
+    if limit is None or sys.platform != "linux" or compute_device(config.pool).type != "cpu":
+        return [command] * len(environments)
+    nbytes, first = start_limit(limit), max(1, first_worker_rank(config))
+    for environment in environments[first:]:
+        environment |= start_environment(text)
+    return [command if rank < first else under_limit(command, nbytes) for rank in range(len(environments))]
 
 
 def report_to_launcher(error: BaseException) -> bool:

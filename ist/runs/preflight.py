@@ -16,6 +16,7 @@ from ist.config.load import validate
 from ist.config.schema import Config, num_processes
 from ist.distributed.device import compute_device
 from ist.distributed.environment import is_launched, is_rank_zero, ranks_of_node
+from ist.distributed.memory_limit import note_held
 from ist.errors import ConfigError, RunFolderError
 from ist.initialization.on_meta import is_on_meta
 from ist.launch.lab_run import check_hosts
@@ -59,6 +60,7 @@ def checked_job(config: Config) -> Job:
     if config.pool.spec.coordinator_may_train:
         compute_device(config.pool)
     job = build_job(config)
+    note_held()
     rehearse(job)
     return job
 

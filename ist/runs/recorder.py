@@ -208,6 +208,9 @@ class RunRecorder:
             CheckpointError: The run was resumed after its last round, from a checkpoint that lacks these numbers.
         """
         config, numbers = self._job.config, self._numbers
+        process = "coordinator_process_memory_bytes"  # the last checkpoint is later than the last record
+        if process in numbers:
+            numbers[process] = max(numbers[process], process_peak_bytes())
         required = [m.name for m in MEASUREMENTS if m.required and m.over_rounds in ("latest", "peak")]
         if unknown := [name for name in required if name not in numbers]:
             raise CheckpointError(

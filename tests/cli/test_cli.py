@@ -60,7 +60,7 @@ def test_train_writes_a_run_folder_and_separates_progress_from_results(ist_comma
         ("process_memory_bytes", "memory_bytes"),
         ("coordinator_process_memory_bytes", "memory_bytes"),
     ):
-        assert result[process] == max(one[process] for one in records) > result[above] + 100 * 10**6
+        assert result[process] >= max(one[process] for one in records) > result[above] + 100 * 10**6
     assert {"round", "loss", "accuracy", "sent_bytes", "compute_s", "exchange_s", "idle_s", "memory_bytes"} <= set(
         record
     )

@@ -2,6 +2,8 @@
 
 import json
 import re
+import resource
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,9 +11,13 @@ import pytest
 import torch
 import yaml
 
+from benchmarks.no_replica import run
+from ist.cli.main import main
 from ist.config.registry import call
-from ist.distributed.memory_limit import limited_memory
+from ist.config.schema import num_processes
+from ist.distributed.memory_limit import limited_memory, start_limit, under_limit
 from ist.errors import ConfigError, MemoryLimitError
+from ist.launch.start import limited_commands
 from ist.storage.checkpoint import read_tensors, write_tensors
 from tests.conftest import ROOT, Run, config_tree, naming, small_config
 
@@ -88,6 +94,69 @@ def test_a_limit_needs_processes_and_a_unit() -> None:
         small_config(pool={"kind": "inline", "memory_limit": "300MB"})
     with pytest.raises(ConfigError, match="pool.memory_limit"):
         small_config(pool={"kind": "torchrun", "memory_limit": "300"})
+
+
+def test_a_process_starts_under_its_limit_and_keeps_the_lower_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import resource; print(*resource.getrlimit(resource.RLIMIT_DATA))"
+    command = under_limit([sys.executable, "-c", script], 123 * 2**20 + 5)
+
+    soft, hard = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    assert (int(soft), int(hard)) == (123 * 2**20, resource.RLIM_INFINITY)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    lower = start_limit(0) + 100 * MB
+    monkeypatch.setenv("IST_MEMORY_LIMIT", "100MB")
+    resource.setrlimit(resource.RLIMIT_DATA, (lower, before[1]))
+    try:
+        with limited_memory(10**12, "1000GB", CPU):
+            assert resource.getrlimit(resource.RLIMIT_DATA)[0] == lower
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def test_too_little_memory_to_start_is_refused_by_the_key(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def starved() -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("ist.cli.main.app", starved)
+    monkeypatch.setenv("IST_MEMORY_LIMIT", "50MB")
+
+    with pytest.raises(SystemExit):
+        main()
+
+    assert re.search(naming("'pool.memory_limit'", "50MB", "at its start"), capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("coordinator", ["dedicated", "trains"])
+def test_only_workers_that_do_not_coordinate_start_under_the_limit(coordinator: str) -> None:
+    pool = {"kind": "torchrun", "device": "cpu", "coordinator": coordinator, "memory_limit": "300MB"}
+    config = small_config(pool=pool)
+    environments: list[dict[str, str]] = [{} for _ in range(num_processes(config))]
+
+    commands = limited_commands(config, ["ist", "process"], environments)
+
+    assert commands[0] == ["ist", "process"]
+    assert environments[0] == {}
+    for command, environment in zip(commands[1:], environments[1:], strict=True):
+        assert command[-2:] == ["ist", "process"]
+        assert command[0] == "/bin/sh"
+        assert environment["IST_MEMORY_LIMIT"] == "300MB"
+
+
+@pytest.mark.system
+@pytest.mark.timeout(400)
+def test_a_worker_of_a_large_network_runs_in_the_memory_of_its_share_from_its_first_second(tmp_path: Path) -> None:
+    model = {"layers": 2, "dtype": "float32", "width": 4096, "hidden": 11008}
+
+    found = run(model, workers=4, optimizer="SGD", folder=tmp_path, is_checked=False)
+
+    assert found["rounds"] == 3
+    assert found["parameters"] > 350 * 10**6
+    assert found["limit_bytes"] < 2 * found["network_bytes"]  # weights and gradient of the full network do not fit
+    predicted = sum(found["predicted"]["worker"].values())
+    assert predicted == pytest.approx(found["memory_bytes"], rel=0.1)
 
 
 @pytest.mark.system
