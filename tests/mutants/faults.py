@@ -100,6 +100,15 @@ FAULTS = (
         "        with self.precision():\n", "        with nullcontext():\n", ("tests/training/test_local_step.py",),
     ),
     Fault(
+        "a rank with fewer samples counts as much as the others of its worker", "ist/loops/local_step.py",
+        "weighted = share if weight == 1 else share * weight", "weighted = share", ("tests/pools/test_inside.py",),
+    ),
+    Fault(
+        "each rank of a worker takes the whole batch", "ist/data/loading/loader.py",
+        "return micro_batches(self.sampler.batch(self.worker, step), self.ranks)[self.rank]",
+        "return self.sampler.batch(self.worker, step)", ("tests/pools/test_inside.py",),
+    ),
+    Fault(
         "data-parallel training sends the gradients of every micro-batch", "ist/loops/local_step.py",
         "return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()",
         "return nullcontext()", ("tests/baselines/test_methods.py",),

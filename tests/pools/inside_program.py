@@ -134,7 +134,14 @@ COMMON: dict[str, Any] = {
 
 
 def own_loop(_: Path, rank: int) -> None:
-    """The user's own loop, the built-in one, and a loop that continues from a state, train the same."""
+    """The user's own loop, the built-in one, and a loop that continues from a state, train the same.
+
+    With data of their own, the ranks of a worker must have the same.
+    """
+    pool = ist.Pool(ranks_per_worker=2)
+    with pytest.raises(ist.DataError, match=naming("ranks of worker", "pool.ranks_per_worker")):
+        ist.train(seeded(plain), data(seed=rank), shard="own", workers=2, rounds=1, pool=pool, progress=False)
+    ist.train(seeded(plain), data(seed=rank // 2), shard="own", workers=2, rounds=1, pool=pool, progress=False)
     for inside in ("ddp", "fsdp"):
         built_in, own, again = (seeded(plain).double() for _ in range(3))
         ist.train(

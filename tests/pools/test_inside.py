@@ -11,6 +11,7 @@ from torch import nn
 import ist
 from ist.config.schema import lead_rank, num_processes, worker_of
 from ist.distributed.environment import ranks_of_node
+from ist.pools.torchrun import for_world_size
 from ist.runs.open import check_method
 from ist.runs.rehearsal import rehearse
 from ist.runs.split import split_of
@@ -120,6 +121,19 @@ def test_the_ranks_of_a_node_are_those_that_the_launcher_started(monkeypatch: py
 def test_settings_that_several_ranks_cannot_honour_are_refused(changes: dict[str, Any], named: tuple[str, ...]) -> None:
     with pytest.raises(ist.ConfigError, match=naming(*named)):
         small_config(**{"pool": {**RANKS, "inside": "fsdp"}, **changes})
+
+
+def test_a_number_of_processes_that_gives_no_whole_workers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "5", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    job = job_for(seeded(plain), pool=RANKS, train__workers={"min": 1, "max": 4})
+    with pytest.raises(ist.ConfigError, match=naming("5 processes", "pool.ranks_per_worker is 2", "start 8 processes")):
+        for_world_size(job)
+    with pytest.raises(ist.ConfigError, match=naming("5 processes", "pool.ranks_per_worker is 2", "start 2 for each")):
+        ist.join(plain(), example=data().tensors[0][:2], rounds=1, pool={"ranks_per_worker": 2})
+
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert for_world_size(job).config.train.workers == 3
 
 
 def test_a_method_whose_ranks_are_all_workers_is_refused() -> None:
