@@ -116,8 +116,20 @@ def distance(expected: Tensor, found: Tensor | None) -> float:
     """Return the largest distance of two values; infinity if the shapes differ or a result is missing."""
     if found is None or expected.shape != found.shape:
         return float("inf")
-    if not expected.numel():
-        return 0.0
+    pairs = zip(_pieces(expected), _pieces(found), strict=True)
+    # The largest distance is NaN if one is NaN, wherever it is.
+    return float(np.max([0.0, *(_distance_of_pieces(mine, theirs) for mine, theirs in pairs)]))
+
+
+_PIECE = 2**22
+
+
+def _pieces(tensor: Tensor) -> Sequence[Tensor]:
+    """Return a tensor in pieces, so that their difference needs little memory."""
+    return torch.split(tensor.detach().reshape(-1), _PIECE) if tensor.numel() else ()
+
+
+def _distance_of_pieces(expected: Tensor, found: Tensor) -> float:
     if np.isfinite(largest := _largest(expected - found)):
         return largest
     # Two equal infinities agree, and so do two NaNs.

@@ -168,7 +168,7 @@ class Networks:
             for key, buffer in list(child._buffers.items()):
                 name = f"{prefix}.{key}" if prefix else key
                 if buffer is not None and name in sent:
-                    buffer = cut.part(name, self._initial.buffers[name])
+                    buffer = cut.part(name, self._initial.buffers[name]).clone()
                 if buffer is not None:
                     child._buffers[key] = self._in_precision(buffer)
         return make_lazy(submodel, lambda name: cut.part(name, self.values.of(name)), self._dtype)
@@ -495,7 +495,9 @@ class _Cut:
                     self._fills.setdefault(slot.tensor, []).append((slot.dim, indices, value))
 
     def part(self, name: str, tensor: Tensor) -> Tensor:
-        """Return the submodel's part of a tensor."""
+        """Return the submodel's part of a tensor; the tensor itself if that is all of it."""
+        if all(positions is None for positions in self._cut[name]):
+            return tensor
         spec = TensorSpec(tuple(tensor.shape), tensor.dtype)
         part = torch.empty(cut_specs({name: spec}, self._cut)[name].shape, dtype=tensor.dtype)
         extract({name: tensor.contiguous()}, self._cut, into={name: part})
@@ -506,7 +508,7 @@ class _Cut:
         part = self.part(name, gradient)
         if name in self.plan.scales:
             dim, scale = self.plan.scales[name]
-            part *= along(scale, dim, part)
+            part = part * along(scale, dim, part)
         return part
 
     def masked(self, name: str, tensor: Tensor) -> Tensor:

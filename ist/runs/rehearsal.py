@@ -29,6 +29,7 @@ from ist.distributed.environment import is_launched
 from ist.distributed.process_group import checked_by_rank_zero
 from ist.errors import ConfigError, DataError, ISTError, ModelError
 from ist.evaluation.evaluate import evaluate, reestimate_statistics, statistics_batches
+from ist.initialization.in_files import OneAtATime, large_tensors_in_files
 from ist.loops.local_loop import TaskLoop
 from ist.loops.local_step import smallest_micro_batch
 from ist.network.compiled import separated
@@ -121,11 +122,13 @@ def _check_network(job: Job) -> None:
 
 
 def _initial_tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
-    """Yield the initial values of the network: one tensor at a time, if they are in files."""
-    if job.task.weights is None:
-        yield from named_tensors(job.task.build()).items()
-        return
-    values = job.task.weights()
+    """Yield the initial values of the network, of which only one tensor at a time is in memory."""
+    if job.task.weights is not None:
+        values = job.task.weights()
+    else:
+        with large_tensors_in_files() as files:
+            network = job.task.build()
+        values = OneAtATime(named_tensors(network), files)
     for name in named_tensors(job.split.template):
         if name in values:
             yield name, values[name]

@@ -1,6 +1,9 @@
 """The check of cuts with parameters whose values are made one layer at a time."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from ist.checks.verify import verify_cuts
 from ist.errors import ModelError
 from ist.runs.rehearsal import _with_narrow_gradients
 from ist.tensors import TensorSpec
-from tests.conftest import assert_same, clone, data, naming
+from tests.conftest import ROOT, assert_same, clone, data, naming
 from tests.networks import seeded
 from tests.neurons.networks import CASES, IMAGE, Flipped, Heads, rand
 from tests.neurons.test_neurons import case_job, job_of
@@ -219,3 +222,64 @@ def test_a_large_network_trains_to_the_same_bits_as_one_that_is_checked_whole(mo
     monkeypatch.setattr(ist.checks.verify, "MOST_FOR_WHOLE", 10**9)
 
     assert_same(lazy, trained())
+
+
+MEASURED = """
+import sys
+
+import torch
+from torch import nn
+
+import ist.checks.verify
+from ist.runs.rehearsal import rehearse
+from tests.conftest import job_for
+
+ist.checks.verify.MOST_FOR_DOUBLE = 0
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(768, 3072), nn.Linear(3072, 768)
+
+    def forward(self, x):
+        return x + self.down(self.up(x).relu())
+
+
+def status(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) // 1024 for line in lines if line.startswith(name))
+
+
+torch.set_num_threads(1)
+with torch.device("meta"):
+    network = nn.Sequential(nn.Linear(12, 768), *[Block() for _ in range(16)], nn.Linear(768, 5))
+job = job_for(network, train__workers=4)
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 768), *[Block() for _ in range(16)], nn.Linear(768, 5))
+
+
+object.__setattr__(job.task, "build", build)
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak starts here
+before = status("VmRSS")
+rehearse(job)
+print(status("VmHWM") - before, sum(p.nbytes for p in network.parameters()) // 2**20)
+"""
+
+
+@pytest.mark.system
+def test_the_rehearsal_of_a_large_network_needs_the_memory_of_a_share_and_some_layers() -> None:
+    # The allocator must give freed layers back, or the peak depends on what it keeps.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+
+    peak, whole = map(int, done.stdout.split())
+    assert whole == 288
+    # The gradients of one share, and less than six layers of 9 MiB with what torch allocates once.
+    assert peak < whole // 4 + 6 * 9
