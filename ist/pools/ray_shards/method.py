@@ -233,7 +233,9 @@ class RayShardedMethod(MethodInShards):
             self._owners.replace(owner)
         self.restored += 1
         if self._replicas is not None and self._replicas[0] == self._rounds_done and self._restore_replicas():
-            _log.warning("%s; its rows are restored from a replica, after round %d", lost, self._rounds_done)
+            _log.warning(
+                "%s; its rows are restored from a replica, as they were after %d rounds", lost, self._rounds_done
+            )
             return
         before = self._rounds_done
         self._restart(True)
@@ -306,8 +308,11 @@ class RayShardedMethod(MethodInShards):
         assert self._replicas is not None
         number, rows = self._replicas
         count = self._owners.count
-        kept = [self._owners.begin((owner + 1) % count, "held", owner, number) for owner in range(count)]
-        for sources in (rows, kept):
+        for attempt in range(2):
+            # The object store of a node outlives the owners on it, but not the node.
+            sources = rows
+            if attempt:
+                sources = [self._owners.begin((owner + 1) % count, "held", owner, number) for owner in range(count)]
             found = self._owners.outcomes(
                 {owner: self._owners.begin(owner, "restore", source, True) for owner, source in enumerate(sources)}
             )
