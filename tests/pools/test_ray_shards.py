@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ray.util.state import list_actors
 
 from ist.pools.ray_shards import owners, pool
 from ist.pools.ray_shards.owner import RayOwner
@@ -17,7 +18,7 @@ from ist.runs.build import build_job
 from ist.runs.execute import execute
 from ist.storage.checkpoint import read_tensors
 from ist.storage.run_folder import create_run_folder
-from tests.conftest import assert_same, small_config
+from tests.conftest import assert_same, node, small_config
 from tests.pools.scenario import job, run
 from tests.pools.test_conformance import message_bytes, outcome
 from tests.system.test_chaos import SETTINGS, leaving_out, left_out
@@ -47,6 +48,18 @@ def test_the_network_in_shards_ends_with_identical_weights_and_the_bytes_of_the_
         expected_bytes = message_bytes(made, record["round"])
         assert record["bytes_to_worker"] == [sent for sent, _ in expected_bytes]
         assert record["bytes_from_worker"] == [returned for _, returned in expected_bytes]
+
+
+def test_owners_are_spread_over_the_nodes(ray_address: str) -> None:
+    made, _ = job("frozen, quantized", pool=SHARDED)
+
+    with node("--address", ray_address, "--num-cpus=1"):
+        spread = owners.Owners(made, "spread")
+        spread.call("alive")
+        places = [actor.node_id for actor in list_actors() if actor.name.startswith("spread-owner")]
+        spread.close()
+
+    assert sorted(map(places.count, set(places))) == [1, 2]
 
 
 class Mortal:

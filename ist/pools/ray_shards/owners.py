@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ist.errors import ISTError, PoolError, first_line
 from ist.evaluation.task import NO_SAMPLES
@@ -63,10 +64,13 @@ class Owners:
 
     def _started(self, owner: int) -> Any:
         self._generation += 1
+        nodes = _nodes()
         options = {
             "name": f"{self._label}-owner-{owner}-{self._generation}",
             "num_cpus": 0,  # an owner computes only while workers wait
-            "scheduling_strategy": "SPREAD",
+            # Ray spreads only actors that reserve something. In turn, so that a replica is on another node than its
+            # owner; the first and the last owner may share a node.
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(nodes[owner % len(nodes)], soft=True),
             "max_restarts": 0,
             "max_task_retries": 0,
         }
@@ -128,3 +132,10 @@ class Owners:
         for actor in self._actors:
             with suppress(RayError):  # the cluster may be lost
                 ray.kill(actor)
+
+
+def _nodes() -> list[str]:
+    """Return the ids of the nodes that owners are spread over: those that run tasks, if any does."""
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    able = [node for node in alive if node["Resources"].get("CPU")] or alive
+    return sorted(node["NodeID"] for node in able)
