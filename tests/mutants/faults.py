@@ -71,13 +71,13 @@ FAULTS = (
     # Local steps
     Fault(
         "local steps are not seeded", "ist/loops/part.py",
-        "with part.counted(), seeded(self.device, self._seed, Purpose.TRAINING, round_number, part.worker):",
+        "with part.counted(), seeded(self.device, self._seed, Purpose.TRAINING, *key):",
         "with part.counted():",
         ("tests/pools/test_ranks.py",),
     ),
     Fault(
         "all workers draw the same random numbers", "ist/loops/part.py",
-        "Purpose.TRAINING, round_number, part.worker)", "Purpose.TRAINING, round_number, 0)",
+        "if part.rank else (round_number, part.worker)", "if part.rank else (round_number, 0)",
         ("tests/training/test_random_state.py", "tests/pools/test_ranks.py"),
     ),
     Fault(
