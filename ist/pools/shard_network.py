@@ -52,9 +52,9 @@ def shard_network(shard: ModelShard, rows: Mapping[str, Tensor]) -> nn.Module:
         shard: The shard.
         rows: By name, the shard's rows, and buffers that every rank has as a whole.
     """
-    memo = {
-        id(tensor): like(tensor, rows[name]) for name, tensor in named_tensors(shard.template).items() if name in rows
-    }
+    values = {**shard.constants, **rows}
+    named = {**constant_tensors(shard.template), **named_tensors(shard.template)}
+    memo = {id(tensor): like(tensor, values[name]) for name, tensor in named.items() if name in values}
     return copied(shard.template, memo)
 
 

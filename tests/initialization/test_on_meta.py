@@ -1,17 +1,19 @@
 """A network on `meta` that gets its weights from files is trained like the network that has them."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ist
 from ist.initialization.on_meta import is_on_meta, restore_constants
-from ist.runs import open as opening
-from tests.conftest import assert_same, data, naming
+from ist.runs.opening import process as opening
+from tests.conftest import assert_same, data, naming, run_forked_ranks
 
 transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -154,6 +156,52 @@ def test_a_network_that_no_process_holds_needs_a_folder_for_the_result(
         ist.train(meta_network(), data(), weights=saved(tmp_path), pool=ist.Pool(store="sharded"), **TRAINING)
 
 
+@pytest.mark.procs
+def test_only_the_rank_that_coordinates_gives_values_to_a_network_on_meta(tmp_path: Path) -> None:
+    saved(tmp_path)
+
+    run_forked_ranks((2, __file__, tmp_path))
+
+    given, on_meta = (load_file(tmp_path / f"{name}.safetensors") for name in ("given", "on meta"))
+    assert_same(on_meta, given)
+    in_shards = sorted((tmp_path / "run").glob("model*.safetensors"))
+    assert_same({name: tensor for file in in_shards for name, tensor in load_file(file).items()}, given)
+
+
+def run_rank(folder: Path) -> None:
+    """Train as a rank: the given network, one on meta, and one on meta in a sharded store."""
+    generator = torch.Generator().manual_seed(int(os.environ["RANK"]))
+    batches = [(torch.randn(4, 12, generator=generator), torch.randint(5, (4,), generator=generator)) for _ in range(2)]
+    for name, model, options in (
+        ("given", network(), {}),
+        ("on meta", meta_network(), {"weights": folder / "model.safetensors"}),
+        (
+            "sharded",
+            meta_network(),
+            {
+                "weights": folder / "model.safetensors",
+                "run_dir": folder / "run",
+                "pool": ist.Pool(store="sharded", device="cpu"),
+            },
+        ),
+    ):
+        run = ist.join(
+            model, example=batches[0][0], local_steps=2, rounds=1, progress=False,
+            **{"pool": ist.Pool(device="cpu"), **options},
+        )  # fmt: skip
+        for part in run:
+            for inputs, targets in part.take(batches):
+                loss = nn.functional.cross_entropy(part.model(inputs), targets)
+                loss.backward()  # type: ignore[no-untyped-call]
+                part.optimizer.step()
+                part.optimizer.zero_grad()
+                part.log(loss, len(inputs))
+        if run.is_coordinator and name != "sharded":
+            save_file(model.state_dict(), folder / f"{name}.safetensors")
+        elif name != "given":
+            assert run.is_coordinator or all(parameter.is_meta for parameter in model.parameters()), name
+
+
 def test_constants_that_differ_each_time_are_an_error_before_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
     before = opening.check_constants
     given = network()
@@ -166,3 +214,7 @@ def test_constants_that_differ_each_time_are_an_error_before_the_first_round(mon
 
     with pytest.raises(ist.ModelError, match=naming("'1.angles'", "persistent buffer")):
         ist.train(given, data(), **TRAINING)
+
+
+if __name__ == "__main__":
+    run_rank(Path(sys.argv[1]))
