@@ -203,7 +203,7 @@ class Pool(Section):
         description="with store 'sharded': what rank 0 holds of the network when it evaluates it. 'layers': one tensor "
         "at a time, which it fetches from the owners whenever the forward uses it, so that no process holds the "
         "network; every batch then costs the bytes of the network, so use few large batches. 'whole': rank 0 gathers "
-        "the network once for each evaluation. Default: 'layers'; a GPU needs 'whole'",
+        "the network for each evaluation, and rank 0 keeps that memory. Default: 'layers'; a GPU needs 'whole'",
     )
     backend: Literal["auto", "gloo", "nccl"] = Field(
         default="auto", description="'auto': nccl if every process has its own GPU, else gloo"

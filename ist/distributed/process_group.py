@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import logging
 import os
+import re
 import secrets
 import time
 import warnings
@@ -40,6 +41,12 @@ _PROOF_TIMEOUT_S = 30.0
 _POLL_S = 0.02
 _MAX_CAUSE_CHARACTERS = 500
 _WATCH_S = 1.0
+_LINGER_S = 0.5
+_SOURCE_LINE = re.compile(r"\[[^\[\]]*\.(?:cc|cpp|h):\d+\] *")
+"""The place in the source of gloo or torch with which some messages start."""
+
+_published: list[Store] = []
+"""The store in which rank 0 has published why it fails, kept until the others could read it."""
 
 
 @dataclass(frozen=True)
@@ -465,6 +472,10 @@ def leave() -> None:
     """Close this process's group; the other ranks then learn at once that it is gone."""
     if dist.is_initialized():
         dist.destroy_process_group()
+    if _published:
+        # The store with the published error may be this process's own, and end with it: let the others read first.
+        time.sleep(_LINGER_S)
+        _published.clear()
 
 
 @contextmanager
@@ -475,7 +486,7 @@ def peer_errors(what: str) -> Iterator[None]:
     except RuntimeError as error:
         if not is_peer_failure(error):
             raise
-        message = first_line(error)
+        message = _SOURCE_LINE.sub("", first_line(error)).partition(" This may indicate")[0]
         if "imed out" in message or "imeout" in message:
             message = f"no answer within pool.timeout_s ({message})"
         raise PoolError(f"{what}: {message}") from error
@@ -505,6 +516,8 @@ def failures_published(membership: Membership) -> Iterator[None]:
         with suppress(RuntimeError):
             key = keys[membership.rank]
             store.set(key, seal(secret, key, f"{type(error).__name__}: {first_line(error)}"))
+            if membership.rank == 0 and membership.world_size > 1 and PRIVATE_STORE not in os.environ:
+                _published.append(store)
         raise
 
 

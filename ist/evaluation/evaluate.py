@@ -21,12 +21,12 @@ from torch.utils.data import Dataset, TensorDataset
 from ist.data.batches import is_stream, length
 from ist.data.loading.loader import LoaderSettings, read_batches
 from ist.data.nested import call_model, mapped, moved, scores, tensors_in
-from ist.errors import ConfigError, DataError, ISTError, LoopError, ModelError, error_with_line
+from ist.errors import ConfigError, DataError, ISTError, LoopError, ModelError, error_with_line, first_line
 from ist.evaluation.metrics import Metric
 from ist.evaluation.step_function import StepFunction, step_loss
 from ist.measurements import MEASUREMENTS
 from ist.network.failures import loss_errors, loss_of, network_errors
-from ist.network.lazy_tensor import LazyTensor
+from ist.network.lazy_tensor import LazyTensor, needs_values
 from ist.network.modes import preserve_modes
 from ist.rng import Indices, ItemDraws, Purpose, permutation
 
@@ -207,7 +207,7 @@ def _preserve_tensors(model: nn.Module) -> Iterator[None]:
     The original tensors get the new values, so that other references to them still refer to the network's tensors.
 
     Raises:
-        ModelError: A forward writes to a parameter that has no values in this process.
+        ModelError: A forward writes to a parameter that has no values in this process, or needs them in memory.
     """
     lazy = {name: parameter for name, parameter in model.named_parameters() if isinstance(parameter, LazyTensor)}
     parameters = [(p, p.data) for p in model.parameters() if not isinstance(p, LazyTensor)]
@@ -220,6 +220,13 @@ def _preserve_tensors(model: nn.Module) -> Iterator[None]:
     ]
     try:
         yield
+    except Exception as error:
+        if needs_values(error):
+            raise ModelError(
+                f"{first_line(error)}: 'pool.evaluation' is 'layers' (pool.store 'sharded'), so that the evaluated "
+                "network has no values in this process: set it to 'whole'"
+            ) from error
+        raise
     finally:
         for held, name, tensor in places:
             new = held.get(name)

@@ -20,6 +20,10 @@ Values = Callable[[], Tensor]
 """Makes the values of a tensor: a tensor of its shape and dtype on the CPU, the same in each call."""
 
 
+class NoValuesError(NotImplementedError):
+    """Code uses a lazy tensor in a way that needs values in memory."""
+
+
 class _Source:
     """Makes the values of a tensor, or keeps them once an operator has written to them."""
 
@@ -96,17 +100,17 @@ class LazyTensor(Tensor):
     @data.setter
     def data(self, new: Tensor) -> None:
         if (new.shape, new.dtype, new.device) != (self.shape, self.dtype, self.device):
-            raise NotImplementedError("a tensor without values gets data of another shape, dtype or device")
+            raise NoValuesError("a tensor without values gets data of another shape, dtype or device")
         kept = new.detach()
         self._source, self._path = _Source(lambda: kept, kept), ()
 
     def data_ptr(self) -> int:
         """Refuse the address of the values, which have none."""
-        raise NotImplementedError("a forward asks for the address of a tensor without values (data_ptr)")
+        raise NoValuesError("code asks for the address of a tensor without values (data_ptr)")
 
     def __dlpack__(self, *_args: Any, **_named: Any) -> Any:
         """Refuse access to the values that does not pass through an operator of torch."""
-        raise NotImplementedError("a forward exports a tensor without values (dlpack)")
+        raise NoValuesError("code exports a tensor without values (dlpack)")
 
     @property
     def kept_bytes(self) -> int:
@@ -124,7 +128,7 @@ class LazyTensor(Tensor):
         """Run an operator on values that are made for it, or record a view."""
         kwargs = kwargs or {}
         if torch.Tag.inplace_view in getattr(func, "tags", ()):
-            raise NotImplementedError(f"{func} changes the shape of a tensor without values in place")
+            raise NoValuesError(f"{func} changes the shape of a tensor without values in place")
         if getattr(func, "is_view", False) and args and isinstance(args[0], LazyTensor):
             return _viewed(func, args, kwargs)
         written = _written(func, args, kwargs)
@@ -142,6 +146,13 @@ class LazyTensor(Tensor):
             return result
         lazy = {id(made[id(tensor)]): tensor for tensor in written}
         return tree_map_only(Tensor, lambda tensor: lazy.get(id(tensor), tensor), result)
+
+
+def needs_values(error: BaseException | None) -> bool:
+    """Return whether an error, or one of its causes, is a `NoValuesError`."""
+    while error is not None and not isinstance(error, NoValuesError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def with_values(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ist.network.copies import copied, like
 from ist.network.lazy_tensor import make_lazy
+from ist.network.versions import check_unchanged, versions
 from ist.subnet.split_model import SplitModel
 from ist.subnet.stores.shards import ModelShard
 from ist.tensors import TensorSpec, constant_tensors, named_tensors
@@ -98,6 +99,7 @@ class MethodInShards(ABC):
         self._is_whole = evaluation == "whole"
         self._full: nn.Module | None = None
         self._ended: nn.Module | None = None
+        self._versions: dict[str, int] = {}
 
     @abstractmethod
     def checkpoint_state(self) -> Mapping[str, Tensor]:
@@ -144,9 +146,14 @@ class MethodInShards(ABC):
         }
 
     def _whole(self, state: Mapping[str, Tensor]) -> nn.Module:
-        """Return the full network with all values, in the same memory in every call."""
+        """Return the full network with all values, in the same memory in every call.
+
+        Raises:
+            ModelError: Since the last call, a forward or a function has changed a parameter of this copy.
+        """
         if self._full is None:
             self._full = self._split.module([np.arange(group.size) for group in self._split.groups], self._device)
+        check_unchanged(self._full, self._versions, "pool.evaluation 'whole' evaluates a copy of it")
         buffers = self._buffers(state)
         with torch.no_grad():
             for path, child in self._full.named_modules():
@@ -156,4 +163,5 @@ class MethodInShards(ABC):
                         child._buffers[name] = buffers[full_name].to(self._device)
             for name, tensor in self._full.named_parameters():
                 tensor.copy_(state[self._prefix + name])
+        self._versions = versions(self._full)
         return self._full

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ist.distributed.process_group import leave
 from ist.errors import ConfigError
 from ist.initialization.on_meta import is_on_meta
 from ist.loops.part import Part, completed
@@ -84,7 +85,11 @@ def execute(
         if opened is not None and isinstance(run, CoordinatorPart):
             opened(run)
 
-    return completed(run_parts(job, folder, resume, progress, on_coordinator, callbacks))
+    try:
+        return completed(run_parts(job, folder, resume, progress, on_coordinator, callbacks))
+    except BaseException:
+        leave()  # this process may go on after the error, but the others must not wait for it
+        raise
 
 
 def give_back(run: CoordinatorPart, model: nn.Module, device: torch.device) -> None:

@@ -35,6 +35,7 @@ from ist.loops.local_step import smallest_micro_batch
 from ist.network.compiled import separated
 from ist.network.copies import like
 from ist.network.failures import located, loss_of
+from ist.network.versions import check_unchanged, versions
 from ist.optimization.factory import shown
 from ist.optimization.step_settings import apply_settings, group_settings, matching_groups, stand_ins
 from ist.rng import Indices, Purpose, seeded
@@ -234,7 +235,9 @@ def _one_step(job: Job, device: torch.device) -> None:
             reestimate_statistics(worker.module, batches, job.task.forward)
         if job.task.test_data is not None:
             few = take_shard(job.task.test_data, np.arange(min(2, length(job.task.test_data))))
+            before = versions(worker.module) if job.config.store_is_sharded else {}
             evaluate(worker.module, few, job.task.loss, size, device, job.task.metric, step=job.task.step)
+            check_unchanged(worker.module, before, "it is evaluated in a copy")
 
 
 _NARROW = 16

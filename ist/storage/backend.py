@@ -158,11 +158,14 @@ class LocalStorage:
             with _named(path, "written"):
                 file.write(data)
 
-        with file:
+        try:
             yield write
             with _named(path, "written"):
                 file.flush()
                 os.fsync(file.fileno())
+        finally:
+            with contextlib.suppress(OSError):  # closing flushes once more what could not be written
+                file.close()
 
     def size(self, name: str) -> int | None:
         """Return the size of a file in bytes; None if there is no such file."""

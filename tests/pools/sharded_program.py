@@ -114,7 +114,56 @@ def diverged(_: Path, rank: int) -> None:  # noqa: ARG001
         )
 
 
-SCENARIOS = {found.__name__: found for found in (own_loop, state_refused, interrupted, resumed, rejected, diverged)}
+class Raising(ist.Callback):
+    def on_round(self, record: Any) -> None:
+        raise ValueError(f"in round {record['round']}")
+
+
+def goes_on(folder: Path, rank: int) -> None:
+    """Rank 0 fails, and its program goes on: the others must not wait for it."""
+    kind, named = (ist.PoolError, ["rank 0 failed", "in round 0"]) if rank else (ist.CallbackError, ["in round 0"])
+    with pytest.raises(kind, match=naming(*named)):
+        ist.train(network("plain"), data(), workers=2, rounds=3, pool=SHARDED, progress=False, callbacks=[Raising()])
+    (folder / f"learnt-{rank}").touch()
+    deadline = time.monotonic() + 20
+    while rank == 0 and not (folder / "learnt-1").exists():
+        assert time.monotonic() < deadline, "rank 1 has not learnt that rank 0 has failed"
+        time.sleep(0.02)
+
+
+class Renormed(torch.nn.Module):
+    """An embedding that normalizes its weights in place, also in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.hidden, self.last = (
+            torch.nn.Embedding(3, 12, max_norm=0.5), torch.nn.Linear(12, 8), torch.nn.Linear(8, 5),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.hidden(x + self.rows(torch.zeros(len(x), dtype=torch.int64))).relu())
+
+
+def refused(_: Path, rank: int) -> None:
+    """What an evaluation cannot do with a network that no process holds is refused by name."""
+    for evaluation in ("layers", "whole"):
+        pool = ist.Pool(kind="torchrun", store="sharded", evaluation=evaluation)
+        kind, named = (ist.ISTError, ["rows.weight"]) if rank else (ist.ModelError, ["'rows.weight'", "pool.store"])
+        with pytest.raises(kind, match=naming(*named)):
+            ist.train(Renormed(), data(), test_data=data(), workers=2, rounds=1, pool=pool, progress=False)
+    run = joined(network("plain"), pool=SHARDED)
+    if rank == 0:
+        run.evaluate(lambda whole: float(next(whole.parameters()).data_ptr()), every=1)
+    loader = Loader(run.worker, run.num_workers)
+    kind, named = (ist.PoolError, []) if rank else (ist.ModelError, ["pool.evaluation", "'whole'"])
+    with pytest.raises(kind, match=naming(*named)):
+        train(run, loader)
+
+
+SCENARIOS = {
+    found.__name__: found
+    for found in (own_loop, state_refused, interrupted, resumed, rejected, diverged, goes_on, refused)
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

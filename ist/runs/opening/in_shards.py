@@ -134,7 +134,7 @@ def check_evaluation(config: Config, device: torch.device) -> None:
     if device.type != "cpu" and config.pool.evaluation != "whole":
         raise ConfigError(
             f"'pool.store' is 'sharded' and the device is '{device.type}', but the network is evaluated in layers on "
-            "CPUs alone: set pool.evaluation to 'whole' (rank 0 then holds the network while it evaluates), or "
+            "CPUs alone: set pool.evaluation to 'whole' (rank 0 then keeps the network in memory), or "
             "pool.device to 'cpu'"
         )
 
