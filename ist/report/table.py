@@ -110,11 +110,12 @@ def end_text(result: Result) -> str:
 def rich_table(results: Sequence[Result], names: Sequence[str] = ()) -> Table:
     """Return the table for a terminal."""
     links = link_text(results, names)
-    first, *others = table_columns(results)
-    table = Table(first, title=None, caption=f"links: {links}" if links else None)
-    for column in others:
-        table.add_column(column, justify="right")
-    for row in table_rows(results, names):
+    columns, rows = table_columns(results), table_rows(results, names)
+    table = Table(title=None, caption=f"links: {links}" if links else None)
+    for number, (column, *cells) in enumerate(zip(columns, *rows, strict=True)):
+        longest = max(len(word) for text in (column, *cells) for word in text.split(" "))  # a narrow terminal cuts none
+        table.add_column(column, justify="right" if number else "left", min_width=longest)
+    for row in rows:
         table.add_row(*row)
     return table
 
