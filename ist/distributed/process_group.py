@@ -45,8 +45,11 @@ _LINGER_S = 0.5
 _SOURCE_LINE = re.compile(r"\[[^\[\]]*\.(?:cc|cpp|h):\d+\] *")
 """The place in the source of gloo or torch with which some messages start."""
 
-_published: list[Store] = []
-"""The store in which rank 0 has published why it fails, kept until the others could read it."""
+_published: list[str] = []
+"""The keys under which this process has published why it fails, until it leaves its group."""
+
+_hosted: dict[tuple[str, str], TCPStore] = {}
+"""By host and port, the stores that this process hosts, until it ends."""
 
 
 @dataclass(frozen=True)
@@ -145,12 +148,16 @@ def _store(membership: Membership, settings: Pool) -> Store:
     host, port = os.environ.get("MASTER_ADDR", "?"), os.environ.get("MASTER_PORT", "?")
     hosts_it = membership.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
+        if hosts_it and (host, port) in _hosted:  # of an earlier run of this process, whose group was closed
+            _hosted[host, port].set_timeout(timeout)
+            return _hosted[host, port]
         own = store_socket() if hosts_it and not settings.allow_insecure else None
         if own is not None:
-            return TCPStore(
+            _hosted[host, port] = TCPStore(
                 host, int(port), membership.world_size, is_master=True, timeout=timeout, wait_for_workers=False,
                 master_listen_fd=own.detach(),
             )  # fmt: skip
+            return _hosted[host, port]
         store, _, _ = next(rendezvous("env://", membership.rank, membership.world_size, timeout=timeout))
     except (RuntimeError, ValueError, OSError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
@@ -472,10 +479,9 @@ def leave() -> None:
     """Close this process's group; the other ranks then learn at once that it is gone."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    if _published:
-        # The store with the published error may be this process's own, and end with it: let the others read first.
+    if _hosted and _published:  # a store of this process ends with it: let the others read first
         time.sleep(_LINGER_S)
-        _published.clear()
+    _published.clear()
 
 
 @contextmanager
@@ -516,8 +522,7 @@ def failures_published(membership: Membership) -> Iterator[None]:
         with suppress(RuntimeError):
             key = keys[membership.rank]
             store.set(key, seal(secret, key, f"{type(error).__name__}: {first_line(error)}"))
-            if membership.rank == 0 and membership.world_size > 1 and PRIVATE_STORE not in os.environ:
-                _published.append(store)
+            _published.append(key)
         raise
 
 

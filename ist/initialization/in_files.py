@@ -9,6 +9,7 @@ Law: the network has the values that it has without files, bit for bit.
 Not here: networks that need no values (`constants.py`).
 """
 
+import errno
 import mmap
 import os
 import tempfile
@@ -128,6 +129,8 @@ class FileTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
             try:
                 os.posix_fallocate(file.fileno(), 0, num_bytes)  # else the process is killed when the disk is full
             except OSError as error:
+                if error.errno == errno.EFBIG:  # no file is that large: torch's own error says so
+                    return torch.empty(size, dtype=dtype)
                 raise ModelError(
                     f"a temporary file of {num_bytes:,} bytes for a tensor of the network cannot be written in "
                     f"{tempfile.gettempdir()} ({error.strerror}): set TMPDIR to a folder with space for the network"

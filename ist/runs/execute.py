@@ -81,14 +81,19 @@ def execute(
         ISTError: See `ist.runs.open.open_run` and `ist.training.rounds.run_rounds`.
     """
 
+    has_begun = False
+
     def on_coordinator(run: CoordinatorPart | FollowerPart) -> None:
+        nonlocal has_begun
+        has_begun = True
         if opened is not None and isinstance(run, CoordinatorPart):
             opened(run)
 
     try:
         return completed(run_parts(job, folder, resume, progress, on_coordinator, callbacks))
     except BaseException:
-        leave()  # this process may go on after the error, but the others must not wait for it
+        if has_begun:  # what is wrong before that, all ranks find together
+            leave()  # this process may go on after the error, but the others must not wait for it
         raise
 
 

@@ -156,7 +156,7 @@ def test_a_network_that_no_process_holds_needs_a_folder_for_the_result(
         ist.train(meta_network(), data(), weights=saved(tmp_path), pool=ist.Pool(store="sharded"), **TRAINING)
 
 
-@pytest.mark.procs
+@pytest.mark.system
 def test_only_the_rank_that_coordinates_gives_values_to_a_network_on_meta(tmp_path: Path) -> None:
     saved(tmp_path)
 

@@ -180,7 +180,7 @@ def naming_in(text: str, *parts: str) -> bool:
     return all(part in text for part in parts)
 
 
-@pytest.mark.procs
+@pytest.mark.system
 def test_every_rank_ends_when_a_callback_does_and_other_runs_send_nothing_more(tmp_path: Path) -> None:
     run_forked_ranks((2, __file__, tmp_path))
 

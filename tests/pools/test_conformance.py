@@ -33,8 +33,7 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 QUICK_DEDICATED = (
-    "batch norm, reset", "carried Adam, uneven", "varying shares", "quantized, error feedback", "kept state, full width, global shuffle",
-    "frozen, quantized", "own data", "by a step function, in parts, clipped",
+    "batch norm, reset", "quantized, error feedback", "frozen, quantized", "own data", "by a step function, in parts, clipped",
 )  # fmt: skip
 """One scenario for every kind of message: a dedicated coordinator changes the numbers of ranks, but no message."""
 
