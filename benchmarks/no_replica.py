@@ -4,12 +4,12 @@
 
 Claim: a Llama-like network with 1.1 billion parameters trains with eight workers, each a process under a limit
 (RLIMIT_DATA, `pool.memory_limit`) of what `ist plan` predicts for its share: weights, gradient, optimizer state and two
-messages, and one layer as work space; interpreter, libraries and data come on top. Preparing takes less than a minute.
+messages, and one layer as work space; interpreter, libraries and data come on top.
 
 The limit is set before the interpreter starts, so it also holds while a worker imports, loads its data and makes its
 module. A dedicated coordinator holds the network. The text is short: the run shows memory, not learning.
 
-Not here: a limit on the coordinator, and on the process that checks the configuration; both hold the network.
+Not here: a limit on the coordinator, which holds the network, and on the process that checks the configuration.
 """
 
 import argparse

@@ -9,7 +9,6 @@ Not here: the groups of ranks (`ist/distributed/worker_group.py`), the parts of 
 """
 
 import inspect
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -23,6 +22,7 @@ from ist.config.schema import Config
 from ist.distributed.process_group import peer_errors
 from ist.distributed.worker_group import WorkerGroup
 from ist.network.copies import copied, like
+from ist.subnet.stores.shards import owned_rows
 from ist.tensors import local_rows
 
 Named = Mapping[str, nn.Parameter]
@@ -145,7 +145,8 @@ class FSDPInside:
         ours = dict(module.named_parameters())
         with torch.no_grad():
             for name, parameter in sharded.named_parameters():
-                local_rows(parameter).copy_(own_rows(ours[name].data, self._group.rank, self._group.size))
+                rows = owned_rows(len(ours[name]), self._group.rank, self._group.size)
+                local_rows(parameter).copy_(ours[name].data[rows.start : rows.stop])
             buffers = dict(module.named_buffers())
             for name, buffer in sharded.named_buffers():
                 buffer.copy_(buffers[name])
@@ -211,12 +212,6 @@ def fsdp_bytes(ranks: int, passes: int, held: int, freed: int, trained: int, is_
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def own_rows(tensor: Tensor, rank: int, ranks: int) -> Tensor:
-    """Return the rows of a tensor that a rank holds: ceil(rows / ranks) a rank, fewer for the last ones."""
-    size = math.ceil(len(tensor) / ranks)
-    return tensor[rank * size : (rank + 1) * size]
 
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:
