@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import copy
 import os
 import random
 import re
@@ -118,7 +119,7 @@ def config_tree(**changes: Any) -> Tree:
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = value
+        node[last] = copy.deepcopy(value) if isinstance(value, dict) else value  # a later change may reach into it
     return tree
 
 

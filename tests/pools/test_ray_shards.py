@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from ray.util.state import list_actors
 
@@ -18,7 +19,7 @@ from ist.runs.build import build_job
 from ist.runs.execute import execute
 from ist.storage.checkpoint import read_tensors
 from ist.storage.run_folder import create_run_folder
-from tests.conftest import assert_same, node, small_config
+from tests.conftest import assert_same, node, small_config, wait_for
 from tests.pools.scenario import job, run
 from tests.pools.test_conformance import message_bytes, outcome
 from tests.system.test_chaos import SETTINGS, leaving_out, left_out
@@ -53,10 +54,13 @@ def test_the_network_in_shards_ends_with_identical_weights_and_the_bytes_of_the_
 def test_owners_are_spread_over_the_nodes(ray_address: str) -> None:
     made, _ = job("frozen, quantized", pool=SHARDED)
 
+    before = ray.cluster_resources()["CPU"]
     with node("--address", ray_address, "--num-cpus=1"):
+        wait_for(lambda: ray.available_resources().get("CPU", 0) > before, 60, "the second node")
         spread = owners.Owners(made, "spread")
         spread.call("alive")
-        places = [actor.node_id for actor in list_actors() if actor.name.startswith("spread-owner")]
+        living = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)  # by default the first 100 of all
+        places = [actor.node_id for actor in living if (actor.name or "").startswith("spread-owner")]
         spread.close()
 
     assert sorted(map(places.count, set(places))) == [1, 2]
