@@ -401,7 +401,8 @@ def _fail(error: ISTError, received: list[signal.Signals]) -> NoReturn:
     is_echo = isinstance(error, ConfigError | InterruptedRunError | StartFailedError) and is_repeated_elsewhere()
     if not reported and not is_echo:
         for line in str(error).splitlines():
-            print(f"error: {printable(redacted(line))}", file=sys.stderr)
+            # In one call: `print` may write the end of the line apart, after the line of another rank.
+            sys.stderr.write(f"error: {printable(redacted(line))}\n")
     code = exit_code(error, received)
     if reported or ("RANK" in os.environ and isinstance(error, PoolError | InterruptedRunError)):
         # Destroying the process group would wait once more for the peer that does not answer.
