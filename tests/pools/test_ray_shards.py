@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import ray
 import torch
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from ray.util.state import list_actors
 
 from ist.pools.ray_shards import owners, pool
@@ -51,12 +53,26 @@ def test_the_network_in_shards_ends_with_identical_weights_and_the_bytes_of_the_
         assert record["bytes_from_worker"] == [returned for _, returned in expected_bytes]
 
 
+@ray.remote(num_cpus=0)
+def nothing() -> None:
+    """Do nothing."""
+
+
+def runs_tasks(node_id: str) -> bool:
+    """Whether Ray's scheduler already knows a node, which has just joined."""
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    try:
+        ray.get(nothing.options(scheduling_strategy=there).remote(), timeout=30)
+    except RayError:
+        return False
+    return True
+
+
 def test_owners_are_spread_over_the_nodes(ray_address: str) -> None:
     made, _ = job("frozen, quantized", pool=SHARDED)
 
-    before = ray.cluster_resources()["CPU"]
     with node("--address", ray_address, "--num-cpus=1"):
-        wait_for(lambda: ray.available_resources().get("CPU", 0) > before, 60, "the second node")
+        wait_for(lambda: sum(map(runs_tasks, owners._nodes())) == 2, 60, "the second node")
         spread = owners.Owners(made, "spread")
         spread.call("alive")
         living = list_actors(filters=[("state", "=", "ALIVE")], limit=1000)  # by default the first 100 of all
