@@ -21,7 +21,7 @@ from torch import Tensor
 from ist.distributed.process_group import Membership, PeerWatch, peer_errors
 from ist.loops.part import Part
 from ist.monitoring.meter import Meter
-from ist.pools.torchrun import Channel, WorkerBuffers
+from ist.pools.torchrun import Channel, WorkerBuffers, wait_for_all
 from ist.rng import Indices
 from ist.subnet.cut import Cut
 from ist.subnet.job import Job, assignments, slot_of
@@ -91,8 +91,8 @@ class ShardPool:
         buffers = self._subnet.of(neurons)
         cut = self._job.split.cut(neurons)
         pieces = self._buffers_of_pieces(cut)
-        self._exchange_down(outgoing, pieces, cut, buffers)
-        frozen = self._exchange_frozen(outgoing, neurons, pieces)
+        reuses_frozen = self._exchange_down(outgoing, pieces, cut, buffers)
+        frozen = self._exchange_frozen(outgoing, neurons, reuses_frozen)
         infinite = {name for name, tensor in buffers.down.tensors.items() if not is_finite([tensor])}
         returning = [(rank, rank, subnet.buffers.up.flat) for rank, subnet in outgoing.items() if rank != self._me]
         # With gloo, post the receives now, so that pieces arrive while this rank trains. A piece overwrites the memory
@@ -104,10 +104,10 @@ class ShardPool:
         sends, late = self._channel.swap(returned, [] if self._early else returning)
         yield outgoing[self._me]
         for (rank, _, flat), work in zip(returning, receives or late, strict=True):
-            _wait([work], f"rank {rank}")
+            wait_for_all([work], f"rank {rank}")
             self._channel.finish(rank, flat)
             yield outgoing[rank]
-        _wait(sends, "returning a subnet")
+        wait_for_all(sends, "returning a subnet")
         self._count()
 
     def _buffers_of_pieces(self, cut: Cut) -> dict[int, MessageBuffers]:
@@ -119,8 +119,8 @@ class ShardPool:
 
     def _exchange_down(
         self, outgoing: Mapping[int, Subnet], pieces: Mapping[int, MessageBuffers], cut: Cut, buffers: MessageBuffers
-    ) -> None:
-        """Send this shard's pieces, receive those of this worker's subnet, and join them."""
+    ) -> bool:
+        """Send this shard's pieces, receive those of this worker's subnet, and join them; see `Pieces.join`."""
         down = [(w, w, subnet.buffers.flat[: subnet.sent_bytes]) for w, subnet in outgoing.items() if w != self._me]
         wanted = [
             (owner, self._me, piece.flat[: self._pieces.down_bytes(owner, piece.layouts, self._round)])
@@ -128,20 +128,17 @@ class ShardPool:
             if owner != self._me
         ]
         self._complete(down, wanted)
-        for owner, piece in pieces.items():
-            piece.down.read_header(self._round, self._me)
-            self._pieces.join(owner, piece.down, buffers.down, cut)
+        received = ((owner, piece.down) for owner, piece in pieces.items())
+        return self._pieces.join(received, buffers.down, cut, self._round)
 
     def _exchange_frozen(
-        self, outgoing: Mapping[int, Subnet], neurons: Sequence[Indices], pieces: Mapping[int, MessageBuffers]
+        self, outgoing: Mapping[int, Subnet], neurons: Sequence[Indices], reuses_frozen: bool
     ) -> Message | None:
         """Exchange the frozen parameters that workers lack; return this worker's message, None if it lacks none."""
         split = self._job.split
         if not split.frozen_specs:
             return None
-        reuses = {piece.down.read_header(self._round, self._me).reuses_frozen for piece in pieces.values()}
-        assert len(reuses) == 1, "owners disagree on what the worker has"
-        missing = self._worker.frozen.missing(neurons, reuses.pop())
+        missing = self._worker.frozen.missing(neurons, reuses_frozen)
         cut = split.frozen_cut(neurons)
         carrier = self._membership.carrier
         incoming = {
@@ -160,10 +157,10 @@ class ShardPool:
         """Send and receive (rank, worker, flat) buffers, and wait for all of them."""
         sends, receives = self._channel.swap(sent, wanted)
         for (rank, _, _), work in zip(wanted, receives, strict=True):
-            _wait([work], f"worker {self._me} lost rank {rank} in round {self._round}")
+            wait_for_all([work], f"worker {self._me} lost rank {rank} in round {self._round}")
         for _, worker, flat in wanted:
             self._channel.finish(worker, flat)
-        _wait(sends, "sending pieces of subnets")
+        wait_for_all(sends, "sending pieces of subnets")
 
     def _count(self) -> None:
         """Add the bytes to and from each worker, of all owners, to the meter."""
@@ -183,9 +180,3 @@ class ShardPool:
     def close(self) -> None:
         """Release what the worker holds; the process group outlives the run."""
         self._worker.close()
-
-
-def _wait(works: Sequence[dist.Work], what: str) -> None:
-    with peer_errors(what):
-        for work in works:
-            work.wait()

@@ -209,13 +209,13 @@ class TorchrunPool:
         waits = works if len(receives) == len(remote) else [receives] + [[]] * (len(remote) - 1)
         for subnet, waited in zip(remote, waits, strict=True):
             try:
-                _wait(waited, f"rank {self._rank(subnet.worker)}")
+                wait_for_all(waited, f"rank {self._rank(subnet.worker)}")
             except PoolError as error:
                 yield Lost(subnet.worker, str(error))
                 continue
             self._channel.finish(subnet.worker, subnet.buffers.up.flat)
             yield subnet
-        _wait(sends, "sending subnets")
+        wait_for_all(sends, "sending subnets")
 
     def _send(self, subnets: Sequence[Subnet]) -> None:
         """Start sending subnets, and in a second batch the messages with frozen parameters.
@@ -284,12 +284,12 @@ class RankWorker:
         with peer_errors(f"worker {self._number} lost a rank of its own in round {round_number}"):
             yield from self._worker.train(round_number, buffers, frozen, self._peers.is_over)
         if self._group is None or self._group.is_lead:
-            _wait(self._channel.send([(0, self._number, buffers.up.flat)]), gone)
+            wait_for_all(self._channel.send([(0, self._number, buffers.up.flat)]), gone)
 
     def _receive(self, flat: Tensor, gone: str) -> None:
         """Receive a message: the worker's first rank from the coordinator, the others from the first one."""
         if self._group is None or self._group.is_lead:
-            _wait(self._channel.receive([(0, self._number, flat)]), gone)
+            wait_for_all(self._channel.receive([(0, self._number, flat)]), gone)
             self._channel.finish(self._number, flat)
         if self._group is not None:
             self._group.broadcast(flat)
@@ -346,7 +346,8 @@ def _begin(operations: list[dist.P2POp]) -> list[dist.Work]:
         return dist.batch_isend_irecv(operations) if operations else []
 
 
-def _wait(works: Sequence[dist.Work], what: str) -> None:
+def wait_for_all(works: Sequence[dist.Work], what: str) -> None:
+    """Wait for transfers; the error of a lost peer starts with `what`."""
     with peer_errors(what):
         for work in works:
             work.wait()

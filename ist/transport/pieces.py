@@ -9,11 +9,12 @@ Law: a subnet that is divided and joined again is the same, bit for bit.
 Not here: which rows an owner has (`ist/subnet/stores/shards.py`), sending pieces (`ist/pools/`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from ist.config.partition import Exchange
+from ist.errors import PoolError
 from ist.subnet.cut import Cut, cut_specs
 from ist.subnet.split_model import SplitModel
 from ist.subnet.stores.shards import rows_within, shard_of
@@ -48,10 +49,29 @@ class Pieces:
         """Return how many bytes of an owner's piece are sent to the worker."""
         return down_bytes(self._shards[owner], layouts, round_number)
 
-    def join(self, owner: int, piece: Message, subnet: Message, cut: Cut) -> None:
-        """Copy an owner's piece into the message with the worker's subnet."""
-        for tensor, rows in self._pairs(piece, subnet, self._split.specs, cut, owner):
-            rows.copy_(tensor)
+    def join(self, pieces: Iterable[tuple[int, Message]], subnet: Message, cut: Cut, round_number: int) -> bool:
+        """Copy the owners' pieces into the message with the worker's subnet.
+
+        Args:
+            pieces: Each owner and its piece.
+            subnet: The message down to the worker, which is written.
+            cut: The worker's positions in the full network.
+            round_number: The round.
+
+        Returns:
+            Whether the worker must reuse the frozen parameters that it has.
+
+        Raises:
+            PoolError: A piece is not one of this worker's subnet of this round, or the owners disagree.
+        """
+        reuses = set()
+        for owner, piece in pieces:
+            reuses.add(piece.read_header(round_number, self._worker).reuses_frozen)
+            for tensor, rows in self._pairs(piece, subnet, self._split.specs, cut, owner):
+                rows.copy_(tensor)
+        if len(reuses) > 1:
+            raise PoolError(f"worker {self._worker}: owners disagree on whether it has its frozen parameters")
+        return reuses.pop()
 
     def divide(
         self, pieces: Mapping[int, MessageBuffers], buffers: MessageBuffers, cut: Cut, infinite: set[str], number: int

@@ -4,7 +4,7 @@ Where it sits: `ist/pools/ray_shards/pool.py` starts the actors and calls `train
 Not here: the local steps (`ist/loops/local_loop.py`), the owners (`owner.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import ray
 import torch
@@ -55,7 +55,7 @@ class RayShardWorker(RayWorker):
         buffers = self._buffers_for(message_layouts(split, worker.job.config.exchange, cut))
         pieces = self._pieces(worker, len(received))
         layouts = pieces.layouts(cut)
-        reuses = self._join(round_number, worker, [flat for flat, _ in received], pieces, layouts, buffers, cut)
+        reuses = self._join(round_number, [flat for flat, _ in received], pieces, layouts, buffers, cut)
         frozen = self._join_frozen(round_number, worker, [beside for _, beside in received], pieces, neurons, reuses)
         infinite = {name for name, tensor in buffers.down.tensors.items() if not is_finite([tensor])}
         completed(worker.train(round_number, buffers, frozen, lambda: self._over >= ticket))
@@ -72,7 +72,6 @@ class RayShardWorker(RayWorker):
     def _join(
         self,
         round_number: int,
-        worker: Worker,
         received: Sequence[Flat],
         pieces: Pieces,
         layouts: Sequence[MessageLayouts],
@@ -80,18 +79,17 @@ class RayShardWorker(RayWorker):
         cut: Cut,
     ) -> bool:
         """Join the pieces in `buffers`; return whether the worker must reuse the frozen parameters that it has."""
-        reuses = set()
-        for owner, (flat, each) in enumerate(zip(received, layouts, strict=True)):
-            expected = pieces.down_bytes(owner, each, round_number)
-            if flat.shape != (expected,):
-                raise PoolError(f"{self.name} expected {expected} bytes of owner {owner}, received {flat.shape}")
-            piece = MessageBuffers(each)  # not all of its tensors are sent before the first round
-            piece.flat[:expected].copy_(as_tensor(flat))
-            reuses.add(piece.down.read_header(round_number, worker.number).reuses_frozen)
-            pieces.join(owner, piece.down, buffers.down, cut)
-        if len(reuses) > 1:
-            raise PoolError(f"{self.name}: owners disagree on whether it has its frozen parameters")
-        return reuses.pop()
+
+        def opened() -> Iterator[tuple[int, Message]]:
+            for owner, (flat, each) in enumerate(zip(received, layouts, strict=True)):
+                expected = pieces.down_bytes(owner, each, round_number)
+                if flat.shape != (expected,):
+                    raise PoolError(f"{self.name} expected {expected} bytes of owner {owner}, received {flat.shape}")
+                piece = MessageBuffers(each)  # not all of its tensors are sent before the first round
+                piece.flat[:expected].copy_(as_tensor(flat))
+                yield owner, piece.down
+
+        return pieces.join(opened(), buffers.down, cut, round_number)
 
     def _join_frozen(
         self,
