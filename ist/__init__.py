@@ -27,7 +27,7 @@ from ist.errors import (
 if TYPE_CHECKING:
     from ist.api import TrainResult, split, train
     from ist.config.partition import Exchange, Partition
-    from ist.config.recipe import Average, Outer, Recipe, Stage
+    from ist.config.recipe import Average, MergeScale, Outer, Recipe, Stage
     from ist.config.runtime import Checkpoint, Loader, Pool, Ray, Watch
     from ist.config.schema import Evaluate, Optimizer, ParameterGroup, Schedule, Skew
     from ist.data.batched import BatchedDataset
@@ -57,6 +57,7 @@ __all__ = [
     "Joined",
     "Loader",
     "LoopError",
+    "MergeScale",
     "Metric",
     "ModelError",
     "Optimizer",
@@ -90,7 +91,7 @@ __all__ = [
 _LATER = {
     "ist.api": ("TrainResult", "split", "train"),
     "ist.config.partition": ("Exchange", "Partition"),
-    "ist.config.recipe": ("Average", "Outer", "Recipe", "Stage"),
+    "ist.config.recipe": ("Average", "MergeScale", "Outer", "Recipe", "Stage"),
     "ist.config.runtime": ("Checkpoint", "Loader", "Pool", "Ray", "Watch"),
     "ist.config.schema": ("Evaluate", "Optimizer", "ParameterGroup", "Schedule", "Skew"),
     "ist.data.batched": ("BatchedDataset",),

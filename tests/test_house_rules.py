@@ -36,7 +36,7 @@ MAX_FILES = 9
 
 PUBLIC_NAMES = {
     "__version__", "train", "TrainResult", "split", "Split",
-    "Optimizer", "ParameterGroup", "Schedule", "Partition", "Exchange", "Recipe", "Stage", "Outer", "Average",
+    "Optimizer", "ParameterGroup", "Schedule", "Partition", "Exchange", "Recipe", "Stage", "Outer", "MergeScale", "Average",
     "Evaluate", "Checkpoint", "Loader", "Pool", "Ray", "Watch",
     "BatchedDataset", "Metric", "scaled_blocks", "dirichlet_split", "Skew",
     "join", "Joined", "Part", "Callback", "RunStart", "Stop",

@@ -121,6 +121,12 @@ def run_fingerprint(config: BaseModel) -> int:
     for key, value in {"ranks_per_worker": 1, "inside": "ddp", "store": "coordinator", "evaluation": None}.items():
         if tree.get("pool", {}).get(key) == value:
             del tree["pool"][key]
+    recipe = tree.get("recipe", {})
+    if recipe.get("merge_scale") == {"own": 1.0, "shared": 1.0}:
+        del recipe["merge_scale"]
+    for stage in recipe.get("stages", []):
+        if stage.get("merge_scale") is None:
+            stage.pop("merge_scale", None)
     return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
 
 

@@ -235,7 +235,7 @@ METHODS: dict[str, MethodSpec] = {
         MethodSpec(
             "ist", "independent subnet training", "ist.training.coordinator:Coordinator",
             needs_groups=True, has_coordinator=True, pools=("inline", "torchrun", "ray"),
-            keys=("partition", "exchange", "recipe.stages", "recipe.outer"),
+            keys=("partition", "exchange", "recipe.stages", "recipe.outer", "recipe.merge_scale"),
         ),
         MethodSpec(
             "ddp", "data-parallel training", _DDP, {"compression": "none"},

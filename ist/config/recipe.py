@@ -1,10 +1,11 @@
-"""The section `recipe`: stages of a run, the outer optimizer, the average of merged networks.
+"""The section `recipe`: stages of a run, the scale of merged updates, the outer optimizer, the average of networks.
 
 Where it sits: a section of `ist/config/schema.py`. `docs/recipes.md` measures the effect of each.
-Not here: the outer optimizer itself (`ist/training/outer_optimizer.py`). Does not import torch.
+Not here: the merge (`ist/subnet/cut.py`), the outer optimizer (`ist/training/outer_optimizer.py`). Does not import
+torch.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -30,6 +31,45 @@ class Outer(Section):
     def is_plain(self) -> bool:
         """Whether merged weights are used unchanged."""
         return self.momentum == 0 and self.lr == 1
+
+
+Scale = Annotated[float, Field(gt=0, le=2)]
+
+
+class MergeScale(Section):
+    """Factors of the update that a round's merge makes: the new weights are old + factor * (merged - old).
+
+    A number is the factor of all weights: `0.5` means `{own: 0.5, shared: 0.5}`.
+
+    Example:
+        >>> ist.MergeScale(own=0.5)
+        MergeScale(own=0.5, shared=1.0)
+    """
+
+    own: Scale = Field(
+        default=1.0,
+        description="factor of the update of weights that one worker returned in a round, more than 0 and at most 2; a "
+        "number instead of this mapping (merge_scale: 0.5) is the factor of all weights",
+    )
+    shared: Scale = Field(
+        default=1.0, description="factor of the mean update of weights that several workers returned in a round"
+    )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether merged weights are used unchanged."""
+        return self.own == 1 and self.shared == 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_number(cls, value: Any) -> Any:
+        if isinstance(value, str) or type(value) in (bool, list):
+            raise ValueError(f"{value!r} is not a number or a mapping: expected a number such as 0.5, or {{own: 0.5}}")
+        if not isinstance(value, int | float):
+            return value
+        if not 0 < value <= 2:
+            raise ValueError(f"it is {value}: expected a number more than 0 and at most 2")
+        return {"own": value, "shared": value}
 
 
 class Stage(Section):
@@ -59,6 +99,9 @@ class Stage(Section):
     lr_scale: PositiveFloat = Field(default=1.0, description="factor of the schedule's learning rate")
     outer: Outer | None = Field(
         default=None, description="replaces recipe.outer in this stage, such as {lr: 0.7, momentum: 0.9}"
+    )
+    merge_scale: MergeScale | None = Field(
+        default=None, description="replaces recipe.merge_scale in this stage, also if it is a full-width phase"
     )
 
     @property
@@ -116,11 +159,25 @@ class Recipe(Section):
         "every worker trains the full network; default: one stage",
     )
     outer: Outer = Field(default_factory=Outer, description="the outer optimizer of IST")
+    merge_scale: MergeScale = Field(
+        default_factory=MergeScale,
+        description="the scale of merged updates of IST: a number, or factors for own and shared weights",
+    )
     average: Average = Field(default_factory=Average, description="the average over rounds")
 
     def outer_of(self, stage: Stage) -> Outer:
         """Return the outer optimizer of a stage."""
         return stage.outer or self.outer
+
+    def merge_scale_of(self, stage: Stage, is_full_width: bool) -> MergeScale:
+        """Return the scale of merged updates of a stage.
+
+        Args:
+            stage: The stage.
+            is_full_width: Whether its workers train the full network. Their mean does not overshoot, so that only the
+                stage's own scale applies.
+        """
+        return stage.merge_scale or (MergeScale() if is_full_width else self.merge_scale)
 
     @property
     def has_outer_optimizer(self) -> bool:

@@ -8,7 +8,7 @@ partition (`ist/subnet/partition.py`).
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ist.config.recipe import Outer, Recipe, Stage
+from ist.config.recipe import MergeScale, Outer, Recipe, Stage
 from ist.config.schema import Config
 from ist.data.shards.unequal import Sampler
 from ist.optimization.stages import WHOLE_RUN, Span, spans
@@ -65,6 +65,10 @@ class Schedule:
     def outer(self, round_number: int) -> Outer:
         """Return the settings of the outer optimizer in a round."""
         return self.recipe.outer_of(self.spans[round_number].stage)
+
+    def merge_scale(self, round_number: int, is_full_width: bool) -> MergeScale:
+        """Return the scale of the merged update of a round; `is_full_width`: workers train the full network in it."""
+        return self.recipe.merge_scale_of(self.stage(round_number), is_full_width)
 
     @property
     def main_round(self) -> int:

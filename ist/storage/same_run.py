@@ -52,6 +52,7 @@ CHANGEABLE = (
     "exchange.values",
     "recipe.stages",
     "recipe.outer",
+    "recipe.merge_scale",
     "recipe.average.decay",
     "recipe.average.start",
     "baseline.outer",

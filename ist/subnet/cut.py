@@ -7,6 +7,7 @@ Not here: assigning neurons (`partition.py`), training (`ist/training/worker.py`
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -113,16 +114,39 @@ def extract(state: Mapping[str, Tensor], cut: Cut, into: Mapping[str, Tensor]) -
         _take(state[name], cut[name], part)
 
 
+@dataclass(frozen=True)
+class UpdateScale:
+    """Factors of the updates that a merge makes: it writes old + factor * (merged - old).
+
+    Attributes:
+        names: The tensors whose updates are scaled.
+        own: The factor for an entry that one worker returned.
+        shared: The factor for an entry that several workers returned, whose update is their mean.
+    """
+
+    names: frozenset[str] = frozenset()
+    own: float = 1.0
+    shared: float = 1.0
+
+    def factors(self, name: str) -> tuple[float, float]:
+        """Return the factors (own, shared) of a tensor."""
+        return (self.own, self.shared) if name in self.names else (1.0, 1.0)
+
+
+NOT_SCALED = UpdateScale()
+
+
 def reassemble(
     state: Mapping[str, Tensor],
     cuts: Sequence[Cut],
     trained: Iterable[tuple[int, Mapping[str, Tensor]]],
     exclusive: frozenset[str],
+    scale: UpdateScale = NOT_SCALED,
 ) -> None:
     """Merge trained subnets into the full model, in place.
 
     An entry that one worker returned gets that value. An entry that several workers returned gets their mean. An entry
-    that no worker returned does not change.
+    that no worker returned does not change. `scale` moves entries by a multiple of this update instead.
 
     Args:
         state: Full tensors, contiguous, overwritten.
@@ -130,11 +154,12 @@ def reassemble(
         trained: (worker, tensors), in any order; an iterator is consumed as subnets arrive. The tensors must not change
             until this returns; each is read once, before its part of `state` is written.
         exclusive: Tensors in which no entry has two holders; they are written immediately.
+        scale: The factors of the updates.
 
     Reference: Yuan et al., arXiv 1910.02120, section 3 (disjoint parts); Liao and Kyrillidis, arXiv 2112.02668,
     Algorithm 1 (mean over the workers that trained an entry).
     """
-    merge = Merge(state, cuts, exclusive)
+    merge = Merge(state, cuts, exclusive, scale)
     for worker, tensors in trained:
         merge.add(worker, tensors)
     merge.finish()
@@ -147,12 +172,20 @@ class Merge:
         state: Full tensors, contiguous, overwritten.
         cuts: Every worker's positions.
         exclusive: Tensors in which no entry has two holders; `add` writes them immediately.
+        scale: The factors of the updates.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], cuts: Sequence[Cut], exclusive: frozenset[str]) -> None:
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        cuts: Sequence[Cut],
+        exclusive: frozenset[str],
+        scale: UpdateScale = NOT_SCALED,
+    ) -> None:
         self._state = state
         self._cuts = cuts
         self._exclusive = exclusive
+        self._scale = scale
         self._returned: dict[int, Mapping[str, Tensor]] = {}
         self._holders: dict[str, list[int]] = {}
 
@@ -161,7 +194,8 @@ class Merge:
         self._returned[worker] = tensors
         for name in tensors:
             if name in self._exclusive:
-                _put(self._state[name], self._cuts[worker][name], tensors[name])
+                own, _ = self._scale.factors(name)
+                _put_scaled(self._state[name], self._cuts[worker][name], tensors[name], own)
             else:
                 self._holders.setdefault(name, []).append(worker)
 
@@ -171,7 +205,8 @@ class Merge:
             # Add in the order of workers, not of arrival: a sum of floats depends on the order.
             workers.sort()
             parts = (self._returned[worker][name] for worker in workers)
-            _merge_mean(self._state[name], [self._cuts[worker][name] for worker in workers], parts)
+            cuts = [self._cuts[worker][name] for worker in workers]
+            _merge_mean(self._state[name], cuts, parts, *self._scale.factors(name))
 
 
 def fill_part(full: Tensor, cut: TensorCut, value: bool) -> None:
@@ -267,14 +302,36 @@ def _mesh(cut: TensorCut, full: Tensor) -> tuple[Tensor, ...]:
     return tuple(_index(cut, dim, full).view(-1, *([1] * (full.ndim - dim - 1))) for dim in range(full.ndim))
 
 
-def _merge_mean(full: Tensor, cuts: Sequence[TensorCut], parts: Iterable[Tensor]) -> None:
+def _put_scaled(full: Tensor, cut: TensorCut, part: Tensor, factor: float) -> None:
+    """Write a worker's part of a tensor, with its update scaled."""
+    if factor != 1:
+        before = torch.empty(part.shape, dtype=full.dtype, device=full.device)
+        _take(full, cut, before)
+        part = _scaled(before, part, factor)
+    _put(full, cut, part)
+
+
+def _scaled(before: Tensor, after: Tensor, factor: float) -> Tensor:
+    """Return before + factor * (after - before); what has not changed stays the same, bit for bit."""
+    if factor == 1:
+        return after
+    precise = torch.promote_types(before.dtype, torch.float32)
+    # One operator at a time: a fused one would round the same number differently in tensors of other shapes.
+    moved = (after.to(precise) - before.to(precise)).mul_(factor).add_(before.to(precise)).to(before.dtype)
+    return torch.where(after == before, before, moved)
+
+
+def _merge_mean(
+    full: Tensor, cuts: Sequence[TensorCut], parts: Iterable[Tensor], own: float = 1.0, shared: float = 1.0
+) -> None:
     """Write the mean over holders as old value + mean change: unlike sum / count, this is exact if nothing changed.
 
-    `parts` may read `full` as they are produced, so `full` is written last.
+    `parts` may read `full` as they are produced, so `full` is written last. `own` and `shared` are the factors of the
+    change of an entry with one holder, and with several.
     """
     if len(cuts) == 1 or full.dtype == torch.bool:  # truth values have no mean: the first holder's value is written
         for cut, part in reversed(list(zip(cuts, parts, strict=True))):
-            _put(full, cut, part)
+            _put_scaled(full, cut, part, own)
         return
     has_infinities = not is_finite([full])  # as in a mask: the difference of two infinities is NaN
 
@@ -285,14 +342,15 @@ def _merge_mean(full: Tensor, cuts: Sequence[TensorCut], parts: Iterable[Tensor]
     if all(indices is None for cut in cuts for indices in cut):
         for part in parts:
             change += moved(part, full)
-        full += change.div_(len(cuts)).to(full.dtype)
+        full += change.div_(len(cuts)).mul_(shared).to(full.dtype)
         return
     merged = full.clone()
     count = torch.zeros_like(full, dtype=torch.int32)
     for cut, part in zip(cuts, parts, strict=True):
         index = _mesh(cut, full)
-        change[index] += moved(part, full[index])
+        before = full[index]
+        change[index] += moved(part, before)
         count[index] += 1
-        merged[index] = part
-    mean = change.div_(count.clamp(min=1)).to(full.dtype).add_(full)
+        merged[index] = _scaled(before, part, own)
+    mean = change.div_(count.clamp(min=1)).mul_(shared).to(full.dtype).add_(full)
     full.copy_(torch.where(count > 1, mean, merged))

@@ -20,7 +20,7 @@ from ist.monitoring.meter import Meter, Stopwatch
 from ist.optimization import optimizers
 from ist.storage.checkpoint import check_tensors
 from ist.subnet.assignments import Team, WorkerSlot
-from ist.subnet.cut import Cut, on_device
+from ist.subnet.cut import Cut, UpdateScale, on_device
 from ist.subnet.job import Job, assignments
 from ist.subnet.partition import is_full_width
 from ist.subnet.split_model import SplitModel
@@ -73,7 +73,9 @@ class Coordinator:
         tensors = model.state_dict()
         fresh = optimizers.initial_state(job.split.state_slots, job.split.state_specs, device)
         self._store: ParameterStore = LocalStore({name: tensors[name] for name in job.split.model_specs} | fresh)
-        trained = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+        self._trained = trained = {
+            name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
         momentum = (
             {f"{OUTER}{name}": tensor for name, tensor in trained.items()}
             if job.config.recipe.has_outer_optimizer
@@ -131,7 +133,7 @@ class Coordinator:
                     self._pool.submit(round_number, subnet)
             try:
                 with closing(self._pool.results()) as results:
-                    merge = self._store.merge(cuts, self._held.exclusive(round_number))
+                    merge = self._store.merge(cuts, self._held.exclusive(round_number), self._scale(round_number))
                     for result in watch.timed("exchange", results):
                         if isinstance(result, Part):
                             with watch.phase("exchange"):
@@ -176,6 +178,12 @@ class Coordinator:
         """Return the workers of a round; with `partition.balance: speed`, their shares follow their speed."""
         balance = self._balance_of(round_number)
         return Team(len(names), balance.capacities(names) if balance else None)
+
+    def _scale(self, round_number: int) -> UpdateScale:
+        """Return the factors of a round's updates: of weights only, not of carried optimizer state or statistics."""
+        is_whole = is_full_width(self._held.partition(round_number))
+        scale = self.job.schedule.merge_scale(round_number, is_whole)
+        return UpdateScale(frozenset(self._trained), scale.own, scale.shared)
 
     def _balance_of(self, round_number: int) -> SpeedBalance | None:
         """Return the speed balance for a round; None in a full-width round, whose times do not depend on shares."""

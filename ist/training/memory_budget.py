@@ -24,6 +24,7 @@ from ist.loops.step_memory import UncountedError, optimizer_bytes, step_memory
 from ist.rng import Indices
 from ist.subnet.cut import cut_specs
 from ist.subnet.job import Job, assignments, slot_of
+from ist.subnet.partition import is_full_width
 from ist.subnet.split_model import SplitModel
 from ist.subnet.stores.shards import shard_of
 from ist.tensors import TensorSpec, constant_tensors, tensor_specs
@@ -191,6 +192,7 @@ def _store_parts(job: Job, split: SplitModel) -> dict[str, int]:
     exclusive = frozenset.intersection(*(held.exclusive(number) for number in _rounds(job)))
     shared = max((spec.nbytes for name, spec in split.specs.items() if name not in exclusive), default=0)
     largest = 0 if is_plain else max((spec.nbytes for spec in split.specs.values()), default=0)
+    scaled = max(_scaled_part(job, split, number) for number in _rounds(job))
     network, carried = _nbytes([*sent.values(), *others]), _nbytes(split.state_specs.values())
     momentum = trained if recipe.has_outer_optimizer else 0
     average = network if recipe.average.kind != "none" else 0
@@ -202,8 +204,8 @@ def _store_parts(job: Job, split: SplitModel) -> dict[str, int]:
         "messages": messages,
         "checkpoint": _FILE_COPIES * (network + carried + momentum + average),
         # The mean of a tensor that several workers return needs its change, the merged values and the counts. A message
-        # that is coded is decoded tensor by tensor.
-        "work space": 3 * shared + largest,
+        # that is coded is decoded tensor by tensor. A scaled part needs its old and new values, and their difference.
+        "work space": 3 * shared + largest + 3 * scaled,
     }
 
 
@@ -277,6 +279,15 @@ def _rounds(job: Job) -> list[int]:
     spans = job.schedule.spans
     starts = [n for n, span in enumerate(spans) if n == 0 or span.stage != spans[n - 1].stage]
     return sorted({*starts, job.schedule.main_round})
+
+
+def _scaled_part(job: Job, split: SplitModel, round_number: int) -> int:
+    """Return the bytes of the largest part of a tensor whose update a round's merge scales."""
+    held = assignments(job)
+    if job.schedule.merge_scale(round_number, is_full_width(held.partition(round_number))).is_plain:
+        return 0
+    cut = split.cut(held.of(round_number)[0])
+    return max((spec.nbytes for spec in cut_specs(split.specs, cut).values()), default=0)
 
 
 def _rounded(job: Job, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:

@@ -22,7 +22,8 @@ partition.strategy partition.keep partition.capacities partition.coverage partit
 partition.exclude partition.sizes partition.blocks partition.min_depth partition.verify
 recipe.stages recipe.stages.N.rounds recipe.stages.N.share recipe.stages.N.keep recipe.stages.N.local_steps
 recipe.stages.N.lr_scale recipe.stages.N.outer recipe.stages.N.outer.lr recipe.stages.N.outer.momentum
-recipe.outer.lr recipe.outer.momentum recipe.average.kind recipe.average.decay recipe.average.decay_unit recipe.average.start
+recipe.stages.N.merge_scale recipe.stages.N.merge_scale.own recipe.stages.N.merge_scale.shared
+recipe.merge_scale.own recipe.merge_scale.shared recipe.outer.lr recipe.outer.momentum recipe.average.kind recipe.average.decay recipe.average.decay_unit recipe.average.start
 exchange.down exchange.up exchange.values exchange.error_feedback
 baseline.powersgd_rank baseline.powersgd_start baseline.outer.lr baseline.outer.momentum
 evaluate.every evaluate.batch_size evaluate.metric evaluate.statistics_batches

@@ -48,6 +48,14 @@ FAULTS = (
         "torch.where(count > 2, mean, merged)", ("tests/subnet/test_subnet.py",),
     ),
     Fault(
+        "updates of carried optimizer state are scaled", "ist/training/coordinator.py",
+        "UpdateScale(frozenset(self._trained), ", "UpdateScale(frozenset(self._store.tensors()), ", ("tests/training/test_merge_scale.py",),
+    ),
+    Fault(
+        "the mean of several workers moves by the factor of own weights", "ist/subnet/cut.py", "clamp(min=1)).mul_(shared)",
+        "clamp(min=1)).mul_(own)", ("tests/training/test_merge_scale.py",),
+    ),
+    Fault(
         "a tensor that slots cover partly counts as exclusive", "ist/subnet/cut.py",
         "for number, slot in slots) == specs[name].shape[dim]", "for number, slot in slots) <= specs[name].shape[dim]",
         ("tests/subnet/test_subnet.py",),

@@ -96,6 +96,14 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "recipe__stages": [{"rounds": 1, "keep": 1, "lr_scale": 0.5}, {}, {"rounds": 1, "keep": 0.6, "local_steps": 2}],
         "recipe__outer": {"lr": 0.9, "momentum": 0.5}, "recipe__average": {"kind": "ema", "decay": 0.6},
     },
+    "scaled updates": {
+        "network": "no batch norm", "partition__strategy": "bernoulli", "partition__keep": 0.6,
+        "train__optimizer_state": "carried", "exchange__up": "int8", "exchange__values": "deltas",
+        "recipe": {
+            "merge_scale": {"own": 0.5, "shared": 0.75}, "outer": {"momentum": 0.5},
+            "stages": [{}, {"rounds": 1, "keep": 1, "merge_scale": 0.7}],
+        },
+    },
     "balanced, filled up, folded": {
         "network": "no batch norm", "partition__coverage": "balanced", "partition__keep": 0.5,
         "train__activation_scale": "folded", "recipe__stages": [{}, {"rounds": 1, "keep": 1}],

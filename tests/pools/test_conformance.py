@@ -39,7 +39,7 @@ QUICK_DEDICATED = (
 
 QUICK_SHARDED = (
     "batch norm, reset", "carried Adam, uneven", "overlapping shares", "quantized, error feedback",
-    "stages, outer momentum, averaged", "frozen, quantized",
+    "stages, outer momentum, averaged", "scaled updates", "frozen, quantized",
 )  # fmt: skip
 """One scenario for every kind of tensor in the store, and of arithmetic on it."""
 

@@ -68,6 +68,16 @@ def test_the_coordinator_holds_the_outer_optimizer_the_average_and_carried_state
     assert found["worker"].parts["optimizer state"] == 2 * 4 * SHARE + 4 * 4  # it is in the message
 
 
+def test_scaling_an_update_needs_a_workers_largest_part_three_times() -> None:
+    plain, scaled, full_width = (
+        budgets(recipe=recipe)["coordinator"].parts["work space"]
+        for recipe in ({}, {"merge_scale": 0.5}, {"merge_scale": 0.5, "stages": [{"keep": 1}]})
+    )
+
+    assert scaled - plain == 3 * 4 * 64 // 4 * 12  # a quarter of the hidden neurons
+    assert full_width == budgets(recipe={"stages": [{"keep": 1}]})["coordinator"].parts["work space"]
+
+
 def test_a_rank_of_a_baseline_holds_the_full_network_and_the_buffers_of_the_method() -> None:
     found = {
         method: budgets(method=method, pool={"kind": "torchrun"}, **adam()) for method in ("ddp", "local_sgd", "diloco")

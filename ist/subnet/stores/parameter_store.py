@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from ist.subnet.cut import Cut, Merge, extract
+from ist.subnet.cut import NOT_SCALED, Cut, Merge, UpdateScale, extract
 
 
 class RoundMerge(Protocol):
@@ -33,12 +33,13 @@ class ParameterStore(Protocol):
         """Copy a worker's part of each tensor into the one of that name in `into`: contiguous, of the part's shape."""
         ...
 
-    def merge(self, cuts: Sequence[Cut], exclusive: frozenset[str]) -> RoundMerge:
+    def merge(self, cuts: Sequence[Cut], exclusive: frozenset[str], scale: UpdateScale = NOT_SCALED) -> RoundMerge:
         """Start the merge of a round.
 
         Args:
             cuts: Every worker's positions.
             exclusive: The tensors of which no entry has two holders.
+            scale: The factors of the updates.
         """
         ...
 
@@ -68,9 +69,9 @@ class LocalStore:
         """Copy a worker's part of each tensor into the one of that name in `into`: contiguous, of the part's shape."""
         extract(self._tensors, cut, into)
 
-    def merge(self, cuts: Sequence[Cut], exclusive: frozenset[str]) -> Merge:
+    def merge(self, cuts: Sequence[Cut], exclusive: frozenset[str], scale: UpdateScale = NOT_SCALED) -> Merge:
         """Start the merge of a round; see `ist.subnet.cut.Merge`."""
-        return Merge(self._tensors, cuts, exclusive)
+        return Merge(self._tensors, cuts, exclusive, scale)
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Return the full tensors by name."""
