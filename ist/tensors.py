@@ -29,6 +29,11 @@ class TensorSpec:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """Return the specs of tensors, by name."""
+    return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
 def tensor_specs(module: nn.Module, with_statistics: bool) -> dict[str, TensorSpec]:
     """Return the specs of the tensors in a network's `state_dict`: parameters and persistent buffers.
 

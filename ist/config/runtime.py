@@ -101,7 +101,7 @@ class Checkpoint(Section):
         default=None,
         description="folder or fsspec URL, such as s3://bucket/runs; checkpoints are written there, in a folder named "
         "after the run folder; default: the run folder. Keep keys and passwords out of the URL: use the environment or "
-        "fsspec's configuration",
+        "fsspec's configuration. A URL needs room for one checkpoint in the folder of temporary files (TMPDIR)",
     )
 
     def is_due(self, rounds_done: int) -> bool:

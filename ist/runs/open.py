@@ -265,6 +265,7 @@ def _opened(
             return
         gauge = MemoryGauge(device)
         method = make_method(process, tensors if before.rounds_done else None)
+        tensors = {}  # the network has them: during the run, this process does not hold them twice
         made = make_callbacks(config, callbacks, progress)
         stack.enter_context(started(made, run_start(config, job, folder, first_round)))
         recorder = RunRecorder(job, folder, made, before, process.meter, gauge, run_id, announce)

@@ -1,7 +1,8 @@
 """The storage of checkpoints: a local folder, or a URL that fsspec can open.
 
 Where it sits: `ist/storage/run_folder.py` opens a storage, `ist/storage/checkpoint.py` reads and writes files in it.
-Law: `load` returns the bytes that `write` received; a file name never refers to a partial file.
+Law: what is read are the bytes that were written; a file name never refers to a partial file, but while it is made by
+`create`.
 Not here: the meaning of the bytes (`ist/storage/checkpoint.py`).
 """
 
@@ -9,6 +10,7 @@ import contextlib
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path, PurePosixPath
@@ -51,11 +53,22 @@ class Storage(Protocol):
         """
         ...
 
-    def load(self, name: str) -> Path | bytes:
-        """Return the path of a file on this machine, else its bytes.
+    def writing(self, name: str) -> AbstractContextManager[BinaryIO]:
+        """Write a file completely, or not at all, through a seekable file on this machine; no memory holds it whole.
+
+        A storage behind a URL uploads it when the `with` block ends: it needs room for it in the folder of temporary
+        files (TMPDIR).
 
         Raises:
-            CheckpointError: There is no such file.
+            RunFolderError: It cannot be written; an existing file of that name is unchanged.
+        """
+        ...
+
+    def reading(self, name: str) -> AbstractContextManager[Path]:
+        """Return the path of a file on this machine: the file itself, or a copy of it, deleted after the `with` block.
+
+        Raises:
+            CheckpointError: There is no such file behind a URL.
             RunFolderError: It cannot be read.
         """
         ...
@@ -135,16 +148,22 @@ class LocalStorage:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file under a temporary name, sync it to disk, and rename it."""
-        path = self.folder / name
-        for link in (self.folder, *([path.parent] if "/" in name else [])):
-            refuse_link(link)
+        with self.writing(name) as file:
+            file.write(data)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """Write a file under a temporary name, sync it to disk, and rename it."""
+        path = self._new(name)
         with _named(path, "written"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, data)
+            with atomic_file(path) as file:
+                yield file
 
-    def load(self, name: str) -> Path:
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[Path]:
         """Return the path of a file."""
-        return self._path(name)
+        yield self._path(name)
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[Sink]:
@@ -212,8 +231,14 @@ class LocalStorage:
 
     def _path(self, name: str) -> Path:
         """Return a path, and refuse links on the way from the storage to it."""
+        path = self._new(name)
+        refuse_link(path)
+        return path
+
+    def _new(self, name: str) -> Path:
+        """Return the path of a file that is replaced as a whole, and refuse links on the way to it."""
         path = self.folder / name
-        for link in (self.folder, *([path.parent] if "/" in name else []), path):
+        for link in (self.folder, *([path.parent] if "/" in name else [])):
             refuse_link(link)
         return path
 
@@ -251,30 +276,26 @@ class RemoteStorage:
 
     def write(self, name: str, data: bytes) -> None:
         """Put an object, or write a file under a temporary name and rename it; then check its size."""
-        parent, _, file = name.rpartition("/")
-        path, temporary = self._path(name), self._path(f"{parent}/.{file}.{os.getpid()}.tmp".lstrip("/"))
-        with self._translated(self.where(name), "written"):
-            if self._puts_whole:
-                self._system.pipe_file(path, data)
-                self._check_size(path, len(data))
-                return
-            self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
-            try:
-                self._system.pipe_file(temporary, data)
-                self._check_size(temporary, len(data))
-                self._move(temporary, path, len(data))
-            finally:
-                with contextlib.suppress(Exception):  # after a successful rename it no longer exists
-                    self._system.rm_file(temporary)
+        self._put(name, len(data), lambda path: self._system.pipe_file(path, data))
 
-    def load(self, name: str) -> bytes:
-        """Return the bytes of a file."""
-        with self._translated(self.where(name), "read"):
-            try:
-                found: bytes = self._system.cat_file(self._path(name))
-            except FileNotFoundError as error:
-                raise CheckpointError(f"{self.where(name)}: no such checkpoint") from error
-        return found
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """Write a temporary file on this machine, and upload it when it is complete."""
+        with self._temporary_file(name) as path:
+            with self._on_this_machine(name), path.open("wb") as file:
+                yield file
+            self._put(name, path.stat().st_size, lambda target: self._system.put_file(str(path), target))
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[Path]:
+        """Download a file to a temporary one on this machine."""
+        with self._temporary_file(name) as path:
+            with self._translated(self.where(name), "read"):
+                try:
+                    self._system.get_file(self._path(name), str(path))
+                except FileNotFoundError as error:
+                    raise CheckpointError(f"{self.where(name)}: no such checkpoint") from error
+            yield path
 
     @contextlib.contextmanager
     def create(self, name: str) -> Iterator[Sink]:
@@ -341,6 +362,53 @@ class RemoteStorage:
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}"
+
+    def _put(self, name: str, num_bytes: int, put: Callable[[str], object]) -> None:
+        """Put an object, or put a file under a temporary name and rename it; then check its size.
+
+        Args:
+            name: The name of the file.
+            num_bytes: Its size.
+            put: Writes the file to a path of the file system.
+        """
+        parent, _, file = name.rpartition("/")
+        path, temporary = self._path(name), self._path(f"{parent}/.{file}.{os.getpid()}.tmp".lstrip("/"))
+        with self._translated(self.where(name), "written"):
+            if self._puts_whole:
+                put(path)
+                self._check_size(path, num_bytes)
+                return
+            self._system.makedirs(path.rpartition("/")[0], exist_ok=True)
+            try:
+                put(temporary)
+                self._check_size(temporary, num_bytes)
+                self._move(temporary, path, num_bytes)
+            finally:
+                with contextlib.suppress(Exception):  # after a successful rename it no longer exists
+                    self._system.rm_file(temporary)
+
+    @contextlib.contextmanager
+    def _temporary_file(self, name: str) -> Iterator[Path]:
+        """Return the path of an empty file on this machine, which is deleted after the `with` block."""
+        with self._on_this_machine(name):
+            descriptor, text = tempfile.mkstemp(prefix="ist-", suffix=f"-{name.rpartition('/')[2]}")
+            os.close(descriptor)
+        try:
+            yield Path(text)
+        finally:
+            with contextlib.suppress(OSError):
+                Path(text).unlink()
+
+    @contextlib.contextmanager
+    def _on_this_machine(self, name: str) -> Iterator[None]:
+        """Turn an error of this machine's disk into ours, which names the folder of temporary files."""
+        try:
+            yield
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.where(name)}: cannot be written: its copy on this machine, in {tempfile.gettempdir()} "
+                f"(TMPDIR), fails: {error.strerror or error}"
+            ) from error
 
     def _move(self, temporary: str, path: str, num_bytes: int) -> None:
         try:

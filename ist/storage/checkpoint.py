@@ -1,10 +1,11 @@
 """Save and load checkpoints: atomically, and verified by a checksum.
 
 A checkpoint is one safetensors file: the network's tensors under their names, optimizer state under `key@name`, and
-metadata with the round, counters, and a SHA-256 over everything else. If no process holds the network, the checkpoint
-is a folder with several such files (`ist/storage/shards/`). Runs resume from either kind. A crash while writing leaves
-the previous checkpoint (`ist/storage/backend.py`). A damaged checkpoint is renamed, and the newest intact one is used.
-Each worker saves its own state in a file beside the checkpoint.
+metadata with the round, counters, and a SHA-256 over everything else. It is written tensor by tensor, so that no copy
+is held. If no process holds the network, the checkpoint is a folder with several such files (`ist/storage/shards/`).
+Runs resume from either kind. A crash while writing leaves the previous checkpoint (`ist/storage/backend.py`). A damaged
+checkpoint is renamed, and the newest intact one is used. Each worker saves its own state in a file beside the
+checkpoint.
 
 Where it sits: `ist/storage/run_folder.py` saves and loads a run here, `ist/training/worker_state.py` a worker's state.
 Law: load(save(x)) == x, bit for bit. Nothing is pickled.
@@ -20,23 +21,22 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import ClassVar
+from typing import BinaryIO, ClassVar
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
 from torch import Tensor
 
 from ist.config.base import NonNegativeInt
 from ist.distributed.memory_limit import lifted_limit
 from ist.errors import CheckpointError, RunFolderError
-from ist.storage.backend import LocalStorage, Storage, atomic_file, write_atomically
+from ist.storage.backend import LocalStorage, Storage, atomic_file
 from ist.storage.shards.layout import header, in_file_order
 from ist.storage.shards.plan import ShardFile
 from ist.storage.shards.read import SavedTensors, is_complete, open_file, open_shards
 from ist.storage.shards.write import COMMIT, INDEX, ShardedTensors, Written, begin, commit, delete_shards, values
-from ist.tensors import TensorSpec
+from ist.tensors import TensorSpec, specs_of
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +96,8 @@ def save_checkpoint(storage: Storage, tensors: Mapping[str, Tensor], progress: P
         return commit_shards(storage, *tensors.write(progress.rounds_done), progress, keep)
     name = _NAME.format(progress.rounds_done)
     metadata = {"progress": json.dumps(asdict(progress)), _NAMES: json.dumps(sorted(tensors))}
-    storage.write(name, _serialized(tensors, metadata))
+    with storage.writing(name) as file:
+        _write(file, specs_of(tensors), tensors.__getitem__, metadata)
     _delete_old(storage, keep)
     return name
 
@@ -222,7 +223,8 @@ def load_checkpoint(storage: Storage, name: str, lazily: bool = False) -> tuple[
         tensors, metadata = open_file(storage, name)
         _check_sum(tensors, metadata, where)
     else:
-        tensors, metadata = _verified(storage.load(name), where)
+        with storage.reading(name) as path:
+            tensors, metadata = _verified(path, where)
     try:
         progress = _PROGRESS.validate_json(metadata["progress"])
     except (KeyError, ValidationError) as error:
@@ -320,7 +322,8 @@ def save_worker_state(
         RunFolderError: It cannot be written; earlier files are unchanged.
     """
     now = _worker_file(worker, rounds_done)
-    storage.write(now, _serialized(tensors, {"of": of}))
+    with storage.writing(now) as file:
+        _write(file, specs_of(tensors), tensors.__getitem__, {"of": of})
     files, existing = _WORKER_NAME.format(f"{worker:04d}", "*"), storage.names()
     mine = [name for name in existing if fnmatch(name, files)]
     temporary = [name for name in existing if fnmatch(name, f".{files}.*.tmp")]  # its process was killed while saving
@@ -341,7 +344,8 @@ def load_worker_state(storage: Storage, worker: int, rounds_done: int, of: str) 
     name = _worker_file(worker, rounds_done)
     if name not in storage.names():
         return None
-    tensors, metadata = _verified(storage.load(name), storage.where(name))
+    with storage.reading(name) as path:
+        tensors, metadata = _verified(path, storage.where(name))
     return tensors if metadata.get("of") == of else None
 
 
@@ -362,19 +366,20 @@ def _worker_file(worker: int, rounds_done: int) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors as a safetensors file with a checksum, completely or not at all.
+    """Write tensors, on any device, as a safetensors file with a checksum, completely or not at all.
 
     Raises:
         OSError: The file cannot be written.
     """
-    write_atomically(path, _serialized(tensors, metadata))
+    stream_tensors(path, specs_of(tensors), tensors.__getitem__, metadata)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a file of `write_tensors` and verify its checksum.
 
     Returns:
-        The tensors, on the CPU, and the metadata.
+        The tensors, on the CPU, and the metadata. The tensors are parts of the file, mapped into memory, until they
+        are written.
 
     Raises:
         CheckpointError: The file is missing, truncated or altered.
@@ -385,7 +390,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def stream_tensors(
     path: Path, specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """Write the file that `write_tensors` writes, but hold only one tensor at a time.
+    """Write the file that `write_tensors` writes, of tensors that are read one at a time.
 
     Args:
         path: The file.
@@ -396,24 +401,8 @@ def stream_tensors(
     Raises:
         OSError: The file cannot be written.
     """
-    ordered = in_file_order(dict(sorted(specs.items())))
-    unknown = "0" * 64  # the checksum, which is known at the end
-    first = header(ordered, {**metadata, "sha256": unknown})
-    starts, start = {}, len(first)
-    for name, spec in ordered.items():
-        starts[name], start = start, start + spec.nbytes
-    digest = _digest(metadata)
     with atomic_file(path) as file:
-        file.write(first)
-        for name in sorted(specs):
-            tensor = read(name).detach().cpu().contiguous()
-            assert (tuple(tensor.shape), tensor.dtype) == (specs[name].shape, specs[name].dtype), name
-            _add(digest, name, tensor)
-            file.seek(starts[name])
-            file.write(values(tensor))
-            del tensor  # before the next one is read
-        file.seek(first.index(unknown.encode()))
-        file.write(digest.hexdigest().encode())
+        _write(file, specs, read, metadata)
 
 
 def open_tensors(path: Path) -> SavedTensors:
@@ -429,21 +418,37 @@ def open_tensors(path: Path) -> SavedTensors:
     return tensors
 
 
-def _serialized(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    seen: set[int] = set()
-    for name, tensor in plain.items():  # tied tensors are written under each name
-        if tensor.data_ptr() in seen:
-            plain[name] = tensor.clone()
-        seen.add(tensor.data_ptr())
+def _write(
+    file: BinaryIO, specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write tensors into a new file, one at a time; tied tensors are written under each name.
+
+    The checksum adds them in the order of names, but the file has large dtypes first, so writing jumps between them.
+    """
+    ordered = in_file_order(dict(sorted(specs.items())))
+    unknown = "0" * 64  # the checksum, which is known at the end
+    checksum_key = '"sha256":"'  # no other text of a header contains it: quotes within strings are escaped
     with lifted_limit():
-        data: bytes = save(plain, {**metadata, "sha256": _checksum(plain, metadata)})
-    return data
+        first = header(ordered, {**metadata, "sha256": unknown})
+        starts, start = {}, len(first)
+        for name, spec in ordered.items():
+            starts[name], start = start, start + spec.nbytes
+        digest = _digest(metadata)
+        file.write(first)
+        for name in sorted(specs):
+            tensor = read(name).detach().cpu().contiguous()
+            assert (tuple(tensor.shape), tensor.dtype) == (specs[name].shape, specs[name].dtype), name
+            _add(digest, name, tensor)
+            file.seek(starts[name])
+            file.write(values(tensor))
+            del tensor  # before the next one is read
+        file.seek(first.index(f"{checksum_key}{unknown}".encode()) + len(checksum_key))
+        file.write(digest.hexdigest().encode())
 
 
-def _verified(source: Path | bytes, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _verified(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        tensors, metadata = _parsed(source) if isinstance(source, bytes) else _opened(source)
+        tensors, metadata = _opened(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{where}: no such checkpoint") from error
     except PermissionError as error:  # not damage: another user may be able to read it
@@ -469,12 +474,6 @@ def _opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         metadata = dict(file.metadata() or {})
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 (not a dict)
-
-
-def _parsed(data: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
-    tensors = load(data)  # raises for anything but safetensors, so the header below is well formed
-    tree = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return tensors, dict(tree.get("__metadata__", {}))
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

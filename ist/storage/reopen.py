@@ -205,8 +205,8 @@ def _refuse_foreign(storage: Storage, config: Config) -> None:
     if config.checkpoint.storage is None:
         return
     if CONFIG in storage.names():
-        saved = storage.load(CONFIG)
-        text = (saved if isinstance(saved, bytes) else saved.read_bytes()).decode()
+        with storage.reading(CONFIG) as saved:
+            text = saved.read_bytes().decode()
         where = storage.where(CONFIG)
         _refuse_other(validate(parse_yaml(text, where), where), config, storage.where())
     elif latest_checkpoint(storage):

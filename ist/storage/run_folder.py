@@ -54,7 +54,7 @@ from ist.storage.run_lock import LOCK, sole_writer
 from ist.storage.same_run import CHANGEABLE, Change, allowed_changes, is_in, run_changes
 from ist.storage.saved_config import ConfigChange, changes_text, config_change, is_edited, parse_changes, saved_text
 from ist.storage.shards.read import SavedTensors, open_file
-from ist.tensors import TensorSpec
+from ist.tensors import specs_of
 
 _log = logging.getLogger(__name__)
 
@@ -340,8 +340,7 @@ class RunFolder:
         """
         path = self.path / "model.safetensors"
         try:
-            specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in model_state.items()}
-            stream_tensors(path, specs, lambda name: with_values(model_state[name]), {})
+            stream_tensors(path, specs_of(model_state), lambda name: with_values(model_state[name]), {})
         except OSError as error:
             raise RunFolderError(f"{path}: cannot be written: {error.strerror or error}") from error
         self._write("result.json", json.dumps(result, indent=2).encode())

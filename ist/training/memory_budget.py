@@ -3,7 +3,7 @@
 Where it sits: `ist inspect` and `ist plan` show the prediction, `ist/runs/recorder.py` records it beside the measured
 peaks.
 Law: on a CPU, the sum is the peak of a process above what it holds before its network and its messages: interpreter,
-libraries and data.
+libraries and data. Checkpoints need no memory: they are written tensor by tensor.
 Not here: measuring (`ist/monitoring/meter.py`), counting the memory of a step (`ist/loops/step_memory.py`).
 """
 
@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -27,13 +26,10 @@ from ist.subnet.job import Job, assignments, slot_of
 from ist.subnet.partition import is_full_width
 from ist.subnet.split_model import SplitModel
 from ist.subnet.stores.shards import shard_of
-from ist.tensors import TensorSpec, constant_tensors, tensor_specs
+from ist.tensors import TensorSpec, constant_tensors, specs_of, tensor_specs
 from ist.transport.codec import coded_specs
 from ist.transport.endpoints import message_layouts
 from ist.transport.frozen_parameters import frozen_bytes
-
-_FILE_COPIES = 2
-"""Copies of the saved tensors while a safetensors file is made: the bytes of each tensor, and those of the file."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,7 @@ def _worker_budget(job: Job, counted: CountedStep) -> MemoryBudget:
     model = sum(spec.nbytes for name, spec in plain.items() if name in split.model_specs)
     module = split.module(neurons, torch.device("meta"))
     fixed = cut_specs(split.frozen_specs, split.frozen_cut(neurons))
-    constants = _nbytes(TensorSpec(tuple(t.shape), t.dtype) for t in constant_tensors(module).values())
+    constants = _nbytes(specs_of(constant_tensors(module)).values())
     messages = 0 if layouts.is_plain else layouts.nbytes
     if changes:  # the buffers of the next share are made before those of the last one are freed
         messages += layouts.nbytes
@@ -136,7 +132,6 @@ def _worker_budget(job: Job, counted: CountedStep) -> MemoryBudget:
     largest = max((spec.nbytes for spec in plain.values()), default=0)
     # The message up is written after the step's memory is free.
     step["work space"] = max(0 if step["activations"] else largest, feedback + largest - in_step if feedback else 0)
-    saved = residuals + (step["optimizer state"] if _keeps_optimizer(job) else 0)
     frozen_message = frozen_bytes(split, exchange, neurons, None) if fixed else 0
     parts = {
         "weights": model,
@@ -146,8 +141,6 @@ def _worker_budget(job: Job, counted: CountedStep) -> MemoryBudget:
         "messages": messages,
         "feedback residuals": residuals,
         **step,
-        # A file is made in memory, when the step's memory is free.
-        "checkpoint": max(0, _FILE_COPIES * saved - in_step) if _is_saved_on_the_way(job) else 0,
     }
     return MemoryBudget(_present(parts), (*notes, *_loader_notes(job)))
 
@@ -184,7 +177,7 @@ def _store_parts(job: Job, split: SplitModel) -> dict[str, int]:
     sent = {**split.model_specs, **split.frozen_specs}
     others = [spec for name, spec in tensor_specs(split.template, with_statistics=True).items() if name not in sent]
     trained = _nbytes(spec for name, spec in split.model_specs.items() if name in _trained_names(split.template))
-    constants = _nbytes(TensorSpec(tuple(t.shape), t.dtype) for t in constant_tensors(split.template).values())
+    constants = _nbytes(specs_of(constant_tensors(split.template)).values())
     messages = max(
         sum(message_layouts(split, exchange, split.cut(neurons)).nbytes for neurons in held.of(round_number))
         for round_number in _rounds(job)
@@ -202,7 +195,6 @@ def _store_parts(job: Job, split: SplitModel) -> dict[str, int]:
         "outer optimizer": 2 * momentum,
         "average": average,
         "messages": messages,
-        "checkpoint": _FILE_COPIES * (network + carried + momentum + average),
         # The mean of a tensor that several workers return needs its change, the merged values and the counts. A message
         # that is coded is decoded tensor by tensor. A scaled part needs its old and new values, and their difference.
         "work space": 3 * shared + largest + 3 * scaled,
@@ -221,7 +213,7 @@ def _rank_budget(job: Job, counted: CountedStep) -> MemoryBudget:
     elif config.train.workers > 1:
         buffers = round(collective.memory(sizes, config.baseline))
     whole = _nbytes(tensor_specs(template, with_statistics=True).values())
-    constants = _nbytes(TensorSpec(tuple(t.shape), t.dtype) for t in constant_tensors(template).values())
+    constants = _nbytes(specs_of(constant_tensors(template)).values())
     notes.append("the copies of the initial weights that ranks exchange before the first round are not counted")
     parts = {"weights": whole, "constants": constants, "method buffers": buffers, **step}
     return MemoryBudget(_present(parts), (*notes, *_loader_notes(job)))
@@ -293,22 +285,6 @@ def _scaled_part(job: Job, split: SplitModel, round_number: int) -> int:
 def _rounded(job: Job, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
     coding = job.config.exchange.up
     return {name: spec for name, spec in specs.items() if coded_specs({name: spec}, coding)[name] != spec}
-
-
-def _keeps_optimizer(job: Job) -> bool:
-    """Return whether a worker keeps its optimizer after some round: its neurons are the same in the next one."""
-    held = assignments(job)
-    return job.config.train.optimizer_state == "kept" and any(
-        all(map(np.array_equal, mine, then))
-        for number in _rounds(job)
-        if number + 1 < job.schedule.num_rounds
-        for mine, then in zip(held.of(number), held.of(number + 1), strict=True)
-    )
-
-
-def _is_saved_on_the_way(job: Job) -> bool:
-    """Return whether workers save their state after a round but the last."""
-    return any(job.config.checkpoint.is_due(number) for number in range(1, job.schedule.num_rounds))
 
 
 def _trained_names(template: nn.Module) -> set[str]:

@@ -1,12 +1,18 @@
 """Checkpoints are loaded as they were saved, bit for bit, or refused."""
 
+import hashlib
+import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 
 from ist.errors import CheckpointError, RunFolderError
+from ist.monitoring.meter import MemoryGauge
 from ist.storage.backend import LocalStorage, write_atomically
 from ist.storage.checkpoint import (
     Progress,
@@ -34,6 +40,48 @@ def test_loading_what_was_saved_gives_the_same_bits(tmp_path: Path) -> None:
 
     assert_same(tensors, TENSORS)
     assert progress == Progress(3, {"sent_bytes": 12}, {"loss": 0.5})
+
+
+def test_a_checkpoint_is_a_file_of_safetensors_as_earlier_versions_wrote_it(tmp_path: Path) -> None:
+    storage, tied = LocalStorage(tmp_path), {**TENSORS, "tied": TENSORS["weight"], "turned": TENSORS["weight"].t()}
+    written = tmp_path / save_checkpoint(storage, tied, Progress(3), keep=2)
+    plain = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tied.items()}
+    with safe_open(written, framework="pt") as file:
+        metadata = file.metadata()
+
+    assert_same(load_file(written), tied)
+    digest = hashlib.sha256(
+        json.dumps({key: metadata[key] for key in metadata if key != "sha256"}, sort_keys=True).encode()
+    )
+    for name, tensor in sorted(plain.items()):
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    assert metadata["sha256"] == digest.hexdigest()
+
+    written.write_bytes(save(plain, metadata))  # how earlier versions made the file
+    tensors, progress = load_checkpoint(storage, written.name)
+    assert_same(tensors, tied)
+    assert progress == Progress(3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows memory that is not mapped from files")
+def test_checkpoints_are_written_and_read_without_a_copy_of_the_tensors(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    tensors = {f"weight {number}": torch.ones(2**22) for number in range(4)}  # 16 MB each
+    gauge = MemoryGauge(torch.device("cpu"))
+
+    name = save_checkpoint(storage, tensors, Progress(1), keep=1)
+
+    assert gauge.peak_bytes() < 16 * 2**20
+    before = anonymous_bytes()
+    loaded, _ = load_checkpoint(storage, name)
+    assert anonymous_bytes() - before < 16 * 2**20  # they are mapped from the file
+    assert_same(loaded, tensors)
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("RssAnon:")).split()[1])
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,16 +34,17 @@ class Fragile(MemoryFileSystem):
     protocol = "fragile"
     breaks = ""
 
-    def pipe_file(self, path: str, value: bytes, **options: Any) -> None:  # type: ignore[override]
-        if self.breaks and "round" in path:
-            super().pipe_file(path, value[: len(value) // 2], **options)
+    def put_file(self, lpath: str, rpath: str, **_options: Any) -> None:  # type: ignore[override]
+        value = Path(lpath).read_bytes()
+        if self.breaks and "round" in rpath:
+            self.pipe_file(rpath, value[: len(value) // 2])
             if self.breaks == "loudly":
                 raise ConnectionResetError(104, "Connection reset by peer")
             return
-        super().pipe_file(path, value, **options)
+        self.pipe_file(rpath, value)
 
     def mv(self, path1: str, path2: str, **_options: Any) -> None:  # type: ignore[override]
-        super().pipe_file(path2, self.cat_file(path1)[: 20 if self.breaks_on_move else None])
+        self.pipe_file(path2, self.cat_file(path1)[: 20 if self.breaks_on_move else None])
         if self.breaks_on_move:
             raise TimeoutError("timed out")
         self.rm_file(path1)
@@ -93,8 +95,8 @@ def test_every_storage_returns_what_was_saved_and_keeps_the_newest(place: str) -
 def test_damage_is_found_in_every_storage(place: str) -> None:
     storage = open_storage(place, "run")
     name = save_checkpoint(storage, TENSORS, Progress(1), keep=1)
-    loaded = storage.load(name)
-    data = bytearray(loaded if isinstance(loaded, bytes) else loaded.read_bytes())
+    with storage.reading(name) as path:
+        data = bytearray(path.read_bytes())
 
     data[-1] ^= 1
     storage.write(name, bytes(data))
@@ -108,6 +110,22 @@ def test_damage_is_found_in_every_storage(place: str) -> None:
     storage.delete(name)
     with pytest.raises(CheckpointError, match=re.escape("round-00000001.safetensors: ")):
         load_checkpoint(storage, name)
+
+
+def test_a_remote_storage_leaves_no_copy_on_this_machine_and_names_its_folder_if_that_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, _ = remote("memory://copies/runs")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    name = save_checkpoint(storage, TENSORS, Progress(1), keep=1)
+
+    assert_same(load_checkpoint(storage, name)[0], TENSORS)
+
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(RunFolderError, match=naming("memory://", "round-00000002.safetensors", "TMPDIR")):
+        save_checkpoint(storage, TENSORS, Progress(2), keep=1)
+    MemoryFileSystem.store.clear()
 
 
 @pytest.mark.parametrize("protocol", ["fragile", "fragile-objects"])
