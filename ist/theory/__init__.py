@@ -20,6 +20,7 @@ EXPERIMENTS = (
     "floors",
     "kernels",
     "relatives",
+    "frozen",
     "inputs",
     "bias",
     "system",

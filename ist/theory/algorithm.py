@@ -5,6 +5,11 @@ neurons of its mask by tau steps of full-batch gradient descent on 0.5 ||y - f^l
 own neurons. Each neuron becomes the mean of its copies in the subnetworks that hold it. The full network's prediction
 is scaled by xi.
 
+A run can also mask the gradients instead of the function (`rest` 'frozen'): a subnetwork then trains its own neurons on
+the loss of the full network, whose other neurons keep the values of the round's start. Predictions are not scaled. All
+subnetworks correct the same error at once, so their changes are merged with a scale gamma of at most 1
+(`merge_scale`); `quantities/frozen_rest.py` has its theory.
+
 Subnetworks are cut out at their actual size and trained as one batch. The first local step needs no cut, because all
 subnetworks still share the hidden values of the full network.
 
@@ -31,6 +36,7 @@ from ist.theory.quantities.masks import Draw, Law
 from ist.theory.quantities.problem import Problem
 
 Basis = Literal["coefficients", "weights"]
+Rest = Literal["absent", "frozen"]
 
 _DIVERGED = 1e12
 """A run whose mean squared error exceeds this has diverged."""
@@ -51,6 +57,8 @@ class Run:
         kappa: The standard deviation of the initial weights.
         seed: The seed of the initial weights, the signs and the masks.
         draw: Draws the masks; None: `law` draws them.
+        rest: What the other neurons of a subnetwork are in its local steps: absent, as in [MRN], or frozen.
+        merge_scale: gamma: a neuron changes by gamma times the mean change of its copies.
     """
 
     law: Law
@@ -60,14 +68,21 @@ class Run:
     kappa: float = 1.0
     seed: int = 0
     draw: Draw | None = None
+    rest: Rest = "absent"
+    merge_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for key, value, least in (("tau", self.local_steps, 1), ("K", self.rounds, 1)):
             if value < least:
                 raise ConfigError(f"'{key}' is {value}: expected at least {least}")
-        for key, number in (("eta", self.step_size), ("kappa", self.kappa)):
+        for key, number in (("eta", self.step_size), ("kappa", self.kappa), ("gamma", self.merge_scale)):
             if not (number > 0 and math.isfinite(number)):
                 raise ConfigError(f"'{key}' is {number}: expected a positive number")
+
+    @property
+    def prediction_scale(self) -> float:
+        """The scale of the full network's predictions: xi if subnetworks are trained without the rest."""
+        return self.law.probability if self.rest == "absent" else 1.0
 
     def mask(self, round_number: int) -> Tensor:
         """Return the round's mask, bool of shape (p, m)."""
@@ -80,7 +95,8 @@ class Trace:
     """The recorded values of several runs of equal shape; errors are squared errors, averaged over the n samples.
 
     Attributes:
-        errors: (B, K + 1): the errors of the full network, scaled by xi, before each round and at the end.
+        errors: (B, K + 1): the errors of the full network, scaled by `Run.prediction_scale`, before each round and at
+            the end; inf where a run has diverged.
         local_errors: (B, K, tau + 1): the mean error of the subnetworks, before each local step and after the last;
             None if not requested.
         weights: (B, m, d): the final weights.
@@ -102,32 +118,34 @@ def train(
     dtype: torch.dtype = torch.float64,
     local_errors: bool = False,
     observe: Observer | None = None,
+    may_diverge: bool = False,
 ) -> Trace:
     """Train several networks in one batch.
 
     Args:
         problem: The data.
-        runs: Runs with equal m, p, tau and K.
+        runs: Runs with equal m, p, tau, K and rest.
         basis: The representation of the weights, see the module's text.
         dtype: float64 or float32.
         local_errors: Whether to record the errors of the subnetworks too.
         observe: Gets weights and masks before each round; only with basis 'weights'.
+        may_diverge: Whether a diverged run has infinite errors, instead of ending all runs.
 
     Returns:
         The trace, in the order of `runs`.
 
     Raises:
         ConfigError: The runs differ in shape.
-        DivergedError: The error of a run has diverged.
+        DivergedError: The error of a run has diverged, and `may_diverge` is false.
     """
-    if len({(run.law.width, run.law.subnetworks, run.local_steps, run.rounds) for run in runs}) != 1:
-        raise ConfigError("runs in one batch must have equal m, p, tau and K")
+    if len({(run.law.width, run.law.subnetworks, run.local_steps, run.rounds, run.rest) for run in runs}) != 1:
+        raise ConfigError("runs in one batch must have equal m, p, tau and K, and the same 'rest'")
     if observe and basis != "weights":
         raise ConfigError("weights can be observed only with basis 'weights'")
     held = runs[0].law.width * runs[0].law.subnetworks * max(run.law.probability for run in runs)
     batch_size = len(runs) if observe else max(1, int(_WORKING_SET / (held * problem.num_samples)))
     parts = [
-        _Batch(problem, runs[first : first + batch_size], basis, dtype).train(local_errors, observe)
+        _Batch(problem, runs[first : first + batch_size], basis, dtype, may_diverge).train(local_errors, observe)
         for first in range(0, len(runs), batch_size)
     ]
     return Trace(
@@ -223,15 +241,20 @@ class _Coefficients:
 class _Batch:
     """Runs of equal shape, trained in one batch."""
 
-    def __init__(self, problem: Problem, runs: Sequence[Run], basis: Basis, dtype: torch.dtype) -> None:
+    def __init__(
+        self, problem: Problem, runs: Sequence[Run], basis: Basis, dtype: torch.dtype, may_diverge: bool
+    ) -> None:
         self._runs = runs
+        self._may_diverge = may_diverge
+        self._frozen = runs[0].rest == "frozen"
         self._inputs = problem.inputs.to(dtype)
         self._targets = problem.targets.to(dtype)
         width = runs[0].law.width
         first = torch.stack([initial_weights(run, problem.inputs.shape[1]) for run in runs]).to(dtype)
         self._basis: _Basis = (_Weights if basis == "weights" else _Coefficients)(self._inputs, first)
         self._signs = torch.stack([signs(run) for run in runs]).to(dtype) / math.sqrt(width)
-        self._xi = torch.tensor([run.law.probability for run in runs], dtype=dtype)
+        self._scale = torch.tensor([run.prediction_scale for run in runs], dtype=dtype)
+        self._gamma = torch.tensor([run.merge_scale for run in runs], dtype=dtype)
         self._eta = torch.tensor([run.step_size for run in runs], dtype=dtype)
 
     def train(self, local_errors: bool, observe: Observer | None) -> Trace:
@@ -256,9 +279,11 @@ class _Batch:
         )
 
     def _full_error(self, active: Tensor, round_number: int) -> Tensor:
-        """Return the mean squared error of each full network, scaled by xi: (B,)."""
-        predicted = (self._signs.unsqueeze(1) @ active).squeeze(1) * self._xi[:, None]
+        """Return the mean squared error of each full network with scaled predictions: (B,)."""
+        predicted = (self._signs.unsqueeze(1) @ active).squeeze(1) * self._scale[:, None]
         found = (predicted - self._targets).square().mean(dim=1)
+        if self._may_diverge:
+            return torch.where(found < _DIVERGED, found, torch.inf)  # NaN too
         check_finite(found, lambda number: self._describe(number, round_number))
         return found
 
@@ -272,10 +297,11 @@ class _Batch:
     def _one_step(self, rows: Tensor, active: Tensor, masks: Tensor) -> Tensor:
         """Make a round of one local step: all subnetworks compute a neuron's gradient from the same hidden values."""
         signed = masks * self._signs[:, None]
-        residuals = signed @ active - self._targets
+        residuals = (self._signs[:, None].expand_as(signed) if self._frozen else signed) @ active - self._targets
         hidden_gradient = _through_relu(signed.mT @ residuals, active)
         holders = masks.sum(dim=1).clamp_min(1)
-        return rows.sub_(self._basis.gradient(hidden_gradient).mul_((self._eta[:, None] / holders)[..., None]))
+        rates = (self._eta * self._gamma)[:, None] / holders
+        return rows.sub_(self._basis.gradient(hidden_gradient).mul_(rates[..., None]))
 
     def _round(self, rows: Tensor, active: Tensor, masks: Tensor, local_errors: bool) -> tuple[Tensor, Tensor]:
         """Make a round of tau local steps; return rows and mean subnetwork errors (B, tau + 1), if any."""
@@ -288,17 +314,22 @@ class _Batch:
         # Padding of a smaller subnetwork gets the sign 0, so it adds nothing to the prediction and does not change.
         signed = self._signs.flatten()[flat].view(neurons.shape) * held
         eta = self._eta[:, None, None, None]
+        targets = self._targets
+        if self._frozen:  # the own neurons fit what the others leave
+            others = ~masks * self._signs[:, None]
+            targets = (targets - others @ active).unsqueeze(2)
         errors = []
         for step in range(self._runs[0].local_steps):
             if step:
                 own = self._basis.hidden(cut, flat).relu_()
-            residuals = signed.unsqueeze(2) @ own - self._targets  # (B, p, 1, n)
+            residuals = signed.unsqueeze(2) @ own - targets  # (B, p, 1, n)
             errors.append(residuals)
             cut.sub_(self._basis.gradient(_through_relu(signed.unsqueeze(3) * residuals, own)).mul_(eta))
         if local_errors:
             own = self._basis.hidden(cut, flat).relu_()
-            errors.append(signed.unsqueeze(2) @ own - self._targets)
+            errors.append(signed.unsqueeze(2) @ own - targets)
         merged = _mean_of_holders(rows.flatten(0, 1), cut.flatten(0, 2), flat, held.flatten()).view(rows.shape)
+        merged = rows.lerp(merged, self._gamma[:, None, None])  # at 1 exactly `merged`
         if not local_errors:
             return merged, rows.new_empty(0)
         return merged, torch.stack([error.square().mean(dim=(1, 2, 3)) for error in errors], dim=1)

@@ -25,7 +25,7 @@ def train_on_masked_inputs(problem: Problem, runs: Sequence[Run], sigma: float) 
 
     Args:
         problem: The data.
-        runs: Runs with equal width and rounds; p, tau and xi must be 1.
+        runs: Runs with equal width and rounds; p, tau, xi and gamma must be 1.
         sigma: The standard deviation of the masks, at least 0.
 
     Returns:
@@ -37,8 +37,8 @@ def train_on_masked_inputs(problem: Problem, runs: Sequence[Run], sigma: float) 
     """
     if sigma < 0:
         raise ConfigError(f"'sigma' is {sigma}: expected at least 0")
-    if any((run.law.subnetworks, run.local_steps, run.law.probability) != (1, 1, 1.0) for run in runs):
-        raise ConfigError("this experiment masks inputs, not neurons: p, tau and xi must be 1")
+    if any((r.law.subnetworks, r.local_steps, r.law.probability, r.merge_scale) != (1, 1, 1.0, 1.0) for r in runs):
+        raise ConfigError("this experiment masks inputs, not neurons: p, tau and xi must be 1, as must gamma")
     inputs, targets = problem.inputs, problem.targets
     weights = torch.stack([initial_weights(run, inputs.shape[1]) for run in runs])
     output = torch.stack([signs(run) for run in runs]).unsqueeze(1) / runs[0].law.width ** 0.5  # (B, 1, m)

@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 from ist import api
 from ist.config.partition import Partition
 from ist.config.schema import Optimizer
+from ist.errors import ConfigError
 from ist.neurons.group import Group
 from ist.subnet.partition import assign
 from ist.theory.algorithm import Run, initial_weights, signs
@@ -80,8 +81,14 @@ def train_with_system(problem: Problem, run: Run) -> Tensor:
         The trained W, (m, d).
 
     Raises:
+        ConfigError: The run has a frozen rest or a merge scale, which this comparison does not have.
         ConfigError, ModelError: As for `ist.train`.
     """
+    if (run.rest, run.merge_scale) != ("absent", 1.0):
+        raise ConfigError(
+            f"'rest' is {run.rest} and 'gamma' is {run.merge_scale:g}: the comparison with the system needs rest "
+            "'absent' and gamma 1"
+        )
     workers = run.law.subnetworks
     model = Perceptron(initial_weights(run, problem.inputs.shape[1]), signs(run))
     # One sample of this data set is the full problem, so a shard of one sample is a full batch.

@@ -67,6 +67,7 @@ TINY = {
     "rates": ["m=200", "p=[1,2]", "xi=[0.5]", "until=0.8"],
     "floors": ["K=20", "m=[64,128]", "m_fixed=64", "seeds=2"],
     "relatives": ["m=100", "trainings=10"],
+    "frozen": ["m=64", "K=6", "tau=[1,5]", "p=[2]", "p_data=[2]", "scales=3"],
     "inputs": ["steps=30"],
     "bias": ["rounds=50"],
 }

@@ -1,0 +1,102 @@
+"""The rate of subnetworks that are trained against the frozen rest, in closed form.
+
+Subnetwork l makes tau gradient steps with step size eta on the loss of the full network, in which only its own neurons
+move. H_l is the kernel of these neurons; H is that of the full network (without a factor xi). The merge adds gamma
+times the mean change of each neuron's copies.
+
+Proposition. Let the kernels be constant in a round (the lazy regime: wide networks, small movement), and let
+eta lambda_max(H_l) <= 1. With categorical masks the error e = y - f(W, X) follows
+    e_{k+1} = (I - gamma S) e_k,    S = sum_l [I - (I - eta H_l)^tau].
+1. S is positive definite if H is. So, for a gamma within the limit, the error vanishes, whatever the masks: there is
+   no floor. Without the assumption on kernels: a network with e = 0 does not move, since all its gradients are 0. With
+   the rest absent it moves, because each subnetwork corrects the difference of its own function from y.
+2. Let g(x) = 1 - (1 - eta x)^tau. The largest eigenvalue of S is at most p g(lambda_max(H) / p), so no round increases
+   ||e|| if gamma <= 2 / (p g(lambda_max(H) / p)). In particular gamma < 2/p never diverges.
+3. If the neurons of each subnetwork are a fair sample, H_l = H/p, then an eigenvalue lambda of H gives S the eigenvalue
+   s(lambda) = p g(lambda/p), and the limit of 2 is exact.
+Proof. One local step multiplies the error by I - eta H_l, so tau steps remove the part I - (I - eta H_l)^tau of e; the
+neurons are disjoint, so these changes add up. For 2, take a unit vector v: g is concave and increasing on [0, 1/eta],
+so by Jensen's inequality, applied twice, v^T S v <= sum_l g(v^T H_l v) <= p g(v^T H v / p) <= p g(lambda_max(H) / p).
+For 1, g is positive above 0, so v^T S v = 0 only if H_l v = 0 for all l, which is H v = 0. I - gamma S is symmetric, so
+with a gamma below the limit each round makes ||e|| smaller, also if each round has other masks.
+
+With Bernoulli masks, a held neuron takes the mean of about p xi copies of nearly equal changes. If H_l = xi H, the same
+argument gives s(lambda) = (theta/xi) g(xi lambda). So theta/xi takes the place of p: the number of subnetworks that
+correct the same error with different neurons. It is p for categorical masks and 1 for a single subnetwork.
+
+What follows for gamma. s(lambda) is between eta tau lambda theta (few, small steps: gradient descent, for which gamma =
+1 is right as long as eta tau lambda_max is about 1) and theta/xi (many steps: every subnetwork removes the error alone,
+which needs gamma = xi/theta, or 1/p). `best_scale` is the minimax optimum between. It compromises: fast directions want
+1/p, slow ones want 1.
+
+Related: simultaneous steps of blocks from the same point are a damped block Jacobi iteration. J. K. Bradley et al.,
+arXiv 1105.5379, prove speedups of parallel coordinate descent on L1-regularized losses that are linear up to a limit
+that the problem sets. In P. Richtarik, M. Takac, arXiv 1212.0873, the speedup depends on the separability of the
+objective: without any there may be no speedup. A. Filippova et al., arXiv 2509.22418, train language models with a full
+forward pass and a fixed subset of trained parameters on each node.
+
+Where it sits: the experiment `frozen` compares it with measurements.
+Not here: the iteration (`ist/theory/algorithm.py`).
+"""
+
+import torch
+from torch import Tensor
+
+from ist.theory.quantities.masks import Law
+
+
+def removed(eigenvalues: Tensor, law: Law, local_steps: int, step_size: float) -> Tensor:
+    """Return s: the part of the error, by direction, that all subnetworks together remove in a round at gamma = 1.
+
+    Args:
+        eigenvalues: Of the full network's kernel H, without a factor xi; any shape.
+        law: p and the distribution of the masks; m does not matter.
+        local_steps: tau.
+        step_size: eta.
+
+    Returns:
+        (theta/xi) (1 - (1 - eta xi lambda)^tau), which is above 1 where the subnetworks overshoot.
+    """
+    alone = 1 - (1 - step_size * law.probability * eigenvalues) ** local_steps
+    return law.theta / law.probability * alone
+
+
+def factors(eigenvalues: Tensor, law: Law, local_steps: int, step_size: float, merge_scale: float) -> Tensor:
+    """Return 1 - gamma s: the factor of the error in a round, by direction."""
+    return 1 - merge_scale * removed(eigenvalues, law, local_steps, step_size)
+
+
+def largest_scale(eigenvalues: Tensor, law: Law, local_steps: int, step_size: float) -> float:
+    """Return 2 / max(s): the error grows with a larger gamma."""
+    return 2 / float(removed(eigenvalues, law, local_steps, step_size).max())
+
+
+def best_scale(eigenvalues: Tensor, law: Law, local_steps: int, step_size: float) -> float:
+    """Return the gamma in (0, 1] with the smallest largest factor |1 - gamma s|: 2 / (min(s) + max(s)), at most 1."""
+    s = removed(eigenvalues, law, local_steps, step_size)
+    return min(1.0, 2 / float(s.min() + s.max()))
+
+
+def monotone_scale(eigenvalues: Tensor, law: Law, local_steps: int, step_size: float) -> float:
+    """Return the largest gamma in (0, 1] with which no direction overshoots: 1 / max(s), at most 1.
+
+    It is the best for slow directions, up to the factor of 2 that stability leaves.
+    """
+    return min(1.0, 1 / float(removed(eigenvalues, law, local_steps, step_size).max()))
+
+
+def round_matrix(kernels: Tensor, local_steps: int, step_size: float, merge_scale: float) -> Tensor:
+    """Return I - gamma S for the kernels of disjoint subnetworks, without assuming that they are equal.
+
+    Args:
+        kernels: H_l, (p, n, n).
+        local_steps: tau.
+        step_size: eta.
+        merge_scale: gamma.
+
+    Returns:
+        (n, n): the matrix that multiplies the error in a round.
+    """
+    unit = torch.eye(kernels.shape[-1], dtype=kernels.dtype)
+    remaining: Tensor = torch.linalg.matrix_power(unit - step_size * kernels, local_steps)
+    return unit - merge_scale * (unit - remaining).sum(dim=0)
