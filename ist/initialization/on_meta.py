@@ -83,9 +83,9 @@ def _computed_again(network: nn.Module, owner: nn.Module, value: int) -> dict[st
     except Exception:  # a class that does not compute its tensors this way may fail in any way
         return {}
     finally:
-        for holder, values in zip(holders, before, strict=True):
-            holder.clear()
-            holder.update(values)
+        for changed, values in zip(holders, before, strict=True):
+            changed.clear()
+            changed.update(values)
 
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:
