@@ -3,10 +3,13 @@
 import atexit
 import contextlib
 import copy
+import functools
+import json
 import os
 import random
 import re
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -262,13 +265,63 @@ def run_forked_ranks(*groups: tuple[object, ...], timeout: float = 100) -> str:
 
     Returns what they have printed.
 
-    Ranks are forks of one process that has loaded torch: they start at once, where torchrun takes some ten seconds.
+    Ranks are forks of a process that has loaded torch, which the tests start once: they start at once, where torchrun
+    takes some ten seconds.
     """
     words = [word for group in groups for word in (*map(str, group), "--")][:-1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = run_group([sys.executable, "-m", "tests.forked_ranks", *words], ROOT, environment, timeout)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    server = rank_server()
+    with tempfile.TemporaryDirectory(dir=os.environ["IST_TESTS"]) as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        files, environment = {"out": str(out), "err": str(err)}, {**os.environ, **FOR_RANKS}
+        server.ask({"words": words, "environment": environment, **files})
+        deadline = time.monotonic() + timeout
+        pid = server.answer(deadline)
+        try:
+            code = server.answer(deadline)
+        except BaseException:  # a timeout is one
+            os.killpg(pid, signal.SIGKILL)
+            server.answer(time.monotonic() + 10)
+            raise
+        assert code == 0, err.read_text()
+        return out.read_text()
+
+
+FOR_RANKS = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+class RankServer:
+    """The process whose forks are ranks (`tests/forked_ranks.py`); it ends with this one."""
+
+    def __init__(self) -> None:
+        self.process = psutil.Popen(
+            [sys.executable, "-m", "tests.forked_ranks"], cwd=ROOT, env={**os.environ, **FOR_RANKS},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, start_new_session=True,
+        )  # fmt: skip
+        LONG_LIVED.append(self.process)
+        atexit.register(self.close)
+
+    def ask(self, request: Tree) -> None:
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+
+    def answer(self, deadline: float) -> int:
+        """Wait for the next number that the process prints."""
+        readable, *_ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+        if not readable:
+            raise TimeoutError("the ranks took too long")
+        line = self.process.stdout.readline()
+        assert line, "the process whose forks are ranks has ended"
+        return int(line)
+
+    def close(self) -> None:
+        with self.process.stdout:
+            self.process.stdin.close()
+            self.process.wait(10)
+
+
+@functools.cache
+def rank_server() -> RankServer:
+    """Return the one of this process, which starts when it is needed."""
+    return RankServer()
 
 
 @pytest.fixture(scope="session")
