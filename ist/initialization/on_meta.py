@@ -10,6 +10,7 @@ Not here: networks that a function builds (`constants.py`).
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,11 +68,12 @@ def _computed_again(network: nn.Module, owner: nn.Module, value: int) -> dict[st
     if reset is None:
         return {}
     own = {name: value for name, value in vars(owner).items() if isinstance(value, Tensor)}
-    holders = (owner._parameters, owner._buffers, vars(owner))
+    of_tensors: list[dict[str, Any]] = [owner._parameters, owner._buffers, own]
+    holders: list[dict[str, Any]] = [owner._parameters, owner._buffers, vars(owner)]
     before = [dict(holder) for holder in holders]
     unknown = UnknownValues()
     try:
-        for holder in (owner._parameters, owner._buffers, own):
+        for holder in of_tensors:
             for name, tensor in holder.items():
                 if tensor is not None and tensor.is_meta:
                     setattr(owner, name, like(tensor, torch.full_like(tensor, value, device="cpu")))
