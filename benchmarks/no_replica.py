@@ -7,7 +7,8 @@ Claim: a Llama-like network with 1.1 billion parameters trains with eight worker
 messages, and one layer as work space; interpreter, libraries and data come on top.
 
 The limit is set before the interpreter starts, so it also holds while a worker imports, loads its data and makes its
-module. A dedicated coordinator holds the network. The text is short: the run shows memory, not learning.
+module. A dedicated coordinator holds the network and two messages. The text is short: the run shows memory, not
+learning.
 
 Not here: a limit on the coordinator, which holds the network, and on the process that checks the configuration.
 """
@@ -74,7 +75,13 @@ def configuration(model: dict[str, Any], workers: int, optimizer: str, limit: st
         },
         "evaluate": {"every": 10**6, "metric": "none"},
         "checkpoint": {"every": 10**6},
-        "pool": {"kind": "torchrun", "device": "cpu", "coordinator": "dedicated", "memory_limit": limit},
+        "pool": {
+            "kind": "torchrun",
+            "device": "cpu",
+            "coordinator": "dedicated",
+            "message_buffers": 2,
+            "memory_limit": limit,
+        },
     }
 
 

@@ -333,6 +333,7 @@ POOLS: dict[str, PoolSpec] = {
             "torchrun", is_launched=True, owns_shards=True,
             keys={
                 "memory_limit": "only its workers are separate processes that this machine can limit",
+                "message_buffers": "only its coordinator can use the memory of a message again for another worker",
                 "link": "only its processes can run on simulated hosts",
                 "ranks_per_worker": "only its workers can be groups of processes",
                 "inside": "only its workers can be groups of processes",

@@ -237,6 +237,13 @@ class Pool(Section):
         "is allocated, touched or not). Workers that 'ist train' starts have it before Python starts; other ranks have "
         "it from their first round. A dedicated coordinator is not limited. Default: no limit",
     )
+    message_buffers: Annotated[int, Field(gt=0, le=1024)] | None = Field(
+        default=None,
+        description="torchrun: the most messages that the coordinator holds at once, for a network whose messages need "
+        "much of its memory. It then sends the subnets one after the other, and receives results in the order of "
+        "workers, so a worker with a slow link delays the others. Not with nccl, and not with store 'sharded', which "
+        "sends small pieces. Default: one for each worker",
+    )
     ranks_per_worker: Annotated[int, Field(gt=0, le=1024)] | Literal["node"] = Field(
         default=1,
         description="torchrun: processes that train one subnet together, each on its part of the worker's batch, such "

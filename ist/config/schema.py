@@ -481,6 +481,14 @@ class Config(Section):
                     f"'train.autocast' is 'float16', which needs a GPU for every worker, but '{key}' is {value!r}: use "
                     "'bfloat16', which CPUs support too"
                 )
+        if self.pool.message_buffers is not None:
+            what = f"'pool.message_buffers' is {self.pool.message_buffers}, but"
+            if self.pool.backend == "nccl":
+                raise ValueError(f"{what} 'pool.backend' is 'nccl', which sends all messages together: use 'gloo'")
+            if self.pool.store == "sharded":
+                raise ValueError(f"{what} 'pool.store' is 'sharded', which has no coordinator: leave one of them out")
+            if not self.method_spec.has_coordinator and self.label is None:  # a comparison also has such methods
+                raise ValueError(f"{what} 'method' is '{self.method}', which has no coordinator: leave it out")
         if self.pool.evaluation is not None and self.pool.store != "sharded":
             raise ValueError(
                 f"'pool.evaluation' is '{self.pool.evaluation}', but 'pool.store' is '{self.pool.store}', where rank 0 "

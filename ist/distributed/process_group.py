@@ -87,6 +87,11 @@ def join(settings: Pool, device: torch.device) -> Membership:
     if settings.backend == "nccl" and not own_gpu and torch.cuda.device_count() > 1:
         raise ConfigError("pool.backend is 'nccl', which needs a GPU for every process: use 'gloo' or 'auto'")
     backend = ("nccl" if own_gpu else "gloo") if settings.backend == "auto" else settings.backend
+    if settings.message_buffers is not None and backend == "nccl":
+        raise ConfigError(
+            f"'pool.message_buffers' is {settings.message_buffers}, but every process has its own GPU, so that "
+            "'pool.backend' is nccl, which sends all messages together: set 'pool.backend' to 'gloo'"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     secret = run_secret()

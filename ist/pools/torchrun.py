@@ -9,6 +9,7 @@ Not here: starting processes (`ist/launch/start.py`, or torchrun itself), formin
 (`ist/distributed/process_group.py`).
 """
 
+from collections import deque
 from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import replace
 
@@ -32,6 +33,7 @@ from ist.transport.codec import MessageBuffers, MessageLayouts
 from ist.transport.endpoints import down_bytes, message_layouts
 from ist.transport.interfaces import BufferCache, Lost, Subnet
 from ist.transport.message import Message
+from ist.transport.reused_memory import Block, ReusedMemory
 
 
 def for_world_size(job: Job) -> Job:
@@ -151,6 +153,9 @@ class TorchrunPool:
         self._local = _worker(job, 0, membership, location, group) if self._rank(0) == 0 else None
         self._names = tuple(f"rank {self._rank(worker)}" for worker in range(job.config.train.workers))
         self._cache = BufferCache(membership.device)
+        most, num_remote = job.config.pool.message_buffers, sum(map(self._is_remote, range(job.config.train.workers)))
+        self._memory = ReusedMemory(most, membership.device) if most is not None and most < num_remote else None
+        self._taken: dict[int, Block] = {}  # by worker, until its subnet is submitted
         self._peers = PeerWatch(membership)
         self._own: tuple[int, Subnet] | None = None  # worker 0's subnet, if rank 0 is a worker
         self._outstanding: list[Subnet] = []
@@ -166,17 +171,29 @@ class TorchrunPool:
         return self._names[worker]
 
     def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:
-        """Return a worker's buffers."""
-        return self._cache.buffers(worker, layouts)
+        """Return a worker's buffers; with `pool.message_buffers`, memory that the message of another worker had."""
+        if self._memory is None or not self._is_remote(worker):
+            return self._cache.buffers(worker, layouts)
+        block = self._taken[worker] = self._memory.take() or self._memory.another()
+        return self._memory.buffers(block, layouts)
 
     def submit(self, round_number: int, subnet: Subnet) -> None:
-        """Start sending a subnet with gloo; with NCCL, `results` sends all subnets together."""
-        if self._rank(subnet.worker) == 0:
+        """Start sending a subnet with gloo; with NCCL, `results` sends all subnets together.
+
+        With `pool.message_buffers`, the result is received only when there is memory for it.
+        """
+        if not self._is_remote(subnet.worker):
             self._own = round_number, subnet
+            return
+        if self._memory is not None:
+            unused = MessageBuffers(subnet.buffers.layouts, flat=torch.empty(0, dtype=torch.uint8))
+            self._outstanding.append(replace(subnet, buffers=unused, frozen=None))  # both are held until they are sent
+            works, rank = self._send([subnet]), self._rank(subnet.worker)
+            self._memory.sending(self._taken.pop(subnet.worker), lambda: wait_for_all(works, f"rank {rank}"))
             return
         self._outstanding.append(subnet)
         if self._early:
-            self._send([subnet])
+            self._sends += self._send([subnet])
             # With gloo, post the receives now, so that results arrive while this rank trains. A result overwrites the
             # memory of the subnet that was sent, which is safe: it cannot arrive before the worker has the subnet.
             self._receives += self._channel.receive([self._back(subnet)])
@@ -184,24 +201,16 @@ class TorchrunPool:
     def results(self) -> Generator[Subnet | Lost | Part]:
         """Yield worker 0's part if rank 0 is a worker, and then the results of all workers."""
         while self._own is not None or self._outstanding:
-            yield from self._batch()
+            yield from self._batch() if self._memory is None else self._batch_in_turn(self._memory)
 
     def _batch(self) -> Iterator[Subnet | Lost | Part]:
         """Yield the results of the subnets that are submitted by now."""
         remote, receives = self._outstanding, self._receives
         if not self._early:
-            self._send(remote)
+            self._sends += self._send(remote)
         sends, self._sends = self._sends, []
-        own, self._own, self._outstanding, self._receives = self._own, None, [], []
-        if own is not None:
-            assert self._local is not None
-            round_number, subnet = own
-            if self._group is not None:
-                self._group.broadcast(subnet.buffers.flat[: subnet.sent_bytes])
-                if subnet.frozen is not None:
-                    self._group.broadcast(subnet.frozen.flat)
-            yield from self._local.train(round_number, subnet.buffers, subnet.frozen, self._peers.is_over)
-            yield subnet
+        self._outstanding, self._receives = [], []
+        yield from self._train_own()
         if not self._early:  # a pending NCCL receive would use the GPU while this rank trains
             receives = self._channel.receive([self._back(subnet) for subnet in remote])
         # NCCL coalesces a batch into one work.
@@ -217,14 +226,58 @@ class TorchrunPool:
             yield subnet
         wait_for_all(sends, "sending subnets")
 
-    def _send(self, subnets: Sequence[Subnet]) -> None:
+    def _batch_in_turn(self, memory: ReusedMemory) -> Iterator[Subnet | Lost | Part]:
+        """Yield the results of the subnets that are submitted by now; as many arrive at once as there are blocks.
+
+        They are received in the order in which their workers have received subnets. All other results wait.
+        """
+        waiting, self._outstanding = deque(self._outstanding), []
+        arriving: deque[tuple[Subnet, Block, list[dist.Work]]] = deque()
+
+        def receive() -> None:
+            while waiting and (block := memory.take()) is not None:
+                sent = waiting.popleft()
+                subnet = replace(sent, buffers=memory.buffers(block, sent.buffers.layouts), is_lasting=False)
+                arriving.append((subnet, block, self._channel.receive([self._back(subnet)])))
+
+        receive()
+        yield from self._train_own()
+        while arriving:
+            subnet, block, works = arriving.popleft()
+            try:
+                wait_for_all(works, f"rank {self._rank(subnet.worker)}")
+            except PoolError as error:
+                memory.drop()
+                yield Lost(subnet.worker, str(error))
+            else:
+                self._channel.finish(subnet.worker, subnet.buffers.up.flat)
+                yield subnet
+                memory.give_back(block)
+            receive()
+        memory.wait()
+
+    def _train_own(self) -> Iterator[Subnet | Part]:
+        """Train the subnet of rank 0's worker, if it has one that is submitted."""
+        own, self._own = self._own, None
+        if own is None:
+            return
+        assert self._local is not None
+        round_number, subnet = own
+        if self._group is not None:
+            self._group.broadcast(subnet.buffers.flat[: subnet.sent_bytes])
+            if subnet.frozen is not None:
+                self._group.broadcast(subnet.frozen.flat)
+        yield from self._local.train(round_number, subnet.buffers, subnet.frozen, self._peers.is_over)
+        yield subnet
+
+    def _send(self, subnets: Sequence[Subnet]) -> list[dist.Work]:
         """Start sending subnets, and in a second batch the messages with frozen parameters.
 
         The header of the first message gives the size of the second.
         """
         first = [(self._rank(s.worker), s.worker, s.buffers.flat[: s.sent_bytes]) for s in subnets]
         beside = [(self._rank(s.worker), s.worker, s.frozen.flat.to(self._carrier)) for s in subnets if s.frozen]
-        self._sends += self._channel.send(first) + self._channel.send(beside)
+        return self._channel.send(first) + self._channel.send(beside)
 
     def _back(self, subnet: Subnet) -> tuple[int, int, Tensor]:
         """Return the rank, the worker and the buffer of a result."""
@@ -234,6 +287,9 @@ class TorchrunPool:
         """Release what rank 0's worker holds; the process group outlives the run."""
         if self._local is not None:
             self._local.close()
+
+    def _is_remote(self, worker: int) -> bool:
+        return self._rank(worker) != 0
 
     def _rank(self, worker: int) -> int:
         return self._first_rank + worker * self._ranks

@@ -189,9 +189,16 @@ class Merge:
         self._returned: dict[int, Mapping[str, Tensor]] = {}
         self._holders: dict[str, list[int]] = {}
 
-    def add(self, worker: int, tensors: Mapping[str, Tensor]) -> None:
-        """Merge a worker's trained tensors; they must not change until `finish` returns."""
-        self._returned[worker] = tensors
+    def add(self, worker: int, tensors: Mapping[str, Tensor], are_lasting: bool = True) -> None:
+        """Merge a worker's trained tensors.
+
+        Args:
+            worker: The worker.
+            tensors: Its tensors.
+            are_lasting: Whether they stay as they are until `finish` returns; if not, what `finish` reads is copied.
+        """
+        shared = [name for name in tensors if name not in self._exclusive]
+        self._returned[worker] = tensors if are_lasting else {name: tensors[name].clone() for name in shared}
         for name in tensors:
             if name in self._exclusive:
                 own, _ = self._scale.factors(name)

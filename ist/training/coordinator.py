@@ -30,7 +30,7 @@ from ist.training.outer_optimizer import PREFIX as OUTER
 from ist.training.outer_optimizer import OuterOptimizer
 from ist.training.rounds import RoundReport, logged_means
 from ist.training.speed_balance import SpeedBalance
-from ist.transport.codec import SCALE
+from ist.transport.codec import SCALE, MessageBuffers
 from ist.transport.endpoints import SubnetWriter, read_trained
 from ist.transport.frozen_parameters import FrozenSender
 from ist.transport.interfaces import Lost, Subnet, WorkerPool
@@ -128,7 +128,11 @@ class Coordinator:
                 cuts = on_device(self._held.cuts(round_number, team), self._device)
             for worker, cut in enumerate(cuts):
                 with watch.phase("cut"):
-                    subnet = self._cut(round_number, WorkerSlot(worker, team), cut)
+                    layouts = self._writer.layouts(cut)
+                with watch.phase("exchange"):
+                    buffers = self._pool.buffers(worker, layouts)
+                with watch.phase("cut"):
+                    subnet = self._cut(round_number, WorkerSlot(worker, team), cut, buffers)
                 with watch.phase("exchange"):
                     self._pool.submit(round_number, subnet)
             try:
@@ -142,7 +146,8 @@ class Coordinator:
                         with watch.phase("merge"):
                             tensors = self._accept(round_number, result, cuts, arrivals)
                             if tensors is not None:
-                                merge.add(result.worker, tensors)
+                                assert isinstance(result, Subnet)
+                                merge.add(result.worker, tensors, result.is_lasting)
                 with watch.phase("merge"):
                     merge.finish()
                     if outer:
@@ -196,10 +201,9 @@ class Coordinator:
             took |= {late.worker: watch.seconds["exchange"] for late in arrivals.lost if late.kind == "late"}
             balance.note({names[worker]: seconds for worker, seconds in took.items()})
 
-    def _cut(self, round_number: int, slot: WorkerSlot, cut: Cut) -> Subnet:
+    def _cut(self, round_number: int, slot: WorkerSlot, cut: Cut, buffers: MessageBuffers) -> Subnet:
         """Cut a worker's subnet into the pool's buffers, with the frozen parameters that the worker does not have."""
         worker = slot.worker
-        buffers = self._pool.buffers(worker, self._writer.layouts(cut))
         sent = self._writer.write(self._store, cut, round_number, buffers)
         neurons = self._held.of(round_number, slot.team)[worker]
         frozen, reuses_frozen = self._frozen.write(self._pool.process(worker), worker, round_number, neurons)

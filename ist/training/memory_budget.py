@@ -178,10 +178,7 @@ def _store_parts(job: Job, split: SplitModel) -> dict[str, int]:
     others = [spec for name, spec in tensor_specs(split.template, with_statistics=True).items() if name not in sent]
     trained = _nbytes(spec for name, spec in split.model_specs.items() if name in _trained_names(split.template))
     constants = _nbytes(specs_of(constant_tensors(split.template)).values())
-    messages = max(
-        sum(message_layouts(split, exchange, split.cut(neurons)).nbytes for neurons in held.of(round_number))
-        for round_number in _rounds(job)
-    )
+    messages, results = max((_messages(job, split, number) for number in _rounds(job)), key=sum)
     exclusive = frozenset.intersection(*(held.exclusive(number) for number in _rounds(job)))
     shared = max((spec.nbytes for name, spec in split.specs.items() if name not in exclusive), default=0)
     largest = 0 if is_plain else max((spec.nbytes for spec in split.specs.values()), default=0)
@@ -195,10 +192,33 @@ def _store_parts(job: Job, split: SplitModel) -> dict[str, int]:
         "outer optimizer": 2 * momentum,
         "average": average,
         "messages": messages,
+        "results to average": results,
         # The mean of a tensor that several workers return needs its change, the merged values and the counts. A message
         # that is coded is decoded tensor by tensor. A scaled part needs its old and new values, and their difference.
         "work space": 3 * shared + largest + 3 * scaled,
     }
+
+
+def _messages(job: Job, split: SplitModel, round_number: int) -> tuple[int, int]:
+    """Return the bytes of a round's messages, and those of results that are copied until all of them can be averaged.
+
+    Results are copied only if their memory is used again before (`pool.message_buffers`).
+    """
+    held, config = assignments(job), job.config
+    cuts = [split.cut(neurons) for neurons in held.of(round_number)]
+    sizes = [message_layouts(split, config.exchange, cut).nbytes for cut in cuts]
+    first = 0 if first_worker_rank(config) else 1  # the first worker of another process than the coordinator's
+    most = config.pool.message_buffers
+    if most is None or most >= len(sizes) - first:
+        return sum(sizes), 0
+    exclusive = held.exclusive(round_number)
+    copied = [
+        spec.nbytes
+        for cut in cuts[first:]
+        for name, spec in cut_specs(split.specs, cut).items()
+        if name not in exclusive
+    ]
+    return sum(sizes[:first]) + most * max(sizes[first:]), sum(copied)
 
 
 def _rank_budget(job: Job, counted: CountedStep) -> MemoryBudget:

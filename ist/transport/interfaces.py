@@ -29,12 +29,14 @@ class Subnet:
         buffers: Its messages: the message down is written before it is sent, the message up when it is returned.
         sent_bytes: How many bytes of the message down are sent, from its start; the message up is returned completely.
         frozen: A second message to the worker with frozen parameters that it lacks; None: it lacks none.
+        is_lasting: Whether a returned message stays as it is until the round ends; if not, the next one overwrites it.
     """
 
     slot: WorkerSlot
     buffers: MessageBuffers
     sent_bytes: int
     frozen: Message | None = None
+    is_lasting: bool = True
 
     @property
     def down_bytes(self) -> int:
@@ -82,7 +84,13 @@ class WorkerPool(Protocol):
         ...
 
     def buffers(self, worker: int, layouts: MessageLayouts) -> MessageBuffers:
-        """Return memory for a worker's messages; it is valid at least until the next call."""
+        """Return memory for a worker's messages; it is valid at least until the next call.
+
+        It may wait until messages to other workers are sent, whose memory it then returns.
+
+        Raises:
+            PoolError: A message to another worker cannot be sent; the pool can then only be closed.
+        """
         ...
 
     def submit(self, round_number: int, subnet: Subnet) -> None:

@@ -30,7 +30,7 @@ evaluate.every evaluate.batch_size evaluate.metric evaluate.statistics_batches
 checkpoint.every checkpoint.keep checkpoint.storage
 pool.kind pool.coordinator pool.backend pool.device pool.threads pool.timeout_s pool.min_returned
 pool.store pool.store_replicas pool.evaluation pool.round_attempts pool.round_deadline_s pool.allow_insecure
-pool.memory_limit pool.link pool.ranks_per_worker pool.inside pool.ray.address
+pool.memory_limit pool.message_buffers pool.link pool.ranks_per_worker pool.inside pool.ray.address
 pool.ray.num_cpus pool.ray.num_gpus pool.ray.resources pool.ray.placement pool.ray.start_timeout_s
 watch.tensorboard watch.metrics_port watch.metrics_host watch.callbacks watch.callbacks.N.name watch.callbacks.N.args
 compare.methods compare.overrides

@@ -96,6 +96,21 @@ def test_a_limit_needs_processes_and_a_unit() -> None:
         small_config(pool={"kind": "torchrun", "memory_limit": "300"})
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"pool": {"kind": "ray", "message_buffers": 2}}, ["pool.message_buffers", "2", "pool.kind", "torchrun"]),
+        ({"pool": {"backend": "nccl", "message_buffers": 2}}, ["pool.message_buffers", "2", "pool.backend", "gloo"]),
+        ({"pool": {"message_buffers": 2}, "method": "ddp"}, ["pool.message_buffers", "2", "ddp", "coordinator"]),
+    ],
+)
+def test_few_message_buffers_are_refused_where_no_coordinator_can_use_them_again(
+    changes: dict[str, object], named: list[str]
+) -> None:
+    with pytest.raises(ConfigError, match=naming(*named)):
+        small_config(**{**changes, "pool": {"kind": "torchrun", **changes["pool"]}})  # type: ignore[dict-item]
+
+
 def test_a_process_starts_under_its_limit_and_keeps_the_lower_one(monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import resource; print(*resource.getrlimit(resource.RLIMIT_DATA))"
     command = under_limit([sys.executable, "-c", script], 123 * 2**20 + 5)

@@ -122,6 +122,13 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+FEW_BUFFERS = (
+    "carried Adam, uneven", "overlapping shares", "quantized, error feedback", "stages, outer momentum, averaged",
+    "frozen, quantized",
+)  # fmt: skip
+"""Scenarios in which a dedicated coordinator has two message buffers for three workers."""
+
+
 class FailsElsewhere(nn.Module):
     """A network that fails in every process but the one that created it."""
 
@@ -207,5 +214,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     out, coordinator, device, *chosen = [*sys.argv[1:], "cpu"] if len(sys.argv) < 4 else sys.argv[1:]
     for scenario in chosen or SCENARIOS:
-        kind = {"store": "sharded"} if coordinator == "sharded" else {"coordinator": coordinator}
+        kind: dict[str, Any] = {"store": "sharded"} if coordinator == "sharded" else {"coordinator": coordinator}
+        if coordinator == "dedicated" and scenario in FEW_BUFFERS:
+            kind["message_buffers"] = 2
         run(scenario, Path(out), pool={"kind": "torchrun", "device": device, **kind})

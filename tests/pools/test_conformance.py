@@ -14,7 +14,7 @@ from ist.subnet.job import Job, assignments
 from ist.subnet.partition import sizes_vary
 from ist.transport.frozen_parameters import round_bytes
 from tests.conftest import assert_same, run_forked_ranks
-from tests.pools.scenario import SCENARIOS, WORKERS, job, run
+from tests.pools.scenario import FEW_BUFFERS, SCENARIOS, WORKERS, job, run
 
 Outcome = tuple[dict[str, Tensor], list[dict[str, Any]]]
 
@@ -32,9 +32,7 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-QUICK_DEDICATED = (
-    "batch norm, reset", "quantized, error feedback", "frozen, quantized", "own data", "by a step function, in parts, clipped",
-)  # fmt: skip
+QUICK_DEDICATED = ("batch norm, reset", "own data", "by a step function, in parts, clipped", *FEW_BUFFERS)
 """One scenario for every kind of message: a dedicated coordinator changes the numbers of ranks, but no message."""
 
 QUICK_SHARDED = (

@@ -46,6 +46,8 @@ class Ranks:
     crossed: int = 0
     round_number: int = 0
     now: int = 0
+    memory: set[int] = field(default_factory=set)
+    """The addresses of the messages of rank 0."""
 
     isend, irecv, Work = "send", "receive", object
 
@@ -55,6 +57,8 @@ class Ranks:
     def batch_isend_irecv(self, operations: list[tuple[str, Tensor, int]]) -> list[Any]:
         works = []
         for what, flat, peer in operations:
+            if self.now == 0:
+                self.memory.add(flat.data_ptr())
             if what == "send":
                 self.mail[self.now, peer].append(flat.clone())
                 self.crossed += flat.nbytes
@@ -91,12 +95,14 @@ def by_ranks(ranks: Ranks, job: Job, model: nn.Module, spare: int) -> tuple[Coor
 
 
 @pytest.mark.parametrize("spare", [0, 1], ids=["rank 0 trains", "rank 0 only coordinates"])
+@pytest.mark.parametrize("buffers", [None, 1], ids=["a buffer each", "one buffer"])
 @pytest.mark.parametrize("exchange", [{}, {"down": "int8", "up": "int8", "values": "deltas"}], ids=["exact", "int8"])
 def test_ranks_end_with_the_weights_of_the_inline_pool_and_count_each_byte_once(
-    ranks: Ranks, spare: int, exchange: dict[str, Any]
+    ranks: Ranks, spare: int, exchange: dict[str, Any], buffers: int | None
 ) -> None:
     model = seeded(NETWORKS["two hidden layers, batch norm"])
-    settings = {"train__workers": 3, "exchange": exchange, "pool__kind": "torchrun"}
+    pool = {"kind": "torchrun", "message_buffers": buffers}
+    settings = {"train__workers": 3, "exchange": exchange, "pool": pool}
     job, alone = job_for(model, **settings), clone(model.state_dict())
     expected = seeded(NETWORKS["two hidden layers, batch norm"])
     expected.load_state_dict(alone)
@@ -119,15 +125,20 @@ def test_ranks_end_with_the_weights_of_the_inline_pool_and_count_each_byte_once(
     assert (meter.sent.total(), meter.received.total()) == (down, up)
     assert coordinator.bytes_sent() == meter.total_bytes == down + up == ranks.crossed
     assert set(meter.sent) == set(meter.received) == set(workers)
+    assert len(ranks.memory) == (buffers or len(workers))
 
 
-def test_a_worker_can_be_given_its_next_subnet_while_the_results_of_others_are_awaited(ranks: Ranks) -> None:
+@pytest.mark.parametrize(("spare", "buffers"), [(0, None), (1, 1)])
+def test_a_worker_can_be_given_its_next_subnet_while_the_results_of_others_are_awaited(
+    ranks: Ranks, spare: int, buffers: int | None
+) -> None:
     model = seeded(NETWORKS["no batch norm"])
-    job = job_for(model, train__workers=2, train__rounds=3, pool__kind="torchrun")
-    coordinator, _ = by_ranks(ranks, job, model, spare=0)
-    rounds = iter(range(3))
-    follower = ranks.followers[1].train_round
-    ranks.followers[1].train_round = lambda _: follower(next(rounds))  # type: ignore[method-assign]
+    pool = {"kind": "torchrun", "message_buffers": buffers}
+    job = job_for(model, train__workers=2, train__rounds=3, pool=pool)
+    coordinator, _ = by_ranks(ranks, job, model, spare)
+    for follower in ranks.followers.values():
+        train, rounds = follower.train_round, iter(range(3))
+        follower.train_round = lambda _, train=train, rounds=rounds: train(next(rounds))  # type: ignore[method-assign, misc]
 
     by_pool = [
         rounds_without_waiting(pool, job, model, 3) for pool in (InlinePool(job, CPU, Meter()), coordinator._pool)

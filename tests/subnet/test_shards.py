@@ -82,6 +82,10 @@ def test_a_number_without_dims_belongs_to_rank_0() -> None:
         ),
         ({"pool": {"kind": "torchrun", "evaluation": "layers"}}, ["pool.evaluation", "pool.store"]),
         (
+            {"pool": {"kind": "torchrun", "store": "sharded", "message_buffers": 2}},
+            ["pool.message_buffers", "2", "pool.store", "sharded"],
+        ),
+        (
             {"pool": {"kind": "torchrun", "store": "sharded", "coordinator": "dedicated"}},
             ["pool.store", "pool.coordinator", "trains"],
         ),

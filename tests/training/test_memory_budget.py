@@ -78,6 +78,20 @@ def test_scaling_an_update_needs_a_workers_largest_part_three_times() -> None:
     assert full_width == budgets(recipe={"stages": [{"keep": 1}]})["coordinator"].parts["work space"]
 
 
+@pytest.mark.parametrize(("coordinator", "own"), [("trains", 1), ("dedicated", 0)])
+def test_a_coordinator_with_few_message_buffers_holds_as_many_messages_and_what_it_averages(
+    coordinator: str, own: int
+) -> None:
+    pool = {"kind": "torchrun", "coordinator": coordinator}
+    every = budgets(pool=pool)["coordinator"].parts
+    few = budgets(pool={**pool, "message_buffers": 1})["coordinator"].parts
+
+    assert few["messages"] == (1 + own) * every["messages"] // 4
+    assert few["results to average"] == (4 - own) * 4 * 5  # the last bias is in every share
+    assert "results to average" not in every
+    assert budgets(pool={**pool, "message_buffers": 4})["coordinator"].parts == every
+
+
 def test_a_rank_of_a_baseline_holds_the_full_network_and_the_buffers_of_the_method() -> None:
     found = {
         method: budgets(method=method, pool={"kind": "torchrun"}, **adam()) for method in ("ddp", "local_sgd", "diloco")

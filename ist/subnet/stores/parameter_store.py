@@ -17,8 +17,8 @@ from ist.subnet.cut import NOT_SCALED, Cut, Merge, UpdateScale, extract
 class RoundMerge(Protocol):
     """The merge of a round into a store."""
 
-    def add(self, worker: int, tensors: Mapping[str, Tensor]) -> None:
-        """Merge a worker's trained tensors; they must not change until `finish` returns."""
+    def add(self, worker: int, tensors: Mapping[str, Tensor], are_lasting: bool = True) -> None:
+        """Merge a worker's trained tensors; unless they are lasting, they may change before `finish` returns."""
         ...
 
     def finish(self) -> None:
