@@ -37,6 +37,7 @@ from ist.theory.quantities.problem import Problem
 
 Basis = Literal["coefficients", "weights"]
 Rest = Literal["absent", "frozen"]
+MergeScale = float | Literal["auto"]
 
 _DIVERGED = 1e12
 """A run whose mean squared error exceeds this has diverged."""
@@ -58,7 +59,8 @@ class Run:
         seed: The seed of the initial weights, the signs and the masks.
         draw: Draws the masks; None: `law` draws them.
         rest: What the other neurons of a subnetwork are in its local steps: absent, as in [MRN], or frozen.
-        merge_scale: gamma: a neuron changes by gamma times the mean change of its copies.
+        merge_scale: gamma: a neuron changes by gamma times the mean change of its copies. 'auto': the best value in
+            [0, 1] for the full network's error after the round, if its outputs are linear in gamma.
     """
 
     law: Law
@@ -69,13 +71,14 @@ class Run:
     seed: int = 0
     draw: Draw | None = None
     rest: Rest = "absent"
-    merge_scale: float = 1.0
+    merge_scale: MergeScale = 1.0
 
     def __post_init__(self) -> None:
         for key, value, least in (("tau", self.local_steps, 1), ("K", self.rounds, 1)):
             if value < least:
                 raise ConfigError(f"'{key}' is {value}: expected at least {least}")
-        for key, number in (("eta", self.step_size), ("kappa", self.kappa), ("gamma", self.merge_scale)):
+        gamma = 1.0 if self.merge_scale == "auto" else self.merge_scale
+        for key, number in (("eta", self.step_size), ("kappa", self.kappa), ("gamma", gamma)):
             if not (number > 0 and math.isfinite(number)):
                 raise ConfigError(f"'{key}' is {number}: expected a positive number")
 
@@ -100,11 +103,13 @@ class Trace:
         local_errors: (B, K, tau + 1): the mean error of the subnetworks, before each local step and after the last;
             None if not requested.
         weights: (B, m, d): the final weights.
+        merge_scales: (B, K): the gamma of each round.
     """
 
     errors: Tensor
     local_errors: Tensor | None
     weights: Tensor
+    merge_scales: Tensor
 
 
 Observer = Callable[[int, Tensor, Tensor], None]
@@ -152,6 +157,7 @@ def train(
         errors=torch.cat([part.errors for part in parts]),
         local_errors=torch.cat([p.local_errors for p in parts if p.local_errors is not None]) if local_errors else None,
         weights=torch.cat([part.weights for part in parts]),
+        merge_scales=torch.cat([part.merge_scales for part in parts]),
     )
 
 
@@ -254,12 +260,14 @@ class _Batch:
         self._basis: _Basis = (_Weights if basis == "weights" else _Coefficients)(self._inputs, first)
         self._signs = torch.stack([signs(run) for run in runs]).to(dtype) / math.sqrt(width)
         self._scale = torch.tensor([run.prediction_scale for run in runs], dtype=dtype)
-        self._gamma = torch.tensor([run.merge_scale for run in runs], dtype=dtype)
+        self._is_auto = torch.tensor([run.merge_scale == "auto" for run in runs])
+        self._gamma = torch.tensor([1.0 if run.merge_scale == "auto" else run.merge_scale for run in runs], dtype=dtype)
+        self._is_plain = all(run.merge_scale == 1 for run in runs)
         self._eta = torch.tensor([run.step_size for run in runs], dtype=dtype)
 
     def train(self, local_errors: bool, observe: Observer | None) -> Trace:
         rows = self._basis.start()
-        errors, local = [], []
+        errors, local, scales = [], [], []
         for round_number in range(self._runs[0].rounds):
             masks = torch.stack([run.mask(round_number) for run in self._runs])
             if observe:
@@ -267,21 +275,45 @@ class _Batch:
             active = self._basis.hidden(rows, None).relu_()
             errors.append(self._full_error(active, round_number))
             if self._runs[0].local_steps == 1 and not local_errors:
-                rows = self._one_step(rows, active, masks)
+                merged = self._one_step(rows, active, masks)
             else:
-                rows, errors_of_round = self._round(rows, active, masks, local_errors)
+                merged, errors_of_round = self._round(rows, active, masks, local_errors)
                 local.append(errors_of_round)
+            if self._is_plain:
+                scales.append(self._gamma)
+                rows = merged
+            else:
+                scales.append(self._scales_of(rows, merged, active))
+                rows = rows.lerp(merged, scales[-1][:, None, None])  # at 1 exactly `merged`
         errors.append(self._full_error(self._basis.hidden(rows, None).relu_(), self._runs[0].rounds))
         return Trace(
             errors=torch.stack(errors, dim=1),
             local_errors=torch.stack(local, dim=1) if local_errors else None,
             weights=self._basis.weights(rows),
+            merge_scales=torch.stack(scales, dim=1),
         )
+
+    def _predicted(self, active: Tensor) -> Tensor:
+        """Return the scaled predictions of each full network: (B, n)."""
+        return (self._signs.unsqueeze(1) @ active).squeeze(1) * self._scale[:, None]
+
+    def _scales_of(self, rows: Tensor, merged: Tensor, active: Tensor) -> Tensor:
+        """Return the gamma of each run: (B,).
+
+        An automatic one minimizes ||e - gamma c||^2. c is the change of the outputs at gamma = 1, extrapolated from
+        1/p, which is a change of the usual size.
+        """
+        if not self._is_auto.any():
+            return self._gamma
+        trial = 1 / self._runs[0].law.subnetworks
+        before = self._predicted(active)
+        change = (self._predicted(self._basis.hidden(torch.lerp(rows, merged, trial), None).relu_()) - before) / trial
+        fitted = ((self._targets - before) * change).sum(dim=1) / change.square().sum(dim=1)
+        return torch.where(self._is_auto, fitted.nan_to_num().clamp(0, 1), self._gamma)  # 0/0: nothing changes
 
     def _full_error(self, active: Tensor, round_number: int) -> Tensor:
         """Return the mean squared error of each full network with scaled predictions: (B,)."""
-        predicted = (self._signs.unsqueeze(1) @ active).squeeze(1) * self._scale[:, None]
-        found = (predicted - self._targets).square().mean(dim=1)
+        found = (self._predicted(active) - self._targets).square().mean(dim=1)
         if self._may_diverge:
             return torch.where(found < _DIVERGED, found, torch.inf)  # NaN too
         check_finite(found, lambda number: self._describe(number, round_number))
@@ -300,8 +332,8 @@ class _Batch:
         residuals = (self._signs[:, None].expand_as(signed) if self._frozen else signed) @ active - self._targets
         hidden_gradient = _through_relu(signed.mT @ residuals, active)
         holders = masks.sum(dim=1).clamp_min(1)
-        rates = (self._eta * self._gamma)[:, None] / holders
-        return rows.sub_(self._basis.gradient(hidden_gradient).mul_(rates[..., None]))
+        change = self._basis.gradient(hidden_gradient).mul_((self._eta[:, None] / holders)[..., None])
+        return rows.sub_(change) if self._is_plain else rows - change
 
     def _round(self, rows: Tensor, active: Tensor, masks: Tensor, local_errors: bool) -> tuple[Tensor, Tensor]:
         """Make a round of tau local steps; return rows and mean subnetwork errors (B, tau + 1), if any."""
@@ -329,7 +361,6 @@ class _Batch:
             own = self._basis.hidden(cut, flat).relu_()
             errors.append(signed.unsqueeze(2) @ own - targets)
         merged = _mean_of_holders(rows.flatten(0, 1), cut.flatten(0, 2), flat, held.flatten()).view(rows.shape)
-        merged = rows.lerp(merged, self._gamma[:, None, None])  # at 1 exactly `merged`
         if not local_errors:
             return merged, rows.new_empty(0)
         return merged, torch.stack([error.square().mean(dim=(1, 2, 3)) for error in errors], dim=1)

@@ -86,7 +86,7 @@ def train_with_system(problem: Problem, run: Run) -> Tensor:
     """
     if (run.rest, run.merge_scale) != ("absent", 1.0):
         raise ConfigError(
-            f"'rest' is {run.rest} and 'gamma' is {run.merge_scale:g}: the comparison with the system needs rest "
+            f"'rest' is {run.rest} and 'gamma' is {run.merge_scale}: the comparison with the system needs rest "
             "'absent' and gamma 1"
         )
     workers = run.law.subnetworks

@@ -192,6 +192,32 @@ def test_the_best_scale_is_between_one_over_p_and_one() -> None:
     assert best(10) == pytest.approx(float(grid[worst.argmin()]), abs=1e-3)  # the grid's step
 
 
+def test_a_fitted_merge_scale_is_the_best_of_its_round() -> None:
+    problem = sphere(5, 40)
+    scales = (0.15, 0.2, 0.25, 0.3, 0.35)
+    runs = [run(None, 8, 15, 1, m=4000, eta=1.0, merge_scale=scale) for scale in ("auto", *scales)]
+
+    trace = train(problem, runs)
+
+    values = torch.linalg.eigvalsh(infinite_ntk(problem.inputs))
+    s = frozen_rest.removed(values, runs[0].law, 15, 1.0)
+    assert 1 / float(s.max()) * 0.98 < float(trace.merge_scales[0]) < 1 / float(s.min()) * 1.02  # m is not infinite
+    assert trace.errors[0, 1] < trace.errors[1:, 1].min()
+    assert trace.merge_scales[1:, 0].tolist() == pytest.approx(scales)
+
+
+def test_a_fitted_merge_scale_needs_no_limit_and_leaves_other_runs_alone() -> None:
+    auto, half = (run(None, 3, 30, 20, m=600, eta=0.5, merge_scale=scale) for scale in ("auto", 0.3))
+
+    together = train(PROBLEM, [auto, half])
+
+    assert (together.errors[0, 1:8] < 0.5 * together.errors[0, :7]).all()
+    torch.testing.assert_close(together.errors[1:], train(PROBLEM, [half]).errors, rtol=1e-9, atol=1e-25)
+    fitted = Problem(PROBLEM.inputs, torch.zeros(6, dtype=torch.float64))
+    one = run(None, 1, 1, 2, merge_scale="auto", kappa=1e-200)  # all outputs and gradients are 0 in float64
+    assert train(fitted, [one]).merge_scales.tolist() == [[0.0, 0.0]]
+
+
 def test_a_diverged_run_has_infinite_errors_and_leaves_others_alone() -> None:
     good, bad = run(eta=0.1, rounds=60), run(eta=0.1, rounds=60, tau=2, merge_scale=500.0)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from ist.theory.algorithm import Run, initial_weights, signs
+from ist.theory.algorithm import MergeScale, Run, initial_weights, signs
 from ist.theory.experiment import Count, DataSettings, Point, Probability, Row, rows_at
 from ist.theory.quantities import frozen_rest
 from ist.theory.quantities.kernels import infinite_ntk
@@ -70,7 +70,10 @@ class Setup:
 
 @dataclass(frozen=True)
 class Rate:
-    """A merge scale: measured and predicted mean factor of ||e|| per round, and whether the error rose in a round."""
+    """A merge scale: measured and predicted mean factor of ||e|| per round, and whether the error rose in a round.
+
+    For a fitted scale, the prediction is that of the minimax scale.
+    """
 
     gamma: float
     measured: float
@@ -87,30 +90,39 @@ class Measured:
         self.setup = Setup(settings, point)
         self.grid_step = float(np.log(2 * point["p"])) / (settings.scales - 1)
         own = rows_at(rows, point)
-        self._curves = {
-            gamma: [np.array(errors_of(own, gamma, seed)) for seed in range(settings.seeds)]
-            for gamma in self.setup.scales
+        every: list[MergeScale] = [*self.setup.scales, "auto"]
+        self._curves: dict[MergeScale, list[Vector]] = {
+            gamma: [np.array(errors_of(own, gamma, seed)) for seed in range(settings.seeds)] for gamma in every
         }
+        self._fitted = _fitted(own)
         spectrum = (self.setup.eigenvalues, self.setup.law, self.setup.tau, self.setup.eta)
         self.largest = float(frozen_rest.removed(*spectrum).max())
         self.limit = frozen_rest.largest_scale(*spectrum)
         self.minimax = frozen_rest.best_scale(*spectrum)
 
-    def curves(self, gamma: float) -> list[Vector]:
+    def curves(self, gamma: MergeScale) -> list[Vector]:
         """Return the errors by round, of each seed."""
         return self._curves[gamma]
 
     @cached_property
     def rates(self) -> list[Rate]:
         """The measured and predicted factors, of each gamma."""
-        found = []
-        for gamma, curves in self._curves.items():
-            pairs = [
-                _factors(curve, self.setup.predicted(gamma, seed, len(curve) - 1)) for seed, curve in enumerate(curves)
-            ]
-            measured, predicted = (float(np.exp(np.log(values).mean())) for values in zip(*pairs, strict=True))
-            found.append(Rate(gamma, measured, predicted, any(_rose(curve) for curve in curves)))
-        return found
+        return [self._rate(self._curves[gamma], gamma) for gamma in self.setup.scales]
+
+    @cached_property
+    def auto(self) -> Rate:
+        """The factors of a gamma that is fitted in each round."""
+        return self._rate(self._curves["auto"], self.minimax)
+
+    def _rate(self, curves: Sequence[Vector], gamma: float) -> Rate:
+        predicted = [self.setup.predicted(gamma, seed, len(curve) - 1) for seed, curve in enumerate(curves)]
+        pairs = [_factors(*pair) for pair in zip(curves, predicted, strict=True)]
+        measured, expected = (float(np.exp(np.log(values).mean())) for values in zip(*pairs, strict=True))
+        return Rate(gamma, measured, expected, any(_rose(curve) for curve in curves))
+
+    def measured_at(self, gamma: float) -> float:
+        """Return the measured factor of a gamma of the grid."""
+        return next(rate.measured for rate in self.rates if rate.gamma == gamma)
 
     @property
     def best(self) -> float:
@@ -143,6 +155,7 @@ class Measured:
             str(self.point["tau"]), f"{self.largest:.2f}", f"{self.limit:.3f}",
             f"{low:.3f} to {high:.3f}" if np.isfinite(high) else f"above {low:.3f}", f"{self.minimax:.3f}",
             f"{self.predicted_best:.3f}", f"{self.best:.3f}", f"{best.predicted:.3f}", f"{best.measured:.3f}",
+            f"{self.auto.measured:.3f}", f"{self._fitted[0]:.3f} to {self._fitted[1]:.3f}",
             f"{self.left:.1e}", f"{floor_of(absent):.1e}",
         )  # fmt: skip
 
@@ -152,7 +165,7 @@ def place_of(point: Point) -> tuple[Any, ...]:
     return tuple(point[key] for key in ("case", "p", "xi", "tau"))
 
 
-def errors_of(rows: Sequence[Row], gamma: float, seed: int) -> list[float]:
+def errors_of(rows: Sequence[Row], gamma: MergeScale, seed: int) -> list[float]:
     """Return the errors of a merge scale and seed, by round."""
     return [row["error"] for row in rows if row["gamma"] == gamma and row["seed"] == seed]
 
@@ -160,6 +173,18 @@ def errors_of(rows: Sequence[Row], gamma: float, seed: int) -> list[float]:
 def floor_of(curves: Sequence[Vector]) -> float:
     """Return the mean error over the last third, as a part of the first one."""
     return float(np.mean([curve[-(len(curve) // 3) :].mean() / curve[0] for curve in curves]))
+
+
+def _fitted(rows: Sequence[Row]) -> tuple[float, float]:
+    """Return the smallest and the largest fitted gamma, in rounds before rounding."""
+    own = [row for row in rows if row["gamma"] == "auto"]
+    first = {row["seed"]: row["error"] for row in own if row["round"] == 0}
+    scales = [
+        row["scale_of_round"]
+        for row in own
+        if row["scale_of_round"] is not None and row["error"] > DONE * first[row["seed"]]
+    ]
+    return min(scales), max(scales)
 
 
 def _factors(measured: Vector, predicted: Vector) -> tuple[float, float]:

@@ -27,7 +27,8 @@ correct the same error with different neurons. It is p for categorical masks and
 What follows for gamma. s(lambda) is between eta tau lambda theta (few, small steps: gradient descent, for which gamma =
 1 is right as long as eta tau lambda_max is about 1) and theta/xi (many steps: every subnetwork removes the error alone,
 which needs gamma = xi/theta, or 1/p). `best_scale` is the minimax optimum between. It compromises: fast directions want
-1/p, slow ones want 1.
+1/p, slow ones want 1. If gamma is fitted in each round, gamma = <e, Se> / <Se, Se>, then a round reduces ||e|| at least
+as much as with any other gamma. So the minimax rate is also a bound for it, without knowledge of the spectrum.
 
 Related: simultaneous steps of blocks from the same point are a damped block Jacobi iteration. J. K. Bradley et al.,
 arXiv 1105.5379, prove speedups of parallel coordinate descent on L1-regularized losses that are linear up to a limit
