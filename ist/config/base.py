@@ -100,6 +100,18 @@ def plain(value: Any) -> Any:
     return f"{getattr(named, '__module__', None)}:{named.__qualname__}"
 
 
+ADDED_KEYS = (
+    ("pool", "ranks_per_worker", 1),
+    ("pool", "inside", "ddp"),
+    ("pool", "store", "coordinator"),
+    ("pool", "evaluation", None),
+    ("partition", "rest", "absent"),
+    ("exchange", "rest", "int4"),
+    ("recipe", "merge_scale", {"own": 1.0, "shared": 1.0}),
+)
+"""(section, key, default) of keys that earlier versions do not have; with its default, a key does not count."""
+
+
 def run_fingerprint(config: BaseModel) -> int:
     """Return a number that differs, in all likelihood, when two processes would not train the same thing the same way.
 
@@ -118,15 +130,13 @@ def run_fingerprint(config: BaseModel) -> int:
     }
     tree = plain(config.model_dump(exclude=local))
     # Absent from the configuration of earlier versions, whose states (`ist.join(state=)`) have their number.
-    for key, value in {"ranks_per_worker": 1, "inside": "ddp", "store": "coordinator", "evaluation": None}.items():
-        if tree.get("pool", {}).get(key) == value:
-            del tree["pool"][key]
-    recipe = tree.get("recipe", {})
-    if recipe.get("merge_scale") == {"own": 1.0, "shared": 1.0}:
-        del recipe["merge_scale"]
-    for stage in recipe.get("stages", []):
-        if stage.get("merge_scale") is None:
-            stage.pop("merge_scale", None)
+    for section, key, value in ADDED_KEYS:
+        if tree.get(section, {}).get(key) == value:
+            del tree[section][key]
+    for stage in tree.get("recipe", {}).get("stages", []):
+        for key in ("rest", "merge_scale"):
+            if stage.get(key) is None:
+                stage.pop(key, None)
     return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
 
 

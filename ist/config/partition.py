@@ -56,6 +56,12 @@ class Partition(Section):
         "there are workers, and in these rounds each share of a group is combined with each share of the next group "
         "exactly once",
     )
+    rest: Literal["absent", "frozen"] = Field(
+        default="absent",
+        description="what a worker has of the neurons that it does not hold. 'absent': nothing, it trains a smaller "
+        "network; 'frozen': their weights, rounded (exchange.rest) and read-only, so it computes the full network and "
+        "trains its own neurons only",
+    )
     balance: Literal["equal", "speed"] = Field(
         default="equal",
         description="'speed': capacities follow the measured time of each worker's local steps (inline, ray)",
@@ -148,6 +154,10 @@ class Exchange(Section):
         default="weights",
         description="what a worker returns: its trained weights, or their difference from the weights that it "
         "received; rounding loses less with deltas",
+    )
+    rest: Coding = Field(
+        default="int4",
+        description="encoding of the frozen rest of the network (partition.rest), which a worker holds in this form",
     )
     error_feedback: bool = Field(
         default=False,

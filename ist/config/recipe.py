@@ -95,6 +95,7 @@ class Stage(Section):
         description="keep fraction: fraction of every group that a worker holds, instead of partition.keep; 1: every "
         "worker trains the full network (local SGD), as a warm-up or a final full-width phase",
     )
+    rest: Literal["absent", "frozen"] | None = Field(default=None, description="replaces partition.rest in this stage")
     local_steps: PositiveInt | None = Field(default=None, description="replaces train.local_steps in this stage")
     lr_scale: PositiveFloat = Field(default=1.0, description="factor of the schedule's learning rate")
     outer: Outer | None = Field(

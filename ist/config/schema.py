@@ -23,7 +23,7 @@ from ist.config.base import (
 )
 from ist.config.methods import METHODS, POOLS, Baseline, MethodSpec, method_spec
 from ist.config.partition import Exchange, Partition
-from ist.config.recipe import Recipe
+from ist.config.recipe import Recipe, Stage
 from ist.config.runtime import Checkpoint, Loader, Pool, Watch
 from ist.errors import ConfigError
 
@@ -443,6 +443,14 @@ class Config(Section):
         return self.pool.store == "sharded" and self.method_spec.has_coordinator
 
     @property
+    def has_frozen_rest(self) -> bool:
+        """Whether workers hold the frozen rest of the network in some rounds."""
+        stages = self.recipe.stages or [Stage()]
+        return self.method_spec.needs_groups and any(
+            (stage.rest or self.partition.rest) == "frozen" and stage.keep != 1 for stage in stages
+        )
+
+    @property
     def workers_have_state(self) -> bool:
         """Whether workers keep state of their own between rounds (optimizer state, error-feedback residuals)."""
         keeps = self.train.optimizer_state == "kept" or self.exchange.error_feedback
@@ -454,6 +462,32 @@ class Config(Section):
             raise ValueError(
                 "'exchange.error_feedback' is true, but its residuals are discarded whenever shares change, and "
                 "'partition.balance' speed changes them nearly every round: leave one of the two out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_freeze_the_rest(self) -> "Config":
+        if not self.method_spec.needs_groups:
+            return self
+        if not self.has_frozen_rest:
+            if self.exchange.rest != Exchange.model_fields["rest"].default:
+                raise ValueError(
+                    f"'exchange.rest' is '{self.exchange.rest}', but no round has the frozen rest of the network: set "
+                    "'partition.rest' to frozen, or leave 'exchange.rest' out"
+                )
+            return self
+        what = "'partition.rest' (or that of a stage) is 'frozen', but"
+        if self.store_is_sharded:
+            raise ValueError(f"{what} 'pool.store' is 'sharded', which does not send the rest: use 'coordinator'")
+        if self.pool.ranks_per_worker != 1:
+            raise ValueError(
+                f"{what} 'pool.ranks_per_worker' is {self.pool.ranks_per_worker!r}: use 1, so that every rank is a "
+                "worker"
+            )
+        if self.train.compile is not None:
+            raise ValueError(
+                f"{what} 'train.compile' is '{self.train.compile}', which cannot compile layers that decode their "
+                "weights: leave it out"
             )
         return self
 

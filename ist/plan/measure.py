@@ -30,7 +30,6 @@ from ist.optimization.schedule import run_spans
 from ist.rng import Purpose, seeded
 from ist.subnet.cut import Cut, reassemble
 from ist.subnet.job import Job, assignments, slot_of
-from ist.subnet.module import bind
 from ist.subnet.stores.parameter_store import LocalStore
 from ist.training.worker import Worker
 from ist.transport.codec import MessageBuffers
@@ -141,12 +140,12 @@ def measure_subnet(job: Job, number: int, device: torch.device) -> StepCost:
         def train(job: Job) -> None:
             worker.job, worker.local.schedule, loop.schedule = job, job.schedule, job.schedule
             buffers.flat.copy_(fresh)
-            completed(worker.train(0, buffers))
+            completed(worker.train(0, buffers, None))
 
-        frozen, _ = FrozenSender(job.split, exchange, whole, device).write("", number, 0, neurons)
-        fixed = worker.frozen.update(neurons, number, 0, frozen, device)
+        frozen, _ = FrozenSender(job.split, exchange, held, whole, device).write("", number, 0, neurons)
+        worker.frozen.update(neurons, number, 0, frozen, device)
         tensors = WorkerEndpoint(job.split, exchange, device).open(buffers).tensors
-        bind(worker.module, {**separated(tensors, job.config.train.compile), **fixed})
+        worker.bind(0, separated(tensors, job.config.train.compile), worker.frozen.tensors)
         _try_smallest(job, loop, worker.module)
         step_s = _step_s(train, job, device)
         batch, loss = _micro_batch(job, loop, worker.module)

@@ -36,7 +36,7 @@ from ist.runs.build import build_job
 from ist.subnet.job import Job, assignments, remote_workers, with_workers
 from ist.subnet.partition import check_workers
 from ist.training.memory_budget import CountedStep, MemoryBudget, count_step, memory_budgets
-from ist.transport.frozen_parameters import message_bytes
+from ist.transport.traffic import message_bytes
 
 FRAME_PAYLOAD = 1448 / 1514
 """Fraction of payload in a full Ethernet frame with TCP timestamps."""

@@ -83,7 +83,7 @@ class RayWorker:
             raise PoolError(f"{self.name} expected a message of {expected} bytes, received {received.shape}")
         buffers.flat[:expected].copy_(as_tensor(received))
         header = buffers.down.read_header(round_number, slot.worker)
-        layout = worker.frozen.layout(neurons, header.reuses_frozen)
+        layout = worker.frozen.layout(round_number, neurons, header.reuses_frozen)
         if (layout.nbytes if layout else 0) != (len(beside) if beside is not None else 0):
             raise PoolError(
                 f"{self.name} expected {layout.nbytes if layout else 0} bytes of frozen parameters, received "

@@ -138,7 +138,7 @@ class ShardPool:
         split = self._job.split
         if not split.frozen_specs:
             return None
-        missing = self._worker.frozen.missing(neurons, reuses_frozen)
+        missing = self._worker.frozen.missing(self._round, neurons, reuses_frozen)
         cut = split.frozen_cut(neurons)
         carrier = self._membership.carrier
         incoming = {

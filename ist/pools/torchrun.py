@@ -333,7 +333,7 @@ class RankWorker:
         gone = f"worker {self._number} lost the coordinator (rank 0) in round {round_number}"
         self._receive(incoming, gone)
         header = buffers.down.read_header(round_number, self._number)
-        layout = self._worker.frozen.layout(neurons, header.reuses_frozen)
+        layout = self._worker.frozen.layout(round_number, neurons, header.reuses_frozen)
         frozen = Message(layout, self._carrier) if layout is not None else None
         if frozen is not None:
             self._receive(frozen.flat, gone)

@@ -21,8 +21,9 @@ from ist.subnet.partition import coverage, is_full_width
 from ist.subnet.split_model import ShapeKeys, SplitModel
 from ist.tensors import TensorSpec, tensor_specs
 from ist.training.memory_budget import MemoryBudget
-from ist.transport.frozen_parameters import frozen_bytes, message_bytes, round_bytes, stores_for
+from ist.transport.frozen_parameters import frozen_bytes
 from ist.transport.message import header_bytes
+from ist.transport.traffic import message_bytes, round_bytes, stores_for
 
 Shape = tuple[int, ...]
 
@@ -295,18 +296,19 @@ def _inside_bytes(
 def run_bytes(config: Config, split: SplitModel, schedule: Schedule, held: Assignments) -> int:
     """Return the bytes of all messages of an IST run, including all stages, if no worker is lost."""
     keys = ShapeKeys(split)
-    known: dict[tuple[int, Hashable, bool], int] = {}
+    known: dict[tuple[Hashable, ...], int] = {}
     total = 0
     for round_number in range(schedule.num_rounds):
         for worker in remote_workers(config):
             neurons = held.of(round_number)[worker]
             before = held.of(round_number - 1)[worker] if round_number > 0 else None
+            rest = held.has_rest(round_number), round_number > 0 and held.has_rest(round_number - 1)
             if split.frozen_specs or config.store_is_sharded:  # the neurons' numbers count
-                total += sum(round_bytes(config, split, worker, neurons, before, round_number))
+                total += sum(round_bytes(config, split, worker, neurons, before, round_number, *rest))
                 continue
-            key = (worker, keys.of(neurons), round_number > 0)
+            key = (worker, keys.of(neurons), round_number > 0, *rest)
             if key not in known:
-                known[key] = sum(round_bytes(config, split, worker, neurons, before, round_number))
+                known[key] = sum(round_bytes(config, split, worker, neurons, before, round_number, *rest))
             total += known[key]
     return total
 
@@ -329,7 +331,8 @@ def _share(
         parameters=sum(math.prod(plan[name].shape) for name in parameters if name in plan),
         trained_parameters=sum(math.prod(plan[name].shape) for name in trained if name in plan),
         frozen_bytes=sum(
-            frozen_bytes(store, config.exchange, neurons, None) for store in stores_for(config, split, worker)
+            frozen_bytes(store, config.exchange, neurons, None, held.has_rest(schedule.main_round))
+            for store in stores_for(config, split, worker)
         ),
         sent_bytes=sent,
         returned_bytes=returned,

@@ -94,6 +94,23 @@ class Assignments:
             )
         return self._known[key]
 
+    @property
+    def ever_has_rest(self) -> bool:
+        """Whether workers hold the frozen rest of the network in some round."""
+        stages = self._schedule.recipe.stages or [self._schedule.stage(0)]
+        return any((stage.rest or self._partition.rest) == "frozen" and stage.keep != 1 for stage in stages)
+
+    @property
+    def _ever_lacks_neurons(self) -> bool:
+        """Whether a worker's module lacks neurons in some round."""
+        stages = self._schedule.recipe.stages or [self._schedule.stage(0)]
+        return any((stage.rest or self._partition.rest) == "absent" and stage.keep != 1 for stage in stages)
+
+    def has_rest(self, round_number: int) -> bool:
+        """Return whether a worker holds the frozen rest of the network in a round, besides its own neurons."""
+        rest = self._schedule.stage(round_number).rest or self._partition.rest
+        return rest == "frozen" and not is_full_width(self.partition(round_number))
+
     def cuts(self, round_number: int, team: Team | None = None) -> list[Cut]:
         """Return each worker's positions in every tensor that is sent and returned; for the arguments see `of`."""
         return [self._split.cut(neurons) for neurons in self.of(round_number, team)]
@@ -112,7 +129,7 @@ class Assignments:
         Outside training, the full network runs with these scales (`ist/subnet/residual_blocks.py`).
         """
         groups = self._split.groups
-        if not any(group.modules for group in groups):
+        if not any(group.modules for group in groups) or not self._ever_lacks_neurons:
             return {}
         num_workers, seed = (team or self._team).num_workers, self._schedule.sampler.seed
         shares: Sequence[Indices] = assign(groups, num_workers, seed, 0, self._partition_for(team))[0]
@@ -122,4 +139,5 @@ class Assignments:
 
     def training_block_scales(self, round_number: int, team: Team | None = None) -> dict[str, float]:
         """Return a worker's scales of residual blocks in a round; there are none unless it trains all blocks."""
-        return self.block_scales(team) if is_full_width(self.partition(round_number, team)) else {}
+        is_full = is_full_width(self.partition(round_number, team)) or self.has_rest(round_number)
+        return self.block_scales(team) if is_full else {}

@@ -111,7 +111,7 @@ def extract(state: Mapping[str, Tensor], cut: Cut, into: Mapping[str, Tensor]) -
         into: Contiguous tensors of the parts' shapes, overwritten; it need not hold every tensor.
     """
     for name, part in into.items():
-        _take(state[name], cut[name], part)
+        read_part(state[name], cut[name], part)
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,8 @@ def _has_integers(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.element_size() in _INTEGER_OF_SIZE
 
 
-def _take(full: Tensor, cut: TensorCut, part: Tensor) -> None:
+def read_part(full: Tensor, cut: TensorCut, part: Tensor) -> None:
+    """Copy a worker's part of a full tensor into `part`; both are contiguous and of one dtype."""
     dims = [dim for dim, indices in enumerate(cut) if indices is not None]
     if not dims:
         part.copy_(full)
@@ -273,7 +274,8 @@ def _take(full: Tensor, cut: TensorCut, part: Tensor) -> None:
             part.copy_(full[_mesh(cut, full)])
 
 
-def _put(full: Tensor, cut: TensorCut, part: Tensor) -> None:
+def write_part(full: Tensor, cut: TensorCut, part: Tensor) -> None:
+    """Write a worker's part into a full tensor: the inverse of `read_part`."""
     dims = [dim for dim, indices in enumerate(cut) if indices is not None]
     if not dims:
         full.copy_(part)
@@ -313,9 +315,9 @@ def _put_scaled(full: Tensor, cut: TensorCut, part: Tensor, factor: float) -> No
     """Write a worker's part of a tensor, with its update scaled."""
     if factor != 1:
         before = torch.empty(part.shape, dtype=full.dtype, device=full.device)
-        _take(full, cut, before)
+        read_part(full, cut, before)
         part = _scaled(before, part, factor)
-    _put(full, cut, part)
+    write_part(full, cut, part)
 
 
 def _scaled(before: Tensor, after: Tensor, factor: float) -> Tensor:

@@ -80,7 +80,7 @@ def make_submodel(
     module = copied(template)
     for path in plan.absent:
         leave_out(module, path)
-    _replace_tensors(module, plan, device, constants or {})
+    replace_tensors(module, plan.specs, device, constants or {})
     for origin, value in plan.sizes.items():
         if not _is_absent(origin.path, plan):
             set_integer(module, origin, value)
@@ -254,15 +254,22 @@ def _owner(template: nn.Module, tensor: str) -> nn.Module:
     return template.get_submodule(tensor.rpartition(".")[0])
 
 
-def _replace_tensors(
-    module: nn.Module, plan: SubmodelPlan, device: torch.device, constants: Mapping[str, Tensor]
+def replace_tensors(
+    module: nn.Module, specs: Mapping[str, TensorSpec], device: torch.device, constants: Mapping[str, Tensor]
 ) -> None:
-    """Replace every tensor by one of the submodel's shape; tied tensors stay tied."""
+    """Replace every tensor of a module by one without values; tied tensors stay tied.
+
+    Args:
+        module: The module; it may be on the `meta` device.
+        specs: The specs of the new tensors; a tensor that is not in them keeps its shape.
+        device: The device of the new tensors.
+        constants: Values for some of them, of the new shapes.
+    """
     made: dict[int, Tensor] = {}
 
     def resized(name: str, tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
-            shape = plan.specs[name].shape if name in plan.specs else tuple(tensor.shape)
+            shape = specs[name].shape if name in specs else tuple(tensor.shape)
             if name in constants:
                 made[id(tensor)] = constants[name].to(device, copy=True)
             else:

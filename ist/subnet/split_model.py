@@ -24,6 +24,7 @@ from ist.neurons.trial import SubnetTrial
 from ist.optimization.optimizers import StateSlots, state_name
 from ist.rng import Indices
 from ist.subnet.cut import Cut, absent_modules, cut_specs, exclusive_names, extract, positions
+from ist.subnet.frozen_rest import FullModule, make_full_module
 from ist.subnet.module import Scale, SubmodelPlan, declared_sizes, input_scales, make_submodel
 from ist.tensors import TensorSpec, constant_tensors, named_tensors, tensor_specs
 
@@ -121,6 +122,24 @@ class SplitModel:
             constants = {name: torch.empty(plan.specs[name].shape, dtype=t.dtype) for name, t in full.items()}
             extract(full, cut, into=constants)
         return make_submodel(self.template, plan, device, constants)
+
+    @cached_property
+    def partly_held(self) -> frozenset[str]:
+        """The tensors of the network that workers do not hold as a whole: they are split, or not trained."""
+        sliced = {slot.tensor for group in self.groups for slot in group.slots}
+        blocks = [path for group in self.groups for path in group.modules]
+        return frozenset(
+            name for name in self.model_specs if name in sliced or any(name.startswith(f"{path}.") for path in blocks)
+        ) | frozenset(self.frozen_specs)
+
+    def full_module(self, neurons: Sequence[Indices], device: torch.device) -> FullModule:
+        """Return a worker's module for rounds in which the rest of the network is frozen, without trained values.
+
+        Raises:
+            ModelError: A layer does not support it.
+        """
+        own = cut_specs(self.model_specs, self.cut(neurons))
+        return make_full_module(self.template, own, self.partly_held, device, self.constants)
 
     def folded_scales(self, neurons: Sequence[Indices]) -> dict[str, tuple[int, Scale]]:
         """Return the factors by which a worker multiplies its parameters while it trains them; see `input_scales`."""

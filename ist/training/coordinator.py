@@ -83,7 +83,7 @@ class Coordinator:
         )
         if carried is not None:
             check_tensors(carried, {**fresh, **momentum})
-        self._frozen = FrozenSender(job.split, job.config.exchange, tensors, device)
+        self._frozen = FrozenSender(job.split, job.config.exchange, self._held, tensors, device)
         # Masks contain infinities from the start.
         self._never_finite = {name for name in job.split.model_specs if not is_finite([tensors[name]])}
         saved = dict(carried or {})

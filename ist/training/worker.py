@@ -7,7 +7,7 @@ assignment of neurons (`ist/subnet/assignments.py`), merging (`ist/training/coor
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,8 @@ from ist.network.failures import located
 from ist.optimization import optimizers
 from ist.rng import Indices
 from ist.subnet.assignments import Assignments, WorkerSlot
+from ist.subnet.cut import on_device
+from ist.subnet.frozen_rest import FullModule
 from ist.subnet.job import Job
 from ist.subnet.module import bind, collect, multiply
 from ist.subnet.residual_blocks import scaled_blocks
@@ -87,11 +89,12 @@ class Worker:
         self.gauge = MemoryGauge(device)
         self._held = held
         self._shape_keys = ShapeKeys(job.split)
-        self._shape_key = self._shape_keys.of(self.neurons(0))
-        self.module = job.split.module(self.neurons(0), device)
+        self._full: FullModule | None = None
+        self._shape_key: Hashable = None
+        self._take_module(0)
         self._is_new = True
         self._end = WorkerEndpoint(job.split, job.config.exchange, device)
-        self.frozen = frozen or FrozenCache(job.split, job.config.exchange)
+        self.frozen = frozen or FrozenCache(job.split, job.config.exchange, held)
         self._buffers = {name for name, _ in job.split.template.named_buffers()}
         self._operators: Operators | None = None
 
@@ -103,6 +106,33 @@ class Worker:
     def neurons(self, round_number: int) -> Sequence[Indices]:
         """Return the neurons that this worker holds in a round, by group."""
         return self._held.of(round_number, self.slot.team)[self.slot.worker]
+
+    def _take_module(self, round_number: int) -> None:
+        """Make the module of a round, unless that of the last round has the same form."""
+        neurons, has_rest = self.neurons(round_number), self._held.has_rest(round_number)
+        key = (has_rest, self._shape_keys.of(neurons))
+        if key == self._shape_key:
+            return
+        self._shape_key = key
+        self._full = self.job.split.full_module(neurons, self.device) if has_rest else None
+        self.module = self._full.module if self._full else self.job.split.module(neurons, self.device)
+
+    def bind(self, round_number: int, tensors: Mapping[str, Tensor], fixed: Mapping[str, Tensor]) -> None:
+        """Give the module of a round its values.
+
+        Args:
+            round_number: The round.
+            tensors: The worker's part of what it trains.
+            fixed: Its part of frozen parameters; with the frozen rest of the network, `frozen` has them.
+        """
+        self._take_module(round_number)
+        if self._full is None:
+            bind(self.module, {**tensors, **fixed})
+            return
+        neurons, names = self.neurons(round_number), self._full.split | tensors.keys()
+        held = {name: dims for name, dims in self.job.split.cut(neurons).items() if name in names}
+        [cut] = on_device([held], self.device)
+        self._full.bind(tensors, cut, {name: tensor.decode for name, tensor in self.frozen.rest.items()})
 
     def train(
         self,
@@ -119,7 +149,8 @@ class Worker:
             round_number: The round, from 0.
             buffers: The messages of the round, on this worker's device. Without quantization, the module's parameters
                 are views of them during this call.
-            frozen: The message with frozen parameters that this worker does not have; None if it has all.
+            frozen: The message with what this worker lacks of frozen parameters and of the frozen rest of the network;
+                None: it lacks nothing.
             is_over: Called before each step: whether the coordinator has continued without this worker. None: never.
 
         Raises:
@@ -135,21 +166,21 @@ class Worker:
             self._restore(round_number)
         message = self._end.open(buffers)
         neurons = self.neurons(round_number)
-        if self._shape_key != (key := self._shape_keys.of(neurons)):
-            self._shape_key, self.module = key, job.split.module(neurons, self.device)
-        module = self.module
-        fixed = dict(self.frozen.update(neurons, self.number, round_number, frozen, self.device))
-        scales = job.split.folded_scales(neurons)
+        self.frozen.update(neurons, self.number, round_number, frozen, self.device)
+        fixed = dict(self.frozen.tensors)
+        has_rest = self._held.has_rest(round_number)
+        scales = {} if has_rest else job.split.folded_scales(neurons)
         folded = {name: scale for name, scale in scales.items() if name in message.tensors}
         # Scale a copy: multiplying a frozen parameter and dividing it again would change its bits.
         fixed |= {name: fixed[name].clone() for name in scales if name in fixed}
         multiply(fixed, {name: scale for name, scale in scales.items() if name in fixed})
         sums = checksums(fixed)
         trained = separated(message.tensors, job.config.train.compile)
-        bind(module, {**trained, **fixed})
+        self.bind(round_number, trained, fixed)
+        module = self.module
         multiply(trained, folded)
         trace_started, trace_cpu_started = time.perf_counter(), time.thread_time()
-        if self._operators is None:
+        if self._operators is None and not has_rest:
             self._operators = operators(job, module, self.device)
         trace_s, trace_cpu_s = time.perf_counter() - trace_started, time.thread_time() - trace_cpu_started
         subnet = opened(self._inside, module)
@@ -166,7 +197,10 @@ class Worker:
             self._inside.close(module)
         if subnet.network is not module:
             take_attributes(module, subnet.network)
-        collect(module, message.tensors)
+        if self._full is not None:
+            self._full.collect(message.tensors)
+        else:
+            collect(module, message.tensors)
         check_frozen(module, fixed, sums)
         multiply(message.tensors, folded, inverse=True)
         if job.split.state_slots:
@@ -187,7 +221,8 @@ class Worker:
             self._end.residuals = {}
         else:
             self._state.store(optimizer, named, self._end.residuals, round_number)
-        if is_due(job, round_number):
+        # The full network is computed whatever is cut, so it needs no check with the frozen rest.
+        if self._operators is not None and not has_rest and is_due(job, round_number):
             with located(f"round {round_number}, worker {self.number}"):
                 self._operators = check_forward(job, module, neurons, self._operators, self.device)
         numbers["aside_s"] = time.perf_counter() - started - elapsed
@@ -267,7 +302,7 @@ class WorkerHost:
         self._held = held
         self._location = location
         self._device = device
-        self._frozen = FrozenCache(job.split, job.config.exchange)
+        self._frozen = FrozenCache(job.split, job.config.exchange, held)
         self._memory = memory or LoopMemory()
         self._worker: Worker | None = None
 

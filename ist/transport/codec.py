@@ -132,6 +132,28 @@ def decoded(coded: Mapping[str, Tensor], name: str, spec: TensorSpec, coding: Co
     return matrix.view(spec.shape).to(spec.dtype)
 
 
+@dataclass(frozen=True)
+class CodedTensor:
+    """A full tensor in encoded form, as it has arrived in a message.
+
+    Attributes:
+        name: Its name.
+        coded: Its encoded tensors, as in the message.
+        spec: Its plain shape and dtype.
+        coding: How it is encoded.
+    """
+
+    name: str
+    coded: Mapping[str, Tensor]
+    spec: TensorSpec
+    coding: Coding
+
+    def decode(self) -> Tensor:
+        """Return the plain tensor: a new one at each call."""
+        value = decoded(self.coded, self.name, self.spec, self.coding)
+        return value.clone() if value is self.coded.get(self.name) else value
+
+
 def travels_as_delta(name: str, spec: TensorSpec) -> bool:
     """Return whether 'deltas' sends this tensor's change: true for floating-point tensors of the network."""
     return "@" not in name and spec.dtype.is_floating_point

@@ -1,8 +1,12 @@
-"""Frozen parameters: which of them a worker lacks, their message, and the worker's cache.
+"""What a worker reads and does not train: which of it the worker lacks, its message, and the worker's cache.
 
 A parameter that is not trained (`requires_grad` is False) does not change in a run. The coordinator sends a worker its
 part of it if the worker does not have that part: in the worker's first round, and when the part differs from that of
 its last round. Frozen parameters are sent in a message of their own, beside the subnet, and are never returned.
+
+In a round with the frozen rest of the network (`partition.rest`), the message also has every tensor that is split, as a
+whole, in the encoding `exchange.rest`: it is the same message for all workers. Workers hold these tensors in encoded
+form.
 
 Both ends derive the layout of that message from the partition. The header of the subnet's message says whether the
 worker must reuse its cache. The coordinator allows this only if the last subnet that it sent to the same process was
@@ -15,28 +19,25 @@ Not here: sending bytes (`ist/pools/`), rounding (`codec.py`).
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ist.config.partition import Exchange
-from ist.config.schema import Config
+from ist.config.partition import Coding, Exchange
 from ist.errors import ModelError, PoolError
-from ist.optimization.schedule import Schedule
 from ist.rng import Indices
 from ist.subnet.assignments import Assignments
 from ist.subnet.cut import Cut, cut_specs, on_device
 from ist.subnet.split_model import SplitModel
 from ist.subnet.stores.parameter_store import LocalStore
-from ist.subnet.stores.shards import shard_of
 from ist.tensors import TensorSpec, checksum
-from ist.transport.codec import coded_specs, decoded, encode
-from ist.transport.endpoints import down_bytes, message_layouts
-from ist.transport.message import Header, Layout, Message, layout_of
+from ist.transport.codec import SCALE, CodedTensor, coded_specs, decoded, encode
+from ist.transport.message import EVERY_WORKER, Header, Layout, Message, layout_of
 
-PartKey = tuple[bytes | None, ...]
-"""Identifies a part of a tensor: for every dim a hash of its positions; None: all positions."""
+PartKey = tuple[bytes | int | str | None, ...]
+"""Identifies a part of a tensor: for each dim a hash of its positions, None for all. Or a version of the rest."""
 
 PartKeys = Mapping[str, PartKey]
 """The keys of a worker's parts, by name of the tensor."""
@@ -52,16 +53,48 @@ def _hash(positions: Indices | Tensor) -> bytes:
     return hashlib.sha256(positions.tobytes()).digest()
 
 
-def missing_specs(split: SplitModel, cut: Cut, needed: PartKeys, cached: PartKeys) -> dict[str, TensorSpec]:
-    """Return the specs of the parts of frozen parameters that a worker needs and does not have.
+@dataclass(frozen=True)
+class Needed:
+    """What a worker reads in a round and does not train.
+
+    Attributes:
+        cut: Its positions in each tensor.
+        keys: The keys of these parts.
+        specs: Their specs.
+        coding: How they are encoded.
+    """
+
+    cut: Cut
+    keys: PartKeys
+    specs: Mapping[str, TensorSpec]
+    coding: Coding
+
+    def missing(self, cached: PartKeys) -> dict[str, TensorSpec]:
+        """Return the specs of the parts that a worker with these keys lacks."""
+        return {name: spec for name, spec in self.specs.items() if cached.get(name) != self.keys[name]}
+
+    def layout(self, specs: Mapping[str, TensorSpec]) -> Layout:
+        """Return the layout of a message with parts of the given specs."""
+        return layout_of(coded_specs(specs, self.coding))
+
+
+def needed(split: SplitModel, exchange: Exchange, neurons: Sequence[Indices], rest_of: int | None) -> Needed:
+    """Return what a worker reads in a round and does not train.
 
     Args:
-        split: The split network.
-        cut: The positions that the worker needs: `split.frozen_cut`.
-        needed: The keys of these parts.
-        cached: The keys of the parts that the worker has.
+        split: The split network, or the shard that an owner stores.
+        exchange: How messages are encoded.
+        neurons: For each group, the neurons that the worker holds.
+        rest_of: The round, if the worker holds the frozen rest of the network; None: frozen parameters only.
     """
-    return {name: spec for name, spec in cut_specs(split.frozen_specs, cut).items() if cached.get(name) != needed[name]}
+    if rest_of is None:
+        cut = split.frozen_cut(neurons)
+        keys = part_keys(split.whole.frozen_cut(neurons) if cut else {})
+        return Needed(cut, keys, cut_specs(split.frozen_specs, cut), exchange.down)
+    specs = {n: spec for n, spec in {**split.model_specs, **split.frozen_specs}.items() if n in split.partly_held}
+    # Frozen parameters never change; the rest is another one in each round.
+    keys = {name: ("full",) if name in split.frozen_specs else ("round", rest_of) for name in specs}
+    return Needed({name: (None,) * len(spec.shape) for name, spec in specs.items()}, keys, specs, exchange.rest)
 
 
 def frozen_layout(exchange: Exchange, specs: Mapping[str, TensorSpec]) -> Layout:
@@ -70,130 +103,71 @@ def frozen_layout(exchange: Exchange, specs: Mapping[str, TensorSpec]) -> Layout
 
 
 def frozen_bytes(
-    split: SplitModel, exchange: Exchange, neurons: Sequence[Indices], before: Sequence[Indices] | None
-) -> int:
-    """Return the length of the message with the frozen parameters that a worker lacks in a round.
-
-    Args:
-        split: The split network.
-        exchange: How messages are encoded.
-        neurons: For each group, the neurons that the worker holds.
-        before: The same in its last round; None: it has no frozen parameters yet.
-    """
-    if not split.frozen_specs:
-        return 0
-    cached = part_keys(split.whole.frozen_cut(before)) if before is not None else {}
-    needed = part_keys(split.whole.frozen_cut(neurons))
-    specs = missing_specs(split, split.frozen_cut(neurons), needed, cached)
-    return frozen_layout(exchange, specs).nbytes if specs else 0
-
-
-def exchanged_bytes(
     split: SplitModel,
     exchange: Exchange,
     neurons: Sequence[Indices],
     before: Sequence[Indices] | None,
-    round_number: int,
-) -> tuple[int, int]:
-    """Return (bytes to a worker, bytes from it) of a round's messages between a store and a worker.
+    has_rest: bool = False,
+    had_rest: bool = False,
+) -> int:
+    """Return the length of the message with what a worker lacks of that which it reads and does not train.
 
     Args:
-        split: The split network, or the shard that an owner stores.
+        split: The split network.
         exchange: How messages are encoded.
         neurons: For each group, the neurons that the worker holds.
-        before: The same in its last round; None: it has no frozen parameters yet.
-        round_number: The round, from 0.
+        before: The same in its last round; None: it has nothing yet.
+        has_rest: Whether the worker holds the frozen rest of the network in this round.
+        had_rest: The same of its last round.
     """
-    layouts = message_layouts(split, exchange, split.cut(neurons))
-    frozen = frozen_bytes(split, exchange, neurons, before)
-    return down_bytes(split, layouts, round_number) + frozen, layouts.up.nbytes
-
-
-def stores_for(config: Config, split: SplitModel, worker: int) -> Sequence[SplitModel]:
-    """Return what a worker exchanges with over a link: the full network, or shards.
-
-    Under torchrun these are the shards of all other ranks. On Ray the owners are other processes than the workers.
-    """
-    if not config.store_is_sharded:
-        return [split]
-    owners, own = config.train.workers, worker if config.pool.spec.is_launched else None
-    return [shard_of(split, owner, owners) for owner in range(owners) if owner != own]
-
-
-def round_bytes(
-    config: Config,
-    split: SplitModel,
-    worker: int,
-    neurons: Sequence[Indices],
-    before: Sequence[Indices] | None,
-    round_number: int,
-) -> tuple[int, int]:
-    """Return (bytes to a worker, bytes from it) that cross a link in a round; for the arguments see `exchanged_bytes`.
-
-    With a sharded store every owner sends and receives a piece; under torchrun the worker's own crosses no link.
-    """
-    pieces = [
-        exchanged_bytes(store, config.exchange, neurons, before, round_number)
-        for store in stores_for(config, split, worker)
-    ]
-    return sum(down for down, _ in pieces), sum(up for _, up in pieces)
-
-
-def message_bytes(
-    config: Config, split: SplitModel, schedule: Schedule, assignments: Assignments, worker: int
-) -> tuple[int, int]:
-    """Return (bytes to a worker, bytes from it) that cross a link in a full round after the first.
-
-    Args:
-        config: The configuration.
-        split: The split network.
-        schedule: The rounds of the run.
-        assignments: The neurons of every worker in every round.
-        worker: Which worker.
-    """
-    main = schedule.main_round
-    held = assignments.of(main)[worker]
-    down, up = round_bytes(config, split, worker, held, held, 1)
-    continues = main + 1 < schedule.num_rounds and schedule.spans[main + 1].stage == schedule.spans[main].stage
-    earlier, later = (main, main + 1) if continues else (max(0, main - 1), main)
-    if split.frozen_specs:  # what is lacking depends on the round before
-        before, neurons = assignments.of(earlier)[worker], assignments.of(later)[worker]
-        down += sum(
-            frozen_bytes(store, config.exchange, neurons, before) for store in stores_for(config, split, worker)
-        )
-    return down, up
+    if not (split.frozen_specs or has_rest):
+        return 0
+    cached = needed(split, exchange, before, 0 if had_rest else None).keys if before is not None else {}
+    parts = needed(split, exchange, neurons, 1 if has_rest else None)
+    specs = parts.missing(cached)
+    return parts.layout(specs).nbytes if specs else 0
 
 
 class FrozenSender:
-    """Writes the messages with frozen parameters, on the coordinator.
+    """Writes the messages with what workers read and do not train, on the coordinator.
 
     Args:
         split: The split network.
         exchange: How messages are encoded.
-        tensors: Full tensors by name, contiguous; those of `split.frozen_specs` are read.
+        held: The neurons of each worker in each round.
+        tensors: Full tensors by name, contiguous, with their current values.
         device: The device of the tensors.
     """
 
     def __init__(
-        self, split: SplitModel, exchange: Exchange, tensors: Mapping[str, Tensor], device: torch.device
+        self,
+        split: SplitModel,
+        exchange: Exchange,
+        held: Assignments,
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
     ) -> None:
         self._split = split
         self._exchange = exchange
-        self._store = LocalStore({name: tensors[name] for name in split.frozen_specs})
+        self._held = held
+        names = split.frozen_specs.keys() | (split.partly_held if held.ever_has_rest else frozenset())
+        self._store = LocalStore({name: tensors[name] for name in names})
         self._device = device
         self._cached: dict[str, PartKeys] = {}
         self._sent: dict[str, PartKeys] = {}
+        self._rest: Message | None = None
 
     def begin(self, processes: Iterable[str]) -> None:
         """Start a round: forget processes that do not take part in it."""
         present = set(processes)
         self._cached = {process: keys for process, keys in self._cached.items() if process in present}
         self._sent.clear()
+        self._rest = None
 
     def write(
         self, process: str, worker: int, round_number: int, neurons: Sequence[Indices]
     ) -> tuple[Message | None, bool]:
-        """Write the frozen parameters that a process lacks in a round.
+        """Write what a process lacks in a round of that which it reads and does not train.
 
         Args:
             process: The process that runs the worker; until `returned`, the content of its cache is unknown.
@@ -205,18 +179,23 @@ class FrozenSender:
             The message, or None if the process lacks nothing; and whether the process must reuse its cache.
         """
         cached = self._cached.pop(process, None)
-        cut = self._split.frozen_cut(neurons)
-        needed = self._sent[process] = part_keys(self._split.whole.frozen_cut(neurons))
-        specs = missing_specs(self._split, cut, needed, cached or {})
+        rest_of = round_number if self._held.has_rest(round_number) else None
+        parts = needed(self._split, self._exchange, neurons, rest_of)
+        self._sent[process] = parts.keys
+        specs = parts.missing(cached or {})
         if not specs:
             return None, cached is not None
-        message = Message(frozen_layout(self._exchange, specs), self._device)
-        message.write_header(Header(round_number, worker))
-        [placed] = on_device([cut], self._device)
+        layout = parts.layout(specs)
+        if rest_of is not None and self._rest is not None and self._rest.layout == layout:
+            return self._rest, cached is not None
+        message = Message(layout, self._device)
+        message.write_header(Header(round_number, worker if rest_of is None else EVERY_WORKER))
+        [placed] = on_device([parts.cut], self._device)
         for name, spec in specs.items():
             part = {name: torch.empty(spec.shape, dtype=spec.dtype, device=self._device)}
             self._store.extract(placed, into=part)
-            encode(part, message.tensors, self._exchange.down)
+            encode(part, message.tensors, parts.coding)
+        self._rest = message
         return message, cached is not None
 
     def returned(self, process: str) -> None:
@@ -225,36 +204,44 @@ class FrozenSender:
 
 
 class FrozenCache:
-    """A worker's parts of frozen parameters, which it reuses from round to round.
+    """What a process reads and does not train; it reuses this from round to round.
 
     Args:
         split: The split network.
         exchange: How messages are encoded.
+        held: The neurons of each worker in each round.
 
     Attributes:
-        tensors: Name to the worker's part of the tensor; these tensors are never written.
+        tensors: Name to the worker's part of a frozen parameter; these tensors are never written.
+        rest: Name to a full tensor of the frozen rest, in encoded form; empty in other rounds.
     """
 
-    def __init__(self, split: SplitModel, exchange: Exchange) -> None:
+    def __init__(self, split: SplitModel, exchange: Exchange, held: Assignments) -> None:
         self._split = split
         self._exchange = exchange
+        self._held = held
         self.tensors: dict[str, Tensor] = {}
+        self.rest: dict[str, CodedTensor] = {}
         self._keys: PartKeys = {}
 
-    def layout(self, neurons: Sequence[Indices], reuses_frozen: bool) -> Layout | None:
-        """Return the layout of the message with frozen parameters that is sent beside a subnet; None: none is sent.
+    def layout(self, round_number: int, neurons: Sequence[Indices], reuses_frozen: bool) -> Layout | None:
+        """Return the layout of the message that is sent beside a subnet; None: none is sent.
 
         Args:
+            round_number: The round.
             neurons: For each group, the neurons that the worker holds in the round.
             reuses_frozen: Whether the worker must reuse this cache, as the subnet's header says.
         """
-        specs = self.missing(neurons, reuses_frozen)
-        return frozen_layout(self._exchange, specs) if specs else None
+        specs = self.missing(round_number, neurons, reuses_frozen)
+        return self._needed(round_number, neurons).layout(specs) if specs else None
 
-    def missing(self, neurons: Sequence[Indices], reuses_frozen: bool) -> dict[str, TensorSpec]:
+    def missing(self, round_number: int, neurons: Sequence[Indices], reuses_frozen: bool) -> dict[str, TensorSpec]:
         """Return the specs of the parts that are sent beside a subnet; see `layout`."""
-        cut = self._split.frozen_cut(neurons)
-        return missing_specs(self._split, cut, part_keys(cut), self._keys if reuses_frozen else {})
+        return self._needed(round_number, neurons).missing(self._keys if reuses_frozen else {})
+
+    def _needed(self, round_number: int, neurons: Sequence[Indices]) -> Needed:
+        rest_of = round_number if self._held.has_rest(round_number) else None
+        return needed(self._split, self._exchange, neurons, rest_of)
 
     def update(
         self,
@@ -263,8 +250,8 @@ class FrozenCache:
         round_number: int,
         received: Message | None,
         device: torch.device,
-    ) -> Mapping[str, Tensor]:
-        """Store the received parts, drop those that are no longer needed, and return the parts of a round.
+    ) -> None:
+        """Store the received parts, and drop those that are not needed in a round.
 
         Args:
             neurons: For each group, the neurons that the worker holds in the round.
@@ -276,25 +263,31 @@ class FrozenCache:
         Raises:
             PoolError: The message belongs to another round or worker, or a part is neither cached nor received.
         """
-        cut = self._split.frozen_cut(neurons)
-        needed, specs = part_keys(cut), cut_specs(self._split.frozen_specs, cut)
+        has_rest = self._held.has_rest(round_number)
+        parts = self._needed(round_number, neurons)
         if received is not None:
-            received.read_header(round_number, worker)
+            received.read_header(round_number, EVERY_WORKER if has_rest else worker)
         sent = received.tensors if received is not None else {}
-        parts: dict[str, Tensor] = {}
-        for name, spec in specs.items():
-            if name in sent:
-                value = decoded(sent, name, spec, self._exchange.down)
-                parts[name] = value.to(device, copy=True)  # the message's memory is reused
-            elif self._keys.get(name) == needed[name]:
-                parts[name] = self.tensors[name]
+        tensors: dict[str, Tensor] = {}
+        rest: dict[str, CodedTensor] = {}
+        for name, spec in parts.specs.items():
+            if name in sent:  # copies: the message's memory is reused
+                if has_rest:
+                    coded = {key: sent[key].to(device, copy=True) for key in (name, name + SCALE) if key in sent}
+                    rest[name] = CodedTensor(name, coded, spec, parts.coding)
+                else:
+                    tensors[name] = decoded(sent, name, spec, parts.coding).to(device, copy=True)
+            elif self._keys.get(name) == parts.keys[name]:
+                if has_rest:
+                    rest[name] = self.rest[name]
+                else:
+                    tensors[name] = self.tensors[name]
             else:
                 raise PoolError(
                     f"worker {worker} does not have its part of '{name}' (frozen) and was not sent it for round "
                     f"{round_number}: are all processes running the same version with the same configuration?"
                 )
-        self.tensors, self._keys = parts, needed
-        return parts
+        self.tensors, self.rest, self._keys = tensors, rest, parts.keys
 
 
 def check_frozen(module: nn.Module, bound: Mapping[str, Tensor], sums: Mapping[str, int]) -> None:

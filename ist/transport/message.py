@@ -26,6 +26,8 @@ _FINGERPRINT, _ROUND, _WORKER, _REUSES_FROZEN, _NON_FINITE = 0, 1, 2, 10, 11
 """Slots of a header, of 8 bytes each; `ist/measurements.py` names the slots of measured numbers."""
 _LOGGED = HEADER_BYTES // 8
 """The slot of the first logged number; a header is longer if numbers are logged."""
+EVERY_WORKER = -1
+"""The worker in the header of a message that is the same for all workers."""
 ALIGNMENT = 64  # a cache line; torch's allocator guarantees the same to its kernels
 
 

@@ -72,6 +72,9 @@ def _unpack(packed: Tensor, columns: int, bits: int) -> Tensor:
     if bits == 8:
         return packed
     rows = len(packed)
+    if bits == 4:  # the frozen rest of the network is decoded in every step: do it fast
+        halves = torch.stack((packed >> 4, packed & 15), dim=2)
+        return halves.view(rows, -1)[:, :columns]
     places = torch.arange(7, -1, -1, dtype=torch.uint8, device=packed.device)
     stream = ((packed[:, :, None] >> places) & 1).view(rows, -1)
     each = stream[:, : columns * bits].view(rows, columns, bits)

@@ -18,13 +18,13 @@ train.optimizer.name train.optimizer.args train.optimizer.groups
 train.optimizer.groups.N.match train.optimizer.groups.N.max_dims train.optimizer.groups.N.args
 train.schedule train.schedule.name train.schedule.factor train.schedule.args
 train.schedule_unit train.optimizer_state train.activation_scale train.running_statistics
-partition.strategy partition.keep partition.capacities partition.coverage partition.balance partition.residual
+partition.strategy partition.keep partition.rest partition.capacities partition.coverage partition.balance partition.residual
 partition.exclude partition.sizes partition.blocks partition.min_depth partition.verify
-recipe.stages recipe.stages.N.rounds recipe.stages.N.share recipe.stages.N.keep recipe.stages.N.local_steps
+recipe.stages recipe.stages.N.rounds recipe.stages.N.share recipe.stages.N.keep recipe.stages.N.rest recipe.stages.N.local_steps
 recipe.stages.N.lr_scale recipe.stages.N.outer recipe.stages.N.outer.lr recipe.stages.N.outer.momentum
 recipe.stages.N.merge_scale recipe.stages.N.merge_scale.own recipe.stages.N.merge_scale.shared
 recipe.merge_scale.own recipe.merge_scale.shared recipe.outer.lr recipe.outer.momentum recipe.average.kind recipe.average.decay recipe.average.decay_unit recipe.average.start
-exchange.down exchange.up exchange.values exchange.error_feedback
+exchange.down exchange.up exchange.values exchange.rest exchange.error_feedback
 baseline.powersgd_rank baseline.powersgd_start baseline.outer.lr baseline.outer.momentum
 evaluate.every evaluate.batch_size evaluate.metric evaluate.statistics_batches
 checkpoint.every checkpoint.keep checkpoint.storage

@@ -117,6 +117,11 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "network": "blocks", "partition__strategy": "blocks", "partition__blocks": ["1.*"],
         "recipe__stages": [{}, {"rounds": 2, "keep": 1}],
     },
+    "frozen rest, first absent": {
+        "network": "two hidden layers, batch norm", "recipe__stages": [{"rounds": 1}, {"rest": "frozen"}],
+        "exchange__up": "int8", "exchange__values": "deltas", "train__optimizer_state": "carried",
+    },
+    "frozen rest, frozen parameters": {"network": "frozen", "partition__rest": "frozen", "exchange__rest": "int8"},
     "skewed shards": {"network": "no batch norm", "data__skew": {"alpha": 0.3}},
     "own data": {"network": "no batch norm", "data__shard": "own"},
 }  # fmt: skip

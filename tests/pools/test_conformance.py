@@ -12,7 +12,7 @@ from ist.runs.split import split_of
 from ist.storage.checkpoint import read_tensors
 from ist.subnet.job import Job, assignments
 from ist.subnet.partition import sizes_vary
-from ist.transport.frozen_parameters import round_bytes
+from ist.transport.traffic import round_bytes
 from tests.conftest import assert_same, run_forked_ranks
 from tests.pools.scenario import FEW_BUFFERS, SCENARIOS, WORKERS, job, run
 
@@ -120,8 +120,9 @@ def message_bytes(made: Job, round_number: int) -> list[tuple[int, int]]:
     """The bytes to and from each worker in a round."""
     held = assignments(made)
     before = held.of(round_number - 1) if round_number else [None] * WORKERS
+    rest = held.has_rest(round_number), round_number > 0 and held.has_rest(round_number - 1)
     return [
-        round_bytes(made.config, made.split, worker, neurons, earlier, round_number)
+        round_bytes(made.config, made.split, worker, neurons, earlier, round_number, *rest)
         for worker, (neurons, earlier) in enumerate(zip(held.of(round_number), before, strict=True))
     ]
 

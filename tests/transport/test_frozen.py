@@ -176,8 +176,8 @@ def test_a_frozen_part_that_is_neither_cached_nor_sent_is_an_error() -> None:
     model = seeded(frozen_first)
     job = job_for(model, train__workers=2)
     sender, worker = (
-        FrozenSender(job.split, job.config.exchange, model.state_dict(), torch.device("cpu")),
-        FrozenCache(job.split, job.config.exchange),
+        FrozenSender(job.split, job.config.exchange, assignments(job), model.state_dict(), torch.device("cpu")),
+        FrozenCache(job.split, job.config.exchange, assignments(job)),
     )
     message, reuses_frozen = sender.write("a", 0, 0, assignments(job).of(0)[0])
     assert message is not None
@@ -195,20 +195,21 @@ def test_both_ends_derive_the_same_message() -> None:
     model = seeded(frozen_first)
     job = job_for(model, train__workers=2, train__rounds=6, partition__exclude=["0"])
     sender, worker, device = (
-        FrozenSender(job.split, job.config.exchange, model.state_dict(), torch.device("cpu")),
-        FrozenCache(job.split, job.config.exchange),
+        FrozenSender(job.split, job.config.exchange, assignments(job), model.state_dict(), torch.device("cpu")),
+        FrozenCache(job.split, job.config.exchange, assignments(job)),
         torch.device("cpu"),
     )
     whole = dict(model.named_parameters())
     for round_number in range(6):
         sender.begin(["a"])
         message, reuses_frozen = sender.write("a", 1, round_number, assignments(job).of(round_number)[1])
-        layout = worker.layout(assignments(job).of(round_number)[1], reuses_frozen)
+        layout = worker.layout(round_number, assignments(job).of(round_number)[1], reuses_frozen)
         assert reuses_frozen == (round_number not in (0, 4))
         assert (message.layout if message else None) == layout
         received = Message(layout, flat=message.flat.clone()) if layout and message else None
 
-        held = worker.update(assignments(job).of(round_number)[1], 1, round_number, received, device)
+        worker.update(assignments(job).of(round_number)[1], 1, round_number, received, device)
+        held = worker.tensors
 
         rows = assignments(job).of(round_number)[1][-1]
         assert torch.equal(held["0.weight"], whole["0.weight"])

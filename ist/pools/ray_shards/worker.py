@@ -101,7 +101,7 @@ class RayShardWorker(RayWorker):
         reuses_frozen: bool,
     ) -> Message | None:
         """Return the message with the frozen parameters that the worker lacks; None if it lacks none."""
-        missing = worker.frozen.missing(neurons, reuses_frozen)
+        missing = worker.frozen.missing(round_number, neurons, reuses_frozen)
         cut = worker.job.split.frozen_cut(neurons)
         incoming = {}
         for owner, layout in pieces.frozen_layouts(cut, missing).items():

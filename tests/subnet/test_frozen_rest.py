@@ -1,0 +1,243 @@
+"""A worker's module with the frozen rest computes the full network, and trains its own positions only."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from ist.errors import ConfigError, ModelError
+from ist.subnet.cut import cut_specs, extract
+from ist.subnet.frozen_rest import FullModule, Partly
+from ist.subnet.job import Job, assignments
+from ist.tensors import memory_key, named_tensors
+from ist.transport.codec import CodedTensor, coded_specs, encode
+from ist.transport.quantize import dequantize, quantize
+from tests.conftest import config_tree, data, job_for, naming
+from tests.networks import NETWORKS, frozen_first, seeded
+from tests.neurons.networks import stack
+
+
+class Recurrent(nn.Module):
+    """An LSTM, of which hidden units are split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.last = nn.LSTM(4, 6, batch_first=True), nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.lstm(x.view(-1, 3, 4))[0][:, -1])
+
+
+class Convolutions(nn.Module):
+    """Convolutions with batch norms in both modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 6, 2), nn.BatchNorm2d(6)
+        self.second, self.fixed = nn.Conv2d(6, 8, 2), nn.BatchNorm2d(8).eval()
+        self.last = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.first(x.view(-1, 1, 3, 4))).relu()
+        return self.last(self.fixed(self.second(x)).relu().mean((2, 3)))
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = GPT2Config(
+        vocab_size=5, n_positions=12, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, resid_pdrop=0,
+        embd_pdrop=0, attn_pdrop=0,
+    )  # fmt: skip
+
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = GPT2LMHeadModel(settings)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores: Tensor = self.network(x.abs().mul(3).long().clamp(max=4)).logits[:, -1]
+            return scores
+
+    return Scores()
+
+
+CASES: dict[str, Callable[[], nn.Module]] = {
+    "perceptron, batch norm": NETWORKS["two hidden layers, batch norm"],
+    "slopes of neurons": NETWORKS["nested, per-neuron slopes"],
+    "attention": lambda: nn.Sequential(
+        nn.Unflatten(1, (3, 4)),
+        nn.Linear(4, 12),
+        nn.TransformerEncoderLayer(12, 3, 20, 0.0, batch_first=True),
+        nn.Flatten(),
+        nn.Linear(36, 5),
+    ),
+    "convolutions": Convolutions,
+    "lstm": Recurrent,
+    "frozen parameters": frozen_first,
+    "gpt-2": gpt2,
+}
+
+
+def made(model: nn.Module, worker: int, coding: Any, **changes: Any) -> tuple[Job, FullModule, nn.Module, Any]:
+    """Return a job, a worker's module, the full network with the values that this module computes with, and its cut."""
+    inputs, targets = data().tensors
+    dataset = TensorDataset(inputs.to(next(model.parameters()).dtype), targets)
+    changes |= {"partition__rest": "frozen", "exchange__rest": coding, "train__workers": 2}
+    job = job_for(model, dataset, **changes)
+    split, neurons = job.split, assignments(job).of(0)[worker]
+    state = {name: tensor.detach().contiguous() for name, tensor in named_tensors(model).items()}
+    cut = {name: dims for name, dims in split.cut(neurons).items() if name in split.model_specs}
+    specs = cut_specs(split.model_specs, cut)
+    own = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+    extract(state, cut, into=own)
+    rest = {}
+    for name in split.partly_held:
+        spec = split.all_specs[name]
+        coded = {key: torch.zeros(s.shape, dtype=s.dtype) for key, s in coded_specs({name: spec}, coding).items()}
+        encode({name: state[name]}, coded, coding)
+        rest[name] = CodedTensor(name, coded, spec, coding).decode
+    full = split.full_module(neurons, torch.device("cpu"))
+    full.bind(own, cut, rest)
+    oracle = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, tensor in named_tensors(oracle).items():
+            if name in full.parts:
+                tensor.copy_(full.parts[name].value(own.get(name)))
+    return job, full, oracle, cut
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("coding", ["exact", "int4"])
+def test_gradients_of_own_positions_are_those_of_the_full_network(name: str, coding: str) -> None:
+    model = seeded(CASES[name]).double()
+    x = torch.randn(7, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    _, full, oracle, cut = made(model, 1, coding)
+
+    expected = oracle(x)
+    expected.square().sum().backward()
+    found = full.module(x)
+    found.square().sum().backward()
+
+    # Only the order of sums differs: 1e-12 is a few thousand roundings of float64.
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    theirs = dict(oracle.named_parameters())
+    trained = dict(full.module.named_parameters())
+    assert trained.keys() == {key for key, parameter in theirs.items() if parameter.requires_grad}
+    for key, parameter in trained.items():
+        whole, part = theirs[key].grad, torch.empty_like(parameter)
+        assert whole is not None
+        extract({key: whole.contiguous()}, cut, into={key: part})
+        torch.testing.assert_close(parameter.grad, part, rtol=1e-11, atol=1e-12)
+    assert any(parameter.numel() < theirs[key].numel() for key, parameter in trained.items())
+
+
+def test_blocks_that_a_worker_does_not_hold_are_there_and_have_no_gradient() -> None:
+    model = seeded(stack).double()
+    x = torch.randn(7, 12, dtype=torch.float64)
+    job, full, oracle, _ = made(model, 0, "int8", partition__strategy="blocks", partition__blocks=["1.*"])
+
+    found = full.module(x)
+
+    torch.testing.assert_close(found, oracle(x), rtol=1e-12, atol=1e-12)
+    lacking = job.split.partly_held - {name for name, _ in full.module.named_parameters()}
+    assert lacking
+    assert assignments(job).block_scales() == {}  # all blocks are always computed
+
+
+@pytest.mark.parametrize("name", ["perceptron, batch norm", "convolutions"])
+def test_autograd_saves_no_full_weight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, full, _, _ = made(seeded(CASES[name]), 0, "int4")
+    assembled, value = [], Partly.value
+
+    def noted(part: Partly, *arguments: Any) -> Tensor:
+        tensor = value(part, *arguments)
+        if tensor.ndim > 1:
+            assembled.append(memory_key(tensor))
+        return tensor
+
+    monkeypatch.setattr(Partly, "value", noted)
+    loss = full.module(torch.randn(9, 12)).sum()
+
+    assert assembled
+    assert all(memory.expired() for memory in assembled)  # the weights are gone before the backward pass
+    loss.backward()
+
+
+def test_a_parameter_that_changes_before_the_backward_pass_is_noticed() -> None:
+    _, full, _, _ = made(seeded(Convolutions), 0, "int4")
+    loss = full.module(torch.randn(9, 12)).sum()
+
+    with torch.no_grad():
+        for parameter in full.module.parameters():
+            parameter.mul_(2)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_autocast_gives_the_gradients_of_the_full_network() -> None:
+    model = seeded(CASES["perceptron, batch norm"])
+    x = torch.randn(7, 12)
+    _, full, oracle, cut = made(model, 0, "int4")
+
+    for network in (full.module, oracle):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = network(x).float().square().sum()
+        loss.backward()
+
+    for key, parameter in full.module.named_parameters():
+        whole, part = dict(oracle.named_parameters())[key].grad, torch.empty_like(parameter)
+        assert whole is not None
+        extract({key: whole.contiguous()}, cut, into={key: part})
+        assert parameter.dtype == torch.float32
+        # bfloat16 has 8 bits: sums in another order differ by a few of its roundings.
+        torch.testing.assert_close(parameter.grad, part, rtol=0.05, atol=0.05 * part.abs().max().item())
+
+
+def test_sparse_gradients_are_refused_by_name() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.last = nn.Embedding(9, 8, sparse=True), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.words(x.abs().long().clamp(max=8)).mean(1).relu())
+
+    with pytest.raises(ModelError, match=naming("'words'", "partition.rest")):
+        made(seeded(Words), 0, "int4", train__optimizer={"name": "SGD", "args": {"lr": 0.1}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"exchange": {"rest": "int8"}}, ("exchange.rest", "partition.rest")),
+        ({"partition": {"rest": "frozen"}, "pool": {"kind": "torchrun", "store": "sharded"}}, ("pool.store",)),
+        ({"partition": {"rest": "frozen"}, "pool": {"kind": "torchrun", "ranks_per_worker": 2}}, ("ranks_per_worker",)),
+        ({"recipe": {"stages": [{"rest": "frozen"}]}, "train": {"compile": "eager"}}, ("train.compile",)),
+    ],
+)
+def test_what_cannot_be_combined_is_refused_before_a_run(changes: dict[str, Any], named: tuple[str, ...]) -> None:
+    from ist.config.load import validate
+
+    tree = config_tree()
+    for section, keys in changes.items():
+        tree[section] = {**tree.get(section, {}), **keys}
+
+    with pytest.raises(ConfigError, match=naming(*named)):
+        validate(tree, "")
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_matrix_survives_its_rounding(bits: int) -> None:
+    matrix = torch.randn(5, 13, generator=torch.Generator().manual_seed(2))
+
+    codes, scale = quantize(matrix, bits)
+    back = dequantize(codes, scale, 13, bits)
+
+    assert bool(((back - matrix).abs() <= scale[:, None] / 2 + 1e-6).all())
+    assert all(torch.equal(a, b) for a, b in zip(quantize(back, bits), (codes, scale), strict=True))
