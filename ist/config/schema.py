@@ -470,7 +470,8 @@ class Config(Section):
         if not self.method_spec.needs_groups:
             return self
         if not self.has_frozen_rest:
-            if self.exchange.rest != Exchange.model_fields["rest"].default:
+            is_asked = self.partition.rest == "frozen" or any(stage.rest == "frozen" for stage in self.recipe.stages)
+            if not is_asked and self.exchange.rest != Exchange.model_fields["rest"].default:
                 raise ValueError(
                     f"'exchange.rest' is '{self.exchange.rest}', but no round has the frozen rest of the network: set "
                     "'partition.rest' to frozen, or leave 'exchange.rest' out"

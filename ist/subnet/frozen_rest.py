@@ -13,7 +13,7 @@ values.
 Not here: which positions a worker holds (`cut.py`), how the rest is encoded (`ist/transport/codec.py`).
 
 Reference: Filippova et al., Partial Parameter Updates, arXiv 2509.22418, compute the full network on every node and
-update a fixed part of it there; here the parts are drawn anew in each round, and what is not updated is rounded.
+update a fixed part of it there; here each round draws new parts, and what is not updated is rounded.
 """
 
 import threading

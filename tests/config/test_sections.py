@@ -20,7 +20,7 @@ MISTAKES: dict[str, tuple[type[Section], dict[str, Any], tuple[str, ...]]] = {
         Recipe, {"outer": {"momentun": 0.9}}, ("ist.Recipe", "'outer.momentun'", "'momentum'"),
     ),
     "a key of a section inside": (Recipe, {"momentum": 0.9}, ("ist.Recipe", "'momentum'", "'outer.momentum'")),
-    "a key that nothing has": (Exchange, {"zzz": 1}, ("ist.Exchange", "'zzz'", "down, error_feedback, up, values")),
+    "a key that nothing has": (Exchange, {"zzz": 1}, ("ist.Exchange", "'zzz'", "down, error_feedback, rest, up, values")),
     "an argument beside args": (Component, {"name": "SGD", "lr": 0.1}, ("'lr'", "'args.lr'")),
     "an unknown choice": (Partition, {"strategy": "even"}, ("ist.Partition", "'strategy'", "'even'", "'disjoint'")),
     "a wrong type, in a list": (Recipe, {"stages": [{}, {"rounds": "3"}]}, ("ist.Recipe", "'stages.1.rounds'", "'3'")),

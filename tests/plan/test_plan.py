@@ -33,7 +33,7 @@ from ist.plan.request import Hosts, parse_request
 from ist.runs.build import build_job
 from ist.runs.split import split_of
 from ist.subnet.job import assignments, remote_workers, with_workers
-from ist.transport.frozen_parameters import message_bytes
+from ist.transport.traffic import message_bytes
 from tests.baselines.program import Mixed
 from tests.conftest import config_tree, job_for, naming, small_config
 from tests.networks import seeded
