@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.held import held
 from ist.config.load import load_config
 from ist.config.schema import Config
+from ist.data.registry import Splits
 from ist.loops.local_loop import TaskLoop
 from ist.optimization.factory import optimizer_factory
 from ist.runs.build import build_job, build_network
@@ -163,13 +164,14 @@ def step_flops(job: Job, module: nn.Module) -> int:
     return int(counter.get_total_flops())
 
 
-def small_network(config: Config) -> dict[str, Any]:
+def small_network(config: Config, splits: Splits | None = None) -> dict[str, Any]:
     """Return the arguments of the small network that fits into the memory of a worker's share.
 
     Args:
         config: The configuration, with the stages in which workers hold the largest share.
+        splits: The data, if they are already loaded.
     """
-    job = build_job(config)
+    job = build_job(config, splits)
     parameters = sum(parameter.numel() for parameter in job.split.template.parameters())
     return fitting(config, state_bytes(config, held(job).fraction * parameters))
 

@@ -15,6 +15,8 @@ seeds, or six if runs are short and the test part is small.
 which also coordinates and evaluates.
 Finished runs are lines of `results/workloads_runs.jsonl`; see `benchmarks/session.py`. `--quick` only checks that it
 runs.
+*Control*: the small network that fits into the memory of a worker's share, from the runs of `python -m benchmarks.dial`
+with the length of the configuration, or with that of the dial where it is shorter.
 """
 
 import argparse
@@ -208,8 +210,36 @@ HEADS = (
 )
 
 
-def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """Yield all workloads' contenders, one after the other, under `HEADS`."""
+CONTROLS = ("local SGD", "data-parallel")
+"""How the small network that fits is trained; the labels are those of `benchmarks/dial.py`."""
+
+
+def controls(workload: str, base: Mapping[str, Any] | None, dial: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield the small networks that fit into a worker's share, if the dial has measured them, under `HEADS`."""
+    entry = dial.get(f"{workload}_full_length", dial.get(workload, {"points": {}}))
+    for training in CONTROLS:
+        row = entry["points"].get(f"small network in the memory of 1/4, {training}")
+        if row is None:
+            continue
+        metric = entry["metric"]
+        spread = f" ± {format_metric(metric, row['spread'])}" if len(row["values"]) > 1 else ""
+        yield (
+            workload,
+            f"small network, {training}, lr {row['lr']:.3g}",
+            "loss" if metric == "test_loss" else metric_title(metric),
+            f"{format_metric(metric, row['mean'])}{spread} ({len(row['values'])})",
+            behind(metric, row["mean"], base["mean"]) if base else "",
+            format_bytes(row["sent_bytes"]),
+            f"{format_ratio(base['sent_bytes'] / row['sent_bytes'])}x" if base else "",
+            f"{row['virtual_s']:.1f}",
+            "",
+            "",
+            f"{row['parameters'] / entry['parameters']:.0%}",
+        )
+
+
+def rows(found: Mapping[str, Any], dial: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield all workloads' contenders and small networks, one after the other, under `HEADS`."""
     for workload, entry in found.items():
         metric, base = entry["metric"], entry["rows"].get(REFERENCE)
         for label, row in entry["rows"].items():
@@ -226,21 +256,27 @@ def rows(found: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
                 format_bytes(row["coordinator_memory_bytes"]),
                 str(Held(**row["held"])),
             )
+        yield from controls(workload, base, dial)
 
 
-def table(found: Mapping[str, Any]) -> Table:
+def table(found: Mapping[str, Any], dial: Mapping[str, Any]) -> Table:
     """Return the table of all workloads."""
     shown = Table(*HEADS)
     for workload, entry in found.items():
-        for row in rows({workload: entry}):
+        for row in rows({workload: entry}, dial):
             shown.add_row(*row)
         shown.add_section()
     return shown
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    """Return the table of `benchmarks/README.md`."""
-    lines = (HEADS, ["---"] * len(HEADS), *((f"`{workload}`", *others) for workload, *others in rows(found)))
+def markdown(found: Mapping[str, Any], dial: Mapping[str, Any]) -> str:
+    """Return the table of `benchmarks/README.md`.
+
+    Args:
+        found: The results of the workloads.
+        dial: Those of `python -m benchmarks.dial`, with the small networks.
+    """
+    lines = (HEADS, ["---"] * len(HEADS), *((f"`{workload}`", *others) for workload, *others in rows(found, dial)))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -264,8 +300,9 @@ def main() -> None:
     path = RESULTS / f"{name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     summaries, tuned = before.get("workloads", {}), before.get("tuning", {})
+    dial = json.loads(measured.read_text())["workloads"] if (measured := RESULTS / "dial.json").exists() else {}
     if asked.markdown:
-        print(markdown(summaries))
+        print(markdown(summaries, dial))
         return
     for workload in chosen:
         files = {key: Path(getattr(asked, option)).absolute() for key, option in WORKLOADS[workload].files.items()}
@@ -289,7 +326,7 @@ def main() -> None:
         summaries[workload] = {**summary(workload, session.found(), last, memories), "rates": best}
         summaries = {known: summaries[known] for known in WORKLOADS if known in summaries}
         write_result(name, {"tuning": tuned, "workloads": summaries})
-    Console(width=160).print(table(summaries))
+    Console(width=160).print(table(summaries, dial))
     print(path)
 
 

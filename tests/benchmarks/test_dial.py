@@ -89,10 +89,41 @@ def test_the_command_of_the_small_network_trains_one_that_every_worker_holds(
     assert config.train.workers == 2
 
 
-def test_the_page_has_the_table_of_the_measured_points() -> None:
+def test_data_parallel_training_has_the_length_and_the_rate_of_the_configuration_or_of_the_dial() -> None:
+    point = dial.Point("small", "ddp")
+
+    as_configured = dial.run_of("wordnet_gcn", point, [], 1.0, 0, tune=False).load()
+    as_long = dial.run_of("speech_mlp", point, [], 1.0, 0, tune=False)
+
+    assert (as_configured.train.epochs, as_configured.train.optimizer.args["lr"]) == (24, 0.01)
+    assert as_long.overrides[0] == "train.epochs=24"
+    assert "train.optimizer.args.lr=0.1" in as_long.overrides
+
+
+def test_workers_that_hold_residual_blocks_hold_their_own_ones_or_all() -> None:
+    points = dial.points_of("fashion_mnist_resist")
+
+    assert {point.keep for point in points} == {0, 1}
+    assert dial.trials("fashion_mnist_resist") == []
+
+
+def test_a_workload_meets_its_goal_if_a_point_with_at_most_halves_is_close_to_data_parallel_training() -> None:
+    def measured(keep: float | None, mean: float) -> dict[str, object]:
+        return {"keep": keep, "mean": mean, "values": [mean]}
+
+    points = {dial.TUNED: measured(None, 0.8), dial.NARROW: measured(0, 0.7), "keep 1 for 1": measured(1, 0.9)}
+    missed = {"cora_gcn": {"metric": "accuracy", "points": points}}
+    met = {"cora_gcn": {"metric": "accuracy", "points": {**points, "trial: short": measured(None, 0.796)}}}
+
+    assert dial.overview(missed).endswith("| own shares throughout: +10.00 points (1) | missed |")
+    assert dial.overview(met).endswith("| short: +0.40 points (1) | met |")
+
+
+def test_the_pages_have_the_tables_of_the_measured_points() -> None:
     measured = json.loads((ROOT / "benchmarks" / "results" / "dial.json").read_text())["workloads"]
 
     assert dial.markdown(measured) in (ROOT / "benchmarks" / "README.md").read_text()
+    assert dial.overview(measured) in (ROOT / "docs" / "recipes.md").read_text()
 
 
 @pytest.mark.system
