@@ -30,11 +30,21 @@ which needs gamma = xi/theta, or 1/p). `best_scale` is the minimax optimum betwe
 1/p, slow ones want 1. If gamma is fitted in each round, gamma = <e, Se> / <Se, Se>, then a round reduces ||e|| at least
 as much as with any other gamma. So the minimax rate is also a bound for it, without knowledge of the spectrum.
 
+Shared parameters, which every subnetwork trains and the merge averages, are a part sigma of the kernel: H_s = sigma H
+and H_l = (1 - sigma) H/p. Each subnetwork then removes the part g(kappa lambda) of the error alone, kappa = sigma + (1
+- sigma)/p, and a direction has the factor 1 - (sigma + gamma (1 - sigma)) g(kappa lambda) / kappa. For many local
+steps, a gamma of 1/p for the own neurons alone is exact; a common one for all changes would be kappa, which is above
+1/p.
+
+An outer Nesterov optimizer (learning rate alpha, momentum mu) on the merged change multiplies gamma by alpha, and
+lowers the limit of alpha gamma s from 2 to 2 (1 + mu) / (1 + 2 mu), which approaches 4/3 as mu approaches 1.
+
 Related: simultaneous steps of blocks from the same point are a damped block Jacobi iteration. J. K. Bradley et al.,
 arXiv 1105.5379, prove speedups of parallel coordinate descent on L1-regularized losses that are linear up to a limit
 that the problem sets. In P. Richtarik, M. Takac, arXiv 1212.0873, the speedup depends on the separability of the
-objective: without any there may be no speedup. A. Filippova et al., arXiv 2509.22418, train language models with a full
-forward pass and a fixed subset of trained parameters on each node.
+objective: without any there may be no speedup. C. Ma et al., arXiv 1502.03508, compare averaging and adding the
+updates of workers that optimize disjoint dual variables. A. Filippova et al., arXiv 2509.22418, train language models
+with a full forward pass and a fixed subset of trained parameters on each node.
 
 Where it sits: the experiment `frozen` compares it with measurements.
 Not here: the iteration (`ist/theory/algorithm.py`).
@@ -67,9 +77,21 @@ def factors(eigenvalues: Tensor, law: Law, local_steps: int, step_size: float, m
     return 1 - merge_scale * removed(eigenvalues, law, local_steps, step_size)
 
 
-def largest_scale(eigenvalues: Tensor, law: Law, local_steps: int, step_size: float) -> float:
-    """Return 2 / max(s): the error grows with a larger gamma."""
-    return 2 / float(removed(eigenvalues, law, local_steps, step_size).max())
+def largest_scale(
+    eigenvalues: Tensor, law: Law, local_steps: int, step_size: float, outer_lr: float = 1.0, momentum: float = 0.0
+) -> float:
+    """Return the limit of gamma, 2 / max(s) without an outer optimizer: the error grows with a larger gamma.
+
+    Args:
+        eigenvalues: As for `removed`.
+        law: As for `removed`.
+        local_steps: tau.
+        step_size: eta.
+        outer_lr: alpha, the learning rate of the outer Nesterov optimizer.
+        momentum: mu, its momentum, at least 0 and below 1.
+    """
+    limit = 2 * (1 + momentum) / (1 + 2 * momentum) / outer_lr
+    return limit / float(removed(eigenvalues, law, local_steps, step_size).max())
 
 
 def best_scale(eigenvalues: Tensor, law: Law, local_steps: int, step_size: float) -> float:
@@ -86,18 +108,27 @@ def monotone_scale(eigenvalues: Tensor, law: Law, local_steps: int, step_size: f
     return min(1.0, 1 / float(removed(eigenvalues, law, local_steps, step_size).max()))
 
 
-def round_matrix(kernels: Tensor, local_steps: int, step_size: float, merge_scale: float) -> Tensor:
-    """Return I - gamma S for the kernels of disjoint subnetworks, without assuming that they are equal.
+def round_matrix(
+    kernels: Tensor, local_steps: int, step_size: float, merge_scale: float, shared: Tensor | None = None
+) -> Tensor:
+    """Return the matrix that multiplies the error in a round, without assuming that the subnetworks' kernels are equal.
 
     Args:
-        kernels: H_l, (p, n, n).
+        kernels: H_l, the kernels of the own neurons of disjoint subnetworks, (p, n, n).
         local_steps: tau.
         step_size: eta.
-        merge_scale: gamma.
+        merge_scale: gamma, of the changes of own neurons.
+        shared: H_s, the kernel of the parameters that every subnetwork trains and the merge averages, (n, n).
 
     Returns:
-        (n, n): the matrix that multiplies the error in a round.
+        (n, n): I - gamma S if nothing is shared.
     """
     unit = torch.eye(kernels.shape[-1], dtype=kernels.dtype)
-    remaining: Tensor = torch.linalg.matrix_power(unit - step_size * kernels, local_steps)
-    return unit - merge_scale * (unit - remaining).sum(dim=0)
+    common = torch.zeros_like(unit) if shared is None else shared
+    # After i local steps, the error of subnetwork l is (I - eta (H_s + H_l))^i e; its changes are sums of these.
+    remaining = unit.expand_as(kernels)
+    total = torch.zeros_like(kernels)
+    for _ in range(local_steps):
+        total = total + step_size * remaining
+        remaining = remaining - step_size * (common + kernels) @ remaining
+    return unit - merge_scale * (kernels @ total).sum(dim=0) - common @ total.mean(dim=0)
