@@ -305,6 +305,7 @@ class PoolSpec:
         measures_speed: Whether shares can follow the measured speed of workers.
         reserves_processors: Whether a worker can use only the processors that are reserved for it.
         owns_shards: Whether its processes can own shards of the network, so that none holds the whole.
+        groups_processes: Whether a worker can be several processes.
         package: A package that it needs; None: none.
         keys: Keys of the section `pool` that only this pool uses, and the reason.
     """
@@ -316,6 +317,7 @@ class PoolSpec:
     measures_speed: bool = False
     reserves_processors: bool = False
     owns_shards: bool = False
+    groups_processes: bool = False
     package: str | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
 
@@ -330,18 +332,16 @@ POOLS: dict[str, PoolSpec] = {
     for spec in (
         PoolSpec("inline", in_process=True, measures_speed=True),
         PoolSpec(
-            "torchrun", is_launched=True, owns_shards=True,
+            "torchrun", is_launched=True, owns_shards=True, groups_processes=True,
             keys={
                 "memory_limit": "only its workers are separate processes that this machine can limit",
                 "message_buffers": "only its coordinator can use the memory of a message again for another worker",
                 "link": "only its processes can run on simulated hosts",
-                "ranks_per_worker": "only its workers can be groups of processes",
-                "inside": "only its workers can be groups of processes",
             },
         ),
         PoolSpec(
             "ray", replaces_workers=True, measures_speed=True, reserves_processors=True, owns_shards=True,
-            package="ray",
+            groups_processes=True, package="ray",
             keys={
                 "store_replicas": "no other pool can replace a lost owner of a shard",
                 "round_deadline_s": "no other pool can continue a round without a worker",

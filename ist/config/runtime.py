@@ -148,10 +148,11 @@ class Ray(Section):
         default=None,
         description="'auto' or host:port of a running cluster; default: start one on this machine for this run",
     )
-    num_cpus: NonNegativeFloat = Field(default=1.0, description="CPUs that Ray reserves for a worker")
-    num_gpus: NonNegativeFloat = Field(default=0.0, description="GPUs that Ray reserves for a worker")
+    num_cpus: NonNegativeFloat = Field(default=1.0, description="CPUs that Ray reserves for each actor of a worker")
+    num_gpus: NonNegativeFloat = Field(default=0.0, description="GPUs that Ray reserves for each actor of a worker")
     resources: dict[str, PositiveFloat] = Field(
-        default_factory=dict, description="custom resources that Ray reserves for a worker, such as {spot: 1}"
+        default_factory=dict,
+        description="custom resources that Ray reserves for each actor of a worker, such as {spot: 1}",
     )
     placement: Literal["SPREAD", "PACK", "STRICT_SPREAD", "STRICT_PACK"] = Field(
         default="SPREAD", description="placement strategy: spread workers over many nodes, or pack them on few"
@@ -246,16 +247,17 @@ class Pool(Section):
     )
     ranks_per_worker: Annotated[int, Field(gt=0, le=1024)] | Literal["node"] = Field(
         default=1,
-        description="torchrun: processes that train one subnet together, each on its part of the worker's batch, such "
-        "as one for each GPU of a node. Worker w has consecutive ranks, of which the first one communicates with the "
-        "coordinator; a run needs 'train.workers' times as many processes. 'node': as many as the launcher has started "
-        "on each node (LOCAL_WORLD_SIZE)",
+        description="torchrun, ray: processes that train one subnet together, each on its part of the worker's batch, "
+        "such as one for each GPU of a node; the first one communicates with the coordinator. Under torchrun, worker w "
+        "has consecutive ranks, and a run needs 'train.workers' times as many processes; 'node': as many as the "
+        "launcher has started on each node (LOCAL_WORLD_SIZE). On ray, a worker has as many actors, on one node, each "
+        "with the resources of 'pool.ray'",
     )
     inside: Literal["ddp", "fsdp"] = Field(
         default="ddp",
-        description="torchrun: how the ranks of a worker train its subnet. 'ddp': each holds all of it, and gradients "
-        "are averaged (PyTorch's DistributedDataParallel); 'fsdp': parameters, gradients and optimizer state are "
-        "sharded among them (PyTorch's fully_shard)",
+        description="torchrun, ray: how the ranks of a worker train its subnet. 'ddp': each holds all of it, and "
+        "gradients are averaged (PyTorch's DistributedDataParallel); 'fsdp': parameters, gradients and optimizer state "
+        "are sharded among them (PyTorch's fully_shard)",
     )
     link: Annotated[str, AfterValidator(checked_link)] | None = Field(
         default=None,

@@ -567,10 +567,24 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _can_train_inside(self) -> "Config":
-        ranks, train = self.pool.ranks_per_worker, self.train
+        ranks, train, pool = self.pool.ranks_per_worker, self.train, self.pool.spec
+        what = f"'pool.ranks_per_worker' is {ranks!r}"
+        if not pool.groups_processes and (ranks != 1 or self.pool.inside != "ddp"):
+            able = " or ".join(spec.name for spec in POOLS.values() if spec.groups_processes)
+            key = what if ranks != 1 else f"'pool.inside' is '{self.pool.inside}'"
+            raise ValueError(f"{key}, which needs 'pool.kind' {able}, not {pool.name}: a worker is one process there")
         if ranks == 1:
             return self
-        what = f"'pool.ranks_per_worker' is {ranks!r}"
+        if ranks == "node" and not pool.is_launched:
+            raise ValueError(
+                f"{what}, but with 'pool.kind' {pool.name} no launcher starts processes on the nodes: give the number "
+                "of actors of a worker"
+            )
+        if self.data.shard == "own" and not pool.is_launched:
+            raise ValueError(
+                f"{what} and 'data.shard' is 'own', but with 'pool.kind' {pool.name} the data that the actors of a "
+                "worker load are not compared: set 'data.shard' to 'assigned', or set 'pool.ranks_per_worker' to 1"
+            )
         if self.pool.store == "sharded":
             raise ValueError(
                 f"{what}, but with 'pool.store' 'sharded' every rank is a worker that owns a shard of the network: use "
@@ -662,7 +676,7 @@ def first_worker_rank(config: Config) -> int:
 
 
 def ranks_per_worker(config: Config) -> int:
-    """Return the number of processes of each worker in the torchrun pool.
+    """Return the number of processes of each worker.
 
     Raises:
         ConfigError: It is 'node', and no launcher has started this process on a node.

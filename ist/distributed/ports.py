@@ -125,6 +125,11 @@ def store_socket() -> socket.socket | None:
     return socket.create_server((address, int(port)), family=_family(address), backlog=128)
 
 
+def loopback_interface() -> str | None:
+    """Return the name of the network interface that other machines cannot reach; None if it has another name."""
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+
+
 @contextmanager
 def closed_afterwards() -> Iterator[None]:
     """Close ports that the body opens when the body ends: later connections get no answer. Linux only.

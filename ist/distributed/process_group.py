@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import secrets
+import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,7 @@ _POLL_S = 0.02
 _MAX_CAUSE_CHARACTERS = 500
 _WATCH_S = 1.0
 _LINGER_S = 0.5
+_LOOPBACK = "127.0.0.1"
 _SOURCE_LINE = re.compile(r"\[[^\[\]]*\.(?:cc|cpp|h):\d+\] *")
 """The place in the source of gloo or torch with which some messages start."""
 
@@ -170,6 +172,31 @@ def _store(membership: Membership, settings: Pool) -> Store:
         raise PoolError(f"could not join the process group at {host}:{port}: {first_line(error)}") from error
     made: Store = store
     return made
+
+
+def host_store(world_size: int, timeout_s: float) -> tuple[str, int]:
+    """Host a rendezvous store that only processes of this machine reach, for a group whose rank 0 this process will be.
+
+    Args:
+        world_size: How many processes will meet.
+        timeout_s: Seconds to wait for a peer.
+
+    Returns:
+        MASTER_ADDR and MASTER_PORT for all of them.
+
+    Raises:
+        PoolError: No port can be opened.
+    """
+    try:
+        own = socket.create_server((_LOOPBACK, 0), backlog=128)
+        port = int(own.getsockname()[1])
+        _hosted[_LOOPBACK, str(port)] = TCPStore(
+            _LOOPBACK, port, world_size, is_master=True, timeout=timedelta(seconds=timeout_s), wait_for_workers=False,
+            master_listen_fd=own.detach(),
+        )  # fmt: skip
+    except (RuntimeError, OSError) as error:
+        raise PoolError(f"could not open a rendezvous store at {_LOOPBACK}: {first_line(error)}") from error
+    return _LOOPBACK, port
 
 
 @contextmanager

@@ -1,12 +1,14 @@
-"""The ranks that together are one worker (`pool.ranks_per_worker`): a group of their own inside the process group.
+"""The ranks that together are one worker (`pool.ranks_per_worker`), and their process group.
 
 The first of them, the lead, exchanges the worker's messages with the coordinator. The others get them from the lead,
-over the links inside a node.
-Where it sits: `ist/runs/open.py` forms the groups after the process group; `ist/pools/torchrun.py` passes messages on,
-and `ist/loops/inside.py` trains a subnet on all ranks of a worker.
+over the links inside a node. Under torchrun, the group of a worker is part of the process group of all ranks; on Ray,
+the actors of a worker, which are on one node, form one of their own.
+Where it sits: `ist/runs/open.py` forms the groups after the process group, and `ist/pools/ray_actor.py` that of a
+bundle of actors; the pools pass messages on, and `ist/loops/inside.py` trains a subnet on all ranks of a worker.
 Not here: the process group of all ranks (`ist/distributed/process_group.py`).
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ist.config.runtime import Pool
 from ist.config.schema import Config, lead_rank, ranks_per_worker, worker_of
-from ist.distributed.ports import closed_afterwards
-from ist.distributed.process_group import Membership, peer_errors, secrets_differ, unproven
-from ist.distributed.secret import run_secret
+from ist.distributed.ports import closed_afterwards, loopback_interface
+from ist.distributed.process_group import Membership, host_store, join, peer_errors, secrets_differ, unproven
+from ist.distributed.secret import SECRET_VARIABLE, new_secret, run_secret
 from ist.errors import PoolError
 
 
@@ -29,7 +32,7 @@ class WorkerGroup:
 
     Attributes:
         group: Their process group.
-        lead: The rank, among all ranks of the run, of the first of them.
+        lead: The rank, in the process group that this process has joined, of the first of them.
         rank: The number of this process among them, from 0.
         size: How many they are.
         device: The device of this process.
@@ -58,6 +61,16 @@ class WorkerGroup:
         """
         with peer_errors(f"rank {self.lead + self.rank} lost a rank of its worker"):
             dist.broadcast(flat, src=self.lead, group=self.group)
+
+    def agreed(self, flag: bool) -> bool:
+        """Return the lead's flag on every rank.
+
+        Raises:
+            PoolError: A peer is lost.
+        """
+        sent = torch.tensor([flag], dtype=torch.uint8, device=self.carrier)
+        self.broadcast(sent)
+        return bool(sent.item())
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """Return the numbers of every rank of the worker, in the order of ranks; each gives as many.
@@ -126,3 +139,58 @@ def _form(config: Config, membership: Membership) -> list[ProcessGroup]:
                 if wrong := unproven(run_secret(), membership, peers, config.pool.timeout_s, found[own]):
                     raise PoolError(secrets_differ(membership.rank, wrong))
     return found
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """How the processes of a worker on one node, which no launcher has started, find each other.
+
+    Attributes:
+        address: Where the lead hosts a rendezvous store.
+        port: Its port.
+        secret: The secret of this group alone.
+    """
+
+    address: str
+    port: int
+    secret: str
+
+
+def host_meeting(size: int, timeout_s: float) -> Meeting:
+    """Let the processes of a worker meet at this one, the lead; each calls `meet`.
+
+    Args:
+        size: How many they are.
+        timeout_s: Seconds to wait for a peer.
+
+    Raises:
+        PoolError: No port can be opened.
+    """
+    return Meeting(*host_store(size, timeout_s), new_secret())
+
+
+def meet(meeting: Meeting, rank: int, size: int, device: torch.device, settings: Pool) -> WorkerGroup:
+    """Form the process group of a worker whose processes are on one node; it stays inside the node.
+
+    Args:
+        meeting: What the lead has returned.
+        rank: The number of this process in the worker.
+        size: How many they are.
+        device: Where this process computes.
+        settings: The configured pool.
+
+    Raises:
+        PoolError: The group cannot be formed.
+    """
+    shares_gpu = settings.ray.num_gpus < 1  # otherwise each process sees a GPU of its own
+    variables = {
+        "RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size if shares_gpu else 1,
+        "MASTER_ADDR": meeting.address, "MASTER_PORT": meeting.port, SECRET_VARIABLE: meeting.secret,
+    }  # fmt: skip
+    if (interface := loopback_interface()) is not None:
+        variables |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+    os.environ.update({name: str(value) for name, value in variables.items()})
+    membership = join(settings, device)
+    group = dist.group.WORLD
+    assert group is not None
+    return WorkerGroup(group, 0, rank, size, device, membership.carrier, membership.backend)

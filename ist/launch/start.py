@@ -8,7 +8,6 @@ process (`ist/runs/open.py`).
 
 import json
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from ist.config.schema import Config, first_worker_rank, num_processes, worker_o
 from ist.distributed.device import compute_device
 from ist.distributed.environment import ERROR_FILE, LAUNCHER, PRIVATE_STORE, is_started_by_ist
 from ist.distributed.memory_limit import start_environment, start_limit, under_limit
+from ist.distributed.ports import loopback_interface
 from ist.distributed.secret import SECRET_VARIABLE, new_secret
 from ist.errors import (
     ConfigError,
@@ -129,7 +129,7 @@ def _child_environment(config: Config, private: Path, where: Sequence[Host] = ()
     }
     if config.pool.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""  # PyTorch's PowerSGD waits for a GPU whenever it sees one
-    interface = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    interface = loopback_interface()
     if where:
         interface = INTERFACE
         # NCCL detects that these hosts are one machine, and would bypass the links.

@@ -2,7 +2,7 @@
 
 Where it sits: `ist/runs/open.py` connects before it creates the pool.
 Ray's token authentication protects clusters started here: only users who can read the token file can connect.
-Not here: the actors on the cluster (`ist/pools/ray_pool.py`).
+Not here: the actors on the cluster (`ist/pools/ray_workers/actors.py`).
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayError
 
-from ist.config.schema import Config
+from ist.config.schema import Config, ranks_per_worker
 from ist.errors import PoolError, first_line
 from ist.pools.ray_guard import guarded
 
@@ -91,14 +91,14 @@ def _own_signal_handling() -> Iterator[None]:
 
 def _start(config: Config) -> None:
     """Start a cluster on this machine, with resources for all workers, also if the machine has fewer."""
-    wanted, workers = config.pool.ray, config.train.workers
+    wanted, actors = config.pool.ray, config.train.workers * ranks_per_worker(config)
     try:
         if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not any(map(os.environ.get, TOKEN_VARIABLES)):
             make_token(Path.home() / ".ray" / "auth_token")
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, math.ceil(workers * wanted.num_cpus)),
-            resources={name: workers * amount for name, amount in wanted.resources.items()},
+            num_cpus=max(os.cpu_count() or 1, math.ceil(actors * wanted.num_cpus)),
+            resources={name: actors * amount for name, amount in wanted.resources.items()},
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

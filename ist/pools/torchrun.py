@@ -391,10 +391,7 @@ def _worker(
     job: Job, number: int, membership: Membership, location: CheckpointLocation | None, group: WorkerGroup | None
 ) -> Worker:
     """Create the worker of a rank for the whole run."""
-    slot = slot_of(job, number)
-    if group is not None:
-        slot = replace(slot, rank=group.rank, ranks=group.size)
-    return Worker(job, slot, membership.device, assignments(job), location, group=group)
+    return Worker(job, slot_of(job, number), membership.device, assignments(job), location, group=group)
 
 
 def _begin(operations: list[dist.P2POp]) -> list[dist.Work]:

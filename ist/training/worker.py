@@ -8,7 +8,7 @@ assignment of neurons (`ist/subnet/assignments.py`), merging (`ist/training/coor
 import math
 import time
 from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,6 +77,8 @@ class Worker:
         memory: LoopMemory | None = None,
         group: WorkerGroup | None = None,
     ) -> None:
+        if group is not None:
+            slot = replace(slot, rank=group.rank, ranks=group.size)
         self.job = job
         self.slot = slot
         self.device = device
@@ -288,6 +290,7 @@ class WorkerHost:
         held: The neurons of each worker in each round.
         location: Where workers save their state; None: nowhere.
         memory: What the user's own loop keeps; None: a new, empty one.
+        group: The processes that are the worker together; None: this process alone.
     """
 
     def __init__(
@@ -297,8 +300,11 @@ class WorkerHost:
         held: Assignments,
         location: CheckpointLocation | None = None,
         memory: LoopMemory | None = None,
+        group: WorkerGroup | None = None,
     ) -> None:
         self._job = job
+        self._group = group
+        self._slot: WorkerSlot | None = None
         self._held = held
         self._location = location
         self._device = device
@@ -308,11 +314,13 @@ class WorkerHost:
 
     def worker(self, slot: WorkerSlot) -> Worker:
         """Return the worker for a slot; the previous worker if the slot has not changed."""
-        if self._worker is None or self._worker.slot != slot:
+        if self._worker is None or self._slot != slot:
             self.close()
+            self._slot = slot
             self._worker = Worker(
-                self._job, slot, self._device, self._held, self._location, self._frozen, memory=self._memory
-            )
+                self._job, slot, self._device, self._held, self._location, self._frozen, memory=self._memory,
+                group=self._group,
+            )  # fmt: skip
         return self._worker
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from ist.runs.execute import execute
 from ist.runs.open import CoordinatorPart
 from ist.storage.checkpoint import write_tensors
 from ist.storage.run_folder import RunFolder, create_run_folder
+from ist.subnet.job import Job
 from tests.conftest import data, job_for, naming
 from tests.networks import seeded
 
@@ -84,12 +85,17 @@ def samples() -> TensorDataset:
     return TensorDataset(inputs.double(), targets)
 
 
-def run(name: str, out: Path, **pool: Any) -> None:
-    """Run a scenario in float64, and write the weights and the records."""
+def scenario(name: str, **changes: Any) -> tuple[Job, nn.Module]:
+    """A run in float64, and its network."""
     settings = dict(SCENARIOS[name])
     model = seeded({"frozen": Frozen, "plain": plain}[settings.pop("network", "plain")]).double()
-    made = job_for(model, samples(), samples(), **{"train__workers": 2, **settings, "pool": pool})
-    part = execute(replace(made, task=replace(made.task, build=lambda: model)), progress=False)
+    made = job_for(model, samples(), samples(), **{"train__workers": 2, **settings, **changes})
+    return replace(made, task=replace(made.task, build=lambda: model)), model
+
+
+def run(name: str, out: Path, **pool: Any) -> None:
+    """Run a scenario, and write the weights and the records."""
+    part = execute(scenario(name, pool=pool)[0], progress=False)
     if isinstance(part, CoordinatorPart):
         write_tensors(out / f"{name}.safetensors", part.method.model.state_dict(), {})
         (out / f"{name}.json").write_text(json.dumps(part.recorder.history))
@@ -221,5 +227,5 @@ if __name__ == "__main__":
     for inside in insides:
         out = Path(folder) / inside
         out.mkdir(exist_ok=True)
-        for scenario in SCENARIOS:
-            run(scenario, out, **{**RANKS, "device": "cuda" if what == "cuda" else "cpu"}, inside=inside)
+        for name in SCENARIOS:
+            run(name, out, **{**RANKS, "device": "cuda" if what == "cuda" else "cpu"}, inside=inside)

@@ -53,10 +53,9 @@ def test_two_workers_of_two_ranks_train_as_two_workers_with_the_whole_batch(tmp_
     expected = sum(3 * 2 * share.parameters * 8 + share.sent_bytes for share in split.shares)
     (record, *_) = outcome(tmp_path / "ddp", "uneven parts, clipped")[1]
     assert record["inside_bytes"] == expected
-    assert (
-        split_of(job_for(seeded(plain).double(), samples(), train__workers=2, pool=RANKS)).bytes_per_round.inside
-        == expected
-    )
+    for kind in ("torchrun", "ray"):
+        made = job_for(seeded(plain).double(), samples(), train__workers=2, pool={**RANKS, "kind": kind})
+        assert split_of(made).bytes_per_round.inside == expected
 
 
 @pytest.mark.system
@@ -102,7 +101,16 @@ def test_the_ranks_of_a_node_are_those_that_the_launcher_started(monkeypatch: py
     ("changes", "named"),
     [
         ({"pool": {"kind": "inline", "ranks_per_worker": 2}}, ("pool.ranks_per_worker", "2", "torchrun", "inline")),
-        ({"pool": {"kind": "ray", "ranks_per_worker": "node"}}, ("pool.ranks_per_worker", "node", "torchrun", "ray")),
+        ({"pool": {"kind": "inline", "inside": "fsdp"}}, ("pool.inside", "fsdp", "torchrun or ray", "inline")),
+        ({"pool": {"kind": "ray", "ranks_per_worker": "node"}}, ("pool.ranks_per_worker", "'node'", "ray", "number")),
+        (
+            {"pool": {"kind": "ray", "ranks_per_worker": 2}, "data__shard": "own"},
+            ("pool.ranks_per_worker", "'own'", "ray", "'assigned'"),
+        ),
+        (
+            {"pool": {"kind": "ray", "ranks_per_worker": 2, "store": "sharded"}},
+            ("pool.ranks_per_worker", "pool.store", "'coordinator'"),
+        ),
         (
             {"pool": {**RANKS, "ranks_per_worker": "node", "coordinator": "dedicated"}},
             ("'node'", "dedicated", "trains"),

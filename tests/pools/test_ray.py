@@ -106,7 +106,7 @@ def test_workers_join_when_resources_become_free() -> None:
     try:
         at_first = pool.gather(0)
         wait_for(lambda: len(pool.gather(0)) > 1, 60, "a second worker")
-        ray.wait([pool._members[2].starting], timeout=1)
+        ray.wait(pool._members[2].starting, timeout=1)
         in_the_end = pool.gather(0)
     finally:
         pool.close()

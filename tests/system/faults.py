@@ -19,6 +19,7 @@ import ist.training.worker
 from ist.monitoring.meter import Meter
 from ist.pools.ray_actor import RayWorker
 from ist.pools.ray_pool import RayPool
+from ist.pools.ray_workers.actors import Call
 from ist.subnet.assignments import WorkerSlot
 from ist.subnet.job import Job
 from ist.transport.codec import MessageBuffers, MessageLayouts
@@ -127,9 +128,9 @@ class FaultyPool(RayPool):
             self.strike("before send")
         return super().buffers(worker, layouts)
 
-    def _result(self, ref: Any, subnet: Subnet) -> Subnet | Lost:
-        result = super()._result(ref, subnet)
-        self.strike("while merging", subnet.worker)
+    def _result(self, call: Call[Subnet]) -> Subnet | Lost:
+        result = super()._result(call)
+        self.strike("while merging", call.sent.worker)
         return result
 
     def strike(self, phase: str, worker: int | None = None) -> None:

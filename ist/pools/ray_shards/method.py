@@ -25,10 +25,10 @@ from ist.config.schema import min_returned
 from ist.errors import PoolError, WorkerLostError, first_line
 from ist.loops.part import Part
 from ist.monitoring.meter import Meter
-from ist.pools.ray_pool import cause_of
 from ist.pools.ray_shards.owner import Rows
 from ist.pools.ray_shards.owners import Owners, OwnersLostError
 from ist.pools.ray_shards.pool import ShardWorkers
+from ist.pools.ray_workers.bundle import cause_of
 from ist.pools.shard_network import MethodInShards, StoredSpecs
 from ist.storage.backend import Storage
 from ist.storage.checkpoint import check_tensors, shards_folder

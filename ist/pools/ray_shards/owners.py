@@ -15,8 +15,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ist.errors import ISTError, PoolError, first_line
 from ist.evaluation.task import NO_SAMPLES
-from ist.pools.ray_pool import cause_of, why_gone
 from ist.pools.ray_shards.owner import RayOwner
+from ist.pools.ray_workers.bundle import cause_of, why_gone
 from ist.subnet.job import Job, for_workers
 
 

@@ -3,7 +3,7 @@
 The pieces are in Ray's object store: a worker fetches them from the owners, and the owners fetch the trained pieces
 from it. Only the driver knows the references; it never fetches a piece.
 Where it sits: `ist/pools/ray_shards/method.py` sends the pieces to the workers.
-Not here: starting and replacing actors, deadlines (`ist/pools/ray_pool.py`), the actor (`worker.py`).
+Not here: starting and replacing actors, deadlines (`ist/pools/ray_workers/actors.py`), the actor (`worker.py`).
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ist.monitoring.meter import Meter
-from ist.pools.ray_pool import RayActors
 from ist.pools.ray_shards.worker import RayShardWorker
+from ist.pools.ray_workers.actors import Call, RayActors
 from ist.subnet.assignments import WorkerSlot
 from ist.subnet.job import Job
 from ist.training.worker_state import CheckpointLocation
@@ -78,9 +78,9 @@ class ShardWorkers(RayActors[Trained]):
             return
         train = self._member(Trained(slot, ())).actor.train_pieces.options(num_returns=1 + len(pieces))
         header, *trained = train.remote(self._next_ticket(), round_number, slot, *pieces)
-        self._called(header, Trained(slot, trained))
+        self._called([header], Trained(slot, trained))
         self._meter.sent[slot.worker] += sent_bytes
 
-    def _result(self, ref: Any, sent: Trained) -> Trained | Lost:
-        header = self._answer(ref, sent)
-        return header if isinstance(header, Lost) else replace(sent, header=header)
+    def _result(self, call: Call[Trained]) -> Trained | Lost:
+        header = self._answer(call)
+        return header if isinstance(header, Lost) else replace(call.sent, header=header)
