@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# Compile each file once, not in every process that a test starts, wherever the shell asks for the latter.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: help setup demo test check format system-test cluster-test mutants benchmark zoo theory clean
 
 help:  ## Show this help

@@ -74,7 +74,7 @@ def _copy(place: Path) -> None:
     place.mkdir()
     for name in COPIED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, place / name)  # with what is compiled, for the files that stay as they are
         else:
             shutil.copy2(ROOT / name, place / name)
 
