@@ -273,6 +273,11 @@ MEASUREMENTS: tuple[Measurement, ...] = (
         column="most held by a worker",
     ),
     Measurement(
+        name="merge_scale", unit="", kind=float, source="recorder",
+        meaning="The factor of the round's merged update that the coordinator chose (`recipe.merge_scale: auto`).",
+        tensorboard="merge/scale",
+    ),
+    Measurement(
         name="coordinator_process_memory_bytes", unit="bytes", kind=int, source="recorder", over_rounds="peak",
         meaning="Peak resident memory of that process since it started, with interpreter, libraries and data.",
         tensorboard="memory/coordinator_process_bytes", prometheus=Sample(_PROCESS_MEMORY, "coordinator"),

@@ -39,6 +39,7 @@ class Purpose(IntEnum):
     CONTENT = 9
     SKEW = 10
     ITEM = 11
+    MERGE_SCALE = 12
 
 
 def _bits(seed: int, purpose: Purpose, *counters: int) -> np.random.Philox:

@@ -7,7 +7,7 @@ torch.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from ist.config.base import Fraction, PositiveFloat, PositiveInt, Section
 
@@ -33,26 +33,27 @@ class Outer(Section):
         return self.momentum == 0 and self.lr == 1
 
 
-Scale = Annotated[float, Field(gt=0, le=2)]
-
-
 class MergeScale(Section):
     """Factors of the update that a round's merge makes: the new weights are old + factor * (merged - old).
 
-    A number is the factor of all weights: `0.5` means `{own: 0.5, shared: 0.5}`.
+    A number is the factor of all weights: `0.5` means `{own: 0.5, shared: 0.5}`. So does `auto`.
 
     Example:
         >>> ist.MergeScale(own=0.5)
         MergeScale(own=0.5, shared=1.0)
     """
 
-    own: Scale = Field(
+    own: float | Literal["auto"] = Field(
         default=1.0,
-        description="factor of the update of weights that one worker returned in a round, more than 0 and at most 2; a "
-        "number instead of this mapping (merge_scale: 0.5) is the factor of all weights",
+        description="factor of the update of weights that one worker returned in a round, more than 0 and at most 2; "
+        "auto: in every round the coordinator tries factors from 1 to 1 / workers on evaluate.batch_size training "
+        "samples, and takes the best. A number or auto instead of this mapping (merge_scale: 0.5) is the factor of all "
+        "weights",
     )
-    shared: Scale = Field(
-        default=1.0, description="factor of the mean update of weights that several workers returned in a round"
+    shared: float | Literal["auto"] = Field(
+        default=1.0,
+        description="factor of the mean update of weights that several workers returned in a round; auto: the same as "
+        "the chosen factor of own weights",
     )
 
     @property
@@ -60,16 +61,34 @@ class MergeScale(Section):
         """Whether merged weights are used unchanged."""
         return self.own == 1 and self.shared == 1
 
+    @property
+    def is_auto(self) -> bool:
+        """Whether the coordinator chooses a factor in every round."""
+        return "auto" in (self.own, self.shared)
+
+    def factors(self, chosen: float) -> tuple[float, float]:
+        """Return the factors (own, shared) if `chosen` is the factor that the coordinator chooses."""
+        return (chosen if self.own == "auto" else self.own, chosen if self.shared == "auto" else self.shared)
+
     @model_validator(mode="before")
     @classmethod
     def _of_a_number(cls, value: Any) -> Any:
-        if isinstance(value, str) or type(value) in (bool, list):
-            raise ValueError(f"{value!r} is not a number or a mapping: expected a number such as 0.5, or {{own: 0.5}}")
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float | str | list):
             return value
-        if not 0 < value <= 2:
-            raise ValueError(f"it is {value}: expected a number more than 0 and at most 2")
-        return {"own": value, "shared": value}
+        scale = _checked_scale(value)
+        return {"own": scale, "shared": scale}
+
+    @field_validator("own", "shared", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        return _checked_scale(value)
+
+
+def _checked_scale(value: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value != "auto" and not (is_number and 0 < value <= 2):
+        raise ValueError(f"it is {value!r}: expected a number more than 0 and at most 2, such as 0.5, or 'auto'")
+    return value
 
 
 class Stage(Section):
@@ -162,7 +181,7 @@ class Recipe(Section):
     outer: Outer = Field(default_factory=Outer, description="the outer optimizer of IST")
     merge_scale: MergeScale = Field(
         default_factory=MergeScale,
-        description="the scale of merged updates of IST: a number, or factors for own and shared weights",
+        description="the scale of merged updates of IST: a number, auto, or factors for own and shared weights",
     )
     average: Average = Field(default_factory=Average, description="the average over rounds")
 
@@ -179,6 +198,11 @@ class Recipe(Section):
                 stage's own scale applies.
         """
         return stage.merge_scale or (MergeScale() if is_full_width else self.merge_scale)
+
+    @property
+    def has_auto_scale(self) -> bool:
+        """Whether the coordinator chooses the scale of merged updates in some stage."""
+        return self.merge_scale.is_auto or any(stage.merge_scale and stage.merge_scale.is_auto for stage in self.stages)
 
     @property
     def has_outer_optimizer(self) -> bool:

@@ -621,6 +621,27 @@ class Config(Section):
                 )
         return self
 
+    @property
+    def chooses_merge_scale(self) -> bool:
+        """Whether the coordinator chooses the scale of merged updates in some round."""
+        return self.method_spec.needs_groups and self.recipe.has_auto_scale
+
+    @model_validator(mode="after")
+    def _can_choose_the_merge_scale(self) -> "Config":
+        if not self.chooses_merge_scale:
+            return self
+        key, value, why = "", "", ""
+        if self.store_is_sharded:
+            key, value, why = "pool.store", "sharded", "no process holds the network that it would evaluate"
+        elif self.data.shard == "own":
+            key, value, why = "data.shard", "own", "no process has the training data of all workers"
+        if key:
+            raise ValueError(
+                f"'recipe.merge_scale' is 'auto', which the coordinator chooses by the loss of the full network on "
+                f"training data, but '{key}' is '{value}', where {why}: give a number, such as 0.5"
+            )
+        return self
+
     @model_validator(mode="after")
     def _has_no_common_epoch(self) -> "Config":
         is_own = self.data.shard == "own"

@@ -106,6 +106,61 @@ def evaluate(
     return Metrics(loss_sum / count, metric.values(sums, counted) if metric else {})
 
 
+def read_batch(
+    dataset: Dataset[Any], samples: Indices, device: torch.device, loader: LoaderSettings, draws: ItemDraws
+) -> tuple[Any, Any]:
+    """Return one batch (inputs, targets) of a data set; of a `WholeBatches`, the inputs are the whole batch.
+
+    Args:
+        dataset: The data set.
+        samples: The samples of the batch.
+        device: The device of the batch.
+        loader: How batches are read.
+        draws: The key of the random numbers that the data set draws.
+
+    Raises:
+        DataError: A sample cannot be read.
+    """
+    with closing(read_batches(dataset, [samples], device, loader, draws)) as batches:
+        return next(batches)
+
+
+def batch_loss(
+    model: nn.Module,
+    inputs: Any,
+    targets: Any,
+    loss: Callable[[Any, Any], Tensor],
+    samples: Indices,
+    step: StepFunction | None = None,
+) -> float:
+    """Return the loss of a network in evaluation mode on a batch; its modes are restored.
+
+    Args:
+        model: The full network.
+        inputs: The inputs, or the whole batch with `step`.
+        targets: The targets.
+        loss: Mean loss of (outputs, targets).
+        samples: The samples of the batch, for messages.
+        step: Computes the loss of whole batches, instead of `loss`.
+
+    Raises:
+        DataError: The loss fails.
+        ModelError: The network fails.
+    """
+
+    def numbers() -> Indices:
+        return samples
+
+    with preserve_modes(model), _preserve_tensors(model), torch.no_grad():
+        model.eval()
+        if step is not None:
+            return float(step_loss(step, model, inputs, numbers).loss)
+        with network_errors(model):
+            outputs = call_model(model, inputs)
+        with loss_errors(numbers):
+            return float(loss_of(loss, outputs, targets, numbers))
+
+
 def evaluate_by(function: Callable[[nn.Module], Mapping[str, float] | float], model: nn.Module) -> Metrics:
     """Evaluate a network with a user's function, in evaluation mode and without gradients.
 

@@ -102,6 +102,8 @@ def run_start(config: Config, job: Job, folder: RunFolder | None, first_round: i
     """
     parameters = list(job.split.template.parameters())
     numbers = [m.name for m in MEASUREMENTS if m.recorded and not m.is_list and m.source != "evaluation"]
+    if not config.chooses_merge_scale:
+        numbers.remove("merge_scale")
     if job.task.is_evaluated:
         metrics = job.task.metric.names if job.task.metric else ()
         numbers += dict.fromkeys(["test_loss", *metrics])

@@ -181,6 +181,8 @@ def make_job(
     if own is not None and worker is not None:
         train_data = own(worker)
     train_data = as_numbered(NO_SAMPLES if train_data is None else train_data, config.seed)
+    if config.chooses_merge_scale and is_stream(train_data):
+        raise ConfigError(_no_auto_scale("the training data are a stream, from which no batch can be drawn"))
     sampler = _sampler(config, train_data) if own is None else _own_sampler(config, own, worker)
     _check_micro_batches(config, sampler)
     if config.train.compile is not None:
@@ -209,6 +211,13 @@ def _loader_settings(section: Loader) -> LoaderSettings:
 
 
 @seeded(torch.device("cpu"), 0, Purpose.REHEARSAL)
+def _no_auto_scale(why: str) -> str:
+    return (
+        "'recipe.merge_scale' is 'auto', which the coordinator chooses by the loss of the full network on training "
+        f"data, but {why}: give a number, such as 0.5"
+    )
+
+
 def make_loop_job(
     config: Config,
     template: nn.Module,
@@ -242,10 +251,12 @@ def make_loop_job(
         weights: As for `make_job`.
 
     Raises:
-        ConfigError: The optimizer or the schedule is wrong.
+        ConfigError: The optimizer or the schedule is wrong, or the scale of merged updates is 'auto'.
         ModelError: The network cannot be split among that many workers, or has batch norm and no statistics.
     """
     train = config.train
+    if config.chooses_merge_scale:
+        raise ConfigError(_no_auto_scale("your own loop reads the data and computes the loss"))
     template, build = _in_modes(template, build)
     _check_ranks(config, template)
     if statistics is None and train.running_statistics == "reestimate" and (norms := batch_norms(template)):

@@ -114,6 +114,8 @@ class RunRecorder:
         # What a worker held in rounds of an older version is unknown, and so is the most of the run.
         if report.held_fraction is not None and (not self._rounds_done or "held_fraction" in self._numbers):
             found["held_fraction"] = report.held_fraction
+        if report.merge_scale is not None:
+            found["merge_scale"] = report.merge_scale
         record: dict[str, Any] = {"round": round_number}
         for measured in MEASUREMENTS:
             if measured.recorded and measured.source != "evaluation" and measured.name in found:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from ist.checks.finite_values import find_non_finite_sample
+from ist.config.recipe import MergeScale
 from ist.config.schema import Config, min_returned
 from ist.errors import DivergedError, ISTError, PoolError, WorkerLostError
 from ist.loops.part import Part
@@ -24,11 +25,12 @@ from ist.subnet.cut import Cut, UpdateScale, on_device
 from ist.subnet.job import Job, assignments
 from ist.subnet.partition import is_full_width
 from ist.subnet.split_model import SplitModel
-from ist.subnet.stores.parameter_store import LocalStore, ParameterStore
+from ist.subnet.stores.parameter_store import LocalStore, ParameterStore, RoundMerge
 from ist.tensors import is_finite
 from ist.training.outer_optimizer import PREFIX as OUTER
 from ist.training.outer_optimizer import OuterOptimizer
 from ist.training.rounds import RoundReport, logged_means
+from ist.training.scale_search import ScaleSearch
 from ist.training.speed_balance import SpeedBalance
 from ist.transport.codec import SCALE, MessageBuffers
 from ist.transport.endpoints import SubnetWriter, read_trained
@@ -94,6 +96,9 @@ class Coordinator:
             )
         for name, tensor in saved.items():
             self._store.tensors()[name].copy_(tensor)
+        self._search = (
+            ScaleSearch(job, model, self._store.tensors(), device) if job.config.recipe.has_auto_scale else None
+        )
 
     @property
     def model(self) -> nn.Module:
@@ -104,7 +109,8 @@ class Coordinator:
         """Cut a subnet for each available worker, let the workers train them, and merge the results.
 
         The merge leaves out lost workers and invalid results: the neurons of those workers keep their values. If too
-        few results are valid and the pool can replace workers, the round is repeated; merged results stay merged.
+        few results are valid and the pool can replace workers, the round is repeated; merged results stay merged,
+        unless the scale of updates is chosen when all results are there.
 
         Raises:
             DivergedError: Too few results are valid, no worker was lost, and the first invalid result is non-finite.
@@ -137,7 +143,7 @@ class Coordinator:
                     self._pool.submit(round_number, subnet)
             try:
                 with closing(self._pool.results()) as results:
-                    merge = self._store.merge(cuts, self._held.exclusive(round_number), self._scale(round_number))
+                    merge = self._merge(round_number, cuts)
                     for result in watch.timed("exchange", results):
                         if isinstance(result, Part):
                             with watch.phase("exchange"):
@@ -163,7 +169,9 @@ class Coordinator:
         sums = [header.logged for header in headers]
         logged = logged_means(self.job.config.train.logged, sums, report.numbers["samples"])
         held = self._held.held_fraction(round_number, team)
-        return replace(report, lost=(*failed, *report.lost), logged=logged, held_fraction=held)
+        chosen = self._search.chosen if self._search and self._scale(round_number).is_auto else None
+        lost = (*failed, *report.lost)
+        return replace(report, lost=lost, logged=logged, held_fraction=held, merge_scale=chosen)
 
     def checkpoint_state(self) -> Mapping[str, Tensor]:
         """Return the full network's tensors, carried optimizer state, and the outer optimizer's momentum."""
@@ -184,11 +192,20 @@ class Coordinator:
         balance = self._balance_of(round_number)
         return Team(len(names), balance.capacities(names) if balance else None)
 
-    def _scale(self, round_number: int) -> UpdateScale:
-        """Return the factors of a round's updates: of weights only, not of carried optimizer state or statistics."""
+    def _scale(self, round_number: int) -> MergeScale:
+        """Return the scale of a round's updates."""
         is_whole = is_full_width(self._held.partition(round_number))
-        scale = self.job.schedule.merge_scale(round_number, is_whole)
-        return UpdateScale(frozenset(self._trained), scale.own, scale.shared)
+        return self.job.schedule.merge_scale(round_number, is_whole)
+
+    def _merge(self, round_number: int, cuts: Sequence[Cut]) -> RoundMerge:
+        """Start the merge of a round; it scales updates of weights, not of carried optimizer state or statistics."""
+        scale, exclusive = self._scale(round_number), self._held.exclusive(round_number)
+
+        def started(chosen: float) -> RoundMerge:
+            factors = UpdateScale(frozenset(self._trained), *scale.factors(chosen))
+            return self._store.merge(cuts, exclusive, factors)
+
+        return self._search.merge(round_number, len(cuts), started) if scale.is_auto and self._search else started(1.0)
 
     def _balance_of(self, round_number: int) -> SpeedBalance | None:
         """Return the speed balance for a round; None in a full-width round, whose times do not depend on shares."""

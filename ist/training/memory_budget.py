@@ -186,11 +186,13 @@ def _store_parts(job: Job, split: SplitModel) -> dict[str, int]:
     network, carried = _nbytes([*sent.values(), *others]), _nbytes(split.state_specs.values())
     momentum = trained if recipe.has_outer_optimizer else 0
     average = network if recipe.average.kind != "none" else 0
+    compared = _nbytes(split.specs.values()) if job.config.chooses_merge_scale else 0
     return {
         "full network": network + constants,
         "carried state": carried,
         "outer optimizer": 2 * momentum,
         "average": average,
+        "scale search": compared,
         "messages": messages,
         "results to average": results,
         # The mean of a tensor that several workers return needs its change, the merged values and the counts. A message
@@ -216,7 +218,7 @@ def _messages(job: Job, split: SplitModel, round_number: int) -> tuple[int, int]
         spec.nbytes
         for cut in cuts[first:]
         for name, spec in cut_specs(split.specs, cut).items()
-        if name not in exclusive
+        if name not in exclusive or config.chooses_merge_scale
     ]
     return sum(sizes[:first]) + most * max(sizes[first:]), sum(copied)
 

@@ -36,6 +36,7 @@ class RoundReport:
         lost: Workers whose results are not in the merge.
         logged: The means over all samples of the numbers that `train.logged` names, by name.
         held_fraction: The largest fraction of the network's parameters that a worker held; None: unknown.
+        merge_scale: The scale of merged updates that the coordinator chose; None: it did not choose one.
     """
 
     numbers: Numbers
@@ -43,6 +44,7 @@ class RoundReport:
     lost: tuple[Lost, ...] = ()
     logged: Mapping[str, float] = field(default_factory=dict)
     held_fraction: float | None = None
+    merge_scale: float | None = None
 
     def __post_init__(self) -> None:
         check_round(self.numbers)

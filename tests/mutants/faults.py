@@ -56,6 +56,14 @@ FAULTS = (
         "clamp(min=1)).mul_(own)", ("tests/training/test_merge_scale.py",),
     ),
     Fault(
+        "the largest factor is always chosen", "ist/training/scale_search.py", "factors[losses.index(best)]", "factors[0]",
+        ("tests/training/test_merge_scale.py",),
+    ),
+    Fault(
+        "a factor is tried on top of the one before", "ist/training/scale_search.py", "tensor.copy_(self._before[name])", "pass",
+        ("tests/training/test_merge_scale.py",),
+    ),
+    Fault(
         "a tensor that slots cover partly counts as exclusive", "ist/subnet/cut.py",
         "for number, slot in slots) == specs[name].shape[dim]", "for number, slot in slots) <= specs[name].shape[dim]",
         ("tests/subnet/test_subnet.py",),

@@ -104,6 +104,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
             "stages": [{}, {"rounds": 1, "keep": 1, "merge_scale": 0.7}],
         },
     },
+    "chosen scale": {
+        "network": "two hidden layers, batch norm", "items": Augmented, "recipe__merge_scale": "auto",
+        "exchange__up": "int8", "exchange__values": "deltas",
+    },
     "balanced, filled up, folded": {
         "network": "no batch norm", "partition__coverage": "balanced", "partition__keep": 0.5,
         "train__activation_scale": "folded", "recipe__stages": [{}, {"rounds": 1, "keep": 1}],
@@ -129,7 +133,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 
 FEW_BUFFERS = (
     "carried Adam, uneven", "overlapping shares", "quantized, error feedback", "stages, outer momentum, averaged",
-    "frozen, quantized",
+    "frozen, quantized", "chosen scale",
 )  # fmt: skip
 """Scenarios in which a dedicated coordinator has two message buffers for three workers."""
 

@@ -96,6 +96,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "outer momentum in a full-width phase": {"recipe": {"stages": [{}, {"rounds": 3, "keep": 1, "outer": {"lr": 0.7, "momentum": 0.9}}]}},
     "exponential average": {"recipe": {"average": {"kind": "ema", "decay": 0.6}}},
     "average of the last rounds": {"recipe": {"average": {"kind": "swa", "start": 0.4}}},
+    "a chosen scale of updates": {"recipe": {"merge_scale": {"own": "auto"}, "outer": {"lr": 0.9, "momentum": 0.5}}},
     "all of a recipe": {
         "partition": {"coverage": "balanced", "keep": 0.5},
         "recipe": {

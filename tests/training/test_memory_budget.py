@@ -76,6 +76,7 @@ def test_scaling_an_update_needs_a_workers_largest_part_three_times() -> None:
 
     assert scaled - plain == 3 * 4 * 64 // 4 * 12  # a quarter of the hidden neurons
     assert full_width == budgets(recipe={"stages": [{"keep": 1}]})["coordinator"].parts["work space"]
+    assert budgets(recipe={"merge_scale": "auto"})["coordinator"].parts["scale search"] == 4 * WIDE
 
 
 @pytest.mark.parametrize(("coordinator", "own"), [("trains", 1), ("dedicated", 0)])

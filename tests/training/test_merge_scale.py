@@ -1,5 +1,6 @@
 """The scale of merged updates: old + factor * (merged - old)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,9 @@ from ist.loops.part import completed
 from ist.subnet.cut import UpdateScale, reassemble
 from ist.subnet.job import assignments
 from ist.training.coordinator import Coordinator
-from tests.conftest import assert_same, clone, job_for, naming, small_config
+from ist.training.scale_search import tried_factors
+from tests.augmented import Stream
+from tests.conftest import assert_same, clone, data, job_for, naming, small_config
 from tests.networks import NETWORKS, seeded
 from tests.training.test_recipe import coordinator, entry_by_entry, held
 
@@ -93,6 +96,107 @@ def test_the_outer_optimizer_steps_along_the_scaled_update() -> None:
         for name, scaled in reference.state_dict().items():
             moved, momentum[name] = entry_by_entry(settings, before[name], scaled, momentum[name], masks[name])
             torch.testing.assert_close(model.state_dict()[name], moved, rtol=0, atol=1e-5)
+
+
+# A scale that the coordinator chooses
+
+
+def test_the_chosen_factor_has_the_lowest_loss_and_is_that_factor_as_a_number_bit_for_bit() -> None:
+    kinds = {"own": "auto", "shared": 0.5}
+    settings: dict[str, Any] = {
+        **OVERLAPPING, "exchange": {"down": "int8", "up": "int8", "values": "deltas"}, "evaluate__batch_size": 50,
+        "train__optimizer": {"name": "SGD", "args": {"lr": 3.0, "momentum": 0.5}}, "train__local_steps": 6,
+    }  # fmt: skip
+    auto, model = started(kinds, **settings)
+    task = auto.job.task
+    chosen = []
+
+    for round_number in range(2):
+        before = {name: tensor.clone() for name, tensor in auto.checkpoint_state().items()}
+        report = completed(auto.train_round(round_number))
+        states, losses = {}, {}
+        for factor in tried_factors(4):
+            by_number, network = started({**kinds, "own": factor}, **settings)
+            for name, tensor in by_number.checkpoint_state().items():
+                tensor.copy_(before[name])
+            completed(by_number.train_round(round_number))
+            states[factor] = clone(network.state_dict())
+            inputs, targets = whole_batches(task.train_data, auto._search._samples(round_number))  # type: ignore[union-attr]
+            with torch.no_grad():
+                losses[factor] = float(task.loss(network.eval()(inputs), targets))
+
+        best = min(losses, key=losses.__getitem__)
+        assert report.merge_scale == best
+        assert_same(clone(model.state_dict()), states[best])
+        chosen.append(best)
+    assert min(chosen) < 1
+    assert MergeScale(own="auto", shared="auto").factors(0.25) == (0.25, 0.25)
+
+
+def whole_batches(dataset: Any, samples: Any) -> tuple[Tensor, Tensor]:
+    return tuple(torch.stack(column) for column in zip(*(dataset[int(n)] for n in samples), strict=True))  # type: ignore[return-value]
+
+
+def test_the_factors_go_from_the_sum_of_all_updates_to_their_mean() -> None:
+    assert [round(1 / factor**2, 6) for factor in tried_factors(8)] == [1, 2, 4, 8, 16, 32, 64]
+    assert tried_factors(1) == [1.0]
+    assert tried_factors(3)[-1] == pytest.approx(1 / 3, rel=0.1)
+
+
+def test_a_chosen_scale_uses_the_users_step_and_is_recorded() -> None:
+    network = seeded(NETWORKS["two hidden layers, batch norm"])
+    seen: list[tuple[bool, int]] = []
+
+    def step(net: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        seen.append((torch.is_grad_enabled(), len(batch[0])))
+        return nn.functional.cross_entropy(net(batch[0]), batch[1])
+
+    result = ist.train(
+        network, data(), step=step, workers=2, local_steps=2, rounds=2, batch_size=20, recipe={"merge_scale": "auto"},
+        evaluate={"batch_size": 31}, progress=False,
+    )  # fmt: skip
+
+    assert all(record["merge_scale"] in tried_factors(2) for record in result.history)
+    assert seen.count((False, 31)) >= 2 * 2 * len(tried_factors(2))  # once for statistics, once for the loss
+
+
+REFUSED = {
+    "shards": ({"pool": {"kind": "torchrun", "coordinator": "trains", "store": "sharded"}}, ("pool.store", "sharded")),
+    "own data": ({"data__shard": "own", "train__epochs": None, "train__rounds": 2}, ("data.shard", "own")),
+    "shards, in a stage": (
+        {"pool": {"kind": "torchrun", "coordinator": "trains", "store": "sharded"},
+         "recipe": {"stages": [{}, {"rounds": 1, "merge_scale": {"own": "auto"}}]}}, ("pool.store", "sharded"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "named"), REFUSED.values(), ids=REFUSED.keys())
+def test_where_no_process_can_choose_the_scale_auto_is_refused(changes: dict[str, Any], named: tuple[str, str]) -> None:
+    with pytest.raises(ConfigError, match=naming("recipe.merge_scale", "auto", *named, "0.5")):
+        small_config(**{"recipe": {"merge_scale": "auto"}, **changes})
+
+    small_config(**{**changes, "recipe": {"merge_scale": 0.5}})  # a number is not
+
+
+def test_auto_is_refused_for_a_stream_and_for_an_own_loop() -> None:
+    network, auto = seeded(NETWORKS["no batch norm"]), {"merge_scale": "auto"}
+
+    with pytest.raises(ConfigError, match=naming("recipe.merge_scale", "auto", "stream", "0.5")):
+        ist.train(network, Stream(data()), workers=2, local_steps=2, rounds=2, recipe=auto, progress=False)
+    with pytest.raises(ConfigError, match=naming("recipe.merge_scale", "auto", "own loop", "0.5")):
+        ist.join(network, example=data()[:2][0], workers=1, local_steps=2, rounds=2, recipe=auto, progress=False)
+
+
+def test_if_no_factor_has_a_finite_loss_the_shortest_step_is_made() -> None:
+    auto, _ = started("auto")
+    search = auto._search
+    assert search is not None
+    merged: list[float] = []
+    search._losses = lambda *_: [math.inf, math.inf]  # type: ignore[method-assign]
+
+    search.choose(0, [1.0, 0.5], merged.append)
+
+    assert merged == [search.chosen] == [0.5]
 
 
 def test_what_is_not_finite_or_not_a_float_is_merged_as_without_a_scale() -> None:
