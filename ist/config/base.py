@@ -105,6 +105,7 @@ ADDED_KEYS = (
     ("pool", "inside", "ddp"),
     ("pool", "store", "coordinator"),
     ("pool", "evaluation", None),
+    ("pool", "message_buffers", None),
     ("partition", "rest", "absent"),
     ("exchange", "rest", "int4"),
     ("recipe", "merge_scale", {"own": 1.0, "shared": 1.0}),
