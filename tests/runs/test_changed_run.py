@@ -20,11 +20,12 @@ from ist.runs.build import build_job
 from ist.runs.execute import execute
 from ist.runs.preflight import resumed_folder
 from ist.storage.checkpoint import Progress, load_checkpoint, load_newest, read_tensors, save_checkpoint
-from ist.storage.run_folder import RunFolder, create_run_folder
+from ist.storage.run_folder import RunFolder
 from ist.storage.same_run import CHANGEABLE, is_in, refused_changes
 from ist.training.average import PREFIX as AVERAGE
 from tests.conftest import assert_same, data, naming, run_forked_ranks, small_config
 from tests.networks import NETWORKS, seeded
+from tests.runs.started import started as copy_of_run
 from tests.runs.test_resume import PowerCutError, run
 
 KEPT: dict[str, Any] = {"recipe": {"stages": [{"keep": 1}]}, "checkpoint": {"every": 1}}
@@ -36,13 +37,7 @@ GROUPED = {"name": "Adam", "args": {"lr": 0.01}, "groups": [{"max_dims": 1, "arg
 
 def started(path: Path, stop_after: int | None = None, **changes: Any) -> RunFolder:
     """A run that has finished, or that was cut off in a round."""
-    folder = create_run_folder(small_config(**changes), path)
-    if stop_after is None:
-        run(folder, resume=False)
-    else:
-        with pytest.raises(PowerCutError):
-            run(folder, resume=False, stop_after=stop_after)
-    return folder
+    return copy_of_run(small_config(**changes), path, stop_after)
 
 
 def changed(folder: RunFolder, *overrides: str) -> RunFolder:

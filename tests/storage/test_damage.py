@@ -21,6 +21,7 @@ from ist.storage.checkpoint import Progress, load_checkpoint, load_newest, read_
 from ist.storage.run_folder import RunFolder, create_run_folder
 from tests.conftest import a_record, assert_same, data, naming, small_config
 from tests.networks import NETWORKS, seeded
+from tests.runs.started import started
 from tests.runs.test_resume import KEPT, PowerCutError, run
 
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -34,7 +35,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 def cut_off(config: Config, path: Path, rounds: int) -> RunFolder:
-    """A run that was cut off in the given round."""
+    """A run that was cut off in the given round; its checkpoints may be in a storage."""
     folder = create_run_folder(config, path)
     with pytest.raises(PowerCutError):
         run(folder, resume=False, stop_after=rounds)
@@ -54,8 +55,8 @@ def test_a_damaged_newest_checkpoint_is_renamed_and_the_one_before_is_resumed(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = small_config(train__rounds=5, checkpoint={"every": 1, "keep": 2})
-    whole, broken = create_run_folder(config, tmp_path / "whole"), cut_off(config, tmp_path / "broken", 4)
-    expected = run(whole, resume=False)
+    whole, broken = started(config, tmp_path / "whole"), started(config, tmp_path / "broken", stop_after=4)
+    expected = read_tensors(whole.path / "model.safetensors")[0]
     checkpoints = broken.path / "checkpoints"
     damage(checkpoints / "round-00000004.safetensors", how)
 
@@ -124,8 +125,8 @@ def test_workers_resume_with_the_state_of_the_intact_checkpoint(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = small_config(**KEPT, train__rounds=6, checkpoint={"every": 1, "keep": 2})
-    whole, broken = create_run_folder(config, tmp_path / "whole"), cut_off(config, tmp_path / "broken", 4)
-    expected = run(whole, resume=False)
+    whole, broken = started(config, tmp_path / "whole"), started(config, tmp_path / "broken", stop_after=4)
+    expected = read_tensors(whole.path / "model.safetensors")[0]
     damage(broken.path / "checkpoints" / "round-00000004.safetensors", "truncated")
 
     assert_same(run(broken, resume=True), expected)
@@ -137,7 +138,7 @@ def test_a_damaged_file_of_a_workers_state_costs_only_that_state(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = small_config(**KEPT, train__rounds=5, checkpoint={"every": 1})
-    folder = cut_off(config, tmp_path / "run", 3)
+    folder = started(config, tmp_path / "run", 3)
     damage(folder.path / "checkpoints" / "worker-0002.round-00000003.safetensors", "truncated")
 
     run(folder, resume=True)
@@ -147,7 +148,7 @@ def test_a_damaged_file_of_a_workers_state_costs_only_that_state(
 
 
 def test_if_no_checkpoint_is_intact_none_is_renamed_and_the_error_says_so(tmp_path: Path) -> None:
-    folder = cut_off(small_config(checkpoint={"every": 1}), tmp_path / "run", 3)
+    folder = started(small_config(checkpoint={"every": 1}), tmp_path / "run", 3)
     checkpoints = folder.path / "checkpoints"
     for path in checkpoints.iterdir():
         damage(path, "empty")
@@ -244,7 +245,7 @@ def test_a_checkpoint_that_lacks_a_listed_tensor_is_damaged(tmp_path: Path) -> N
 
 
 def test_a_checkpoint_after_more_rounds_than_the_run_has_is_refused(tmp_path: Path) -> None:
-    folder = cut_off(small_config(checkpoint={"every": 1}), tmp_path / "run", 2)
+    folder = started(small_config(checkpoint={"every": 1}), tmp_path / "run", 2)
     tensors, _ = load_checkpoint(folder.storage, "round-00000002.safetensors")
     save_checkpoint(folder.storage, tensors, Progress(9), keep=2)
 
@@ -253,7 +254,7 @@ def test_a_checkpoint_after_more_rounds_than_the_run_has_is_refused(tmp_path: Pa
 
 
 def test_a_last_checkpoint_without_a_loss_is_refused_by_name(tmp_path: Path) -> None:
-    folder = cut_off(small_config(checkpoint={"every": 1}), tmp_path / "run", 2)
+    folder = started(small_config(checkpoint={"every": 1}), tmp_path / "run", 2)
     tensors, _ = load_checkpoint(folder.storage, "round-00000002.safetensors")
     save_checkpoint(folder.storage, tensors, Progress(4), keep=2)
     (folder.path / "metrics.jsonl").unlink()
