@@ -170,10 +170,11 @@ class RayActors(Generic[_Sent]):
             if failing or time.monotonic() > deadline:
                 raise WorkerLostError(self._too_few(round_number, len(free), failing))
             has_waited = True
-            waited_for = [ref for member in self._members.values() for ref in (*member.starting, *member.busy)]
-            if waited_for:
-                ray.wait(waited_for, timeout=_POLL_S, fetch_local=False)
-            else:
+            awaited = [ref for member in self._members.values() for ref in (*member.starting, *member.busy)]
+            done = set(answered(awaited)) if awaited else set()
+            if waiting := [ref for ref in awaited if ref not in done]:  # actors of a worker answer one after the other
+                ray.wait(waiting, timeout=_POLL_S, fetch_local=False)
+            elif not awaited:
                 time.sleep(_POLL_S)
 
     def process(self, worker: int) -> str:
