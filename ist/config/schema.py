@@ -580,11 +580,6 @@ class Config(Section):
                 f"{what}, but with 'pool.kind' {pool.name} no launcher starts processes on the nodes: give the number "
                 "of actors of a worker"
             )
-        if self.data.shard == "own" and not pool.is_launched:
-            raise ValueError(
-                f"{what} and 'data.shard' is 'own', but with 'pool.kind' {pool.name} the data that the actors of a "
-                "worker load are not compared: set 'data.shard' to 'assigned', or set 'pool.ranks_per_worker' to 1"
-            )
         if self.pool.store == "sharded":
             raise ValueError(
                 f"{what}, but with 'pool.store' 'sharded' every rank is a worker that owns a shard of the network: use "

@@ -412,11 +412,7 @@ def agree_on_start(
     if own_data:
         for worker in set(workers):
             ranks = [rank for rank in training if workers[rank] == worker]
-            if differing := _differing({rank: training[rank] for rank in ranks}, "training"):
-                raise DataError(
-                    f"{differing}, but both are ranks of worker {worker} ('pool.ranks_per_worker'): all ranks of a "
-                    "worker must load the same data"
-                )
+            check_data_of_worker(worker, {rank: training[rank] for rank in ranks})
         leads = {workers.index(worker) for worker in workers} if workers else set(training)
         _warn_of_same({rank: content for rank, content in training.items() if rank in leads}, membership)
     elif differing := _differing(training, "training"):
@@ -429,6 +425,23 @@ def agree_on_start(
     if membership.rank == 0 and 0 in with_data and (differing := _differing(with_data, "test")):
         warnings.warn(f"{differing}: only rank 0 evaluates, on its own test data", stacklevel=2)
     return int(first)
+
+
+def check_data_of_worker(worker: int, training: Mapping[int, DataFingerprint]) -> None:
+    """Check that the ranks of a worker that has data of its own have loaded the same.
+
+    Args:
+        worker: The number of the worker.
+        training: Summaries of the training data, by rank.
+
+    Raises:
+        DataError: They have not.
+    """
+    if differing := _differing(training, "training"):
+        raise DataError(
+            f"{differing}, but both are ranks of worker {worker} ('pool.ranks_per_worker'): all ranks of a "
+            "worker must load the same data"
+        )
 
 
 def _warn_of_same(training: Mapping[int, DataFingerprint], membership: Membership) -> None:

@@ -20,8 +20,17 @@ from torch.distributed import ProcessGroup
 
 from ist.config.runtime import Pool
 from ist.config.schema import Config, lead_rank, ranks_per_worker, worker_of
+from ist.data.fingerprint import DataFingerprint
 from ist.distributed.ports import closed_afterwards, loopback_interface
-from ist.distributed.process_group import Membership, host_store, join, peer_errors, secrets_differ, unproven
+from ist.distributed.process_group import (
+    Membership,
+    check_data_of_worker,
+    host_store,
+    join,
+    peer_errors,
+    secrets_differ,
+    unproven,
+)
 from ist.distributed.secret import SECRET_VARIABLE, new_secret, run_secret
 from ist.errors import PoolError
 
@@ -71,6 +80,20 @@ class WorkerGroup:
         sent = torch.tensor([flag], dtype=torch.uint8, device=self.carrier)
         self.broadcast(sent)
         return bool(sent.item())
+
+    def check_data(self, worker: int, content: DataFingerprint) -> None:
+        """Check that the ranks have loaded the same data of their worker.
+
+        Args:
+            worker: The number of the worker.
+            content: The summary of the data of this process.
+
+        Raises:
+            DataError: They have not; every rank raises it.
+            PoolError: A peer is lost.
+        """
+        found = map(DataFingerprint.from_numbers, self.gather(content.to_numbers()))
+        check_data_of_worker(worker, dict(enumerate(found, self.lead)))
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
         """Return the numbers of every rank of the worker, in the order of ranks; each gives as many.

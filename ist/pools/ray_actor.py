@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ist.config.schema import ranks_per_worker
+from ist.data.fingerprint import data_fingerprint
 from ist.distributed.device import check_autocast, compute_device
 from ist.distributed.process_group import peer_errors
 from ist.distributed.worker_group import Meeting, WorkerGroup, host_meeting, meet
@@ -63,16 +64,23 @@ class RayWorker:
         return host_meeting(ranks_per_worker(self._job.config), self._job.config.pool.timeout_s)
 
     @ray.method(enable_task_events=False)
-    def meet(self, meeting: Meeting, rank: int) -> str:
+    def meet(self, meeting: Meeting, rank: int, slot: int) -> str:
         """Form the process group of this worker's actors, which all call it; return the address of their node.
 
         Args:
             meeting: What `host_meeting` of the lead has returned.
             rank: The number of this actor among them.
+            slot: The worker slot of the run, which is the number of the worker if workers have data of their own.
+
+        Raises:
+            DataError: The actors have loaded different data of their worker.
+            PoolError: The group cannot be formed.
         """
         torch.set_num_threads(self._threads)
         job = self._job
         self._group = meet(meeting, rank, ranks_per_worker(job.config), self._device, job.config.pool)
+        if job.task.own_data is not None and job.task.loop is None:
+            self._group.check_data(slot, data_fingerprint(job.task.own_data(slot), job.config.seed))
         self._host = WorkerHost(job, self._device, assignments(job), self._location, group=self._group)
         return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 

@@ -22,6 +22,7 @@ from torch.utils.data import TensorDataset
 
 import ist
 from ist.data.batches import ShardedSampler
+from ist.data.shards.unequal import OwnData
 from ist.runs.execute import execute
 from ist.runs.open import CoordinatorPart
 from ist.storage.checkpoint import write_tensors
@@ -38,8 +39,8 @@ SCENARIOS: dict[str, dict[str, Any]] = {
         "train__optimizer": {"name": "AdamW", "args": {"lr": 0.02}},
     },
     "kept state, frozen, step": {
-        "network": "frozen", "train__step": "tests.pools.inside_program:with_right", "train__logged": ["right"],
-        "recipe__stages": [{}, {"rounds": 2, "keep": 1}], "evaluate__metric": "none",
+        "network": "frozen", "data__shard": "own", "train__step": "tests.pools.inside_program:with_right",
+        "train__logged": ["right"], "recipe__stages": [{}, {"rounds": 2, "keep": 1}], "evaluate__metric": "none",
     },
     "error feedback, varying shares": {
         "exchange__down": "float16", "exchange__up": "float16", "exchange__values": "deltas",
@@ -80,16 +81,23 @@ def for_digits() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
 
 
-def samples() -> TensorDataset:
-    inputs, targets = data().tensors
+def samples(size: int = 100, seed: int = 0) -> TensorDataset:
+    inputs, targets = data(size, seed=seed).tensors
     return TensorDataset(inputs.double(), targets)
+
+
+def own_samples(worker: int) -> TensorDataset:
+    """A worker's own data."""
+    return samples(37 + 20 * worker, seed=worker)
 
 
 def scenario(name: str, **changes: Any) -> tuple[Job, nn.Module]:
     """A run in float64, and its network."""
     settings = dict(SCENARIOS[name])
     model = seeded({"frozen": Frozen, "plain": plain}[settings.pop("network", "plain")]).double()
-    made = job_for(model, samples(), samples(), **{"train__workers": 2, **settings, **changes})
+    own = OwnData(own_samples) if settings.get("data__shard") == "own" else None
+    train = None if own else samples()
+    made = job_for(model, train, samples(), own=own, **{"train__workers": 2, **settings, **changes})
     return replace(made, task=replace(made.task, build=lambda: model)), model
 
 

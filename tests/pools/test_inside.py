@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,9 @@ from torch import nn
 
 import ist
 from ist.config.schema import lead_rank, num_processes, worker_of
+from ist.data.fingerprint import data_fingerprint
 from ist.distributed.environment import ranks_of_node
+from ist.distributed.worker_group import WorkerGroup
 from ist.pools.torchrun import for_world_size
 from ist.runs.open import check_method
 from ist.runs.rehearsal import rehearse
@@ -104,10 +107,6 @@ def test_the_ranks_of_a_node_are_those_that_the_launcher_started(monkeypatch: py
         ({"pool": {"kind": "inline", "inside": "fsdp"}}, ("pool.inside", "fsdp", "torchrun or ray", "inline")),
         ({"pool": {"kind": "ray", "ranks_per_worker": "node"}}, ("pool.ranks_per_worker", "'node'", "ray", "number")),
         (
-            {"pool": {"kind": "ray", "ranks_per_worker": 2}, "data__shard": "own"},
-            ("pool.ranks_per_worker", "'own'", "ray", "'assigned'"),
-        ),
-        (
             {"pool": {"kind": "ray", "ranks_per_worker": 2, "store": "sharded"}},
             ("pool.ranks_per_worker", "pool.store", "'coordinator'"),
         ),
@@ -147,6 +146,14 @@ def test_a_number_of_processes_that_gives_no_whole_workers_is_refused(monkeypatc
 def test_a_method_whose_ranks_are_all_workers_is_refused() -> None:
     with pytest.raises(ist.ConfigError, match=naming("pool.ranks_per_worker", "2", "'ddp'", "train.workers")):
         check_method(small_config(method="ddp", pool=RANKS))
+
+
+def test_ranks_of_a_worker_that_have_loaded_different_data_of_its_own_are_refused() -> None:
+    mine, other = (data_fingerprint(data(seed=seed), 0) for seed in (1, 2))
+    group: Any = SimpleNamespace(lead=2, gather=lambda numbers: [numbers, other.to_numbers()])
+
+    with pytest.raises(ist.DataError, match=naming("rank 3", "rank 2", "worker 1", "pool.ranks_per_worker")):
+        WorkerGroup.check_data(group, 1, mine)
 
 
 def test_the_ranks_of_a_node_need_a_launcher() -> None:

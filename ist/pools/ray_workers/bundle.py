@@ -127,7 +127,7 @@ def start_bundle(
         bundle.starting = bundle.ping()
     else:
         meeting = bundle.actor.host_meeting.remote()
-        bundle.starting = [actor.meet.remote(meeting, rank) for rank, actor in enumerate(actors)]
+        bundle.starting = [actor.meet.remote(meeting, rank, slot) for rank, actor in enumerate(actors)]
     return bundle
 
 
