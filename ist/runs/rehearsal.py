@@ -41,11 +41,11 @@ from ist.optimization.step_settings import apply_settings, group_settings, match
 from ist.rng import Indices, Purpose, seeded
 from ist.subnet.cut import cut_specs
 from ist.subnet.job import Job, assignments, slot_of
-from ist.subnet.module import bind, collect
 from ist.tensors import TensorSpec, checksums, named_tensors
 from ist.training.worker import Worker
-from ist.transport.frozen_parameters import check_frozen
-from ist.transport.message import Message, layout_of
+from ist.transport.codec import encode
+from ist.transport.frozen_parameters import check_frozen, needed
+from ist.transport.message import EVERY_WORKER, Header, Message, layout_of
 
 
 def rehearse(job: Job) -> None:
@@ -173,14 +173,10 @@ def _one_step(job: Job, device: torch.device) -> None:
     worker = Worker(job, slot, device, assignments(job), loop=loop)
     neurons = worker.neurons(0)
     message = Message(layout_of(cut_specs(job.split.specs, job.split.cut(neurons))), device)
-    specs = cut_specs(job.split.frozen_specs, job.split.frozen_cut(neurons))
-    # Not zeros: a frozen parameter that a forward updates as a moving average would stay zero, and look unchanged.
-    fixed = {
-        name: torch.full(spec.shape, _like_a_mean(spec), dtype=spec.dtype, device=device)
-        for name, spec in specs.items()
-    }
+    worker.frozen.update(neurons, number, 0, _frozen_message(job, neurons, number, device), device)
+    fixed = worker.frozen.tensors
     sums = checksums(fixed)
-    bind(worker.module, {**separated(message.tensors, job.config.train.compile), **fixed})
+    worker.bind(0, separated(message.tensors, job.config.train.compile), fixed)
     named = {name: parameter for name, parameter in worker.module.named_parameters() if parameter.requires_grad}
     optimizer = job.task.make_optimizer(named)
     if job.schedule.settings:
@@ -226,8 +222,8 @@ def _one_step(job: Job, device: torch.device) -> None:
     check_optimizer(job, named)
     loop.step.finish(worker.module, list(named.values()), optimizer)
     check_frozen(worker.module, fixed, sums)
-    _check_replaced(job, worker.module, message)
-    _check_constants(job, worker.module, neurons)
+    _check_replaced(job, worker, message)
+    _check_constants(job, worker)
     size = min(2, job.config.evaluate.batch_size)
     with located(f"evaluating with evaluate.batch_size {job.config.evaluate.batch_size}"):
         if job.config.train.running_statistics == "reestimate":
@@ -312,14 +308,29 @@ def _like_a_mean(spec: TensorSpec) -> float:
     return 1 / inputs if len(spec.shape) > 1 and inputs and spec.dtype.is_floating_point else 1.0
 
 
-def _check_replaced(job: Job, module: nn.Module, message: Message) -> None:
+def _frozen_message(job: Job, neurons: Sequence[Indices], number: int, device: torch.device) -> Message | None:
+    """Return what the worker reads and does not train, with values that show whether it changes."""
+    has_rest = assignments(job).has_rest(0)
+    parts = needed(job.split, job.config.exchange, neurons, 0 if has_rest else None)
+    if not parts.specs:
+        return None
+    message = Message(parts.layout(parts.specs), device)
+    message.write_header(Header(0, EVERY_WORKER if has_rest else number))
+    for name, spec in parts.specs.items():
+        # Not zeros: a frozen parameter that a forward updates as a moving average would stay zero, and look unchanged.
+        value = _like_a_mean(spec) if name in job.split.frozen_specs else 0
+        encode({name: torch.full(spec.shape, value, dtype=spec.dtype, device=device)}, message.tensors, parts.coding)
+    return message
+
+
+def _check_replaced(job: Job, worker: Worker, message: Message) -> None:
     """Check that parameters and buffers that a forward has replaced can be written back.
 
     Raises:
         ModelError: One cannot.
     """
-    collect(module, message.tensors)
-    for name, parameter in module.named_parameters():
+    worker.collect(message.tensors)
+    for name, parameter in worker.module.named_parameters():
         if job.split.state_slots and parameter.requires_grad and parameter.dtype != message.tensors[name].dtype:
             raise ModelError(
                 f"the forward changes the dtype of '{name}' from {message.tensors[name].dtype} to {parameter.dtype}, "
@@ -327,9 +338,9 @@ def _check_replaced(job: Job, module: nn.Module, message: Message) -> None:
             )
 
 
-def _check_constants(job: Job, module: nn.Module, neurons: Sequence[Indices]) -> None:
+def _check_constants(job: Job, worker: Worker) -> None:
     """Warn of buffers and counters that training changes but that are neither sent nor saved."""
-    new_module = job.split.module(neurons, torch.device("cpu"))
+    module, new_module = worker.module, worker.new_module(0, torch.device("cpu"))
     warn_of_counters(module, new_module)
     fresh = named_tensors(new_module)
     for name, buffer in module.named_buffers():

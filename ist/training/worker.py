@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ist.checks.drift import Operators, check_forward, is_due, operators, take_attributes
 from ist.distributed.worker_group import WorkerGroup
@@ -136,6 +136,24 @@ class Worker:
         [cut] = on_device([held], self.device)
         self._full.bind(tensors, cut, {name: tensor.decode for name, tensor in self.frozen.rest.items()})
 
+    def collect(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy what a forward has replaced in the module into the tensors that were given to `bind`."""
+        if self._full is not None:
+            self._full.collect(tensors)
+        else:
+            collect(self.module, tensors)
+
+    def new_module(self, round_number: int, device: torch.device) -> nn.Module:
+        """Return another module of a round, without trained values.
+
+        Raises:
+            ModelError: A layer cannot compute the full network with the frozen rest.
+        """
+        neurons = self.neurons(round_number)
+        if self._held.has_rest(round_number):
+            return self.job.split.full_module(neurons, device).module
+        return self.job.split.module(neurons, device)
+
     def train(
         self,
         round_number: int,
@@ -199,10 +217,7 @@ class Worker:
             self._inside.close(module)
         if subnet.network is not module:
             take_attributes(module, subnet.network)
-        if self._full is not None:
-            self._full.collect(message.tensors)
-        else:
-            collect(module, message.tensors)
+        self.collect(message.tensors)
         check_frozen(module, fixed, sums)
         multiply(message.tensors, folded, inverse=True)
         if job.split.state_slots:
