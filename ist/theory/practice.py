@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ist import api
-from ist.config.partition import Partition
+from ist.config.partition import Exchange, Partition
+from ist.config.recipe import MergeScale, Recipe
 from ist.config.schema import Optimizer
 from ist.errors import ConfigError
 from ist.neurons.group import Group
@@ -81,14 +82,11 @@ def train_with_system(problem: Problem, run: Run) -> Tensor:
         The trained W, (m, d).
 
     Raises:
-        ConfigError: The run has a frozen rest or a merge scale, which this comparison does not have.
+        ConfigError: The run has a fitted merge scale, which this comparison does not have.
         ConfigError, ModelError: As for `ist.train`.
     """
-    if (run.rest, run.merge_scale) != ("absent", 1.0):
-        raise ConfigError(
-            f"'rest' is {run.rest} and 'gamma' is {run.merge_scale}: the comparison with the system needs rest "
-            "'absent' and gamma 1"
-        )
+    if run.merge_scale == "auto":
+        raise ConfigError("'gamma' is auto: the comparison with the system needs a number")
     workers = run.law.subnetworks
     model = Perceptron(initial_weights(run, problem.inputs.shape[1]), signs(run))
     # One sample of this data set is the full problem, so a shard of one sample is a full batch.
@@ -105,7 +103,9 @@ def train_with_system(problem: Problem, run: Run) -> Tensor:
         pool="inline",
         seed=run.seed,
         progress=False,
-        partition=system_partition(run.law),
+        partition=system_partition(run.law).model_copy(update={"rest": run.rest}),
+        exchange=Exchange(rest="exact") if run.rest == "frozen" else None,
         activation_scale="none",
+        recipe=Recipe(merge_scale=MergeScale(own=run.merge_scale, shared=run.merge_scale)),
     )
     return model.hidden.weight.detach()

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from ist.cli.main import app
 from ist.errors import ConfigError, DataError, DivergedError
 from ist.theory import EXPERIMENTS, runner
-from ist.theory.algorithm import Run, train
+from ist.theory.algorithm import Rest, Run, train
 from ist.theory.experiments import figure2b, figure2c
 from ist.theory.page import write_theory_page
 from ist.theory.practice import system_masks, train_with_system
@@ -29,11 +29,14 @@ from tests.theory.test_quantities import write_crime
 QUIET = Console(quiet=True)
 
 
-@pytest.mark.parametrize(("xi", "tau"), [(None, 1), (None, 4), (0.5, 4)])
-def test_the_system_is_algorithm_1(xi: float | None, tau: int) -> None:
+@pytest.mark.parametrize(
+    ("xi", "tau", "rest", "gamma"),
+    [(None, 1, "absent", 1.0), (None, 4, "frozen", 0.4), (0.5, 4, "absent", 0.6), (0.5, 2, "frozen", 1.0)],
+)
+def test_the_system_is_algorithm_1(xi: float | None, tau: int, rest: Rest, gamma: float) -> None:
     problem = sphere(8, 12)
     law = Law(40, 3, xi)
-    run = Run(law, tau, 5, 0.2, seed=7, draw=system_masks(law, 7))
+    run = Run(law, tau, 5, 0.2, seed=7, draw=system_masks(law, 7), rest=rest, merge_scale=gamma)
 
     theory = train(problem, [run], "weights").weights[0]
     system = train_with_system(problem, run)
