@@ -42,6 +42,11 @@ FAULTS = (
         ("tests/training/test_one_worker.py", "tests/training/test_coordinator.py"),
     ),
     # Extracting and merging
+    Fault(
+        "what is averaged is read after the next result has overwritten it", "ist/subnet/cut.py",
+        "tensors if are_lasting else {name: tensors[name].clone() for name in shared}", "tensors",
+        ("tests/pools/test_ranks.py",),
+    ),
     Fault("subnets are merged in order of arrival", "ist/subnet/cut.py", "            workers.sort()\n", "", ("tests/subnet/test_subnet.py",)),
     Fault(
         "an entry with two holders gets the value of the last one", "ist/subnet/cut.py", "torch.where(count > 1, mean, merged)",
