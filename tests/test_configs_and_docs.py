@@ -95,6 +95,7 @@ def train_a_round(config: Config, splits: Splits, device: str) -> dict[str, Any]
     tree = config.model_dump()
     tree["train"] |= {"epochs": None, "rounds": max(1, len(stages)), "local_steps": 2}
     tree["recipe"]["stages"] = stages
+    tree["evaluate"]["statistics_batches"] = 2
     tree["pool"] |= {"kind": "inline", "device": device}
     short = validate(tree, config.name)
     part = execute(build_job(short, splits), progress=False)
@@ -140,7 +141,7 @@ def test_the_python_of_the_readme_runs() -> None:
     names: dict[str, Any] = {}
 
     for block in ours:
-        exec(block.replace("threads=2", "threads=1"), names)
+        exec(block.replace("threads=2", "threads=1").replace("local_steps=50", "local_steps=10"), names)
 
     assert len(ours) >= 3
     assert len(names["result"].history) == 5

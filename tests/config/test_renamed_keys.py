@@ -1,8 +1,5 @@
 """A key that was renamed is read under its old name too; a warning names the new one."""
 
-import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from ist.storage.checkpoint import Progress
 from ist.storage.reopen import open_or_create
 from ist.storage.run_folder import RunFolder, create_run_folder
 from ist.storage.same_run import allowed_changes, run_changes
-from tests.conftest import config_tree, naming, small_config
+from tests.conftest import config_tree, small_config
 
 DILOCO = {"method": "diloco", "pool": {"kind": "torchrun", "device": "cpu"}}
 OLD = {"powersgd_rank": 1, "powersgd_start": 2, "outer_lr": 0.5, "outer_momentum": 0.8}
@@ -113,15 +110,3 @@ def test_a_run_folder_of_the_version_before_is_the_same_run_and_nobody_is_warned
     assert (run_changes(saved, config), allowed_changes(saved, config)) == ([], [])
     assert again._changed_since(Progress(rounds_done=1, config=old)) == []
     assert validate(yaml.safe_load(old), "test") == config
-
-
-def test_the_command_line_shows_the_warning_as_one_line(tmp_path: Path) -> None:
-    config = written(tmp_path, baseline={"outer_lr": 0.5})
-
-    done = subprocess.run(
-        [sys.executable, "-m", "ist", "inspect", str(config), "--json"], capture_output=True, text=True, check=True
-    )
-
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("warning: ")
-    assert re.search(naming("baseline.outer_lr", "baseline.outer.lr"), line)

@@ -54,17 +54,24 @@ def test_a_network_that_is_too_large_is_not_reported_as_a_wrong_argument() -> No
         call(refused, {}, "model.args")
 
 
-def test_without_a_limit_out_of_memory_is_one_error_line(tmp_path: Path, ist_command: Run) -> None:
+def test_without_a_limit_out_of_memory_is_one_error_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "vast.py").write_text(
         "import torch\ndef net():\n    return torch.empty(10**16, dtype=torch.uint8, device='cpu')\n"
     )
     config = tmp_path / "job.yaml"
     config.write_text(yaml.safe_dump(config_tree(model={"name": "vast:net", "args": {}})))
 
-    done = ist_command("train", config, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ist", "train", str(config)])
 
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+    with pytest.raises(SystemExit) as ended:
+        main()
+
+    assert ended.value.code == 1
+    (line,) = capfd.readouterr().err.splitlines()
     assert re.search(naming("error: ", "memory", "narrower network"), line)
 
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from ist.storage.checkpoint import read_tensors
-from tests.conftest import ROOT, Run, assert_same, config_tree, run_group, torchrun, wait_for
+from tests.conftest import ROOT, Run, assert_same, config_tree, naming, run_group, torchrun, wait_for
 
 many_processes = pytest.mark.system  # ten seconds for every start of a few processes on two cores
 
@@ -200,18 +200,21 @@ def test_a_network_of_transformers_ends_alike_in_one_process_and_in_many(tmp_pat
     assert_same(weights(alone), weights(together))
 
 
-def test_a_file_of_the_current_folder_is_found_by_the_command(tmp_path: Path) -> None:
+def test_the_command_finds_a_file_of_the_current_folder_and_warns_of_a_renamed_key_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from torch import nn\ndef net(hidden):\n    return nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, 10))\n"
     )
     config = tmp_path / "job.yaml"
-    config.write_text(yaml.safe_dump(config_tree(model={"name": "mine:net", "args": {"hidden": 8}})))
+    changes = {"model": {"name": "mine:net", "args": {"hidden": 8}}, "baseline": {"outer_lr": 0.5}}
+    config.write_text(yaml.safe_dump(config_tree(**changes)))
 
-    done = run_group(
-        [str(Path(sys.executable).with_name("ist")), "inspect", "job.yaml"], tmp_path, dict(os.environ), 100
-    )
+    command = [str(Path(sys.executable).with_name("ist")), "inspect", "job.yaml", "--json"]
+    done = run_group(command, tmp_path, dict(os.environ), 100)
 
     assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("warning: ")
+    assert re.search(naming("baseline.outer_lr", "baseline.outer.lr"), line)
 
 
 @many_processes
