@@ -25,7 +25,7 @@ demo: $(READY)  ## Run the main job: IST beside data-parallel training, with a r
 	$(BIN)/ist compare configs/quickstart.yaml
 
 test: $(READY)  ## Run the quick tests
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not ray and not system and not gpu' $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m 'not ray and not system and not gpu' $(PYTEST_ARGS)
 
 system-test: $(READY)  ## Run the tests that need Ray, root, namespaces, containers, a browser, or many processes
 	$(BIN)/python -m pytest -m 'ray or system or gpu' $(PYTEST_ARGS)

@@ -67,6 +67,22 @@ def naming(*parts: str) -> str:
     return "(?s)" + "".join(f"(?=.*{re.escape(part)})" for part in parts)
 
 
+LONGEST = [
+    ROOT / "tests" / name
+    for name in (
+        "test_configs_and_docs.py", "pools/test_conformance.py", "runs/test_resume.py", "baselines/test_methods.py",
+        "test_own_loop.py", "launch/test_signals.py", "launch/test_launch.py", "callbacks/test_shipped.py",
+        "pools/test_inside.py", "pools/test_sharded.py", "pools/test_processes.py", "neurons/test_packages.py",
+    )
+]  # fmt: skip
+"""The files whose quick tests take longest; they come first: when they come last, only one core is busy at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {path: place for place, path in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     lines = list(longer_than_the_guide(ROOT))
     if lines:
