@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ist import api
-from ist.config.partition import Exchange, Partition
+from ist.config.partition import Coding, Exchange, Partition
 from ist.config.recipe import MergeScale, Recipe
 from ist.config.schema import Optimizer
 from ist.errors import ConfigError
@@ -70,13 +70,14 @@ def system_masks(law: Law, seed: int) -> Draw:
     return draw
 
 
-def train_with_system(problem: Problem, run: Run) -> Tensor:
+def train_with_system(problem: Problem, run: Run, rest: Coding = "exact") -> Tensor:
     """Train the network of a run by real IST with p workers in this process; each worker has all samples.
 
     Args:
         problem: The data.
         run: Gives the initial weights, and the number and size of steps; the masks are those of
             `system_masks(run.law, run.seed)`.
+        rest: How workers hold the rest of the network, if the run has it.
 
     Returns:
         The trained W, (m, d).
@@ -104,7 +105,7 @@ def train_with_system(problem: Problem, run: Run) -> Tensor:
         seed=run.seed,
         progress=False,
         partition=system_partition(run.law).model_copy(update={"rest": run.rest}),
-        exchange=Exchange(rest="exact") if run.rest == "frozen" else None,
+        exchange=Exchange(rest=rest) if run.rest == "frozen" else None,
         activation_scale="none",
         recipe=Recipe(merge_scale=MergeScale(own=run.merge_scale, shared=run.merge_scale)),
     )

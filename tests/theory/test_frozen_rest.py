@@ -11,11 +11,12 @@ from torch import Tensor
 from ist.errors import ConfigError
 from ist.theory.algorithm import Basis, Run, initial_weights, signs, train
 from ist.theory.noisy_inputs import train_on_masked_inputs
-from ist.theory.practice import train_with_system
+from ist.theory.practice import system_masks, train_with_system
 from ist.theory.quantities import frozen_rest
 from ist.theory.quantities.kernels import finite_ntk, infinite_ntk
 from ist.theory.quantities.masks import Law
 from ist.theory.quantities.problem import Problem, sphere
+from ist.transport.quantize import dequantize, quantize
 from tests.conftest import ROOT
 
 PROBLEM = sphere(6, 9)
@@ -251,6 +252,24 @@ def test_the_limit_with_an_outer_optimizer_is_that_of_its_iteration() -> None:
             ends.append(float(error.norm()))
         assert ends[0] < 1e-3
         assert ends[1] > 1e3
+
+
+def test_the_error_of_a_rounded_rest_compensates_for_the_rounding() -> None:
+    """Train with the real system: e ends near -(1 - 1/p) (f(W) - f(Q(W)))."""
+    problem = sphere(5, 20)
+    law = Law(300, 4, None)
+    one = run(None, 4, 20, 9, m=300, eta=1.0, merge_scale=0.3, draw=system_masks(law, 0))
+
+    weights = train_with_system(problem, one, rest="int4")
+
+    def outputs(of: Tensor) -> Tensor:
+        return signs(one) @ torch.relu(of @ problem.inputs.T) / math.sqrt(300)
+
+    rounded = dequantize(*quantize(weights, 4), 20, 4).double()
+    error, expected = problem.targets - outputs(weights), -0.75 * (outputs(weights) - outputs(rounded))
+    # The kernels of 75 neurons differ from H/p, and the last round has moved the weights to other levels.
+    assert (error - expected).norm() < 0.5 * expected.norm()
+    assert error.norm() > 100 * train(problem, [one]).errors[0, -1].sqrt()
 
 
 def test_a_fitted_merge_scale_is_the_best_of_its_round() -> None:

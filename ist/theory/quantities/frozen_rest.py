@@ -36,6 +36,10 @@ and H_l = (1 - sigma) H/p. Each subnetwork then removes the part g(kappa lambda)
 steps, a gamma of 1/p for the own neurons alone is exact; a common one for all changes would be kappa, which is above
 1/p.
 
+If the rest is rounded to Q(W), subnetwork l corrects e + delta_l, where delta_l = f(W) - f(own neurons of W, others of
+Q(W)). The iteration ends where sum_l [I - (I - eta H_l)^tau] (e + delta_l) = 0. For categorical masks and equal H_l
+this is e = -(1 - 1/p) (f(W) - f(Q(W))), since the mean of delta_l over a partition is (1 - 1/p) (f(W) - f(Q(W))).
+
 An outer Nesterov optimizer (learning rate alpha, momentum mu) on the merged change multiplies gamma by alpha, and
 lowers the limit of alpha gamma s from 2 to 2 (1 + mu) / (1 + 2 mu), which approaches 4/3 as mu approaches 1.
 
