@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from ist.subnet.job import Job, assignments
+from ist.transport.frozen_parameters import rest_fraction
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class Held:
     """The largest part of the network that a worker holds in a run.
 
     Attributes:
-        fraction: The largest fraction of the network's parameters that a worker holds in any round.
+        fraction: The largest fraction of the network's parameters that a worker holds in any round; with the frozen
+            rest of the network, plus its encoded bytes relative to those of all parameters.
         steps: The fraction of the run's local steps in which a worker holds that much.
     """
 
@@ -37,6 +39,8 @@ def held(job: Job) -> Held:
     for _, rounds in groupby(range(schedule.num_rounds), key=lambda number: schedule.spans[number].stage):
         numbers = list(rounds)
         fraction = max(shares.held_fraction(number) for number in numbers)
+        if shares.has_rest(numbers[0]):
+            fraction += rest_fraction(job.split, job.config.exchange)
         parts.append((fraction, sum(len(schedule.steps(number)) for number in numbers)))
     most = max(fraction for fraction, _ in parts)
     return Held(most, sum(steps for fraction, steps in parts if fraction == most) / schedule.total_steps)

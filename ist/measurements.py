@@ -267,8 +267,9 @@ MEASUREMENTS: tuple[Measurement, ...] = (
     Measurement(
         name="held_fraction", unit="fraction", kind=float, source="recorder", over_rounds="peak",
         meaning=(
-            "Largest fraction of the network's parameters that a worker held in the round, from 0 to 1. A run that an "
-            "older version began has none."
+            "Largest fraction of the network's parameters that a worker held in the round, from 0 to 1; with the "
+            "frozen rest (`partition.rest`), plus its encoded bytes relative to the bytes of all parameters. A run "
+            "that an older version began has none."
         ),
         column="most held by a worker",
     ),

@@ -121,7 +121,8 @@ class Share:
         worker: The worker's number, from 0.
         parameters: Number of parameters (single numbers) in its subnet.
         trained_parameters: Number of those that are trained.
-        frozen_bytes: Bytes of the message with its frozen parameters, in its first round.
+        frozen_bytes: Bytes of the message with its frozen parameters, in its first round; and with the frozen rest of
+            the network, in every round.
         sent_bytes: Bytes of the messages to the worker.
         returned_bytes: Bytes of the message from the worker.
     """
@@ -183,6 +184,7 @@ class Inspection:
         memory: The predicted memory of a worker, and of the coordinator; None if it was not predicted.
         held_bytes: Memory that this process held after the split was made: interpreter, libraries and data; None if it
             was not measured.
+        rest: The encoding of the frozen rest of the network that workers hold; None if they lack it.
     """
 
     model: str
@@ -208,6 +210,7 @@ class Inspection:
     samples_by_class: tuple[tuple[int, ...], ...] | None = None
     memory: Mapping[str, MemoryBudget] | None = None
     held_bytes: int | None = None
+    rest: str | None = None
 
 
 def inspect_split(
@@ -267,6 +270,7 @@ def inspect_split(
             ist, ddp, ddp / ist if ist else None, _inside_bytes(config, local_steps, shares, plans, parameters, trained)
         ),
         bytes_of_run=run_bytes(config, split, schedule, held),
+        rest=config.exchange.rest if held.has_rest(main) else None,
     )
 
 

@@ -190,7 +190,13 @@ def print_inspection(found: Inspection, console: Console) -> None:
     console.print(shares)
     if found.samples_by_class is not None:
         console.print(_class_table(found.samples_by_class))
-    if some_frozen:
+    if found.rest is not None:
+        most = max(share.frozen_bytes for share in found.shares)
+        console.print(
+            f"A worker computes the full network: it also holds all other neurons, frozen and encoded as {found.rest} "
+            f"({format_bytes(most)}, sent in every round), and trains its own."
+        )
+    elif some_frozen:
         most = max(share.frozen_bytes for share in found.shares)
         console.print(
             f"Frozen parameters are sent to a worker in its first round (at most {format_bytes(most)}), and again when "

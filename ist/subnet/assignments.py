@@ -109,7 +109,8 @@ class Assignments:
     def has_rest(self, round_number: int) -> bool:
         """Return whether a worker holds the frozen rest of the network in a round, besides its own neurons."""
         rest = self._schedule.stage(round_number).rest or self._partition.rest
-        return rest == "frozen" and not is_full_width(self.partition(round_number))
+        holds_all = self._team.num_workers == 1 or is_full_width(self.partition(round_number))
+        return rest == "frozen" and not holds_all
 
     def cuts(self, round_number: int, team: Team | None = None) -> list[Cut]:
         """Return each worker's positions in every tensor that is sent and returned; for the arguments see `of`."""

@@ -247,7 +247,9 @@ def _as_integers(tensor: Tensor) -> NDArray[np.int64]:
 
 
 def _has_integers(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.element_size() in _INTEGER_OF_SIZE
+    # Other classes, as of tensors without values, have no NumPy array.
+    is_plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    return is_plain and tensor.device.type == "cpu" and tensor.element_size() in _INTEGER_OF_SIZE
 
 
 def read_part(full: Tensor, cut: TensorCut, part: Tensor) -> None:

@@ -34,7 +34,7 @@ from ist.training.scale_search import ScaleSearch
 from ist.training.speed_balance import SpeedBalance
 from ist.transport.codec import SCALE, MessageBuffers
 from ist.transport.endpoints import SubnetWriter, read_trained
-from ist.transport.frozen_parameters import FrozenSender
+from ist.transport.frozen_parameters import FrozenSender, rest_fraction
 from ist.transport.interfaces import Lost, Subnet, WorkerPool
 from ist.transport.message import Header
 
@@ -169,6 +169,8 @@ class Coordinator:
         sums = [header.logged for header in headers]
         logged = logged_means(self.job.config.train.logged, sums, report.numbers["samples"])
         held = self._held.held_fraction(round_number, team)
+        if self._held.has_rest(round_number):
+            held += rest_fraction(self.job.split, self.job.config.exchange)
         chosen = self._search.chosen if self._search and self._scale(round_number).is_auto else None
         lost = (*failed, *report.lost)
         return replace(report, lost=lost, logged=logged, held_fraction=held, merge_scale=chosen)

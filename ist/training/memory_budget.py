@@ -10,6 +10,7 @@ Not here: measuring (`ist/monitoring/meter.py`), counting the memory of a step (
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ist.loops.local_loop import TaskLoop
 from ist.loops.step_memory import UncountedError, optimizer_bytes, step_memory
 from ist.rng import Indices
 from ist.subnet.cut import cut_specs
+from ist.subnet.frozen_rest import Partly
 from ist.subnet.job import Job, assignments, slot_of
 from ist.subnet.partition import is_full_width
 from ist.subnet.split_model import SplitModel
@@ -29,7 +31,7 @@ from ist.subnet.stores.shards import shard_of
 from ist.tensors import TensorSpec, constant_tensors, specs_of, tensor_specs
 from ist.transport.codec import coded_specs
 from ist.transport.endpoints import message_layouts
-from ist.transport.frozen_parameters import frozen_bytes
+from ist.transport.frozen_parameters import frozen_bytes, rest_specs
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,8 @@ def count_step(job: Job, device: torch.device, with_activations: bool) -> Counte
     """
     if not job.config.method_spec.needs_groups:
         return _step(job, job.split.template, 0, device, with_activations)
-    number, neurons, _ = _largest_share(job)
-    return _step(job, job.split.module(neurons, torch.device("meta")), number, device, with_activations)
+    share = _largest_share(job)
+    return _step(job, _module(job, share), share.worker, device, with_activations)
 
 
 def memory_budgets(job: Job, step: CountedStep) -> dict[str, MemoryBudget]:
@@ -100,15 +102,17 @@ def memory_budgets(job: Job, step: CountedStep) -> dict[str, MemoryBudget]:
 def _worker_budget(job: Job, counted: CountedStep) -> MemoryBudget:
     split, exchange = job.split, job.config.exchange
     step, notes = dict(counted.parts), list(counted.notes)
-    _, neurons, changes = _largest_share(job)
+    share = _largest_share(job)
+    neurons = share.neurons
     layouts = message_layouts(split, exchange, split.cut(neurons))
     plain = layouts.plain.specs
     model = sum(spec.nbytes for name, spec in plain.items() if name in split.model_specs)
-    module = split.module(neurons, torch.device("meta"))
-    fixed = cut_specs(split.frozen_specs, split.frozen_cut(neurons))
+    module = _module(job, share)
+    fixed = cut_specs(split.frozen_specs, split.frozen_cut(neurons)) if not share.has_rest else {}
+    rest = _nbytes(rest_specs(split, exchange).values()) if share.has_rest else 0
     constants = _nbytes(specs_of(constant_tensors(module)).values())
     messages = 0 if layouts.is_plain else layouts.nbytes
-    if changes:  # the buffers of the next share are made before those of the last one are freed
+    if share.changes:  # the buffers of the next share are made before those of the last one are freed
         messages += layouts.nbytes
     if not job.config.pool.spec.coordinator_may_train:  # Ray copies messages into and out of its object store
         messages += layouts.down.nbytes + layouts.up.nbytes
@@ -132,10 +136,11 @@ def _worker_budget(job: Job, counted: CountedStep) -> MemoryBudget:
     largest = max((spec.nbytes for spec in plain.values()), default=0)
     # The message up is written after the step's memory is free.
     step["work space"] = max(0 if step["activations"] else largest, feedback + largest - in_step if feedback else 0)
-    frozen_message = frozen_bytes(split, exchange, neurons, None) if fixed else 0
+    frozen_message = frozen_bytes(split, exchange, neurons, None, share.has_rest) if fixed or rest else 0
     parts = {
         "weights": model,
         "frozen parameters": _nbytes(fixed.values()),
+        "frozen rest": rest,
         "frozen message": max(0, frozen_message - in_step),  # freed before the first step
         "constants": constants,
         "messages": messages,
@@ -273,19 +278,51 @@ def _samples(job: Job, worker: int) -> tuple[Any, Any]:
     return samples
 
 
-def _largest_share(job: Job) -> tuple[int, Sequence[Indices], bool]:
-    """Return the worker with the largest share of any stage, its neurons, and whether the sizes of shares change."""
+@dataclass(frozen=True)
+class _LargestShare:
+    """The largest share of any stage.
+
+    Attributes:
+        worker: The worker's number.
+        neurons: Its neurons, by group.
+        has_rest: Whether it also holds the frozen rest of the network.
+        changes: Whether the sizes of shares change during the run.
+    """
+
+    worker: int
+    neurons: Sequence[Indices]
+    has_rest: bool
+    changes: bool
+
+
+def _largest_share(job: Job) -> _LargestShare:
     held, split = assignments(job), job.split
-    sizes: dict[tuple[int, ...], tuple[int, int, Sequence[Indices]]] = {}
+    rest = _nbytes(rest_specs(split, job.config.exchange).values())
+    sizes: dict[tuple[int, ...], tuple[int, int, Sequence[Indices], bool]] = {}
     for round_number in _rounds(job):
+        has_rest = held.has_rest(round_number)
         for worker, neurons in enumerate(held.of(round_number)):
-            key = tuple(map(len, neurons))
+            key = (has_rest, *map(len, neurons))
             if key not in sizes:
                 sent = _nbytes(cut_specs(split.specs, split.cut(neurons)).values())
-                fixed = _nbytes(cut_specs(split.frozen_specs, split.frozen_cut(neurons)).values())
-                sizes[key] = (sent + fixed, worker, neurons)
-    _, number, largest = max(sizes.values(), key=lambda found: found[0])
-    return number, largest, len(sizes) > 1
+                fixed = rest if has_rest else _nbytes(cut_specs(split.frozen_specs, split.frozen_cut(neurons)).values())
+                sizes[key] = (sent + fixed, worker, neurons, has_rest)
+    _, number, largest, with_rest = max(sizes.values(), key=lambda found: found[0])
+    return _LargestShare(number, largest, with_rest, len(sizes) > 1)
+
+
+def _module(job: Job, share: _LargestShare) -> nn.Module:
+    """Return the module of the worker with the largest share, without values."""
+    if not share.has_rest:
+        return job.split.module(share.neurons, torch.device("meta"))
+    full = job.split.full_module(share.neurons, torch.device("meta"))
+    specs = {name: job.split.all_specs[name] for name in full.split}
+    full.parts.update(
+        # Made where the step is counted.
+        (name, Partly(partial(torch.empty, spec.shape, dtype=spec.dtype), job.split.cut(share.neurons).get(name)))
+        for name, spec in specs.items()
+    )
+    return full.module
 
 
 def _rounds(job: Job) -> list[int]:

@@ -97,6 +97,18 @@ def needed(split: SplitModel, exchange: Exchange, neurons: Sequence[Indices], re
     return Needed({name: (None,) * len(spec.shape) for name, spec in specs.items()}, keys, specs, exchange.rest)
 
 
+def rest_specs(split: SplitModel, exchange: Exchange) -> Mapping[str, TensorSpec]:
+    """Return the specs of the frozen rest of the network in the encoded form in which workers hold it."""
+    full = {name: split.all_specs[name] for name in split.partly_held}
+    return coded_specs(full, exchange.rest)
+
+
+def rest_fraction(split: SplitModel, exchange: Exchange) -> float:
+    """Return the bytes of the encoded frozen rest, relative to the bytes of all parameters of the network."""
+    rest = sum(spec.nbytes for spec in rest_specs(split, exchange).values())
+    return rest / sum(parameter.nbytes for parameter in split.template.parameters())
+
+
 def frozen_layout(exchange: Exchange, specs: Mapping[str, TensorSpec]) -> Layout:
     """Return the layout of a message with parts of frozen parameters of the given specs."""
     return layout_of(coded_specs(specs, exchange.down))

@@ -428,4 +428,18 @@ FAULTS = (
         "numbers = state.total_numel_after_compression - before", "numbers = buffer.numel()",
         ("tests/baselines/test_methods.py",),
     ),
+    # The frozen rest
+    Fault(
+        "a linear layer takes the gradient of the first outputs for that of a worker's own", "ist/subnet/frozen_rest.py",
+        "of_own = rows if outs is None else rows.index_select(1, outs)",
+        "of_own = rows if outs is None else rows[:, : len(outs)]", ("tests/subnet/test_frozen_rest.py",),
+    ),
+    Fault(
+        "the rest is sent in a worker's first round only", "ist/transport/frozen_parameters.py",
+        'else ("round", rest_of) for name in specs}', 'else ("round", 0) for name in specs}', ("tests/subnet/test_frozen_rest.py",),
+    ),
+    Fault(
+        "a changed parameter gives a wrong gradient in silence", "ist/subnet/frozen_rest.py",
+        "if saved.own is not None and saved.own._version != saved.version:", "if False:", ("tests/subnet/test_frozen_rest.py",),
+    ),
 )  # fmt: skip

@@ -10,13 +10,18 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ist.errors import ConfigError, ModelError
+from ist.runs.execute import execute
+from ist.runs.open import CoordinatorPart
+from ist.runs.split import split_of
 from ist.subnet.cut import cut_specs, extract
 from ist.subnet.frozen_rest import FullModule, Partly
 from ist.subnet.job import Job, assignments
 from ist.tensors import memory_key, named_tensors
+from ist.training.memory_budget import count_step, memory_budgets
 from ist.transport.codec import CodedTensor, coded_specs, encode
+from ist.transport.frozen_parameters import FrozenCache, FrozenSender, rest_fraction
 from ist.transport.quantize import dequantize, quantize
-from tests.conftest import config_tree, data, job_for, naming
+from tests.conftest import assert_same, config_tree, data, job_for, naming, whole_state
 from tests.networks import NETWORKS, frozen_first, seeded
 from tests.neurons.networks import stack
 
@@ -173,8 +178,7 @@ def test_a_parameter_that_changes_before_the_backward_pass_is_noticed() -> None:
     loss = full.module(torch.randn(9, 12)).sum()
 
     with torch.no_grad():
-        for parameter in full.module.parameters():
-            parameter.mul_(2)
+        dict(full.module.named_parameters())["second.weight"].mul_(2)
 
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
@@ -197,6 +201,61 @@ def test_autocast_gives_the_gradients_of_the_full_network() -> None:
         assert parameter.dtype == torch.float32
         # bfloat16 has 8 bits: sums in another order differ by a few of its roundings.
         torch.testing.assert_close(parameter.grad, part, rtol=0.05, atol=0.05 * part.abs().max().item())
+
+
+def test_every_round_sends_the_rest_of_its_own_weights_and_frozen_parameters_once() -> None:
+    model = seeded(frozen_first)
+    job = job_for(model, partition__rest="frozen", exchange__rest="exact", train__workers=2, partition__exclude=["0"])
+    device, held = torch.device("cpu"), assignments(job)
+    sender = FrozenSender(job.split, job.config.exchange, held, model.state_dict(), device)
+    cache = FrozenCache(job.split, job.config.exchange, held)
+    for round_number in range(2):
+        sender.begin(["a", "b"])
+        messages = [sender.write(name, w, round_number, held.of(round_number)[w]) for w, name in enumerate("ab")]
+        message, reuses = messages[0]
+        assert message is messages[1][0]  # one message for all workers
+        assert message is not None
+        assert message.layout == cache.layout(round_number, held.of(round_number)[0], reuses)
+        cache.update(held.of(round_number)[0], 0, round_number, message, device)
+
+        assert ("0.weight" in message.tensors) == (round_number == 0)
+        assert torch.equal(cache.rest["4.weight"].decode(), model[4].weight)
+        assert torch.equal(cache.rest["0.weight"].decode(), model[0].weight)
+        for name in "ab":
+            sender.returned(name)
+        with torch.no_grad():
+            model[4].weight.mul_(1.5)
+
+
+def test_one_worker_is_plain_training_whatever_the_rest() -> None:
+    states = []
+    for rest in ("absent", "frozen"):
+        model = seeded(NETWORKS["two hidden layers, batch norm"])
+        job = job_for(model, partition__rest=rest, train__workers=1)
+        assert not assignments(job).has_rest(0)
+        before = {name: tensor.clone() for name, tensor in whole_state(job, model).items()}
+        part = execute(job, progress=False)
+        assert isinstance(part, CoordinatorPart)
+        states.append(whole_state(job, part.method.model))
+        assert not torch.equal(states[-1]["output.weight"], before["output.weight"])
+
+    assert_same(*states)
+
+
+def test_inspect_names_the_rest_and_its_memory() -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    job = job_for(model, partition__rest="frozen", exchange__rest="int8", train__workers=2)
+
+    budget = memory_budgets(job, count_step(job, torch.device("cpu"), with_activations=True))["worker"]
+    inspection = split_of(job).inspection
+
+    codes = sum(p.numel() + 4 * len(p) for name, p in model.named_parameters() if p.ndim == 2)
+    vectors = 4 * (16 + 8)
+    assert budget.parts["frozen rest"] == codes + vectors
+    assert budget.parts["gradients"] == sum(4 * n for n in (8 * 12, 8, 4 * 8, 4, 5 * 4, 5))
+    assert budget.parts["activations"] > 0
+    assert inspection.rest == "int8"
+    assert rest_fraction(job.split, job.config.exchange) == pytest.approx((codes + vectors) / (4 * 389))
 
 
 def test_sparse_gradients_are_refused_by_name() -> None:
