@@ -187,6 +187,7 @@ TRIALS = (
     Point("trial: twice the width, own shares", overrides=(stages(),), wider=2),
     Point("trial: keep 0.5, twice as many steps", overrides=(HALF,), steps=2),
     Point("trial: own shares, twice as many steps", overrides=(stages(),), steps=2),
+    Point("trial: own shares, twice as many steps, rounds twice as long", overrides=(stages(),), longer=2, steps=2),
     Point("trial: keep 0.5, outer optimizer (0.7, 0.9)", overrides=(HALF, OUTER)),
     Point("trial: own shares, some groups not split", overrides=(stages(),), shared=True),
 )
