@@ -243,7 +243,8 @@ def controls(workload: str, given: Sequence[str], splits: Splits | None = None) 
     for point in points_of(workload):
         if point.keep == 1 or point.share not in (0, 1):
             continue
-        of = f"1/{config.train.workers}" if not point.keep else f"{point.keep:g}"
+        own = "a share" if config.partition.strategy == "blocks" else f"1/{config.train.workers}"
+        of = f"{point.keep:g}" if point.keep else own
         small = small_network(configuration(workload, point, given), splits)
         network = [f"model.args={json.dumps(small)}"]
         if config.model.weights is not None:
