@@ -106,11 +106,16 @@ def _check_network(job: Job) -> None:
     """Check the initial values of the network, and the cuts.
 
     Raises:
-        ModelError: A value is not finite, or a submodel computes other outputs than the masked full network.
+        ModelError: A value is not finite, a submodel computes other outputs than the masked full network, or a layer
+            cannot compute with the frozen rest.
         DataError: The first samples contain NaN.
     """
     check_example(job)
     needs_groups = job.config.method_spec.needs_groups
+    if needs_groups and (held := assignments(job)).ever_has_rest:
+        first = next((number for number in range(job.schedule.num_rounds) if held.has_rest(number)), None)
+        if first is not None:  # which may be a round of a later stage, of which nothing else is tried here
+            job.split.full_module(held.of(first)[0], torch.device("meta"))
     if is_checked_whole(job):
         network = job.task.build()
         deque(checked_start(job, named_tensors(network).items()), maxlen=0)

@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from ist.errors import ConfigError, ModelError
 from ist.runs.execute import execute
 from ist.runs.open import CoordinatorPart
+from ist.runs.rehearsal import rehearse
 from ist.runs.split import split_of
 from ist.subnet.cut import cut_specs, extract
 from ist.subnet.frozen_rest import FullModule, Partly
@@ -268,7 +269,11 @@ def test_sparse_gradients_are_refused_by_name() -> None:
             return self.last(self.words(x.abs().long().clamp(max=8)).mean(1).relu())
 
     with pytest.raises(ModelError, match=naming("'words'", "partition.rest")):
-        made(seeded(Words), 0, "int4", train__optimizer={"name": "SGD", "args": {"lr": 0.1}})
+        made(seeded(Words), 0, "int4", partition__residual=True)
+
+    later = job_for(seeded(Words), partition__residual=True, recipe__stages=[{"rounds": 1}, {"rest": "frozen"}])
+    with pytest.raises(ModelError, match=naming("'words'", "partition.rest")):
+        rehearse(later)
 
 
 @pytest.mark.parametrize(
