@@ -1,6 +1,7 @@
 """The frozen rest: what it gives and costs if workers see the neurons that they do not train.
 
     python -m benchmarks.frozen_rest [--only text,text_8] [--rows "frozen;full"] [--seeds 3] [--quick] [--markdown]
+    python -m benchmarks.frozen_rest --steps     # the time of a local step
 
 Claim: a worker that holds the rest of the network in four bits and trains its own neurons only (`partition.rest`)
 comes closer to local SGD of the full network than narrow subnets do, with a fraction of its memory and bytes.
@@ -34,6 +35,7 @@ from benchmarks.fitting import num_parameters, state_bytes
 from benchmarks.session import Run
 from benchmarks.workloads import LOWER, value
 from ist.monitoring.display import format_bytes, format_metric, metric_title
+from ist.plan.measure import measure_subnet, measure_whole
 from ist.runs.build import build_job
 from ist.subnet.cut import cut_specs
 from ist.subnet.job import Job, assignments
@@ -158,6 +160,31 @@ def measured(study: Study, name: str, row: Row, given: Sequence[str], seeds: int
     }
 
 
+STEP_NETWORKS = ((128, 4, 512), (512, 2, 2048))
+"""(width, layers, feed-forward units) of the decoders whose steps are timed."""
+
+
+def step_ratios(repeats: int = 3) -> Iterator[dict[str, Any]]:
+    """Yield the seconds of a local step of one of four workers, relative to those of the full network.
+
+    Heads and feed-forward units are split. Both are measured in turn, several times; the least ratio is the one that
+    other programs on the machine disturb least.
+
+    Args:
+        repeats: How often.
+    """
+    device = torch.device("cpu")
+    for width, layers, ffn in STEP_NETWORKS:
+        args = {"vocabulary": 256, "length": 64, "width": width, "layers": layers, "heads": 8, "ffn": ffn}
+        overrides = ("pool.kind=inline", stages(), "partition.rest=frozen", "train.epochs=null", "train.rounds=3",
+                     "data.args.max_bytes=200000", f"model.args={json.dumps(args)}")  # fmt: skip
+        for coding in ("int4", "int8"):
+            job = build_job(Run("", "kjv_decoder", "ist", (*overrides, f"exchange.rest={coding}")).load())
+            pairs = [(measure_subnet(job, 0, device), measure_whole(job, device).step) for _ in range(repeats)]
+            ratio = min(own.step_s / whole.step_s for own, whole in pairs)
+            yield {"width": width, "layers": layers, "ffn": ffn, "rest": coding, "step_ratio": ratio}
+
+
 HEADS = ("task", "row", "metric", "mean, spread (seeds)", "against the full network", "sent", "memory of a worker")
 
 
@@ -198,16 +225,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", help="only rows whose labels contain one of these, separated by semicolons")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--fsdd", default="fsdd.npz", help="the Free Spoken Digits")
+    parser.add_argument("--steps", action="store_true", help="only time local steps")
     parser.add_argument("--quick", action="store_true", help="two short rounds on little text: only check that it runs")
     parser.add_argument("--markdown", action="store_true", help="only print the table of the finished runs")
     asked = parser.parse_args(arguments)
     study_name = "frozen_rest_quick" if asked.quick else "frozen_rest"
     path = RESULTS / f"{study_name}.json"
-    found = json.loads(path.read_text())["tasks"] if path.exists() else {}
+    saved = json.loads(path.read_text()) if path.exists() else {"tasks": {}, "steps": []}
+    found, steps = saved["tasks"], saved.get("steps", [])
     if asked.markdown:
         print(markdown(found))
         return
     torch.set_num_threads(1)
+    if asked.steps:
+        for step in step_ratios():
+            print(step, flush=True)
+            steps = [*(known for known in steps if known | {"step_ratio": 0} != step | {"step_ratio": 0}), step]
+            write_result(study_name, {"tasks": found, "steps": steps})
+        return
     study = Study(study_name)
     for name in ["text"] if asked.quick else asked.only.split(","):
         task = TASKS[name]
@@ -223,7 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if (result := measured(study, name, row, given, asked.seeds)) is not None:
                 entry["rows"][label] = result
             entry["rows"] = {label: entry["rows"][label] for label in known if label in entry["rows"]}
-            write_result(study_name, {"tasks": found})
+            write_result(study_name, {"tasks": found, "steps": steps})
     table = Table(*HEADS)
     for line in lines(found):
         table.add_row(*line)

@@ -157,7 +157,8 @@ class Exchange(Section):
     )
     rest: Coding = Field(
         default="int4",
-        description="encoding of the frozen rest of the network (partition.rest), which a worker holds in this form",
+        description="encoding of the frozen rest of the network (partition.rest), which a worker holds in this form; "
+        "here the int types have a scale for every 32 numbers",
     )
     error_feedback: bool = Field(
         default=False,

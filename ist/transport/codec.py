@@ -23,6 +23,9 @@ from ist.transport.quantize import dequantize, packed_columns, quantize
 SCALE = "#scale"
 """Suffix of the scales of a rounded matrix: `linear_1.weight#scale`."""
 
+GROUP = 32
+"""In the frozen rest of the network, as many consecutive numbers of a row have a common scale, a bfloat16."""
+
 _HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -102,9 +105,12 @@ def encode(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor], coding: Co
     bits = _bits(coding)
     for name, tensor in tensors.items():
         if name + SCALE in into:
-            codes, scale = quantize(tensor.detach().reshape(len(tensor), -1), bits)
-            into[name].copy_(codes)
-            into[name + SCALE].copy_(scale)
+            scales = into[name + SCALE]
+            if not len(scales):
+                continue
+            codes, scale = quantize(tensor.detach().reshape(len(scales), -1), bits, scales.dtype)
+            into[name].copy_(codes.view(into[name].shape))
+            scales.copy_(scale)
         else:
             into[name].copy_(tensor)
 
@@ -128,8 +134,11 @@ def decoded(coded: Mapping[str, Tensor], name: str, spec: TensorSpec, coding: Co
     """
     if name + SCALE not in coded:
         return coded[name].to(spec.dtype)
-    matrix = dequantize(coded[name], coded[name + SCALE], prod(spec.shape[1:]), _bits(coding))
-    return matrix.view(spec.shape).to(spec.dtype)
+    scales = coded[name + SCALE]  # one for each row, or for each group of numbers in a row
+    if not len(scales):
+        return torch.empty(spec.shape, dtype=spec.dtype, device=scales.device)
+    codes, columns = coded[name].view(len(scales), -1), prod(spec.shape) // len(scales)
+    return dequantize(codes, scales, columns, _bits(coding)).view(spec.shape).to(spec.dtype)
 
 
 @dataclass(frozen=True)
@@ -159,8 +168,15 @@ def travels_as_delta(name: str, spec: TensorSpec) -> bool:
     return "@" not in name and spec.dtype.is_floating_point
 
 
-def coded_specs(specs: Mapping[str, TensorSpec], coding: Coding) -> dict[str, TensorSpec]:
-    """Return the specs of a message that holds tensors of the given specs, in the same order."""
+def coded_specs(specs: Mapping[str, TensorSpec], coding: Coding, group: int | None = None) -> dict[str, TensorSpec]:
+    """Return the specs of a message that holds tensors of the given specs, in the same order.
+
+    Args:
+        specs: The specs of plain tensors.
+        coding: How matrices are encoded.
+        group: As many consecutive numbers of a row have a common scale, a bfloat16, where they divide a row; None: a
+            row has one scale, a float32.
+    """
     bits, found = _bits(coding), {}
     for name, spec in specs.items():
         if not _is_matrix(name, spec) or coding == "exact":
@@ -168,7 +184,9 @@ def coded_specs(specs: Mapping[str, TensorSpec], coding: Coding) -> dict[str, Te
         elif bits:
             rows, columns = spec.shape[0], prod(spec.shape[1:])
             found[name] = TensorSpec((rows, packed_columns(columns, bits)), torch.uint8)
-            found[name + SCALE] = TensorSpec((rows,), torch.float32)
+            is_grouped = group is not None and columns and columns % group == 0
+            scales = rows * (columns // group) if is_grouped and group else rows
+            found[name + SCALE] = TensorSpec((scales,), torch.bfloat16 if is_grouped else torch.float32)
         else:
             half = _HALF[coding]
             found[name] = TensorSpec(spec.shape, half if half.itemsize < spec.dtype.itemsize else spec.dtype)

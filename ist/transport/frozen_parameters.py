@@ -33,7 +33,7 @@ from ist.subnet.cut import Cut, cut_specs, on_device
 from ist.subnet.split_model import SplitModel
 from ist.subnet.stores.parameter_store import LocalStore
 from ist.tensors import TensorSpec, checksum
-from ist.transport.codec import SCALE, CodedTensor, coded_specs, decoded, encode
+from ist.transport.codec import GROUP, SCALE, CodedTensor, coded_specs, decoded, encode
 from ist.transport.message import EVERY_WORKER, Header, Layout, Message, layout_of
 
 PartKey = tuple[bytes | int | str | None, ...]
@@ -62,12 +62,14 @@ class Needed:
         keys: The keys of these parts.
         specs: Their specs.
         coding: How they are encoded.
+        group: How many numbers have a common scale; see `coded_specs`.
     """
 
     cut: Cut
     keys: PartKeys
     specs: Mapping[str, TensorSpec]
     coding: Coding
+    group: int | None = None
 
     def missing(self, cached: PartKeys) -> dict[str, TensorSpec]:
         """Return the specs of the parts that a worker with these keys lacks."""
@@ -75,7 +77,7 @@ class Needed:
 
     def layout(self, specs: Mapping[str, TensorSpec]) -> Layout:
         """Return the layout of a message with parts of the given specs."""
-        return layout_of(coded_specs(specs, self.coding))
+        return layout_of(coded_specs(specs, self.coding, self.group))
 
 
 def needed(split: SplitModel, exchange: Exchange, neurons: Sequence[Indices], rest_of: int | None) -> Needed:
@@ -94,13 +96,13 @@ def needed(split: SplitModel, exchange: Exchange, neurons: Sequence[Indices], re
     specs = {n: spec for n, spec in {**split.model_specs, **split.frozen_specs}.items() if n in split.partly_held}
     # Frozen parameters never change; the rest is another one in each round.
     keys = {name: ("full",) if name in split.frozen_specs else ("round", rest_of) for name in specs}
-    return Needed({name: (None,) * len(spec.shape) for name, spec in specs.items()}, keys, specs, exchange.rest)
+    return Needed({name: (None,) * len(spec.shape) for name, spec in specs.items()}, keys, specs, exchange.rest, GROUP)
 
 
 def rest_specs(split: SplitModel, exchange: Exchange) -> Mapping[str, TensorSpec]:
     """Return the specs of the frozen rest of the network in the encoded form in which workers hold it."""
     full = {name: split.all_specs[name] for name in split.partly_held}
-    return coded_specs(full, exchange.rest)
+    return coded_specs(full, exchange.rest, GROUP)
 
 
 def rest_fraction(split: SplitModel, exchange: Exchange) -> float:

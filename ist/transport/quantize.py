@@ -22,15 +22,17 @@ def packed_columns(columns: int, bits: int) -> int:
     return -(-columns * bits // 8)
 
 
-def quantize(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def quantize(matrix: Tensor, bits: int, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     """Quantize a matrix to `bits` bits for each number.
 
     Args:
         matrix: Floating point, shape (R, C). A row that contains a non-finite value is dequantized to NaN as a whole.
         bits: 2 to 8.
+        scale_dtype: The dtype of the scales: float32, or bfloat16, with which the largest magnitude of a row is a level
+            to within 0.4 %.
 
     Returns:
-        Codes, uint8, shape (R, P), and scales, float32, shape (R,).
+        Codes, uint8, shape (R, P), and scales of that dtype, shape (R,).
 
     Reference: Seide et al., Interspeech 2014, and Dettmers, arXiv 1511.04561 (exchange in few bits); Dun et al.,
     ResIST, arXiv 2107.00961 (how few bits IST tolerates).
@@ -39,10 +41,10 @@ def quantize(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     levels = 2 ** (bits - 1) - 1
     matrix = matrix.float()
     scale = matrix.abs().amax(dim=1) / levels if matrix.shape[1] else matrix.new_zeros(len(matrix))
-    scale = torch.where(torch.isfinite(scale), scale, torch.nan)
+    scale = torch.where(torch.isfinite(scale), scale, torch.nan).to(scale_dtype).float()
     divisor = torch.where(scale > 0, scale, 1.0)  # for a row of zeros any divisor is right
     codes = (matrix / divisor[:, None]).round_().clamp_(-levels, levels).add_(levels)
-    return _pack(codes.nan_to_num_(0.0).to(torch.uint8), bits), scale
+    return _pack(codes.nan_to_num_(0.0).to(torch.uint8), bits), scale.to(scale_dtype)
 
 
 def dequantize(codes: Tensor, scale: Tensor, columns: int, bits: int) -> Tensor:

@@ -17,9 +17,9 @@ from ist.runs.split import split_of
 from ist.subnet.cut import cut_specs, extract
 from ist.subnet.frozen_rest import FullModule, Partly
 from ist.subnet.job import Job, assignments
-from ist.tensors import memory_key, named_tensors
+from ist.tensors import TensorSpec, memory_key, named_tensors
 from ist.training.memory_budget import count_step, memory_budgets
-from ist.transport.codec import CodedTensor, coded_specs, encode
+from ist.transport.codec import GROUP, CodedTensor, coded_specs, encode
 from ist.transport.frozen_parameters import FrozenCache, FrozenSender, rest_fraction
 from ist.transport.quantize import dequantize, quantize
 from tests.conftest import assert_same, config_tree, data, job_for, naming, whole_state
@@ -294,6 +294,24 @@ def test_what_cannot_be_combined_is_refused_before_a_run(changes: dict[str, Any]
 
     with pytest.raises(ConfigError, match=naming(*named)):
         validate(tree, "")
+
+
+@pytest.mark.parametrize("coding", ["int3", "int4", "int8"])
+def test_every_32_numbers_of_the_rest_have_a_scale_of_their_own(coding: Any) -> None:
+    weight = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(3)) * torch.logspace(0, 6, 4)[:, None]
+    spec = TensorSpec((3, 4, 16), torch.float32)
+    specs = coded_specs({"w": spec}, coding, GROUP)
+    coded = {name: torch.zeros(s.shape, dtype=s.dtype) for name, s in specs.items()}
+
+    encode({"w": weight}, coded, coding)
+    back = CodedTensor("w", coded, spec, coding).decode()
+
+    bits = int(coding[3:])
+    assert sum(s.nbytes for s in specs.values()) == 192 * bits // 8 + 6 * 2
+    groups = weight.view(-1, 32)
+    # Half a level, and for the largest number what a bfloat16 scale is too small, 2^-9 of it.
+    most = groups.abs().amax(1, keepdim=True) * (0.5 / (2 ** (bits - 1) - 1) + 2**-8)
+    assert bool(((back - weight).view(-1, 32).abs() <= most).all())
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
