@@ -569,7 +569,7 @@ class Config(Section):
     def _can_train_inside(self) -> "Config":
         ranks, train, pool = self.pool.ranks_per_worker, self.train, self.pool.spec
         what = f"'pool.ranks_per_worker' is {ranks!r}"
-        if not pool.groups_processes and (ranks != 1 or self.pool.inside != "ddp"):
+        if not pool.groups_processes and (ranks != 1 or self.pool.inside != Pool.model_fields["inside"].default):
             able = " or ".join(spec.name for spec in POOLS.values() if spec.groups_processes)
             key = what if ranks != 1 else f"'pool.inside' is '{self.pool.inside}'"
             raise ValueError(f"{key}, which needs 'pool.kind' {able}, not {pool.name}: a worker is one process there")

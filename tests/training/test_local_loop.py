@@ -40,6 +40,9 @@ class OwnLoop:
             self.made += 1
             part.log(loss, len(rows))
 
+    def close(self) -> None:
+        """It holds nothing."""
+
 
 @pytest.mark.parametrize("max_norm", [None, 0.3])
 def test_a_loop_of_the_users_own_that_makes_the_same_steps_gives_the_same_weights(max_norm: float | None) -> None:
@@ -51,7 +54,7 @@ def test_a_loop_of_the_users_own_that_makes_the_same_steps_gives_the_same_weight
         if own:
             loops = [OwnLoop(TaskLoop(job, slot_of(job, worker), CPU), max_norm) for worker in range(2)]
             for host, loop in zip(pool._hosts, loops, strict=True):
-                host._worker = Worker(job, loop.slot, CPU, held, loop=loop)
+                host._slot, host._worker = loop.slot, Worker(job, loop.slot, CPU, held, loop=loop)
         coordinator = Coordinator(job, pool, model, meter)
         for round_number in range(job.schedule.num_rounds):
             completed(coordinator.train_round(round_number))
