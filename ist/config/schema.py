@@ -478,8 +478,6 @@ class Config(Section):
                 )
             return self
         what = "'partition.rest' (or that of a stage) is 'frozen', but"
-        if self.store_is_sharded:
-            raise ValueError(f"{what} 'pool.store' is 'sharded', which does not send the rest: use 'coordinator'")
         if self.pool.ranks_per_worker != 1:
             raise ValueError(
                 f"{what} 'pool.ranks_per_worker' is {self.pool.ranks_per_worker!r}: use 1, so that every rank is a "

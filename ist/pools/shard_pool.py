@@ -135,15 +135,14 @@ class ShardPool:
         self, outgoing: Mapping[int, Subnet], neurons: Sequence[Indices], reuses_frozen: bool
     ) -> Message | None:
         """Exchange the frozen parameters that workers lack; return this worker's message, None if it lacks none."""
-        split = self._job.split
-        if not split.frozen_specs:
+        needed = self._worker.frozen.needed(self._round, neurons)
+        if not needed.specs:
             return None
         missing = self._worker.frozen.missing(self._round, neurons, reuses_frozen)
-        cut = split.frozen_cut(neurons)
         carrier = self._membership.carrier
         incoming = {
             owner: Message(layout, carrier)
-            for owner, layout in self._pieces.frozen_layouts(cut, missing).items()
+            for owner, layout in self._pieces.frozen_layouts(needed, missing).items()
             if owner != self._me
         }
         sent = [(w, w, s.frozen.flat.to(carrier)) for w, s in outgoing.items() if s.frozen and w != self._me]
@@ -151,7 +150,7 @@ class ShardPool:
         own = outgoing[self._me].frozen
         if own is not None:
             incoming[self._me] = own
-        return self._pieces.join_frozen(incoming, cut, missing, self._round)
+        return self._pieces.join_frozen(incoming, needed, missing, self._round)
 
     def _complete(self, sent: Sequence[tuple[int, int, Tensor]], wanted: Sequence[tuple[int, int, Tensor]]) -> None:
         """Send and receive (rank, worker, flat) buffers, and wait for all of them."""

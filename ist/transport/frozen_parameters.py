@@ -32,6 +32,7 @@ from ist.subnet.assignments import Assignments
 from ist.subnet.cut import Cut, cut_specs, on_device
 from ist.subnet.split_model import SplitModel
 from ist.subnet.stores.parameter_store import LocalStore
+from ist.subnet.stores.shards import ModelShard
 from ist.tensors import TensorSpec, checksum
 from ist.transport.codec import GROUP, SCALE, CodedTensor, coded_specs, decoded, encode
 from ist.transport.message import EVERY_WORKER, Header, Layout, Message, layout_of
@@ -62,14 +63,14 @@ class Needed:
         keys: The keys of these parts.
         specs: Their specs.
         coding: How they are encoded.
-        group: How many numbers have a common scale; see `coded_specs`.
+        has_rest: Whether they are the frozen rest of the network, whose message is the same for all workers.
     """
 
     cut: Cut
     keys: PartKeys
     specs: Mapping[str, TensorSpec]
     coding: Coding
-    group: int | None = None
+    has_rest: bool
 
     def missing(self, cached: PartKeys) -> dict[str, TensorSpec]:
         """Return the specs of the parts that a worker with these keys lacks."""
@@ -77,7 +78,7 @@ class Needed:
 
     def layout(self, specs: Mapping[str, TensorSpec]) -> Layout:
         """Return the layout of a message with parts of the given specs."""
-        return layout_of(coded_specs(specs, self.coding, self.group))
+        return layout_of(coded_specs(specs, self.coding, GROUP if self.has_rest else None))
 
 
 def needed(split: SplitModel, exchange: Exchange, neurons: Sequence[Indices], rest_of: int | None) -> Needed:
@@ -92,11 +93,18 @@ def needed(split: SplitModel, exchange: Exchange, neurons: Sequence[Indices], re
     if rest_of is None:
         cut = split.frozen_cut(neurons)
         keys = part_keys(split.whole.frozen_cut(neurons) if cut else {})
-        return Needed(cut, keys, cut_specs(split.frozen_specs, cut), exchange.down)
-    specs = {n: spec for n, spec in {**split.model_specs, **split.frozen_specs}.items() if n in split.partly_held}
+        return Needed(cut, keys, cut_specs(split.frozen_specs, cut), exchange.down, has_rest=False)
+    whole = split.whole
+    full: Cut = {
+        name: (None,) * len(spec.shape)
+        for name, spec in {**whole.model_specs, **whole.frozen_specs}.items()
+        if name in whole.partly_held
+    }
     # Frozen parameters never change; the rest is another one in each round.
-    keys = {name: ("full",) if name in split.frozen_specs else ("round", rest_of) for name in specs}
-    return Needed({name: (None,) * len(spec.shape) for name, spec in specs.items()}, keys, specs, exchange.rest, GROUP)
+    keys = {name: ("full",) if name in split.frozen_specs else ("round", rest_of) for name in full}
+    cut = split.within(full) if isinstance(split, ModelShard) else full
+    specs = cut_specs({**split.model_specs, **split.frozen_specs}, cut)
+    return Needed(cut, keys, {name: specs[name] for name in cut}, exchange.rest, has_rest=True)
 
 
 def rest_specs(split: SplitModel, exchange: Exchange) -> Mapping[str, TensorSpec]:
@@ -109,11 +117,6 @@ def rest_fraction(split: SplitModel, exchange: Exchange) -> float:
     """Return the bytes of the encoded frozen rest, relative to the bytes of all parameters of the network."""
     rest = sum(spec.nbytes for spec in rest_specs(split, exchange).values())
     return rest / sum(parameter.nbytes for parameter in split.template.parameters())
-
-
-def frozen_layout(exchange: Exchange, specs: Mapping[str, TensorSpec]) -> Layout:
-    """Return the layout of a message with parts of frozen parameters of the given specs."""
-    return layout_of(coded_specs(specs, exchange.down))
 
 
 def frozen_bytes(
@@ -247,13 +250,14 @@ class FrozenCache:
             reuses_frozen: Whether the worker must reuse this cache, as the subnet's header says.
         """
         specs = self.missing(round_number, neurons, reuses_frozen)
-        return self._needed(round_number, neurons).layout(specs) if specs else None
+        return self.needed(round_number, neurons).layout(specs) if specs else None
 
     def missing(self, round_number: int, neurons: Sequence[Indices], reuses_frozen: bool) -> dict[str, TensorSpec]:
         """Return the specs of the parts that are sent beside a subnet; see `layout`."""
-        return self._needed(round_number, neurons).missing(self._keys if reuses_frozen else {})
+        return self.needed(round_number, neurons).missing(self._keys if reuses_frozen else {})
 
-    def _needed(self, round_number: int, neurons: Sequence[Indices]) -> Needed:
+    def needed(self, round_number: int, neurons: Sequence[Indices]) -> Needed:
+        """Return what the process reads in a round and does not train; for the arguments see `layout`."""
         rest_of = round_number if self._held.has_rest(round_number) else None
         return needed(self._split, self._exchange, neurons, rest_of)
 
@@ -278,7 +282,7 @@ class FrozenCache:
             PoolError: The message belongs to another round or worker, or a part is neither cached nor received.
         """
         has_rest = self._held.has_rest(round_number)
-        parts = self._needed(round_number, neurons)
+        parts = self.needed(round_number, neurons)
         if received is not None:
             received.read_header(round_number, EVERY_WORKER if has_rest else worker)
         sent = received.tensors if received is not None else {}

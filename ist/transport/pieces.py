@@ -9,7 +9,7 @@ Law: a subnet that is divided and joined again is the same, bit for bit.
 Not here: which rows an owner has (`ist/subnet/stores/shards.py`), sending pieces (`ist/pools/`).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 
@@ -21,8 +21,8 @@ from ist.subnet.stores.shards import rows_within, shard_of
 from ist.tensors import TensorSpec, is_finite
 from ist.transport.codec import SCALE, MessageBuffers, MessageLayouts
 from ist.transport.endpoints import down_bytes, message_layouts
-from ist.transport.frozen_parameters import frozen_layout
-from ist.transport.message import Header, Layout, Message
+from ist.transport.frozen_parameters import Needed
+from ist.transport.message import EVERY_WORKER, Header, Layout, Message
 
 
 class Pieces:
@@ -97,39 +97,43 @@ class Pieces:
             piece.up.write_header(returned)
         return returned
 
-    def frozen_layouts(self, cut: Cut, missing: Mapping[str, TensorSpec]) -> dict[int, Layout]:
-        """Return the layouts of the pieces with frozen parameters that a worker lacks, by owner.
+    def frozen_layouts(self, needed: Needed, missing: Collection[str]) -> dict[int, Layout]:
+        """Return the layouts of the pieces with what a worker lacks of that which it reads and does not train.
 
         Args:
-            cut: The worker's positions in the frozen parameters of the full network.
-            missing: The parameters that the worker lacks; owners that have no row of them send nothing.
+            needed: What it reads of the full network.
+            missing: The names of what it lacks; owners that have no row of it send nothing.
+
+        Returns:
+            The layouts, by owner.
         """
         found = {}
         for owner, shard in enumerate(self._shards):
-            within = {name: dims for name, dims in shard.within(cut).items() if name in missing}
+            within = shard.within({name: dims for name, dims in needed.cut.items() if name in missing})
             if within:
-                specs = cut_specs({name: shard.frozen_specs[name] for name in within}, within)
-                found[owner] = frozen_layout(self._exchange, specs)
+                specs = {**shard.model_specs, **shard.frozen_specs}
+                found[owner] = needed.layout(cut_specs({name: specs[name] for name in within}, within))
         return found
 
     def join_frozen(
-        self, pieces: Mapping[int, Message], cut: Cut, missing: Mapping[str, TensorSpec], round_number: int
+        self, pieces: Mapping[int, Message], needed: Needed, missing: Mapping[str, TensorSpec], round_number: int
     ) -> Message | None:
-        """Return the message with the frozen parameters that a worker lacks; None if it lacks none.
+        """Return the message with what a worker lacks of that which it reads and does not train; None: nothing.
 
         Args:
             pieces: The message of each owner of `frozen_layouts`.
-            cut: The worker's positions in the frozen parameters of the full network.
-            missing: The parameters that the worker lacks.
+            needed: What the worker reads of the full network.
+            missing: The specs of what it lacks.
             round_number: The round.
         """
         if not missing:
             return None
         device = next(iter(pieces.values())).flat.device
-        message = Message(frozen_layout(self._exchange, missing), device)
-        message.write_header(Header(round_number, self._worker))
+        message = Message(needed.layout(missing), device)
+        message.write_header(Header(round_number, EVERY_WORKER if needed.has_rest else self._worker))
+        specs = {**self._split.model_specs, **self._split.frozen_specs}
         for owner, piece in pieces.items():
-            for tensor, rows in self._pairs(piece, message, self._split.frozen_specs, cut, owner):
+            for tensor, rows in self._pairs(piece, message, specs, needed.cut, owner):
                 rows.copy_(tensor)
         return message
 
@@ -141,6 +145,8 @@ class Pieces:
         for name, tensor in piece.tensors.items():
             base, rows = name.removesuffix(SCALE), subnet.tensors[name]
             if specs[base].shape:
-                rows = rows[rows_within(specs[base], cut[base], owner, len(self._shards))]
+                within = rows_within(specs[base], cut[base], owner, len(self._shards))
+                each = len(rows) // max(1, len(subnet.tensors[base]))  # a row may have several scales
+                rows = rows[within.start * each : within.stop * each]
             found.append((tensor, rows))
         return found

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ist.errors import ConfigError, ModelError
+from ist.models.mlp import MLP
 from ist.runs.execute import execute
 from ist.runs.open import CoordinatorPart
 from ist.runs.rehearsal import rehearse
@@ -17,10 +18,12 @@ from ist.runs.split import split_of
 from ist.subnet.cut import cut_specs, extract
 from ist.subnet.frozen_rest import FullModule, Partly
 from ist.subnet.job import Job, assignments
+from ist.subnet.stores.shards import owned_rows, shard_of
 from ist.tensors import TensorSpec, memory_key, named_tensors
 from ist.training.memory_budget import count_step, memory_budgets
 from ist.transport.codec import GROUP, CodedTensor, coded_specs, encode
 from ist.transport.frozen_parameters import FrozenCache, FrozenSender, rest_fraction
+from ist.transport.pieces import Pieces
 from ist.transport.quantize import dequantize, quantize
 from tests.conftest import assert_same, config_tree, data, job_for, naming, whole_state
 from tests.networks import NETWORKS, frozen_first, seeded
@@ -228,6 +231,37 @@ def test_every_round_sends_the_rest_of_its_own_weights_and_frozen_parameters_onc
             model[4].weight.mul_(1.5)
 
 
+@pytest.mark.parametrize("coding", ["int3", "bfloat16"])
+def test_the_rows_of_all_owners_are_the_rest_that_one_coordinator_sends(coding: str) -> None:
+    model = seeded(lambda: MLP([12, 64, 35, 5], batch_norm=True))  # rows of 64 numbers have two scales
+    job = job_for(model, partition__rest="frozen", exchange__rest=coding, train__workers=2)
+    held, device, exchange, owners = assignments(job), torch.device("cpu"), job.config.exchange, 3
+    state = model.state_dict()
+    star = FrozenSender(job.split, exchange, held, state, device)
+    star.begin(["a"])
+    expected, _ = star.write("a", 0, 0, held.of(0)[0])
+    received = {}
+    for owner in range(owners):
+        shard = shard_of(job.split, owner, owners)
+        rows = {n: t[owned_rows(len(t), owner, owners)].contiguous() if t.ndim else t for n, t in state.items()}
+        sender = FrozenSender(shard, exchange, held, rows, device)
+        sender.begin(["a"])
+        message, _ = sender.write("a", 0, 0, held.of(0)[0])
+        assert message is not None
+        received[owner] = message
+    cache, pieces = FrozenCache(job.split, exchange, held), Pieces(job.split, exchange, owners, 0)
+    missing = cache.missing(0, held.of(0)[0], reuses_frozen=False)
+    needed = cache.needed(0, held.of(0)[0])
+    layouts = pieces.frozen_layouts(needed, missing)
+
+    joined = pieces.join_frozen(received, needed, missing, 0)
+
+    assert {owner: message.layout for owner, message in received.items()} == layouts
+    assert expected is not None
+    assert joined is not None
+    assert torch.equal(joined.flat, expected.flat)
+
+
 def test_one_worker_is_plain_training_whatever_the_rest() -> None:
     states = []
     for rest in ("absent", "frozen"):
@@ -280,7 +314,6 @@ def test_sparse_gradients_are_refused_by_name() -> None:
     ("changes", "named"),
     [
         ({"exchange": {"rest": "int8"}}, ("exchange.rest", "partition.rest")),
-        ({"partition": {"rest": "frozen"}, "pool": {"kind": "torchrun", "store": "sharded"}}, ("pool.store",)),
         ({"partition": {"rest": "frozen"}, "pool": {"kind": "torchrun", "ranks_per_worker": 2}}, ("ranks_per_worker",)),
         ({"recipe": {"stages": [{"rest": "frozen"}]}, "train": {"compile": "eager"}}, ("train.compile",)),
     ],

@@ -102,11 +102,11 @@ class RayShardWorker(RayWorker):
     ) -> Message | None:
         """Return the message with the frozen parameters that the worker lacks; None if it lacks none."""
         missing = worker.frozen.missing(round_number, neurons, reuses_frozen)
-        cut = worker.job.split.frozen_cut(neurons)
+        needed = worker.frozen.needed(round_number, neurons)
         incoming = {}
-        for owner, layout in pieces.frozen_layouts(cut, missing).items():
+        for owner, layout in pieces.frozen_layouts(needed, missing).items():
             flat = received[owner]
             if flat is None or flat.shape != (layout.nbytes,):
                 raise PoolError(f"{self.name} expected {layout.nbytes} bytes of frozen parameters of owner {owner}")
             incoming[owner] = Message(layout, flat=as_tensor(flat))
-        return pieces.join_frozen(incoming, cut, missing, round_number)
+        return pieces.join_frozen(incoming, needed, missing, round_number)
