@@ -306,7 +306,7 @@ def run_bytes(config: Config, split: SplitModel, schedule: Schedule, held: Assig
         for worker in remote_workers(config):
             neurons = held.of(round_number)[worker]
             before = held.of(round_number - 1)[worker] if round_number > 0 else None
-            rest = held.has_rest(round_number), round_number > 0 and held.has_rest(round_number - 1)
+            rest = held.has_rest(round_number, neurons), before is not None and held.has_rest(round_number - 1, before)
             if split.frozen_specs or config.store_is_sharded:  # the neurons' numbers count
                 total += sum(round_bytes(config, split, worker, neurons, before, round_number, *rest))
                 continue
@@ -335,7 +335,7 @@ def _share(
         parameters=sum(math.prod(plan[name].shape) for name in parameters if name in plan),
         trained_parameters=sum(math.prod(plan[name].shape) for name in trained if name in plan),
         frozen_bytes=sum(
-            frozen_bytes(store, config.exchange, neurons, None, held.has_rest(schedule.main_round))
+            frozen_bytes(store, config.exchange, neurons, None, held.has_rest(schedule.main_round, neurons))
             for store in stores_for(config, split, worker)
         ),
         sent_bytes=sent,

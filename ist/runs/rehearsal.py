@@ -9,6 +9,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ from ist.checks.gradient_reach import check_reach
 from ist.checks.made_values import read_initial
 from ist.checks.optimizer_trial import check_optimizer
 from ist.checks.verify import is_checked_whole, verify_cuts
+from ist.config.recipe import Recipe
 from ist.data.batches import class_name, length, take_shard
 from ist.data.nested import call_model
 from ist.distributed.device import check_autocast, compute_device
@@ -40,6 +42,7 @@ from ist.optimization.factory import shown
 from ist.optimization.step_settings import apply_settings, group_settings, matching_groups, stand_ins
 from ist.rng import Indices, Purpose, seeded
 from ist.subnet.cut import cut_specs
+from ist.subnet.frozen_rest import writes_refused
 from ist.subnet.job import Job, assignments, slot_of
 from ist.tensors import TensorSpec, checksums, named_tensors
 from ist.training.worker import Worker
@@ -70,7 +73,7 @@ def rehearse(job: Job) -> None:
         if checks:
             _rehearse(job)
         elif job.task.own_data is not None and job.task.loop is None:
-            _try_step(job)
+            _try_step(job, 0)
 
 
 def _rehearse(job: Job) -> None:
@@ -83,16 +86,36 @@ def _rehearse(job: Job) -> None:
     if job.task.loop is not None:
         _try_optimizer(job, torch.device("cpu"))
         return
-    _try_step(job)
+    for tried, number in _tried_rounds(job):
+        _try_step(tried, number)
 
 
-def _try_step(job: Job) -> None:
+def _tried_rounds(job: Job) -> Iterator[tuple[Job, int]]:
+    """Yield the rounds of which a step is tried, each with its run.
+
+    They are the first round, and the first one in which workers hold the frozen rest of the network. If that is the
+    first round too, and the network has frozen parameters, a submodel is tried as well: only it shows whether training
+    changes them.
+    """
+    yield job, 0
+    if not job.config.method_spec.needs_groups or not (held := assignments(job)).ever_has_rest:
+        return
+    first = next((number for number in range(job.schedule.num_rounds) if held.has_rest(number)), 0)
+    if first > 0:
+        yield job, first
+    elif held.has_rest(0) and job.split.frozen_specs:
+        partition = job.config.partition.model_copy(update={"rest": "absent"})
+        config = job.config.model_copy(update={"partition": partition, "recipe": Recipe()})
+        yield replace(job, config=config, schedule=replace(job.schedule, recipe=Recipe())), 0
+
+
+def _try_step(job: Job, round_number: int) -> None:
     device = torch.device("cpu")
     try:
         with seeded(device, job.config.seed, Purpose.REHEARSAL), warnings.catch_warnings():
             # Torch only warns if it broadcasts (N, 1) and (N,), which gives a wrong loss: refuse it.
             warnings.filterwarnings("error", message="Using a target size")
-            _one_step(job, device)
+            _one_step(job, device, round_number)
     except ISTError:
         raise
     except Exception as error:  # user code may raise anything
@@ -106,16 +129,11 @@ def _check_network(job: Job) -> None:
     """Check the initial values of the network, and the cuts.
 
     Raises:
-        ModelError: A value is not finite, a submodel computes other outputs than the masked full network, or a layer
-            cannot compute with the frozen rest.
+        ModelError: A value is not finite, or a submodel computes other outputs than the masked full network.
         DataError: The first samples contain NaN.
     """
     check_example(job)
     needs_groups = job.config.method_spec.needs_groups
-    if needs_groups and (held := assignments(job)).ever_has_rest:
-        first = next((number for number in range(job.schedule.num_rounds) if held.has_rest(number)), None)
-        if first is not None:  # which may be a round of a later stage, of which nothing else is tried here
-            job.split.full_module(held.of(first)[0], torch.device("meta"))
     if is_checked_whole(job):
         network = job.task.build()
         deque(checked_start(job, named_tensors(network).items()), maxlen=0)
@@ -169,19 +187,20 @@ def _try_optimizer(job: Job, device: torch.device) -> None:
     check_optimizer(job, named)
 
 
-def _one_step(job: Job, device: torch.device) -> None:
+def _one_step(job: Job, device: torch.device, round_number: int) -> None:
     number = job.task.worker
     if number is None:
         return  # this process has no worker, and no data of one
     slot = slot_of(job, number)
     loop = TaskLoop(job, slot, device)
     worker = Worker(job, slot, device, assignments(job), loop=loop)
-    neurons = worker.neurons(0)
+    neurons = worker.neurons(round_number)
     message = Message(layout_of(cut_specs(job.split.specs, job.split.cut(neurons))), device)
-    worker.frozen.update(neurons, number, 0, _frozen_message(job, neurons, number, device), device)
+    beside = _frozen_message(job, neurons, number, device, round_number)
+    worker.frozen.update(neurons, number, round_number, beside, device)
     fixed = worker.frozen.tensors
     sums = checksums(fixed)
-    worker.bind(0, separated(message.tensors, job.config.train.compile), fixed)
+    worker.bind(round_number, separated(message.tensors, job.config.train.compile), fixed)
     named = {name: parameter for name, parameter in worker.module.named_parameters() if parameter.requires_grad}
     optimizer = job.task.make_optimizer(named)
     if job.schedule.settings:
@@ -201,7 +220,7 @@ def _one_step(job: Job, device: torch.device) -> None:
             return job.task.loss(outputs, targets)
         return loop.step.loss(worker.module, (inputs, targets), numbers)
 
-    with located("network, data and loss do not work together"), loop.step.precision():
+    with located("network, data and loss do not work together"), loop.step.precision(), writes_refused():
         if job.task.step is None:
             outputs = call_model(worker.module, inputs)
             loss = loss_of(job.task.loss, outputs, targets, numbers)
@@ -228,7 +247,7 @@ def _one_step(job: Job, device: torch.device) -> None:
     loop.step.finish(worker.module, list(named.values()), optimizer)
     check_frozen(worker.module, fixed, sums)
     _check_replaced(job, worker, message)
-    _check_constants(job, worker)
+    _check_constants(job, worker, round_number)
     size = min(2, job.config.evaluate.batch_size)
     with located(f"evaluating with evaluate.batch_size {job.config.evaluate.batch_size}"):
         if job.config.train.running_statistics == "reestimate":
@@ -313,18 +332,20 @@ def _like_a_mean(spec: TensorSpec) -> float:
     return 1 / inputs if len(spec.shape) > 1 and inputs and spec.dtype.is_floating_point else 1.0
 
 
-def _frozen_message(job: Job, neurons: Sequence[Indices], number: int, device: torch.device) -> Message | None:
+def _frozen_message(
+    job: Job, neurons: Sequence[Indices], number: int, device: torch.device, round_number: int
+) -> Message | None:
     """Return what the worker reads and does not train, with values that show whether it changes."""
-    has_rest = assignments(job).has_rest(0)
-    parts = needed(job.split, job.config.exchange, neurons, 0 if has_rest else None)
+    has_rest = assignments(job).has_rest(round_number, neurons)
+    parts = needed(job.split, job.config.exchange, neurons, round_number if has_rest else None)
     if not parts.specs:
         return None
     message = Message(parts.layout(parts.specs), device)
-    message.write_header(Header(0, EVERY_WORKER if has_rest else number))
+    message.write_header(Header(round_number, EVERY_WORKER if has_rest else number))
     for name, spec in parts.specs.items():
-        # Not zeros: a frozen parameter that a forward updates as a moving average would stay zero, and look unchanged.
-        value = _like_a_mean(spec) if name in job.split.frozen_specs else 0
-        encode({name: torch.full(spec.shape, value, dtype=spec.dtype, device=device)}, message.tensors, parts.coding)
+        # Not zeros: a weight that a forward masks, or updates as a moving average, would stay zero, and look unchanged.
+        value = torch.full(spec.shape, _like_a_mean(spec), dtype=spec.dtype, device=device)
+        encode({name: value}, message.tensors, parts.coding)
     return message
 
 
@@ -343,9 +364,9 @@ def _check_replaced(job: Job, worker: Worker, message: Message) -> None:
             )
 
 
-def _check_constants(job: Job, worker: Worker) -> None:
+def _check_constants(job: Job, worker: Worker, round_number: int) -> None:
     """Warn of buffers and counters that training changes but that are neither sent nor saved."""
-    module, new_module = worker.module, worker.new_module(0, torch.device("cpu"))
+    module, new_module = worker.module, worker.new_module(round_number, torch.device("cpu"))
     warn_of_counters(module, new_module)
     fresh = named_tensors(new_module)
     for name, buffer in module.named_buffers():

@@ -106,10 +106,17 @@ class Assignments:
         stages = self._schedule.recipe.stages or [self._schedule.stage(0)]
         return any((stage.rest or self._partition.rest) == "absent" and stage.keep != 1 for stage in stages)
 
-    def has_rest(self, round_number: int) -> bool:
-        """Return whether a worker holds the frozen rest of the network in a round, besides its own neurons."""
+    def has_rest(self, round_number: int, neurons: Sequence[Indices] | None = None) -> bool:
+        """Return whether a worker holds the frozen rest of the network in a round, besides its own neurons.
+
+        Args:
+            round_number: The round, from 0.
+            neurons: For each group, the neurons that the worker holds, which may be all; None: those of any worker.
+        """
         rest = self._schedule.stage(round_number).rest or self._partition.rest
         holds_all = self._team.num_workers == 1 or is_full_width(self.partition(round_number))
+        if neurons is not None:
+            holds_all |= all(len(held) == group.size for held, group in zip(neurons, self._split.groups, strict=True))
         return rest == "frozen" and not holds_all
 
     def cuts(self, round_number: int, team: Team | None = None) -> list[Cut]:

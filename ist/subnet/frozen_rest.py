@@ -67,11 +67,18 @@ class Partly:
     def part_of(self, full: Tensor) -> Tensor:
         """Return the worker's part of a full tensor: a new tensor."""
         assert self.cut is not None
-        full = full.contiguous()
+        full = full.resolve_conj().resolve_neg().contiguous()
         shape = [size if dim is None else len(dim) for size, dim in zip(full.shape, self.cut, strict=True)]
         part = full.new_empty(shape)
         read_part(full, self.cut, part)
         return part
+
+
+class Parts(dict[str, Partly]):
+    """The parts of a round, by name; a copy of a module shares them with the module."""
+
+    def __deepcopy__(self, memo: object) -> "Parts":
+        return self
 
 
 @dataclass
@@ -86,7 +93,7 @@ class FullModule:
 
     module: nn.Module
     split: frozenset[str]
-    parts: dict[str, Partly] = field(default_factory=dict)
+    parts: Parts = field(default_factory=Parts)
 
     def bind(self, trained: Mapping[str, Tensor], cut: Cut, rest: Mapping[str, Decode]) -> None:
         """Give the module the values of a round.
@@ -154,25 +161,30 @@ def make_full_module(
     replace_tensors(module, {name: spec for name, spec in own.items() if name in parameters}, device, constants)
     for child, names in assembled:
         if names:
-            _read_assembled(child, made, names)
+            _read_assembled(child, made.parts, names)
     for child in module.modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.training:
             child.reset_running_stats()
     return made
 
 
-def _read_assembled(child: nn.Module, made: FullModule, names: Mapping[str, str]) -> None:
+_PARTS = "_parts_of_the_round"
+"""The attribute of a module with the parts of the current round."""
+
+
+def _read_assembled(child: nn.Module, parts: Parts, names: Mapping[str, str]) -> None:
     """Make a module read full tensors in place of some of its parameters.
 
     Args:
         child: The module.
-        made: Has the parts of the current round.
+        parts: The parts of the current round.
         names: The parameters: their names in the module, and in the network.
     """
     base = type(child)
+    vars(child)[_PARTS] = parts  # not in the class, which the garbage collector frees late
 
     def reader(short: str) -> property:
-        return property(lambda self: _assembled(self._parameters[short], made.parts[names[short]]))
+        return property(lambda self: _assembled(self._parameters[short], vars(self)[_PARTS], names[short]))
 
     members: dict[str, Any] = {short: reader(short) for short in names}
     if isinstance(child, nn.RNNBase):
@@ -181,7 +193,7 @@ def _read_assembled(child: nn.Module, made: FullModule, names: Mapping[str, str]
         )
     fast = _FAST.get(f"{base.__module__}.{base.__qualname__}") if "weight" in names else None
     if fast is not None:
-        members["forward"] = lambda self, x: fast(self, x, made.parts[names["weight"]])
+        members["forward"] = lambda self, x: fast(self, x, vars(self)[_PARTS][names["weight"]])
     else:
 
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -206,20 +218,77 @@ class _Assemble(torch.autograd.Function):
         return ctx.part.part_of(grad), None
 
 
+@dataclass(frozen=True)
+class _Read:
+    """A full tensor that has been read.
+
+    Attributes:
+        name: Its name.
+        full: The tensor.
+        version: Its version when it was read.
+        part: How it was assembled.
+        own: From which parameter.
+    """
+
+    name: str
+    full: Tensor
+    version: int
+    part: Partly
+    own: Tensor | None
+
+    def check(self) -> None:
+        """Check that nothing has been written to the tensor.
+
+        Raises:
+            ModelError: Something has.
+        """
+        if self.full._version != self.version or not torch.equal(self.full, self.part.value(self.own)):
+            raise ModelError(
+                f"the network or the step writes to '{self.name}', which would have no effect with 'partition.rest: "
+                "frozen': what a layer reads is decoded for it. Compute with a changed copy instead, as in "
+                "torch.nn.utils.parametrize, or set 'partition.rest' to absent"
+            )
+
+
 class _Running(threading.local):
-    """The layers of this thread that run now: for each, its assembled tensors by their memory."""
+    """What runs in this thread.
+
+    Attributes:
+        layers: For each layer that runs now, its assembled tensors by their memory.
+        reads: What has been read outside a layer, and by the layer that runs now; None: it is not watched.
+    """
 
     def __init__(self) -> None:
-        self.layers: list[dict[Hashable, tuple[Partly, Tensor | None]]] = []
+        self.layers: list[dict[Hashable, tuple[Partly, Tensor | None, torch.dtype]]] = []
+        self.reads: list[_Read] | None = None
 
 
 _running = _Running()
 
 
-def _assembled(own: Tensor | None, part: Partly) -> Tensor:
+@contextmanager
+def writes_refused() -> Iterator[None]:
+    """Check that nothing is written to the full tensors that are read in the context; this costs their memory.
+
+    Raises:
+        ModelError: Something is.
+    """
+    _running.reads = []
+    try:
+        yield
+        for read in _running.reads:
+            read.check()
+    finally:
+        _running.reads = None
+
+
+def _assembled(own: Tensor | None, parts: Parts, name: str) -> Tensor:
+    part = parts[name]
     full: Tensor = part.value(None) if own is None else _Assemble.apply(own, part)  # type: ignore[no-untyped-call]
     if _running.layers:
-        _running.layers[-1][memory_key(full)] = (part, own)
+        _running.layers[-1][memory_key(full)] = (part, own, full.dtype)
+    if _running.reads is not None:
+        _running.reads.append(_Read(name, full, full._version, part, own))
     return full
 
 
@@ -227,9 +296,13 @@ def _assembled(own: Tensor | None, part: Partly) -> Tensor:
 def _saved_encoded() -> Iterator[None]:
     """Let autograd save how to assemble a full tensor again, instead of the tensor, while a layer runs."""
     _running.layers.append({})
+    first = len(_running.reads or ())
     try:
         with saved_tensors_hooks(_pack, _unpack):
             yield
+        for read in (_running.reads or [])[first:]:
+            read.check()
+        del (_running.reads or [])[first:]
     finally:
         _running.layers.pop()
 
@@ -252,7 +325,9 @@ def _pack(tensor: Tensor) -> Tensor | _Saved:
     found = next((made[key] for made in _running.layers if key in made), None)
     if found is None:
         return tensor
-    part, own = found
+    part, own, dtype = found
+    if tensor.is_conj() or tensor.is_neg() or tensor.dtype != dtype:  # views that strides do not describe
+        return tensor
     version = 0 if own is None else own._version
     return _Saved(part, own, version, tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 

@@ -169,9 +169,9 @@ class Coordinator:
         sums = [header.logged for header in headers]
         logged = logged_means(self.job.config.train.logged, sums, report.numbers["samples"])
         held = self._held.held_fraction(round_number, team)
-        if self._held.has_rest(round_number):
+        if any(self._held.has_rest(round_number, neurons) for neurons in self._held.of(round_number, team)):
             held += rest_fraction(self.job.split, self.job.config.exchange)
-        chosen = self._search.chosen if self._search and self._scale(round_number).is_auto else None
+        chosen = self._search.chosen if self._search and self._scale(round_number, team.num_workers).is_auto else None
         lost = (*failed, *report.lost)
         return replace(report, lost=lost, logged=logged, held_fraction=held, merge_scale=chosen)
 
@@ -194,14 +194,14 @@ class Coordinator:
         balance = self._balance_of(round_number)
         return Team(len(names), balance.capacities(names) if balance else None)
 
-    def _scale(self, round_number: int) -> MergeScale:
-        """Return the scale of a round's updates."""
-        is_whole = is_full_width(self._held.partition(round_number))
+    def _scale(self, round_number: int, num_workers: int) -> MergeScale:
+        """Return the scale of a round's updates; those of a worker that is alone do not overshoot."""
+        is_whole = num_workers == 1 or is_full_width(self._held.partition(round_number))
         return self.job.schedule.merge_scale(round_number, is_whole)
 
     def _merge(self, round_number: int, cuts: Sequence[Cut]) -> RoundMerge:
         """Start the merge of a round; it scales updates of weights, not of carried optimizer state or statistics."""
-        scale, exclusive = self._scale(round_number), self._held.exclusive(round_number)
+        scale, exclusive = self._scale(round_number, len(cuts)), self._held.exclusive(round_number)
 
         def started(chosen: float) -> RoundMerge:
             factors = UpdateScale(frozenset(self._trained), *scale.factors(chosen))

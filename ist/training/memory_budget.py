@@ -300,8 +300,8 @@ def _largest_share(job: Job) -> _LargestShare:
     rest = _nbytes(rest_specs(split, job.config.exchange).values())
     sizes: dict[tuple[int, ...], tuple[int, int, Sequence[Indices], bool]] = {}
     for round_number in _rounds(job):
-        has_rest = held.has_rest(round_number)
         for worker, neurons in enumerate(held.of(round_number)):
+            has_rest = held.has_rest(round_number, neurons)
             key = (has_rest, *map(len, neurons))
             if key not in sizes:
                 sent = _nbytes(cut_specs(split.specs, split.cut(neurons)).values())

@@ -35,8 +35,11 @@ def tried_factors(num_workers: int) -> list[float]:
 
     >>> [round(factor, 3) for factor in tried_factors(4)]
     [1.0, 0.707, 0.5, 0.354, 0.25]
+    >>> [round(factor, 3) for factor in tried_factors(3)]
+    [1.0, 0.707, 0.5, 0.354, 0.333]
     """
-    return [STEP**-exponent for exponent in range(round(math.log(num_workers, STEP)) + 1)]
+    between = range(math.ceil(math.log(num_workers, STEP) - 1e-9))
+    return [*(STEP**-exponent for exponent in between), 1 / num_workers]
 
 
 class ScaleSearch:

@@ -111,11 +111,14 @@ class Worker:
 
     def _take_module(self, round_number: int) -> None:
         """Make the module of a round, unless that of the last round has the same form."""
-        neurons, has_rest = self.neurons(round_number), self._held.has_rest(round_number)
+        neurons = self.neurons(round_number)
+        has_rest = self._held.has_rest(round_number, neurons)
         key = (has_rest, self._shape_keys.of(neurons))
         if key == self._shape_key:
             return
         self._shape_key = key
+        if self._full is not None:
+            self._full.parts.clear()  # a module is freed by the garbage collector, which may take long
         self._full = self.job.split.full_module(neurons, self.device) if has_rest else None
         self.module = self._full.module if self._full else self.job.split.module(neurons, self.device)
 
@@ -150,7 +153,7 @@ class Worker:
             ModelError: A layer cannot compute the full network with the frozen rest.
         """
         neurons = self.neurons(round_number)
-        if self._held.has_rest(round_number):
+        if self._held.has_rest(round_number, neurons):
             return self.job.split.full_module(neurons, device).module
         return self.job.split.module(neurons, device)
 
@@ -188,7 +191,7 @@ class Worker:
         neurons = self.neurons(round_number)
         self.frozen.update(neurons, self.number, round_number, frozen, self.device)
         fixed = dict(self.frozen.tensors)
-        has_rest = self._held.has_rest(round_number)
+        has_rest = self._held.has_rest(round_number, neurons)
         scales = {} if has_rest else job.split.folded_scales(neurons)
         folded = {name: scale for name, scale in scales.items() if name in message.tensors}
         # Scale a copy: multiplying a frozen parameter and dividing it again would change its bits.

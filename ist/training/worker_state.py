@@ -95,9 +95,10 @@ class CheckpointLocation:
 
 @dataclass(frozen=True)
 class _LastRound:
-    """The last round's optimizer, and the neurons that it trained."""
+    """The last round's optimizer, the parameters that it trained, and their neurons."""
 
     optimizer: torch.optim.Optimizer
+    named: Mapping[str, nn.Parameter]
     neurons: Sequence[Indices]
 
 
@@ -181,7 +182,10 @@ class WorkerState:
         last, self._last = self._last, None  # a failed round must not leave its optimizer to the next
         state, self._restored = self._restored, None
         if last is not None and _same(last.neurons, self._held(round_number)):
-            return last.optimizer  # the same neurons, so the same module
+            if all(last.named.get(name) is parameter for name, parameter in named.items()):
+                return last.optimizer
+            # The same neurons in another module, because the rest of the network is there or not.
+            state = optimizers.named_state(last.optimizer, last.named)
         made = self._job.task.make_optimizer(named)
         if state is not None:
             optimizers.restore_named_state(made, named, state)
@@ -206,7 +210,7 @@ class WorkerState:
         job, held, rounds_done = self._job, self._held(round_number), round_number + 1
         is_used = self._optimizer_is_used_after(round_number)
         if is_used:  # otherwise its state would waste memory until the next round
-            self._last = _LastRound(optimizer, held)
+            self._last = _LastRound(optimizer, named, held)
         if self._location is None or not self._is_saved_after(round_number):
             return
         checkpoint = self._location.checkpoint

@@ -44,6 +44,10 @@ PartKeys = Mapping[str, PartKey]
 """The keys of a worker's parts, by name of the tensor."""
 
 
+_OF_A_ROUND = "round"
+"""The first entry of the key of what is another one in each round."""
+
+
 def part_keys(cut: Cut) -> PartKeys:
     """Return the key of each part of a cut."""
     return {name: tuple(None if dim is None else _hash(dim) for dim in dims) for name, dims in cut.items()}
@@ -71,6 +75,14 @@ class Needed:
     specs: Mapping[str, TensorSpec]
     coding: Coding
     has_rest: bool
+
+    @property
+    def lasting_keys(self) -> PartKeys:
+        """The keys of the parts that are not sent again.
+
+        The rest is: if a round is repeated, the results of its first attempt may have changed it.
+        """
+        return {name: key for name, key in self.keys.items() if key[:1] != (_OF_A_ROUND,)}
 
     def missing(self, cached: PartKeys) -> dict[str, TensorSpec]:
         """Return the specs of the parts that a worker with these keys lacks."""
@@ -101,7 +113,7 @@ def needed(split: SplitModel, exchange: Exchange, neurons: Sequence[Indices], re
         if name in whole.partly_held
     }
     # Frozen parameters never change; the rest is another one in each round.
-    keys = {name: ("full",) if name in split.frozen_specs else ("round", rest_of) for name in full}
+    keys = {name: ("full",) if name in split.frozen_specs else (_OF_A_ROUND, rest_of) for name in full}
     cut = split.within(full) if isinstance(split, ModelShard) else full
     specs = cut_specs({**split.model_specs, **split.frozen_specs}, cut)
     return Needed(cut, keys, {name: specs[name] for name in cut}, exchange.rest, has_rest=True)
@@ -196,9 +208,9 @@ class FrozenSender:
             The message, or None if the process lacks nothing; and whether the process must reuse its cache.
         """
         cached = self._cached.pop(process, None)
-        rest_of = round_number if self._held.has_rest(round_number) else None
+        rest_of = round_number if self._held.has_rest(round_number, neurons) else None
         parts = needed(self._split, self._exchange, neurons, rest_of)
-        self._sent[process] = parts.keys
+        self._sent[process] = parts.lasting_keys
         specs = parts.missing(cached or {})
         if not specs:
             return None, cached is not None
@@ -258,7 +270,7 @@ class FrozenCache:
 
     def needed(self, round_number: int, neurons: Sequence[Indices]) -> Needed:
         """Return what the process reads in a round and does not train; for the arguments see `layout`."""
-        rest_of = round_number if self._held.has_rest(round_number) else None
+        rest_of = round_number if self._held.has_rest(round_number, neurons) else None
         return needed(self._split, self._exchange, neurons, rest_of)
 
     def update(
@@ -281,8 +293,8 @@ class FrozenCache:
         Raises:
             PoolError: The message belongs to another round or worker, or a part is neither cached nor received.
         """
-        has_rest = self._held.has_rest(round_number)
         parts = self.needed(round_number, neurons)
+        has_rest = parts.has_rest
         if received is not None:
             received.read_header(round_number, EVERY_WORKER if has_rest else worker)
         sent = received.tensors if received is not None else {}
@@ -305,7 +317,7 @@ class FrozenCache:
                     f"worker {worker} does not have its part of '{name}' (frozen) and was not sent it for round "
                     f"{round_number}: are all processes running the same version with the same configuration?"
                 )
-        self.tensors, self.rest, self._keys = tensors, rest, parts.keys
+        self.tensors, self.rest, self._keys = tensors, rest, parts.lasting_keys
 
 
 def check_frozen(module: nn.Module, bound: Mapping[str, Tensor], sums: Mapping[str, int]) -> None:

@@ -88,7 +88,7 @@ def message_bytes(
     """
     main = schedule.main_round
     held = assignments.of(main)[worker]
-    has_rest = assignments.has_rest(main)
+    has_rest = assignments.has_rest(main, held)
     down, up = round_bytes(config, split, worker, held, held, 1, has_rest, has_rest)
     continues = main + 1 < schedule.num_rounds and schedule.spans[main + 1].stage == schedule.spans[main].stage
     earlier, later = (main, main + 1) if continues else (max(0, main - 1), main)

@@ -435,8 +435,8 @@ FAULTS = (
         "of_own = rows if outs is None else rows[:, : len(outs)]", ("tests/subnet/test_frozen_rest.py",),
     ),
     Fault(
-        "the rest is sent in a worker's first round only", "ist/transport/frozen_parameters.py",
-        'else ("round", rest_of) for name in specs}', 'else ("round", 0) for name in specs}', ("tests/subnet/test_frozen_rest.py",),
+        "a repeated round keeps the rest of its first attempt", "ist/transport/frozen_parameters.py",
+        " if key[:1] != (_OF_A_ROUND,)}", "}", ("tests/subnet/test_frozen_rest.py",),
     ),
     Fault(
         "a changed parameter gives a wrong gradient in silence", "ist/subnet/frozen_rest.py",

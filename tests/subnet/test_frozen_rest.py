@@ -1,6 +1,8 @@
 """A worker's module with the frozen rest computes the full network, and trains its own positions only."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +12,10 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from ist.errors import ConfigError, ModelError
+from ist.loops.part import completed
 from ist.models.mlp import MLP
+from ist.monitoring.meter import Meter
+from ist.pools.inline import InlinePool
 from ist.runs.execute import execute
 from ist.runs.open import CoordinatorPart
 from ist.runs.rehearsal import rehearse
@@ -20,6 +25,7 @@ from ist.subnet.frozen_rest import FullModule, Partly
 from ist.subnet.job import Job, assignments
 from ist.subnet.stores.shards import owned_rows, shard_of
 from ist.tensors import TensorSpec, memory_key, named_tensors
+from ist.training.coordinator import Coordinator
 from ist.training.memory_budget import count_step, memory_budgets
 from ist.transport.codec import GROUP, CodedTensor, coded_specs, encode
 from ist.transport.frozen_parameters import FrozenCache, FrozenSender, rest_fraction
@@ -28,6 +34,7 @@ from ist.transport.quantize import dequantize, quantize
 from tests.conftest import assert_same, config_tree, data, job_for, naming, whole_state
 from tests.networks import NETWORKS, frozen_first, seeded
 from tests.neurons.networks import stack
+from tests.training.test_elastic import ChangingPool
 
 
 class Recurrent(nn.Module):
@@ -291,6 +298,156 @@ def test_inspect_names_the_rest_and_its_memory() -> None:
     assert budget.parts["activations"] > 0
     assert inspection.rest == "int8"
     assert rest_fraction(job.split, job.config.exchange) == pytest.approx((codes + vectors) / (4 * 389))
+
+
+class Clipped(nn.Linear):
+    """A linear layer that clips its weight in place, as critics do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data.clamp_(-0.01, 0.01)
+        return super().forward(x)
+
+
+class Target(nn.Module):
+    """A network with a slow copy of a layer, which its forward moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online, self.last = nn.Linear(12, 16), nn.Linear(16, 5)
+        self.target = nn.Linear(12, 16).requires_grad_(requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for slow, fast in zip(self.target.parameters(), self.online.parameters(), strict=False):
+                slow.mul_(0.9).add_(fast, alpha=0.1)
+        return self.last(self.online(x).relu() + self.target(x).relu())
+
+
+class Penalized(nn.Module):
+    """A network that differentiates twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = NETWORKS["no batch norm"]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.layers(x)
+        x = x.detach().requires_grad_()
+        scores = self.layers(x)
+        [slope] = torch.autograd.grad(scores.sum(), x, create_graph=True)
+        return scores + slope.square().sum()
+
+
+def clipped() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(), Clipped(16, 16), nn.ReLU(), nn.Linear(16, 5))
+
+
+LATER = {"recipe__stages": [{"rounds": 1}, {"rest": "frozen"}]}
+
+
+@pytest.mark.parametrize("changes", [{"partition__rest": "frozen"}, LATER], ids=["throughout", "later"])
+@pytest.mark.parametrize(
+    ("build", "named"),
+    [(clipped, ("'2.weight'", "partition.rest")), (Target, ("'target.weight'", "frozen")), (Penalized, ("twice",))],
+)
+def test_what_the_frozen_rest_cannot_train_is_refused_before_a_run(
+    build: Callable[[], nn.Module], named: tuple[str, ...], changes: dict[str, Any]
+) -> None:
+    job = job_for(seeded(build), train__workers=2, evaluate__metric="none", **changes)
+
+    with pytest.raises((ModelError, ConfigError), match=naming(*named)):
+        rehearse(job)
+
+
+@pytest.mark.parametrize("stages", [[{"rounds": 2}, {"rest": "frozen"}], [{"rounds": 2, "rest": "frozen"}, {}]])
+def test_kept_optimizer_state_continues_when_the_rest_comes_and_goes(stages: list[dict[str, Any]]) -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    changes: dict[str, Any] = {
+        "partition__strategy": "nested",
+        "partition__keep": 0.5,
+        "train__optimizer_state": "kept",
+    }
+    job = job_for(model, train__workers=2, train__rounds=4, recipe__stages=stages, **changes)
+    meter, moved = Meter(), []
+    coordinator = Coordinator(job, InlinePool(job, torch.device("cpu"), meter), model, meter)
+    for number in range(4):
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        completed(coordinator.train_round(number))
+        moved.append(max(float((tensor - before[name]).abs().max()) for name, tensor in model.state_dict().items()))
+
+    assert min(moved) > 0.05 * max(moved)
+
+
+def test_a_repeated_round_is_sent_the_rest_again() -> None:
+    model = seeded(NETWORKS["no batch norm"])
+    job = job_for(model, partition__rest="frozen", exchange__rest="exact", train__workers=2)
+    held, device = assignments(job), torch.device("cpu")
+    sender = FrozenSender(job.split, job.config.exchange, held, model.state_dict(), device)
+    cache = FrozenCache(job.split, job.config.exchange, held)
+    name = next(name for name in job.split.partly_held if name.endswith("weight"))
+    for _ in range(2):  # two attempts at round 0, the first of which merges a result
+        sender.begin(["a"])
+        message, reuses = sender.write("a", 0, 0, held.of(0)[0])
+        assert message is not None
+        assert message.layout == cache.layout(0, held.of(0)[0], reuses)
+        cache.update(held.of(0)[0], 0, 0, message, device)
+        assert torch.equal(cache.rest[name].decode(), model.state_dict()[name])
+        sender.returned("a")
+        with torch.no_grad():
+            model.state_dict()[name].mul_(2)
+
+
+def test_a_worker_that_is_alone_holds_no_rest_and_its_update_is_not_scaled() -> None:
+    states = []
+    for changes in ({}, {"recipe__merge_scale": 0.5, "partition__rest": "frozen"}):
+        model, meter = seeded(NETWORKS["no batch norm"]), Meter()
+        job = job_for(model, train__workers=2, train__min_workers=1, **changes)
+        coordinator = Coordinator(job, ChangingPool(job, meter, {0: 1}), model, meter)
+        report = completed(coordinator.train_round(0))
+        assert report.held_fraction == 1
+        states.append(whole_state(job, model))
+
+    assert_same(*states)
+
+
+def test_conjugated_weights_have_the_gradients_of_the_full_network() -> None:
+    class Complex(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(12, 16), nn.Linear(16, 5)
+            self.mixed = nn.Parameter(torch.randn(16, 16, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.first(x).relu().to(self.mixed.dtype) @ self.mixed.mH
+            return self.last(hidden.abs())
+
+    model = Complex()
+    x = torch.randn(7, 12)
+    _, full, oracle, cut = made(model, 0, "int4")
+
+    for network in (full.module, oracle):
+        network(x).square().sum().backward()
+
+    assert any(dim is not None for dim in cut["mixed"])
+    for key, parameter in full.module.named_parameters():
+        whole, part = dict(oracle.named_parameters())[key].grad, torch.empty_like(parameter)
+        assert whole is not None
+        extract({key: whole.resolve_conj().contiguous()}, cut, into={key: part})
+        torch.testing.assert_close(parameter.grad, part, rtol=1e-3, atol=1e-3 * float(part.abs().max()))
+
+
+def test_a_module_is_freed_without_the_garbage_collector() -> None:
+    _, full, _, _ = made(seeded(NETWORKS["no batch norm"]), 0, "int4")
+    full.module(torch.randn(3, 12)).sum().backward()
+    layer = weakref.ref(next(child for child in full.module.modules() if isinstance(child, nn.Linear)))
+
+    gc.disable()
+    try:
+        del full
+        assert layer() is None
+    finally:
+        gc.enable()
 
 
 def test_sparse_gradients_are_refused_by_name() -> None:

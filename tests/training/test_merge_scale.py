@@ -225,7 +225,7 @@ def test_only_a_stages_own_scale_applies_to_a_full_width_phase() -> None:
     rounds = made.job.schedule.num_rounds
 
     of_stages = [recipe.merge_scale_of(stage, stage.keep == 1) for stage in recipe.stages]
-    of_rounds = [made._scale(number) for number in (0, rounds - 2, rounds - 1)]
+    of_rounds = [made._scale(number, 2) for number in (0, rounds - 2, rounds - 1)]
 
     assert of_stages == [MergeScale(own=0.5, shared=0.5), MergeScale(), MergeScale(own=0.7, shared=0.7)]
     assert [(scale.own, scale.shared) for scale in of_rounds] == [(s.own, s.shared) for s in of_stages]
