@@ -64,6 +64,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "dropout": {"model__args": {"widths": [64, 24, 20, 10], "dropout": 0.3}},
     "random items": {"data": {"name": "tests.augmented:load"}},
+    "kept, the rest absent and then frozen": {
+        "partition__strategy": "nested", "partition__keep": 0.5, "recipe__stages": [{"rounds": 2}, {"rest": "frozen"}],
+    },
     "carried statistics": {"train__running_statistics": "carried"},
     "error feedback": {
         "exchange": {"down": "int8", "up": "int3", "values": "deltas", "error_feedback": True},
