@@ -110,6 +110,8 @@ def rows(task: Task) -> Iterator[Row]:
             rest = ("partition.rest=frozen", f"exchange.rest={coding}", stages(), merge)
             yield Row(f"frozen rest in {coding}, own neurons merged with {scale:g}", rest)
             if (coding, scale) == ("int4", task.scales[0]):
+                everything = (*rest[:3], f"recipe.merge_scale={scale}")
+                yield Row(f"frozen rest in int4, everything merged with {scale:g}", everything)
                 yield Row(SMALL, (*FULL_WIDTH, task.small))
                 yield Row(NARROW, (stages(),))
 
