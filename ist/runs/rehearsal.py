@@ -83,6 +83,7 @@ def _rehearse(job: Job) -> None:
     if job.task.loop is None:
         _warn_of_unrepeatable(job)
     _check_network(job)
+    _warn_of_overshooting(job)
     if job.task.loop is not None:
         _try_optimizer(job, torch.device("cpu"))
         return
@@ -156,6 +157,24 @@ def _initial_tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
     for name in named_tensors(job.split.template):
         if name in values:
             yield name, values[name]
+
+
+def _warn_of_overshooting(job: Job) -> None:
+    """Warn of workers that all correct the same error, and whose changes are added up unscaled."""
+    if not job.config.has_frozen_rest:
+        return
+    held, rounds = assignments(job), range(job.schedule.num_rounds)
+    first = next((number for number in rounds if held.has_rest(number)), None)
+    if first is None or len(job.schedule.steps(first)) == 1:
+        return
+    if job.schedule.merge_scale(first, is_full_width=False).own == 1:
+        workers = job.config.train.workers
+        warnings.warn(
+            f"'partition.rest' is 'frozen' and 'recipe.merge_scale' is 1: each of the {workers} workers corrects the "
+            "same error, so that in long rounds their changes add up to too much. Set 'recipe.merge_scale' to "
+            f"{{own: auto}}, or to a number such as {{own: {workers**-0.5:.2g}}} (docs/frozen_rest.md)",
+            stacklevel=3,
+        )
 
 
 def _warn_of_unrepeatable(job: Job) -> None:

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import re
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -344,6 +346,19 @@ def clipped() -> nn.Module:
 
 
 LATER = {"recipe__stages": [{"rounds": 1}, {"rest": "frozen"}]}
+SCALED = {"recipe__merge_scale": {"own": 0.5}}
+
+
+@pytest.mark.parametrize(("scale", "warns"), [(None, True), ({"own": 0.7}, False), ({"own": "auto"}, False)])
+def test_changes_that_are_added_up_unscaled_are_warned_of(scale: Any, *, warns: bool) -> None:
+    changes = {"recipe__merge_scale": scale} if scale else {}
+    job = job_for(seeded(NETWORKS["no batch norm"]), partition__rest="frozen", train__workers=4, **changes)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rehearse(job)
+
+    assert any(re.search(naming("recipe.merge_scale", "{own: 0.5}"), str(w.message)) for w in caught) == warns
 
 
 @pytest.mark.parametrize("changes", [{"partition__rest": "frozen"}, LATER], ids=["throughout", "later"])
@@ -354,7 +369,7 @@ LATER = {"recipe__stages": [{"rounds": 1}, {"rest": "frozen"}]}
 def test_what_the_frozen_rest_cannot_train_is_refused_before_a_run(
     build: Callable[[], nn.Module], named: tuple[str, ...], changes: dict[str, Any]
 ) -> None:
-    job = job_for(seeded(build), train__workers=2, evaluate__metric="none", **changes)
+    job = job_for(seeded(build), train__workers=2, evaluate__metric="none", **SCALED, **changes)
 
     with pytest.raises((ModelError, ConfigError), match=naming(*named)):
         rehearse(job)
@@ -462,7 +477,7 @@ def test_sparse_gradients_are_refused_by_name() -> None:
     with pytest.raises(ModelError, match=naming("'words'", "partition.rest")):
         made(seeded(Words), 0, "int4", partition__residual=True)
 
-    later = job_for(seeded(Words), partition__residual=True, recipe__stages=[{"rounds": 1}, {"rest": "frozen"}])
+    later = job_for(seeded(Words), partition__residual=True, **LATER, **SCALED)
     with pytest.raises(ModelError, match=naming("'words'", "partition.rest")):
         rehearse(later)
 

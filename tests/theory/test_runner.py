@@ -29,6 +29,7 @@ from tests.theory.test_quantities import write_crime
 QUIET = Console(quiet=True)
 
 
+@pytest.mark.filterwarnings("ignore:'partition.rest' is 'frozen' and 'recipe.merge_scale' is 1")
 @pytest.mark.parametrize(
     ("xi", "tau", "rest", "gamma"),
     [(None, 1, "absent", 1.0), (None, 4, "frozen", 0.4), (0.5, 4, "absent", 0.6), (0.5, 2, "frozen", 1.0)],
