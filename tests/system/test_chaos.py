@@ -226,7 +226,7 @@ def test_a_run_goes_on_where_workers_die_faster_than_they_start() -> None:
 
 DRIVER = """
 import os, signal, sys
-import ist.storage.checkpoint, ist.training.coordinator, ist.pools.ray_pool as pool, ist.subnet.cut
+import ist.storage.backend, ist.training.coordinator, ist.pools.ray_pool as pool, ist.subnet.cut
 
 phase, at = sys.argv[1], int(sys.argv[2])
 now = {"round": -1, "results": 0}
@@ -252,8 +252,8 @@ pool.RayPool.gather = noting(pool.RayPool.gather)
 pool.RayPool.buffers = before(pool.RayPool.buffers, "before send", 2)
 pool.RayPool._result = before(pool.RayPool._result, "while training")
 pool.as_tensor = before(pool.as_tensor, "while sending back")
-ist.subnet.cut._put = before(ist.subnet.cut._put, "while merging", 4)
-ist.storage.checkpoint.write_atomically  # renames what it has written
+ist.subnet.cut.write_part = before(ist.subnet.cut.write_part, "while merging", 4)
+ist.storage.backend.write_atomically  # renames what it has written, as LocalStorage.writing does
 from pathlib import Path
 Path.replace = before(Path.replace, "while checkpointing")
 sys.argv[:] = ["ist", *sys.argv[3:]]
