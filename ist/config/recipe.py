@@ -199,6 +199,14 @@ class Recipe(Section):
         """
         return stage.merge_scale or (MergeScale() if is_full_width else self.merge_scale)
 
+    def rests(self, of_run: str) -> set[str]:
+        """Return what workers have of the neurons that they lack, in all stages in which they lack some.
+
+        Args:
+            of_run: `partition.rest`, for stages that do not replace it.
+        """
+        return {stage.rest or of_run for stage in self.stages or [Stage()] if stage.keep != 1}
+
     @property
     def has_auto_scale(self) -> bool:
         """Whether the coordinator chooses the scale of merged updates in some stage."""

@@ -23,7 +23,7 @@ from ist.config.base import (
 )
 from ist.config.methods import METHODS, POOLS, Baseline, MethodSpec, method_spec
 from ist.config.partition import Exchange, Partition
-from ist.config.recipe import Recipe, Stage
+from ist.config.recipe import Recipe
 from ist.config.runtime import Checkpoint, Loader, Pool, Watch
 from ist.errors import ConfigError
 
@@ -445,10 +445,7 @@ class Config(Section):
     @property
     def has_frozen_rest(self) -> bool:
         """Whether workers hold the frozen rest of the network in some rounds."""
-        stages = self.recipe.stages or [Stage()]
-        return self.method_spec.needs_groups and any(
-            (stage.rest or self.partition.rest) == "frozen" and stage.keep != 1 for stage in stages
-        )
+        return self.method_spec.needs_groups and "frozen" in self.recipe.rests(self.partition.rest)
 
     @property
     def workers_have_state(self) -> bool:

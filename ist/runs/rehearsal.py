@@ -99,15 +99,23 @@ def _tried_rounds(job: Job) -> Iterator[tuple[Job, int]]:
     changes them.
     """
     yield job, 0
-    if not job.config.method_spec.needs_groups or not (held := assignments(job)).ever_has_rest:
+    first = _first_with_rest(job)
+    if first is None:
         return
-    first = next((number for number in range(job.schedule.num_rounds) if held.has_rest(number)), 0)
     if first > 0:
         yield job, first
-    elif held.has_rest(0) and job.split.frozen_specs:
+    elif job.split.frozen_specs:
         partition = job.config.partition.model_copy(update={"rest": "absent"})
         config = job.config.model_copy(update={"partition": partition, "recipe": Recipe()})
         yield replace(job, config=config, schedule=replace(job.schedule, recipe=Recipe())), 0
+
+
+def _first_with_rest(job: Job) -> int | None:
+    """Return the first round in which workers hold the frozen rest of the network; None: there is none."""
+    if not job.config.has_frozen_rest:
+        return None
+    held = assignments(job)
+    return next((number for number in range(job.schedule.num_rounds) if held.has_rest(number)), None)
 
 
 def _try_step(job: Job, round_number: int) -> None:
@@ -161,10 +169,7 @@ def _initial_tensors(job: Job) -> Iterator[tuple[str, Tensor]]:
 
 def _warn_of_overshooting(job: Job) -> None:
     """Warn of workers that all correct the same error, and whose changes are added up unscaled."""
-    if not job.config.has_frozen_rest:
-        return
-    held, rounds = assignments(job), range(job.schedule.num_rounds)
-    first = next((number for number in rounds if held.has_rest(number)), None)
+    first = _first_with_rest(job)
     if first is None or len(job.schedule.steps(first)) == 1:
         return
     if job.schedule.merge_scale(first, is_full_width=False).own == 1:

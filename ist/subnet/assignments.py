@@ -97,14 +97,12 @@ class Assignments:
     @property
     def ever_has_rest(self) -> bool:
         """Whether workers hold the frozen rest of the network in some round."""
-        stages = self._schedule.recipe.stages or [self._schedule.stage(0)]
-        return any((stage.rest or self._partition.rest) == "frozen" and stage.keep != 1 for stage in stages)
+        return "frozen" in self._schedule.recipe.rests(self._partition.rest)
 
     @property
     def _ever_lacks_neurons(self) -> bool:
         """Whether a worker's module lacks neurons in some round."""
-        stages = self._schedule.recipe.stages or [self._schedule.stage(0)]
-        return any((stage.rest or self._partition.rest) == "absent" and stage.keep != 1 for stage in stages)
+        return "absent" in self._schedule.recipe.rests(self._partition.rest)
 
     def has_rest(self, round_number: int, neurons: Sequence[Indices] | None = None) -> bool:
         """Return whether a worker holds the frozen rest of the network in a round, besides its own neurons.

@@ -117,7 +117,8 @@ class FullModule:
     def collect(self, trained: Mapping[str, Tensor]) -> None:
         """Copy what a forward has replaced, and the worker's part of buffers, into the bound tensors."""
         found = named_tensors(self.module)
-        whole = {name for name in trained if name in self.split and name not in dict(self.module.named_parameters())}
+        parameters = {name for name, _ in self.module.named_parameters()}
+        whole = (trained.keys() & self.split) - parameters
         collect(self.module, {name: tensor for name, tensor in trained.items() if name not in whole})
         for name in whole & found.keys():
             trained[name].copy_(self.parts[name].part_of(found[name]))

@@ -224,7 +224,8 @@ class FrozenSender:
             part = {name: torch.empty(spec.shape, dtype=spec.dtype, device=self._device)}
             self._store.extract(placed, into=part)
             encode(part, message.tensors, parts.coding)
-        self._rest = message
+        if rest_of is not None:
+            self._rest = message
         return message, cached is not None
 
     def returned(self, process: str) -> None:
